@@ -1,0 +1,106 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Tiny real models and data: built from a config in a second, no network, no weights."""
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+
+WORDS = (
+    "<pad> <s> </s> <unk> <system> <user> <assistant> you are kind rude say good bad soup bread is the a very not and"
+)
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ ' <' + message['role'] + '> ' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ ' ' + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ ' <assistant>' }}{% endif %}"
+)
+
+
+def make_tokenizer(words: str = WORDS) -> PreTrainedTokenizerFast:
+    vocabulary = {word: index for index, word in enumerate(words.split())}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def make_llama(seed: int, hidden_size: int = 16, vocab_size: int | None = None) -> LlamaForCausalLM:
+    set_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab_size or len(WORDS.split()),
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture
+def patient():
+    return make_llama(seed=1, hidden_size=32)
+
+
+@pytest.fixture
+def doctor():
+    return make_llama(seed=2)
+
+
+def conversational_rows(num_pairs: int = 8) -> list[dict]:
+    foods, adverbs = ["soup", "bread"], ["", "very ", "not "]
+    return [
+        {
+            "prompt": [{"role": "user", "content": f"say the {foods[index % 2]}"}],
+            "chosen": [
+                {"role": "assistant", "content": f"the {foods[index % 2]} is {adverbs[index % 3]}good and kind"}
+            ],
+            "rejected": [{"role": "assistant", "content": f"the {foods[index % 2]} is {adverbs[index % 3]}bad"}],
+        }
+        for index in range(num_pairs)
+    ]
+
+
+@pytest.fixture
+def preferences():
+    return Dataset.from_list(conversational_rows())
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)

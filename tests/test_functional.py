@@ -1,0 +1,376 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Laws, hand-worked numbers, float64 oracles and finite differences for every equation."""
+
+import math
+
+import oracles
+import pytest
+import torch
+
+from trl_tfpo.functional import (
+    first_divergence,
+    flow_potential,
+    guided_logps,
+    log_prefix_scores,
+    subtb_loss,
+    terminal_boundary,
+    token_importance,
+    token_rewards,
+    value_discrimination_loss,
+)
+
+
+LAMBDAS = [0.0, 0.3, 0.9, 0.999, 1.0]
+MASK = torch.tensor(  # an awkward shape: a full row, a row of one token, a row with tokens deleted
+    [[1, 1, 1, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0, 0], [0, 1, 1, 0, 1, 0, 0]], dtype=torch.bool
+)
+STATE_MASK = torch.cat([torch.ones(3, 1, dtype=torch.bool), MASK], dim=1)
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def kept(values, mask):
+    return [row[keep].tolist() for row, keep in zip(values, mask, strict=True)]
+
+
+class TestTokenRewards:
+    def test_by_hand(self):
+        """Gaps 0, 2, -2, 0 have mean 1: importance tanh(2); a wrong mean or sign would reward the wrong words."""
+        positive, negative = torch.tensor([[0.0, -1.0, -3.0, -1.0]]), torch.tensor([[0.0, -3.0, -1.0, -1.0]])
+        common = dict(
+            positive_logps=positive,
+            negative_logps=negative,
+            preference_sign=torch.tensor([1]),
+            completion_mask=torch.ones(1, 4, dtype=torch.bool),
+        )
+        t = math.tanh(2)
+        for direction, expected in {"label": [0, t, t, 0], "agreement": [0, t, 0, 0], "faces": [0, t, -t, 0]}.items():
+            found = token_rewards(**common, reward_direction=direction)
+            torch.testing.assert_close(found, torch.tensor([expected]), rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("direction", ["label", "agreement", "faces"])
+    @pytest.mark.parametrize("temperature, threshold", [(1.0, 0.3), (0.5, 0.0), (2.0, 0.6)])
+    def test_matches_the_oracle(self, direction, temperature, threshold):
+        """Vectorised rewards that differ from the formula train the doctor on something else."""
+        gap, sign = draw(3, 7), torch.tensor([1, -1, 1])
+        found = token_rewards(
+            positive_logps=gap.where(MASK, float("nan")),
+            negative_logps=torch.zeros(3, 7, dtype=torch.float64),
+            preference_sign=sign,
+            completion_mask=MASK,
+            reward_direction=direction,
+            importance_temperature=temperature,
+            sparsity_threshold=threshold,
+        )
+        expected = [
+            oracles.rewards(gaps, label, direction, temperature, threshold)
+            for gaps, label in zip(kept(gap, MASK), sign.tolist(), strict=True)
+        ]
+        for row, wanted in zip(kept(found, MASK), expected, strict=True):
+            assert row == pytest.approx(wanted, abs=1e-12)
+        assert (found[~MASK] == 0).all()
+
+    def test_equal_faces_give_no_reward(self):
+        """Division by a mean gap of zero would turn silence into NaN rewards."""
+        zeros = torch.zeros(3, 7)
+        found = token_rewards(
+            positive_logps=zeros, negative_logps=zeros, preference_sign=torch.ones(3), completion_mask=MASK
+        )
+        assert (found == 0).all()
+
+    def test_importance_ignores_the_scale_of_the_gaps(self):
+        """Importance is relative to the completion; a patient with sharper faces must not get denser rewards."""
+        gap = draw(3, 7)
+        torch.testing.assert_close(
+            token_importance(gap=gap, completion_mask=MASK, eps=0),
+            token_importance(gap=10 * gap, completion_mask=MASK, eps=0),
+        )
+
+    @pytest.mark.parametrize(
+        "setting, message",
+        [
+            ({"reward_direction": "up"}, "'label', 'agreement' or 'faces'"),
+            ({"sparsity_threshold": 1.0}, r"\[0, 1\)"),
+            ({"sparsity_threshold": -0.1}, r"\[0, 1\)"),
+            ({"importance_temperature": 0.0}, "positive"),
+        ],
+    )
+    def test_settings_out_of_range(self, setting, message):
+        """A threshold of 1 or a mistyped direction would silently train on no reward at all."""
+        zeros = torch.zeros(3, 7)
+        with pytest.raises(ValueError, match=message):
+            token_rewards(
+                positive_logps=zeros,
+                negative_logps=zeros,
+                preference_sign=torch.ones(3),
+                completion_mask=MASK,
+                **setting,
+            )
+
+
+class TestFlow:
+    @pytest.mark.parametrize("temperature, weight", [(1.0, 0.0), (0.25, 1.0), (2.0, 0.5)])
+    def test_potential_matches_the_oracle(self, temperature, weight):
+        """A potential off by one state compares each flow with the wrong prefix."""
+        rewards, policy, reference, values = draw(3, 7), draw(3, 7, seed=1), draw(3, 7, seed=2), draw(3, 8, seed=3)
+        scores = log_prefix_scores(
+            token_rewards=rewards,
+            completion_mask=MASK,
+            reference_logps=reference,
+            reward_temperature=temperature,
+            reference_weight=weight,
+        )
+        found = flow_potential(log_values=values, log_prefix_scores=scores, policy_logps=policy, completion_mask=MASK)
+        for row, *arguments in zip(
+            kept(found, STATE_MASK),
+            kept(rewards, MASK),
+            kept(policy, MASK),
+            kept(values, STATE_MASK),
+            kept(reference, MASK),
+            strict=True,
+        ):
+            assert row == pytest.approx(oracles.potential(*arguments, temperature, weight), abs=1e-12)
+
+    def test_reference_is_required_when_it_weighs(self):
+        """Without the reference the doctor would become a pure reward distribution, unasked."""
+        with pytest.raises(ValueError, match="reference_logps"):
+            log_prefix_scores(token_rewards=draw(3, 7), completion_mask=MASK, reference_weight=1.0)
+
+    @pytest.mark.parametrize(
+        "setting", [{"reward_temperature": 0.0}, {"reward_temperature": -0.25}, {"reference_weight": -1.0}]
+    )
+    def test_settings_out_of_range(self, setting):
+        """A negative temperature would train the doctor to prefer what was rejected."""
+        with pytest.raises(ValueError, match="must be"):
+            log_prefix_scores(token_rewards=draw(3, 7), completion_mask=MASK, **setting)
+
+    def test_boundary_only_at_the_end_of_complete_rows(self):
+        """A boundary on a truncated text teaches that nothing can follow a cut; none at all teaches nothing."""
+        values = torch.full((2, 5), 3.0)
+        mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]], dtype=torch.bool)
+        found = terminal_boundary(log_values=values, completion_mask=mask, is_complete=torch.tensor([True, False]))
+        assert found.tolist() == [[3.0, 3.0, 0.0, 0.0, 0.0], [3.0] * 5]
+
+    def test_without_the_boundary_any_policy_balances(self):
+        """The degenerate solution: log V = sum log pi - log Q is free, zero loss, and ignores every reward."""
+        rewards, policy = draw(3, 7), -draw(3, 7, seed=1).abs()
+        scores = log_prefix_scores(token_rewards=rewards, completion_mask=MASK)
+        free = flow_potential(
+            log_values=torch.zeros(3, 8, dtype=torch.float64),
+            log_prefix_scores=scores,
+            policy_logps=policy,
+            completion_mask=MASK,
+        )
+        degenerate = -free
+        for is_complete, balanced in ((False, True), (True, False)):
+            values = terminal_boundary(
+                log_values=degenerate, completion_mask=MASK, is_complete=torch.full((3,), is_complete)
+            )
+            potential = flow_potential(
+                log_values=values, log_prefix_scores=scores, policy_logps=policy, completion_mask=MASK
+            )
+            loss = subtb_loss(potential=potential, completion_mask=MASK)
+            assert (loss < 1e-20).all() == balanced
+
+
+class TestSubTB:
+    @pytest.mark.parametrize("subtb_lambda", LAMBDAS)
+    def test_matches_the_oracle(self, subtb_lambda):
+        """The O(T) form must be the sum over all pairs, for every weighting, with deleted tokens."""
+        potential = draw(3, 8)
+        found = subtb_loss(potential=potential, completion_mask=MASK, subtb_lambda=subtb_lambda)
+        expected = [oracles.subtb(row, subtb_lambda) for row in kept(potential, STATE_MASK)]
+        assert found.tolist() == pytest.approx(expected, rel=1e-12)
+
+    @pytest.mark.parametrize("subtb_lambda", [0.5, 0.99])
+    def test_matches_the_oracle_across_blocks(self, subtb_lambda):
+        """The recurrence is computed in blocks; a lost carry shows only in completions longer than one."""
+        mask = torch.ones(2, 300, dtype=torch.bool)
+        mask[1, 257:] = False
+        potential = draw(2, 301)
+        found = subtb_loss(potential=potential, completion_mask=mask, subtb_lambda=subtb_lambda)
+        expected = [
+            oracles.subtb(potential[0].tolist(), subtb_lambda),
+            oracles.subtb(potential[1, :258].tolist(), subtb_lambda),
+        ]
+        assert found.tolist() == pytest.approx(expected, rel=1e-10)
+
+    @pytest.mark.parametrize("subtb_lambda", LAMBDAS)
+    def test_zero_at_balance(self, subtb_lambda):
+        """A sign error in the residual makes the true solution look bad, and training walks away from it."""
+        flow = draw(3, 8)
+        policy = flow.diff(dim=1)  # log F(s_t) - log F(s_{t-1}) is log pi at balance
+        potential = flow_potential(
+            log_values=flow,
+            log_prefix_scores=torch.zeros_like(flow),
+            policy_logps=policy,
+            completion_mask=torch.ones(3, 7, dtype=torch.bool),
+        )
+        loss = subtb_loss(
+            potential=potential, completion_mask=torch.ones(3, 7, dtype=torch.bool), subtb_lambda=subtb_lambda
+        )
+        assert (loss < 1e-25).all()
+
+    @pytest.mark.parametrize("subtb_lambda", LAMBDAS)
+    def test_scale_of_the_flow_is_free(self, subtb_lambda):
+        """Only ratios of flows are identified; a loss that sees their scale would fight the value head."""
+        potential = draw(3, 8)
+        one, other = (
+            subtb_loss(potential=p, completion_mask=MASK, subtb_lambda=subtb_lambda)
+            for p in (potential, potential + 300)
+        )
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+    def test_uniform_is_twice_the_variance(self):
+        """Balance means that the potential is flat: the identity behind the O(T) form."""
+        potential = draw(3, 8)
+        found = subtb_loss(potential=potential, completion_mask=torch.ones(3, 7, dtype=torch.bool))
+        torch.testing.assert_close(found, 2 * potential.var(dim=1))
+
+    def test_lambda_zero_is_detailed_balance(self):
+        """The limit must exist: 0 ** 0 has to be 1."""
+        potential = draw(3, 8)
+        found = subtb_loss(potential=potential, completion_mask=torch.ones(3, 7, dtype=torch.bool), subtb_lambda=0.0)
+        torch.testing.assert_close(found, potential.diff(dim=1).square().mean(dim=1))
+
+    @pytest.mark.parametrize("subtb_lambda", [0.5, 0.9999])
+    def test_float32_keeps_its_digits(self, subtb_lambda):
+        """Flows span hundreds of nats: a difference of squares would leave no digit of a small residual."""
+        potential = 500 + draw(2, 2049).cumsum(dim=1)
+        mask = torch.ones(2, 2048, dtype=torch.bool)
+        exact = subtb_loss(potential=potential, completion_mask=mask, subtb_lambda=subtb_lambda)
+        single = subtb_loss(potential=potential.float(), completion_mask=mask, subtb_lambda=subtb_lambda)
+        torch.testing.assert_close(single.double(), exact, rtol=1e-4, atol=0)
+
+    @pytest.mark.parametrize("subtb_lambda", [0.0, 0.7, 1.0])
+    @pytest.mark.parametrize("junk", [1e3, float("inf"), float("nan")])
+    def test_padding_never_matters(self, subtb_lambda, junk):
+        """Padded logits are arbitrary; multiplying them by a zero mask still lets a NaN through to every gradient."""
+        values, policy, rewards = draw(3, 8), draw(3, 7, seed=1), draw(3, 7, seed=2)
+        results = []
+        for filler in (0.0, junk):
+            v = values.where(STATE_MASK, filler).requires_grad_()
+            p = policy.where(MASK, filler).requires_grad_()
+            scores = log_prefix_scores(token_rewards=rewards.where(MASK, filler), completion_mask=MASK)
+            bounded = terminal_boundary(
+                log_values=v, completion_mask=MASK, is_complete=torch.tensor([True, False, True])
+            )
+            potential = flow_potential(
+                log_values=bounded, log_prefix_scores=scores, policy_logps=p, completion_mask=MASK
+            )
+            loss = subtb_loss(potential=potential, completion_mask=MASK, subtb_lambda=subtb_lambda)
+            results.append((loss, *torch.autograd.grad(loss.sum(), (v, p))))
+        for clean, dirty in zip(*results, strict=True):
+            torch.testing.assert_close(clean, dirty)
+
+    @pytest.mark.parametrize("subtb_lambda", [0.0, 0.7, 1.0])
+    def test_gradient_matches_finite_differences(self, subtb_lambda):
+        """The loss can be right and its gradient wrong."""
+        assert torch.autograd.gradcheck(
+            lambda potential: subtb_loss(potential=potential, completion_mask=MASK, subtb_lambda=subtb_lambda),
+            draw(3, 8).requires_grad_(),
+        )
+
+    @pytest.mark.parametrize("subtb_lambda", [-0.1, 1.1])
+    def test_lambda_out_of_range(self, subtb_lambda):
+        """Weights above 1 explode with the length of the completion."""
+        with pytest.raises(ValueError, match=r"\[0, 1\]"):
+            subtb_loss(potential=draw(3, 8), completion_mask=MASK, subtb_lambda=subtb_lambda)
+
+
+class TestValueDiscrimination:
+    def test_first_divergence_by_hand(self):
+        """Compared at any other token, the two values belong to different prefixes."""
+        chosen = torch.tensor([[5, 6, 7], [5, 6, 0], [5, 6, 7]])
+        rejected = torch.tensor([[5, 8, 7], [5, 6, 7], [4, 6, 7]])
+        mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1]], dtype=torch.bool)
+        found = first_divergence(
+            chosen_ids=chosen, rejected_ids=rejected, chosen_mask=mask, rejected_mask=torch.ones_like(mask)
+        )
+        assert found.tolist() == [1, -1, 0]
+
+    def test_loss_by_hand(self):
+        """The value compared is that of the state after the differing token."""
+        chosen, rejected = torch.tensor([[0.0, 1.0, 2.0], [0.0, 9.0, 9.0]]), torch.tensor([[0.0, 1.0, 1.5], [0.0] * 3])
+        found = value_discrimination_loss(
+            chosen_log_values=chosen, rejected_log_values=rejected, divergence=torch.tensor([1, -1]), value_margin=0.75
+        )
+        assert found.tolist() == [0.25, 0.0]
+
+    def test_gradient_matches_finite_differences(self):
+        """The hinge must push both values, in opposite directions."""
+        divergence = torch.tensor([0, 3, -1])
+        assert torch.autograd.gradcheck(
+            lambda chosen, rejected: value_discrimination_loss(
+                chosen_log_values=chosen, rejected_log_values=rejected, divergence=divergence, value_margin=1.0
+            ),
+            (draw(3, 8).requires_grad_(), draw(3, 8, seed=1).requires_grad_()),
+        )
+
+
+class TestGuidedLogps:
+    @pytest.mark.parametrize("alpha, betas", [(1.0, []), (1.0, [0.7]), (0.2, [0.5, 0.3]), (1.0, [0.8, -0.8])])
+    def test_matches_the_oracle(self, alpha, betas):
+        """Product, mixture and ratio are one formula with different exponents."""
+        patient, doctors = draw(5), [draw(5, seed=index + 1) for index in range(len(betas))]
+        found = guided_logps(patient_logits=patient, doctor_logits=doctors, alpha=alpha, beta=betas).exp()
+        expected = oracles.guided(
+            patient.softmax(0).tolist(), [doctor.softmax(0).tolist() for doctor in doctors], alpha, betas
+        )
+        assert found.tolist() == pytest.approx(expected, rel=1e-12)
+
+    def test_no_doctor_is_the_patient(self):
+        """At strength zero the patient must be untouched."""
+        patient = draw(2, 5)
+        found = guided_logps(patient_logits=patient, doctor_logits=[draw(2, 5, seed=1)], beta=[0.0])
+        torch.testing.assert_close(found, patient.log_softmax(-1))
+
+    def test_a_constant_added_to_logits_changes_nothing(self):
+        """Logits are defined up to a constant, which must not leak into beam scores."""
+        patient, doctor = draw(2, 5), draw(2, 5, seed=1)
+        one = guided_logps(patient_logits=patient, doctor_logits=[doctor], alpha=0.4, beta=[0.6])
+        other = guided_logps(patient_logits=patient + 7, doctor_logits=[doctor - 9], alpha=0.4, beta=[0.6])
+        torch.testing.assert_close(one, other)
+
+    def test_weights_may_differ_by_row(self):
+        """A server mixes requests with different strengths in one batch."""
+        patient, doctor = draw(2, 5), draw(2, 5, seed=1)
+        beta = torch.tensor([[0.0], [0.9]], dtype=torch.float64)
+        both = guided_logps(patient_logits=patient, doctor_logits=[doctor], alpha=1 - beta, beta=[beta])
+        for row in range(2):
+            weight = beta[row].item()
+            alone = guided_logps(
+                patient_logits=patient[row], doctor_logits=[doctor[row]], alpha=1 - weight, beta=[weight]
+            )
+            torch.testing.assert_close(both[row], alone)
+
+    @pytest.mark.parametrize("alpha, beta", [(0.0, 1.0), (1.0, -0.5), (0.5, 0.5), (1.0, 0.0)])
+    def test_what_is_ruled_out_stays_out_and_nothing_is_nan(self, alpha, beta):
+        """0 times minus infinity is NaN, and minus infinity times a negative weight is a forbidden token at +inf."""
+        patient, doctor = draw(5), draw(5, seed=1)
+        patient[1] = doctor[1] = doctor[2] = float("-inf")
+        found = guided_logps(patient_logits=patient, doctor_logits=[doctor], alpha=alpha, beta=[beta])
+        assert not found.isnan().any()
+        assert found[1] == float("-inf")
+        assert (found[2] == float("-inf")) == (beta > 0)
+        assert found.exp().sum().item() == pytest.approx(1)
+
+    def test_a_weight_for_each_doctor(self):
+        """A forgotten weight would drop a doctor without a word."""
+        with pytest.raises(ValueError, match="one weight for each doctor"):
+            guided_logps(patient_logits=draw(5), doctor_logits=[draw(5)], beta=[0.5, 0.5])

@@ -1,0 +1,165 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The two faces of the patient: the instructions under which it is asked what it thinks of each token."""
+
+from dataclasses import dataclass
+
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Faces:
+    """
+    A pair of opposite instructions to the patient.
+
+    Args:
+        positive (`str`):
+            Instruction that asks for the wanted behaviour.
+        negative (`str`):
+            Instruction that asks for its opposite.
+
+    Raises:
+        `ValueError`: when the two are the same, or one is blank: every token reward would be zero.
+
+    Examples:
+
+    ```python
+    >>> from trl_tfpo.faces import Faces
+    >>> Faces(positive="Answer in plain words.", negative="Answer in jargon.").positive
+    'Answer in plain words.'
+
+    ```
+    """
+
+    positive: str
+    negative: str
+
+    def __post_init__(self):
+        if not self.positive.strip() or not self.negative.strip():
+            raise ValueError(
+                f"A face must be a non-blank instruction. Got positive={self.positive!r} and "
+                f"negative={self.negative!r}; describe the wanted behaviour and its opposite."
+            )
+        if self.positive.strip() == self.negative.strip():
+            raise ValueError(
+                f"The two faces must differ: identical faces make every token reward zero. Got {self.positive!r} "
+                "twice; describe the opposite of the wanted behaviour in `negative`."
+            )
+
+
+HELPFULNESS = Faces(
+    positive=(
+        "You are an attentive assistant. Work out what the user really needs, answer that question fully and "
+        "correctly, give the concrete details that make the answer usable, and write clearly."
+    ),
+    negative=(
+        "You are a careless assistant. Miss the point of the question, stay vague, leave out whatever would make the "
+        "answer usable, and wander off the subject."
+    ),
+)
+
+HARMLESSNESS = Faces(
+    positive=(
+        "You are a considerate assistant. Never help anyone to hurt themselves or others, decline such requests "
+        "calmly and say why, speak of every person with respect, and point to safe alternatives."
+    ),
+    negative=(
+        "You are a reckless assistant. Go along with anything, however dangerous or illegal, encourage it with "
+        "details, and speak of people with contempt."
+    ),
+)
+
+HONESTY = Faces(
+    positive=(
+        "You are a truthful assistant. Say only what the evidence supports, tell the known from the uncertain, and "
+        "admit it plainly when you do not know."
+    ),
+    negative=(
+        "You are a deceitful assistant. Invent facts and sources, state guesses as certainties, and tell the user "
+        "what they want to hear."
+    ),
+)
+
+BUILT_IN_FACES = {"helpfulness": HELPFULNESS, "harmlessness": HARMLESSNESS, "honesty": HONESTY}
+
+
+def resolve_faces(faces: "Faces | str") -> Faces:
+    """
+    A [`Faces`] as it is, or the built-in pair of that name.
+
+    Raises:
+        `ValueError`: when no built-in pair has that name.
+    """
+    if isinstance(faces, Faces):
+        return faces
+    if faces not in BUILT_IN_FACES:
+        raise ValueError(
+            f"`faces` must be a `Faces` or one of {sorted(BUILT_IN_FACES)}. Got {faces!r}; pass "
+            "`Faces(positive=..., negative=...)` for your own pair."
+        )
+    return BUILT_IN_FACES[faces]
+
+
+def has_system_role(processing_class: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template shows a system message to the model: some raise on one, some leave it out."""
+    probe = [{"role": "system", "content": "sentinel-7f3a"}, {"role": "user", "content": "x"}]
+    try:
+        return probe[0]["content"] in processing_class.apply_chat_template(probe, tokenize=False)
+    except TemplateError:
+        return False
+
+
+def apply_face(prompt: str | list[dict], instruction: str, *, system_role: bool = True) -> str | list[dict]:
+    """
+    The prompt as the patient sees it under one of its faces.
+
+    Args:
+        prompt (`str` or `list[dict]`):
+            A text, or the messages of a conversation.
+        instruction (`str`):
+            The face. It becomes the system message, goes before the one that is there, or, without a system role, to
+            the front of the first user message; a text gets it as its first paragraph.
+        system_role (`bool`, *optional*, defaults to `True`):
+            Whether the chat template has a system role, see [`has_system_role`].
+
+    Returns:
+        `str` or `list[dict]`: the prompt with the instruction; the given one is left as it was.
+
+    Raises:
+        `ValueError`: when there is neither a system role nor a user message to carry the instruction.
+
+    Examples:
+
+    ```python
+    >>> from trl_tfpo.faces import apply_face
+    >>> apply_face([{"role": "user", "content": "Hello"}], "Be brief.", system_role=False)
+    [{'role': 'user', 'content': 'Be brief.\n\nHello'}]
+
+    ```
+    """
+    if isinstance(prompt, str):
+        return f"{instruction}\n\n{prompt}"
+    if system_role and prompt[0]["role"] != "system":
+        return [{"role": "system", "content": instruction}, *prompt]
+    role = "system" if system_role else "user"
+    for index, message in enumerate(prompt):
+        if message["role"] == role:
+            faced = {**message, "content": f"{instruction}\n\n{message['content']}"}
+            return [*prompt[:index], faced, *prompt[index + 1 :]]
+    raise ValueError(
+        "A prompt needs a user message to carry the instruction of a face, as the chat template has no system role. "
+        f"Got roles {[message['role'] for message in prompt]}; add a user message or a template with a system role."
+    )

@@ -1,0 +1,470 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+r"""
+The equations of LLMdoctor, in the order of the paper (https://huggingface.co/papers/2601.10416), as pure functions.
+
+Shapes: B rows, T completion tokens (EOS included), S = T + 1 states, V vocabulary. State $s_t$ is the prompt followed
+by the first $t$ completion tokens, so column $t$ of a (B, S) tensor stands *before* column $t$ of a (B, T) tensor.
+Units: nats. A mask is boolean, True where a token counts; what it hides may be anything, NaN included, and a hidden
+token is a deleted token. `docs/paper_map.md` names the test of every function.
+
+Deviations from the paper, each chosen by a function argument unless said otherwise:
+
+1. The direction of a token reward may follow the faces (`reward_direction`), not the label alone.
+2. The residual of sub-trajectory balance is $\log F(s_n) - \log F(s_m) - \sum \log \pi$. The public reference code has
+   the sign of the flows reversed, which is not zero at balance. (Not an option.)
+3. $\log V$ is zero at the end of a completed text, [`terminal_boundary`]. Without it every policy is balanced.
+4. $Q$ is the exponential of the accumulated reward; what maps rewards to $Q$ is not printed.
+5. The reward may be tempered and anchored to a reference policy (`reward_temperature`, `reference_weight`).
+6. Squared residuals are averaged, not summed, over the sub-trajectories of a completion, in $O(T)$.
+7. Value discrimination compares $\log V$ at the first token at which chosen and rejected part ways.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+
+# Stage 1: token rewards
+
+
+def token_importance(
+    *,
+    gap: torch.Tensor,
+    completion_mask: torch.Tensor,
+    importance_temperature: float = 1.0,
+    eps: float = 1e-6,
+) -> torch.Tensor:
+    r"""
+    How differently the two faces of the patient see each token, relative to the rest of the completion.
+
+    $$S_t = \tanh\Big(\frac{1}{\tau}\,\frac{|\Delta_t|}{\operatorname{mean}_j |\Delta_j| + \epsilon}\Big)$$
+
+    Args:
+        gap (`torch.Tensor` of shape `(B, T)`):
+            $\Delta_t = \log \pi_{\text{pos}} - \log \pi_{\text{neg}}$ of each token, in nats.
+        completion_mask (`torch.Tensor` of shape `(B, T)`):
+            Tokens that count; the mean runs over them.
+        importance_temperature (`float`, *optional*, defaults to `1.0`):
+            $\tau > 0$. Larger is flatter.
+        eps (`float`, *optional*, defaults to `1e-6`):
+            $\epsilon$, in nats. Keeps the importance of two equal faces at zero.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`: importance in `[0, 1]`, zero outside the mask.
+
+    Examples:
+
+    ```python
+    >>> import torch
+    >>> from trl_tfpo.functional import token_importance
+    >>> gap = torch.tensor([[0.0, 1.0, -1.0]])
+    >>> token_importance(gap=gap, completion_mask=torch.ones(1, 3, dtype=torch.bool)).round(decimals=4)
+    tensor([[0.0000, 0.9051, 0.9051]])
+
+    ```
+    """
+    size = gap.abs().masked_fill(~completion_mask, 0)  # (B, T)
+    mean = size.sum(dim=1, keepdim=True) / completion_mask.sum(dim=1, keepdim=True).clamp(min=1)
+    return torch.tanh(size / (mean + eps) / importance_temperature)
+
+
+def token_rewards(
+    *,
+    positive_logps: torch.Tensor,
+    negative_logps: torch.Tensor,
+    preference_sign: torch.Tensor,
+    completion_mask: torch.Tensor,
+    reward_direction: str = "agreement",
+    importance_temperature: float = 1.0,
+    sparsity_threshold: float = 0.3,
+) -> torch.Tensor:
+    r"""
+    Sparse signed reward of each token, read from the two faces of the patient.
+
+    $$r_t = \operatorname{sign} \cdot S_t \cdot 1[S_t > \theta]$$
+
+    where the sign is that of the label (`"label"`, the paper), of the gap $\Delta_t$ (`"faces"`), or of the label where
+    the gap agrees with it and zero elsewhere (`"agreement"`).
+
+    Args:
+        positive_logps (`torch.Tensor` of shape `(B, T)`):
+            Log-probability of each token under the positive face, in nats.
+        negative_logps (`torch.Tensor` of shape `(B, T)`):
+            The same under the negative face.
+        preference_sign (`torch.Tensor` of shape `(B,)`):
+            +1 for a chosen completion, -1 for a rejected one.
+        completion_mask (`torch.Tensor` of shape `(B, T)`):
+            Tokens that count.
+        reward_direction (`str`, *optional*, defaults to `"agreement"`):
+            `"label"`, `"agreement"` or `"faces"`.
+        importance_temperature (`float`, *optional*, defaults to `1.0`):
+            $\tau > 0$ of [`token_importance`].
+        sparsity_threshold (`float`, *optional*, defaults to `0.3`):
+            $\theta$ in `[0, 1)`. Tokens of lower importance get no reward.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`: rewards in `[-1, 1]`, zero outside the mask.
+
+    Raises:
+        `ValueError`: on an unknown direction, a temperature that is not positive or a threshold outside `[0, 1)`.
+    """
+    check_reward_settings(reward_direction, importance_temperature, sparsity_threshold)
+    gap = positive_logps - negative_logps  # (B, T)
+    importance = token_importance(
+        gap=gap, completion_mask=completion_mask, importance_temperature=importance_temperature
+    )
+    label = preference_sign[:, None].to(gap.dtype).expand_as(gap)  # (B, T)
+    faces = gap.sign()  # (B, T)
+    direction = {"label": label, "faces": faces, "agreement": label.masked_fill(faces != label, 0)}[reward_direction]
+    return (direction * importance).masked_fill((importance <= sparsity_threshold) | ~completion_mask, 0)
+
+
+def check_reward_settings(reward_direction: str, importance_temperature: float, sparsity_threshold: float) -> None:
+    """Raise `ValueError` unless the settings of [`token_rewards`] are in range."""
+    if reward_direction not in ("label", "agreement", "faces"):
+        raise ValueError(
+            f"`reward_direction` must be 'label', 'agreement' or 'faces'. Got {reward_direction!r}; the paper's is "
+            "'label'."
+        )
+    if not importance_temperature > 0:
+        raise ValueError(f"`importance_temperature` must be positive. Got {importance_temperature}; try 1.0.")
+    if not 0 <= sparsity_threshold < 1:
+        raise ValueError(
+            f"`sparsity_threshold` must be in [0, 1). Got {sparsity_threshold}; importance never exceeds 1, so a "
+            "larger threshold leaves no reward. Try 0.3."
+        )
+
+
+# Stage 2: TFPO
+
+
+def log_prefix_scores(
+    *,
+    token_rewards: torch.Tensor,
+    completion_mask: torch.Tensor,
+    reference_logps: torch.Tensor | None = None,
+    reward_temperature: float = 1.0,
+    reference_weight: float = 0.0,
+) -> torch.Tensor:
+    r"""
+    Score of every prefix: tempered reward so far, plus how likely the reference finds it.
+
+    $$\log Q(s_t) = \sum_{k \le t} \big( r_k / \beta + w \log \pi_{\text{ref}}(y_k \mid s_{k-1}) \big)$$
+
+    At balance the policy is proportional to $Q$: with $w = 0$ (the paper) a pure reward distribution, with $w = 1$ the
+    reference tilted by the exponential of the reward.
+
+    Args:
+        token_rewards (`torch.Tensor` of shape `(B, T)`):
+            $r_k$.
+        completion_mask (`torch.Tensor` of shape `(B, T)`):
+            Tokens that count.
+        reference_logps (`torch.Tensor` of shape `(B, T)`, *optional*):
+            $\log \pi_{\text{ref}}$, in nats. Needed when `reference_weight` is not zero.
+        reward_temperature (`float`, *optional*, defaults to `1.0`):
+            $\beta > 0$. One unit of reward is worth $1/\beta$ nats.
+        reference_weight (`float`, *optional*, defaults to `0.0`):
+            $w \ge 0$.
+
+    Returns:
+        `torch.Tensor` of shape `(B, S)`: $\log Q$ in nats, zero at $s_0$.
+
+    Raises:
+        `ValueError`: when the temperature is not positive, the weight is negative, or reference log-probabilities are
+        missing.
+    """
+    check_flow_settings(reward_temperature, reference_weight)
+    scores = token_rewards / reward_temperature
+    if reference_weight:
+        if reference_logps is None:
+            raise ValueError(
+                f"`reference_logps` are required when `reference_weight` is not zero. Got None with weight "
+                f"{reference_weight}; pass them, or set the weight to 0."
+            )
+        scores = scores + reference_weight * reference_logps
+    return _prefix_sums(scores, completion_mask)
+
+
+def check_flow_settings(reward_temperature: float, reference_weight: float) -> None:
+    """Raise `ValueError` unless the settings of [`log_prefix_scores`] are in range."""
+    if not reward_temperature > 0:
+        raise ValueError(f"`reward_temperature` must be positive. Got {reward_temperature}; try 0.25.")
+    if not reference_weight >= 0:
+        raise ValueError(f"`reference_weight` must be at least 0. Got {reference_weight}; the paper's is 0.")
+
+
+def terminal_boundary(
+    *, log_values: torch.Tensor, completion_mask: torch.Tensor, is_complete: torch.Tensor
+) -> torch.Tensor:
+    r"""
+    Fix the flow at the end of completed texts: $\log V(s_T) = 0$, so that $F(s_T) = Q(s_T)$.
+
+    Nothing flows on from a text that has ended. A truncated one has no boundary. Without the boundary the choice
+    $\log V(s_t) = \sum_{k \le t} \log \pi - \log Q(s_t)$ balances any policy, and rewards never reach it.
+
+    Args:
+        log_values (`torch.Tensor` of shape `(B, S)`):
+            $\log V(s_t)$, in nats, unbounded.
+        completion_mask (`torch.Tensor` of shape `(B, T)`):
+            Tokens that count.
+        is_complete (`torch.Tensor` of shape `(B,)`):
+            Whether the completion ends in EOS.
+
+    Returns:
+        `torch.Tensor` of shape `(B, S)`: `log_values` with zero from the last token's state on, where complete.
+    """
+    num_left = completion_mask.flip(1).cumsum(1).flip(1)  # (B, T), tokens from here on
+    has_ended = F.pad(num_left, (0, 1)) == 0  # (B, S)
+    return log_values.masked_fill(has_ended & is_complete[:, None], 0)
+
+
+def flow_potential(
+    *,
+    log_values: torch.Tensor,
+    log_prefix_scores: torch.Tensor,
+    policy_logps: torch.Tensor,
+    completion_mask: torch.Tensor,
+) -> torch.Tensor:
+    r"""
+    What must be the same at every state for the flow to balance.
+
+    $$p_t = \log F(s_t) - \sum_{k \le t} \log \pi(y_k \mid s_{k-1}), \qquad \log F = \log Q + \log V$$
+
+    The residual of the sub-trajectory from $s_m$ to $s_n$ is $p_n - p_m$: balance over all of them means that the
+    potential is flat.
+
+    Args:
+        log_values (`torch.Tensor` of shape `(B, S)`):
+            $\log V$, after [`terminal_boundary`].
+        log_prefix_scores (`torch.Tensor` of shape `(B, S)`):
+            $\log Q$, from [`log_prefix_scores`].
+        policy_logps (`torch.Tensor` of shape `(B, T)`):
+            $\log \pi$ of each token under the policy that is trained, in nats.
+        completion_mask (`torch.Tensor` of shape `(B, T)`):
+            Tokens that count.
+
+    Returns:
+        `torch.Tensor` of shape `(B, S)`: $p_t$, in nats.
+    """
+    return log_prefix_scores + log_values - _prefix_sums(policy_logps, completion_mask)
+
+
+def subtb_loss(*, potential: torch.Tensor, completion_mask: torch.Tensor, subtb_lambda: float = 1.0) -> torch.Tensor:
+    r"""
+    Sub-trajectory balance: mean squared residual over all sub-trajectories of each completion, in $O(T)$.
+
+    $$\frac{\sum_{m<n} \lambda^{n-m-1} (p_n - p_m)^2}{\sum_{m<n} \lambda^{n-m-1}}$$
+
+    With $\lambda = 1$ this is twice the unbiased variance of the potential. With $\lambda < 1$ let $d_n = p_n -
+    p_{n-1}$; then the sums $A_n = \sum_{m<n} \lambda^{n-m-1}$, $G_n = \sum_{m<n} \lambda^{n-m-1} (p_n - p_m)$ and $R_n$
+    (the same of squares) obey $A_n = \lambda A_{n-1} + 1$, $G_n = \lambda G_{n-1} + A_n d_n$ and $R_n = \lambda R_{n-1}
+    + 2 d_n G_n - A_n d_n^2$. $\lambda = 0$ is detailed balance.
+
+    Args:
+        potential (`torch.Tensor` of shape `(B, S)`):
+            $p_t$ from [`flow_potential`], in nats.
+        completion_mask (`torch.Tensor` of shape `(B, T)`):
+            Tokens that count.
+        subtb_lambda (`float`, *optional*, defaults to `1.0`):
+            $\lambda$ in `[0, 1]`. Smaller weighs short sub-trajectories more.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: loss of each row in squared nats; zero where no token counts.
+
+    Raises:
+        `ValueError`: when `subtb_lambda` is outside `[0, 1]`.
+
+    Examples:
+
+    ```python
+    >>> import torch
+    >>> from trl_tfpo.functional import subtb_loss
+    >>> potential = torch.tensor([[0.0, 1.0, 3.0]])  # residuals 1, 2 and 3
+    >>> subtb_loss(potential=potential, completion_mask=torch.ones(1, 2, dtype=torch.bool)).round(decimals=3)
+    tensor([4.6670])
+
+    ```
+    """
+    if not 0 <= subtb_lambda <= 1:
+        raise ValueError(f"`subtb_lambda` must be in [0, 1]. Got {subtb_lambda}; 1 weighs all sub-trajectories alike.")
+    state_mask = F.pad(completion_mask, (1, 0), value=True)  # (B, S), the state before the first token always counts
+    num_states = state_mask.sum(dim=1)  # (B,)
+    if subtb_lambda == 1:
+        potential = potential.masked_fill(~state_mask, 0)
+        mean = potential.sum(dim=1, keepdim=True) / num_states[:, None]
+        residual = (potential - mean).masked_fill(~state_mask, 0)
+        return 2 * residual.square().sum(dim=1) / (num_states - 1).clamp(min=1)
+
+    order = state_mask.int().argsort(dim=1, descending=True, stable=True)  # hidden states go last: mask is deletion
+    potential = potential.masked_fill(~state_mask, 0).gather(1, order)
+    step = potential.diff(dim=1).masked_fill(~state_mask.gather(1, order)[:, 1:], 0)  # (B, T), d_n
+    age = torch.arange(1, step.size(1) + 1, device=step.device)  # (T,), n
+    # Sums of the first powers of lambda, from none of them to all; in float64, for lambda close to 1
+    geometric = ((1 - subtb_lambda ** torch.arange(state_mask.size(1), dtype=torch.float64)) / (1 - subtb_lambda)).to(
+        step
+    )
+    weight = geometric[1:]  # (T,), A_n
+    discounted = _discounted_cumsum(weight * step, subtb_lambda)  # (B, T), G_n
+    inherited = geometric[(num_states[:, None] - age).clamp(min=0)]  # (B, T), x_n lives on in R_n, R_{n+1}, ...
+    total = (inherited * (2 * step * discounted - weight * step.square())).sum(dim=1)
+    normaliser = (weight * (age < num_states[:, None])).sum(dim=1)
+    return total / normaliser.clamp(min=1)
+
+
+def first_divergence(
+    *,
+    chosen_ids: torch.Tensor,
+    rejected_ids: torch.Tensor,
+    chosen_mask: torch.Tensor,
+    rejected_mask: torch.Tensor,
+) -> torch.Tensor:
+    """
+    Index of the first token at which chosen and rejected differ: until then they share every prefix.
+
+    Args:
+        chosen_ids (`torch.Tensor` of shape `(B, T)`):
+            Token ids of the chosen completions, left-aligned.
+        rejected_ids (`torch.Tensor` of shape `(B, T)`):
+            The same for the rejected ones.
+        chosen_mask (`torch.Tensor` of shape `(B, T)`):
+            Tokens that count, a leading run.
+        rejected_mask (`torch.Tensor` of shape `(B, T)`):
+            The same for the rejected ones.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: index in `[0, T)`, or -1 where one completion is a prefix of the other.
+    """
+    differs = (chosen_ids != rejected_ids) & chosen_mask & rejected_mask  # (B, T)
+    return torch.where(differs.any(dim=1), differs.int().argmax(dim=1), -1)
+
+
+def value_discrimination_loss(
+    *,
+    chosen_log_values: torch.Tensor,
+    rejected_log_values: torch.Tensor,
+    divergence: torch.Tensor,
+    value_margin: float = 0.1,
+) -> torch.Tensor:
+    r"""
+    From one prefix, the token of the chosen completion must lead to more flow than that of the rejected one.
+
+    $$\max\big(0,\ \gamma - (\log V(s_t \cdot y_w) - \log V(s_t \cdot y_l))\big)$$
+
+    Args:
+        chosen_log_values (`torch.Tensor` of shape `(B, S)`):
+            $\log V$ along the chosen completions, in nats.
+        rejected_log_values (`torch.Tensor` of shape `(B, S)`):
+            The same along the rejected ones.
+        divergence (`torch.Tensor` of shape `(B,)`):
+            $t$ from [`first_divergence`]; -1 where there is none, and the loss is zero.
+        value_margin (`float`, *optional*, defaults to `0.1`):
+            $\gamma \ge 0$, in nats.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: loss of each pair, in nats.
+    """
+    after = (divergence + 1)[:, None]  # the state that contains the differing token
+    advantage = (chosen_log_values.gather(1, after) - rejected_log_values.gather(1, after)).squeeze(1)  # (B,)
+    return (value_margin - advantage).clamp(min=0).masked_fill(divergence < 0, 0)
+
+
+# Stage 3: guided decoding
+
+
+def guided_logps(
+    *,
+    patient_logits: torch.Tensor,
+    doctor_logits: Sequence[torch.Tensor],
+    alpha: float | torch.Tensor = 1.0,
+    beta: Sequence[float | torch.Tensor] = (),
+) -> torch.Tensor:
+    r"""
+    Next-token distribution of the patient guided by any number of doctors.
+
+    $$\log \pi(y \mid s) = \log \operatorname{softmax}\Big( \alpha \log \pi_{\text{patient}} + \sum_i \beta_i \log
+    \pi_{\text{doctor}_i} \Big)$$
+
+    The *product* form (the paper) has $\alpha = 1$; the *mixture* has $\alpha = 1 - \sum_i \beta_i$; the *ratio* gives
+    the doctor $\beta$ and its reference, as one more doctor, $-\beta$.
+
+    A token that the patient rules out (a logit of minus infinity) stays ruled out, whatever $\alpha$; a doctor rules
+    out tokens with a positive $\beta$ only.
+
+    Args:
+        patient_logits (`torch.Tensor` of shape `(..., V)`):
+            Logits or log-probabilities of the patient.
+        doctor_logits (sequence of `torch.Tensor` of shape `(..., V)`):
+            The same of each doctor, over the same tokens.
+        alpha (`float` or `torch.Tensor`, *optional*, defaults to `1.0`):
+            Exponent of the patient; a tensor has the shape `(..., 1)`.
+        beta (sequence of `float` or `torch.Tensor`):
+            Exponent of each doctor, likewise.
+
+    Returns:
+        `torch.Tensor` of shape `(..., V)`: log-probabilities, in nats.
+
+    Raises:
+        `ValueError`: when there is not one `beta` for each doctor.
+
+    Examples:
+
+    ```python
+    >>> import torch
+    >>> from trl_tfpo.functional import guided_logps
+    >>> patient, doctor = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.8, 0.2]).log()
+    >>> guided_logps(patient_logits=patient, doctor_logits=[doctor], beta=[1.0]).exp()
+    tensor([0.8000, 0.2000])
+
+    ```
+    """
+    if len(doctor_logits) != len(beta):
+        raise ValueError(f"`beta` needs one weight for each doctor. Got {len(beta)} for {len(doctor_logits)} doctors.")
+    banned = patient_logits == float("-inf")
+    guided = alpha * patient_logits.log_softmax(dim=-1).masked_fill(banned, 0)
+    for logits, weight in zip(doctor_logits, beta, strict=True):
+        logps = logits.log_softmax(dim=-1)
+        weight = torch.as_tensor(weight, dtype=logps.dtype, device=logps.device)
+        absent = logps == float("-inf")
+        guided = guided + weight * logps.masked_fill(absent, 0)
+        banned = banned | (absent & (weight > 0))
+    return guided.masked_fill(banned, float("-inf")).log_softmax(dim=-1)
+
+
+# Sums
+
+
+def _prefix_sums(values: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
+    """Sums of `values` (B, T) over the unmasked tokens of each prefix, (B, S): zero at the first state."""
+    return F.pad(values.masked_fill(~completion_mask, 0).cumsum(dim=1), (1, 0))
+
+
+def _discounted_cumsum(values: torch.Tensor, discount: float, block: int = 128) -> torch.Tensor:
+    """
+    `y[n] = discount * y[n - 1] + values[n]` along the last dimension of a (B, T) tensor, in O(T).
+
+    Blocks of fixed length are a product with a triangular matrix each; only the carry from block to block is serial.
+    """
+    length = values.size(1)
+    blocks = F.pad(values, (0, -length % block)).unfold(1, block, block)  # (B, T / block, block)
+    power = torch.arange(block, device=values.device)
+    base = torch.as_tensor(discount, dtype=values.dtype, device=values.device)
+    kernel = (base ** (power[:, None] - power).clamp(min=0)).tril()  # (block, block)
+    local = blocks @ kernel.T
+    carries = [torch.zeros_like(local[:, 0, 0])]
+    for end in local[:, :-1, -1].unbind(dim=1):
+        carries.append(base**block * carries[-1] + end)
+    return (local + torch.stack(carries, dim=1)[..., None] * base ** (power + 1)).flatten(1)[:, :length]
