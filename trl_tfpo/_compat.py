@@ -1,0 +1,68 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Names taken from TRL that are not part of its public interface, each with the reason it is needed.
+
+`tests/test_upstream.py` checks that every one of them still behaves as the package relies on.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate.utils import is_peft_model
+from transformers import PreTrainedModel
+from trl.trainer import add_fused_lm_head
+from trl.trainer.base_config import _BaseConfig  # defaults and help texts shared by all TRL configs
+from trl.trainer.base_trainer import _BaseTrainer  # model card, loss scaling flag and tags of all TRL trainers
+from trl.trainer.utils import create_model_from_path  # dtype and device rules for models given by name
+
+
+__all__ = ["_BaseConfig", "_BaseTrainer", "create_model_from_path", "fused_lm_head", "unwrap_peft"]
+
+
+def unwrap_peft(model: PreTrainedModel) -> PreTrainedModel:
+    """The transformers model inside a `PeftModel`, or the model itself."""
+    return model.get_base_model() if is_peft_model(model) else model
+
+
+@contextmanager
+def fused_lm_head(model: PreTrainedModel) -> Iterator[None]:
+    """
+    Within the context `model(..., labels=labels, fused_lm_head=True).log_probs` gives per-token log-probabilities
+    without ever holding the (tokens, vocabulary) logits. TRL's helper patches for good; this one takes it back.
+    """
+    base = unwrap_peft(model)
+    patched = base.__dict__.get("forward")
+    add_fused_lm_head(base)
+    try:
+        yield
+    finally:
+        if patched is None:
+            del base.forward
+        else:
+            base.forward = patched
+
+
+@contextmanager
+def inference(model: torch.nn.Module) -> Iterator[None]:
+    """Within the context the model is in eval mode and records no gradients; its mode comes back afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)

@@ -1,0 +1,208 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""From annotated preference pairs to the tensors the doctor is trained on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import get_worker_info
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.data.data_collator import DataCollatorMixin
+
+from . import functional
+from .faces import Faces, has_system_role, resolve_faces
+from .token_rewards import check_patient, score_token_rewards
+from .tokenization import FACE_COLUMNS, eos_token_ids, tokenize_pair
+
+
+@dataclass
+class TokenRewardCollator(DataCollatorMixin):
+    """
+    Batch of preference pairs with a reward for each completion token.
+
+    It reads the rewards from the columns that [`annotate_token_rewards`] wrote or, given a patient, asks the patient
+    as each batch is formed: the same numbers, at the price of keeping the patient loaded during training. P pairs make
+    2P rows, the chosen ones first, padded on the right; L tokens in a row, T in a completion.
+
+    Args:
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer of patient and doctor. Defaults to the one saved with the patient.
+        patient ([`~transformers.PreTrainedModel`], *optional*):
+            Frozen model to ask. Needs `faces`, and a data loader without worker processes.
+        faces ([`~trl_tfpo.faces.Faces`] or `str`, *optional*):
+            Pair of opposite instructions for the patient, or the name of a built-in one.
+        reward_fn (`Callable`, *optional*, defaults to [`~trl_tfpo.functional.token_rewards`]):
+            Only with a patient, see [`annotate_token_rewards`]. Set options with `functools.partial`.
+        max_length (`int`, *optional*):
+            Rows are cut to this many tokens, and rewards with the same slice as ids. By default nothing is cut.
+        pad_to_multiple_of (`int`, *optional*):
+            Pad L to a multiple of this.
+        batch_size (`int`, *optional*, defaults to `16`):
+            Sequences in one forward of the patient.
+
+    Returns, when called with a list of P examples, a `dict` of `torch.Tensor`:
+        - `input_ids`, `attention_mask` (2P, L), and `completion_mask` (2P, L), boolean;
+        - `token_rewards` (2P, T), left-aligned on the completion, float32;
+        - `is_complete` (2P,), boolean: whether the completion ends in EOS;
+        - `gaps` (2P, T): positive minus negative log-probability, in nats, if the examples have them;
+        - `reference_logps` (2P, T), in nats, if the examples have `chosen_ref_logps` and `rejected_ref_logps`.
+
+    Raises:
+        `ValueError`: when an example has another number of rewards than tokens, or a prompt of `max_length` or more;
+        when a patient is to be asked from a worker process or without faces.
+
+    Examples:
+
+    ```python
+    >>> from trl_tfpo import TokenRewardCollator
+    >>> from trl_tfpo.testbed import load_world
+    >>> collator = TokenRewardCollator(processing_class=load_world().tokenizer)
+    >>> pair = {
+    ...     "prompt_ids": [5, 6],
+    ...     "chosen_ids": [7, 8, 9],
+    ...     "rejected_ids": [7],
+    ...     "chosen_token_rewards": [0.0, 0.9, 0.0],
+    ...     "rejected_token_rewards": [-0.5],
+    ... }
+    >>> batch = collator([pair])
+    >>> batch["completion_mask"].int()
+    tensor([[0, 0, 1, 1, 1],
+            [0, 0, 1, 0, 0]], dtype=torch.int32)
+    >>> batch["token_rewards"]
+    tensor([[ 0.0000,  0.9000,  0.0000],
+            [-0.5000,  0.0000,  0.0000]])
+
+    ```
+    """
+
+    processing_class: PreTrainedTokenizerBase | None = None
+    patient: PreTrainedModel | None = None
+    faces: Faces | str | None = None
+    reward_fn: Callable[..., torch.Tensor] = functional.token_rewards
+    max_length: int | None = None
+    pad_to_multiple_of: int | None = None
+    batch_size: int = 16
+    return_tensors: str = "pt"
+
+    def __post_init__(self):
+        if self.patient is None:
+            if self.processing_class is None:
+                raise ValueError(
+                    "`TokenRewardCollator` needs a `processing_class` or a `patient`. Got neither; pass one."
+                )
+        else:
+            if self.faces is None:
+                raise ValueError(
+                    "`TokenRewardCollator` needs `faces` to ask a patient. Got None; pass "
+                    "`Faces(positive=..., negative=...)` or the name of a built-in pair."
+                )
+            self.faces = resolve_faces(self.faces)
+            if self.processing_class is None:
+                self.processing_class = AutoTokenizer.from_pretrained(self.patient.config._name_or_path)
+            check_patient(self.patient, self.processing_class)
+        self.eos_token_ids = eos_token_ids(self.processing_class, self.patient)
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        if self.patient is not None:
+            examples = self._ask_patient(examples)
+        rows = [self._row(example, name) for name in ("chosen", "rejected") for example in examples]  # 2P
+
+        input_ids = [row["prompt_ids"] + row["completion_ids"] for row in rows]
+        length = max(len(ids) for ids in input_ids)
+        if self.pad_to_multiple_of:
+            length += -length % self.pad_to_multiple_of
+        position = torch.arange(length)
+        prompt_lengths = torch.tensor([len(row["prompt_ids"]) for row in rows])
+        lengths = torch.tensor([len(ids) for ids in input_ids])
+        attention_mask = position < lengths[:, None]  # (2P, L)
+        pad_token_id = self.processing_class.pad_token_id
+        padded = torch.full(attention_mask.shape, self.eos_token_ids[0] if pad_token_id is None else pad_token_id)
+        padded[attention_mask] = torch.tensor([token_id for ids in input_ids for token_id in ids])
+        batch = {
+            "input_ids": padded,
+            "attention_mask": attention_mask.long(),
+            "completion_mask": attention_mask & (position >= prompt_lengths[:, None]),
+            "is_complete": torch.tensor([row["completion_ids"][-1] in self.eos_token_ids for row in rows]),
+        }
+        for name in ("token_rewards", "gaps", "reference_logps"):
+            if name in rows[0]:
+                values = [torch.as_tensor(row[name], dtype=torch.float32) for row in rows]
+                batch[name] = pad_sequence(values, batch_first=True)  # (2P, T)
+        return batch
+
+    def _row(self, example: dict[str, Any], name: str) -> dict[str, list]:
+        """One completion of a pair, cut to the length it may have."""
+        prompt_ids, completion_ids = list(example["prompt_ids"]), list(example[f"{name}_ids"])
+        if self.max_length is not None and len(prompt_ids) >= self.max_length:
+            raise ValueError(
+                f"A prompt must be shorter than `max_length`, or no completion token is left. Got {len(prompt_ids)} "
+                f"tokens with `max_length`={self.max_length}; raise it, or leave the pair out."
+            )
+        room = slice(None if self.max_length is None else self.max_length - len(prompt_ids))
+        row = {"prompt_ids": prompt_ids, "completion_ids": completion_ids[room]}
+        columns = {"token_rewards": "token_rewards", "gaps": "gaps", "reference_logps": "ref_logps"}
+        for key, column in columns.items():
+            values = example.get(f"{name}_{column}")
+            if values is None:
+                continue
+            if len(values) != len(completion_ids):
+                raise ValueError(
+                    f"`{name}_{column}` must have one entry for each completion token. Got {len(values)} for "
+                    f"{len(completion_ids)} tokens; was the dataset annotated with another tokenizer?"
+                )
+            row[key] = values[room]
+        return row
+
+    def _ask_patient(self, examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The examples with the rewards the patient gives them now."""
+        if get_worker_info() is not None:
+            raise ValueError(
+                "A `TokenRewardCollator` with a patient must run in the main process: a model cannot be shared with "
+                "worker processes. Set `dataloader_num_workers=0`, or annotate the dataset beforehand with "
+                "`annotate_token_rewards`."
+            )
+        examples = [
+            example if FACE_COLUMNS[0] in example else {**example, **self._tokenize(example)} for example in examples
+        ]
+        columns = {
+            name: [example[name] for example in examples] for name in ["chosen_ids", "rejected_ids", *FACE_COLUMNS]
+        }
+        rewards, gaps = score_token_rewards(
+            columns, patient=self.patient, reward_fn=self.reward_fn, batch_size=self.batch_size
+        )
+        num_pairs = len(examples)
+        return [
+            {
+                **example,
+                "chosen_token_rewards": rewards[index],
+                "rejected_token_rewards": rewards[num_pairs + index],
+                "chosen_gaps": gaps[index],
+                "rejected_gaps": gaps[num_pairs + index],
+            }
+            for index, example in enumerate(examples)
+        ]
+
+    def _tokenize(self, example: dict[str, Any]) -> dict[str, list[int]]:
+        return tokenize_pair(
+            example,
+            self.processing_class,
+            faces=self.faces,
+            system_role=self.processing_class.chat_template is not None and has_system_role(self.processing_class),
+            eos_token_ids=self.eos_token_ids,
+            max_length=self.max_length,
+        )

@@ -1,0 +1,206 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The doctor: a causal language model with a scalar value head that exists only while it is trained."""
+
+import functools
+import json
+import os
+import types
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import is_peft_model
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import ModelOutput, cached_file
+from trl.trainer import add_fused_lm_head
+
+from ._compat import unwrap_peft
+
+
+VALUE_HEAD = "value_head"
+
+
+@dataclass
+class DoctorOutput(ModelOutput):
+    """
+    What the doctor says about the completions of a batch, left-aligned: B rows, T tokens, S = T + 1 states.
+
+    Args:
+        doctor_logps (`torch.Tensor` of shape `(B, T)`):
+            Log-probability of each completion token, in nats, float32. Arbitrary outside the mask.
+        log_values (`torch.Tensor` of shape `(B, S)`):
+            Value head at each state, log V in nats, float32. Arbitrary outside the mask.
+        completion_ids (`torch.Tensor` of shape `(B, T)`):
+            The completion tokens themselves.
+        completion_mask (`torch.Tensor` of shape `(B, T)`):
+            Which of them are real.
+    """
+
+    doctor_logps: torch.Tensor | None = None
+    log_values: torch.Tensor | None = None
+    completion_ids: torch.Tensor | None = None
+    completion_mask: torch.Tensor | None = None
+
+
+class ValueHead(torch.nn.Linear):
+    """
+    Linear map from the last hidden state to log V, in nats. Starts at zero; always computed in float32.
+
+    Args:
+        hidden_size (`int`):
+            Size of the hidden states.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__(hidden_size, 1, dtype=torch.float32)
+        torch.nn.init.zeros_(self.weight)
+        torch.nn.init.zeros_(self.bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return F.linear(hidden_states.float(), self.weight.float(), self.bias.float()).squeeze(-1)
+
+
+def add_value_head(model: PreTrainedModel) -> None:
+    """
+    Turn a causal language model, or a `PeftModel` of one, into a doctor, in place.
+
+    `model(input_ids, attention_mask, completion_mask=mask)` then returns a [`DoctorOutput`], where `mask` of shape
+    `(B, L)` marks the completion in each row (one run of tokens, at least one token after the start of the row).
+    Without `completion_mask` the forward is the original one, so `generate` is unchanged. The head is the submodule
+    `value_head`: it is saved with the model, and ignored when the folder is loaded as a plain causal language model.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The language model. Given a `PeftModel`, the head is trained and saved with the active adapter.
+    """
+    base = unwrap_peft(model)
+    if not hasattr(base, VALUE_HEAD):
+        head = ValueHead(base.config.get_text_config().hidden_size)
+        setattr(base, VALUE_HEAD, head.to(base.get_input_embeddings().weight.device))
+        if is_peft_model(model):
+            config = model.peft_config[model.active_adapter]
+            config.modules_to_save = [*(config.modules_to_save or []), VALUE_HEAD]
+            model.set_additional_trainable_modules(config, model.active_adapter)
+    add_fused_lm_head(base)
+    fused_forward = base.forward
+
+    @functools.wraps(type(base).forward)
+    def forward(self, *args, completion_mask=None, **kwargs):
+        if completion_mask is None:
+            return fused_forward(*args, **kwargs)
+        captured = []
+        hook = self.base_model.register_forward_hook(lambda _, __, output: captured.append(output.last_hidden_state))
+        try:
+            labels = kwargs["input_ids"].masked_fill(~completion_mask, -100)
+            log_probs = fused_forward(*args, labels=labels, fused_lm_head=True, **kwargs).log_probs  # (B, L - 1)
+        finally:
+            hook.remove()
+        log_values = getattr(self, VALUE_HEAD)(captured[0]).to(log_probs.device)  # (B, L)
+        states, token_mask = locate_completions(completion_mask)
+        return DoctorOutput(
+            doctor_logps=log_probs.float().gather(1, states[:, :-1].clamp(max=log_probs.size(1) - 1)),
+            log_values=log_values.gather(1, states),
+            completion_ids=kwargs["input_ids"].gather(1, states[:, 1:]),
+            completion_mask=token_mask,
+        )
+
+    base.forward = types.MethodType(forward, base)
+
+
+def locate_completions(completion_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Where in each row the states of its completion are read.
+
+    Args:
+        completion_mask (`torch.Tensor` of shape `(B, L)`):
+            One run of completion tokens in each row, not at its start.
+
+    Returns:
+        `torch.Tensor` of shape `(B, S)`: position of the last token of each state, clamped to the row; and
+        `torch.Tensor` of shape `(B, T)`: which completion tokens are real.
+    """
+    num_tokens = completion_mask.sum(dim=1)  # (B,)
+    start = completion_mask.int().argmax(dim=1)  # (B,)
+    step = torch.arange(int(num_tokens.max()) + 1, device=completion_mask.device)  # (S,)
+    positions = start[:, None] - 1 + step  # (B, S)
+    return positions.clamp(min=0, max=completion_mask.size(1) - 1), step[:-1] < num_tokens[:, None]
+
+
+def load_doctor(path: str | os.PathLike, with_value_head: bool = True, **kwargs) -> PreTrainedModel:
+    """
+    Load a trained doctor together with its value head, to go on training or to inspect the flow.
+
+    For decoding the head is not needed: `AutoModelForCausalLM.from_pretrained(path)` does.
+
+    Args:
+        path (`str`):
+            Folder or Hub id that [`TFPOTrainer`] saved: a full model or an adapter.
+        with_value_head (`bool`, *optional*, defaults to `True`):
+            Whether to restore the value head.
+        kwargs:
+            Passed to `from_pretrained` of the language model.
+
+    Returns:
+        [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]: the doctor, in eval mode.
+
+    Raises:
+        `ValueError`: when there is no value head at `path`.
+    """
+    adapter_config = cached_file(path, "adapter_config.json", _raise_exceptions_for_missing_entries=False)
+    if adapter_config is not None:
+        from peft import PeftModel
+
+        with open(adapter_config, encoding="utf-8") as file:
+            config = json.load(file)
+        base = AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"], **kwargs)
+        if with_value_head:
+            if VALUE_HEAD not in (config.get("modules_to_save") or []):
+                raise _no_value_head(path)
+            add_value_head(base)
+        return PeftModel.from_pretrained(base, path)
+
+    model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    if with_value_head:
+        add_value_head(model)
+        getattr(model, VALUE_HEAD).load_state_dict(_read_value_head(path))
+    return model.eval()
+
+
+def _read_value_head(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """The tensors of the value head in a saved full model, sharded or not."""
+    file_names = ["model.safetensors"]
+    index = cached_file(path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+    if index is not None:
+        with open(index, encoding="utf-8") as file:
+            weight_map = json.load(file)["weight_map"]
+        file_names = sorted({name for key, name in weight_map.items() if key.startswith(f"{VALUE_HEAD}.")})
+    state = {}
+    for name in file_names:
+        with safe_open(cached_file(path, name), framework="pt") as tensors:
+            keys = [key for key in tensors.keys() if key.startswith(f"{VALUE_HEAD}.")]
+            state.update({key.removeprefix(f"{VALUE_HEAD}."): tensors.get_tensor(key) for key in keys})
+    if not state:
+        raise _no_value_head(path)
+    return state
+
+
+def _no_value_head(path: str | os.PathLike) -> ValueError:
+    return ValueError(
+        f"`load_doctor` needs a model that was saved with a value head. Got {str(path)!r}, which has none; pass "
+        "`with_value_head=False`, or a folder saved by `TFPOTrainer`."
+    )

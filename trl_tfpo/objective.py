@@ -1,0 +1,119 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What the doctor is trained on: sub-trajectory balance plus value discrimination (Stage 2 of LLMdoctor)."""
+
+import torch
+
+from .functional import (
+    first_divergence,
+    flow_potential,
+    log_prefix_scores,
+    subtb_loss,
+    terminal_boundary,
+    value_discrimination_loss,
+)
+
+
+def tfpo_objective(
+    *,
+    doctor_logps: torch.Tensor,
+    log_values: torch.Tensor,
+    token_rewards: torch.Tensor,
+    completion_ids: torch.Tensor,
+    completion_mask: torch.Tensor,
+    is_complete: torch.Tensor,
+    reference_logps: torch.Tensor | None = None,
+    reward_temperature: float = 0.25,
+    reference_weight: float = 1.0,
+    subtb_lambda: float = 1.0,
+    value_loss_weight: float = 0.1,
+    value_margin: float = 0.1,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    r"""
+    Token-level flow-guided preference optimization of a batch of pairs.
+
+    $$L = L_{\text{SubTB}} + \lambda L_{\text{value}}$$
+
+    Any callable with the same tensors as keyword arguments can take its place in [`TFPOTrainer`]. P pairs give B = 2P
+    rows, the chosen ones first; T tokens, S = T + 1 states.
+
+    Args:
+        doctor_logps (`torch.Tensor` of shape `(B, T)`):
+            Log-probability of each token under the doctor, in nats.
+        log_values (`torch.Tensor` of shape `(B, S)`):
+            Value head at each state, in nats.
+        token_rewards (`torch.Tensor` of shape `(B, T)`):
+            Reward of each token.
+        completion_ids (`torch.Tensor` of shape `(B, T)`):
+            The tokens.
+        completion_mask (`torch.Tensor` of shape `(B, T)`):
+            Which of them are real.
+        is_complete (`torch.Tensor` of shape `(B,)`):
+            Whether the completion ends in EOS, rather than being cut.
+        reference_logps (`torch.Tensor` of shape `(B, T)`, *optional*):
+            Log-probability of each token under the doctor before training, in nats.
+        reward_temperature (`float`, *optional*, defaults to `0.25`):
+            Rewards are divided by it, see [`~trl_tfpo.functional.log_prefix_scores`].
+        reference_weight (`float`, *optional*, defaults to `1.0`):
+            Exponent of the reference in the target; 0 is the paper.
+        subtb_lambda (`float`, *optional*, defaults to `1.0`):
+            Decay of the weight of long sub-trajectories, see [`~trl_tfpo.functional.subtb_loss`].
+        value_loss_weight (`float`, *optional*, defaults to `0.1`):
+            $\lambda$, weight of the value discrimination loss.
+        value_margin (`float`, *optional*, defaults to `0.1`):
+            $\gamma$, in nats.
+
+    Returns:
+        `torch.Tensor`: the loss, a scalar, mean over pairs; and `dict[str, torch.Tensor]`: metrics, detached scalars.
+    """
+    log_values = terminal_boundary(log_values=log_values, completion_mask=completion_mask, is_complete=is_complete)
+    scores = log_prefix_scores(
+        token_rewards=token_rewards,
+        completion_mask=completion_mask,
+        reference_logps=reference_logps,
+        reward_temperature=reward_temperature,
+        reference_weight=reference_weight,
+    )
+    potential = flow_potential(
+        log_values=log_values,
+        log_prefix_scores=scores,
+        policy_logps=doctor_logps,
+        completion_mask=completion_mask,
+    )
+    subtb = subtb_loss(potential=potential, completion_mask=completion_mask, subtb_lambda=subtb_lambda).mean()
+
+    chosen_ids, rejected_ids = completion_ids.chunk(2)
+    chosen_mask, rejected_mask = completion_mask.chunk(2)
+    chosen_log_values, rejected_log_values = log_values.chunk(2)
+    value = value_discrimination_loss(
+        chosen_log_values=chosen_log_values,
+        rejected_log_values=rejected_log_values,
+        divergence=first_divergence(
+            chosen_ids=chosen_ids,
+            rejected_ids=rejected_ids,
+            chosen_mask=chosen_mask,
+            rejected_mask=rejected_mask,
+        ),
+        value_margin=value_margin,
+    ).mean()
+
+    uniform = subtb_loss(potential=potential.detach(), completion_mask=completion_mask)  # twice the variance
+    metrics = {
+        "loss/subtb": subtb,
+        "loss/value": value,
+        "flow/potential_std": (uniform / 2).sqrt().mean(),
+        "values/start": log_values[:, 0].mean(),
+    }
+    return subtb + value_loss_weight * value, {name: metric.detach() for name, metric in metrics.items()}

@@ -1,0 +1,166 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Settings of [`TFPOTrainer`]."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ._compat import _BaseConfig
+from .functional import check_flow_settings, check_reward_settings
+
+
+@dataclass
+class TFPOConfig(_BaseConfig):
+    r"""
+    Settings of the [`TFPOTrainer`], on top of those of [`~transformers.TrainingArguments`].
+
+    The published method is `TFPOConfig(reward_direction="label", reference_weight=0.0)`, decoded with `alpha=1.0`.
+
+    Parameters:
+        > Parameters that control the models
+
+        model_init_kwargs (`dict` or `str`, *optional*):
+            Keyword arguments of `from_pretrained` when the doctor is given by name.
+        patient_model_init_kwargs (`dict` or `str`, *optional*):
+            The same for the patient. Its `dtype` is `"auto"` unless given.
+        disable_dropout (`bool`, *optional*, defaults to `True`):
+            Whether the doctor is trained without dropout.
+
+        > Parameters that control the data
+
+        max_length (`int`, *optional*, defaults to `1024`):
+            Longest sequence of prompt and completion, in tokens; completions are cut at the end. `None`: no limit.
+        drop_unusable (`bool`, *optional*, defaults to `False`):
+            Whether to leave out pairs with an empty prompt or completion, or a prompt of `max_length` or more tokens,
+            rather than to raise.
+        pad_to_multiple_of (`int`, *optional*):
+            Pad batches to a multiple of this many tokens.
+        scoring_batch_size (`int`, *optional*, defaults to `16`):
+            Sequences in one forward of the patient, and of the reference, before training.
+
+        > Parameters that control the token rewards
+
+        reward_direction (`str`, *optional*, defaults to `"agreement"`):
+            Sign of a token reward: `"label"` (the paper), `"faces"`, or `"agreement"`, the label where the faces agree
+            with it and zero elsewhere.
+        importance_temperature (`float`, *optional*, defaults to `1.0`):
+            $\tau > 0$. Larger makes the importance of tokens more even.
+        sparsity_threshold (`float`, *optional*, defaults to `0.3`):
+            $\theta$ in `[0, 1)`. Tokens of lower importance have no reward.
+
+        > Parameters that control the objective
+
+        reward_temperature (`float`, *optional*, defaults to `0.25`):
+            A reward of 1 is worth `1 / reward_temperature` nats.
+        reference_weight (`float`, *optional*, defaults to `1.0`):
+            Exponent of the reference (the doctor before training) in what the doctor learns; 0 is the paper. When
+            positive, the reference scores the dataset once before training.
+        subtb_lambda (`float`, *optional*, defaults to `1.0`):
+            Sub-trajectories of n tokens weigh `subtb_lambda ** n`, in `[0, 1]`.
+        value_loss_weight (`float`, *optional*, defaults to `0.1`):
+            $\lambda \ge 0$, weight of the value discrimination loss.
+        value_margin (`float`, *optional*, defaults to `0.1`):
+            $\gamma \ge 0$, its margin in nats.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~transformers.TrainingArguments`]:
+    > - `logging_steps`: Defaults to `10` instead of `500`.
+    > - `gradient_checkpointing`: Defaults to `True` instead of `False`.
+    > - `bf16`: Defaults to `True` on an accelerator if `fp16` is not set, instead of `False`.
+
+    Raises:
+        `ValueError`: when a parameter is out of its range.
+    """
+
+    _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs", "patient_model_init_kwargs"]
+
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keyword arguments of `from_pretrained` when the doctor is given by name."}
+    )
+    patient_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Keyword arguments of `from_pretrained` when the patient is given by name."},
+    )
+    disable_dropout: bool = field(default=True, metadata={"help": "Whether the doctor is trained without dropout."})
+    max_length: int | None = field(
+        default=1024,
+        metadata={"help": "Longest sequence of prompt and completion, in tokens; completions are cut at the end."},
+    )
+    drop_unusable: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to leave out pairs with an empty prompt or completion, or a prompt of `max_length` or "
+            "more tokens, rather than to raise."
+        },
+    )
+    pad_to_multiple_of: int | None = field(
+        default=None, metadata={"help": "Pad batches to a multiple of this many tokens."}
+    )
+    scoring_batch_size: int = field(
+        default=16,
+        metadata={"help": "Sequences in one forward of the patient, and of the reference, before training."},
+    )
+    reward_direction: str = field(
+        default="agreement",
+        metadata={
+            "help": "Sign of a token reward: 'label' (the paper), 'faces', or 'agreement', the label where the faces "
+            "agree with it and zero elsewhere."
+        },
+    )
+    importance_temperature: float = field(
+        default=1.0, metadata={"help": "tau in the paper. Larger makes the importance of tokens more even."}
+    )
+    sparsity_threshold: float = field(
+        default=0.3, metadata={"help": "theta in the paper, in [0, 1). Less important tokens have no reward."}
+    )
+    reward_temperature: float = field(
+        default=0.25, metadata={"help": "A token reward of 1 is worth 1 / reward_temperature nats."}
+    )
+    reference_weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "Exponent of the reference (the doctor before training) in what the doctor learns; 0 is the "
+            "paper. When positive, the reference scores the dataset once before training."
+        },
+    )
+    subtb_lambda: float = field(
+        default=1.0, metadata={"help": "Sub-trajectories of n tokens weigh subtb_lambda ** n, in [0, 1]."}
+    )
+    value_loss_weight: float = field(
+        default=0.1, metadata={"help": "lambda in the paper, weight of the value discrimination loss."}
+    )
+    value_margin: float = field(
+        default=0.1, metadata={"help": "gamma in the paper, margin of the value discrimination loss in nats."}
+    )
+
+    def __post_init__(self):
+        check_reward_settings(self.reward_direction, self.importance_temperature, self.sparsity_threshold)
+        check_flow_settings(self.reward_temperature, self.reference_weight)
+        if not 0 <= self.subtb_lambda <= 1:
+            raise ValueError(
+                f"`subtb_lambda` must be in [0, 1]. Got {self.subtb_lambda}; 1 weighs all sub-trajectories alike."
+            )
+        for name in ("value_loss_weight", "value_margin"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"`{name}` must be at least 0. Got {getattr(self, name)}; try 0.1.")
+        for name in ("max_length", "pad_to_multiple_of", "scoring_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1 token or sequence. Got {value}; leave it out.")
+        if self.bf16 is None:  # TRL's default of True is an error on a machine without an accelerator
+            self.bf16 = not self.fp16 and torch.accelerator.is_available()
+        super().__post_init__()

@@ -1,0 +1,613 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Training a doctor: preference pairs in, a small model that can guide the patient out."""
+
+import copy
+import gc
+import textwrap
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import is_peft_model, set_seed
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets.fingerprint import Hasher
+from huggingface_hub import ModelCard
+from transformers import (
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
+from transformers.data.data_collator import DataCollator
+from trl.trainer import disable_dropout_in_model
+
+from . import functional
+from ._compat import _BaseTrainer, create_model_from_path
+from .data_collator import TokenRewardCollator
+from .faces import Faces
+from .modeling_doctor import VALUE_HEAD, add_value_head
+from .objective import tfpo_objective
+from .tfpo_config import TFPOConfig
+from .token_rewards import (
+    GAP_COLUMNS,
+    REWARD_COLUMNS,
+    add_scores,
+    annotate_token_rewards,
+    annotation_settings,
+    model_fingerprint,
+    score_completions,
+)
+from .tokenization import FACE_COLUMNS, ID_COLUMNS, eos_token_ids, tokenize_preferences
+from .tokenizer_identity import tokenizer_fingerprint
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+
+REFERENCE_COLUMNS = ["chosen_ref_logps", "rejected_ref_logps"]
+AnyDataset = Dataset | IterableDataset | DatasetDict | IterableDatasetDict | dict
+
+
+class TFPOTrainer(_BaseTrainer):
+    """
+    Trainer for token-level flow-guided preference optimization, the method of the paper
+    [LLMdoctor](https://huggingface.co/papers/2601.10416).
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The doctor: a causal language model with the patient's tokenizer, or its name or path.
+        patient_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            Frozen language model that gives token rewards to datasets without them. Not needed, and not kept, once
+            the datasets are annotated.
+        args ([`TFPOConfig`], *optional*):
+            Settings. Defaults to `TFPOConfig("<model name>-TFPO")`.
+        data_collator ([`~transformers.DataCollator`], *optional*):
+            Defaults to a [`TokenRewardCollator`] that reads annotated columns. One with a patient asks it batch by
+            batch instead, and no dataset is annotated.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Preference dataset of any of TRL's formats, or one annotated by [`annotate_token_rewards`], which is used
+            as it is. A streamed one must be annotated, and needs `reference_weight=0`.
+        eval_dataset ([`~datasets.Dataset`], or `dict` of them, *optional*):
+            The same, for evaluation.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer of doctor and patient. Defaults to the doctor's.
+        compute_metrics (`Callable`, *optional*):
+            As in [`~transformers.Trainer`]; it receives no predictions.
+        callbacks (list of [`~transformers.TrainerCallback`], *optional*):
+            As in [`~transformers.Trainer`].
+        optimizers (`tuple`, *optional*):
+            As in [`~transformers.Trainer`].
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            For a doctor given by name.
+        patient_quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            For a patient given by name.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Train an adapter. The value head is trained and saved with it.
+        faces ([`~trl_tfpo.faces.Faces`] or `str`, *optional*):
+            Pair of opposite instructions for the patient, or `"helpfulness"`, `"harmlessness"`, `"honesty"`. Needed
+            to annotate a dataset.
+        reward_fn (`Callable`, *optional*):
+            Replaces [`~trl_tfpo.functional.token_rewards`] when a dataset is annotated.
+        objective (`Callable`, *optional*):
+            Replaces [`~trl_tfpo.objective.tfpo_objective`]: keyword-only tensors in, `(loss, metrics)` out.
+
+    Raises:
+        `ValueError`: when doctor, patient, tokenizer, datasets and settings do not fit together; each message says
+        why and what to do.
+
+    Examples:
+
+    ```python
+    >>> from trl_tfpo import TFPOConfig, TFPOTrainer
+    >>> from trl_tfpo.testbed import load_world
+    >>> world = load_world()
+    >>> trainer = TFPOTrainer(
+    ...     model=world.doctor,
+    ...     patient_model=world.patient,
+    ...     args=TFPOConfig("runs/docs", max_steps=1, report_to="none", disable_tqdm=True),
+    ...     train_dataset=world.preference_dataset("praise", num_pairs=8, seed=0),
+    ...     processing_class=world.tokenizer,
+    ...     faces=world.attributes["praise"].faces,
+    ... )
+    >>> trainer.train().global_step
+    1
+
+    ```
+    """
+
+    _tag_names = ["trl", "tfpo", "trl-tfpo"]
+    _name = "TFPO"
+    _paper = {
+        "title": "LLMdoctor: Token-Level Flow-Guided Preference Optimization for Efficient Test-Time Alignment of "
+        "Large Language Models",
+        "id": "2601.10416",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @inproceedings{llmdoctor2026,
+                title     = {{LLMdoctor: Token-Level Flow-Guided Preference Optimization for Efficient Test-Time Alignment of Large Language Models}},
+                year      = 2026,
+                booktitle = {Proceedings of the AAAI Conference on Artificial Intelligence},
+                eprint    = {2601.10416},
+            }"""),
+    }
+    loss_is_scaled_for_ga = False  # a mean over pairs: the Trainer divides it by the number of accumulation steps
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        patient_model: str | PreTrainedModel | None = None,
+        args: TFPOConfig | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: AnyDataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        patient_quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: "PeftConfig | None" = None,
+        faces: Faces | str | None = None,
+        reward_fn: Callable[..., torch.Tensor] | None = None,
+        objective: Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]] | None = None,
+    ):
+        # Args
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = TFPOConfig(f"{name.split('/')[-1]}-TFPO")
+        if train_dataset is None:
+            raise ValueError("`train_dataset` is required. Got None; pass a preference dataset.")
+        if isinstance(train_dataset, IterableDataset):
+            args.accelerator_config.dispatch_batches = False  # batches of different lengths cannot be concatenated
+
+        # Model
+        set_seed(args.seed)  # adapters start at random
+        model = self._load(model, "model", args.model_init_kwargs, quantization_config, args)
+        if model.config.is_encoder_decoder:
+            raise ValueError(
+                f"The doctor must be a causal language model. Got the encoder-decoder {type(model).__name__}; use a "
+                "decoder-only model of the patient's family."
+            )
+
+        # Processing class
+        if processing_class is None:
+            processing_class = AutoTokenizer.from_pretrained(
+                model.config._name_or_path, trust_remote_code=args.trust_remote_code
+            )
+        if not isinstance(processing_class, PreTrainedTokenizerBase):
+            raise ValueError(
+                "`processing_class` must be a tokenizer: token rewards are defined for text only. Got a "
+                f"`{type(processing_class).__name__}`; pass its `tokenizer` and a text dataset."
+            )
+        if processing_class.pad_token is None:
+            processing_class.pad_token = processing_class.eos_token
+        model.config.get_text_config().pad_token_id = processing_class.pad_token_id
+        model.generation_config.pad_token_id = processing_class.pad_token_id
+        num_embeddings = model.get_input_embeddings().weight.shape[0]
+        if len(processing_class) > num_embeddings:
+            raise ValueError(
+                "The doctor must have an embedding for every token of the tokenizer. Got "
+                f"{num_embeddings} embeddings for {len(processing_class)} tokens; use a doctor of the patient's family."
+            )
+
+        # Value head and PEFT
+        model = self._add_value_head(model, peft_config, args)
+        if args.disable_dropout:
+            disable_dropout_in_model(model)
+
+        # Rewards and objective
+        self.faces = faces
+        self.reward_fn = reward_fn or partial(
+            functional.token_rewards,
+            reward_direction=args.reward_direction,
+            importance_temperature=args.importance_temperature,
+            sparsity_threshold=args.sparsity_threshold,
+        )
+        self.objective = objective or partial(
+            tfpo_objective,
+            reward_temperature=args.reward_temperature,
+            reference_weight=args.reference_weight,
+            subtb_lambda=args.subtb_lambda,
+            value_loss_weight=args.value_loss_weight,
+            value_margin=args.value_margin,
+        )
+
+        # Data collator
+        if data_collator is None:
+            data_collator = TokenRewardCollator(
+                processing_class, max_length=args.max_length, pad_to_multiple_of=args.pad_to_multiple_of
+            )
+        self._online_faces = data_collator.faces if isinstance(data_collator, TokenRewardCollator) else None
+        if self._online_faces and args.dataloader_num_workers > 0:
+            raise ValueError(
+                "A `TokenRewardCollator` with a patient must run in the main process. Got "
+                f"`dataloader_num_workers={args.dataloader_num_workers}`; set it to 0, or annotate the dataset "
+                "beforehand with `annotate_token_rewards`."
+            )
+
+        # Dataset
+        self.patient_model = patient_model
+        self._patient_name = patient_model if isinstance(patient_model, str) else None
+        self._patient_quantization_config = patient_quantization_config
+        self._eos_token_ids = eos_token_ids(processing_class, model)
+        train_dataset = self._annotate(train_dataset, processing_class, args)
+        eval_dataset = self._annotate(eval_dataset, processing_class, args)
+        self._check_some_completion_ends(train_dataset)
+        self._free_patient()
+
+        # Trainer
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"TFPOTrainer does not support `nn.DataParallel`, which `Trainer` uses for the {self.args.n_gpu} GPUs "
+                "visible to one process. Use `accelerate launch`, or set `CUDA_VISIBLE_DEVICES` to a single GPU."
+            )
+
+        # Reference log-probabilities
+        self._reference_fingerprint = model_fingerprint(self.model) if args.reference_weight else None
+        self.train_dataset = self._add_reference_logps(self.train_dataset)
+        self.eval_dataset = self._add_reference_logps(self.eval_dataset)
+
+        # Metrics
+        self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._metric_key_prefix = "eval"
+        self.model.add_model_tags(self._tag_names)
+
+    # Models
+
+    @staticmethod
+    def _load(
+        model: str | PreTrainedModel,
+        name: str,
+        init_kwargs: dict | None,
+        quantization_config: BitsAndBytesConfig | None,
+        args: TFPOConfig,
+        **defaults,
+    ) -> PreTrainedModel:
+        """A model given by name or path, loaded; a model as it is."""
+        if not isinstance(model, str):
+            if quantization_config is not None:
+                raise ValueError(
+                    f"A quantization config applies to a `{name}` given by name or path. Got a loaded "
+                    f"{type(model).__name__}; quantize it when you load it."
+                )
+            return model
+        init_kwargs = {**defaults, "trust_remote_code": args.trust_remote_code, **(init_kwargs or {})}
+        if quantization_config is not None:
+            init_kwargs["quantization_config"] = quantization_config
+        if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
+            init_kwargs["device_map"] = None
+        return create_model_from_path(model, **init_kwargs)
+
+    @staticmethod
+    def _add_value_head(
+        model: "PreTrainedModel | PeftModel", peft_config: "PeftConfig | None", args: TFPOConfig
+    ) -> "PreTrainedModel | PeftModel":
+        """The doctor with its value head, and with a new adapter if there is a config for one."""
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            if is_peft_model(model):
+                raise ValueError(
+                    "`peft_config` makes a new adapter. Got a `PeftModel` as well; pass one or the other, or merge the "
+                    "adapter with `merge_and_unload()` first."
+                )
+            if peft_config.is_prompt_learning:
+                raise ValueError(
+                    "Prompt learning adds tokens that patient and decoding do not see. Got "
+                    f"{type(peft_config).__name__}; use an adapter of the weights, such as `LoraConfig`."
+                )
+            add_value_head(model)
+            peft_config = copy.deepcopy(peft_config)  # the caller's stays as it is
+            peft_config.modules_to_save = [*(peft_config.modules_to_save or []), VALUE_HEAD]
+            model = get_peft_model(model, peft_config)
+        else:
+            add_value_head(model)
+        if is_peft_model(model):
+            from peft.tuners.tuners_utils import BaseTunerLayer
+
+            if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+                raise ValueError(
+                    "An adapter on `lm_head` would not be trained: log-probabilities are computed from "
+                    "`lm_head.weight` directly. Got one; remove 'lm_head' from `target_modules`."
+                )
+            if args.gradient_checkpointing:
+                model.enable_input_require_grads()
+        return model
+
+    def _get_patient(self, args: TFPOConfig) -> PreTrainedModel:
+        """The patient, loaded when it is first needed."""
+        if self.patient_model is None:
+            raise ValueError(
+                "A dataset without token rewards needs a patient to annotate it. Got `patient_model=None`; pass one, "
+                f"or a dataset with the columns {ID_COLUMNS + REWARD_COLUMNS} from `annotate_token_rewards`. A patient "
+                "given as a model is let go once the datasets given with it are annotated."
+            )
+        if self.faces is None:
+            raise ValueError(
+                "A dataset without token rewards needs `faces` to be annotated. Got None; pass "
+                "`Faces(positive=..., negative=...)` or the name of a built-in pair."
+            )
+        self.patient_model = self._load(
+            self.patient_model,
+            "patient_model",
+            args.patient_model_init_kwargs,
+            self._patient_quantization_config,
+            args,
+            dtype="auto",
+        )
+        return self.patient_model
+
+    def _free_patient(self) -> None:
+        """Let the patient go; one given by name can be loaded again."""
+        self.patient_model = self._patient_name
+        gc.collect()
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
+
+    # Data
+
+    def _annotate(
+        self, dataset: AnyDataset | None, processing_class: PreTrainedTokenizerBase, args: TFPOConfig
+    ) -> AnyDataset | None:
+        """The dataset with token rewards, from wherever they come; with token ids only if the collator asks for them."""
+        if dataset is None:
+            return None
+        if isinstance(dataset, dict):
+            return {name: self._annotate(split, processing_class, args) for name, split in dataset.items()}
+        columns = set(dataset.column_names or next(iter(dataset)))
+        if self._online_faces:
+            if FACE_COLUMNS[0] in columns:
+                return dataset
+            return tokenize_preferences(
+                dataset,
+                processing_class,
+                faces=self._online_faces,
+                eos_token_ids=self._eos_token_ids,
+                max_length=args.max_length,
+                drop_unusable=args.drop_unusable,
+            )
+        if columns.issuperset(ID_COLUMNS + REWARD_COLUMNS):
+            self._check_annotated_for(dataset, processing_class)
+            return dataset
+        if isinstance(dataset, IterableDataset):
+            raise ValueError(
+                "A streamed dataset must have token rewards already. Got an `IterableDataset` with the columns "
+                f"{sorted(columns)}; annotate it with `annotate_token_rewards`, or use a `TokenRewardCollator` with a "
+                "patient."
+            )
+        return annotate_token_rewards(
+            dataset,
+            self._get_patient(args),
+            processing_class,
+            faces=self.faces,
+            reward_fn=self.reward_fn,
+            max_length=args.max_length,
+            drop_unusable=args.drop_unusable,
+            batch_size=args.scoring_batch_size,
+        )
+
+    @staticmethod
+    def _check_annotated_for(dataset: Dataset | IterableDataset, processing_class: PreTrainedTokenizerBase) -> None:
+        settings = annotation_settings(dataset) or {}
+        if settings.get("tokenizer") not in (None, tokenizer_fingerprint(processing_class)):
+            raise ValueError(
+                "A dataset must be annotated with the doctor's tokenizer. Got token ids of another one (vocabulary "
+                f"{settings['tokenizer'][:8]}, patient {settings.get('patient')!r}); annotate it again with this "
+                "tokenizer, or use a doctor of the patient's family."
+            )
+
+    def _check_some_completion_ends(self, dataset: Dataset | IterableDataset) -> None:
+        head = dataset.take(1000)
+        if not any(row[name][-1:] and row[name][-1] in self._eos_token_ids for row in head for name in ID_COLUMNS[1:]):
+            raise ValueError(
+                "Some completions must end in EOS: without the boundary there every policy balances the flow, and "
+                f"rewards do not reach the doctor. Got none that end in one of the ids {self._eos_token_ids}; use a chat "
+                "template that closes the assistant's turn with EOS, or raise `max_length`."
+            )
+
+    def _add_reference_logps(self, dataset: AnyDataset | None) -> AnyDataset | None:
+        """The dataset with the log-probabilities of the doctor before training, cached."""
+        if dataset is None or not self.args.reference_weight:
+            return dataset
+        if isinstance(dataset, dict):
+            return {name: self._add_reference_logps(split) for name, split in dataset.items()}
+        if set(REFERENCE_COLUMNS) <= set(dataset.column_names or next(iter(dataset))):
+            return dataset
+        if isinstance(dataset, IterableDataset):
+            raise ValueError(
+                f"With `reference_weight={self.args.reference_weight}` the reference scores the dataset before "
+                "training, which a streamed dataset does not allow. Load it with `streaming=False`, or set "
+                "`reference_weight=0`."
+            )
+        if self.state.global_step > 0:
+            raise ValueError(
+                "The reference is the doctor before training, and it has been trained since. Got a new dataset without "
+                f"the columns {REFERENCE_COLUMNS}; pass it as `eval_dataset` when the trainer is made."
+            )
+        return add_scores(
+            dataset,
+            self._score_reference,
+            fingerprint=Hasher.hash((dataset._fingerprint, self._reference_fingerprint, "reference")),
+            columns=REFERENCE_COLUMNS,
+            desc="Scoring the reference",
+        )
+
+    def _score_reference(self, batch: dict[str, list]) -> dict[str, list]:
+        with self.model.disable_adapter() if is_peft_model(self.model) else nullcontext():
+            logps = score_completions(
+                self.model,
+                batch["prompt_ids"] * 2,
+                batch["chosen_ids"] + batch["rejected_ids"],
+                batch_size=self.args.scoring_batch_size,
+            )
+        num_pairs = len(batch["prompt_ids"])
+        logps = [row.numpy() for row in logps]
+        return dict(zip(REFERENCE_COLUMNS, (logps[:num_pairs], logps[num_pairs:]), strict=True))
+
+    def _set_signature_columns_if_needed(self):
+        # What the collator reads, not what the model's forward takes
+        if self._signature_columns is None:
+            self._signature_columns = [
+                *ID_COLUMNS,
+                *REWARD_COLUMNS,
+                *GAP_COLUMNS,
+                *FACE_COLUMNS,
+                *REFERENCE_COLUMNS,
+            ]
+
+    def _prepare_inputs(self, inputs: dict) -> dict:
+        # DeepSpeed's half precision would cast token rewards and log-probabilities as well; only ids need moving
+        return {name: tensor.to(self.args.device) for name, tensor in inputs.items()}
+
+    # Loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            completion_mask=inputs["completion_mask"],
+        )
+        loss, metrics = self.objective(
+            **outputs,
+            token_rewards=inputs["token_rewards"],
+            is_complete=inputs["is_complete"],
+            reference_logps=inputs.get("reference_logps"),
+        )
+        if not loss.isfinite():
+            raise ValueError(
+                f"The loss must be finite. Got {loss.item()} at step {self.state.global_step}; lower `learning_rate`, "
+                "raise `reward_temperature`, or train in float32 or bfloat16."
+            )
+        self._record(metrics | self._describe_batch(outputs, inputs))
+        return (loss, outputs) if return_outputs else loss
+
+    @staticmethod
+    def _describe_batch(outputs: dict, inputs: dict) -> dict[str, torch.Tensor]:
+        """Metrics that do not depend on the objective."""
+        mask = outputs["completion_mask"]
+        rewards = inputs["token_rewards"].masked_fill(~mask, 0)
+        chosen_rewards, rejected_rewards = rewards.sum(dim=1).chunk(2)
+        chosen_logps, rejected_logps = outputs["doctor_logps"].detach().masked_fill(~mask, 0).sum(dim=1).chunk(2)
+        metrics = {
+            "rewards/sparsity": 1 - (rewards != 0).sum() / mask.sum(),
+            "rewards/chosen": chosen_rewards.mean(),
+            "rewards/rejected": rejected_rewards.mean(),
+            "logps/chosen": chosen_logps.mean(),
+            "logps/rejected": rejected_logps.mean(),
+        }
+        if "gaps" in inputs:
+            chosen_gaps, rejected_gaps = inputs["gaps"].masked_fill(~mask, 0).chunk(2)
+            agreeing = chosen_gaps.clamp(min=0).sum() + (-rejected_gaps).clamp(min=0).sum()
+            metrics["rewards/agreement"] = agreeing / inputs["gaps"].masked_fill(~mask, 0).abs().sum().clamp(min=1e-6)
+        return metrics
+
+    def _record(self, metrics: dict[str, torch.Tensor]) -> None:
+        mode = "train" if self.model.training else "eval"
+        names = sorted(metrics)
+        values = torch.stack([metrics[name].float() for name in names])[None]  # (1, metrics), on every process alike
+        for name, value in zip(names, self.accelerator.gather(values).mean(dim=0).tolist(), strict=True):
+            self._metrics[mode][name].append(value)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        prefix = f"{self._metric_key_prefix}_" if mode == "eval" else ""
+        # In place: `evaluate` returns this dict, so that `metric_for_best_model` can name any of the metrics
+        logs.update({f"{prefix}{name}": sum(values) / len(values) for name, values in self._metrics[mode].items()})
+        self._metrics[mode].clear()
+        super().log(logs, start_time)
+
+    # Evaluation
+
+    def evaluate(
+        self,
+        eval_dataset: AnyDataset | str | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        self._metric_key_prefix = metric_key_prefix
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if isinstance(eval_dataset, dict):
+            metrics = {}
+            for name, split in eval_dataset.items():
+                metrics |= self.evaluate(split, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
+        eval_dataset = self._add_reference_logps(self._annotate(eval_dataset, self.processing_class, self.args))
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        return loss.detach(), None, None
+
+    # Saving
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """TRL's model card, and how the model is used: as a doctor, next to a patient."""
+        super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
+        if not self.is_world_process_zero():
+            return
+        path = Path(self.args.output_dir) / "README.md"
+        card = ModelCard.load(path)
+        card.text += DOCTOR_CARD.format(doctor=self.hub_model_id or model_name or Path(self.args.output_dir).name)
+        card.save(path)
+
+    def _save_checkpoint(self, model, trial):
+        name = self.args.hub_model_id or Path(self.args.output_dir).name
+        self.create_model_card(model_name=name.split("/")[-1])
+        super()._save_checkpoint(model, trial)
+
+
+DOCTOR_CARD = """
+
+## Use as a doctor
+
+This model guides a larger one with the same tokenizer, the patient, at decoding time:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl_tfpo import DoctorGuidedLogitsProcessor
+
+patient = AutoModelForCausalLM.from_pretrained("<the patient>")
+doctor = AutoModelForCausalLM.from_pretrained("{doctor}")
+tokenizer = AutoTokenizer.from_pretrained("<the patient>")
+
+inputs = tokenizer("How do I boil an egg?", return_tensors="pt")
+processor = DoctorGuidedLogitsProcessor(doctor, beta=0.5, attention_mask=inputs["attention_mask"])
+outputs = patient.generate(**inputs, logits_processor=[processor])
+```
+"""

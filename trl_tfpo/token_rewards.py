@@ -1,0 +1,400 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""From preferences between texts to rewards of tokens: the patient is read under its two faces (Stage 1 of LLMdoctor)."""
+
+import inspect
+import json
+from collections.abc import Callable
+from functools import partial
+
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, concatenate_datasets
+from datasets.fingerprint import Hasher
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+from . import functional
+from ._compat import create_model_from_path, fused_lm_head, inference
+from .faces import Faces, resolve_faces
+from .tokenization import FACE_COLUMNS, eos_token_ids, tokenize_preferences
+from .tokenizer_identity import check_same_tokenizer, tokenizer_fingerprint
+
+
+REWARD_COLUMNS = ["chosen_token_rewards", "rejected_token_rewards"]
+GAP_COLUMNS = ["chosen_gaps", "rejected_gaps"]
+SETTINGS_KEY = "trl_tfpo settings: "
+
+
+def annotate_token_rewards(
+    dataset: Dataset | DatasetDict,
+    patient: str | PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    *,
+    faces: Faces | str,
+    reward_fn: Callable[..., torch.Tensor] = functional.token_rewards,
+    max_length: int | None = None,
+    drop_unusable: bool = False,
+    batch_size: int = 16,
+    **reward_settings,
+) -> Dataset | DatasetDict:
+    """
+    Give every token of a preference dataset a reward, by asking a frozen patient what its two faces think of it.
+
+    The patient scores token ids: the completion's ids are the same under both faces and for the doctor. Under
+    `accelerate launch` every process scores its share, and all get the whole result.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.DatasetDict`]):
+            Any preference dataset of TRL: standard or conversational, with an explicit or implicit prompt.
+        patient (`str` or [`~transformers.PreTrainedModel`]):
+            Causal language model, or its name or path. Only read: never trained, its weights never change.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the patient and of the doctor.
+        faces ([`~trl_tfpo.faces.Faces`] or `str`):
+            Pair of opposite instructions, or `"helpfulness"`, `"harmlessness"`, `"honesty"`.
+        reward_fn (`Callable`, *optional*, defaults to [`~trl_tfpo.functional.token_rewards`]):
+            Takes the keyword arguments `positive_logps`, `negative_logps` (B, T) in nats, `preference_sign` (B,) and
+            `completion_mask` (B, T), and returns rewards (B, T).
+        max_length (`int`, *optional*):
+            Completions are cut so that prompt and completion have at most this many tokens. By default nothing is cut.
+        drop_unusable (`bool`, *optional*, defaults to `False`):
+            Whether to leave out pairs with an empty completion, an empty prompt, or a prompt of `max_length` tokens or
+            more, rather than to raise.
+        batch_size (`int`, *optional*, defaults to `16`):
+            Sequences in one forward of the patient; a pair makes four.
+        reward_settings:
+            Further keyword arguments of `reward_fn`, such as `reward_direction` and `sparsity_threshold`.
+
+    Returns:
+        [`~datasets.Dataset`] or [`~datasets.DatasetDict`]: the dataset with `prompt_ids`, `chosen_ids`,
+        `rejected_ids`, `chosen_token_rewards`, `rejected_token_rewards` (one reward for each token of the completion)
+        and `chosen_gaps`, `rejected_gaps` (positive minus negative log-probability, in nats). The settings are kept in
+        its info, see [`annotation_settings`].
+
+    Raises:
+        `ValueError`: when the dataset is streamed, has images or lacks the columns; when a pair is unusable; when the
+        patient's log-probabilities are not finite; when all rewards are zero.
+
+    Examples:
+
+    ```python
+    >>> from trl_tfpo import annotate_token_rewards
+    >>> from trl_tfpo.testbed import load_world
+    >>> world = load_world()
+    >>> dataset = world.preference_dataset("praise", num_pairs=4, seed=0)
+    >>> annotated = annotate_token_rewards(
+    ...     dataset, world.patient, world.tokenizer, faces=world.attributes["praise"].faces
+    ... )
+    >>> len(annotated[0]["chosen_ids"]) == len(annotated[0]["chosen_token_rewards"])
+    True
+
+    ```
+    """
+    if isinstance(dataset, (IterableDataset, IterableDatasetDict)):
+        raise ValueError(
+            "`annotate_token_rewards` reads a dataset more than once, so it cannot be streamed. Got an "
+            f"`{type(dataset).__name__}`; load it with `streaming=False`, or ask the patient batch by batch with "
+            "`TokenRewardCollator(patient=...)`."
+        )
+    if isinstance(patient, str):
+        patient = create_model_from_path(patient, dtype="auto")
+    check_patient(patient, processing_class)
+    settings = {
+        "faces": vars(resolve_faces(faces)),
+        "reward": describe(partial(reward_fn, **reward_settings)),
+        "max_length": max_length,
+        "patient": patient.config._name_or_path,
+        "tokenizer": tokenizer_fingerprint(processing_class),
+    }
+    if isinstance(dataset, DatasetDict):
+        return DatasetDict(
+            {
+                name: annotate_token_rewards(
+                    split,
+                    patient,
+                    processing_class,
+                    faces=faces,
+                    reward_fn=reward_fn,
+                    max_length=max_length,
+                    drop_unusable=drop_unusable,
+                    batch_size=batch_size,
+                    **reward_settings,
+                )
+                for name, split in dataset.items()
+            }
+        )
+
+    tokenized = tokenize_preferences(
+        dataset,
+        processing_class,
+        faces=resolve_faces(faces),
+        eos_token_ids=eos_token_ids(processing_class, patient),
+        max_length=max_length,
+        drop_unusable=drop_unusable,
+    )
+    annotated = add_scores(
+        tokenized,
+        partial(_score_pairs, patient=patient, reward_fn=partial(reward_fn, **reward_settings), batch_size=batch_size),
+        fingerprint=Hasher.hash((tokenized._fingerprint, model_fingerprint(patient), settings)),
+        columns=REWARD_COLUMNS + GAP_COLUMNS,
+        desc="Annotating token rewards",
+    ).remove_columns(FACE_COLUMNS)
+
+    table = annotated.data
+    if not any(pc.any(pc.not_equal(pc.list_flatten(table.column(name)), 0.0)).as_py() for name in REWARD_COLUMNS):
+        raise ValueError(
+            "At least one token must have a reward that is not zero. All are: the patient's two faces do not differ on "
+            "this dataset, or no token passes the `sparsity_threshold`. Use faces the patient understands, a lower "
+            "threshold, or a stronger patient."
+        )
+    annotated.info.description = f"{annotated.info.description}\n{SETTINGS_KEY}{json.dumps(settings)}".strip()
+    return annotated
+
+
+def annotation_settings(dataset: Dataset) -> dict | None:
+    """The settings [`annotate_token_rewards`] left in the dataset's info, or None where there are none."""
+    for line in reversed((dataset.info.description or "").splitlines()):
+        if line.startswith(SETTINGS_KEY):
+            return json.loads(line.removeprefix(SETTINGS_KEY))
+    return None
+
+
+def check_patient(patient: PreTrainedModel, processing_class: PreTrainedTokenizerBase) -> None:
+    """Raise `ValueError` unless the patient is a causal language model for this tokenizer."""
+    if isinstance(processing_class, ProcessorMixin):
+        raise ValueError(
+            "Token rewards are defined for text only. Got a multimodal processor; pass its `tokenizer` and a text dataset."
+        )
+    if patient.config.is_encoder_decoder:
+        raise ValueError(
+            "The patient must be a causal language model: its completion continues the prompt. Got the encoder-decoder "
+            f"{type(patient).__name__}; use a decoder-only model."
+        )
+    own_tokenizer = _tokenizer_of(patient)
+    if own_tokenizer is not None:
+        check_same_tokenizer(own_tokenizer, processing_class)
+    num_embeddings = patient.get_input_embeddings().weight.shape[0]
+    if len(processing_class) > num_embeddings:
+        raise ValueError(
+            "The patient must have an embedding for every token of the tokenizer. Got "
+            f"{num_embeddings} embeddings for {len(processing_class)} tokens; pass the patient's own tokenizer."
+        )
+
+
+def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+    """The tokenizer saved where the model came from, or None where there is none."""
+    if not model.config._name_or_path:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(model.config._name_or_path)
+    except (OSError, ValueError):
+        return None
+
+
+# Scores
+
+
+def add_scores(
+    dataset: Dataset, function: Callable[[dict], dict], *, fingerprint: str, columns: list[str], desc: str
+) -> Dataset:
+    """
+    Add columns of one float for each completion token, each process computing its share, cached under `fingerprint`.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Tokenized preferences.
+        function (`Callable`):
+            From a batch of rows to the new columns.
+        fingerprint (`str`):
+            Identifies the result: the same on every process, another when anything that matters differs.
+        columns (`list[str]`):
+            The new columns.
+        desc (`str`):
+            Label of the progress bar.
+
+    Returns:
+        [`~datasets.Dataset`]: the dataset with the columns.
+    """
+    state = PartialState()
+    if not state.is_main_process:
+        datasets.disable_progress_bars()
+    shard = dataset.shard(num_shards=state.num_processes, index=state.process_index, contiguous=True)
+    scores = shard.map(
+        function,
+        batched=True,
+        batch_size=256,
+        remove_columns=dataset.column_names,
+        new_fingerprint=f"{fingerprint}-{state.process_index}-of-{state.num_processes}",
+        features=datasets.Features({name: datasets.List(datasets.Value("float32")) for name in columns}),
+        desc=desc,
+    )
+    datasets.enable_progress_bars()
+    if state.num_processes > 1:
+        scores = Dataset(pa.concat_tables(gather_object([scores.with_format("arrow")[:]])), fingerprint=fingerprint)
+    return concatenate_datasets([dataset, scores], axis=1)
+
+
+def _score_pairs(
+    batch: dict[str, list],
+    *,
+    patient: PreTrainedModel,
+    reward_fn: Callable[..., torch.Tensor],
+    batch_size: int,
+) -> dict[str, list]:
+    """Rewards and gaps of a batch of tokenized pairs."""
+    rewards, gaps = score_token_rewards(batch, patient=patient, reward_fn=reward_fn, batch_size=batch_size)
+    num_pairs = len(batch["prompt_ids"])
+    rewards, gaps = [row.numpy() for row in rewards], [row.numpy() for row in gaps]
+    return {
+        "chosen_token_rewards": rewards[:num_pairs],
+        "rejected_token_rewards": rewards[num_pairs:],
+        "chosen_gaps": gaps[:num_pairs],
+        "rejected_gaps": gaps[num_pairs:],
+    }
+
+
+def score_token_rewards(
+    batch: dict[str, list],
+    *,
+    patient: PreTrainedModel,
+    reward_fn: Callable[..., torch.Tensor],
+    batch_size: int,
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """
+    Token rewards of P tokenized pairs, read from the patient.
+
+    Args:
+        batch (`dict[str, list]`):
+            `chosen_ids`, `rejected_ids`, `positive_prompt_ids` and `negative_prompt_ids` of P pairs.
+        patient ([`~transformers.PreTrainedModel`]):
+            The frozen model that is read.
+        reward_fn (`Callable`):
+            See [`annotate_token_rewards`].
+        batch_size (`int`):
+            Sequences in one forward.
+
+    Returns:
+        two lists of 2P `torch.Tensor` of shape `(T_i,)`, the chosen first: rewards, and gaps in nats.
+
+    Raises:
+        `ValueError`: when a log-probability is not finite, or `reward_fn` returns another shape or values not finite.
+    """
+    completions = batch["chosen_ids"] + batch["rejected_ids"]  # 2P
+    num_rows = len(completions)
+    logps = score_completions(
+        patient,
+        batch["positive_prompt_ids"] * 2 + batch["negative_prompt_ids"] * 2,
+        completions * 2,
+        batch_size=batch_size,
+    )  # 4P
+    padded = torch.nn.utils.rnn.pad_sequence(logps, batch_first=True)  # (4P, T)
+    positive_logps, negative_logps = padded.chunk(2)  # (2P, T)
+    lengths = torch.tensor([len(ids) for ids in completions])
+    completion_mask = torch.arange(padded.size(1)) < lengths[:, None]
+    preference_sign = torch.ones(num_rows).masked_fill(torch.arange(num_rows) >= num_rows // 2, -1)
+    rewards = reward_fn(
+        positive_logps=positive_logps,
+        negative_logps=negative_logps,
+        preference_sign=preference_sign,
+        completion_mask=completion_mask,
+    )
+    if rewards.shape != completion_mask.shape or not rewards[completion_mask].isfinite().all():
+        raise ValueError(
+            f"`reward_fn` must return one finite reward for each token, shape {tuple(completion_mask.shape)}. Got shape "
+            f"{tuple(rewards.shape)} with {int((~rewards.isfinite()).sum())} values that are not finite; correct it."
+        )
+    gaps = positive_logps - negative_logps
+    return (
+        [row[:length].float() for row, length in zip(rewards, lengths, strict=True)],
+        [row[:length] for row, length in zip(gaps, lengths, strict=True)],
+    )
+
+
+def score_completions(
+    model: PreTrainedModel, prompt_ids: list[list[int]], completion_ids: list[list[int]], *, batch_size: int
+) -> list[torch.Tensor]:
+    """
+    Log-probability of every completion token after its prompt.
+
+    Sequences of similar length share a forward; the (tokens, vocabulary) logits are never held.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Causal language model; read in eval mode, without gradients.
+        prompt_ids (`list[list[int]]`):
+            At least one token each.
+        completion_ids (`list[list[int]]`):
+            One completion for each prompt.
+        batch_size (`int`):
+            Sequences in one forward.
+
+    Returns:
+        `list[torch.Tensor]` of shape `(T_i,)`: log-probabilities in nats, float32, on the CPU, in the given order.
+
+    Raises:
+        `ValueError`: when a log-probability is not finite.
+    """
+    sequences = [prompt + completion for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
+    order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
+    device = model.get_input_embeddings().weight.device
+    logps: list[torch.Tensor | None] = [None] * len(sequences)
+    with inference(model), fused_lm_head(model):
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            tokens = [torch.tensor(sequences[row]) for row in rows]
+            input_ids = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(device)  # (B, L)
+            lengths = torch.tensor([len(sequences[row]) for row in rows], device=device)
+            prompt_lengths = torch.tensor([len(prompt_ids[row]) for row in rows], device=device)
+            position = torch.arange(input_ids.size(1), device=device)
+            attention_mask = position < lengths[:, None]
+            labels = input_ids.masked_fill(~attention_mask | (position < prompt_lengths[:, None]), -100)
+            log_probs = model(
+                input_ids=input_ids, attention_mask=attention_mask.long(), labels=labels, fused_lm_head=True
+            ).log_probs.float()  # (B, L - 1)
+            for row, scored in zip(rows, log_probs.cpu(), strict=True):
+                logps[row] = scored[len(prompt_ids[row]) - 1 : len(sequences[row]) - 1]
+    for row, scored in enumerate(logps):
+        if not scored.isfinite().all():
+            raise ValueError(
+                f"Log-probabilities must be finite. {type(model).__name__} gives {scored[~scored.isfinite()][0].item()} "
+                f"to a token of sequence {row} ({len(sequences[row])} tokens); load it in float32 or bfloat16, and "
+                "check its weights and that no token of the data is masked out."
+            )
+    return logps
+
+
+def model_fingerprint(model: PreTrainedModel) -> str:
+    """Hash of the model's configuration and weights: other weights, another fingerprint."""
+    hasher = Hasher()
+    hasher.update(model.config.to_json_string())
+    for name, tensor in sorted(model.state_dict().items()):
+        hasher.update(name)
+        hasher.m.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return hasher.hexdigest()
+
+
+def describe(function: partial) -> dict:
+    """Name and settings of a callable, defaults included, as plain values that identify it."""
+    parameters = inspect.signature(function).parameters.values()
+    settings = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    inner = function.func
+    return {
+        "function": f"{inner.__module__}.{inner.__qualname__}",
+        **{k: v for k, v in settings.items() if v is not None},
+    }
