@@ -90,12 +90,15 @@ def add_value_head(model: PreTrainedModel) -> None:
     """
     base = unwrap_peft(model)
     if not hasattr(base, VALUE_HEAD):
-        head = ValueHead(base.config.get_text_config().hidden_size)
-        setattr(base, VALUE_HEAD, head.to(base.get_input_embeddings().weight.device))
+        head = ValueHead(base.config.get_text_config().hidden_size).to(base.get_input_embeddings().weight.device)
         if is_peft_model(model):
+            from peft.utils import ModulesToSaveWrapper
+
             config = model.peft_config[model.active_adapter]
             config.modules_to_save = [*(config.modules_to_save or []), VALUE_HEAD]
-            model.set_additional_trainable_modules(config, model.active_adapter)
+            head = ModulesToSaveWrapper(head, model.active_adapter)
+            head.set_adapter(model.active_adapter)
+        setattr(base, VALUE_HEAD, head)
     add_fused_lm_head(base)
     fused_forward = base.forward
 
@@ -106,8 +109,8 @@ def add_value_head(model: PreTrainedModel) -> None:
         captured = []
         hook = self.base_model.register_forward_hook(lambda _, __, output: captured.append(output.last_hidden_state))
         try:
-            labels = kwargs["input_ids"].masked_fill(~completion_mask, -100)
-            log_probs = fused_forward(*args, labels=labels, fused_lm_head=True, **kwargs).log_probs  # (B, L - 1)
+            kwargs["labels"] = kwargs["input_ids"].masked_fill(~completion_mask, -100)
+            log_probs = fused_forward(*args, fused_lm_head=True, **kwargs).log_probs  # (B, L - 1)
         finally:
             hook.remove()
         log_values = getattr(self, VALUE_HEAD)(captured[0]).to(log_probs.device)  # (B, L)

@@ -37,6 +37,8 @@ class TFPOConfig(_BaseConfig):
             Keyword arguments of `from_pretrained` when the doctor is given by name.
         patient_model_init_kwargs (`dict` or `str`, *optional*):
             The same for the patient. Its `dtype` is `"auto"` unless given.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether models given by name may run code of their own.
         disable_dropout (`bool`, *optional*, defaults to `True`):
             Whether the doctor is trained without dropout.
 
@@ -94,6 +96,9 @@ class TFPOConfig(_BaseConfig):
     patient_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Keyword arguments of `from_pretrained` when the patient is given by name."},
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Whether models given by name may run code of their own."}
     )
     disable_dropout: bool = field(default=True, metadata={"help": "Whether the doctor is trained without dropout."})
     max_length: int | None = field(

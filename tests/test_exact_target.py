@@ -1,0 +1,114 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""In a world small enough to enumerate, the objective must find the exact distribution it promises."""
+
+import itertools
+
+import pytest
+import torch
+
+from trl_tfpo.objective import tfpo_objective
+
+
+NUM_SYMBOLS, LENGTH = 4, 5
+TEXTS = torch.tensor(list(itertools.product(range(NUM_SYMBOLS), repeat=LENGTH)))  # (1024, 5)
+NUM_PREFIXES = [NUM_SYMBOLS**length for length in range(LENGTH + 1)]
+
+
+def prefix_index(texts):
+    """Number of each prefix of each text among all prefixes of any length, (N, LENGTH + 1)."""
+    columns, code = [torch.zeros(len(texts), dtype=torch.long)], torch.zeros(len(texts), dtype=torch.long)
+    for t in range(LENGTH):
+        code = code * NUM_SYMBOLS + texts[:, t]
+        columns.append(sum(NUM_PREFIXES[: t + 1]) + code)
+    return torch.stack(columns, dim=1)
+
+
+class Tabular:
+    """Any policy and any flow over the texts: one row of logits and one value for each prefix."""
+
+    def __init__(self, seed, scale=1.0):
+        generator = torch.Generator().manual_seed(seed)
+        self.logits = scale * torch.randn(sum(NUM_PREFIXES[:-1]), NUM_SYMBOLS, generator=generator)
+        self.values = torch.zeros(sum(NUM_PREFIXES))
+
+    def token_logps(self, texts):
+        rows = self.logits[prefix_index(texts)[:, :-1]].log_softmax(-1)  # (N, LENGTH, NUM_SYMBOLS)
+        return rows.gather(2, texts[..., None]).squeeze(2)
+
+
+def train(doctor, reference, rewards, *, is_complete, reference_weight, subtb_lambda, steps=1500):
+    doctor.logits.requires_grad_()
+    doctor.values.requires_grad_()
+    optimizer = torch.optim.Adam([doctor.logits, doctor.values], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        rows = torch.randint(len(TEXTS), (512,), generator=generator)  # balance holds on any data, not only its own
+        texts = TEXTS[rows]
+        loss, _ = tfpo_objective(
+            doctor_logps=doctor.token_logps(texts),
+            log_values=doctor.values[prefix_index(texts)],
+            token_rewards=rewards[rows],
+            completion_ids=texts,
+            completion_mask=torch.ones_like(texts, dtype=torch.bool),
+            is_complete=torch.full((len(texts),), is_complete),
+            reference_logps=reference.token_logps(texts),
+            reward_temperature=0.5,
+            reference_weight=reference_weight,
+            subtb_lambda=subtb_lambda,
+            value_loss_weight=0.0,
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+
+
+def total_variation(doctor, reference, rewards, reference_weight):
+    """Between the doctor and the target `reference ** weight * exp(sum of rewards / temperature)`, in [0, 1]."""
+    score = rewards.sum(1) / 0.5 + reference_weight * reference.token_logps(TEXTS).sum(1)
+    with torch.no_grad():
+        return (doctor.token_logps(TEXTS).sum(1).exp() - score.softmax(0)).abs().sum().item() / 2
+
+
+@pytest.mark.parametrize(
+    "reference_weight, subtb_lambda", [(1.0, 1.0), (0.0, 1.0), (1.0, 0.5)], ids=["reference", "published", "decay"]
+)
+def test_objective_reaches_the_exact_target(reference_weight, subtb_lambda):
+    """A loss that is zero at balance may still have other minima: the trained policy itself must be right."""
+    reference = Tabular(seed=1)
+    rewards = Tabular(seed=2, scale=0.5).logits[prefix_index(TEXTS)[:, :-1]].gather(2, TEXTS[..., None]).squeeze(2)
+    doctor = Tabular(seed=3)
+    before = total_variation(doctor, reference, rewards, reference_weight)
+    train(
+        doctor,
+        reference,
+        rewards,
+        is_complete=True,
+        reference_weight=reference_weight,
+        subtb_lambda=subtb_lambda,
+    )
+    assert before > 0.5
+    assert total_variation(doctor, reference, rewards, reference_weight) <= 0.05
+
+
+def test_without_the_boundary_rewards_do_not_reach_the_policy():
+    """With log V free at the end the loss vanishes for a policy that never saw a reward."""
+    reference = Tabular(seed=1)
+    rewards = Tabular(seed=2, scale=0.5).logits[prefix_index(TEXTS)[:, :-1]].gather(2, TEXTS[..., None]).squeeze(2)
+    doctor = Tabular(seed=3)
+    train(doctor, reference, rewards, is_complete=False, reference_weight=1.0, subtb_lambda=1.0)
+    assert total_variation(doctor, reference, rewards, 1.0) > 0.2

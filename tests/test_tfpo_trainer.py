@@ -1,0 +1,403 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The trainer: what users of TRL expect, and the invariants a training loop can break in silence."""
+
+import json
+
+import pytest
+import torch
+from conftest import conversational_rows, make_llama
+from datasets import Dataset, DatasetDict
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from trl_tfpo import (
+    DoctorGuidedLogitsProcessor,
+    Faces,
+    TFPOConfig,
+    TFPOTrainer,
+    TokenRewardCollator,
+    annotate_token_rewards,
+    load_doctor,
+)
+from trl_tfpo.token_rewards import model_fingerprint
+
+
+FACES = Faces(positive="you are kind", negative="you are rude")
+METRICS = {
+    "loss/subtb",
+    "loss/value",
+    "flow/potential_std",
+    "rewards/sparsity",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/agreement",
+    "logps/chosen",
+    "logps/rejected",
+    "values/start",
+}
+
+
+def config(output_dir, **settings):
+    defaults = dict(
+        max_steps=4,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        activation_checkpointing=False,
+        dataloader_pin_memory=False,
+    )
+    return TFPOConfig(str(output_dir), **(defaults | settings))
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.fixture
+def annotated(preferences, patient, tokenizer):
+    return annotate_token_rewards(preferences, patient, tokenizer, faces=FACES)
+
+
+class TestTraining:
+    def test_raw_preferences_in_a_trained_doctor_out(self, preferences, patient, doctor, tokenizer, tmp_path):
+        """The whole journey: every parameter moves, the patient does not, all metrics are there."""
+        before = {name: parameter.detach().clone() for name, parameter in doctor.named_parameters()}
+        patient_before = model_fingerprint(patient)
+        trainer = TFPOTrainer(
+            model=doctor,
+            patient_model=patient,
+            args=config(tmp_path, max_steps=10),
+            train_dataset=preferences,
+            eval_dataset={"one": preferences, "two": preferences},
+            processing_class=tokenizer,
+            faces=FACES,
+        )
+        trainer.train()
+        for name, parameter in doctor.named_parameters():
+            if name in before:
+                assert not parameter.equal(before[name]), f"{name} was not trained"
+        assert doctor.value_head.weight.abs().sum() > 0
+        assert model_fingerprint(patient) == patient_before
+        assert trainer.patient_model is None
+        assert losses(trainer)[-1] < losses(trainer)[0]
+        assert METRICS <= trainer.state.log_history[0].keys()
+
+        evaluated = trainer.evaluate()
+        for split in ("one", "two"):
+            assert {f"eval_{split}_{name}" for name in METRICS} <= evaluated.keys()
+            assert evaluated[f"eval_{split}_loss"] == pytest.approx(evaluated["eval_one_loss"])
+
+    def test_annotated_datasets_need_no_patient(self, annotated, doctor, tokenizer, tmp_path):
+        """Annotate once, train often, on a machine that could never hold the patient."""
+        trainer = TFPOTrainer(
+            model=doctor,
+            args=config(tmp_path),
+            train_dataset=annotated,
+            eval_dataset=annotated,
+            processing_class=tokenizer,
+        )
+        before = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        assert trainer.evaluate()["eval_loss"] < before
+
+    def test_asking_the_patient_online_trains_the_same(self, preferences, annotated, patient, tokenizer, tmp_path):
+        """Two paths to the same rewards must lead to the same doctor."""
+        runs = []
+        for dataset, collator in (
+            (annotated, None),
+            (preferences, TokenRewardCollator(tokenizer, patient=patient, faces=FACES)),
+        ):
+            trainer = TFPOTrainer(
+                model=make_llama(2),
+                args=config(tmp_path),
+                data_collator=collator,
+                train_dataset=dataset,
+                processing_class=tokenizer,
+            )
+            trainer.train()
+            runs.append(losses(trainer))
+        assert runs[0] == pytest.approx(runs[1], rel=1e-4)
+
+    def test_models_by_path(self, preferences, patient, doctor, tokenizer, tmp_path):
+        """How real models are given."""
+        for name, model in (("patient", patient), ("doctor", doctor)):
+            model.save_pretrained(tmp_path / name)
+            tokenizer.save_pretrained(tmp_path / name)
+        trainer = TFPOTrainer(
+            model=str(tmp_path / "doctor"),
+            patient_model=str(tmp_path / "patient"),
+            args=config(tmp_path / "run", max_steps=1),
+            train_dataset=preferences,
+            faces=FACES,
+        )
+        trainer.train()
+        assert trainer.patient_model == str(tmp_path / "patient")
+        trainer.evaluate(trainer.train_dataset)
+
+    @pytest.mark.parametrize("reference_weight", [0.0, 1.0])
+    def test_accumulation_8x1_equals_1x8(self, annotated, tokenizer, tmp_path, reference_weight):
+        """A loss scaled twice, or not at all, trains at another learning rate whenever memory is short."""
+        weights = []
+        for batch_size, accumulation in ((8, 1), (1, 8)):
+            trainer = TFPOTrainer(
+                model=make_llama(2),
+                args=config(
+                    tmp_path,
+                    per_device_train_batch_size=batch_size,
+                    gradient_accumulation_steps=accumulation,
+                    reference_weight=reference_weight,
+                    max_steps=3,
+                    optim="sgd",
+                ),
+                train_dataset=annotated,
+                processing_class=tokenizer,
+            )
+            trainer.train()
+            weights.append(trainer.model.state_dict())
+        for name, one in weights[0].items():
+            torch.testing.assert_close(one, weights[1][name], rtol=1e-4, atol=1e-5)
+
+    def test_an_objective_of_ones_own(self, annotated, doctor, tokenizer, tmp_path):
+        """The researcher's door: the trainer holds no mathematics."""
+        seen = {}
+
+        def likelihood(*, doctor_logps, completion_mask, **tensors):
+            seen.update(tensors)
+            loss = -doctor_logps.masked_fill(~completion_mask, 0).sum(1).mean()
+            return loss, {"loss/likelihood": loss.detach()}
+
+        trainer = TFPOTrainer(
+            model=doctor,
+            args=config(tmp_path, max_steps=10),
+            train_dataset=annotated,
+            processing_class=tokenizer,
+            objective=likelihood,
+        )
+        trainer.train()
+        assert {"log_values", "token_rewards", "completion_ids", "is_complete", "reference_logps"} <= seen.keys()
+        assert losses(trainer)[-1] < losses(trainer)[0]
+        assert "loss/likelihood" in trainer.state.log_history[0]
+
+    def test_best_model_by_any_metric(self, annotated, doctor, tokenizer, tmp_path):
+        """`metric_for_best_model` reads what `evaluate` returns."""
+        trainer = TFPOTrainer(
+            model=doctor,
+            args=config(
+                tmp_path,
+                eval_strategy="steps",
+                eval_steps=2,
+                save_strategy="steps",
+                save_steps=2,
+                load_best_model_at_end=True,
+                metric_for_best_model="eval_flow/potential_std",
+                greater_is_better=False,
+            ),
+            train_dataset=annotated,
+            eval_dataset=annotated,
+            processing_class=tokenizer,
+        )
+        trainer.train()
+        assert trainer.state.best_metric is not None
+
+
+class TestReference:
+    def test_reference_is_the_doctor_before_training(self, annotated, tokenizer, tmp_path):
+        """With no rewards and the reference as target, the doctor is already right: loss zero at step one."""
+        silent = annotated.map(
+            lambda row: {name: [0.0] * len(row[name]) for name in ("chosen_token_rewards", "rejected_token_rewards")}
+        )
+        trainer = TFPOTrainer(
+            model=make_llama(2),
+            args=config(tmp_path, max_steps=1, value_loss_weight=0.0),
+            train_dataset=silent,
+            processing_class=tokenizer,
+        )
+        trainer.train()
+        assert losses(trainer)[0] == pytest.approx(0, abs=1e-8)
+
+    def test_adapter_is_off_in_the_reference(self, annotated, tokenizer, tmp_path):
+        """A trained adapter must not be its own reference."""
+        doctor = get_peft_model(make_llama(2), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        trainer = TFPOTrainer(model=doctor, args=config(tmp_path), train_dataset=annotated, processing_class=tokenizer)
+        plain = TFPOTrainer(
+            model=make_llama(2), args=config(tmp_path), train_dataset=annotated, processing_class=tokenizer
+        )
+        for one, other in zip(
+            trainer.train_dataset["chosen_ref_logps"], plain.train_dataset["chosen_ref_logps"], strict=True
+        ):
+            assert one == pytest.approx(other, abs=1e-5)
+
+    def test_a_new_dataset_after_training_has_no_reference(self, annotated, doctor, tokenizer, tmp_path):
+        """Scored by the trained doctor, the reference would be the policy itself."""
+        trainer = TFPOTrainer(
+            model=doctor, args=config(tmp_path, max_steps=1), train_dataset=annotated, processing_class=tokenizer
+        )
+        trainer.train()
+        with pytest.raises(ValueError, match="before training"):
+            trainer.evaluate(annotated)
+
+
+class TestCheckpoints:
+    @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
+    def test_resume_equals_uninterrupted(self, annotated, tokenizer, tmp_path, peft):
+        """A head or an optimiser state that is lost on resume shows only in the loss curve, days later."""
+
+        def run(output_dir, **settings):
+            trainer = TFPOTrainer(
+                model=make_llama(2),
+                args=config(output_dir, save_strategy="steps", save_steps=2, **settings),
+                train_dataset=annotated,
+                processing_class=tokenizer,
+                peft_config=LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.1) if peft else None,
+            )
+            return trainer
+
+        whole = run(tmp_path / "whole")
+        whole.train()
+        resumed = run(tmp_path / "whole")
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+        assert losses(resumed)[-2:] == losses(whole)[-2:]
+        for (name, one), other in zip(
+            whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True
+        ):
+            assert one.equal(other), name
+
+    def test_full_model_folder(self, annotated, patient, doctor, tokenizer, tmp_path):
+        """Saved, it is an ordinary causal language model that guides, and a doctor that can go on training."""
+        trainer = TFPOTrainer(model=doctor, args=config(tmp_path), train_dataset=annotated, processing_class=tokenizer)
+        trainer.train()
+        trainer.save_model()
+        assert load_doctor(tmp_path).value_head.weight.equal(doctor.value_head.weight)
+        self.assert_guides(AutoModelForCausalLM.from_pretrained(tmp_path), patient)
+
+    def test_adapter_folder(self, annotated, patient, tokenizer, tmp_path):
+        """An adapter checkpoint holds the adapter and the head, nothing else, and guides."""
+        make_llama(2).save_pretrained(tmp_path / "base")
+        trainer = TFPOTrainer(
+            model=str(tmp_path / "base"),
+            args=config(tmp_path / "run"),
+            train_dataset=annotated,
+            processing_class=tokenizer,
+            peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+        )
+        trainer.train()
+        trainer.save_model()
+        saved = load_file(tmp_path / "run" / "adapter_model.safetensors")
+        assert all("lora_" in name or "value_head" in name for name in saved)
+        assert any("value_head" in name for name in saved)
+        assert not (tmp_path / "run" / "model.safetensors").exists()
+        self.assert_guides(AutoModelForCausalLM.from_pretrained(tmp_path / "run"), patient)
+        self.assert_guides(load_doctor(tmp_path / "run"), patient)
+
+    @staticmethod
+    def assert_guides(doctor, patient):
+        inputs = {
+            "input_ids": torch.tensor([[1, 5, 11, 17, 14, 6]]),
+            "attention_mask": torch.ones(1, 6, dtype=torch.long),
+        }
+        settings = dict(
+            max_new_tokens=8, do_sample=False, output_logits=False, output_scores=True, return_dict_in_generate=True
+        )
+        processor = DoctorGuidedLogitsProcessor(doctor.eval(), beta=0.5, attention_mask=inputs["attention_mask"])
+        guided = patient.generate(**inputs, **settings, logits_processor=[processor])
+        alone = patient.generate(**inputs, **settings)
+        assert not torch.allclose(guided.scores[0], alone.scores[0].log_softmax(-1))
+
+    def test_model_card(self, annotated, doctor, tokenizer, tmp_path):
+        """A checkpoint on the Hub has to say what it is and how it is used."""
+        trainer = TFPOTrainer(
+            model=doctor,
+            args=config(tmp_path, save_strategy="steps", save_steps=4),
+            train_dataset=annotated,
+            processing_class=tokenizer,
+        )
+        trainer.train()
+        card = (tmp_path / "README.md").read_text()
+        assert "DoctorGuidedLogitsProcessor" in card and "2601.10416" in card and "tfpo" in card
+        assert json.loads((tmp_path / "checkpoint-4" / "config.json").read_text())["architectures"] == [
+            "LlamaForCausalLM"
+        ]
+
+
+class TestPeft:
+    def test_the_callers_config_is_left_alone(self, annotated, tokenizer, tmp_path):
+        """A config is often shared by several runs."""
+        peft_config = LoraConfig(r=2, target_modules=["q_proj"])
+        TFPOTrainer(
+            model=make_llama(2),
+            args=config(tmp_path),
+            train_dataset=annotated,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+        )
+        assert not peft_config.modules_to_save
+
+    def test_a_peft_model_trains_its_adapter_and_head_only(self, annotated, tokenizer, tmp_path):
+        """The base of a `PeftModel` is frozen, the value head is new and must not be."""
+        doctor = get_peft_model(make_llama(2), LoraConfig(r=2, target_modules=["q_proj"]))
+        before = {name: parameter.detach().clone() for name, parameter in doctor.named_parameters()}
+        trainer = TFPOTrainer(model=doctor, args=config(tmp_path), train_dataset=annotated, processing_class=tokenizer)
+        trainer.train()
+        for name, parameter in doctor.named_parameters():
+            if name in before:
+                assert parameter.equal(before[name]) != ("lora_" in name), name
+        head = doctor.get_base_model().value_head.modules_to_save["default"]
+        assert head.weight.abs().sum() > 0
+
+    def test_checkpointing_of_activations(self, annotated, tokenizer, tmp_path):
+        """TRL's default; with an adapter the inputs must require gradients or nothing is trained."""
+        runs = []
+        for checkpointing in (False, True):
+            trainer = TFPOTrainer(
+                model=make_llama(2),
+                args=config(tmp_path, activation_checkpointing=checkpointing),
+                train_dataset=annotated,
+                processing_class=tokenizer,
+                peft_config=LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
+            )
+            trainer.train()
+            runs.append(losses(trainer))
+        assert runs[0] == pytest.approx(runs[1], rel=1e-5)
+
+
+def test_streamed_annotated_dataset(annotated, doctor, tokenizer, tmp_path):
+    """Without a reference a stream of annotated rows is all the trainer needs."""
+    trainer = TFPOTrainer(
+        model=doctor,
+        args=config(tmp_path, reference_weight=0.0),
+        train_dataset=annotated.to_iterable_dataset(),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    assert len(losses(trainer)) == 4
+
+
+def test_dataset_dict_for_evaluation(preferences, patient, doctor, tokenizer, tmp_path):
+    """All of TRL's containers."""
+    trainer = TFPOTrainer(
+        model=doctor,
+        patient_model=patient,
+        args=config(tmp_path, max_steps=1),
+        train_dataset=Dataset.from_list(conversational_rows(4)),
+        eval_dataset=DatasetDict({"test": preferences}),
+        processing_class=tokenizer,
+        faces=FACES,
+    )
+    assert "eval_test_loss" in trainer.evaluate()

@@ -1,0 +1,136 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The annotated dataset: rewards for the right tokens, from a patient that is only read."""
+
+import copy
+
+import oracles
+import pytest
+import torch
+from conftest import conversational_rows
+from datasets import Dataset, DatasetDict
+
+from trl_tfpo import Faces, annotate_token_rewards
+from trl_tfpo.token_rewards import annotation_settings, model_fingerprint, score_completions
+from trl_tfpo.tokenization import ID_COLUMNS
+
+
+FACES = Faces(positive="you are kind", negative="you are rude")
+
+
+def plain_logps(model, prompt_ids, completion_ids):
+    """One sequence, one forward, full softmax."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt_ids + completion_ids])).logits[0, len(prompt_ids) - 1 : -1]
+    return logits.double().log_softmax(-1).gather(1, torch.tensor(completion_ids)[:, None])[:, 0]
+
+
+def test_rewards_are_what_the_two_faces_say(preferences, patient, tokenizer):
+    """Batching, sorting or padding that mixes rows or shifts tokens would reward the wrong words."""
+    annotated = annotate_token_rewards(preferences, patient, tokenizer, faces=FACES, batch_size=3)
+    template = dict(tokenize=True, return_dict=True, add_generation_prompt=True)
+    for row in annotated:
+        for name, sign in (("chosen", 1), ("rejected", -1)):
+            logps = []
+            for face in (FACES.positive, FACES.negative):
+                messages = [{"role": "system", "content": face}, *row["prompt"]]
+                face_ids = tokenizer.apply_chat_template(messages, **template)["input_ids"]
+                logps.append(plain_logps(patient, face_ids, row[f"{name}_ids"]))
+            gaps = (logps[0] - logps[1]).tolist()
+            assert row[f"{name}_gaps"] == pytest.approx(gaps, abs=1e-5)
+            expected = oracles.rewards(gaps, sign, "agreement", 1.0, 0.3)
+            assert row[f"{name}_token_rewards"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_patient_is_only_read(preferences, patient, tokenizer):
+    """Users trust that their model is the same afterwards: weights, mode and forward."""
+    patient.train()
+    before, forward = model_fingerprint(patient), patient.forward
+    annotate_token_rewards(preferences, patient, tokenizer, faces=FACES)
+    assert model_fingerprint(patient) == before
+    assert patient.training and patient.forward == forward and "forward" not in vars(patient)
+    assert all(parameter.grad is None for parameter in patient.parameters())
+
+
+def test_a_dataset_dict_keeps_its_splits(patient, tokenizer):
+    """Train and test are annotated alike, columns that were there stay."""
+    splits = DatasetDict(
+        {
+            name: Dataset.from_list(conversational_rows(size)).add_column("id", list(range(size)))
+            for name, size in (("train", 6), ("test", 3))
+        }
+    )
+    annotated = annotate_token_rewards(splits, patient, tokenizer, faces=FACES)
+    assert {name: len(split) for name, split in annotated.items()} == {"train": 6, "test": 3}
+    assert annotated["test"]["id"] == [0, 1, 2]
+    assert set(ID_COLUMNS) <= set(annotated["train"].column_names)
+
+
+def test_settings_travel_with_the_dataset(preferences, patient, tokenizer, tmp_path):
+    """A dataset on disk must say how its rewards were made."""
+    annotated = annotate_token_rewards(preferences, patient, tokenizer, faces=FACES, sparsity_threshold=0.5)
+    annotated.save_to_disk(tmp_path / "annotated")
+    settings = annotation_settings(Dataset.load_from_disk(tmp_path / "annotated").select(range(2)))
+    assert settings["faces"] == {"positive": "you are kind", "negative": "you are rude"}
+    assert settings["reward"]["sparsity_threshold"] == 0.5
+    assert settings["reward"]["reward_direction"] == "agreement"
+    assert annotation_settings(preferences) is None
+
+
+def test_a_patient_by_path_gives_the_same(preferences, patient, tokenizer, tmp_path):
+    """A name or path is how real patients are given."""
+    patient.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    by_path = annotate_token_rewards(preferences, str(tmp_path), tokenizer, faces=FACES)
+    by_model = annotate_token_rewards(preferences, patient, tokenizer, faces=FACES)
+    assert by_path["chosen_token_rewards"] == by_model["chosen_token_rewards"]
+
+
+def test_another_patient_or_setting_is_not_served_from_the_cache(patient, tokenizer, tmp_path):
+    """A cache keyed on too little returns the rewards of another run."""
+    Dataset.from_list(conversational_rows()).save_to_disk(tmp_path)
+    dataset = Dataset.load_from_disk(tmp_path)
+    first = annotate_token_rewards(dataset, patient, tokenizer, faces=FACES)
+    other = copy.deepcopy(patient)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(2)
+    assert annotate_token_rewards(dataset, other, tokenizer, faces=FACES)["chosen_gaps"] != first["chosen_gaps"]
+    swapped = Faces(positive=FACES.negative, negative=FACES.positive)
+    assert annotate_token_rewards(dataset, patient, tokenizer, faces=swapped)["chosen_gaps"] != first["chosen_gaps"]
+    again = annotate_token_rewards(dataset, patient, tokenizer, faces=FACES)
+    assert again["chosen_gaps"] == first["chosen_gaps"]
+
+
+def test_a_reward_function_of_ones_own(preferences, patient, tokenizer):
+    """The researcher's door: tensors in, rewards out."""
+
+    def sign_of_gap(*, positive_logps, negative_logps, preference_sign, completion_mask, scale):
+        return scale * (positive_logps - negative_logps).sign() * completion_mask
+
+    annotated = annotate_token_rewards(preferences, patient, tokenizer, faces=FACES, reward_fn=sign_of_gap, scale=2.0)
+    for row in annotated:
+        assert all(
+            r == 2 * ((g > 0) - (g < 0)) for r, g in zip(row["chosen_token_rewards"], row["chosen_gaps"], strict=True)
+        )
+
+
+def test_scores_do_not_depend_on_the_batch(patient):
+    """Padding must not leak into the scores of shorter rows."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(4, 20, (n,), generator=generator).tolist() for n in (3, 9, 1)]
+    completions = [torch.randint(4, 20, (n,), generator=generator).tolist() for n in (7, 1, 4)]
+    together = score_completions(patient, prompts, completions, batch_size=3)
+    for prompt, completion, scored in zip(prompts, completions, together, strict=True):
+        torch.testing.assert_close(scored.double(), plain_logps(patient, prompt, completion), atol=1e-5, rtol=1e-5)

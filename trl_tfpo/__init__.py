@@ -1,0 +1,38 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Align a large frozen language model at decoding time with a small doctor trained by TFPO."""
+
+from .data_collator import TokenRewardCollator
+from .faces import Faces
+from .logits_processor import DoctorGuidedLogitsProcessor
+from .modeling_doctor import load_doctor
+from .objective import tfpo_objective
+from .tfpo_config import TFPOConfig
+from .tfpo_trainer import TFPOTrainer
+from .token_rewards import annotate_token_rewards
+
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DoctorGuidedLogitsProcessor",
+    "Faces",
+    "TFPOConfig",
+    "TFPOTrainer",
+    "TokenRewardCollator",
+    "annotate_token_rewards",
+    "load_doctor",
+    "tfpo_objective",
+]
