@@ -14,6 +14,7 @@
 
 """Settings of [`TFPOTrainer`]."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,7 +82,7 @@ class TFPOConfig(_BaseConfig):
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
     > - `logging_steps`: Defaults to `10` instead of `500`.
-    > - `gradient_checkpointing`: Defaults to `True` instead of `False`.
+    > - `activation_checkpointing`: Defaults to `True` instead of `False`.
     > - `bf16`: Defaults to `True` on an accelerator if `fp16` is not set, instead of `False`.
 
     Raises:
@@ -90,6 +91,9 @@ class TFPOConfig(_BaseConfig):
 
     _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs", "patient_model_init_kwargs"]
 
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Deprecated alias of `activation_checkpointing`."}
+    )
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Keyword arguments of `from_pretrained` when the doctor is given by name."}
     )
@@ -166,6 +170,15 @@ class TFPOConfig(_BaseConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1 token or sequence. Got {value}; leave it out.")
+        if self.activation_checkpointing is None and self.gradient_checkpointing is None:
+            self.activation_checkpointing = True  # TRL sets the deprecated name, with a warning for every config
         if self.bf16 is None:  # TRL's default of True is an error on a machine without an accelerator
             self.bf16 = not self.fp16 and torch.accelerator.is_available()
+        if _is_one_of_several_processes_on_cpus():  # they would train apart, without a word
+            self.use_cpu, self.ddp_backend = True, self.ddp_backend or "gloo"
         super().__post_init__()
+
+
+def _is_one_of_several_processes_on_cpus() -> bool:
+    sharded = {"ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"} & os.environ.keys()  # these set up CPUs themselves
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available() and not sharded

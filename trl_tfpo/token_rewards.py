@@ -24,7 +24,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, concatenate_datasets
 from datasets.fingerprint import Hasher
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -246,7 +245,9 @@ def add_scores(
     )
     datasets.enable_progress_bars()
     if state.num_processes > 1:
-        scores = Dataset(pa.concat_tables(gather_object([scores.with_format("arrow")[:]])), fingerprint=fingerprint)
+        tables = [None] * state.num_processes
+        torch.distributed.all_gather_object(tables, scores.with_format("arrow")[:])
+        scores = Dataset(pa.concat_tables(tables), fingerprint=fingerprint)
     return concatenate_datasets([dataset, scores], axis=1)
 
 

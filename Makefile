@@ -1,0 +1,37 @@
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test style quality clean
+
+# The main job in the controlled world: a table, a picture in runs/world, completions side by side
+demo: $(VENV)/.demo
+	$(RUN)python examples/train.py
+
+# The whole suite, two workers of one thread each
+test: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(RUN)python -m pytest -n 2 --dist worksteal
+
+style: $(VENV)/.test
+	$(RUN)ruff check --fix .
+	$(RUN)ruff format .
+
+quality: $(VENV)/.test
+	$(RUN)ruff check .
+	$(RUN)ruff format --check .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(RUN)python -m pip install --quiet --constraint constraints.txt --editable ".[plot]"
+	touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(RUN)python -m pip install --quiet --constraint constraints.txt --editable ".[test,quality]"
+	touch $@

@@ -1,0 +1,455 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+r"""
+Guided decoding: doctors steer `patient.generate(...)` through a logits processor.
+
+Shapes: B rows, L tokens so far (padding included), V vocabulary. Units: nats.
+
+A processor is told the ids and the patient's scores, nothing else: not the mask, not which beam a row came from, not
+that a new generation began. So nothing here depends on being told. What the doctors say is a pure function of the
+tokens, and their KV caches are only a memory of it, addressed by content, [`_DoctorMemory`].
+"""
+
+import inspect
+import math
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import DynamicCache, DynamicLayer, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+
+from .functional import guided_logps
+from .tokenizer_identity import check_same_tokenizer
+
+
+PADDING = -1  # stands for a padding token in `tokens`, whatever id pads the batch
+
+
+class DoctorGuidedLogitsProcessor(LogitsProcessor):
+    r"""
+    Next-token distribution of the patient, guided by doctors: $\pi \propto \pi_{\text{patient}}^\alpha \prod_i
+    \pi_{\text{doctor}_i}^{\beta_i}$.
+
+    Works with greedy search, sampling, beams, `num_return_sequences` and assisted decoding. One processor may serve
+    any number of `generate` calls, one at a time; the doctors read every token once. It comes after repetition penalty
+    and the like, and before temperature, top-k and top-p, which therefore act on the guided distribution.
+
+    Args:
+        doctor ([`~transformers.PreTrainedModel`] or list of them):
+            Causal language models with the patient's tokenizer, in eval mode. A PEFT model is used with its adapter.
+        alpha (`float` or `torch.Tensor` of shape `(B,)`, *optional*):
+            Exponent of the patient. By default the exponents add up to 1: the *mixture*, `1 - sum(beta)`, or with a
+            `reference` the *ratio*, `1`. The *product* (the paper) is `alpha=1`.
+        beta (`float`, `torch.Tensor` of shape `(B,)`, or list of them, *optional*, defaults to `0.5`):
+            Exponent of the doctor, or of each doctor. 0 leaves the patient alone; negative steers away. A tensor has a
+            weight for each prompt of the batch.
+        reference ([`~transformers.PreTrainedModel`] or list of them, *optional*):
+            What the doctor was before training, or one for each doctor (`None` for none). Gets the exponent `-beta`.
+        attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*):
+            Mask of the prompts, as given to `generate`. For a later batch give its mask to [`reset`]. Without it the
+            leading run of padding ids is taken for padding, which is a guess where the padding id is also BOS or EOS.
+        processing_classes (sequence of [`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer of the patient, then of each doctor and reference. Checked to be the same, then let go.
+
+    Attributes:
+        alpha (`float` or `torch.Tensor`): exponent of the patient.
+        models (`list`): the doctors, then their references.
+        betas (`list`): exponent of each of `models`.
+
+    Raises:
+        `ValueError`: at construction, on exponents that are not finite or of the wrong number, a mixture whose `alpha`
+            would be negative, a doctor that is an encoder-decoder or in training mode, different tokenizers, a mask
+            that is not left-padded. At a call, on prompts that the mask is not for, `inputs_embeds` without ids, ids
+            or positions that a doctor does not have, NaN.
+
+    Examples:
+
+    ```python
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from trl_tfpo.logits_processor import DoctorGuidedLogitsProcessor
+    >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    >>> config = LlamaConfig(vocab_size=11, pad_token_id=0, **sizes)
+    >>> patient, doctor = LlamaForCausalLM(config).eval(), LlamaForCausalLM(config).eval()
+    >>> ids, mask = torch.tensor([[0, 3, 4], [5, 6, 7]]), torch.tensor([[0, 1, 1], [1, 1, 1]])
+    >>> guide = DoctorGuidedLogitsProcessor(doctor, alpha=1.0, beta=0.5, attention_mask=mask)
+    >>> patient.generate(
+    ...     input_ids=ids, attention_mask=mask, logits_processor=[guide], max_new_tokens=4, eos_token_id=None
+    ... ).shape
+    torch.Size([2, 7])
+
+    ```
+    """
+
+    supports_continuous_batching = False  # its rows are not requests, and it hands over the last token only
+
+    def __init__(
+        self,
+        doctor: PreTrainedModel | Sequence[PreTrainedModel],
+        alpha: float | torch.Tensor | None = None,
+        beta: float | torch.Tensor | Sequence[float | torch.Tensor] = 0.5,
+        *,
+        reference: PreTrainedModel | Sequence[PreTrainedModel | None] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        processing_classes: Sequence[PreTrainedTokenizerBase] | None = None,
+    ):
+        doctors = list(doctor) if isinstance(doctor, (list, tuple)) else [doctor]
+        betas = list(beta) if isinstance(beta, (list, tuple)) else [beta] * len(doctors)
+        references = list(reference) if isinstance(reference, (list, tuple)) else [reference] * len(doctors)
+        if not doctors or not len(doctors) == len(betas) == len(references):
+            raise ValueError(
+                f"There must be at least one doctor, and a `beta` and a `reference` for each. Got {len(doctors)}, "
+                f"{len(betas)} and {len(references)}; for a doctor without a reference, give None."
+            )
+        betas = [_exponent("beta", beta) for beta in betas]
+        if alpha is None:
+            alpha = 1.0 - sum(beta for beta, ref in zip(betas, references, strict=True) if ref is None)
+            if torch.as_tensor(alpha).min() < -1e-6:
+                raise ValueError(
+                    "The `beta` of a mixture must not exceed 1 in sum, or the patient counts against itself. Got "
+                    f"{beta}, thus `alpha` {alpha}; pass `alpha`, e.g. 1.0 for the product, or a smaller `beta`."
+                )
+        for model, ref in zip(doctors, references, strict=True):
+            if ref is not None and (ref is model or ref is _base(model)):
+                raise ValueError(
+                    "`reference` must be the doctor before training. Got the module of the doctor itself (an adapter "
+                    "changes its base model in place), which undoes the guidance; load the reference separately."
+                )
+        # What enters the product beside the patient: doctors, then their references with the opposite exponent
+        self.alpha = _exponent("alpha", alpha)
+        self.betas = betas + [-beta for beta, ref in zip(betas, references, strict=True) if ref is not None]
+        self.models = doctors + [ref for ref in references if ref is not None]
+        for model in self.models:
+            _check_is_doctor(model)
+        if processing_classes is not None:
+            if len(processing_classes) != 1 + len(self.models):
+                raise ValueError(
+                    "`processing_classes` must be the tokenizers of the patient, each doctor and each reference. Got "
+                    f"{len(processing_classes)} for 1 patient, {len(doctors)} doctors and "
+                    f"{len(self.models) - len(doctors)} references."
+                )
+            for other in processing_classes[1:]:
+                check_same_tokenizer(processing_classes[0], other)
+        self._same_tokenizer = processing_classes is not None
+        self._warned = set()
+        self._memory = _DoctorMemory(self.models)
+        self.reset(attention_mask)
+
+    def reset(self, attention_mask: torch.Tensor | None = None) -> None:
+        """
+        Forget everything, and take the mask of the prompts that come next.
+
+        Args:
+            attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*):
+                Mask of the next prompts. Without it padding is guessed from the ids.
+        """
+        if attention_mask is not None:
+            if attention_mask.dim() != 2:
+                raise ValueError(f"`attention_mask` must have shape (B, L). Got {tuple(attention_mask.shape)}.")
+            attention_mask = attention_mask.bool()
+            if not (attention_mask[:, -1].all() and (attention_mask.int().diff(dim=1) >= 0).all()):
+                raise ValueError(
+                    "`attention_mask` must be left-padded, zeros before ones in every row. Got something else; set "
+                    "`padding_side='left'` on the tokenizer that makes the prompts."
+                )
+        self._is_mask_given = attention_mask is not None
+        self._prompt_mask = attention_mask  # (B, prompt), True where there is a token
+        self._prompt_ids = None  # (B, prompt), the prompts that the mask belongs to
+        self._memory.forget()
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """
+        Log-probabilities of the guided policy.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, L)`):
+                Prompts and completions so far.
+            scores (`torch.FloatTensor` of shape `(B, V)`):
+                Logits or log-probabilities of the patient. Left as they are.
+
+        Returns:
+            `torch.FloatTensor` of shape `(B, V)`: log-probabilities in nats, in float64 if `scores` are, else float32.
+        """
+        return self.combine(scores, self._memory.logits(self._hide_padding(input_ids)))
+
+    def combine(self, patient_logits: torch.Tensor, doctor_logits: Sequence[torch.Tensor]) -> torch.Tensor:
+        """
+        Log-probabilities of the guided policy, given what patient and doctors say.
+
+        Args:
+            patient_logits (`torch.Tensor` of shape `(B, V)`):
+                Logits or log-probabilities of the patient.
+            doctor_logits (sequence of `torch.Tensor` of shape `(B, V)`):
+                The same of each of `models`: the doctors, then their references. Their V may be padded otherwise.
+
+        Returns:
+            `torch.Tensor` of shape `(B, V)`: log-probabilities in nats, in float64 if the patient's are, else float32.
+        """
+        patient_logits = patient_logits if patient_logits.dtype == torch.float64 else patient_logits.float()
+        doctor_logits = [self._over_same_tokens(logits, patient_logits) for logits in doctor_logits]
+        guided = guided_logps(
+            patient_logits=patient_logits,
+            doctor_logits=doctor_logits,
+            alpha=_per_row(self.alpha, patient_logits),
+            beta=[_per_row(beta, patient_logits) for beta in self.betas],
+        )
+        if guided.isnan().any():
+            self._memory.forget()
+            named = {"the patient": patient_logits} | {f"doctor {i}": x for i, x in enumerate(doctor_logits)}
+            culprits = [name for name, logits in named.items() if logits.log_softmax(dim=-1).isnan().any()]
+            raise ValueError(
+                "Patient and doctors must allow at least one token in common and give no NaN. Got NaN from "
+                f"{' and '.join(culprits) or 'their product'}; check the weights, the dtype (float16 overflows) and "
+                "the processors that ban tokens."
+            )
+        return guided
+
+    def _hide_padding(self, input_ids: torch.LongTensor) -> torch.LongTensor:
+        """The tokens (B, L), with `PADDING` in place of padding ids."""
+        if input_ids.dim() != 2 or input_ids.size(1) == 0:
+            raise ValueError(
+                "`input_ids` must have shape (B, L) with at least one token, for the doctors read them. Got shape "
+                f"{tuple(input_ids.shape)}; give `generate` the `input_ids`, not `inputs_embeds` alone."
+            )
+        if self._is_mask_given and self._prompt_ids is None and input_ids.size(1) == self._prompt_mask.size(1):
+            num_copies = max(input_ids.size(0) // self._prompt_mask.size(0), 1)  # beams, return sequences
+            self._prompt_ids = input_ids[::num_copies].clone()
+        if not self._continues_prompt(input_ids):
+            if self._is_mask_given:
+                raise ValueError(
+                    f"`attention_mask` must be that of the prompts. Got a mask {tuple(self._prompt_mask.shape)} and "
+                    f"ids {tuple(input_ids.shape)} that do not continue its prompts; call `reset(attention_mask=...)` "
+                    "before generating from others."
+                )
+            self._prompt_ids = input_ids.clone()
+            self._prompt_mask = self._guess_mask(input_ids)
+        prompt_mask = self._prompt_mask.to(input_ids.device)
+        prompt_mask = prompt_mask.repeat_interleave(input_ids.size(0) // prompt_mask.size(0), dim=0)
+        tokens = input_ids.clone()
+        tokens[:, : prompt_mask.size(1)].masked_fill_(~prompt_mask, PADDING)
+        return tokens
+
+    def _continues_prompt(self, input_ids: torch.LongTensor) -> bool:
+        """Whether every row begins with its prompt, each prompt copied to as many rows in sequence."""
+        if self._prompt_ids is None or input_ids.size(0) % self._prompt_mask.size(0):
+            return False
+        num_copies = input_ids.size(0) // self._prompt_mask.size(0)
+        prompts = self._prompt_ids.to(input_ids.device).repeat_interleave(num_copies, dim=0)
+        return torch.equal(input_ids[:, : prompts.size(1)], prompts)
+
+    def _guess_mask(self, input_ids: torch.LongTensor) -> torch.BoolTensor:
+        """Mask (B, L) without the leading padding ids; where these are also BOS or EOS, the longest row has none."""
+        bos, eos, pad = (_special_ids(self.models[0], name) for name in ("bos", "eos", "pad"))
+        if not pad + eos:
+            return torch.ones_like(input_ids, dtype=torch.bool)
+        pad_token_id = (pad + eos)[0]  # as `generate` does, EOS where there is no padding token
+        run = (input_ids == pad_token_id).int().cumprod(dim=1).sum(dim=1, keepdim=True)  # (B, 1)
+        if pad_token_id in bos + eos and run.any():
+            run = run - run.min()
+            self._warn_once(
+                f"Prompts begin with id {pad_token_id}, which both pads and begins or ends texts: what is padding is "
+                'a guess. Pass `attention_mask=inputs["attention_mask"]` to `DoctorGuidedLogitsProcessor`.'
+            )
+        return torch.arange(input_ids.size(1), device=input_ids.device) >= run.clamp(max=input_ids.size(1) - 1)
+
+    def _over_same_tokens(self, logits: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Logits of a doctor over the tokens of the patient: sliced, or padded with minus infinity."""
+        size = scores.size(-1)
+        if logits.size(-1) != size and not self._same_tokenizer:
+            self._warn_once(
+                f"The patient has logits for {size} tokens and a doctor for {logits.size(-1)}. That is right only if "
+                "one tokenizer was padded to two sizes: pass `processing_classes` to have it checked."
+            )
+        logits = logits[:, :size].to(device=scores.device, dtype=scores.dtype)
+        return nn.functional.pad(logits, (0, size - logits.size(-1)), value=-math.inf)
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=3)
+
+
+class _DoctorMemory:
+    """
+    Next-token logits of doctors: a pure function of tokens and weights, with a memory.
+
+    Every call compares its tokens with those that the KV caches hold. Rows with new tokens are read on from there;
+    rows permuted, repeated or dropped are looked up; beyond a common prefix the caches are cut; else all is read anew.
+    """
+
+    num_recent = 32  # logits kept, for the prefixes that assisted decoding comes back to
+
+    def __init__(self, models: Sequence[PreTrainedModel]):
+        self.models = models
+        self.accepted = [
+            {*inspect.signature(model.forward).parameters, *inspect.signature(type(_base(model)).forward).parameters}
+            for model in models
+        ]
+        self.max_positions = min(map(_num_absolute_positions, models))
+        self.num_embeddings = min(getattr(m.get_input_embeddings(), "num_embeddings", math.inf) for m in models)
+        self.forget()
+
+    def forget(self) -> None:
+        self.tokens = None  # (B, n), what the caches hold
+        self.caches = {}  # of the models that have one, by their index
+        self.recent = []  # for each of the last prefixes of `tokens`, the logits (B, V) of the models
+        self.weights = [w for model in self.models for w in model.parameters() if not w.is_inference()]
+
+    @torch.no_grad()
+    def logits(self, tokens: torch.LongTensor) -> list[torch.Tensor]:
+        """Logits (B, V) of every model after `tokens` (B, L)."""
+        self._check_readable(tokens)
+        if self.tokens is None or self._weights_version() != self.weights_version:
+            self.forget()
+        num_known = self._look_up(tokens)
+        if num_known == tokens.size(1):
+            num_after = self.tokens.size(1) - num_known
+            if num_after < len(self.recent):
+                return self.recent[-1 - num_after]
+            num_known -= 1  # logits come from reading at least one token
+        num_known = self._crop(num_known)
+        self.tokens = None  # until all have read on, lest an interrupted call leave a half-true memory
+        logits = [self._read(index, tokens, num_known) for index in range(len(self.models))]
+        self.tokens, self.weights_version = tokens, self._weights_version()
+        if tokens.size(0) > 1 or num_known < tokens.size(1) - 1:
+            self.recent = []  # only one text is decoded speculatively; logits between are not known
+        self.recent = [*self.recent, logits][-self.num_recent :]
+        return logits
+
+    def _look_up(self, tokens: torch.LongTensor) -> int:
+        """How many leading columns of `tokens` the caches hold, with their rows reordered if that helps."""
+        if self.tokens is None:
+            return 0
+        num_held, num_known = self.tokens.size(1), 0
+        if tokens.size(0) == self.tokens.size(0):
+            num_shared = min(num_held, tokens.size(1))
+            same = (tokens[:, :num_shared] == self.tokens[:, :num_shared]).all(dim=0)
+            num_known = int(same.int().cumprod(dim=0).sum())
+        if num_known < num_held < tokens.size(1):
+            row = torch.cat([self.tokens, tokens[:, :num_held]]).unique(dim=0, return_inverse=True)[1]
+            is_same = row[len(self.tokens) :, None] == row[: len(self.tokens)]  # (B, rows held)
+            if is_same.any(dim=1).all():
+                source = is_same.int().argmax(dim=1)
+                for cache in self.caches.values():
+                    cache.reorder_cache(source)
+                self.tokens, self.recent, num_known = self.tokens[source], [], num_held
+        return num_known
+
+    def _crop(self, num_known: int) -> int:
+        """Cut the caches back to so many columns, or to none where a cache cannot be cut; returns how many."""
+        num_extra = 0 if self.tokens is None else self.tokens.size(1) - num_known
+        if num_extra == 0:
+            return num_known
+        layers = [layer for cache in self.caches.values() for layer in getattr(cache, "layers", [None])]
+        if num_known == 0 or any(type(layer) is not DynamicLayer for layer in layers):
+            self.forget()
+            return 0
+        for cache in self.caches.values():
+            cache.crop(-num_extra)
+        self.recent = self.recent[:-num_extra]
+        return num_known
+
+    def _check_readable(self, tokens: torch.LongTensor) -> None:
+        for model in self.models:
+            _check_is_doctor(model)
+        if tokens.size(1) > self.max_positions:
+            length = (tokens != PADDING).sum(dim=1).max()
+            if length > self.max_positions:
+                raise ValueError(
+                    f"Prompt and completion must fit the positions of the doctor. Got {length} tokens for "
+                    f"{self.max_positions} positions; shorten the prompt or lower `max_new_tokens`."
+                )
+        if (largest := tokens.max()) >= self.num_embeddings:
+            raise ValueError(
+                f"The doctor must know every token. Got id {largest}, and it knows {self.num_embeddings}; take a "
+                "doctor with the patient's tokenizer, and a `pad_token_id` that both know."
+            )
+
+    def _read(self, index: int, tokens: torch.LongTensor, num_known: int) -> torch.Tensor:
+        """Logits (B, V) of one model, which reads the tokens that its cache does not hold."""
+        model, cache = self.models[index], self.caches.get(index)
+        if cache is None:
+            num_known = 0
+            if getattr(model.config.get_text_config(), "sliding_window", None) is not None:
+                cache = DynamicCache()  # told of no window, it keeps all states and can be cut anywhere
+        tokens = tokens.to(model.device)
+        mask = tokens != PADDING
+        inputs = {"input_ids": tokens[:, num_known:].clamp(min=0), "use_cache": True}
+        if cache is not None:
+            inputs["past_key_values"] = cache
+        if not mask.all():
+            inputs["attention_mask"] = mask.long()
+            if "position_ids" in self.accepted[index]:
+                inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, num_known:]
+        if "logits_to_keep" in self.accepted[index]:
+            inputs["logits_to_keep"] = 1
+        output = model(**inputs)
+        if getattr(output, "past_key_values", None) is not None:  # else the model reads all again next time
+            self.caches[index] = output.past_key_values
+        return output.logits[:, -1]
+
+    def _weights_version(self) -> int:
+        """Changes whenever a weight is written in place."""
+        return sum(weight._version for weight in self.weights)
+
+
+def _base(model: PreTrainedModel) -> PreTrainedModel:
+    """The model under a PEFT wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _check_is_doctor(model: PreTrainedModel) -> None:
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"A doctor must be a causal language model. Got {type(model).__name__}, an encoder-decoder, which cannot "
+            "read a prompt and its completion as one text."
+        )
+    if model.training:
+        raise ValueError("A doctor must be in eval mode, as dropout is random. Got training mode; call `.eval()`.")
+
+
+def _num_absolute_positions(model: PreTrainedModel) -> float:
+    """Size of the table of learned positions; infinity where positions are rotary or relative."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not model.get_input_embeddings()]
+    return limit if any(table.num_embeddings - limit in (0, 2) for table in tables) else math.inf  # OPT has 2 more
+
+
+def _special_ids(model: PreTrainedModel, name: str) -> list[int]:
+    """Ids of the BOS, EOS or padding tokens, as far as the model knows them."""
+    configs = (getattr(model, "generation_config", None), model.config.get_text_config())
+    values = [getattr(config, f"{name}_token_id", None) for config in configs]
+    return [i for value in values if value is not None for i in (value if isinstance(value, list) else [value])]
+
+
+def _exponent(name: str, value: float | torch.Tensor) -> float | torch.Tensor:
+    """A finite float, or a finite tensor (B,)."""
+    value = value if isinstance(value, torch.Tensor) and value.dim() == 1 else float(value)
+    if not torch.as_tensor(value).isfinite().all():
+        raise ValueError(f"`{name}` must be finite. Got {value}; try 0.5.")
+    return value
+
+
+def _per_row(weight: float | torch.Tensor, scores: torch.Tensor) -> float | torch.Tensor:
+    """A weight for each prompt, (B,), as one for each row, (rows, 1): beams and return sequences copy prompts."""
+    if not isinstance(weight, torch.Tensor):
+        return weight
+    if scores.size(0) % weight.size(0):
+        raise ValueError(
+            "`alpha` and `beta` must be numbers, or tensors with an entry for each prompt. Got "
+            f"{weight.size(0)} entries for {scores.size(0)} rows."
+        )
+    return weight.to(scores).repeat_interleave(scores.size(0) // weight.size(0))[:, None]

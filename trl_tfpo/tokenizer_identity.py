@@ -1,0 +1,95 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Whether two tokenizers mean the same text by the same ids.
+
+Patient and doctor meet in token ids, never in text, so all that matters is which token each id stands for: added and
+special tokens included, whatever the file names, chat template, padding side or role (EOS, padding) of a token.
+"""
+
+import hashlib
+import json
+
+from transformers import PreTrainedTokenizerBase
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """
+    Name of a vocabulary: equal for two tokenizers exactly when every id stands for the same token in both.
+
+    The same in every process and on every machine, so it may be saved and compared later.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer, or a processor that has one.
+
+    Returns:
+        `str`: 64 hexadecimal digits, the SHA-256 of the `(id, token)` pairs in the order of their ids.
+
+    Examples:
+
+    ```python
+    >>> from tokenizers import Tokenizer
+    >>> from tokenizers.models import WordLevel
+    >>> from transformers import PreTrainedTokenizerFast
+    >>> from trl_tfpo.tokenizer_identity import tokenizer_fingerprint
+    >>> a = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"good": 0, "bad": 1}, unk_token="bad")))
+    >>> b = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"bad": 0, "good": 1}, unk_token="bad")))
+    >>> tokenizer_fingerprint(a) == tokenizer_fingerprint(b)
+    False
+
+    ```
+    """
+    pairs = sorted(_tokens_by_id(tokenizer).items())
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+
+
+def check_same_tokenizer(
+    a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase, *, names: tuple[str, str] = ("patient", "doctor")
+) -> None:
+    """
+    Raise `ValueError`, naming the first difference, unless every id stands for the same token in both tokenizers.
+
+    Args:
+        a ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer, or a processor that has one.
+        b ([`~transformers.PreTrainedTokenizerBase`]):
+            The other one.
+        names (`tuple[str, str]`, *optional*, defaults to `("patient", "doctor")`):
+            What to call them in the message.
+
+    Raises:
+        `ValueError`: when some id stands for different tokens, or is missing in one of the two.
+    """
+    if a is b:
+        return
+    tokens_a, tokens_b = _tokens_by_id(a), _tokens_by_id(b)
+    if tokens_a == tokens_b:
+        return
+    differing = [i for i in tokens_a.keys() | tokens_b.keys() if tokens_a.get(i) != tokens_b.get(i)]
+    first = min(differing)
+    token_a, token_b = (repr(tokens[first]) if first in tokens else "missing" for tokens in (tokens_a, tokens_b))
+    raise ValueError(
+        f"The {names[0]} and the {names[1]} must have the same tokenizer: the same token for every id. Got "
+        f"{len(tokens_a)} and {len(tokens_b)} tokens, of which {len(differing)} ids differ; the first is id {first}: "
+        f"{token_a} for the {names[0]}, {token_b} for the {names[1]}. Take two models of one family, and add the same "
+        "tokens to both."
+    )
+
+
+def _tokens_by_id(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Token of every id, added and special ones included."""
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a multimodal processor holds its tokenizer
+    return {index: token for token, index in tokenizer.get_vocab().items()}
