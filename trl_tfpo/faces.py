@@ -123,7 +123,7 @@ def has_system_role(processing_class: PreTrainedTokenizerBase) -> bool:
 
 
 def apply_face(prompt: str | list[dict], instruction: str, *, system_role: bool = True) -> str | list[dict]:
-    """
+    r"""
     The prompt as the patient sees it under one of its faces.
 
     Args:

@@ -129,7 +129,9 @@ class TFPOTrainer(_BaseTrainer):
     ...     processing_class=world.tokenizer,
     ...     faces=world.attributes["praise"].faces,
     ... )
-    >>> trainer.train().global_step
+    >>> result = trainer.train()  # doctest: +ELLIPSIS
+    {'train_runtime': ...}
+    >>> result.global_step
     1
 
     ```
@@ -386,6 +388,15 @@ class TFPOTrainer(_BaseTrainer):
         if isinstance(dataset, dict):
             return {name: self._annotate(split, processing_class, args) for name, split in dataset.items()}
         columns = set(dataset.column_names or next(iter(dataset)))
+        if (
+            isinstance(dataset, IterableDataset)
+            and args.reference_weight
+            and not columns.issuperset(REFERENCE_COLUMNS)
+        ):
+            raise ValueError(
+                f"With `reference_weight={args.reference_weight}` the reference scores the dataset before training, "
+                "which a streamed dataset does not allow. Load it with `streaming=False`, or set `reference_weight=0`."
+            )
         if self._online_faces:
             if FACE_COLUMNS[0] in columns:
                 return dataset
@@ -444,12 +455,6 @@ class TFPOTrainer(_BaseTrainer):
             return {name: self._add_reference_logps(split) for name, split in dataset.items()}
         if set(REFERENCE_COLUMNS) <= set(dataset.column_names or next(iter(dataset))):
             return dataset
-        if isinstance(dataset, IterableDataset):
-            raise ValueError(
-                f"With `reference_weight={self.args.reference_weight}` the reference scores the dataset before "
-                "training, which a streamed dataset does not allow. Load it with `streaming=False`, or set "
-                "`reference_weight=0`."
-            )
         if self.state.global_step > 0:
             raise ValueError(
                 "The reference is the doctor before training, and it has been trained since. Got a new dataset without "

@@ -231,23 +231,27 @@ def add_scores(
         [`~datasets.Dataset`]: the dataset with the columns.
     """
     state = PartialState()
-    if not state.is_main_process:
-        datasets.disable_progress_bars()
-    shard = dataset.shard(num_shards=state.num_processes, index=state.process_index, contiguous=True)
-    scores = shard.map(
-        function,
-        batched=True,
-        batch_size=256,
-        remove_columns=dataset.column_names,
-        new_fingerprint=f"{fingerprint}-{state.process_index}-of-{state.num_processes}",
-        features=datasets.Features({name: datasets.List(datasets.Value("float32")) for name in columns}),
-        desc=desc,
-    )
-    datasets.enable_progress_bars()
-    if state.num_processes > 1:
-        tables = [None] * state.num_processes
-        torch.distributed.all_gather_object(tables, scores.with_format("arrow")[:])
-        scores = Dataset(pa.concat_tables(tables), fingerprint=fingerprint)
+    rank, num_processes = state.process_index, state.num_processes
+    start, end = (len(dataset) * share // num_processes for share in (rank, rank + 1))
+    table = None
+    if start < end:
+        if rank > 0:
+            datasets.disable_progress_bars()
+        scores = dataset.select(range(start, end)).map(
+            function,
+            batched=True,
+            batch_size=256,
+            remove_columns=dataset.column_names,
+            new_fingerprint=f"{fingerprint}-{rank}-of-{num_processes}",
+            features=datasets.Features({name: datasets.List(datasets.Value("float32")) for name in columns}),
+            desc=desc,
+        )
+        datasets.enable_progress_bars()
+        table = scores.with_format("arrow")[:]
+    if num_processes > 1:
+        tables = [None] * num_processes
+        torch.distributed.all_gather_object(tables, table)
+        scores = Dataset(pa.concat_tables(part for part in tables if part is not None), fingerprint=fingerprint)
     return concatenate_datasets([dataset, scores], axis=1)
 
 

@@ -1,0 +1,70 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Everything shown is run: docstrings, README and documentation snippets."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import trl_tfpo
+
+
+ROOT = Path(__file__).parents[1]
+MODULES = [module.name for module in pkgutil.walk_packages(trl_tfpo.__path__, "trl_tfpo.")]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name, tmp_path, monkeypatch):
+    """An example that fails is the first thing a user tries."""
+    monkeypatch.chdir(tmp_path)
+    failures, _ = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert failures == 0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_snippets(page, tmp_path, monkeypatch):
+    """The snippets of a page form one script, run from top to bottom in the controlled world."""
+    snippets = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile("\n".join(snippets), page.name, "exec"), {})
+
+
+def test_make_targets_of_the_readme_exist():
+    """README promises two commands."""
+    promised = set(re.findall(r"`?make (\w+)`?", (ROOT / "README.md").read_text(encoding="utf-8")))
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    assert {"demo", "test"} <= promised <= targets
+
+
+def test_tree_of_the_readme_is_the_tree():
+    """A map that leaves out a module, or shows one that is gone, misleads the newcomer it is for."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in (ROOT / "trl_tfpo").glob("[!_]*.py"):
+        assert path.name in readme, path.name
+    for name in re.findall(r"(\w+\.py)\b", readme):
+        assert list(ROOT.rglob(f"{'trl_tfpo' if 'examples' not in name else 'examples'}/**/{name}")) or list(
+            (ROOT / "examples").rglob(name)
+        ), name
+
+
+def test_no_page_or_module_holds_a_path_of_this_machine():
+    """Paths of a developer's machine in a release are useless to everybody else."""
+    for path in [*PAGES, *(ROOT / "trl_tfpo").rglob("*.py"), *(ROOT / "trl_tfpo").rglob("*.json")]:
+        assert str(ROOT.parent) + "/" not in path.read_text(encoding="utf-8"), path

@@ -1,0 +1,206 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Every example, run as a user would: a process of its own, real files, two processes where it says so."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import conversational_rows, make_llama, make_tokenizer
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+
+from trl_tfpo import DoctorGuidedLogitsProcessor
+
+
+ROOT = Path(__file__).parents[1]
+HH_RLHF = ROOT.parent / "shared" / "data" / "hh-rlhf"
+TWO_PROCESSES = [
+    *[sys.executable, "-m", "accelerate.commands.launch"],
+    *["--config_file", ROOT / "examples" / "accelerate_configs" / "cpu.yaml", "--num_processes", "2"],
+]
+
+pytestmark = pytest.mark.slow
+
+
+def run(*command, cwd, **environment):
+    """Output of a command that has to succeed."""
+    result = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "HF_DATASETS_CACHE": str(cwd / "cache"),
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    return result.stdout
+
+
+def logged_losses(output_dir):
+    state = json.loads((output_dir / "trainer_state.json").read_text())
+    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
+def test_controlled_world_end_to_end(tmp_path):
+    """Without arguments: table, picture and completions, here with less training and fewer samples."""
+    output = run(
+        *[sys.executable, ROOT / "examples" / "benchmarks" / "seeds.py", "--seeds", "0", "1", "--output_dir", "runs"],
+        *["--num_pairs", "256", "--max_steps", "60", "--num_samples_per_prompt", "16"],
+        cwd=tmp_path,
+    )
+    for seed in (0, 1):
+        report = {row["method"]: row for row in json.loads((tmp_path / f"runs/seed-{seed}/report.json").read_text())}
+        assert report["patient"]["kl"] == 0
+        assert report["doctor-guided"]["reward"] > report["patient"]["reward"] + 0.5
+        assert report["doctor-guided"]["efficiency"] > report["published setting"]["efficiency"]
+        assert 0.8 < report["best of 4 (oracle)"]["efficiency"] < 1.1
+        assert (tmp_path / f"runs/seed-{seed}/reward_kl.png").stat().st_size > 10_000
+    assert "unguided" in output and "guided" in output
+    assert "Mean ± standard deviation over seeds [0, 1]" in output
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A dataset file, a patient and a doctor, as folders."""
+    with open(tmp_path / "preferences.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in conversational_rows(24))
+    for name, model in (("patient", make_llama(1, 32)), ("doctor", make_llama(2))):
+        model.save_pretrained(tmp_path / name)
+        make_tokenizer().save_pretrained(tmp_path / name)
+    return tmp_path
+
+
+def arguments(folder, **others):
+    settings = {
+        "patient_model_name_or_path": folder / "patient",
+        "doctor_model_name_or_path": folder / "doctor",
+        "dataset_name": folder / "preferences.jsonl",
+        "positive_face": "you are kind",
+        "negative_face": "you are rude",
+        "learning_rate": 1e-2,
+        "max_steps": 4,
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "report_to": "none",
+        "output_dir": folder / "run",
+        **others,
+    }
+    return [part for name, value in settings.items() for part in (f"--{name}", value)]
+
+
+def test_own_models_from_a_yaml_config(small):
+    """Everything can be said in a file, and the command line has the last word."""
+    names = arguments(small, max_steps=1, save_steps=1)
+    config = {
+        name.removeprefix("--"): value if isinstance(value, (int, float)) else str(value)
+        for name, value in zip(names[::2], names[1::2], strict=True)
+    }
+    (small / "config.yaml").write_text(yaml.safe_dump(config))
+    run(
+        *[
+            sys.executable,
+            ROOT / "examples" / "train.py",
+            "--config",
+            "config.yaml",
+            "--max_steps",
+            "2",
+            "--save_steps",
+            "2",
+        ],
+        *["--use_peft", "--lora_r", "2", "--lora_target_modules", "q_proj", "v_proj", "--num_guided_examples", "1"],
+        cwd=small,
+    )
+    assert len(logged_losses(small / "run" / "checkpoint-2")) == 2
+    assert (small / "run" / "adapter_model.safetensors").exists()
+
+
+def test_two_processes_equal_one_with_twice_the_batch(small):
+    """Processes that do not average their gradients, or score only their share, still finish without a word."""
+    train = ROOT / "examples" / "train.py"
+    run(*TWO_PROCESSES, train, *arguments(small, output_dir=small / "two", per_device_train_batch_size=4), cwd=small)
+    run(sys.executable, train, *arguments(small, output_dir=small / "one", per_device_train_batch_size=8), cwd=small)
+    two, one = (logged_losses(small / name / "checkpoint-4") for name in ("two", "one"))
+    assert two == pytest.approx(one, rel=1e-4)
+    weights = [AutoModelForCausalLM.from_pretrained(small / name).state_dict() for name in ("two", "one")]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], rtol=1e-3, atol=1e-4)
+
+
+def test_annotation_is_shared_between_processes(small):
+    """Each process scores its share and gets the whole, in order."""
+    script = small / "annotate.py"
+    script.write_text(
+        "import sys\n"
+        "from datasets import load_dataset\n"
+        "from transformers import AutoTokenizer\n"
+        "from trl_tfpo import Faces, TFPOConfig, annotate_token_rewards\n"
+        "state = TFPOConfig('run', report_to='none').distributed_state\n"
+        "dataset = load_dataset('json', data_files='preferences.jsonl')['train'].select(range(int(sys.argv[2])))\n"
+        "annotated = annotate_token_rewards(dataset, 'patient', AutoTokenizer.from_pretrained('patient'),\n"
+        "    faces=Faces(positive='you are kind', negative='you are rude'))\n"
+        "annotated.save_to_disk(f'{sys.argv[1]}-{state.process_index}')\n"
+    )
+    for rows in (23, 1):  # also a share that is empty
+        run(*TWO_PROCESSES, script, f"two-{rows}", rows, cwd=small)
+        run(sys.executable, script, f"one-{rows}", rows, cwd=small)
+        one, *two = (
+            Dataset.load_from_disk(small / f"{name}-{rows}-{rank}")
+            for name, rank in (("one", 0), ("two", 0), ("two", 1))
+        )
+        for other in two:
+            assert other.column_names == one.column_names and len(other) == rows
+            for row, expected in zip(other, one, strict=True):
+                assert row["chosen_ids"] == expected["chosen_ids"]
+                assert row["chosen_gaps"] == pytest.approx(expected["chosen_gaps"], abs=1e-5)
+
+
+@pytest.mark.skipif(not HH_RLHF.exists(), reason="real preference data is not on this machine")
+def test_real_preferences_with_two_processes(tmp_path):
+    """Real transcripts, a tokenizer and models made for them, two processes: the loss falls and the doctor guides."""
+    run(
+        *[sys.executable, ROOT / "examples" / "make_small_models.py", "--dataset_name", HH_RLHF, "--split", "test"],
+        *["--output_dir", "small", "--vocab_size", 1024],
+        cwd=tmp_path,
+    )
+    import gzip
+
+    with gzip.open(HH_RLHF / "harmless-base-test.jsonl.gz", "rt", encoding="utf-8") as file:
+        (tmp_path / "head.jsonl").write_text("".join(next(file) for _ in range(120)), encoding="utf-8")
+    output = run(
+        *[*TWO_PROCESSES, ROOT / "examples" / "train.py", "--patient_model_name_or_path", "small/patient"],
+        *["--doctor_model_name_or_path", "small/doctor", "--dataset_name", "head.jsonl", "--faces", "harmlessness"],
+        *["--max_length", 2048, "--learning_rate", 1e-3, "--num_train_epochs", 3, "--per_device_train_batch_size", 4],
+        *["--logging_steps", 5, "--report_to", "none", "--output_dir", "run", "--num_guided_examples", 1],
+        *["--save_strategy", "epoch", "--save_total_limit", 1],
+        cwd=tmp_path,
+    )
+    assert "unguided" in output and "guided" in output
+    losses = logged_losses(next((tmp_path / "run").glob("checkpoint-*")))
+    assert losses[-1] < 0.8 * losses[0]
+    doctor = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    DoctorGuidedLogitsProcessor(doctor, beta=0.5)

@@ -1,0 +1,61 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The wheel: built, installed elsewhere, imported from outside the repository."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_the_wheel_installs_and_imports_from_outside(tmp_path):
+    """A file that is missing from the wheel is noticed by everyone but the developers."""
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, ROOT], check=True, capture_output=True
+    )
+    (wheel,) = tmp_path.glob("trl_tfpo-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "trl_tfpo/py.typed" in names
+    assert {f"trl_tfpo/testbed/weights/{name}/model.safetensors" for name in ("patient", "doctor")} <= set(names)
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert not any(name.startswith(("tests", "examples")) for name in names)
+
+    venv = tmp_path / "venv"  # its own site-packages first, the dependencies from this environment
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+    python = venv / "bin" / "python"
+    purelib = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", purelib, str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
+    dependencies = Path(pytest.__file__).parents[1]
+    script = (
+        "import sys; sys.path.append(sys.argv[1]); import trl_tfpo; from trl_tfpo.testbed import load_world;"
+        "assert sys.argv[2] in trl_tfpo.__file__, trl_tfpo.__file__; print(load_world().doctor.num_parameters())"
+    )
+    result = subprocess.run(
+        [python, "-I", "-c", script, dependencies, str(venv)], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) > 50_000
