@@ -89,7 +89,7 @@ class TFPOScriptArguments(ScriptArguments):
     attribute: str = field(default="praise", metadata={"help": "What to align to in the controlled world."})
     num_pairs: int = field(default=3000, metadata={"help": "Preference pairs drawn in the controlled world."})
     num_samples_per_prompt: int = field(
-        default=400, metadata={"help": "Completions of each test prompt behind a row of the table."}
+        default=200, metadata={"help": "Completions of each test prompt behind a row of the table."}
     )
 
 
@@ -214,7 +214,7 @@ def run_world(script_args: TFPOScriptArguments, training_args: TFPOConfig) -> No
     def published_guide(beta):
         return DoctorGuidedLogitsProcessor(published, alpha=1.0, beta=beta)
 
-    for target_kl in (0.5, 1.0, 2.0):
+    for target_kl in (0.5, 1.5):
         row = comparison.add_at_kl("doctor-guided", guide, target_kl)
         if target_kl == 0.5:
             beta = row["beta"]

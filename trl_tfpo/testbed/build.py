@@ -1,0 +1,195 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Train the patient and the doctor of the testbed from scratch: `python -m trl_tfpo.testbed.build --output_dir weights`.
+
+The patient reads conversations under no, one or two instructions, and learns to obey them. The doctor reads conversations
+without instructions only: it is an ordinary small language model, and what it knows of an attribute it must learn
+from preferences. Both read about all places: the splits hold prompts out of the alignment, not out of the language.
+"""
+
+import argparse
+import itertools
+import random
+from pathlib import Path
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    get_cosine_schedule_with_warmup,
+    set_seed,
+)
+
+from .world import (
+    FACES,
+    MAX_NEW_TOKENS,
+    NUM_PLACES,
+    make_prompt,
+    make_tokenizer,
+    places,
+    sample_moods,
+    sample_review,
+)
+
+
+CHOICES = [("", faces.positive, faces.negative) for faces in FACES.values()]
+INSTRUCTIONS = tuple(" ".join(filter(None, asked)) for asked in itertools.product(*CHOICES))  # none, one face or two
+RECIPES = {
+    "patient": {  # 0.85M parameters
+        "instructions": INSTRUCTIONS + ("",) * 4,  # most of what it is used for
+        "share_of_steps": 1.0,
+        "size": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4},
+    },
+    "doctor": {  # 0.10M parameters, and stopped early: a doctor is the worse language model of the two
+        "instructions": ("",),
+        "share_of_steps": 1 / 3,
+        "size": {"hidden_size": 48, "intermediate_size": 136, "num_hidden_layers": 3, "num_attention_heads": 4},
+    },
+}
+
+
+def make_model(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    hidden_size: int,
+    intermediate_size: int,
+    num_hidden_layers: int,
+    num_attention_heads: int,
+) -> LlamaForCausalLM:
+    """A Llama with random weights for the vocabulary of a tokenizer."""
+    special = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=num_attention_heads,
+        max_position_embeddings=256,
+        initializer_range=hidden_size**-0.5,  # the default is made for wide models: attention would wake late
+        tie_word_embeddings=False,
+        **special,
+    )
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=MAX_NEW_TOKENS, **special
+    )
+    return model
+
+
+def sample_batch(
+    tokenizer: PreTrainedTokenizerBase, rng: random.Random, *, instructions: tuple[str, ...], batch_size: int
+) -> dict[str, torch.Tensor]:
+    """
+    Fresh conversations; only the tokens of the review, its end included, carry a label.
+
+    Args:
+        tokenizer (`transformers.PreTrainedTokenizerBase`):
+            Tokenizer of the language.
+        rng (`random.Random`):
+            Source of all choices.
+        instructions (`tuple` of `str`):
+            Instructions to draw from; an empty one is a conversation without.
+        batch_size (`int`):
+            Number of conversations, B.
+
+    Returns:
+        `dict[str, torch.Tensor]`: `input_ids`, `attention_mask` and `labels` of shape `(B, L)`.
+    """
+    everywhere = [place for split in NUM_PLACES for place in places(split)]
+    ids, num_prompt = [], []
+    for _ in range(batch_size):
+        place, instruction = rng.choice(everywhere), rng.choice(instructions)
+        prompt = make_prompt(place, instruction)
+        review = sample_review(rng, place, sample_moods(rng, instruction))
+        answered = [*prompt, {"role": "assistant", "content": review}]
+        ids.append(tokenizer.apply_chat_template(answered, return_dict=False))
+        num_prompt.append(len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)))
+    batch = tokenizer.pad({"input_ids": ids}, padding_side="right", return_tensors="pt")
+    position = torch.arange(batch["input_ids"].size(1))
+    is_review = batch["attention_mask"].bool() & (position >= torch.tensor(num_prompt)[:, None])  # (B, L)
+    return {**batch, "labels": batch["input_ids"].masked_fill(~is_review, -100)}
+
+
+def train_model(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    instructions: tuple[str, ...],
+    steps: int,
+    seed: int,
+    batch_size: int = 32,
+    learning_rate: float = 2e-3,
+) -> None:
+    """Train `model` in place on conversations that it sees once, with AdamW, warmup and cosine decay."""
+    rng = random.Random(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=steps // 10, num_training_steps=steps)
+    model.train()
+    for step in range(1, steps + 1):
+        loss = model(**sample_batch(tokenizer, rng, instructions=instructions, batch_size=batch_size)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step % 100 == 0 or step == steps:
+            print(f"step {step}/{steps}  loss {loss.item():.4f} nats per token", flush=True)
+    model.eval()
+
+
+def build(output_dir: str | Path, *, steps: int, seed: int) -> None:
+    """
+    Train both models and save each, with the tokenizer, in its folder.
+
+    Args:
+        output_dir (`str` or `Path`):
+            Folder that receives `patient` and `doctor`; [`load_world`] reads it.
+        steps (`int`):
+            Optimizer steps of the patient, at least 2, of 32 conversations each; the doctor takes a third of them.
+        seed (`int`):
+            Seed of weights and text.
+    """
+    tokenizer = make_tokenizer()
+    for name, recipe in RECIPES.items():
+        set_seed(seed)
+        model = make_model(tokenizer, **recipe["size"])
+        print(f"{name}: {model.num_parameters():,} parameters", flush=True)
+        steps_here = round(steps * recipe["share_of_steps"])
+        train_model(model, tokenizer, instructions=recipe["instructions"], steps=steps_here, seed=seed)
+        model.save_pretrained(Path(output_dir) / name)
+        tokenizer.save_pretrained(Path(output_dir) / name)
+
+
+def main() -> None:
+    """Build from the command line."""
+    parser = argparse.ArgumentParser(description="Train the patient and the doctor of the testbed.")
+    parser.add_argument("--output_dir", required=True, help="folder that receives `patient` and `doctor`")
+    parser.add_argument(
+        "--steps", type=int, default=3500, help="optimizer steps of the patient; the doctor takes a third"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and text")
+    args = parser.parse_args()
+    build(args.output_dir, steps=args.steps, seed=args.seed)
+
+
+if __name__ == "__main__":
+    main()

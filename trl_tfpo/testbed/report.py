@@ -1,0 +1,213 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""How methods compare in the testbed: at the same KL, against the frontier, in a table and a picture."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from ..evaluation import best_of_n, distinct_n, evaluate_guidance, generate_completions, match_kl
+from ..logits_processor import DoctorGuidedLogitsProcessor
+from .frontier import Frontier, reward_kl_frontier
+from .world import MAX_NEW_TOKENS, World
+
+
+COLUMNS = {
+    "method": "method",
+    "beta": "beta",
+    "reward": "reward",
+    "kl": "KL (nats)",
+    "efficiency": "efficiency",
+    "grammar": "grammar",
+    "distinct_4": "distinct-4",
+}
+POOL = 512  # completions over which distinct-4 is taken, the same number for every method
+
+
+class Comparison:
+    """
+    Rows of a table, one for each policy, all measured on the same test prompts.
+
+    Args:
+        world ([`World`]):
+            Patient, tokenizer, oracles and prompts.
+        attribute (`str`):
+            Name of the attribute whose oracle is the reward.
+        num_samples_per_prompt (`int`, *optional*, defaults to `200`):
+            Samples of a guided policy for each test prompt. The patient gets four times as many: the frontier and the
+            gain of every other row rest on them.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of all samples.
+
+    Attributes:
+        rows (`list[dict]`): one for each policy added, with the keys of `COLUMNS`, `reward_se`, `kl_se` and `texts`.
+        frontier ([`Frontier`]): best reward at each KL.
+
+    Examples:
+
+    ```python
+    >>> from trl_tfpo import DoctorGuidedLogitsProcessor
+    >>> from trl_tfpo.testbed import Comparison, load_world
+    >>> world = load_world()
+    >>> comparison = Comparison(world, "praise", num_samples_per_prompt=32)
+    >>> guide = DoctorGuidedLogitsProcessor(world.doctor, beta=0.5)
+    >>> row = comparison.add("untrained doctor", guide, beta=0.5)
+    >>> len(comparison.rows)  # the patient comes first
+    2
+
+    ```
+    """
+
+    def __init__(self, world: World, attribute: str, *, num_samples_per_prompt: int = 200, seed: int = 0):
+        self.world, self.seed = world, seed
+        self.oracle = world.attributes[attribute].oracle
+        self.prompts = world.prompts("test")
+        self.num_samples_per_prompt = num_samples_per_prompt
+        patient = self._evaluate(None, num_samples_per_prompt=4 * num_samples_per_prompt)
+        self.patient_rewards = torch.tensor(patient["rewards"]).view(len(self.prompts), -1)  # (P, N)
+        self.frontier: Frontier = reward_kl_frontier(self.patient_rewards)
+        self.rows: list[dict] = []
+        self._add_row("patient", None, patient, efficiency=None)
+
+    def add(self, method: str, guide: DoctorGuidedLogitsProcessor, *, beta: float) -> dict:
+        """Measure a guided policy and append its row; `beta` is what the table shows as its strength."""
+        result = self._evaluate(guide, num_samples_per_prompt=self.num_samples_per_prompt)
+        reachable = 0 < result["kl"] <= self.frontier.max_kl
+        efficiency = self.frontier.efficiency(result["reward"], result["kl"]) if reachable else None
+        return self._add_row(method, beta, result, efficiency)
+
+    def add_at_kl(
+        self,
+        method: str,
+        make_guide: Callable[[float], DoctorGuidedLogitsProcessor],
+        target_kl: float,
+        *,
+        max_beta: float = 1.0,
+    ) -> dict:
+        """Find, on the validation prompts, the strength at which the policy is `target_kl` nats away; then [`add`]."""
+        beta = match_kl(
+            self.world.patient,
+            self.world.tokenizer,
+            self.world.prompts("validation"),
+            make_guide,
+            target_kl,
+            max_beta=max_beta,
+            tolerance=0.03,
+            num_samples_per_prompt=16,
+            max_new_tokens=MAX_NEW_TOKENS,
+            batch_size=128,
+            seed=self.seed + 1,
+        )
+        return self.add(method, make_guide(beta), beta=beta)
+
+    def add_best_of_n(self, n: int) -> dict:
+        """Append what choosing the best of `n` patient samples by the oracle itself would reach."""
+        result = best_of_n(self.patient_rewards, n)
+        order = torch.arange(self.patient_rewards.numel()).view_as(self.patient_rewards)[:, : POOL // 12 * n]
+        groups = order.reshape(-1, n)  # n samples of one prompt each
+        winner = self.patient_rewards.flatten()[groups].argmax(dim=1, keepdim=True)
+        texts = [self.rows[0]["texts"][index] for index in groups.gather(1, winner).flatten().tolist()]
+        result |= {"texts": texts, "distinct_4": distinct_n(texts[:POOL])}
+        return self._add_row(
+            f"best of {n} (oracle)", None, result, self.frontier.efficiency(result["reward"], result["kl"])
+        )
+
+    def table(self) -> str:
+        """The rows as a Markdown table, with standard errors."""
+        lines = ["| " + " | ".join(COLUMNS.values()) + " |", "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
+        for row in self.rows:
+            cells = [row["method"]]
+            cells += ["" if row[name] is None else f"{row[name]:.2f}" for name in list(COLUMNS)[1:]]
+            cells[2] += f" ± {row['reward_se']:.2f}"
+            lines.append("| " + " | ".join(cells) + " |")
+        return "\n".join(lines)
+
+    def plot(self, path: str | os.PathLike) -> None:
+        """Draw the reward-KL plane: the frontier with twice its standard error, and the policies."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        axes = figure.add_subplot()
+        kls, rewards, errors = self.frontier.kls, self.frontier.rewards, 2 * self.frontier.standard_errors
+        axes.plot(kls, rewards, color="black", label="frontier: no policy does better")
+        axes.fill_between(kls, rewards - errors, rewards + errors, color="black", alpha=0.15, linewidth=0)
+        for method in dict.fromkeys(row["method"] for row in self.rows):
+            points = [row for row in self.rows if row["method"] == method]
+            axes.errorbar(
+                [row["kl"] for row in points],
+                [row["reward"] for row in points],
+                xerr=[2 * row.get("kl_se", 0) for row in points],
+                yerr=[2 * row["reward_se"] for row in points],
+                marker="o",
+                linestyle=":",
+                label=method,
+            )
+        axes.set(xlabel="KL from the patient (nats per completion)", ylabel="oracle reward")
+        axes.set_xlim(left=-0.05)
+        axes.legend(loc="lower right")
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+
+    def show_completions(self, guide: DoctorGuidedLogitsProcessor, num: int = 3) -> str:
+        """Guided next to unguided completions of the first test prompts, from the same seed."""
+        settings = dict(max_new_tokens=MAX_NEW_TOKENS, seed=self.seed, batch_size=num)
+        arguments = (self.world.patient, self.world.tokenizer, self.prompts[:num])
+        unguided = generate_completions(*arguments, **settings)
+        guided = generate_completions(*arguments, guide=guide, **settings)
+        return "\n".join(
+            f"{prompt[-1]['content']}\n"
+            + "\n".join(
+                f"  {name:<9}{self.oracle(c.text):+3.0f}  {c.text}" for name, c in (("unguided", a), ("guided", b))
+            )
+            for prompt, a, b in zip(self.prompts, unguided, guided, strict=False)
+        )
+
+    def _evaluate(self, guide: DoctorGuidedLogitsProcessor | None, *, num_samples_per_prompt: int) -> dict:
+        return evaluate_guidance(
+            self.world.patient,
+            self.world.tokenizer,
+            self.prompts,
+            lambda prompts, completions: [self.oracle(text) for text in completions],
+            guide=guide,
+            num_samples_per_prompt=num_samples_per_prompt,
+            max_new_tokens=MAX_NEW_TOKENS,
+            batch_size=128,
+            seed=self.seed,
+        )
+
+    def _add_row(self, method: str, beta: float | None, result: dict, efficiency: float | None) -> dict:
+        texts = result.get("texts") or [completion.text for completion in result["completions"]]
+        row = {
+            "method": method,
+            "beta": beta,
+            "reward": result["reward"],
+            "reward_se": result["reward_se"],
+            "kl": result["kl"],
+            "kl_se": result.get("kl_se", 0.0),
+            "efficiency": efficiency,
+            "grammar": sum(map(self.world.is_grammatical, texts)) / len(texts),
+            "distinct_4": distinct_n(_spread(texts, POOL)),
+            "texts": texts,
+        }
+        self.rows.append(row)
+        return row
+
+
+def _spread(texts: Sequence[str], num: int) -> list[str]:
+    """`num` of the texts, evenly spread over all of them, so that every prompt is there."""
+    step = max(len(texts) // num, 1)
+    return list(texts[::step])[:num]
