@@ -3,6 +3,8 @@ VENV ?= .venv
 RUN = $(VENV)/bin/
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
+# The models here are so small that a second thread only waits for the first
+export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test style quality clean
 
@@ -12,7 +14,7 @@ demo: $(VENV)/.demo
 
 # The whole suite, two workers of one thread each
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(RUN)python -m pytest -n 2 --dist worksteal
+	$(RUN)python -m pytest -n 2 --dist worksteal
 
 style: $(VENV)/.test
 	$(RUN)ruff check --fix .

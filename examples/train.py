@@ -55,8 +55,8 @@ from trl_tfpo import DoctorGuidedLogitsProcessor, Faces, TFPOConfig, TFPOTrainer
 WORLD_SETTINGS = dict(
     output_dir="runs/world",
     max_steps=500,
-    per_device_train_batch_size=32,
-    learning_rate=1e-3,
+    per_device_train_batch_size=16,
+    learning_rate=3e-3,
     lr_scheduler_type="cosine",
     activation_checkpointing=False,
     scoring_batch_size=256,

@@ -218,8 +218,8 @@ def test_grammar_rates(world, unguided):
         world.doctor, world.tokenizer, world.prompts("train"), num_samples_per_prompt=10, seed=0
     )
     doctor = [is_grammatical(text) for text in itertools.chain(*doctor)]
-    assert sum(patient) / len(patient) >= 0.97
-    assert 0.8 <= sum(doctor) / len(doctor) < sum(patient) / len(patient)
+    assert sum(patient) / len(patient) >= 0.95
+    assert sum(doctor) / len(doctor) >= 0.95
 
 
 def test_patient_reviews_the_place_it_is_asked_about(world, unguided):

@@ -109,6 +109,13 @@ def test_another_patient_or_setting_is_not_served_from_the_cache(patient, tokeni
     assert annotate_token_rewards(dataset, other, tokenizer, faces=FACES)["chosen_gaps"] != first["chosen_gaps"]
     swapped = Faces(positive=FACES.negative, negative=FACES.positive)
     assert annotate_token_rewards(dataset, patient, tokenizer, faces=swapped)["chosen_gaps"] != first["chosen_gaps"]
+    for scale in (2, 3):  # two functions of one name, as in a notebook cell that was edited
+
+        def reward_fn(*, positive_logps, negative_logps, scale=scale, **_):
+            return scale * (positive_logps - negative_logps)
+
+        annotated = annotate_token_rewards(dataset, patient, tokenizer, faces=FACES, reward_fn=reward_fn)
+        assert annotated[0]["chosen_token_rewards"] == pytest.approx([scale * gap for gap in first[0]["chosen_gaps"]])
     again = annotate_token_rewards(dataset, patient, tokenizer, faces=FACES)
     assert again["chosen_gaps"] == first["chosen_gaps"]
 

@@ -202,7 +202,7 @@ def log_prefix_scores(
 def check_flow_settings(reward_temperature: float, reference_weight: float) -> None:
     """Raise `ValueError` unless the settings of [`log_prefix_scores`] are in range."""
     if not reward_temperature > 0:
-        raise ValueError(f"`reward_temperature` must be positive. Got {reward_temperature}; try 0.25.")
+        raise ValueError(f"`reward_temperature` must be positive. Got {reward_temperature}; try 0.125.")
     if not reference_weight >= 0:
         raise ValueError(f"`reference_weight` must be at least 0. Got {reference_weight}; the paper's is 0.")
 

@@ -67,7 +67,7 @@ class TFPOConfig(_BaseConfig):
 
         > Parameters that control the objective
 
-        reward_temperature (`float`, *optional*, defaults to `0.25`):
+        reward_temperature (`float`, *optional*, defaults to `0.125`):
             A reward of 1 is worth `1 / reward_temperature` nats.
         reference_weight (`float`, *optional*, defaults to `1.0`):
             Exponent of the reference (the doctor before training) in what the doctor learns; 0 is the paper. When
@@ -137,7 +137,7 @@ class TFPOConfig(_BaseConfig):
         default=0.3, metadata={"help": "theta in the paper, in [0, 1). Less important tokens have no reward."}
     )
     reward_temperature: float = field(
-        default=0.25, metadata={"help": "A token reward of 1 is worth 1 / reward_temperature nats."}
+        default=0.125, metadata={"help": "A token reward of 1 is worth 1 / reward_temperature nats."}
     )
     reference_weight: float = field(
         default=1.0,

@@ -122,23 +122,20 @@ def annotate_token_rewards(
         "tokenizer": tokenizer_fingerprint(processing_class),
     }
     if isinstance(dataset, DatasetDict):
-        return DatasetDict(
-            {
-                name: annotate_token_rewards(
-                    split,
-                    patient,
-                    processing_class,
-                    faces=faces,
-                    reward_fn=reward_fn,
-                    max_length=max_length,
-                    drop_unusable=drop_unusable,
-                    batch_size=batch_size,
-                    **reward_settings,
-                )
-                for name, split in dataset.items()
-            }
+        annotate = partial(
+            annotate_token_rewards,
+            patient=patient,
+            processing_class=processing_class,
+            faces=faces,
+            reward_fn=reward_fn,
+            max_length=max_length,
+            drop_unusable=drop_unusable,
+            batch_size=batch_size,
+            **reward_settings,
         )
+        return DatasetDict({name: annotate(split) for name, split in dataset.items()})
 
+    reward_fn = partial(reward_fn, **reward_settings)
     tokenized = tokenize_preferences(
         dataset,
         processing_class,
@@ -149,8 +146,8 @@ def annotate_token_rewards(
     )
     annotated = add_scores(
         tokenized,
-        partial(_score_pairs, patient=patient, reward_fn=partial(reward_fn, **reward_settings), batch_size=batch_size),
-        fingerprint=Hasher.hash((tokenized._fingerprint, model_fingerprint(patient), settings)),
+        partial(_score_pairs, patient=patient, reward_fn=reward_fn, batch_size=batch_size),
+        fingerprint=Hasher.hash((tokenized._fingerprint, model_fingerprint(patient), settings, reward_fn)),
         columns=REWARD_COLUMNS + GAP_COLUMNS,
         desc="Annotating token rewards",
     ).remove_columns(FACE_COLUMNS)

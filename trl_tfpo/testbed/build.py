@@ -52,12 +52,14 @@ INSTRUCTIONS = tuple(" ".join(filter(None, asked)) for asked in itertools.produc
 RECIPES = {
     "patient": {  # 0.85M parameters
         "instructions": INSTRUCTIONS + ("",) * 4,  # most of what it is used for
-        "share_of_steps": 1.0,
+        "steps": 2500,
+        "learning_rate": 1.2e-3,
         "size": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4},
     },
-    "doctor": {  # 0.10M parameters, and stopped early: a doctor is the worse language model of the two
+    "doctor": {  # 0.10M parameters
         "instructions": ("",),
-        "share_of_steps": 1 / 3,
+        "steps": 2000,
+        "learning_rate": 3e-3,
         "size": {"hidden_size": 48, "intermediate_size": 136, "num_hidden_layers": 3, "num_attention_heads": 4},
     },
 }
@@ -137,7 +139,7 @@ def train_model(
     steps: int,
     seed: int,
     batch_size: int = 32,
-    learning_rate: float = 2e-3,
+    learning_rate: float,
 ) -> None:
     """Train `model` in place on conversations that it sees once, with AdamW, warmup and cosine decay."""
     rng = random.Random(seed)
@@ -156,25 +158,31 @@ def train_model(
     model.eval()
 
 
-def build(output_dir: str | Path, *, steps: int, seed: int) -> None:
+def build(output_dir: str | Path, *, seed: int, steps: int | None = None) -> None:
     """
     Train both models and save each, with the tokenizer, in its folder.
 
     Args:
         output_dir (`str` or `Path`):
             Folder that receives `patient` and `doctor`; [`load_world`] reads it.
-        steps (`int`):
-            Optimizer steps of the patient, at least 2, of 32 conversations each; the doctor takes a third of them.
         seed (`int`):
             Seed of weights and text.
+        steps (`int`, *optional*):
+            Optimizer steps of each model, of 32 conversations each. Defaults to those of `RECIPES`.
     """
     tokenizer = make_tokenizer()
     for name, recipe in RECIPES.items():
         set_seed(seed)
         model = make_model(tokenizer, **recipe["size"])
         print(f"{name}: {model.num_parameters():,} parameters", flush=True)
-        steps_here = round(steps * recipe["share_of_steps"])
-        train_model(model, tokenizer, instructions=recipe["instructions"], steps=steps_here, seed=seed)
+        train_model(
+            model,
+            tokenizer,
+            instructions=recipe["instructions"],
+            steps=steps or recipe["steps"],
+            learning_rate=recipe["learning_rate"],
+            seed=seed,
+        )
         model.save_pretrained(Path(output_dir) / name)
         tokenizer.save_pretrained(Path(output_dir) / name)
 
@@ -183,9 +191,7 @@ def main() -> None:
     """Build from the command line."""
     parser = argparse.ArgumentParser(description="Train the patient and the doctor of the testbed.")
     parser.add_argument("--output_dir", required=True, help="folder that receives `patient` and `doctor`")
-    parser.add_argument(
-        "--steps", type=int, default=3500, help="optimizer steps of the patient; the doctor takes a third"
-    )
+    parser.add_argument("--steps", type=int, help="optimizer steps of each model, instead of the recipe's")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and text")
     args = parser.parse_args()
     build(args.output_dir, steps=args.steps, seed=args.seed)
