@@ -21,12 +21,7 @@ import re
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LogitsProcessorList,
-    SuppressTokensLogitsProcessor,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_tfpo.functional import token_rewards
 from trl_tfpo.testbed import load_world, reward_kl_frontier, sample_completions
@@ -302,28 +297,6 @@ def test_sampling_is_seeded_and_leaves_no_trace(world):
     assert torch.equal(before, torch.get_rng_state())
     assert draw[0] == draw[1] != draw[2]
     assert [len(texts) for texts in draw[0]] == [2, 2, 2]
-
-
-def test_logits_processors_are_made_for_each_batch(world):
-    """A processor with a memory, shared by two batches, would guide the second by the first."""
-    made = []
-
-    def factory():
-        made.append(SuppressTokensLogitsProcessor(world.tokenizer.convert_tokens_to_ids(["the"])))
-        return LogitsProcessorList([made[-1]])
-
-    (texts,) = sample_completions(
-        world.doctor,
-        world.tokenizer,
-        world.prompts("test")[:1],
-        num_samples_per_prompt=4,
-        seed=0,
-        batch_size=2,
-        max_new_tokens=10,
-        logits_processor_factory=factory,
-    )
-    assert len(made) == 2 and len(texts) == 4
-    assert not any("the" in text.split() for text in texts)
 
 
 def test_preference_rows(world, pairs):

@@ -23,7 +23,6 @@ words, so that the reward of any text is known, and with it the best that any me
 
 import random
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,12 +32,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
+from ..evaluation import generate_completions
 from ..faces import Faces
 
 
@@ -413,7 +412,6 @@ def load_world(weights: str | Path | None = None) -> World:
     )
 
 
-@torch.no_grad()
 def sample_completions(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -422,8 +420,6 @@ def sample_completions(
     num_samples_per_prompt: int,
     seed: int,
     batch_size: int = 128,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    logits_processor_factory: Callable[[], LogitsProcessorList] | None = None,
 ) -> list[list[str]]:
     """
     What a model says, at temperature 1 and from its whole vocabulary.
@@ -441,40 +437,18 @@ def sample_completions(
             Seed of the samples. The random state of the caller is left as it was.
         batch_size (`int`, *optional*, defaults to `128`):
             Rows sampled at once. The samples depend on it.
-        max_new_tokens (`int`, *optional*, defaults to `64`):
-            Longest completion, in tokens; no review is longer.
-        logits_processor_factory (`Callable[[], LogitsProcessorList]`, *optional*):
-            Makes the logits processors of one batch.
 
     Returns:
         `list[list[str]]`: texts without special tokens, `num_samples_per_prompt` for each prompt.
     """
-    rows = [
-        tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-        for prompt in prompts
-        for _ in range(num_samples_per_prompt)
-    ]
-    texts = []
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        for start in range(0, len(rows), batch_size):
-            inputs = tokenizer(
-                rows[start : start + batch_size],
-                padding=True,
-                padding_side="left",
-                add_special_tokens=False,
-                return_tensors="pt",
-            )
-            ids = model.generate(
-                input_ids=inputs["input_ids"].to(model.device),
-                attention_mask=inputs["attention_mask"].to(model.device),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=max_new_tokens,
-                pad_token_id=tokenizer.pad_token_id,
-                logits_processor=logits_processor_factory() if logits_processor_factory else None,
-            )
-            texts += tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    completions = generate_completions(
+        model,
+        tokenizer,
+        prompts,
+        num_samples_per_prompt=num_samples_per_prompt,
+        max_new_tokens=MAX_NEW_TOKENS,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    texts = [completion.text for completion in completions]
     return [texts[start : start + num_samples_per_prompt] for start in range(0, len(texts), num_samples_per_prompt)]
