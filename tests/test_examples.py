@@ -69,15 +69,17 @@ def test_controlled_world_end_to_end(tmp_path):
     """Without arguments: table, picture and completions, here with less training and fewer samples."""
     output = run(
         *[sys.executable, ROOT / "examples" / "benchmarks" / "seeds.py", "--seeds", "0", "1", "--output_dir", "runs"],
-        *["--num_pairs", "256", "--max_steps", "60", "--num_samples_per_prompt", "16"],
+        *["--num_pairs", "256", "--max_steps", "40", "--num_samples_per_prompt", "16"],
         cwd=tmp_path,
     )
     for seed in (0, 1):
-        report = {row["method"]: row for row in json.loads((tmp_path / f"runs/seed-{seed}/report.json").read_text())}
-        assert report["patient"]["kl"] == 0
-        assert report["doctor-guided"]["reward"] > report["patient"]["reward"] + 0.5
-        assert report["doctor-guided"]["efficiency"] > report["published setting"]["efficiency"]
-        assert 0.8 < report["best of 4 (oracle)"]["efficiency"] < 1.1
+        report = json.loads((tmp_path / f"runs/seed-{seed}/report.json").read_text())
+        patient, guided, stronger, published, best = report
+        assert [row["method"] for row in report[::3]] == ["patient", "published setting"]
+        assert patient["kl"] == 0 and patient["efficiency"] is None
+        assert guided["kl"] == pytest.approx(0.5, abs=0.15) and published["kl"] == pytest.approx(0.5, abs=0.15)
+        assert patient["reward"] + 0.5 < guided["reward"] < stronger["reward"]
+        assert patient["reward"] + 1 < best["reward"]
         assert (tmp_path / f"runs/seed-{seed}/reward_kl.png").stat().st_size > 10_000
     assert "unguided" in output and "guided" in output
     assert "Mean ± standard deviation over seeds [0, 1]" in output

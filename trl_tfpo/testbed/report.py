@@ -54,7 +54,8 @@ class Comparison:
             Seed of all samples.
 
     Attributes:
-        rows (`list[dict]`): one for each policy added, with the keys of `COLUMNS`, `reward_se`, `kl_se` and `texts`.
+        rows (`list[dict]`): one for each policy added, with the keys of `COLUMNS`, `reward_se`, `kl_se` and `texts`;
+            the efficiency is None where the frontier is not known.
         frontier ([`Frontier`]): best reward at each KL.
 
     Examples:
@@ -81,14 +82,12 @@ class Comparison:
         self.patient_rewards = torch.tensor(patient["rewards"]).view(len(self.prompts), -1)  # (P, N)
         self.frontier: Frontier = reward_kl_frontier(self.patient_rewards)
         self.rows: list[dict] = []
-        self._add_row("patient", None, patient, efficiency=None)
+        self._add_row("patient", None, patient)
 
     def add(self, method: str, guide: DoctorGuidedLogitsProcessor, *, beta: float) -> dict:
         """Measure a guided policy and append its row; `beta` is what the table shows as its strength."""
         result = self._evaluate(guide, num_samples_per_prompt=self.num_samples_per_prompt)
-        reachable = 0 < result["kl"] <= self.frontier.max_kl
-        efficiency = self.frontier.efficiency(result["reward"], result["kl"]) if reachable else None
-        return self._add_row(method, beta, result, efficiency)
+        return self._add_row(method, beta, result)
 
     def add_at_kl(
         self,
@@ -117,14 +116,12 @@ class Comparison:
     def add_best_of_n(self, n: int) -> dict:
         """Append what choosing the best of `n` patient samples by the oracle itself would reach."""
         result = best_of_n(self.patient_rewards, n)
-        order = torch.arange(self.patient_rewards.numel()).view_as(self.patient_rewards)[:, : POOL // 12 * n]
-        groups = order.reshape(-1, n)  # n samples of one prompt each
-        winner = self.patient_rewards.flatten()[groups].argmax(dim=1, keepdim=True)
-        texts = [self.rows[0]["texts"][index] for index in groups.gather(1, winner).flatten().tolist()]
-        result |= {"texts": texts, "distinct_4": distinct_n(texts[:POOL])}
-        return self._add_row(
-            f"best of {n} (oracle)", None, result, self.frontier.efficiency(result["reward"], result["kl"])
-        )
+        num_groups = self.patient_rewards.size(1) // n
+        groups = torch.arange(self.patient_rewards.numel()).view_as(self.patient_rewards)[:, : num_groups * n]
+        groups = groups.reshape(-1, n)  # n samples of one prompt each
+        winners = self.patient_rewards.flatten()[groups].argmax(dim=1, keepdim=True)
+        result["texts"] = [self.rows[0]["texts"][index] for index in groups.gather(1, winners).flatten().tolist()]
+        return self._add_row(f"best of {n} (oracle)", None, result)
 
     def table(self) -> str:
         """The rows as a Markdown table, with standard errors."""
@@ -189,7 +186,8 @@ class Comparison:
             seed=self.seed,
         )
 
-    def _add_row(self, method: str, beta: float | None, result: dict, efficiency: float | None) -> dict:
+    def _add_row(self, method: str, beta: float | None, result: dict) -> dict:
+        is_on_frontier = 0 < result["kl"] <= self.frontier.max_kl
         texts = result.get("texts") or [completion.text for completion in result["completions"]]
         row = {
             "method": method,
@@ -198,7 +196,7 @@ class Comparison:
             "reward_se": result["reward_se"],
             "kl": result["kl"],
             "kl_se": result.get("kl_se", 0.0),
-            "efficiency": efficiency,
+            "efficiency": self.frontier.efficiency(result["reward"], result["kl"]) if is_on_frontier else None,
             "grammar": sum(map(self.world.is_grammatical, texts)) / len(texts),
             "distinct_4": distinct_n(_spread(texts, POOL)),
             "texts": texts,
