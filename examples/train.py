@@ -89,7 +89,7 @@ class TFPOScriptArguments(ScriptArguments):
     attribute: str = field(default="praise", metadata={"help": "What to align to in the controlled world."})
     num_pairs: int = field(default=3000, metadata={"help": "Preference pairs drawn in the controlled world."})
     num_samples_per_prompt: int = field(
-        default=200, metadata={"help": "Completions of each test prompt behind a row of the table."}
+        default=120, metadata={"help": "Completions of each test prompt behind a row of the table."}
     )
 
 
