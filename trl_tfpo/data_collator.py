@@ -115,6 +115,7 @@ class TokenRewardCollator(DataCollatorMixin):
             if self.processing_class is None:
                 self.processing_class = AutoTokenizer.from_pretrained(self.patient.config._name_or_path)
             check_patient(self.patient, self.processing_class)
+            self.has_system_role = has_system_role(self.processing_class)
         self.eos_token_ids = eos_token_ids(self.processing_class, self.patient)
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -202,7 +203,7 @@ class TokenRewardCollator(DataCollatorMixin):
             example,
             self.processing_class,
             faces=self.faces,
-            system_role=self.processing_class.chat_template is not None and has_system_role(self.processing_class),
+            system_role=self.has_system_role,
             eos_token_ids=self.eos_token_ids,
             max_length=self.max_length,
         )

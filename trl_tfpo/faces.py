@@ -115,6 +115,8 @@ def resolve_faces(faces: "Faces | str") -> Faces:
 
 def has_system_role(processing_class: PreTrainedTokenizerBase) -> bool:
     """Whether the chat template shows a system message to the model: some raise on one, some leave it out."""
+    if processing_class.chat_template is None:
+        return False
     probe = [{"role": "system", "content": "sentinel-7f3a"}, {"role": "user", "content": "x"}]
     try:
         return probe[0]["content"] in processing_class.apply_chat_template(probe, tokenize=False)

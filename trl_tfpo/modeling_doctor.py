@@ -14,11 +14,13 @@
 
 """The doctor: a causal language model with a scalar value head that exists only while it is trained."""
 
+import copy
 import functools
 import json
 import os
 import types
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,10 @@ from transformers.utils import ModelOutput, cached_file
 from trl.trainer import add_fused_lm_head
 
 from ._compat import unwrap_peft
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
 
 
 VALUE_HEAD = "value_head"
@@ -123,6 +129,54 @@ def add_value_head(model: PreTrainedModel) -> None:
         )
 
     base.forward = types.MethodType(forward, base)
+
+
+def make_doctor(
+    model: "PreTrainedModel | PeftModel", peft_config: "PeftConfig | None" = None
+) -> "PreTrainedModel | PeftModel":
+    """
+    The doctor with its value head, and with a new adapter if there is a config for one.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The language model; changed in place.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Config of the adapter; left as it is. The value head is trained and saved with the adapter.
+
+    Returns:
+        [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]: the doctor.
+
+    Raises:
+        `ValueError`: on a second adapter, prompt learning, or an adapter on the language modelling head.
+    """
+    if peft_config is not None:
+        from peft import get_peft_model
+
+        if is_peft_model(model):
+            raise ValueError(
+                "`peft_config` makes a new adapter. Got a `PeftModel` as well; pass one or the other, or merge the "
+                "adapter with `merge_and_unload()` first."
+            )
+        if peft_config.is_prompt_learning:
+            raise ValueError(
+                "Prompt learning adds tokens that patient and decoding do not see. Got "
+                f"{type(peft_config).__name__}; use an adapter of the weights, such as `LoraConfig`."
+            )
+        add_value_head(model)
+        peft_config = copy.deepcopy(peft_config)  # the caller's stays as it is
+        peft_config.modules_to_save = [*(peft_config.modules_to_save or []), VALUE_HEAD]
+        model = get_peft_model(model, peft_config)
+    else:
+        add_value_head(model)
+    if is_peft_model(model):
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+            raise ValueError(
+                "An adapter on `lm_head` would not be trained: log-probabilities are computed from "
+                "`lm_head.weight` directly. Got one; remove 'lm_head' from `target_modules`."
+            )
+    return model
 
 
 def locate_completions(completion_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,7 +14,6 @@
 
 """Training a doctor: preference pairs in, a small model that can guide the patient out."""
 
-import copy
 import gc
 import textwrap
 from collections import defaultdict
@@ -44,7 +43,7 @@ from . import functional
 from ._compat import _BaseTrainer, create_model_from_path
 from .data_collator import TokenRewardCollator
 from .faces import Faces
-from .modeling_doctor import VALUE_HEAD, add_value_head
+from .modeling_doctor import make_doctor
 from .objective import tfpo_objective
 from .tfpo_config import TFPOConfig
 from .token_rewards import (
@@ -213,7 +212,9 @@ class TFPOTrainer(_BaseTrainer):
             )
 
         # Value head and PEFT
-        model = self._add_value_head(model, peft_config, args)
+        model = make_doctor(model, peft_config)
+        if is_peft_model(model) and args.gradient_checkpointing:
+            model.enable_input_require_grads()
         if args.disable_dropout:
             disable_dropout_in_model(model)
 
@@ -310,42 +311,6 @@ class TFPOTrainer(_BaseTrainer):
         if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
             init_kwargs["device_map"] = None
         return create_model_from_path(model, **init_kwargs)
-
-    @staticmethod
-    def _add_value_head(
-        model: "PreTrainedModel | PeftModel", peft_config: "PeftConfig | None", args: TFPOConfig
-    ) -> "PreTrainedModel | PeftModel":
-        """The doctor with its value head, and with a new adapter if there is a config for one."""
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            if is_peft_model(model):
-                raise ValueError(
-                    "`peft_config` makes a new adapter. Got a `PeftModel` as well; pass one or the other, or merge the "
-                    "adapter with `merge_and_unload()` first."
-                )
-            if peft_config.is_prompt_learning:
-                raise ValueError(
-                    "Prompt learning adds tokens that patient and decoding do not see. Got "
-                    f"{type(peft_config).__name__}; use an adapter of the weights, such as `LoraConfig`."
-                )
-            add_value_head(model)
-            peft_config = copy.deepcopy(peft_config)  # the caller's stays as it is
-            peft_config.modules_to_save = [*(peft_config.modules_to_save or []), VALUE_HEAD]
-            model = get_peft_model(model, peft_config)
-        else:
-            add_value_head(model)
-        if is_peft_model(model):
-            from peft.tuners.tuners_utils import BaseTunerLayer
-
-            if isinstance(model.get_output_embeddings(), BaseTunerLayer):
-                raise ValueError(
-                    "An adapter on `lm_head` would not be trained: log-probabilities are computed from "
-                    "`lm_head.weight` directly. Got one; remove 'lm_head' from `target_modules`."
-                )
-            if args.gradient_checkpointing:
-                model.enable_input_require_grads()
-        return model
 
     def _get_patient(self, args: TFPOConfig) -> PreTrainedModel:
         """The patient, loaded when it is first needed."""

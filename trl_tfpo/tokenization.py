@@ -52,7 +52,7 @@ def tokenize_preferences(
         fn_kwargs={
             "processing_class": processing_class,
             "faces": faces,
-            "system_role": processing_class.chat_template is not None and has_system_role(processing_class),
+            "system_role": has_system_role(processing_class),
             "eos_token_ids": eos_token_ids,
             "max_length": max_length,
             "drop_unusable": drop_unusable,
