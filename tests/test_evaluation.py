@@ -91,7 +91,7 @@ def all_completions(max_length: int) -> list[list[int]]:
 
 def test_kl_is_that_of_the_enumerated_language(patient, guide):
     """Else two methods would be compared at distances that are not the distance."""
-    prompt_ids, doctor = [2, 3], guide.models[0]
+    prompt_ids, doctor = [2, 3], guide.doctors[0].model
     completions, log_guided, log_patient = [], [], []
     for text in all_completions(3):
         completions.append(Completion("", prompt_ids, text, "", text[-1] == EOS))
@@ -125,7 +125,7 @@ def test_kl_of_samples_estimates_it(patient, tokenizer, guide):
         max_new_tokens=3,
         batch_size=200,
     )
-    ids, doctor, exact = tokenizer(text)["input_ids"], guide.models[0], 0.0
+    ids, doctor, exact = tokenizer(text)["input_ids"], guide.doctors[0].model, 0.0
     for completion in all_completions(3):
         guided_sum = patient_sum = 0.0
         for t, token in enumerate(completion):

@@ -15,10 +15,13 @@
 """Align a large frozen language model at decoding time with a small doctor trained by TFPO."""
 
 from .data_collator import TokenRewardCollator
+from .doctors import Doctor
 from .faces import Faces
+from .generation import guided_generate
 from .logits_processor import DoctorGuidedLogitsProcessor
 from .modeling_doctor import load_doctor
 from .objective import tfpo_objective
+from .speculative import speculative_guided_generate
 from .tfpo_config import TFPOConfig
 from .tfpo_trainer import TFPOTrainer
 from .token_rewards import annotate_token_rewards
@@ -27,12 +30,15 @@ from .token_rewards import annotate_token_rewards
 __version__ = "0.1.0"
 
 __all__ = [
+    "Doctor",
     "DoctorGuidedLogitsProcessor",
     "Faces",
     "TFPOConfig",
     "TFPOTrainer",
     "TokenRewardCollator",
     "annotate_token_rewards",
+    "guided_generate",
     "load_doctor",
+    "speculative_guided_generate",
     "tfpo_objective",
 ]

@@ -13,12 +13,12 @@
 # limitations under the License.
 
 """
-Names taken from TRL that are not part of its public interface, each with the reason it is needed.
+What is taken from TRL and PEFT that is not part of their public interface, each with the reason it is needed.
 
 `tests/test_upstream.py` checks that every one of them still behaves as the package relies on.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -30,12 +30,47 @@ from trl.trainer.base_trainer import _BaseTrainer  # model card, loss scaling fl
 from trl.trainer.utils import create_model_from_path  # dtype and device rules for models given by name
 
 
-__all__ = ["_BaseConfig", "_BaseTrainer", "create_model_from_path", "fused_lm_head", "unwrap_peft"]
+__all__ = [
+    "_BaseConfig",
+    "_BaseTrainer",
+    "adapter_layers",
+    "create_model_from_path",
+    "fused_lm_head",
+    "inference",
+    "is_peft_model",
+    "unwrap_peft",
+    "using_adapter",
+]
 
 
 def unwrap_peft(model: PreTrainedModel) -> PreTrainedModel:
     """The transformers model inside a `PeftModel`, or the model itself."""
     return model.get_base_model() if is_peft_model(model) else model
+
+
+def adapter_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules of a `PeftModel` that hold adapters, LoRA layers and saved modules alike."""
+    return [module for module in model.modules() if hasattr(module, "_disable_adapters")]
+
+
+@contextmanager
+def using_adapter(layers: Sequence[torch.nn.Module], name: str | bool | None) -> Iterator[None]:
+    """
+    Within the context the layers use the adapter of that name, the active one if `True`, none if `None`.
+
+    `PeftModel.disable_adapter` and `set_adapter` do the same, but also walk all modules and set what requires
+    gradients, which takes milliseconds, and is done here for every token.
+    """
+    before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = name is None
+            if isinstance(name, str):
+                layer._active_adapter = [name]
+        yield
+    finally:
+        for layer, (is_disabled, name) in zip(layers, before, strict=True):
+            layer._disable_adapters, layer._active_adapter = is_disabled, name
 
 
 @contextmanager

@@ -23,11 +23,14 @@ Methods are comparable at the same KL from the patient, [`match_kl`]: any reward
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .doctors import Doctor
+from .generation import guided_generate, without_doctors
 from .logits_processor import DoctorGuidedLogitsProcessor
 from .tokenization import eos_token_ids, tokenize_prompt
 
@@ -119,18 +122,16 @@ def generate_completions(
     sampling = dict(do_sample=True, temperature=temperature) if temperature > 0 else dict(do_sample=False)
     tokenized = [(prompt, tokenize_prompt(prompt, processing_class)) for prompt in prompts]
     rows = [row for row in tokenized for _ in range(num_samples_per_prompt)]
+    generate = patient.generate if guide is None else partial(guided_generate, patient, guide)
     completions = []
     with torch.random.fork_rng(devices=[patient.device] if patient.device.type == "cuda" else []):
         torch.manual_seed(seed)
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
             ids, mask = _pad([ids for _, ids in batch], padding_side="left", device=patient.device)
-            if guide is not None:
-                guide.reset(attention_mask=mask)
-            output = patient.generate(
+            output = generate(
                 input_ids=ids.masked_fill(mask == 0, pad_token_id),
                 attention_mask=mask,
-                logits_processor=[] if guide is None else [guide],
                 **(
                     sampling
                     | dict(top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=max_new_tokens)
@@ -186,7 +187,8 @@ def guided_kl(
     divergences = []
     for start in range(0, len(completions), batch_size):
         batch = completions[start : start + batch_size]
-        logits = [_completion_logits(model, batch) for model in (patient, *guide.models)]
+        with without_doctors(patient, guide):
+            logits = [_completion_logits(model, batch) for model in (patient, *guide.doctors)]
         for patient_logits, *doctor_logits in zip(*logits, strict=True):  # (T, V) each
             guided_logps = guide.combine(patient_logits, doctor_logits)
             patient_logps = patient_logits.to(guided_logps.dtype).log_softmax(dim=-1)
@@ -435,7 +437,7 @@ def _pad(rows: Sequence[list[int]], *, padding_side: str, device: torch.device) 
     return tuple(pad_sequence(x, batch_first=True, padding_side=padding_side).to(device) for x in (ids, mask))
 
 
-def _completion_logits(model: PreTrainedModel, completions: Sequence[Completion]) -> list[torch.Tensor]:
+def _completion_logits(model: PreTrainedModel | Doctor, completions: Sequence[Completion]) -> list[torch.Tensor]:
     """Logits (T, V) at which a model would have sampled each completion, on the CPU or wherever the model ends."""
     rows = [completion.prompt_ids + completion.completion_ids for completion in completions]
     ids, mask = _pad(rows, padding_side="right", device=model.device)  # what is padding, no token before it sees
@@ -445,12 +447,18 @@ def _completion_logits(model: PreTrainedModel, completions: Sequence[Completion]
 
 
 def _check_policy(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor | None) -> None:
-    if any(model.training for model in (patient, *(guide.models if guide else ()))):
+    doctors = guide.doctors if guide else []
+    if any(model.training for model in (patient, *(doctor.model for doctor in doctors))):
         raise ValueError(
             "Patient and doctors must be in eval mode, as dropout is random. Got training mode; call `.eval()`."
         )
-    if guide and any(isinstance(weight, torch.Tensor) for weight in (guide.alpha, *guide.betas)):
+    if guide and not all(isinstance(weight, float) for weight in (guide.alpha, *guide.betas)):
         raise ValueError(
-            "An evaluation is of one policy, so `alpha` and `beta` must be numbers. Got a tensor with a weight for "
-            "each row; evaluate one strength at a time."
+            "An evaluation is of one policy, so `alpha` and `beta` must be numbers. Got a weight for each row or a "
+            "schedule; evaluate one strength at a time."
+        )
+    if any(doctor.prompt is not None for doctor in doctors):
+        raise ValueError(
+            "An evaluation has prompts of its own, so doctors must read those. Got a doctor with a `prompt`; leave it "
+            "out."
         )

@@ -32,6 +32,7 @@ Deviations from the paper, each chosen by a function argument unless said otherw
 7. Value discrimination compares $\log V$ at the first token at which chosen and rejected part ways.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -433,15 +434,78 @@ def guided_logps(
     """
     if len(doctor_logits) != len(beta):
         raise ValueError(f"`beta` needs one weight for each doctor. Got {len(beta)} for {len(doctor_logits)} doctors.")
-    banned = patient_logits == float("-inf")
-    guided = alpha * patient_logits.log_softmax(dim=-1).masked_fill(banned, 0)
+    guided = _weighed(patient_logits, alpha)
     for logits, weight in zip(doctor_logits, beta, strict=True):
-        logps = logits.log_softmax(dim=-1)
-        weight = torch.as_tensor(weight, dtype=logps.dtype, device=logps.device)
-        absent = logps == float("-inf")
-        guided = guided + weight * logps.masked_fill(absent, 0)
-        banned = banned | (absent & (weight > 0))
-    return guided.masked_fill(banned, float("-inf")).log_softmax(dim=-1)
+        guided = guided + _weighed(logits, weight)
+    return guided.masked_fill(patient_logits == float("-inf"), float("-inf")).log_softmax(dim=-1)
+
+
+def plausible_mask(*, patient_logits: torch.Tensor, min_patient_prob: float) -> torch.Tensor:
+    r"""
+    Tokens that the patient holds possible: those with $\pi_{\text{patient}}(y \mid s) \ge p \max_{y'}
+    \pi_{\text{patient}}(y' \mid s)$, the plausibility constraint of contrastive decoding
+    (https://huggingface.co/papers/2210.15097).
+
+    Args:
+        patient_logits (`torch.Tensor` of shape `(..., V)`):
+            Logits or log-probabilities of the patient.
+        min_patient_prob (`float`):
+            $p$, in (0, 1]: probability relative to that of the likeliest token. 1 leaves that token alone.
+
+    Returns:
+        `torch.Tensor` of shape `(..., V)`: True where a token is plausible, in every row at least once.
+
+    Examples:
+
+    ```python
+    >>> import torch
+    >>> from trl_tfpo.functional import plausible_mask
+    >>> plausible_mask(patient_logits=torch.tensor([0.60, 0.36, 0.04]).log(), min_patient_prob=0.1)
+    tensor([ True,  True, False])
+
+    ```
+    """
+    threshold = patient_logits.amax(dim=-1, keepdim=True) + math.log(min_patient_prob)
+    return patient_logits >= threshold
+
+
+def next_token_entropy(logits: torch.Tensor) -> torch.Tensor:
+    r"""
+    How unsure a model is of the next token: $-\sum_y \pi(y \mid s) \log \pi(y \mid s)$.
+
+    Args:
+        logits (`torch.Tensor` of shape `(..., V)`):
+            Logits or log-probabilities; minus infinity has no weight.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`: entropies in nats, from 0 to $\log V$.
+
+    Examples:
+
+    ```python
+    >>> import torch
+    >>> from trl_tfpo.functional import next_token_entropy
+    >>> next_token_entropy(torch.tensor([[0.0, 0.0], [0.0, -float("inf")]]))
+    tensor([0.6931, 0.0000])
+
+    ```
+    """
+    return torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1)
+
+
+def _weighed(logits: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:
+    """
+    `weight * log pi` (..., V) up to a constant for each row.
+
+    A positive number needs no normaliser, as such a constant goes in the next softmax, and lets minus infinity stand.
+    Any other weight meets it with a neutral zero, unless it is positive in that row.
+    """
+    if isinstance(weight, (int, float)) and weight > 0:
+        return logits if weight == 1 else weight * logits
+    weight = torch.as_tensor(weight, dtype=logits.dtype, device=logits.device)
+    absent = logits == float("-inf")
+    weighed = weight * logits.log_softmax(dim=-1).masked_fill(absent, 0)
+    return weighed.masked_fill(absent & (weight > 0), float("-inf"))
 
 
 # Sums

@@ -24,16 +24,19 @@ tokens, and their KV caches are only a memory of it, addressed by content, [`Doc
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from ._compat import unwrap_peft
-from .doctor_memory import PADDING, DoctorMemory, check_is_doctor
-from .functional import guided_logps
+from .doctors import NO_ADAPTER, PADDING, Doctor, DoctorMemory, check_left_padded
+from .functional import guided_logps, next_token_entropy, plausible_mask
 from .tokenizer_identity import check_same_tokenizer
+
+
+Weight = float | torch.Tensor | Callable[[int], float | torch.Tensor]
 
 
 class DoctorGuidedLogitsProcessor(LogitsProcessor):
@@ -46,32 +49,42 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
     and the like, and before temperature, top-k and top-p, which therefore act on the guided distribution.
 
     Args:
-        doctor ([`~transformers.PreTrainedModel`] or list of them):
-            Causal language models with the patient's tokenizer, in eval mode. A PEFT model is used with its adapter.
-        alpha (`float` or `torch.Tensor` of shape `(B,)`, *optional*):
+        doctor ([`~transformers.PreTrainedModel`] or [`Doctor`], or list of them):
+            Causal language models with the patient's tokenizer, in eval mode. A PEFT model is used with its adapter. A
+            [`Doctor`] says more: which adapter, or a prompt of its own.
+        alpha (`float`, `torch.Tensor` of shape `(B,)` or callable, *optional*):
             Exponent of the patient. By default the exponents add up to 1: the *mixture*, `1 - sum(beta)`, or with a
             `reference` the *ratio*, `1`. The *product* (the paper) is `alpha=1`.
-        beta (`float`, `torch.Tensor` of shape `(B,)`, or list of them, *optional*, defaults to `0.5`):
-            Exponent of the doctor, or of each doctor. 0 leaves the patient alone; negative steers away. A tensor has a
-            weight for each prompt of the batch.
-        reference ([`~transformers.PreTrainedModel`] or list of them, *optional*):
+        beta (`float`, `torch.Tensor` of shape `(B,)` or callable, or list of them, *optional*, defaults to `0.5`):
+            Exponent of the doctor, or of each doctor. 0 leaves the patient alone, without a doctor's forward pass;
+            negative steers away. A tensor has a weight for each prompt of the batch. A callable is a schedule: it is
+            given how many tokens have been generated since the prompt, and returns either.
+        reference ([`~transformers.PreTrainedModel`] or [`Doctor`], or list of them, *optional*):
             What the doctor was before training, or one for each doctor (`None` for none). Gets the exponent `-beta`.
         attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*):
             Mask of the prompts, as given to `generate`. For a later batch give its mask to [`reset`]. Without it the
-            leading run of padding ids is taken for padding, which is a guess where the padding id is also BOS or EOS.
+            leading run of padding ids is taken for padding, which is a guess where the padding id is also BOS or EOS,
+            and the first ids seen are taken for the prompt.
         processing_classes (sequence of [`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer of the patient, then of each doctor and reference. Checked to be the same, then let go.
+        min_patient_prob (`float`, *optional*, defaults to `0.0`):
+            Rule out tokens to which the patient gives less than this share of its likeliest token's probability, in
+            [0, 1]: [`~functional.plausible_mask`]. 0 rules out none.
+        min_patient_entropy (`float`, *optional*, defaults to `0.0`):
+            Leave the patient alone where its entropy is below this many nats. Where that is so in every row of a batch
+            the doctors do not read; they catch up when they are needed.
 
     Attributes:
-        alpha (`float` or `torch.Tensor`): exponent of the patient.
-        models (`list`): the doctors, then their references.
-        betas (`list`): exponent of each of `models`.
+        alpha (`float`, `torch.Tensor` or callable): exponent of the patient.
+        doctors (`list` of [`Doctor`]): the doctors, then their references.
+        betas (`list`): exponent of each of `doctors`.
+        num_calls (`int`): how often `generate` has asked.
 
     Raises:
         `ValueError`: at construction, on exponents that are not finite or of the wrong number, a mixture whose `alpha`
-            would be negative, a doctor that is an encoder-decoder or in training mode, different tokenizers, a mask
-            that is not left-padded. At a call, on prompts that the mask is not for, `inputs_embeds` without ids, ids
-            or positions that a doctor does not have, NaN.
+            would be negative, thresholds out of range, a doctor that is an encoder-decoder or in training mode,
+            different tokenizers, a mask that is not left-padded. At a call, on prompts that the mask is not for,
+            `inputs_embeds` without ids, ids or positions that a doctor does not have, NaN.
 
     Examples:
 
@@ -96,13 +109,15 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
 
     def __init__(
         self,
-        doctor: PreTrainedModel | Sequence[PreTrainedModel],
-        alpha: float | torch.Tensor | None = None,
-        beta: float | torch.Tensor | Sequence[float | torch.Tensor] = 0.5,
+        doctor: PreTrainedModel | Doctor | Sequence[PreTrainedModel | Doctor],
+        alpha: Weight | None = None,
+        beta: Weight | Sequence[Weight] = 0.5,
         *,
-        reference: PreTrainedModel | Sequence[PreTrainedModel | None] | None = None,
+        reference: PreTrainedModel | Doctor | Sequence[PreTrainedModel | Doctor | None] | None = None,
         attention_mask: torch.Tensor | None = None,
         processing_classes: Sequence[PreTrainedTokenizerBase] | None = None,
+        min_patient_prob: float = 0.0,
+        min_patient_entropy: float = 0.0,
     ):
         doctors = list(doctor) if isinstance(doctor, (list, tuple)) else [doctor]
         betas = list(beta) if isinstance(beta, (list, tuple)) else [beta] * len(doctors)
@@ -112,61 +127,63 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
                 f"There must be at least one doctor, and a `beta` and a `reference` for each. Got {len(doctors)}, "
                 f"{len(betas)} and {len(references)}; for a doctor without a reference, give None."
             )
+        doctors, references = (
+            [x if x is None or isinstance(x, Doctor) else Doctor(x) for x in models]
+            for models in (doctors, references)
+        )
+        for one, ref in zip(doctors, references, strict=True):
+            _check_reference(one, ref)
         betas = [_exponent("beta", beta) for beta in betas]
         if alpha is None:
-            alpha = 1.0 - sum(beta for beta, ref in zip(betas, references, strict=True) if ref is None)
-            if torch.as_tensor(alpha).min() < -1e-6:
-                raise ValueError(
-                    "The `beta` of a mixture must not exceed 1 in sum, or the patient counts against itself. Got "
-                    f"{beta}, thus `alpha` {alpha}; pass `alpha`, e.g. 1.0 for the product, or a smaller `beta`."
-                )
-        for model, ref in zip(doctors, references, strict=True):
-            if ref is not None and (ref is model or ref is unwrap_peft(model)):
-                raise ValueError(
-                    "`reference` must be the doctor before training. Got the module of the doctor itself (an adapter "
-                    "changes its base model in place), which undoes the guidance; load the reference separately."
-                )
+            alpha = _rest([beta for beta, ref in zip(betas, references, strict=True) if ref is None])
+        if not (0 <= min_patient_prob <= 1 and 0 <= min_patient_entropy < math.inf):
+            raise ValueError(
+                "`min_patient_prob` must be in [0, 1] and `min_patient_entropy` a number of nats, at least 0. Got "
+                f"{min_patient_prob} and {min_patient_entropy}; 0 switches them off."
+            )
         # What enters the product beside the patient: doctors, then their references with the opposite exponent
         self.alpha = _exponent("alpha", alpha)
-        self.betas = betas + [-beta for beta, ref in zip(betas, references, strict=True) if ref is not None]
-        self.models = doctors + [ref for ref in references if ref is not None]
-        for model in self.models:
-            check_is_doctor(model)
+        self.betas = betas + [_opposite(beta) for beta, ref in zip(betas, references, strict=True) if ref is not None]
+        self.doctors = doctors + [ref for ref in references if ref is not None]
+        self.min_patient_prob = min_patient_prob
+        self.min_patient_entropy = min_patient_entropy
+        self.num_calls = 0
         if processing_classes is not None:
-            if len(processing_classes) != 1 + len(self.models):
+            if len(processing_classes) != 1 + len(self.doctors):
                 raise ValueError(
                     "`processing_classes` must be the tokenizers of the patient, each doctor and each reference. Got "
                     f"{len(processing_classes)} for 1 patient, {len(doctors)} doctors and "
-                    f"{len(self.models) - len(doctors)} references."
+                    f"{len(self.doctors) - len(doctors)} references."
                 )
             for other in processing_classes[1:]:
                 check_same_tokenizer(processing_classes[0], other)
         self._same_tokenizer = processing_classes is not None
         self._warned = set()
-        self._memory = DoctorMemory(self.models)
+        self._memories = [DoctorMemory(doctor) for doctor in self.doctors]
         self.reset(attention_mask)
 
-    def reset(self, attention_mask: torch.Tensor | None = None) -> None:
+    def reset(self, attention_mask: torch.Tensor | None = None, *, keep_memory: bool = False) -> None:
         """
-        Forget everything, and take the mask of the prompts that come next.
+        Take the mask of the prompts that come next, and free what the doctors remember.
 
         Args:
             attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*):
                 Mask of the next prompts. Without it padding is guessed from the ids.
+            keep_memory (`bool`, *optional*, defaults to `False`):
+                Keep the doctors' caches, for prompts that go on from what was generated.
         """
         if attention_mask is not None:
-            if attention_mask.dim() != 2:
-                raise ValueError(f"`attention_mask` must have shape (B, L). Got {tuple(attention_mask.shape)}.")
+            check_left_padded(attention_mask)
             attention_mask = attention_mask.bool()
-            if not (attention_mask[:, -1].all() and (attention_mask.int().diff(dim=1) >= 0).all()):
-                raise ValueError(
-                    "`attention_mask` must be left-padded, zeros before ones in every row. Got something else; set "
-                    "`padding_side='left'` on the tokenizer that makes the prompts."
-                )
         self._is_mask_given = attention_mask is not None
         self._prompt_mask = attention_mask  # (B, prompt), True where there is a token
         self._prompt_ids = None  # (B, prompt), the prompts that the mask belongs to
-        self._memory.forget()
+        if not keep_memory:
+            self._forget()
+
+    def _forget(self) -> None:
+        for memory in self._memories:
+            memory.forget()
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """
@@ -181,9 +198,40 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         Returns:
             `torch.FloatTensor` of shape `(B, V)`: log-probabilities in nats, in float64 if `scores` are, else float32.
         """
-        return self.combine(scores, self._memory.logits(self._hide_padding(input_ids)))
+        self.num_calls += 1
+        tokens = self._hide_padding(input_ids)
+        if self.min_patient_entropy and self._is_sure(scores).all():
+            return _float(scores).log_softmax(dim=-1)
+        return self.combine(scores, self._listen(tokens, scores.size(-1)), self._step(tokens))
 
-    def combine(self, patient_logits: torch.Tensor, doctor_logits: Sequence[torch.Tensor]) -> torch.Tensor:
+    @torch.no_grad()
+    def draft_logits(self, input_ids: torch.LongTensor, vocab_size: int) -> torch.FloatTensor:
+        """
+        What a patient would say who agrees with the doctors: the mean of those that it is drawn to.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, L)`):
+                Prompts and completions so far.
+            vocab_size (`int`):
+                V of the patient.
+
+        Returns:
+            `torch.FloatTensor` of shape `(B, V)`: logits. Called on them, the processor gives a guess at the guided
+            policy, without the patient.
+        """
+        tokens = self._hide_padding(input_ids)
+        step = self._step(tokens)
+        total, total_weight = torch.zeros(len(tokens), vocab_size, device=input_ids.device), 0.0
+        for logits, beta in zip(self._listen(tokens, vocab_size), self.betas, strict=True):
+            if logits is not None:
+                weight = torch.as_tensor(_per_row(_at(beta, step), total)).clamp(min=1e-6).to(total)
+                total = total + weight * self._over_same_tokens(logits, total)
+                total_weight = total_weight + weight
+        return total / total_weight if isinstance(total_weight, torch.Tensor) else total
+
+    def combine(
+        self, patient_logits: torch.Tensor, doctor_logits: Sequence[torch.Tensor | None], step: int = 0
+    ) -> torch.Tensor:
         """
         Log-probabilities of the guided policy, given what patient and doctors say.
 
@@ -191,22 +239,33 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
             patient_logits (`torch.Tensor` of shape `(B, V)`):
                 Logits or log-probabilities of the patient.
             doctor_logits (sequence of `torch.Tensor` of shape `(B, V)`):
-                The same of each of `models`: the doctors, then their references. Their V may be padded otherwise.
+                The same of each of `doctors`. Their V may be padded otherwise; `None` where the exponent is 0.
+            step (`int`, *optional*, defaults to `0`):
+                Tokens generated since the prompt, for exponents that follow a schedule.
 
         Returns:
             `torch.Tensor` of shape `(B, V)`: log-probabilities in nats, in float64 if the patient's are, else float32.
         """
-        patient_logits = patient_logits if patient_logits.dtype == torch.float64 else patient_logits.float()
-        doctor_logits = [self._over_same_tokens(logits, patient_logits) for logits in doctor_logits]
+        patient_logits = logits = _float(patient_logits)
+        if self.min_patient_prob:
+            plausible = plausible_mask(patient_logits=logits, min_patient_prob=self.min_patient_prob)
+            logits = logits.masked_fill(~plausible, -math.inf)
+        heard = [
+            (self._over_same_tokens(doctor, logits), _per_row(_at(beta, step), logits))
+            for doctor, beta in zip(doctor_logits, self.betas, strict=True)
+            if doctor is not None
+        ]
         guided = guided_logps(
-            patient_logits=patient_logits,
-            doctor_logits=doctor_logits,
-            alpha=_per_row(self.alpha, patient_logits),
-            beta=[_per_row(beta, patient_logits) for beta in self.betas],
+            patient_logits=logits,
+            doctor_logits=[doctor for doctor, _ in heard],
+            alpha=_per_row(_at(self.alpha, step), logits),
+            beta=[beta for _, beta in heard],
         )
-        if guided.isnan().any():
-            self._memory.forget()
-            named = {"the patient": patient_logits} | {f"doctor {i}": x for i, x in enumerate(doctor_logits)}
+        if self.min_patient_entropy:
+            guided = torch.where(self._is_sure(patient_logits), patient_logits.log_softmax(dim=-1), guided)
+        if guided[:, 0].isnan().any():  # a NaN anywhere in a row is a NaN everywhere, by the softmax
+            self._forget()
+            named = {"the patient": patient_logits} | {f"doctor {i}": x for i, (x, _) in enumerate(heard)}
             culprits = [name for name, logits in named.items() if logits.log_softmax(dim=-1).isnan().any()]
             raise ValueError(
                 "Patient and doctors must allow at least one token in common and give no NaN. Got NaN from "
@@ -214,6 +273,30 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
                 "the processors that ban tokens."
             )
         return guided
+
+    def _step(self, tokens: torch.LongTensor) -> int:
+        """Tokens generated since the prompt."""
+        return tokens.size(1) - self._prompt_mask.size(1)
+
+    def _listen(self, tokens: torch.LongTensor, vocab_size: int) -> list[torch.Tensor | None]:
+        """Logits (B, V) of each doctor after `tokens` (B, L), `None` where it does not count."""
+        heard = []
+        for doctor, beta, memory in zip(self.doctors, self.betas, self._memories, strict=True):
+            beta = _at(beta, self._step(tokens))
+            if isinstance(beta, float) and beta == 0:
+                heard.append(None)
+                continue
+            if vocab_size > memory.num_embeddings and (largest := tokens.max()) >= memory.num_embeddings:
+                raise ValueError(
+                    f"The doctor must know every token. Got id {largest}, and it knows {memory.num_embeddings}; take "
+                    "a doctor with the patient's tokenizer, and a `pad_token_id` that both know."
+                )
+            heard.append(memory.logits(doctor.own_tokens(tokens, self._prompt_mask.size(1))))
+        return heard
+
+    def _is_sure(self, patient_logits: torch.Tensor) -> torch.BoolTensor:
+        """Rows (B, 1) in which the patient needs no doctor."""
+        return next_token_entropy(_float(patient_logits))[:, None] < self.min_patient_entropy
 
     def _hide_padding(self, input_ids: torch.LongTensor) -> torch.LongTensor:
         """The tokens (B, L), with `PADDING` in place of padding ids."""
@@ -250,7 +333,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
 
     def _guess_mask(self, input_ids: torch.LongTensor) -> torch.BoolTensor:
         """Mask (B, L) without the leading padding ids; where these are also BOS or EOS, the longest row has none."""
-        bos, eos, pad = (_special_ids(self.models[0], name) for name in ("bos", "eos", "pad"))
+        bos, eos, pad = (_special_ids(self.doctors[0].model, name) for name in ("bos", "eos", "pad"))
         if not pad + eos:
             return torch.ones_like(input_ids, dtype=torch.bool)
         pad_token_id = (pad + eos)[0]  # as `generate` does, EOS where there is no padding token
@@ -287,12 +370,54 @@ def _special_ids(model: PreTrainedModel, name: str) -> list[int]:
     return [i for value in values if value is not None for i in (value if isinstance(value, list) else [value])]
 
 
-def _exponent(name: str, value: float | torch.Tensor) -> float | torch.Tensor:
-    """A finite float, or a finite tensor (B,)."""
+def _check_reference(doctor: Doctor, reference: Doctor | None) -> None:
+    if (
+        reference is not None
+        and unwrap_peft(reference.model) is unwrap_peft(doctor.model)
+        and reference.prompt is doctor.prompt
+        and reference.adapter in (None, doctor.adapter)
+    ):
+        raise ValueError(
+            "`reference` must be the doctor before training. Got the module of the doctor itself (an adapter changes "
+            "its base model in place), which undoes the guidance; load the reference separately, or for a doctor that "
+            f"is an adapter pass `reference=Doctor(model, adapter={NO_ADAPTER!r})`."
+        )
+
+
+def _float(scores: torch.Tensor) -> torch.Tensor:
+    """In float64 if they are, else in float32: halves would round the product."""
+    return scores if scores.dtype == torch.float64 else scores.float()
+
+
+def _exponent(name: str, value: Weight) -> Weight:
+    """A finite float, a finite tensor (B,), or a schedule of either."""
+    if callable(value):
+        return lambda step: _exponent(name, value(step))
     value = value if isinstance(value, torch.Tensor) and value.dim() == 1 else float(value)
     if not torch.as_tensor(value).isfinite().all():
         raise ValueError(f"`{name}` must be finite. Got {value}; try 0.5.")
     return value
+
+
+def _at(weight: Weight, step: int) -> float | torch.Tensor:
+    return weight(step) if callable(weight) else weight
+
+
+def _opposite(weight: Weight) -> Weight:
+    return (lambda step: -weight(step)) if callable(weight) else -weight
+
+
+def _rest(betas: Sequence[Weight]) -> Weight:
+    """The exponent of the patient in a mixture: what the doctors leave of 1."""
+    if any(map(callable, betas)):
+        return lambda step: _rest([_at(beta, step) for beta in betas])
+    alpha = 1.0 - sum(betas)
+    if torch.as_tensor(alpha).min() < -1e-6:
+        raise ValueError(
+            "The `beta` of a mixture must not exceed 1 in sum, or the patient counts against itself. Got "
+            f"{betas}, thus `alpha` {alpha}; pass `alpha`, e.g. 1.0 for the product, or a smaller `beta`."
+        )
+    return alpha
 
 
 def _per_row(weight: float | torch.Tensor, scores: torch.Tensor) -> float | torch.Tensor:

@@ -1,0 +1,247 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+A doctor, and what it says next, remembered: a KV cache addressed by the tokens it holds.
+
+Shapes: B rows, L tokens so far (padding included), V vocabulary.
+"""
+
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import DynamicCache, DynamicLayer, PreTrainedModel
+
+from ._compat import adapter_layers, is_peft_model, unwrap_peft, using_adapter
+
+
+PADDING = -1  # stands for a padding token in `tokens`, whatever id pads the batch
+NO_ADAPTER = "__base__"  # PEFT's name for the base model
+
+
+@dataclass(frozen=True, eq=False)
+class Doctor:
+    """
+    A model that guides, and how it is read. A bare model is read as it is, on the prompts of the patient.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            A causal language model with the patient's tokenizer, in eval mode. May be the patient itself.
+        adapter (`str`, *optional*):
+            Name of the PEFT adapter to read it with, `"__base__"` for none. By default that which is active. An adapter
+            is switched on for the doctor alone, so it may sit on the weights of the patient: see [`guided_generate`].
+        prompt (mapping of `torch.Tensor`, *optional*):
+            Prompts of its own, one for each of the patient's: left-padded `input_ids` and `attention_mask` of shape
+            `(B, L')`, as a tokenizer gives them. For a doctor that follows another instruction, or another template.
+
+    Raises:
+        `ValueError`: for an encoder-decoder, a model in training mode, an adapter that the model does not have, a
+            prompt that is not left-padded.
+    """
+
+    model: PreTrainedModel
+    adapter: str | None = None
+    prompt: Mapping[str, torch.Tensor] | None = None
+
+    def __post_init__(self):
+        check_is_doctor(self.model)
+        if self.adapter not in (None, NO_ADAPTER, *getattr(self.model, "peft_config", ())):
+            raise ValueError(
+                f"`adapter` must be one of the model's. Got {self.adapter!r}, and it has "
+                f"{list(getattr(self.model, 'peft_config', ()))}; load it with `model.load_adapter`."
+            )
+        if self.prompt is not None:
+            check_left_padded(self.prompt["attention_mask"])
+        object.__setattr__(
+            self, "_layers", adapter_layers(self.model) if self.adapter or is_peft_model(self.model) else ()
+        )
+
+    def __call__(self, **inputs):
+        """What the model returns, read with the adapter."""
+        with using_adapter(self._layers, None if self.adapter == NO_ADAPTER else self.adapter or True):
+            return self.model(**inputs)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def own_tokens(self, tokens: torch.LongTensor, num_prompt_tokens: int) -> torch.LongTensor:
+        """What this doctor reads where the patient reads `tokens` (B, L), the first of them the prompt."""
+        if self.prompt is None:
+            return tokens
+        prompt = self.prompt["input_ids"].masked_fill(~self.prompt["attention_mask"].bool(), PADDING)
+        if tokens.size(0) % prompt.size(0):
+            raise ValueError(
+                "A doctor with prompts of its own must have one for each prompt of the patient. Got "
+                f"{prompt.size(0)} for {tokens.size(0)} rows."
+            )
+        prompt = prompt.to(tokens.device).repeat_interleave(tokens.size(0) // prompt.size(0), dim=0)
+        return torch.cat([prompt, tokens[:, num_prompt_tokens:]], dim=1)
+
+
+class DoctorMemory:
+    """
+    Next-token logits of a doctor: a pure function of tokens and weights, with a memory.
+
+    Every call compares its tokens with those that the KV cache holds. Rows with new tokens are read on from there;
+    rows permuted, repeated or dropped are looked up; beyond a common prefix the cache is cut; else all is read anew.
+    """
+
+    num_recent = 32  # logits kept, for the prefixes that assisted decoding comes back to
+
+    def __init__(self, doctor: Doctor):
+        self.doctor = doctor
+        model = doctor.model
+        self.accepted = {
+            *inspect.signature(model.forward).parameters,
+            *inspect.signature(type(unwrap_peft(model)).forward).parameters,
+        }
+        self.max_positions = _num_absolute_positions(model)
+        self.num_embeddings = getattr(model.get_input_embeddings(), "num_embeddings", math.inf)
+        self.weights_version = None
+        self.forget()
+
+    def forget(self) -> None:
+        self.tokens = None  # (B, n), what the cache holds
+        self.cache = None  # of a model that has one
+        self.recent = []  # for each of the last prefixes of `tokens`, the logits (B, V)
+        self.weights = [w for w in self.doctor.model.parameters() if not w.is_inference()]
+
+    @torch.no_grad()
+    def logits(self, tokens: torch.LongTensor) -> torch.Tensor:
+        """Logits (B, V) after `tokens` (B, L)."""
+        check_is_doctor(self.doctor.model)
+        num_known = tokens.size(1) - 1
+        if self.tokens is None or not torch.equal(tokens[:, :-1], self.tokens):  # else the plain step, one token more
+            weights_version = self._weights_version()
+            if self.tokens is None or weights_version != self.weights_version:
+                self.forget()
+            self.weights_version = weights_version
+            num_known = self._look_up(tokens)
+            if num_known == tokens.size(1):
+                num_after = self.tokens.size(1) - num_known
+                if num_after < len(self.recent):
+                    return self.recent[-1 - num_after]
+                num_known -= 1  # logits come from reading at least one token
+            num_known = self._crop(num_known)
+        self._check_readable(tokens)
+        has_padding = self.has_padding if num_known else bool((tokens == PADDING).any())
+        self.tokens = None  # until it has read on, lest an interrupted call leave a half-true memory
+        logits = self._read(tokens, num_known, has_padding)
+        self.tokens, self.has_padding = tokens, has_padding
+        if tokens.size(0) > 1 or num_known < tokens.size(1) - 1:
+            self.recent = []  # only one text is decoded speculatively; logits between are not known
+        self.recent = [*self.recent, logits][-self.num_recent :]
+        return logits
+
+    def _look_up(self, tokens: torch.LongTensor) -> int:
+        """How many leading columns of `tokens` the cache holds, with its rows reordered if that helps."""
+        if self.tokens is None:
+            return 0
+        num_held, num_known = self.tokens.size(1), 0
+        if tokens.size(0) == self.tokens.size(0):
+            num_shared = min(num_held, tokens.size(1))
+            same = (tokens[:, :num_shared] == self.tokens[:, :num_shared]).all(dim=0)
+            num_known = int(same.int().cumprod(dim=0).sum())
+        if num_known < num_held < tokens.size(1):
+            row = torch.cat([self.tokens, tokens[:, :num_held]]).unique(dim=0, return_inverse=True)[1]
+            is_same = row[len(self.tokens) :, None] == row[: len(self.tokens)]  # (B, rows held)
+            if is_same.any(dim=1).all():
+                source = is_same.int().argmax(dim=1)
+                if self.cache is not None:
+                    self.cache.reorder_cache(source)
+                self.tokens, self.recent, num_known = self.tokens[source], [], num_held
+        return num_known
+
+    def _crop(self, num_known: int) -> int:
+        """Cut the cache back to so many columns, or to none where it cannot be cut; returns how many."""
+        num_extra = 0 if self.tokens is None else self.tokens.size(1) - num_known
+        if num_extra == 0:
+            return num_known
+        layers = getattr(self.cache, "layers", [None])
+        if num_known == 0 or any(type(layer) is not DynamicLayer for layer in layers):
+            self.forget()
+            return 0
+        self.cache.crop(-num_extra)
+        self.recent = self.recent[:-num_extra]
+        return num_known
+
+    def _check_readable(self, tokens: torch.LongTensor) -> None:
+        if tokens.size(1) > self.max_positions:
+            length = (tokens != PADDING).sum(dim=1).max()
+            if length > self.max_positions:
+                raise ValueError(
+                    f"Prompt and completion must fit the positions of the doctor. Got {length} tokens for "
+                    f"{self.max_positions} positions; shorten the prompt or lower `max_new_tokens`."
+                )
+
+    def _read(self, tokens: torch.LongTensor, num_known: int, has_padding: bool) -> torch.Tensor:
+        """Logits (B, V) of the doctor, which reads the tokens that its cache does not hold."""
+        model, cache = self.doctor.model, self.cache
+        if cache is None:
+            num_known = 0
+            if getattr(model.config.get_text_config(), "sliding_window", None) is not None:
+                cache = DynamicCache()  # told of no window, it keeps all states and can be cut anywhere
+        tokens = tokens.to(model.device)
+        inputs = {"input_ids": tokens[:, num_known:].clamp(min=0), "use_cache": True}
+        if cache is not None:
+            inputs["past_key_values"] = cache
+        if has_padding:
+            mask = tokens != PADDING
+            inputs["attention_mask"] = mask.long()
+            if "position_ids" in self.accepted:
+                inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, num_known:]
+        if "logits_to_keep" in self.accepted:
+            inputs["logits_to_keep"] = 1
+        output = self.doctor(**inputs)
+        if getattr(output, "past_key_values", None) is not None:  # else the model reads all again next time
+            self.cache = output.past_key_values
+        return output.logits[:, -1]
+
+    def _weights_version(self) -> int:
+        """Changes whenever a weight is written in place."""
+        return sum(weight._version for weight in self.weights)
+
+
+def check_is_doctor(model: PreTrainedModel) -> None:
+    """Raise `ValueError` unless the model is a causal language model in eval mode."""
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"A doctor must be a causal language model. Got {type(model).__name__}, an encoder-decoder, which cannot "
+            "read a prompt and its completion as one text."
+        )
+    if model.training:
+        raise ValueError("A doctor must be in eval mode, as dropout is random. Got training mode; call `.eval()`.")
+
+
+def check_left_padded(attention_mask: torch.Tensor) -> None:
+    """Raise `ValueError` unless every row of the mask is zeros, or none, before ones."""
+    if attention_mask.dim() != 2:
+        raise ValueError(f"`attention_mask` must have shape (B, L). Got {tuple(attention_mask.shape)}.")
+    if not (attention_mask[:, -1].all() and (attention_mask.int().diff(dim=1) >= 0).all()):
+        raise ValueError(
+            "`attention_mask` must be left-padded, zeros before ones in every row. Got something else; set "
+            "`padding_side='left'` on the tokenizer that makes the prompts."
+        )
+
+
+def _num_absolute_positions(model: PreTrainedModel) -> float:
+    """Size of the table of learned positions; infinity where positions are rotary or relative."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not model.get_input_embeddings()]
+    return limit if any(table.num_embeddings - limit in (0, 2) for table in tables) else math.inf  # OPT has 2 more

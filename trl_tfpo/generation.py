@@ -1,0 +1,176 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+The front door of guided decoding: `generate` of the patient, with what it would otherwise do wrong without a word.
+
+Shapes: B rows, L tokens of the prompt (padding included).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+from transformers.generation import BaseStreamer
+from transformers.utils import ModelOutput
+
+from ._compat import adapter_layers, unwrap_peft, using_adapter
+from .logits_processor import DoctorGuidedLogitsProcessor
+from .speculative import speculative_guided_generate
+
+
+def guided_generate(
+    patient: PreTrainedModel,
+    guide: DoctorGuidedLogitsProcessor,
+    *,
+    input_ids: torch.LongTensor,
+    attention_mask: torch.Tensor | None = None,
+    speculative: bool = False,
+    streamer: BaseStreamer | None = None,
+    **kwargs,
+) -> ModelOutput | torch.LongTensor:
+    """
+    `patient.generate` under guidance.
+
+    The same as `patient.generate(..., logits_processor=[guide])`, and beyond that the guide is told the mask and where
+    the prompt ends; a doctor that is an adapter on the patient's own weights is kept apart from the patient; what would
+    leave the guide out is refused. What the doctors remember of an earlier call is kept, so that a conversation that
+    goes on is not read again.
+
+    Args:
+        patient ([`~transformers.PreTrainedModel`]):
+            The patient. May be a `PeftModel` whose adapters are doctors; it is read without them.
+        guide ([`DoctorGuidedLogitsProcessor`]):
+            The guidance.
+        input_ids (`torch.LongTensor` of shape `(B, L)`):
+            Prompts, left-padded.
+        attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*):
+            Their mask. May be left out where no prompt is padded.
+        speculative (`bool`, *optional*, defaults to `False`):
+            Let the doctors draft, [`speculative_guided_generate`]: faster, for one prompt, without beams.
+        streamer ([`~transformers.generation.BaseStreamer`], *optional*):
+            Gets the tokens as they come.
+        **kwargs:
+            Anything else for `patient.generate`, or for [`speculative_guided_generate`].
+
+    Returns:
+        What `patient.generate` returns: `(B, L + T)` ids, or an output object.
+
+    Raises:
+        `ValueError`: on an encoder-decoder, padding without a mask, a cache of part of the text alone, a second guide,
+            a mode that would leave out the guide, and whatever `generate` and the guide refuse.
+
+    Examples:
+
+    ```python
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from trl_tfpo import DoctorGuidedLogitsProcessor, guided_generate
+    >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    >>> config = LlamaConfig(vocab_size=11, pad_token_id=0, **sizes)
+    >>> patient, doctor = LlamaForCausalLM(config).eval(), LlamaForCausalLM(config).eval()
+    >>> guide = DoctorGuidedLogitsProcessor(doctor, beta=0.5)
+    >>> prompt = torch.tensor([[3, 4]])
+    >>> settings = dict(input_ids=prompt, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    >>> plain = guided_generate(patient, guide, **settings)
+    >>> torch.equal(guided_generate(patient, guide, **settings, speculative=True), plain)
+    True
+
+    ```
+    """
+    _check_mode(patient, guide, input_ids, kwargs)
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+        pad_token_id = patient.generation_config.pad_token_id
+        if pad_token_id is not None and (input_ids[:, 0] == pad_token_id).any():
+            raise ValueError(
+                "`attention_mask` must be given where prompts are padded. Got none, and a prompt that begins with the "
+                f"padding id {pad_token_id}; pass the mask that the tokenizer returns with the ids."
+            )
+    guide.reset(attention_mask=attention_mask, keep_memory=True)
+    if speculative:
+        kwargs["custom_generate"] = speculative_guided_generate
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+            kwargs["token_callback"] = streamer.put
+    else:
+        kwargs["streamer"] = streamer
+    num_calls = guide.num_calls
+    with without_doctors(patient, guide):
+        output = patient.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            logits_processor=[*(kwargs.pop("logits_processor", None) or ()), guide],
+            **kwargs,
+        )
+    if speculative and streamer is not None:
+        streamer.end()
+    if guide.num_calls == num_calls:
+        raise ValueError(
+            "`generate` must ask the guide at every step. It never did, so the text is the patient's alone; leave out "
+            f"the arguments that change how `generate` works. Got {sorted(kwargs)}."
+        )
+    return output
+
+
+def _check_mode(patient, guide, input_ids, kwargs) -> None:
+    if patient.config.is_encoder_decoder:
+        raise ValueError(
+            f"The patient must be a causal language model. Got {type(patient).__name__}, an encoder-decoder: a doctor "
+            "cannot read what its encoder has read."
+        )
+    settings = (kwargs, vars(kwargs.get("generation_config") or patient.generation_config))
+    if any(setting.get("cache_implementation") == "paged" for setting in settings):
+        raise ValueError(
+            "Guidance needs `generate` to ask its processors. Got `cache_implementation='paged'`, which does not; "
+            "leave it out."
+        )
+    for name in ("custom_generate", "inputs_embeds", "inputs"):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"`guided_generate` takes `input_ids`, which doctors read too, and sets `custom_generate`. Got `{name}`; "
+                "leave it out, or call `patient.generate(..., logits_processor=[guide])`."
+            )
+    if any(isinstance(other, DoctorGuidedLogitsProcessor) for other in kwargs.get("logits_processor") or ()):
+        raise ValueError(
+            "There must be one guide. Got another among `logits_processor`, which would take the guided policy for "
+            "the patient; give one guide a list of doctors."
+        )
+    cache = kwargs.get("past_key_values")
+    if cache is not None and cache.get_seq_length() >= input_ids.size(1):
+        raise ValueError(
+            "`input_ids` must be the whole text, also with a cache, for doctors have not read it. Got "
+            f"{input_ids.size(1)} ids and a cache of {cache.get_seq_length()} tokens; pass all ids."
+        )
+
+
+@contextmanager
+def without_doctors(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor) -> Iterator[None]:
+    """
+    Within the context the patient is read without those adapters on its weights that are doctors of the guide.
+
+    Args:
+        patient ([`~transformers.PreTrainedModel`]):
+            The patient. An adapter of its own stays on, where doctors are only the patient under other prompts.
+        guide ([`DoctorGuidedLogitsProcessor`]):
+            The guidance.
+    """
+    base = unwrap_peft(patient)
+    has_adapter_doctor = any(
+        unwrap_peft(doctor.model) is base and (doctor.prompt is None or doctor.adapter is not None)
+        for doctor in guide.doctors
+    )
+    with using_adapter(adapter_layers(base) if has_adapter_doctor else [], None):
+        yield

@@ -1,0 +1,313 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+r"""
+Guided decoding in fewer forward passes of the patient: the doctor drafts, the patient checks.
+
+A doctor is small, and it guides: the guided policy is drawn towards what it says. So it is a good drafter of the very
+text that it steers. It drafts a few tokens, the patient reads them all in one forward pass, and at each position the
+guided distribution is formed and the draft accepted or replaced so that what comes out follows that distribution
+exactly (speculative sampling, https://huggingface.co/papers/2211.17192; greedy search gives the same tokens).
+
+Shapes: one row, L tokens so far, k drafted tokens, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from ._compat import unwrap_peft
+from .logits_processor import DoctorGuidedLogitsProcessor
+
+
+MAX_DRAFT_TOKENS = 8
+
+
+@torch.no_grad()
+def speculative_guided_generate(
+    model: PreTrainedModel,
+    input_ids: torch.LongTensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    num_draft_tokens: int | Literal["auto"] = "auto",
+    draft_cost: float | None = None,
+    verify_cost: float | None = None,
+    token_callback: Callable[[torch.LongTensor], None] | None = None,
+    statistics: dict[str, int] | None = None,
+    **model_kwargs,
+) -> torch.LongTensor | GenerateDecoderOnlyOutput:
+    """
+    Greedy search or sampling from the guided policy, drafted by its doctors.
+
+    A `custom_generate` for `patient.generate`, which prepares all arguments but the named ones below:
+    `patient.generate(**inputs, logits_processor=[guide], custom_generate=speculative_guided_generate)`. All doctors
+    draft together: the tokens of the guided policy, if the patient agreed with them. For the same seed the samples
+    differ from those of plain guided decoding; their distribution does not.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The patient.
+        input_ids (`torch.LongTensor` of shape `(1, L)`):
+            The prompt. One row.
+        logits_processor ([`~transformers.LogitsProcessorList`]):
+            With one [`DoctorGuidedLogitsProcessor`] among them.
+        stopping_criteria ([`~transformers.StoppingCriteriaList`]):
+            Asked after every token.
+        generation_config ([`~transformers.GenerationConfig`]):
+            `do_sample`, `return_dict_in_generate`, `output_scores` and `output_logits` count here.
+        num_draft_tokens (`int` or `"auto"`, *optional*, defaults to `"auto"`):
+            Tokens drafted between two forward passes of the patient. `"auto"` follows the rate of acceptance, from 0
+            (plain guided decoding) to 8.
+        draft_cost (`float`, *optional*):
+            For `"auto"`: time of the doctors' step in units of the patient's. By default the ratio of parameters.
+        verify_cost (`float`, *optional*):
+            For `"auto"`: time for one more position in a forward pass of the patient, in units of its step. By default
+            0.25 in float32 on a CPU, where small matrix products are not bound by memory, and 0.05 elsewhere.
+        token_callback (callable, *optional*):
+            Called with each token, shape `(1,)`, as it is decided; for example the `put` of a streamer, as `generate`
+            does not hand its `streamer` to a `custom_generate`.
+        statistics (`dict`, *optional*):
+            Counters are added to it: `num_tokens`, `num_patient_forwards`, `num_drafted`, `num_accepted`.
+        **model_kwargs:
+            Mask and cache, as `generate` prepares them.
+
+    Returns:
+        `torch.LongTensor` of shape `(1, L + T)`, or with `return_dict_in_generate` a
+        [`~transformers.generation.GenerateDecoderOnlyOutput`].
+
+    Raises:
+        `ValueError`: on several rows, beams, no or several guides, a patient whose cache cannot be cut back.
+    """
+    guide = _find_guide(logits_processor)
+    if input_ids.size(0) != 1 or generation_config.num_beams > 1:
+        raise ValueError(
+            "Speculative decoding takes one prompt, one sequence and no beams. Got "
+            f"{input_ids.size(0)} rows and {generation_config.num_beams} beams; decode the prompts one by one, or "
+            "leave out `custom_generate`."
+        )
+    if num_draft_tokens != "auto" and not (isinstance(num_draft_tokens, int) and 0 <= num_draft_tokens < 32):
+        raise ValueError(f"`num_draft_tokens` must be 'auto' or from 0 to 31. Got {num_draft_tokens!r}; try 4.")
+    patient = _Reader(model, input_ids, **model_kwargs)
+    pace = _Pace(
+        draft_cost=_parameter_ratio(guide, model) if draft_cost is None else draft_cost,
+        verify_cost=_default_verify_cost(model) if verify_cost is None else verify_cost,
+    )
+    vocab_size = model.config.get_text_config().vocab_size
+    max_length = generation_config.max_length
+    pick = _sample if generation_config.do_sample else _take_likeliest
+    counts = dict.fromkeys(("num_tokens", "num_patient_forwards", "num_drafted", "num_accepted"), 0)
+    scores, raw_logits = [], []
+
+    def draft_distribution(ids):
+        return pick.distribution(logits_processor(ids, guide.draft_logits(ids, vocab_size)))
+
+    ids, is_done = input_ids, False
+    while not is_done:
+        # The doctors draft
+        num_drafts = pace.num_draft_tokens() if num_draft_tokens == "auto" else num_draft_tokens
+        num_drafts = max(0, min(num_drafts, max_length - ids.size(1) - 1))
+        drafted, drafts = ids, []
+        for _ in range(num_drafts):
+            drafts.append(draft_distribution(drafted))
+            drafted = torch.cat([drafted, pick.token(drafts[-1])[:, None]], dim=1)
+        # The patient reads it all
+        logits = patient.logits(drafted, num_drafts + 1)  # (k + 1, V)
+        counts["num_patient_forwards"] += 1
+        counts["num_drafted"] += num_drafts
+        # Draft by draft, the guided distribution decides
+        for index in range(num_drafts + 1):
+            raw = logits[index : index + 1].to(copy=True, dtype=torch.float32, device=ids.device)
+            guided = logits_processor(ids, raw)
+            target = pick.distribution(guided)
+            if index < num_drafts:
+                pace.saw(pick.agreement(target, drafts[index]))
+                token, is_accepted = pick.verify(target, drafts[index], drafted[:, ids.size(1)])
+            else:
+                if num_draft_tokens == "auto" and num_drafts == 0 and pace.is_curious():
+                    pace.saw(pick.agreement(target, draft_distribution(ids)))
+                token, is_accepted = pick.token(target), False
+            ids = torch.cat([ids, token[:, None]], dim=1)
+            counts["num_tokens"] += 1
+            counts["num_accepted"] += is_accepted
+            if generation_config.output_scores:
+                scores.append(guided)
+            if generation_config.output_logits:
+                raw_logits.append(raw)
+            if token_callback is not None:
+                token_callback(token.cpu())
+            is_done = bool(stopping_criteria(ids, guided).all())
+            if is_done or not is_accepted:
+                break
+        patient.keep(ids.size(1) - 1)  # the last token is decided, and not yet read
+    if statistics is not None:
+        for name, count in counts.items():
+            statistics[name] = statistics.get(name, 0) + count
+    if not generation_config.return_dict_in_generate:
+        return ids
+    return GenerateDecoderOnlyOutput(
+        sequences=ids,
+        scores=tuple(scores) if generation_config.output_scores else None,
+        logits=tuple(raw_logits) if generation_config.output_logits else None,
+        past_key_values=patient.cache,
+    )
+
+
+class _Reader:
+    """The patient and its cache: logits of several positions in one forward pass."""
+
+    def __init__(self, model, input_ids, *, past_key_values=None, attention_mask=None, use_cache=True, **others):
+        unknown = others.keys() - {"position_ids", "logits_to_keep", "cache_position", "token_type_ids"}
+        if not isinstance(past_key_values, DynamicCache) or not use_cache or unknown:
+            raise ValueError(
+                "Speculative decoding needs a patient that reads text, with a dynamic KV cache. Got a cache of type "
+                f"{type(past_key_values).__name__}, `use_cache={use_cache}` and the inputs {sorted(unknown)}; leave "
+                "out `custom_generate`."
+            )
+        self.model, self.cache = model, past_key_values
+        self.cache.activate_past_recording()  # of layers with a window, so that they can be cut back
+        self.num_read = self.cache.get_seq_length()
+        if attention_mask is not None and attention_mask.all():
+            attention_mask = None
+        self.attention_mask = attention_mask
+
+    def logits(self, ids: torch.LongTensor, num_logits: int) -> torch.Tensor:
+        """Logits (num_logits, V) after the last prefixes of `ids` (1, L)."""
+        inputs = {"input_ids": ids[:, self.num_read :]}
+        if self.attention_mask is not None:
+            num_new = ids.size(1) - self.attention_mask.size(1)
+            mask = torch.nn.functional.pad(self.attention_mask, (0, num_new), value=1)
+            positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+            inputs |= {"attention_mask": mask, "position_ids": positions[:, self.num_read :]}
+        output = self.model(
+            **inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=num_logits, return_dict=True
+        )
+        self.num_read = ids.size(1)
+        return output.logits[0, -num_logits:]
+
+    def keep(self, num_tokens: int) -> None:
+        """Forget all but the first tokens."""
+        num_extra = max(0, self.num_read - num_tokens)
+        if num_extra and not self.cache.is_croppable:
+            raise ValueError(
+                f"Speculative decoding must cut the patient's cache back. Got {type(self.model).__name__}, whose cache "
+                "cannot be cut; leave out `custom_generate`."
+            )
+        self.cache.crop(-num_extra)  # also with nothing to cut, so that windows shrink
+        self.num_read -= num_extra
+
+
+class _sample:
+    """Speculative sampling. A distribution is a tensor of probabilities (1, V)."""
+
+    @staticmethod
+    def distribution(scores):
+        return scores.softmax(dim=-1)
+
+    @staticmethod
+    def token(probs):
+        return torch.multinomial(probs, num_samples=1)[:, 0]
+
+    @staticmethod
+    def agreement(target, draft) -> float:
+        """Probability that a draft is accepted."""
+        return torch.minimum(target, draft).sum().item()
+
+    @staticmethod
+    def verify(target, draft, token) -> tuple[torch.LongTensor, bool]:
+        """The drafted token with probability `min(1, target / draft)`, else one from what the draft falls short of."""
+        index = token[:, None]
+        if torch.rand((), device=target.device) * draft.gather(1, index) <= target.gather(1, index):
+            return token, True
+        rest = (target - draft).clamp(min=0)
+        return _sample.token(rest if rest.sum() > 0 else target), False  # no rest but rounding: both are the same
+
+
+class _take_likeliest:
+    """Greedy search. A distribution is the scores (1, V), of which the maximum counts."""
+
+    @staticmethod
+    def distribution(scores):
+        return scores
+
+    @staticmethod
+    def token(scores):
+        return scores.argmax(dim=-1)
+
+    @staticmethod
+    def agreement(target, draft) -> float:
+        return float(target.argmax() == draft.argmax())
+
+    @staticmethod
+    def verify(target, draft, token) -> tuple[torch.LongTensor, bool]:
+        best = target.argmax(dim=-1)
+        return best, bool(best == token)
+
+
+class _Pace:
+    r"""
+    How many tokens to draft: the number that gives most tokens for the time.
+
+    With a rate of acceptance $a$ a round of $k$ drafts gives $1 + a + \dots + a^k$ tokens, and costs a step of the
+    patient, `verify_cost` for each position more, and a step of the doctors for each draft, one more if all are accepted.
+    The rate is seen at every position that both have read, so it goes on being seen when nothing is drafted. No clock
+    is read, so that the same seed gives the same text.
+    """
+
+    def __init__(self, draft_cost: float, verify_cost: float):
+        self.draft_cost, self.verify_cost = draft_cost, verify_cost
+        self.num_agreed, self.num_seen = 2.4, 4.0  # where nothing has been seen: 0.6, soon forgotten
+        self.num_plain = 0
+
+    def saw(self, agreement: float) -> None:
+        self.num_agreed = 0.95 * self.num_agreed + agreement
+        self.num_seen = 0.95 * self.num_seen + 1
+
+    def is_curious(self) -> bool:
+        """Whether to look what would have been drafted; now and then is enough."""
+        self.num_plain += 1
+        return self.num_plain % 4 == 1
+
+    def num_draft_tokens(self) -> int:
+        rate = self.num_agreed / self.num_seen
+
+        def tokens_for_time(num_drafts):
+            num_tokens = sum(rate**i for i in range(num_drafts + 1))
+            time = 1 + (self.verify_cost + self.draft_cost) * num_drafts + self.draft_cost * rate**num_drafts
+            return num_tokens / time
+
+        return max(range(MAX_DRAFT_TOKENS + 1), key=tokens_for_time)
+
+
+def _find_guide(logits_processor: LogitsProcessorList) -> DoctorGuidedLogitsProcessor:
+    guides = [processor for processor in logits_processor if isinstance(processor, DoctorGuidedLogitsProcessor)]
+    if len(guides) != 1:
+        raise ValueError(
+            f"There must be one `DoctorGuidedLogitsProcessor` among the processors. Got {len(guides)}; for several "
+            "doctors give one processor a list of them."
+        )
+    return guides[0]
+
+
+def _parameter_ratio(guide: DoctorGuidedLogitsProcessor, patient: PreTrainedModel) -> float:
+    """Parameters of all doctors, in units of the patient's."""
+    size = unwrap_peft(patient).num_parameters()
+    return sum(unwrap_peft(doctor.model).num_parameters() for doctor in guide.doctors) / size
+
+
+def _default_verify_cost(patient: PreTrainedModel) -> float:
+    return 0.25 if patient.device.type == "cpu" and patient.dtype == torch.float32 else 0.05
