@@ -32,7 +32,7 @@ ROWS = [  # a module may import only from strictly earlier rows
     {"doctors", "modeling_doctor", "objective", "tfpo_config", "tokenization"},
     {"token_rewards"},
     {"data_collator", "logits_processor"},
-    {"speculative", "tfpo_trainer"},
+    {"shared_forward", "speculative", "tfpo_trainer"},
     {"generation"},
     {"evaluation"},
     {"testbed"},

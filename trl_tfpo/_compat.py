@@ -22,7 +22,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel
 from trl.trainer import add_fused_lm_head
 from trl.trainer.base_config import _BaseConfig  # defaults and help texts shared by all TRL configs
@@ -41,6 +40,11 @@ __all__ = [
     "unwrap_peft",
     "using_adapter",
 ]
+
+
+def is_peft_model(model: torch.nn.Module) -> bool:
+    """Whether the model is a `PeftModel`. Accelerate's function looks into the installed packages at every call."""
+    return hasattr(model, "get_base_model")
 
 
 def unwrap_peft(model: PreTrainedModel) -> PreTrainedModel:

@@ -28,6 +28,7 @@ from transformers.utils import ModelOutput
 
 from ._compat import adapter_layers, unwrap_peft, using_adapter
 from .logits_processor import DoctorGuidedLogitsProcessor
+from .shared_forward import lora_on, shared_forward
 from .speculative import speculative_guided_generate
 
 
@@ -45,8 +46,8 @@ def guided_generate(
     `patient.generate` under guidance.
 
     The same as `patient.generate(..., logits_processor=[guide])`, and beyond that the guide is told the mask and where
-    the prompt ends; a doctor that is an adapter on the patient's own weights is kept apart from the patient; what would
-    leave the guide out is refused. What the doctors remember of an earlier call is kept, so that a conversation that
+    the prompt ends; a doctor that is an adapter on the patient's own weights is kept apart from the patient, and where
+    each text is one row is read in the same forward pass; what would leave the guide out is refused. What the doctors remember of an earlier call is kept, so that a conversation that
     goes on is not read again.
 
     Args:
@@ -99,6 +100,11 @@ def guided_generate(
                 "`attention_mask` must be given where prompts are padded. Got none, and a prompt that begins with the "
                 f"padding id {pad_token_id}; pass the mask that the tokenizer returns with the ids."
             )
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            "`attention_mask` must have the shape of `input_ids`. Got "
+            f"{tuple(attention_mask.shape)} for ids {tuple(input_ids.shape)}; pass what the tokenizer returned together."
+        )
     guide.reset(attention_mask=attention_mask, keep_memory=True)
     if speculative:
         kwargs["custom_generate"] = speculative_guided_generate
@@ -108,7 +114,12 @@ def guided_generate(
     else:
         kwargs["streamer"] = streamer
     num_calls = guide.num_calls
-    with without_doctors(patient, guide):
+    if _keeps_rows(patient, kwargs) and any(lora_on(unwrap_peft(patient), doctor) for doctor in guide.doctors):
+        patient = unwrap_peft(patient)
+        context = shared_forward(patient, guide, num_rows=input_ids.size(0))
+    else:
+        context = without_doctors(patient, guide)
+    with context:
         output = patient.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -154,6 +165,13 @@ def _check_mode(patient, guide, input_ids, kwargs) -> None:
             "`input_ids` must be the whole text, also with a cache, for doctors have not read it. Got "
             f"{input_ids.size(1)} ids and a cache of {cache.get_seq_length()} tokens; pass all ids."
         )
+
+
+def _keeps_rows(patient, kwargs) -> bool:
+    """Whether this is greedy search or sampling, one text for each prompt, one token for each forward pass."""
+    config = kwargs.get("generation_config") or patient.generation_config
+    others = ("num_beams", "num_return_sequences", "prompt_lookup_num_tokens", "assistant_model", "custom_generate")
+    return all(kwargs.get(name, getattr(config, name, None)) in (None, 1) for name in others)
 
 
 @contextmanager

@@ -78,6 +78,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         alpha (`float`, `torch.Tensor` or callable): exponent of the patient.
         doctors (`list` of [`Doctor`]): the doctors, then their references.
         betas (`list`): exponent of each of `doctors`.
+        memories (`list` of [`DoctorMemory`]): what each of `doctors` has said and holds in its cache.
         num_calls (`int`): how often `generate` has asked.
 
     Raises:
@@ -159,7 +160,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
                 check_same_tokenizer(processing_classes[0], other)
         self._same_tokenizer = processing_classes is not None
         self._warned = set()
-        self._memories = [DoctorMemory(doctor) for doctor in self.doctors]
+        self.memories = [DoctorMemory(doctor) for doctor in self.doctors]
         self.reset(attention_mask)
 
     def reset(self, attention_mask: torch.Tensor | None = None, *, keep_memory: bool = False) -> None:
@@ -182,7 +183,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
             self._forget()
 
     def _forget(self) -> None:
-        for memory in self._memories:
+        for memory in self.memories:
             memory.forget()
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
@@ -281,7 +282,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
     def _listen(self, tokens: torch.LongTensor, vocab_size: int) -> list[torch.Tensor | None]:
         """Logits (B, V) of each doctor after `tokens` (B, L), `None` where it does not count."""
         heard = []
-        for doctor, beta, memory in zip(self.doctors, self.betas, self._memories, strict=True):
+        for doctor, beta, memory in zip(self.doctors, self.betas, self.memories, strict=True):
             beta = _at(beta, self._step(tokens))
             if isinstance(beta, float) and beta == 0:
                 heard.append(None)

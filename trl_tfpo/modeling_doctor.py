@@ -24,13 +24,12 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import is_peft_model
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput, cached_file
 from trl.trainer import add_fused_lm_head
 
-from ._compat import unwrap_peft
+from ._compat import is_peft_model, unwrap_peft
 
 
 if TYPE_CHECKING:

@@ -103,10 +103,12 @@ def speculative_guided_generate(
     if num_draft_tokens != "auto" and not (isinstance(num_draft_tokens, int) and 0 <= num_draft_tokens < 32):
         raise ValueError(f"`num_draft_tokens` must be 'auto' or from 0 to 31. Got {num_draft_tokens!r}; try 4.")
     patient = _Reader(model, input_ids, **model_kwargs)
-    pace = _Pace(
-        draft_cost=_parameter_ratio(guide, model) if draft_cost is None else draft_cost,
-        verify_cost=_default_verify_cost(model) if verify_cost is None else verify_cost,
-    )
+    pace = None
+    if num_draft_tokens == "auto":
+        pace = _Pace(
+            draft_cost=_parameter_ratio(guide, model) if draft_cost is None else draft_cost,
+            verify_cost=_default_verify_cost(model) if verify_cost is None else verify_cost,
+        )
     vocab_size = model.config.get_text_config().vocab_size
     max_length = generation_config.max_length
     pick = _sample if generation_config.do_sample else _take_likeliest
@@ -119,7 +121,7 @@ def speculative_guided_generate(
     ids, is_done = input_ids, False
     while not is_done:
         # The doctors draft
-        num_drafts = pace.num_draft_tokens() if num_draft_tokens == "auto" else num_draft_tokens
+        num_drafts = num_draft_tokens if pace is None else pace.num_draft_tokens()
         num_drafts = max(0, min(num_drafts, max_length - ids.size(1) - 1))
         drafted, drafts = ids, []
         for _ in range(num_drafts):
@@ -135,10 +137,11 @@ def speculative_guided_generate(
             guided = logits_processor(ids, raw)
             target = pick.distribution(guided)
             if index < num_drafts:
-                pace.saw(pick.agreement(target, drafts[index]))
+                if pace is not None:
+                    pace.saw(pick.agreement(target, drafts[index]))
                 token, is_accepted = pick.verify(target, drafts[index], drafted[:, ids.size(1)])
             else:
-                if num_draft_tokens == "auto" and num_drafts == 0 and pace.is_curious():
+                if pace is not None and num_drafts == 0 and pace.is_curious():
                     pace.saw(pick.agreement(target, draft_distribution(ids)))
                 token, is_accepted = pick.token(target), False
             ids = torch.cat([ids, token[:, None]], dim=1)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate.utils import is_peft_model, set_seed
+from accelerate.utils import set_seed
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from datasets.fingerprint import Hasher
 from huggingface_hub import ModelCard
@@ -40,7 +40,7 @@ from transformers.data.data_collator import DataCollator
 from trl.trainer import disable_dropout_in_model
 
 from . import functional
-from ._compat import _BaseTrainer, create_model_from_path
+from ._compat import _BaseTrainer, create_model_from_path, is_peft_model
 from .data_collator import TokenRewardCollator
 from .faces import Faces
 from .modeling_doctor import make_doctor
