@@ -25,6 +25,8 @@ from trl_tfpo.functional import (
     flow_potential,
     guided_logps,
     log_prefix_scores,
+    next_token_entropy,
+    plausible_mask,
     subtb_loss,
     terminal_boundary,
     token_importance,
@@ -374,3 +376,19 @@ class TestGuidedLogps:
         """A forgotten weight would drop a doctor without a word."""
         with pytest.raises(ValueError, match="one weight for each doctor"):
             guided_logps(patient_logits=draw(5), doctor_logits=[draw(5)], beta=[0.5, 0.5])
+
+
+def test_entropy_by_hand():
+    """A token ruled out has no weight, and is no NaN."""
+    logits = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.25, 0.25, 0.5]]).log()
+    expected = torch.tensor([math.log(2), 0.0, 1.5 * math.log(2)])
+    torch.testing.assert_close(next_token_entropy(logits + 3), expected)
+
+
+def test_plausibility_is_relative_to_the_likeliest_token():
+    """Else a flat distribution would be left with nothing."""
+    probs = torch.tensor([[0.5, 0.06, 0.04, 0.4], [0.25, 0.25, 0.25, 0.25]])
+    found = plausible_mask(patient_logits=probs.log() - 7, min_patient_prob=0.1)
+    assert found.tolist() == [[True, True, False, True], [True] * 4]
+    alone = plausible_mask(patient_logits=probs.log()[:1], min_patient_prob=1.0)
+    assert alone.tolist() == [[True, False, False, False]]

@@ -18,11 +18,12 @@ import inspect
 
 import torch
 from conftest import make_llama
-from transformers import Trainer
+from peft import LoraConfig, get_peft_model
+from transformers import DynamicCache, LogitsProcessor, Trainer
 from trl import DPOTrainer, is_conversational, maybe_extract_prompt
 
 from trl_tfpo import TFPOTrainer
-from trl_tfpo._compat import _BaseTrainer, fused_lm_head
+from trl_tfpo._compat import _BaseTrainer, adapter_layers, fused_lm_head, using_adapter
 
 
 def test_constructor_follows_trl():
@@ -57,3 +58,58 @@ def test_prompts_are_extracted_as_before():
     pair = {"chosen": "a cat", "rejected": "a dog"}
     assert maybe_extract_prompt(pair) == {"prompt": "a", "chosen": " cat", "rejected": " dog"}
     assert is_conversational({"prompt": [{"role": "user", "content": "x"}]})
+
+
+def test_adapters_are_switched_by_two_attributes():
+    """What guides for one token must speak for the patient in the next, without a walk over all modules."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, modules_to_save=["lm_head"])
+    model = get_peft_model(make_llama(1), config, adapter_name="one").eval()
+    model.add_adapter("two", config)
+    ids, expected, layers = torch.tensor([[5, 6, 7]]), {}, adapter_layers(model)
+    for name in ("one", "two"):
+        model.set_adapter(name)
+        expected[name] = model(ids).logits
+    with model.disable_adapter():
+        expected[None] = model(ids).logits
+    assert not torch.equal(expected["one"], expected["two"])
+    for name in ("two", None, "one"):
+        with using_adapter(layers, name):
+            assert torch.equal(model(ids).logits, expected[name])
+        assert torch.equal(model(ids).logits, expected["two"])  # as it was before
+        with model.disable_adapter(), using_adapter(layers, True):
+            assert torch.equal(model(ids).logits, expected["two"])
+
+
+def test_a_custom_generate_gets_what_speculation_needs():
+    """The arguments of its own, all processors in order, and a cache that can be cut by a negative count."""
+
+    def custom_generate(model, input_ids, logits_processor, stopping_criteria, generation_config, own=None, **kwargs):
+        assert own == 7 and isinstance(kwargs["past_key_values"], DynamicCache)
+        assert [type(x).__name__ for x in logits_processor] == [
+            "RepetitionPenaltyLogitsProcessor",
+            "Ours",
+            "TemperatureLogitsWarper",
+        ]
+        assert generation_config.max_length == 5 and len(stopping_criteria)
+        cache = model(input_ids, past_key_values=kwargs["past_key_values"], use_cache=True).past_key_values
+        cache.activate_past_recording()
+        cache.crop(-1)
+        assert cache.get_seq_length() == input_ids.size(1) - 1 and cache.is_croppable
+        return input_ids
+
+    class Ours(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return scores
+
+    make_llama(1).generate(
+        torch.tensor([[5, 6, 7]]),
+        max_new_tokens=2,
+        do_sample=True,
+        temperature=0.5,
+        top_k=0,
+        repetition_penalty=1.2,
+        logits_processor=[Ours()],
+        custom_generate=custom_generate,
+        own=7,
+    )
