@@ -434,10 +434,12 @@ def guided_logps(
     """
     if len(doctor_logits) != len(beta):
         raise ValueError(f"`beta` needs one weight for each doctor. Got {len(beta)} for {len(doctor_logits)} doctors.")
-    guided = _weighed(patient_logits, alpha)
+    guided = _add_weighed(None, patient_logits, alpha)
     for logits, weight in zip(doctor_logits, beta, strict=True):
-        guided = guided + _weighed(logits, weight)
-    return guided.masked_fill(patient_logits == float("-inf"), float("-inf")).log_softmax(dim=-1)
+        guided = _add_weighed(guided, logits, weight)
+    if not _is_positive_number(alpha):
+        guided = guided.masked_fill(patient_logits == float("-inf"), float("-inf"))
+    return guided.log_softmax(dim=-1)
 
 
 def plausible_mask(*, patient_logits: torch.Tensor, min_patient_prob: float) -> torch.Tensor:
@@ -493,19 +495,26 @@ def next_token_entropy(logits: torch.Tensor) -> torch.Tensor:
     return torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1)
 
 
-def _weighed(logits: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:
+def _add_weighed(total: torch.Tensor | None, logits: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:
     """
-    `weight * log pi` (..., V) up to a constant for each row.
+    `total + weight * log pi` (..., V), up to a constant for each row, which goes in the next softmax.
 
-    A positive number needs no normaliser, as such a constant goes in the next softmax, and lets minus infinity stand.
-    Any other weight meets it with a neutral zero, unless it is positive in that row.
+    A positive number needs no normaliser and lets minus infinity stand, all in one pass over the vocabulary. Any other
+    weight meets minus infinity with a neutral zero, unless it is positive in that row.
     """
-    if isinstance(weight, (int, float)) and weight > 0:
-        return logits if weight == 1 else weight * logits
+    if _is_positive_number(weight):
+        if total is None:
+            return logits if weight == 1 else weight * logits
+        return torch.add(total, logits, alpha=weight)
     weight = torch.as_tensor(weight, dtype=logits.dtype, device=logits.device)
     absent = logits == float("-inf")
     weighed = weight * logits.log_softmax(dim=-1).masked_fill(absent, 0)
-    return weighed.masked_fill(absent & (weight > 0), float("-inf"))
+    weighed = weighed.masked_fill(absent & (weight > 0), float("-inf"))
+    return weighed if total is None else total + weighed
+
+
+def _is_positive_number(weight: float | torch.Tensor) -> bool:
+    return isinstance(weight, (int, float)) and weight > 0
 
 
 # Sums

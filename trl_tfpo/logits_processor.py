@@ -356,7 +356,8 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
                 "one tokenizer was padded to two sizes: pass `processing_classes` to have it checked."
             )
         logits = logits[:, :size].to(device=scores.device, dtype=scores.dtype)
-        return nn.functional.pad(logits, (0, size - logits.size(-1)), value=-math.inf)
+        num_missing = size - logits.size(-1)
+        return nn.functional.pad(logits, (0, num_missing), value=-math.inf) if num_missing else logits
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
