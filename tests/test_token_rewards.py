@@ -23,7 +23,7 @@ from conftest import conversational_rows
 from datasets import Dataset, DatasetDict
 
 from trl_tfpo import Faces, annotate_token_rewards
-from trl_tfpo.token_rewards import annotation_settings, model_fingerprint, score_completions
+from trl_tfpo.token_rewards import annotation_settings, model_fingerprint
 from trl_tfpo.tokenization import ID_COLUMNS
 
 
@@ -131,13 +131,3 @@ def test_a_reward_function_of_ones_own(preferences, patient, tokenizer):
         assert all(
             r == 2 * ((g > 0) - (g < 0)) for r, g in zip(row["chosen_token_rewards"], row["chosen_gaps"], strict=True)
         )
-
-
-def test_scores_do_not_depend_on_the_batch(patient):
-    """Padding must not leak into the scores of shorter rows."""
-    generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(4, 20, (n,), generator=generator).tolist() for n in (3, 9, 1)]
-    completions = [torch.randint(4, 20, (n,), generator=generator).tolist() for n in (7, 1, 4)]
-    together = score_completions(patient, prompts, completions, batch_size=3)
-    for prompt, completion, scored in zip(prompts, completions, together, strict=True):
-        torch.testing.assert_close(scored.double(), plain_logps(patient, prompt, completion), atol=1e-5, rtol=1e-5)

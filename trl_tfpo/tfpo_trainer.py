@@ -45,6 +45,7 @@ from .data_collator import TokenRewardCollator
 from .faces import Faces
 from .modeling_doctor import make_doctor
 from .objective import tfpo_objective
+from .scoring import score_completions
 from .tfpo_config import TFPOConfig
 from .token_rewards import (
     GAP_COLUMNS,
@@ -53,7 +54,6 @@ from .token_rewards import (
     annotate_token_rewards,
     annotation_settings,
     model_fingerprint,
-    score_completions,
 )
 from .tokenization import FACE_COLUMNS, ID_COLUMNS, eos_token_ids, tokenize_preferences
 from .tokenizer_identity import tokenizer_fingerprint

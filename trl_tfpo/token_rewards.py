@@ -29,8 +29,9 @@ from datasets.fingerprint import Hasher
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from . import functional
-from ._compat import create_model_from_path, fused_lm_head, inference
+from ._compat import create_model_from_path
 from .faces import Faces, resolve_faces
+from .scoring import score_completions
 from .tokenization import FACE_COLUMNS, eos_token_ids, tokenize_preferences
 from .tokenizer_identity import check_same_tokenizer, tokenizer_fingerprint
 
@@ -326,59 +327,6 @@ def score_token_rewards(
         [row[:length].float() for row, length in zip(rewards, lengths, strict=True)],
         [row[:length] for row, length in zip(gaps, lengths, strict=True)],
     )
-
-
-def score_completions(
-    model: PreTrainedModel, prompt_ids: list[list[int]], completion_ids: list[list[int]], *, batch_size: int
-) -> list[torch.Tensor]:
-    """
-    Log-probability of every completion token after its prompt.
-
-    Sequences of similar length share a forward; the (tokens, vocabulary) logits are never held.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            Causal language model; read in eval mode, without gradients.
-        prompt_ids (`list[list[int]]`):
-            At least one token each.
-        completion_ids (`list[list[int]]`):
-            One completion for each prompt.
-        batch_size (`int`):
-            Sequences in one forward.
-
-    Returns:
-        `list[torch.Tensor]` of shape `(T_i,)`: log-probabilities in nats, float32, on the CPU, in the given order.
-
-    Raises:
-        `ValueError`: when a log-probability is not finite.
-    """
-    sequences = [prompt + completion for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
-    order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
-    device = model.get_input_embeddings().weight.device
-    logps: list[torch.Tensor | None] = [None] * len(sequences)
-    with inference(model), fused_lm_head(model):
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            tokens = [torch.tensor(sequences[row]) for row in rows]
-            input_ids = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(device)  # (B, L)
-            lengths = torch.tensor([len(sequences[row]) for row in rows], device=device)
-            prompt_lengths = torch.tensor([len(prompt_ids[row]) for row in rows], device=device)
-            position = torch.arange(input_ids.size(1), device=device)
-            attention_mask = position < lengths[:, None]
-            labels = input_ids.masked_fill(~attention_mask | (position < prompt_lengths[:, None]), -100)
-            log_probs = model(
-                input_ids=input_ids, attention_mask=attention_mask.long(), labels=labels, fused_lm_head=True
-            ).log_probs.float()  # (B, L - 1)
-            for row, scored in zip(rows, log_probs.cpu(), strict=True):
-                logps[row] = scored[len(prompt_ids[row]) - 1 : len(sequences[row]) - 1]
-    for row, scored in enumerate(logps):
-        if not scored.isfinite().all():
-            raise ValueError(
-                f"Log-probabilities must be finite. {type(model).__name__} gives {scored[~scored.isfinite()][0].item()} "
-                f"to a token of sequence {row} ({len(sequences[row])} tokens); load it in float32 or bfloat16, and "
-                "check its weights and that no token of the data is masked out."
-            )
-    return logps
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
