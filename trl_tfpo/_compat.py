@@ -18,11 +18,12 @@ What is taken from TRL and PEFT that is not part of their public interface, each
 `tests/test_upstream.py` checks that every one of them still behaves as the package relies on.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 from trl.trainer import add_fused_lm_head
 from trl.trainer.base_config import _BaseConfig  # defaults and help texts shared by all TRL configs
 from trl.trainer.base_trainer import _BaseTrainer  # model card, loss scaling flag and tags of all TRL trainers
@@ -35,6 +36,7 @@ __all__ = [
     "adapter_layers",
     "create_model_from_path",
     "fused_lm_head",
+    "fused_logps",
     "inference",
     "is_peft_model",
     "unwrap_peft",
@@ -93,6 +95,30 @@ def fused_lm_head(model: PreTrainedModel) -> Iterator[None]:
             del base.forward
         else:
             base.forward = patched
+
+
+def fused_logps(
+    forward: Callable[..., ModelOutput], model: PreTrainedModel, labels: torch.LongTensor, /, **inputs
+) -> torch.Tensor:
+    """
+    Log-probabilities (B, L - 1) of `labels` (B, L) after their first column, zero where a label is -100.
+
+    `forward` is the model's, with TRL's fused head. That projects every position to the vocabulary where there is no
+    Triton, prompts and padding included; here only those that predict a label reach it.
+    """
+    has_label = labels[:, 1:] != -100
+
+    def keep_labelled(_, args, output):
+        hidden_states = output.last_hidden_state
+        output.last_hidden_state = hidden_states[:, :-1][has_label.to(hidden_states.device)][None]
+        return output
+
+    hook = unwrap_peft(model).base_model.register_forward_hook(keep_labelled)
+    try:
+        log_probs = forward(**inputs, shift_labels=labels[:, 1:][has_label][None], fused_lm_head=True).log_probs[0]
+    finally:
+        hook.remove()
+    return log_probs.new_zeros(has_label.shape).masked_scatter(has_label.to(log_probs.device), log_probs)
 
 
 @contextmanager

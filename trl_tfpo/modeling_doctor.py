@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput, cached_file
 from trl.trainer import add_fused_lm_head
 
-from ._compat import is_peft_model, unwrap_peft
+from ._compat import fused_logps, is_peft_model, unwrap_peft
 
 
 if TYPE_CHECKING:
@@ -114,8 +114,8 @@ def add_value_head(model: PreTrainedModel) -> None:
         captured = []
         hook = self.base_model.register_forward_hook(lambda _, __, output: captured.append(output.last_hidden_state))
         try:
-            kwargs["labels"] = kwargs["input_ids"].masked_fill(~completion_mask, -100)
-            log_probs = fused_forward(*args, fused_lm_head=True, **kwargs).log_probs  # (B, L - 1)
+            labels = kwargs["input_ids"].masked_fill(~completion_mask, -100)
+            log_probs = fused_logps(functools.partial(fused_forward, *args), self, labels, **kwargs)  # (B, L - 1)
         finally:
             hook.remove()
         log_values = getattr(self, VALUE_HEAD)(captured[0]).to(log_probs.device)  # (B, L)

@@ -29,7 +29,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from ._compat import fused_lm_head, inference, unwrap_peft
+from ._compat import fused_lm_head, fused_logps, inference, unwrap_peft
 
 
 PADDING_BRANCH = -1
@@ -117,9 +117,7 @@ def _score_rows(model: PreTrainedModel, rows: list[tuple[list[int], list[list[in
     inputs = {"attention_mask": (branch != PADDING_BRANCH).long()}
     if branch.max() > 1:
         inputs = {"attention_mask": _branch_mask(branch, model), "position_ids": pad(positions, 0)}
-    log_probs = model(
-        input_ids=pad(ids, 0), labels=pad(labels, -100), fused_lm_head=True, **inputs
-    ).log_probs.float()  # (B, L - 1)
+    log_probs = fused_logps(model, model, pad(labels, -100), input_ids=pad(ids, 0), **inputs).float()  # (B, L - 1)
     scored = []
     for row, (prompt, completions) in zip(log_probs.cpu(), rows, strict=True):
         ends = torch.tensor([len(completion) + 1 for completion in completions]).cumsum(0) + len(prompt) - 2

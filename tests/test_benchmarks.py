@@ -1,0 +1,145 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The benchmarks measure what they say; how long it takes is not looked at, as it depends on the machine."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
+TINY = dict(
+    repetitions=1,
+    vocab_sizes={97: 1.08},
+    random_patient=(64, 2),
+    random_doctor=(32, 1),
+    random_lengths=(5, 4),
+    num_pairs=16,
+    max_steps=2,
+    grown_patient=(192, 5),
+    grown_doctor=(96, 4),
+    num_prompts=2,
+    trained_cases=[("bfloat16", 0.5), ("float32", 1.0)],
+    random_cases=[("float32", 0.5)],
+)
+
+
+@pytest.fixture
+def decoding():
+    """The script, imported as a module."""
+    spec = importlib.util.spec_from_file_location("decoding", BENCHMARKS / "decoding.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("num_key_value_heads", [4, 2, 1])
+def test_growing_keeps_what_a_model_says(decoding, num_key_value_heads, tied):
+    """Were a grown model to speak otherwise, the speed would be that of a pair that nobody trained."""
+    torch.manual_seed(0)
+    shape = dict(vocab_size=23, hidden_size=24, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4)
+    config = LlamaConfig(**shape, num_key_value_heads=num_key_value_heads, tie_word_embeddings=tied, rms_norm_eps=1e-2)
+    config.attention_bias = config.mlp_bias = True
+    model = LlamaForCausalLM(config).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)  # biases and norms too
+    grown = decoding.grow(model, 72, 5)
+    ids = torch.randint(23, (2, 11))
+    assert grown.config.num_hidden_layers == 5 and grown.config.hidden_size == 72
+    assert grown.num_parameters() > 10 * model.num_parameters()
+    torch.testing.assert_close(grown(ids).logits, model(ids).logits, atol=1e-4, rtol=0)  # norms are in float32
+    with pytest.raises(AssertionError):  # and the weights matter
+        torch.testing.assert_close(grown(ids.flip(1)).logits, model(ids).logits, atol=1e-3, rtol=0)
+
+
+@pytest.mark.slow
+def test_decoding_reports_every_part(decoding, tmp_path, monkeypatch, capsys):
+    """A part that is left out, or a guide that does not guide, would go unnoticed among the figures."""
+    monkeypatch.setattr(decoding, "QUICK", TINY)
+    decoding.main(["--quick", "--peers", "--device", "cpu", "--output", str(tmp_path / "decoding.json")])
+    report = json.loads((tmp_path / "decoding.json").read_text(encoding="utf-8"))
+    assert {"machine", "arguments", "sizes", "overhead", "speculative", "verification", "peers"} == report.keys()
+    assert {"date", "machine", "cpu", "device", "threads", "clock", "torch", "transformers"} == report[
+        "machine"
+    ].keys()
+
+    assert [row["batch_size"] for row in report["overhead"]] == [1, 8]
+    for row in report["overhead"]:
+        first, median, third = row["cached"]
+        assert 0 < first <= median <= third
+        prompt_length, num_new_tokens = TINY["random_lengths"]
+        assert row["cached_guide_tokens"] == row["batch_size"] * (prompt_length + num_new_tokens - 1)
+        prefixes = range(prompt_length, prompt_length + num_new_tokens)
+        assert row["naive_guide_tokens"] == row["batch_size"] * sum(prefixes)
+        assert row["cached_target"] == 1.08
+
+    methods = ["patient", "doctor", "guided", "speculative 2", "speculative 4", "speculative auto"]
+    trained = [row for row in report["speculative"] if row["pair"] == "trained"]
+    random = [row for row in report["speculative"] if row["pair"] == "random"]
+    assert [row["method"] for row in trained] == 4 * methods
+    assert [row["method"] for row in random] == 2 * (methods[:3] + methods[-1:])
+    for row in report["speculative"]:
+        assert all(value > 0 for value in row["over_patient"] + row["over_guided"])
+        assert ("speculative" in row["method"]) == (row["tokens_per_forward"] is not None)
+    for row in trained:
+        if "speculative" in row["method"]:
+            assert row["tokens_per_forward"] > 1 and 0 < row["acceptance"] <= 1
+
+    assert [(row["dtype"], row["batch_size"]) for row in report["verification"]] == [
+        (dtype, batch_size) for dtype in ("bfloat16", "float32") for batch_size in (1, 8)
+    ]
+    assert all({"k=1", "k=2", "k=4", "k=8"} < row.keys() for row in report["verification"])
+
+    cached, naive, other, *_ = report["peers"]
+    assert cached["guide_tokens"] == other["guide_tokens"] < naive["guide_tokens"]
+    assert "transformers" in other["guide"]
+    assert capsys.readouterr().out.count("\n|---|") == 4  # as many tables
+
+
+def test_peers_compute_the_same_mixture(decoding):
+    """Guides that say something else are no yardstick."""
+    from transformers import UnbatchedClassifierFreeGuidanceLogitsProcessor
+
+    torch.manual_seed(0)
+    patient, doctor = (decoding.random_llama(31, 64, 2, scale=0.3) for _ in range(2))
+    prompt = torch.randint(31, (1, 5))
+    mask = torch.ones_like(prompt)
+    guides = [
+        decoding.cached_guide(doctor, 0.5, 0.5)(prompt, mask),
+        decoding.naive_guide(doctor, 0.5, 0.5)(prompt, mask),
+        UnbatchedClassifierFreeGuidanceLogitsProcessor(0.5, doctor, unconditional_ids=prompt),
+    ]
+    cached, *others = (
+        patient.generate(
+            prompt,
+            attention_mask=mask,
+            logits_processor=[guide],
+            do_sample=False,
+            max_new_tokens=12,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+        for guide in guides
+    )
+    for other in others:
+        assert torch.equal(other.sequences, cached.sequences)
+        scores = [torch.stack(output.scores).log_softmax(dim=-1) for output in (other, cached)]
+        torch.testing.assert_close(*scores, atol=1e-4, rtol=1e-4)
