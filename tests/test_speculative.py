@@ -226,7 +226,7 @@ def test_the_chi_square_test_sees_a_wrong_rule_of_acceptance(monkeypatch, rule):
 
 def test_the_pace_follows_the_acceptance():
     """Else a doctor that disagrees would make decoding slower than without drafts."""
-    pace = speculative._Pace(draft_cost=0.1, verify_cost=0.05)
+    pace = speculative._Pace(draft_cost=0.1, verify_cost=0.1)
     first = pace.num_draft_tokens()
     for _ in range(100):
         pace.saw(0.98)
