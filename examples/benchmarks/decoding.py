@@ -20,9 +20,10 @@ python examples/benchmarks/decoding.py --output decoding.json
 python examples/benchmarks/decoding.py --quick --peers
 ```
 
-Times are per new token, prefill included, and shown as ratios within one process: each repetition runs all methods in
-turn and gives one ratio; a cell is the median over repetitions with the first and third quartile. On a CPU one thread
-works and only its own time counts, whatever else the machine does; on a GPU it is the time on the clock.
+Times are per new token, prefill included, and shown as ratios within one process: all methods take their turn at each
+prompt, each repetition gives one ratio, and a cell is the median over repetitions with the first and third quartile.
+On a CPU one thread works and only its own time counts, which leaves what other processes take of caches and memory
+bandwidth; on a GPU it is the time on the clock.
 
 1. *Overhead.* Random models: nothing but their size matters. The cached guide reads each token once; the naive one is
    what one writes first, and reads the whole prefix at each step.
@@ -122,16 +123,19 @@ def main(arguments: list[str] | None = None) -> None:
 # Time
 
 
-def measure(args: argparse.Namespace, runs: dict[str, Callable[[], int]]) -> dict[str, list[float]]:
-    """Seconds per unit of work, one for each repetition; a run returns how many units it did."""
-    next(iter(runs.values()))()  # warm up
+def measure(args: argparse.Namespace, runs: dict[str, Callable], inputs: list[torch.Tensor]) -> dict[str, list[float]]:
+    """Seconds per unit of work, one for each repetition; a run takes an input and returns how many units it did."""
+    next(iter(runs.values()))(inputs[0])  # warm up
     seconds = {name: [] for name in runs}
     for repetition in range(args.repetitions):
-        for name, run in runs.items():
+        spent, units = dict.fromkeys(runs, 0.0), dict.fromkeys(runs, 0)
+        for one_input, (name, run) in itertools.product(inputs, runs.items()):
             torch.manual_seed(args.seed + repetition)
             start = clock(args.device)
-            units = run()
-            seconds[name].append((clock(args.device) - start) / units)
+            units[name] += run(one_input)
+            spent[name] += clock(args.device) - start
+        for name in runs:
+            seconds[name].append(spent[name] / units[name])
     return seconds
 
 
@@ -231,16 +235,13 @@ def num_millions(model: PreTrainedModel) -> float:
 # Decoding
 
 
-def generate(model: PreTrainedModel, prompts: list[torch.Tensor], make_guide=None, **settings) -> int:
-    """Continues each of the prompts, (B, L), with a guide of its own. Returns the number of new tokens per row."""
-    num_tokens = 0
-    for input_ids in prompts:
-        input_ids = input_ids.to(model.device)
-        mask = torch.ones_like(input_ids)
-        guides = [make_guide(input_ids, mask)] if make_guide else None
-        output = model.generate(input_ids=input_ids, attention_mask=mask, logits_processor=guides, **settings)
-        num_tokens += output.size(1) - input_ids.size(1)
-    return num_tokens
+def generate(input_ids: torch.Tensor, *, model: PreTrainedModel, make_guide=None, **settings) -> int:
+    """Continues the prompts (B, L), with a guide of their own. Returns the number of new tokens in a row."""
+    input_ids = input_ids.to(model.device)
+    mask = torch.ones_like(input_ids)
+    guides = [make_guide(input_ids, mask)] if make_guide else None
+    output = model.generate(input_ids=input_ids, attention_mask=mask, logits_processor=guides, **settings)
+    return output.size(1) - input_ids.size(1)
 
 
 def cached_guide(doctor: PreTrainedModel, alpha: float, beta: float) -> Callable:
@@ -257,11 +258,12 @@ def naive_guide(doctor: PreTrainedModel, alpha: float, beta: float) -> Callable:
     return lambda *_: guide
 
 
-def count_guide_tokens(doctor: PreTrainedModel, run: Callable[[], int]) -> int:
-    """Tokens that the doctor reads in a run."""
+def count_guide_tokens(doctor: PreTrainedModel, run: Callable, prompts: list[torch.Tensor]) -> int:
+    """Tokens that the doctor reads in a run on each prompt."""
     counts = []
     hook = doctor.get_input_embeddings().register_forward_pre_hook(lambda _, args: counts.append(args[0].numel()))
-    run()
+    for prompt in prompts:
+        run(prompt)
     hook.remove()
     return sum(counts)
 
@@ -278,15 +280,15 @@ def overhead(args: argparse.Namespace, sizes: dict) -> list[dict]:
         guides = {"cached": cached_guide(doctor, 1.0, 0.5), "naive": naive_guide(doctor, 1.0, 0.5)}
         for batch_size in (1, 8):
             prompts = [torch.randint(vocab_size, (batch_size, prompt_length))]
-            decode = partial(generate, prompts=prompts, do_sample=False, max_new_tokens=num_new_tokens)
-            runs = {"patient": partial(decode, patient), "doctor": partial(decode, doctor)}
-            runs |= {name: partial(decode, patient, make_guide=guide) for name, guide in guides.items()}
-            seconds = measure(args, runs)
+            decode = partial(generate, do_sample=False, max_new_tokens=num_new_tokens)
+            runs = {"patient": partial(decode, model=patient), "doctor": partial(decode, model=doctor)}
+            runs |= {name: partial(decode, model=patient, make_guide=guide) for name, guide in guides.items()}
+            seconds = measure(args, runs, prompts)
             row = {"vocab_size": vocab_size, "batch_size": batch_size, "dtype": dtype}
             row |= {"patient_millions": num_millions(patient), "doctor_millions": num_millions(doctor)}
             row |= {f"{name}_ms": milliseconds(seconds[name]) for name in ("patient", "doctor")}
             row |= {name: ratio(seconds[name], seconds["patient"], seconds["doctor"]) for name in guides}
-            row |= {f"{name}_guide_tokens": count_guide_tokens(doctor, runs[name]) for name in guides}
+            row |= {f"{name}_guide_tokens": count_guide_tokens(doctor, runs[name], prompts) for name in guides}
             rows.append(row | {"cached_target": target})
     return rows
 
@@ -296,15 +298,15 @@ def speculation(args: argparse.Namespace, pair: str, patient, doctor, prompts, c
     for (dtype, beta), do_sample in itertools.product(cases, (False, True)):
         models = [copy.deepcopy(model).to(args.device, getattr(torch, dtype)) for model in (patient, doctor)]
         settings = dict(do_sample=True, top_k=0) if do_sample else dict(do_sample=False)
-        decode = partial(generate, prompts=prompts, max_new_tokens=MAX_NEW_TOKENS, **settings)
-        guided = partial(decode, models[0], make_guide=cached_guide(models[1], 1.0, beta))
-        runs = {"patient": partial(decode, models[0]), "doctor": partial(decode, models[1]), "guided": guided}
+        decode = partial(generate, max_new_tokens=MAX_NEW_TOKENS, **settings)
+        runs = {"patient": partial(decode, model=models[0]), "doctor": partial(decode, model=models[1])}
+        runs["guided"] = partial(decode, model=models[0], make_guide=cached_guide(models[1], 1.0, beta))
         counts = {}
         for num in nums_draft_tokens:
             name = f"speculative {num}"
             speculative = dict(custom_generate=speculative_guided_generate, num_draft_tokens=num)
-            runs[name] = partial(guided, **speculative, statistics=counts.setdefault(name, {}))
-        seconds = measure(args, runs)
+            runs[name] = partial(runs["guided"], **speculative, statistics=counts.setdefault(name, {}))
+        seconds = measure(args, runs, prompts)
         for name, times in seconds.items():
             row = {"pair": pair, "dtype": dtype, "beta": beta, "sampled": do_sample, "method": name}
             row |= {"ms": milliseconds(times)} | {f"over_{x}": ratio(times, seconds[x]) for x in ("patient", "guided")}
@@ -319,11 +321,10 @@ def speculation(args: argparse.Namespace, pair: str, patient, doctor, prompts, c
 
 @torch.no_grad()
 def verification(args: argparse.Namespace, sizes: dict, grown: PreTrainedModel) -> list[dict]:
-    def read(patient, ids, cache, num_calls=5):
-        for _ in range(num_calls):
-            patient(ids, past_key_values=cache)
-            cache.crop(-ids.size(1))
-        return num_calls
+    def read(ids, patient, cache, num_positions):
+        patient(ids[:, :num_positions], past_key_values=cache)
+        cache.crop(-num_positions)
+        return 1
 
     rows = []
     models = [grown] if args.quick else [grown, random_llama(32_000, *sizes["random_patient"])]
@@ -331,7 +332,8 @@ def verification(args: argparse.Namespace, sizes: dict, grown: PreTrainedModel) 
         patient = copy.deepcopy(model).to(args.device, getattr(torch, dtype))
         ids = torch.randint(patient.config.vocab_size, (batch_size, 32), device=args.device)
         cache = patient(ids, use_cache=True).past_key_values
-        seconds = measure(args, {k: partial(read, patient, ids[:, : k + 1], cache) for k in (0, 1, 2, 4, 8)})
+        runs = {k: partial(read, patient=patient, cache=cache, num_positions=k + 1) for k in (0, 1, 2, 4, 8)}
+        seconds = measure(args, runs, [ids] * 5)
         row = {"patient_millions": num_millions(patient), "dtype": dtype, "batch_size": batch_size}
         row |= {"one_position_ms": milliseconds(seconds[0])}
         rows.append(row | {f"k={k}": ratio(seconds[k], seconds[0]) for k in seconds if k})
@@ -356,12 +358,12 @@ def peers(args: argparse.Namespace, patient, doctor, prompts) -> list[dict]:
         guides["AISteer360, ContrastiveMixtureProcessor"] = lambda *_: contrastive_mixture.ContrastiveMixtureProcessor(
             [(source, 0.5)], base_weight=0.5
         )
-    decode = partial(generate, patient, prompts, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
-    runs = {name: partial(decode, make_guide) for name, make_guide in guides.items()}
-    seconds = measure(args, runs)
+    decode = partial(generate, model=patient, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
+    runs = {name: partial(decode, make_guide=guide) for name, guide in guides.items()}
+    seconds = measure(args, runs, prompts)
     rows = []
     for name, run in runs.items():
-        over_cached, guide_tokens = ratio(seconds[name], seconds["cached"]), count_guide_tokens(doctor, run)
+        over_cached, guide_tokens = ratio(seconds[name], seconds["cached"]), count_guide_tokens(doctor, run, prompts)
         rows.append({"guide": name, "over_cached": over_cached, "guide_tokens": guide_tokens})
     if not importlib.util.find_spec("aisteer360"):
         rows.append({"guide": "AISteer360: not installed", "over_cached": None, "guide_tokens": None})
