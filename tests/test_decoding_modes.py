@@ -30,6 +30,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from plain_guidance import BOS, VOCABULARY, PlainGuidance, batch, generate, gpt2, llama
+from transformers import GenerationConfig
 
 from trl_tfpo import Doctor, DoctorGuidedLogitsProcessor, guided_generate
 
@@ -51,10 +52,12 @@ MODES = {
 ONE_ROW_MODES = ("prompt lookup", "assisted", "speculative")
 
 
-def add_adapters(model, num_adapters: int = 1):
+def add_adapters(model, num_adapters: int = 1, **kwargs):
     """The model as a `PeftModel` whose random adapters are doctors, and a copy with each adapter merged for good."""
     targets = ["c_attn", "c_fc"] if model.config.model_type == "gpt2" else ["q_proj", "v_proj", "up_proj"]
-    config = LoraConfig(r=4, lora_alpha=32, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        **(dict(r=4, lora_alpha=32, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM") | kwargs)
+    )
     config.fan_in_fan_out = model.config.model_type == "gpt2"
     names = [f"adapter_{index}" for index in range(num_adapters)]
     with torch.random.fork_rng():
@@ -62,6 +65,9 @@ def add_adapters(model, num_adapters: int = 1):
         model = get_peft_model(model, config, adapter_name=names[0])
         for name in names[1:]:
             model.add_adapter(name, config)
+        for name, weight in model.named_parameters():
+            if "modules_to_save" in name or "magnitude" in name:
+                weight.data += 0.3 * torch.randn_like(weight)
     merged = []
     for name in names:
         one = copy.deepcopy(model).double()
@@ -76,6 +82,7 @@ def cast(request):
     make = ARCHITECTURES[request.param]
     base = make(0)
     shared, merged = add_adapters(make(0), num_adapters=2)
+    shared.set_adapter("adapter_1")
     two = [make(1), make(2)]
     return {
         "1 doctor": (base, [two[0]], [two[0]], base),
@@ -152,6 +159,152 @@ def test_an_adapter_doctor_is_read_in_the_patients_forward_pass(cast, prompts):
     assert not any(layer._forward_pre_hooks for layer in shared.modules())
 
 
+KINDS = {
+    "plain": dict(),
+    "DoRA": dict(use_dora=True),
+    "biases": dict(bias="lora_only"),
+    "experts and embeddings": dict(target_modules=["q_proj", "embed_tokens", "lm_head"]),
+    "saved modules": dict(modules_to_save=["lm_head"]),
+}
+
+
+@pytest.mark.parametrize("prompts", PROMPTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_base_of_an_adapter_on_the_patient_is_its_reference(kind, prompts):
+    """Whatever kind of adapter: one that cannot share the forward pass must not be read as the base model in it."""
+    shared, merged = add_adapters(llama(0), **KINDS[kind])
+    guide = DoctorGuidedLogitsProcessor(
+        Doctor(shared, adapter="adapter_0"), beta=0.9, reference=Doctor(shared, adapter="__base__")
+    )
+    inputs = PROMPTS[prompts]
+    plain = PlainGuidance([merged[0], llama(0)], [0.9, -0.9], 1.0, inputs["attention_mask"])
+    expected = run(llama(0), plain, "greedy", inputs).sequences
+    assert torch.equal(run(shared, guide, "greedy", inputs).sequences, expected)
+    assert not torch.equal(
+        expected, run(llama(0), PlainGuidance([], [], 1.0, inputs["attention_mask"]), "greedy", inputs).sequences
+    )
+
+
+def test_doctors_on_the_patients_weights_may_differ_in_how_they_are_read():
+    """An adapter that could share the forward pass, beside one with a prompt of its own that cannot."""
+    shared, merged = add_adapters(llama(0), num_adapters=2)
+    inputs, prompt = PROMPTS["1 prompt"], [BOS, 3, 7]
+    own = Doctor(shared, adapter="adapter_1", prompt=batch(prompt))
+    guide = DoctorGuidedLogitsProcessor([Doctor(shared, adapter="adapter_0"), own], alpha=1.0, beta=[0.8, 0.6])
+    usual = inputs["input_ids"][0].tolist()
+    plain = PromptedGuidance(merged, [0.8, 0.6], 1.0, inputs, [[usual], [prompt]])
+    expected = run(llama(0), plain, "greedy", inputs).sequences
+    assert torch.equal(run(shared, guide, "greedy", inputs).sequences, expected)
+
+
+def test_the_patient_keeps_an_adapter_that_is_no_doctor():
+    """Else a fine-tuned patient would be guided as its base model."""
+    shared, merged = add_adapters(llama(0), num_adapters=2)
+    inputs = PROMPTS["4 prompts"]
+    shared.set_adapter("adapter_0")
+    for doctor, independent, alpha, beta in (
+        (Doctor(shared, adapter="adapter_1"), merged[1], 1.0, 0.8),
+        (Doctor(shared, adapter="__base__"), llama(0), 1.5, -0.5),  # the fine-tuning, amplified
+    ):
+        guide = DoctorGuidedLogitsProcessor(doctor, alpha=alpha, beta=beta)
+        for mode in ("greedy", "beam"):
+            plain = PlainGuidance([independent], [beta], alpha, inputs["attention_mask"])
+            expected = run(merged[0], plain, mode, inputs).sequences
+            assert torch.equal(run(shared, guide, mode, inputs).sequences, expected), (mode, alpha)
+
+
+def test_a_doctor_is_the_adapter_that_was_active_when_it_was_made():
+    """Else switching adapters would change doctors that are in use, and what they remember would be another's."""
+    shared, merged = add_adapters(llama(0), num_adapters=2)
+    inputs, guides = PROMPTS["4 prompts"], []
+    for name in ("adapter_0", "adapter_1"):
+        shared.set_adapter(name)
+        guides.append(DoctorGuidedLogitsProcessor(shared, alpha=1.0, beta=0.8))
+    for guide, independent in zip(guides * 2, merged * 2, strict=True):
+        plain = PlainGuidance([independent], [0.8], 1.0, inputs["attention_mask"])
+        expected = run(llama(7), plain, "greedy", inputs).sequences
+        assert torch.equal(run(llama(7), guide, "greedy", inputs).sequences, expected)
+    with pytest.raises(ValueError, match="undoes the guidance"):
+        DoctorGuidedLogitsProcessor(shared, reference=Doctor(shared, adapter="adapter_1"))
+    shared.base_model.set_adapter(["adapter_0", "adapter_1"])
+    assert Doctor(shared).adapters == ("adapter_0", "adapter_1")
+    shared.set_adapter("adapter_0")
+    shared.merge_adapter()
+    with pytest.raises(ValueError, match="must not be merged"):
+        Doctor(shared)
+
+
+def test_two_adapters_at_once_are_one_doctor():
+    """Rows of one forward pass have one adapter each, so such a doctor has a pass of its own."""
+    shared, _ = add_adapters(llama(0), num_adapters=2)
+    shared.base_model.set_adapter(["adapter_0", "adapter_1"])
+    independent = copy.deepcopy(shared).merge_and_unload(adapter_names=["adapter_0", "adapter_1"]).eval()
+    inputs = PROMPTS["1 prompt"]
+    plain = PlainGuidance([independent], [0.8], 1.0, inputs["attention_mask"])
+    expected = run(llama(0), plain, "greedy", inputs).sequences
+    guide = DoctorGuidedLogitsProcessor(shared, alpha=1.0, beta=0.8)
+    assert torch.equal(run(shared, guide, "greedy", inputs).sequences, expected)
+
+
+def test_an_adapter_loaded_by_transformers_is_a_doctor():
+    """`model.add_adapter` makes no `PeftModel`, and has the same layers."""
+    model, twin = llama(0), llama(0)
+    config = LoraConfig(r=4, lora_alpha=32, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    for one in (model, twin):
+        torch.manual_seed(0)
+        one.add_adapter(config, adapter_name="helpful")
+        one.double().eval()
+    inputs = PROMPTS["4 prompts"]
+    plain = PlainGuidance([twin], [0.8], 1.0, inputs["attention_mask"])
+    expected = run(llama(0), plain, "greedy", inputs).sequences
+    for doctor in (model, Doctor(model, adapter="helpful")):
+        guide = DoctorGuidedLogitsProcessor(doctor, alpha=1.0, beta=0.8)
+        assert torch.equal(run(model, guide, "greedy", inputs).sequences, expected)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        dict(prompt_lookup_num_tokens=1),
+        dict(guidance_scale=1.5),
+        dict(generation_config=GenerationConfig(max_new_tokens=10, do_sample=False)),
+        dict(cache_implementation="static"),
+        dict(output_hidden_states=True),
+    ],
+)
+def test_modes_that_a_shared_forward_pass_is_not_for(extra):
+    """They get a pass for each model, and the same tokens."""
+    shared, merged = add_adapters(llama(0))
+    inputs, base = PROMPTS["1 prompt"], llama(0)
+    if "generation_config" in extra:
+        shared.generation_config.num_beams = base.generation_config.num_beams = 3  # filled in by `generate`
+    guide = DoctorGuidedLogitsProcessor(shared, alpha=1.0, beta=0.8)
+    settings = dict(max_new_tokens=10, do_sample=False, return_dict_in_generate=True) | extra
+    plain = PlainGuidance(merged, [0.8], 1.0, inputs["attention_mask"])
+    expected = base.generate(**inputs, **settings, logits_processor=[plain])
+    found = guided_generate(shared, guide, **inputs, **settings)
+    assert torch.equal(found.sequences, expected.sequences)
+    if "output_hidden_states" in extra:
+        assert found.hidden_states[0][0].shape == expected.hidden_states[0][0].shape
+
+
+def test_a_cache_that_comes_back_is_the_patients():
+    """Else the next turn would go on from what a doctor made of the text."""
+    shared, merged = add_adapters(llama(0), num_adapters=2)
+    inputs = PROMPTS["1 prompt"]
+    settings = dict(max_new_tokens=5, do_sample=False, eos_token_id=None, return_dict_in_generate=True)
+    for name, other in (("adapter_0", merged[0]), ("adapter_1", merged[1])):
+        guide = DoctorGuidedLogitsProcessor(Doctor(shared, adapter=name), alpha=1.0, beta=0.8)
+        shared.set_adapter(name)
+        found = guided_generate(shared, guide, **inputs, **settings)
+        assert found.past_key_values.layers[0].keys.size(0) == 1
+        plain = DoctorGuidedLogitsProcessor(other, alpha=1.0, beta=0.8)
+        ids = found.sequences
+        expected = guided_generate(llama(0), plain, input_ids=ids, **settings).sequences
+        again = guided_generate(shared, guide, input_ids=ids, **settings, past_key_values=found.past_key_values)
+        assert torch.equal(again.sequences, expected)
+
+
 def test_two_adapters_of_one_model_are_two_doctors():
     """Else helpful and harmless adapters would need two copies of the weights."""
     shared, merged = add_adapters(llama(0), num_adapters=2)
@@ -203,7 +356,7 @@ def test_the_patient_under_two_instructions_guides_itself(mode):
     plain = PromptedGuidance([patient, patient], [0.7, -0.7], 1.0, inputs, [positive, negative])
     expected = run(patient, plain, mode, inputs)
     assert torch.equal(run(patient, guide, mode, inputs).sequences, expected.sequences)
-    with pytest.raises(ValueError, match="Got 4 for 1 rows"):
+    with pytest.raises(ValueError, match="Got 4 entries for 1 prompts"):
         run(patient, guide, "greedy", PROMPTS["1 prompt"])
 
 
@@ -229,7 +382,7 @@ def test_a_schedule_gives_each_step_its_weight():
     for _ in range(2):  # the second prompt begins at step 0 again
         reads.clear()
         assert torch.equal(run(patient, guide, "greedy", inputs).sequences, expected)
-    assert reads == [3, 3] or len(reads) == 3  # steps 2, 5 and 8 alone, the first from the shared prompt on
+    assert reads == [inputs["input_ids"].size(1) + 2, 3, 3]  # at steps 2, 5 and 8 alone, what has come since
     with pytest.raises(ValueError, match="`beta` must be finite"):
         run(patient, DoctorGuidedLogitsProcessor(doctor, beta=lambda step: float("nan")), "greedy", inputs)
     with pytest.raises(ValueError, match="pass `alpha`"):
@@ -338,7 +491,7 @@ def test_a_thousand_calls_equal_a_thousand_fresh_processors_and_leave_nothing():
         outputs = []
         for processor in (guide, DoctorGuidedLogitsProcessor(doctor, alpha=1.0, beta=0.8)):
             torch.manual_seed(call)
-            outputs.append(guided_generate(patient, processor, **inputs, **kwargs))
+            outputs.append(guided_generate(patient, processor, keep_memory=True, **inputs, **kwargs))
         assert torch.equal(*outputs), (call, kwargs)
         text = outputs[0][0].tolist() if len(inputs["input_ids"]) == 1 and len(outputs[0][0]) < 30 else None
         if call % 100 == 99:

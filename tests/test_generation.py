@@ -52,7 +52,7 @@ def test_a_conversation_is_not_read_again(patient):
     guide = DoctorGuidedLogitsProcessor(doctor)
     first = guided_generate(patient, guide, input_ids=ONE["input_ids"], **SETTINGS)
     second = torch.cat([first, torch.tensor([[7, 8]])], dim=1)
-    found = guided_generate(patient, guide, input_ids=second, **SETTINGS)
+    found = guided_generate(patient, guide, input_ids=second, keep_memory=True, **SETTINGS)
     assert reads == [6, 1, 1, 1, 1, 1, 3, 1, 1, 1, 1, 1]  # the last token of the answer and two new ones
     assert torch.equal(
         found, guided_generate(patient, DoctorGuidedLogitsProcessor(doctor), input_ids=second, **SETTINGS)
@@ -80,6 +80,7 @@ def test_a_patient_under_another_prompt_keeps_an_adapter_of_its_own():
             dict(input_ids=PADDED["input_ids"], attention_mask=None),
             "Got none, and a prompt that begins with the padding id 0",
         ),
+        (dict(input_ids=batch([7], [3, 4], pad=9)["input_ids"], attention_mask=None, pad_token_id=9), "padding id 9"),
         (dict(cache_implementation="paged"), "Got `cache_implementation='paged'`"),
         (dict(generation_config=GenerationConfig(cache_implementation="paged")), "Got `cache_implementation='paged'`"),
         (dict(custom_generate=lambda *args, **kwargs: None), "Got `custom_generate`"),
@@ -108,6 +109,28 @@ def test_a_guide_that_was_never_asked_is_noticed(patient, monkeypatch):
     monkeypatch.setattr(patient, "generate", lambda input_ids, **kwargs: input_ids)
     with pytest.raises(ValueError, match="It never did, so the text is the patient's alone"):
         guided_generate(patient, DoctorGuidedLogitsProcessor(llama(1)), **ONE, **SETTINGS)
+
+
+def test_early_exit_would_shorten_a_doctor_on_the_same_weights(patient):
+    """The patient drafts with its first layers, which are the doctor's too."""
+    guide = DoctorGuidedLogitsProcessor(Doctor(patient, prompt=batch([BOS, 3])))
+    with pytest.raises(ValueError, match="Got `assistant_early_exit`"):
+        guided_generate(patient, guide, **ONE, **SETTINGS, assistant_early_exit=1)
+
+
+@pytest.mark.parametrize(
+    "prompt, message",
+    [
+        (dict(input_ids=torch.ones(1, 3), attention_mask=torch.ones(1, 2)), r"Got \(1, 2\) for ids \(1, 3\)"),
+        (dict(input_ids=torch.ones(1, 2), attention_mask=torch.tensor([[1, 0]])), "left-padded"),
+    ],
+)
+def test_prompts_of_a_doctor_are_checked(patient, prompt, message):
+    """Else a doctor would read another text than was meant."""
+    with pytest.raises(ValueError, match=message):
+        Doctor(patient, prompt=prompt)
+    ids = torch.tensor([[BOS, 3]])
+    assert torch.equal(Doctor(patient, prompt={"input_ids": ids}).own_tokens(ids, 2), ids)  # no mask, no padding
 
 
 def test_an_encoder_decoder_patient_is_refused():

@@ -293,6 +293,14 @@ def test_a_weight_for_each_prompt_is_that_prompt_alone(copies):
         DoctorGuidedLogitsProcessor(doctor, beta=torch.full((3,), 0.5))(ids[:2], scores[:2])
 
 
+def test_with_a_mask_there_are_as_many_weights_as_prompts():
+    """Else two weights for four prompts would be given out by their order in the batch."""
+    scores, ids = torch.zeros(3, VOCABULARY, dtype=torch.float64), PADDED["input_ids"]
+    guide = DoctorGuidedLogitsProcessor(llama(1), beta=torch.tensor([0.5]), attention_mask=PADDED["attention_mask"])
+    with pytest.raises(ValueError, match="Got 1 entries for 3 prompts"):
+        guide(ids, scores)
+
+
 def test_beta_zero_is_the_patient_alone(patient):
     """Else switching guidance off would not give back the model that was evaluated."""
     scores = torch.randn(1, VOCABULARY, dtype=torch.float64)
@@ -377,6 +385,23 @@ def test_weights_changed_between_calls_are_noticed(patient):
     assert torch.equal(after, generate(patient, PlainGuidance([doctor], [0.8], 1.0, ONE["attention_mask"]), ONE))
 
 
+@pytest.mark.parametrize("how", ["AdamW", "fused AdamW", "data"])
+def test_training_between_calls_is_noticed(patient, how):
+    """Fused optimizers, the default of Trainer, and writes through `.data` leave PyTorch's own counter alone."""
+    doctor = llama(1)
+    processor = DoctorGuidedLogitsProcessor(doctor, alpha=1.0, beta=0.8, attention_mask=ONE["attention_mask"])
+    generate(patient, processor, ONE)
+    if how == "data":
+        for weight in doctor.parameters():
+            weight.data.mul_(1.1)
+    else:
+        optimizer = torch.optim.AdamW(doctor.parameters(), lr=0.1, fused=how.startswith("fused"))
+        doctor(ONE["input_ids"], labels=ONE["input_ids"]).loss.backward()
+        optimizer.step()
+    plain = PlainGuidance([doctor], [0.8], 1.0, ONE["attention_mask"])
+    assert torch.equal(generate(patient, processor, ONE), generate(patient, plain, ONE))
+
+
 def test_an_interrupted_call_leaves_no_half_true_memory(patient):
     """Else a retry after running out of memory would guide by a cache that is one token ahead."""
     first, second = llama(1), llama(2)
@@ -406,6 +431,19 @@ def test_vocabularies_of_different_padding_meet_in_the_common_tokens(patient, si
     assert (output[:, common:] == -float("inf")).all()
     same = [word_tokenizer(), word_tokenizer()]
     DoctorGuidedLogitsProcessor(doctor, beta=0.5, processing_classes=same)(ids, scores)  # no warning
+
+
+@pytest.mark.parametrize("settings", [dict(alpha=1.5, beta=-0.5), dict(beta=lambda step: 0.0 if step < 3 else 0.5)])
+def test_ids_that_a_doctor_does_not_have_never_come(settings):
+    """Else a text would break off when the doctor has to read one, however it is weighed."""
+    patient = llama(0, vocab_size=VOCABULARY + 4)
+    with torch.no_grad():
+        patient.lm_head.weight[VOCABULARY + 1] = 0
+        patient.lm_head.bias = torch.nn.Parameter(torch.zeros(VOCABULARY + 4, dtype=torch.float64))
+        patient.lm_head.bias[VOCABULARY + 1] = 100.0
+    with pytest.warns(UserWarning, match="36 tokens and a doctor for 32"):
+        output = generate(patient, DoctorGuidedLogitsProcessor(llama(1), **settings), ONE)
+    assert (output < VOCABULARY).all()
 
 
 def word_tokenizer(words: str = "<unk> yes no") -> PreTrainedTokenizerFast:
@@ -498,6 +536,14 @@ def test_positions_end_where_the_doctors_table_ends(patient):
     long_padding = {name: torch.nn.functional.pad(tensor, (9, 0)) for name, tensor in long_padding.items()}
     generate(patient, DoctorGuidedLogitsProcessor(doctor), long_padding, max_new_tokens=8)  # padding has no position
     generate(patient, DoctorGuidedLogitsProcessor(llama(1, max_position_embeddings=10)), ONE)  # rotary ones go on
+
+
+def test_adapted_embeddings_are_no_table_of_positions(patient):
+    """Else a doctor with as many tokens as positions would refuse long texts once its embeddings are adapted."""
+    doctor = llama(1, max_position_embeddings=VOCABULARY)
+    config = LoraConfig(r=2, target_modules=["embed_tokens"], task_type="CAUSAL_LM")
+    doctor = get_peft_model(doctor, config).double().eval()
+    generate(patient, DoctorGuidedLogitsProcessor(doctor), ONE, max_new_tokens=VOCABULARY)
 
 
 def test_tokens_unknown_to_the_doctor_are_refused():

@@ -273,6 +273,10 @@ def test_streams_scores_and_stops_like_generate(patient, capsys):
         (dict(**ONE, do_sample=True, num_return_sequences=2), "Got 2 rows"),
         (dict(**ONE, cache_implementation="static"), "Got a cache of type StaticCache"),
         (dict(**ONE, use_cache=False), "use_cache=False"),
+        (dict(**ONE, output_hidden_states=True), "the inputs \\['output_hidden_states'\\]"),
+        (dict(**ONE, guidance_scale=2.0), "Got UnbatchedClassifierFreeGuidanceLogitsProcessor"),
+        (dict(**ONE, prompt_lookup_num_tokens=2), "Got `prompt_lookup_num_tokens`, another way to draft"),
+        (dict(**ONE, assistant_model=llama(9)), "Got `assistant_model`, another way to draft"),
         (dict(**ONE, num_draft_tokens=-1), "Got -1; try 4"),
         (dict(**ONE, num_draft_tokens="many"), "Got 'many'; try 4"),
     ],
@@ -281,6 +285,30 @@ def test_what_cannot_be_right_is_refused(patient, change, message):
     """Else it would fail somewhere inside, or be slow without a word."""
     with pytest.raises(ValueError, match=message):
         guided_generate(patient, DoctorGuidedLogitsProcessor(llama(1)), max_new_tokens=4, speculative=True, **change)
+
+
+def test_a_refused_call_streams_nothing(patient):
+    """Else a client would get a prompt, and no end."""
+
+    class Streamer:
+        def put(self, value):
+            raise AssertionError("put")
+
+        end = None
+
+    with pytest.raises(ValueError, match="Got 3 rows"):
+        guided_generate(
+            patient, DoctorGuidedLogitsProcessor(llama(1)), **PADDED, speculative=True, streamer=Streamer()
+        )
+
+
+def test_what_the_policy_rules_out_is_never_accepted(monkeypatch):
+    """Also when the random number is exactly zero."""
+    monkeypatch.setattr(torch, "rand", lambda *args, **kwargs: torch.zeros(()))
+    token, is_accepted = speculative._sample.verify(
+        torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.5]]), torch.tensor([0])
+    )
+    assert token.item() == 1 and not is_accepted
 
 
 def test_a_guide_is_needed(patient):
@@ -293,5 +321,5 @@ def test_a_patient_without_a_kv_cache_is_refused():
     """Its states cannot be taken back."""
     torch.manual_seed(0)
     patient = MambaForCausalLM(MambaConfig(vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=1)).eval()
-    with pytest.raises(ValueError, match="leave out `custom_generate`"):
+    with pytest.raises(ValueError, match="decode without speculation"):
         guided_generate(patient, DoctorGuidedLogitsProcessor(llama(1)), **ONE, max_new_tokens=4, speculative=True)

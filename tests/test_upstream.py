@@ -23,7 +23,7 @@ from transformers import DynamicCache, LogitsProcessor, Trainer
 from trl import DPOTrainer, is_conversational, maybe_extract_prompt
 
 from trl_tfpo import TFPOTrainer
-from trl_tfpo._compat import _BaseTrainer, adapter_layers, fused_lm_head, using_adapter
+from trl_tfpo._compat import _BaseTrainer, active_adapters, adapter_layers, fused_lm_head, using_adapters
 
 
 def test_constructor_follows_trl():
@@ -73,11 +73,13 @@ def test_adapters_are_switched_by_two_attributes():
     with model.disable_adapter():
         expected[None] = model(ids).logits
     assert not torch.equal(expected["one"], expected["two"])
-    for name in ("two", None, "one"):
-        with using_adapter(layers, name):
-            assert torch.equal(model(ids).logits, expected[name])
+    assert active_adapters(layers) == ("two",)
+    for names in (("two",), (), ("one",)):
+        with using_adapters(layers, names):
+            assert torch.equal(model(ids).logits, expected[names[0] if names else None])
+            assert active_adapters(layers) == names
         assert torch.equal(model(ids).logits, expected["two"])  # as it was before
-        with model.disable_adapter(), using_adapter(layers, True):
+        with model.disable_adapter(), using_adapters(layers, ("two",)):
             assert torch.equal(model(ids).logits, expected["two"])
 
 

@@ -33,6 +33,7 @@ from trl.trainer.utils import create_model_from_path  # dtype and device rules f
 __all__ = [
     "_BaseConfig",
     "_BaseTrainer",
+    "active_adapters",
     "adapter_layers",
     "create_model_from_path",
     "fused_lm_head",
@@ -40,7 +41,7 @@ __all__ = [
     "inference",
     "is_peft_model",
     "unwrap_peft",
-    "using_adapter",
+    "using_adapters",
 ]
 
 
@@ -55,14 +56,20 @@ def unwrap_peft(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def adapter_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The modules of a `PeftModel` that hold adapters, LoRA layers and saved modules alike."""
+    """The modules that hold adapters of PEFT, LoRA layers and saved modules alike."""
     return [module for module in model.modules() if hasattr(module, "_disable_adapters")]
 
 
+def active_adapters(layers: Sequence[torch.nn.Module]) -> tuple[str, ...]:
+    """Names of the adapters that the layers use, none where they are switched off."""
+    names = [name for layer in layers if not layer._disable_adapters for name in layer.active_adapters]
+    return tuple(dict.fromkeys(names))
+
+
 @contextmanager
-def using_adapter(layers: Sequence[torch.nn.Module], name: str | bool | None) -> Iterator[None]:
+def using_adapters(layers: Sequence[torch.nn.Module], names: Sequence[str]) -> Iterator[None]:
     """
-    Within the context the layers use the adapter of that name, the active one if `True`, none if `None`.
+    Within the context the layers use the adapters of these names, or none.
 
     `PeftModel.disable_adapter` and `set_adapter` do the same, but also walk all modules and set what requires
     gradients, which takes milliseconds, and is done here for every token.
@@ -70,13 +77,13 @@ def using_adapter(layers: Sequence[torch.nn.Module], name: str | bool | None) ->
     before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
     try:
         for layer in layers:
-            layer._disable_adapters = name is None
-            if isinstance(name, str):
-                layer._active_adapter = [name]
+            layer._disable_adapters = not names
+            if names:
+                layer._active_adapter = list(names)
         yield
     finally:
-        for layer, (is_disabled, name) in zip(layers, before, strict=True):
-            layer._disable_adapters, layer._active_adapter = is_disabled, name
+        for layer, (is_disabled, active) in zip(layers, before, strict=True):
+            layer._disable_adapters, layer._active_adapter = is_disabled, active
 
 
 @contextmanager

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, DynamicLayer, PreTrainedModel
 
-from ._compat import adapter_layers, is_peft_model, unwrap_peft, using_adapter
+from ._compat import active_adapters, adapter_layers, unwrap_peft, using_adapters
 
 
 PADDING = -1  # stands for a padding token in `tokens`, whatever id pads the batch
@@ -43,15 +43,19 @@ class Doctor:
         model ([`~transformers.PreTrainedModel`]):
             A causal language model with the patient's tokenizer, in eval mode. May be the patient itself.
         adapter (`str`, *optional*):
-            Name of the PEFT adapter to read it with, `"__base__"` for none. By default that which is active. An adapter
-            is switched on for the doctor alone, so it may sit on the weights of the patient: see [`guided_generate`].
+            Name of the PEFT adapter to read it with, `"__base__"` for none. By default what is active now, also if
+            another is later. It is switched on for the doctor alone, so it may sit on the patient's own weights, see
+            [`guided_generate`].
         prompt (mapping of `torch.Tensor`, *optional*):
             Prompts of its own, one for each of the patient's: left-padded `input_ids` and `attention_mask` of shape
             `(B, L')`, as a tokenizer gives them. For a doctor that follows another instruction, or another template.
 
+    Attributes:
+        adapters (`tuple[str]`): names of the adapters that it is read with.
+
     Raises:
-        `ValueError`: for an encoder-decoder, a model in training mode, an adapter that the model does not have, a
-            prompt that is not left-padded.
+        `ValueError`: for an encoder-decoder, a model in training mode, an adapter that the model does not have,
+            adapters merged into its weights, a prompt that is not left-padded.
     """
 
     model: PreTrainedModel
@@ -60,37 +64,51 @@ class Doctor:
 
     def __post_init__(self):
         check_is_doctor(self.model)
-        if self.adapter not in (None, NO_ADAPTER, *getattr(self.model, "peft_config", ())):
+        layers = adapter_layers(self.model)
+        known = getattr(self.model, "peft_config", {})
+        if self.adapter not in (None, NO_ADAPTER, *known):
             raise ValueError(
-                f"`adapter` must be one of the model's. Got {self.adapter!r}, and it has "
-                f"{list(getattr(self.model, 'peft_config', ()))}; load it with `model.load_adapter`."
+                f"`adapter` must be one of the model's. Got {self.adapter!r}, and it has {sorted(known)}; load it with "
+                "`model.load_adapter`."
             )
+        if any(getattr(layer, "merged_adapters", None) for layer in layers):
+            raise ValueError(
+                "A doctor's adapters are switched on and off, so they must not be merged. Got merged ones; call "
+                "`unmerge_adapter()`, or make it a model without adapters by `merge_and_unload()`."
+            )
+        by_name = {None: active_adapters(layers), NO_ADAPTER: ()}
+        object.__setattr__(self, "adapters", by_name.get(self.adapter, (self.adapter,)))
         if self.prompt is not None:
-            check_left_padded(self.prompt["attention_mask"])
-        object.__setattr__(
-            self, "_layers", adapter_layers(self.model) if self.adapter or is_peft_model(self.model) else ()
-        )
+            ids = self.prompt["input_ids"]
+            mask = self.prompt.get("attention_mask")
+            mask = torch.ones_like(ids) if mask is None else mask
+            check_left_padded(mask)
+            if mask.shape != ids.shape:
+                raise ValueError(
+                    "`prompt` must have a mask of the shape of its ids. Got "
+                    f"{tuple(mask.shape)} for ids {tuple(ids.shape)}; pass what the tokenizer returned together."
+                )
+            object.__setattr__(self, "prompt_tokens", ids.masked_fill(~mask.bool(), PADDING))
 
     def __call__(self, **inputs):
-        """What the model returns, read with the adapter."""
-        with using_adapter(self._layers, None if self.adapter == NO_ADAPTER else self.adapter or True):
+        """What the model returns, read with its adapters."""
+        with using_adapters(adapter_layers(self.model), self.adapters):
             return self.model(**inputs)
 
     @property
     def device(self) -> torch.device:
         return self.model.device
 
+    def is_on(self, model: PreTrainedModel) -> bool:
+        """Whether it shares the weights of a model."""
+        return unwrap_peft(self.model) is unwrap_peft(model)
+
     def own_tokens(self, tokens: torch.LongTensor, num_prompt_tokens: int) -> torch.LongTensor:
         """What this doctor reads where the patient reads `tokens` (B, L), the first of them the prompt."""
         if self.prompt is None:
             return tokens
-        prompt = self.prompt["input_ids"].masked_fill(~self.prompt["attention_mask"].bool(), PADDING)
-        if tokens.size(0) % prompt.size(0):
-            raise ValueError(
-                "A doctor with prompts of its own must have one for each prompt of the patient. Got "
-                f"{prompt.size(0)} for {tokens.size(0)} rows."
-            )
-        prompt = prompt.to(tokens.device).repeat_interleave(tokens.size(0) // prompt.size(0), dim=0)
+        prompt = self.prompt_tokens.to(tokens.device)
+        prompt = prompt.repeat_interleave(len(tokens) // len(prompt), dim=0)
         return torch.cat([prompt, tokens[:, num_prompt_tokens:]], dim=1)
 
 
@@ -117,10 +135,10 @@ class DoctorMemory:
         self.forget()
 
     def forget(self) -> None:
+        self.layers = adapter_layers(self.doctor.model)
         self.tokens = None  # (B, n), what the cache holds
         self.cache = None  # of a model that has one
         self.recent = []  # for each of the last prefixes of `tokens`, the logits (B, V)
-        self.weights = [w for w in self.doctor.model.parameters() if not w.is_inference()]
 
     @torch.no_grad()
     def logits(self, tokens: torch.LongTensor) -> torch.Tensor:
@@ -129,7 +147,7 @@ class DoctorMemory:
         num_known = tokens.size(1) - 1
         if self.tokens is None or not torch.equal(tokens[:, :-1], self.tokens):  # else the plain step, one token more
             weights_version = self._weights_version()
-            if self.tokens is None or weights_version != self.weights_version:
+            if self.tokens is None or not torch.equal(weights_version, self.weights_version):
                 self.forget()
             self.weights_version = weights_version
             num_known = self._look_up(tokens)
@@ -208,14 +226,21 @@ class DoctorMemory:
                 inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, num_known:]
         if "logits_to_keep" in self.accepted:
             inputs["logits_to_keep"] = 1
-        output = self.doctor(**inputs)
+        with using_adapters(self.layers, self.doctor.adapters):
+            output = model(**inputs)
         if getattr(output, "past_key_values", None) is not None:  # else the model reads all again next time
             self.cache = output.past_key_values
         return output.logits[:, -1]
 
-    def _weights_version(self) -> int:
-        """Changes whenever a weight is written in place."""
-        return sum(weight._version for weight in self.weights)
+    def _weights_version(self) -> torch.Tensor:
+        """
+        Changes when the doctor is trained: by the counters of writes in place, which fused optimizers leave alone, and
+        by one value of every weight.
+        """
+        weights = [weight.detach() for weight in self.doctor.model.parameters() if weight.numel()]
+        values = [weight.reshape(-1)[weight.numel() // 2].to(self.doctor.device, torch.float64) for weight in weights]
+        counters = [0.0 if weight.is_inference() else float(weight._version) for weight in weights]
+        return torch.cat([torch.stack(values).cpu(), torch.tensor(counters, dtype=torch.float64)])
 
 
 def check_is_doctor(model: PreTrainedModel) -> None:
@@ -243,5 +268,6 @@ def check_left_padded(attention_mask: torch.Tensor) -> None:
 def _num_absolute_positions(model: PreTrainedModel) -> float:
     """Size of the table of learned positions; infinity where positions are rotary or relative."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not model.get_input_embeddings()]
+    of_tokens = set(model.get_input_embeddings().modules())
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m not in of_tokens]
     return limit if any(table.num_embeddings - limit in (0, 2) for table in tables) else math.inf  # OPT has 2 more

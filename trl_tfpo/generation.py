@@ -18,7 +18,7 @@ The front door of guided decoding: `generate` of the patient, with what it would
 Shapes: B rows, L tokens of the prompt (padding included).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -26,9 +26,9 @@ from transformers import PreTrainedModel
 from transformers.generation import BaseStreamer
 from transformers.utils import ModelOutput
 
-from ._compat import adapter_layers, unwrap_peft, using_adapter
+from ._compat import adapter_layers, unwrap_peft, using_adapters
 from .logits_processor import DoctorGuidedLogitsProcessor
-from .shared_forward import lora_on, shared_forward
+from .shared_forward import can_share, patient_adapters, shared_forward
 from .speculative import speculative_guided_generate
 
 
@@ -39,6 +39,7 @@ def guided_generate(
     input_ids: torch.LongTensor,
     attention_mask: torch.Tensor | None = None,
     speculative: bool = False,
+    keep_memory: bool = False,
     streamer: BaseStreamer | None = None,
     **kwargs,
 ) -> ModelOutput | torch.LongTensor:
@@ -46,13 +47,13 @@ def guided_generate(
     `patient.generate` under guidance.
 
     The same as `patient.generate(..., logits_processor=[guide])`, and beyond that the guide is told the mask and where
-    the prompt ends; a doctor that is an adapter on the patient's own weights is kept apart from the patient, and where
-    each text is one row is read in the same forward pass; what would leave the guide out is refused. What the doctors remember of an earlier call is kept, so that a conversation that
-    goes on is not read again.
+    the prompt ends. A doctor that is an adapter on the patient's own weights is kept apart from the patient, and where
+    each text is one row they share the forward pass. What would leave the guide out is refused.
 
     Args:
         patient ([`~transformers.PreTrainedModel`]):
-            The patient. May be a `PeftModel` whose adapters are doctors; it is read without them.
+            The patient. May be a `PeftModel` whose adapters are doctors: it is read with the adapters that are active,
+            less those that are doctors.
         guide ([`DoctorGuidedLogitsProcessor`]):
             The guidance.
         input_ids (`torch.LongTensor` of shape `(B, L)`):
@@ -61,6 +62,9 @@ def guided_generate(
             Their mask. May be left out where no prompt is padded.
         speculative (`bool`, *optional*, defaults to `False`):
             Let the doctors draft, [`speculative_guided_generate`]: faster, for one prompt, without beams.
+        keep_memory (`bool`, *optional*, defaults to `False`):
+            Keep what the doctors remember of the call before, so that a conversation that goes on is not read again.
+            Otherwise their caches are freed first.
         streamer ([`~transformers.generation.BaseStreamer`], *optional*):
             Gets the tokens as they come.
         **kwargs:
@@ -91,10 +95,10 @@ def guided_generate(
 
     ```
     """
-    _check_mode(patient, guide, input_ids, kwargs)
+    _check_mode(patient, guide, input_ids, speculative, kwargs)
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
-        pad_token_id = patient.generation_config.pad_token_id
+        pad_token_id = _setting(patient, kwargs, "pad_token_id")
         if pad_token_id is not None and (input_ids[:, 0] == pad_token_id).any():
             raise ValueError(
                 "`attention_mask` must be given where prompts are padded. Got none, and a prompt that begins with the "
@@ -105,18 +109,17 @@ def guided_generate(
             "`attention_mask` must have the shape of `input_ids`. Got "
             f"{tuple(attention_mask.shape)} for ids {tuple(input_ids.shape)}; pass what the tokenizer returned together."
         )
-    guide.reset(attention_mask=attention_mask, keep_memory=True)
+    guide.reset(attention_mask=attention_mask, keep_memory=keep_memory)
     if speculative:
         kwargs["custom_generate"] = speculative_guided_generate
         if streamer is not None:
-            streamer.put(input_ids.cpu())
-            kwargs["token_callback"] = streamer.put
+            kwargs["token_callback"] = _after_prompt(streamer, input_ids)
     else:
         kwargs["streamer"] = streamer
     num_calls = guide.num_calls
-    if _keeps_rows(patient, kwargs) and any(lora_on(unwrap_peft(patient), doctor) for doctor in guide.doctors):
-        patient = unwrap_peft(patient)
-        context = shared_forward(patient, guide, num_rows=input_ids.size(0))
+    is_shared = _keeps_rows(patient, kwargs) and can_share(patient, guide)
+    if is_shared:
+        context, patient = shared_forward(patient, guide, num_rows=len(input_ids)), unwrap_peft(patient)
     else:
         context = without_doctors(patient, guide)
     with context:
@@ -128,6 +131,10 @@ def guided_generate(
         )
     if speculative and streamer is not None:
         streamer.end()
+    if is_shared and getattr(output, "past_key_values", None) is not None:
+        output.past_key_values.reorder_cache(
+            torch.arange(len(input_ids), device=input_ids.device)
+        )  # the patient's rows
     if guide.num_calls == num_calls:
         raise ValueError(
             "`generate` must ask the guide at every step. It never did, so the text is the patient's alone; leave out "
@@ -136,18 +143,40 @@ def guided_generate(
     return output
 
 
-def _check_mode(patient, guide, input_ids, kwargs) -> None:
+def _after_prompt(streamer: BaseStreamer, input_ids: torch.LongTensor) -> Callable[[torch.LongTensor], None]:
+    """Puts tokens to the streamer, the prompt before the first: when nothing can be refused any more."""
+    prompts = [input_ids.cpu()]
+
+    def put(token):
+        if prompts:
+            streamer.put(prompts.pop())
+        streamer.put(token)
+
+    return put
+
+
+def _check_mode(patient, guide, input_ids, speculative, kwargs) -> None:
     if patient.config.is_encoder_decoder:
         raise ValueError(
             f"The patient must be a causal language model. Got {type(patient).__name__}, an encoder-decoder: a doctor "
             "cannot read what its encoder has read."
         )
-    settings = (kwargs, vars(kwargs.get("generation_config") or patient.generation_config))
-    if any(setting.get("cache_implementation") == "paged" for setting in settings):
+    if _setting(patient, kwargs, "cache_implementation") == "paged":
         raise ValueError(
             "Guidance needs `generate` to ask its processors. Got `cache_implementation='paged'`, which does not; "
             "leave it out."
         )
+    if _setting(patient, kwargs, "assistant_early_exit") and any(doctor.is_on(patient) for doctor in guide.doctors):
+        raise ValueError(
+            "Early exit shortens the patient while it drafts, and a doctor on its weights with it. Got "
+            "`assistant_early_exit`; leave it out."
+        )
+    if speculative:
+        for name in ("assistant_model", "prompt_lookup_num_tokens"):
+            if _setting(patient, kwargs, name):
+                raise ValueError(
+                    f"With `speculative=True` the doctors draft. Got `{name}`, another way to draft; leave out one."
+                )
     for name in ("custom_generate", "inputs_embeds", "inputs"):
         if kwargs.get(name) is not None:
             raise ValueError(
@@ -167,11 +196,21 @@ def _check_mode(patient, guide, input_ids, kwargs) -> None:
         )
 
 
-def _keeps_rows(patient, kwargs) -> bool:
-    """Whether this is greedy search or sampling, one text for each prompt, one token for each forward pass."""
-    config = kwargs.get("generation_config") or patient.generation_config
-    others = ("num_beams", "num_return_sequences", "prompt_lookup_num_tokens", "assistant_model", "custom_generate")
-    return all(kwargs.get(name, getattr(config, name, None)) in (None, 1) for name in others)
+def _setting(patient: PreTrainedModel, kwargs: dict, name: str):
+    """A setting as `generate` resolves it: an argument, else that of the config given, else the patient's."""
+    given = [kwargs.get(name), getattr(kwargs.get("generation_config"), name, None)]
+    return next((value for value in given if value is not None), getattr(patient.generation_config, name, None))
+
+
+def _keeps_rows(patient: PreTrainedModel, kwargs: dict) -> bool:
+    """Whether this is greedy search or sampling with nothing to it: one row for each prompt, one pass for each token."""
+    if any(_setting(patient, kwargs, name) not in (None, 1) for name in ("num_beams", "num_return_sequences")):
+        return False
+    others = (
+        *("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "guidance_scale", "custom_generate"),
+        *("past_key_values", "cache_implementation", "output_hidden_states", "output_attentions"),
+    )
+    return all(_setting(patient, kwargs, name) in (None, False) for name in others)
 
 
 @contextmanager
@@ -181,14 +220,9 @@ def without_doctors(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor
 
     Args:
         patient ([`~transformers.PreTrainedModel`]):
-            The patient. An adapter of its own stays on, where doctors are only the patient under other prompts.
+            The patient. Its other active adapters stay on.
         guide ([`DoctorGuidedLogitsProcessor`]):
             The guidance.
     """
-    base = unwrap_peft(patient)
-    has_adapter_doctor = any(
-        unwrap_peft(doctor.model) is base and (doctor.prompt is None or doctor.adapter is not None)
-        for doctor in guide.doctors
-    )
-    with using_adapter(adapter_layers(base) if has_adapter_doctor else [], None):
+    with using_adapters(adapter_layers(patient), patient_adapters(patient, guide)):
         yield

@@ -30,7 +30,6 @@ import torch
 from torch import nn
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from ._compat import unwrap_peft
 from .doctors import NO_ADAPTER, PADDING, Doctor, DoctorMemory, check_left_padded
 from .functional import guided_logps, next_token_entropy, plausible_mask
 from .tokenizer_identity import check_same_tokenizer
@@ -161,6 +160,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         self._same_tokenizer = processing_classes is not None
         self._warned = set()
         self.memories = [DoctorMemory(doctor) for doctor in self.doctors]
+        self._num_common_tokens = min(memory.num_embeddings for memory in self.memories)
         self.reset(attention_mask)
 
     def reset(self, attention_mask: torch.Tensor | None = None, *, keep_memory: bool = False) -> None:
@@ -202,7 +202,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         self.num_calls += 1
         tokens = self._hide_padding(input_ids)
         if self.min_patient_entropy and self._is_sure(scores).all():
-            return _float(scores).log_softmax(dim=-1)
+            return self._only_common(_float(scores)).log_softmax(dim=-1)
         return self.combine(scores, self._listen(tokens, scores.size(-1)), self._step(tokens))
 
     @torch.no_grad()
@@ -225,7 +225,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         total, total_weight = torch.zeros(len(tokens), vocab_size, device=input_ids.device), 0.0
         for logits, beta in zip(self._listen(tokens, vocab_size), self.betas, strict=True):
             if logits is not None:
-                weight = torch.as_tensor(_per_row(_at(beta, step), total)).clamp(min=1e-6).to(total)
+                weight = torch.as_tensor(self._per_row(_at(beta, step), total)).clamp(min=1e-6).to(total)
                 total = total + weight * self._over_same_tokens(logits, total)
                 total_weight = total_weight + weight
         return total / total_weight if isinstance(total_weight, torch.Tensor) else total
@@ -247,19 +247,19 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         Returns:
             `torch.Tensor` of shape `(B, V)`: log-probabilities in nats, in float64 if the patient's are, else float32.
         """
-        patient_logits = logits = _float(patient_logits)
+        patient_logits = logits = self._only_common(_float(patient_logits))
         if self.min_patient_prob:
             plausible = plausible_mask(patient_logits=logits, min_patient_prob=self.min_patient_prob)
             logits = logits.masked_fill(~plausible, -math.inf)
         heard = [
-            (self._over_same_tokens(doctor, logits), _per_row(_at(beta, step), logits))
+            (self._over_same_tokens(doctor, logits), self._per_row(_at(beta, step), logits))
             for doctor, beta in zip(doctor_logits, self.betas, strict=True)
             if doctor is not None
         ]
         guided = guided_logps(
             patient_logits=logits,
             doctor_logits=[doctor for doctor, _ in heard],
-            alpha=_per_row(_at(self.alpha, step), logits),
+            alpha=self._per_row(_at(self.alpha, step), logits),
             beta=[beta for _, beta in heard],
         )
         if self.min_patient_entropy:
@@ -292,8 +292,32 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
                     f"The doctor must know every token. Got id {largest}, and it knows {memory.num_embeddings}; take "
                     "a doctor with the patient's tokenizer, and a `pad_token_id` that both know."
                 )
+            if doctor.prompt is not None:
+                self._check_by_prompt("A doctor's `prompt` must have", len(doctor.prompt["input_ids"]), len(tokens))
             heard.append(memory.logits(doctor.own_tokens(tokens, self._prompt_mask.size(1))))
         return heard
+
+    def _only_common(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits (B, V), without tokens that a doctor does not know: it could not read them later."""
+        if logits.size(-1) <= self._num_common_tokens:
+            return logits
+        is_unknown = torch.arange(logits.size(-1), device=logits.device) >= self._num_common_tokens
+        return logits.masked_fill(is_unknown, -math.inf)
+
+    def _per_row(self, weight: float | torch.Tensor, scores: torch.Tensor) -> float | torch.Tensor:
+        """A weight for each prompt, (B,), as one for each row, (rows, 1): beams and return sequences copy prompts."""
+        if not isinstance(weight, torch.Tensor):
+            return weight
+        self._check_by_prompt("`alpha` and `beta` must be numbers, or tensors with", len(weight), len(scores))
+        return weight.to(scores).repeat_interleave(len(scores) // len(weight))[:, None]
+
+    def _check_by_prompt(self, rule: str, num_entries: int, num_rows: int) -> None:
+        num_prompts = len(self._prompt_mask) if self._is_mask_given else num_rows
+        if num_rows % num_entries or (self._is_mask_given and num_entries != num_prompts):
+            raise ValueError(
+                f"{rule} an entry for each prompt. Got {num_entries} entries for {num_prompts} "
+                f"{'prompts' if self._is_mask_given else 'rows'}; give as many."
+            )
 
     def _is_sure(self, patient_logits: torch.Tensor) -> torch.BoolTensor:
         """Rows (B, 1) in which the patient needs no doctor."""
@@ -373,12 +397,13 @@ def _special_ids(model: PreTrainedModel, name: str) -> list[int]:
 
 
 def _check_reference(doctor: Doctor, reference: Doctor | None) -> None:
-    if (
+    is_the_doctor = (
         reference is not None
-        and unwrap_peft(reference.model) is unwrap_peft(doctor.model)
+        and reference.is_on(doctor.model)
         and reference.prompt is doctor.prompt
-        and reference.adapter in (None, doctor.adapter)
-    ):
+        and reference.adapters == doctor.adapters
+    )
+    if is_the_doctor:
         raise ValueError(
             "`reference` must be the doctor before training. Got the module of the doctor itself (an adapter changes "
             "its base model in place), which undoes the guidance; load the reference separately, or for a doctor that "
@@ -420,15 +445,3 @@ def _rest(betas: Sequence[Weight]) -> Weight:
             f"{betas}, thus `alpha` {alpha}; pass `alpha`, e.g. 1.0 for the product, or a smaller `beta`."
         )
     return alpha
-
-
-def _per_row(weight: float | torch.Tensor, scores: torch.Tensor) -> float | torch.Tensor:
-    """A weight for each prompt, (B,), as one for each row, (rows, 1): beams and return sequences copy prompts."""
-    if not isinstance(weight, torch.Tensor):
-        return weight
-    if scores.size(0) % weight.size(0):
-        raise ValueError(
-            "`alpha` and `beta` must be numbers, or tensors with an entry for each prompt. Got "
-            f"{weight.size(0)} entries for {scores.size(0)} rows."
-        )
-    return weight.to(scores).repeat_interleave(scores.size(0) // weight.size(0))[:, None]

@@ -27,7 +27,15 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from ._compat import unwrap_peft
@@ -35,6 +43,7 @@ from .logits_processor import DoctorGuidedLogitsProcessor
 
 
 MAX_DRAFT_TOKENS = 8
+STATEFUL_PROCESSORS = (UnbatchedClassifierFreeGuidanceLogitsProcessor, SynthIDTextWatermarkLogitsProcessor)
 
 
 @torch.no_grad()
@@ -92,15 +101,22 @@ def speculative_guided_generate(
         [`~transformers.generation.GenerateDecoderOnlyOutput`].
 
     Raises:
-        `ValueError`: on several rows, beams, no or several guides, a patient whose cache cannot be cut back.
+        `ValueError`: on several rows, beams, no or several guides, processors that keep a state from token to token, a
+            patient whose cache cannot be cut back.
     """
     guide = _find_guide(logits_processor)
     if input_ids.size(0) != 1 or generation_config.num_beams > 1:
         raise ValueError(
             "Speculative decoding takes one prompt, one sequence and no beams. Got "
             f"{input_ids.size(0)} rows and {generation_config.num_beams} beams; decode the prompts one by one, or "
-            "leave out `custom_generate`."
+            "without speculation."
         )
+    for processor in logits_processor:
+        if isinstance(processor, STATEFUL_PROCESSORS):
+            raise ValueError(
+                "Speculative decoding asks processors about drafts that may be taken back. Got "
+                f"{type(processor).__name__}, which counts on one call for each token; decode without speculation."
+            )
     if num_draft_tokens != "auto" and not (isinstance(num_draft_tokens, int) and 0 <= num_draft_tokens < 32):
         raise ValueError(f"`num_draft_tokens` must be 'auto' or from 0 to 31. Got {num_draft_tokens!r}; try 4.")
     patient = _Reader(model, input_ids, **model_kwargs)
@@ -175,12 +191,13 @@ class _Reader:
     """The patient and its cache: logits of several positions in one forward pass."""
 
     def __init__(self, model, input_ids, *, past_key_values=None, attention_mask=None, use_cache=True, **others):
-        unknown = others.keys() - {"position_ids", "logits_to_keep", "cache_position", "token_type_ids"}
+        known = {"position_ids", "logits_to_keep", "cache_position", "token_type_ids"}
+        unknown = {name for name, value in others.items() if value is not None and name not in known}
         if not isinstance(past_key_values, DynamicCache) or not use_cache or unknown:
             raise ValueError(
                 "Speculative decoding needs a patient that reads text, with a dynamic KV cache. Got a cache of type "
-                f"{type(past_key_values).__name__}, `use_cache={use_cache}` and the inputs {sorted(unknown)}; leave "
-                "out `custom_generate`."
+                f"{type(past_key_values).__name__}, `use_cache={use_cache}` and the inputs {sorted(unknown)}; decode "
+                "without speculation."
             )
         self.model, self.cache = model, past_key_values
         self.cache.activate_past_recording()  # of layers with a window, so that they can be cut back
@@ -209,7 +226,7 @@ class _Reader:
         if num_extra and not self.cache.is_croppable:
             raise ValueError(
                 f"Speculative decoding must cut the patient's cache back. Got {type(self.model).__name__}, whose cache "
-                "cannot be cut; leave out `custom_generate`."
+                "cannot be cut; decode without speculation."
             )
         self.cache.crop(-num_extra)  # also with nothing to cut, so that windows shrink
         self.num_read -= num_extra
@@ -235,7 +252,7 @@ class _sample:
     def verify(target, draft, token) -> tuple[torch.LongTensor, bool]:
         """The drafted token with probability `min(1, target / draft)`, else one from what the draft falls short of."""
         index = token[:, None]
-        if torch.rand((), device=target.device) * draft.gather(1, index) <= target.gather(1, index):
+        if torch.rand((), device=target.device) * draft.gather(1, index) < target.gather(1, index):
             return token, True
         rest = (target - draft).clamp(min=0)
         return _sample.token(rest if rest.sum() > 0 else target), False  # no rest but rounding: both are the same
