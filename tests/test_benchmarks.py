@@ -76,7 +76,16 @@ def test_decoding_reports_every_part(decoding, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(decoding, "QUICK", TINY)
     decoding.main(["--quick", "--peers", "--device", "cpu", "--output", str(tmp_path / "decoding.json")])
     report = json.loads((tmp_path / "decoding.json").read_text(encoding="utf-8"))
-    assert {"machine", "arguments", "sizes", "overhead", "speculative", "verification", "peers"} == report.keys()
+    assert {
+        "machine",
+        "arguments",
+        "sizes",
+        "overhead",
+        "speculative",
+        "verification",
+        "adapters",
+        "peers",
+    } == report.keys()
     assert {"date", "machine", "cpu", "device", "threads", "clock", "torch", "transformers"} == report[
         "machine"
     ].keys()
@@ -111,7 +120,7 @@ def test_decoding_reports_every_part(decoding, tmp_path, monkeypatch, capsys):
     cached, naive, other, *_ = report["peers"]
     assert cached["guide_tokens"] == other["guide_tokens"] < naive["guide_tokens"]
     assert "transformers" in other["guide"]
-    assert capsys.readouterr().out.count("\n|---|") == 4  # as many tables
+    assert capsys.readouterr().out.count("\n|---|") == 5  # as many tables
 
 
 def test_peers_compute_the_same_mixture(decoding):

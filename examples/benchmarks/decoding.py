@@ -53,9 +53,10 @@ from pathlib import Path
 
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, UnbatchedClassifierFreeGuidanceLogitsProcessor
 
-from trl_tfpo import DoctorGuidedLogitsProcessor, TFPOConfig, TFPOTrainer
+from trl_tfpo import DoctorGuidedLogitsProcessor, TFPOConfig, TFPOTrainer, guided_generate
 from trl_tfpo.speculative import speculative_guided_generate
 from trl_tfpo.testbed import load_world
 
@@ -113,6 +114,8 @@ def main(arguments: list[str] | None = None) -> None:
     show("Speculation (targets of auto: 0.67 of the patient, 1.05 of guided if random)", report["speculative"])
     report["verification"] = verification(args, sizes, trained[0])
     show("Verification: a patient forward over k + 1 positions, over one of 1 position", report["verification"])
+    report["adapters"] = adapters(args, sizes)
+    show("A LoRA doctor on the patient's weights: time over the patient alone", report["adapters"])
     if args.peers:
         report["peers"] = peers(args, *trained)
         show("Guides of other libraries: mixture 0.5 and 0.5 of the trained pair, float32, greedy", report["peers"])
@@ -338,6 +341,40 @@ def verification(args: argparse.Namespace, sizes: dict, grown: PreTrainedModel) 
         row |= {"one_position_ms": milliseconds(seconds[0])}
         rows.append(row | {f"k={k}": ratio(seconds[k], seconds[0]) for k in seconds if k})
     return rows
+
+
+def adapters(args: argparse.Namespace, sizes: dict) -> list[dict]:
+    """A doctor that is an adapter on all linear layers of a random patient, rank 16."""
+    length, num_new_tokens = sizes["random_lengths"]
+    rows = []
+    for dtype, batch_size in itertools.product(("bfloat16", "float32"), (1, 8)):
+        patient = random_llama(32_000, *sizes["random_patient"])
+        config = LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+        patient = get_peft_model(patient, config).to(args.device, getattr(torch, dtype)).eval()
+        prompts = [torch.randint(32_000, (batch_size, length), device=args.device)]
+        settings = dict(do_sample=False, max_new_tokens=num_new_tokens, pad_token_id=0)
+        guide = DoctorGuidedLogitsProcessor(patient, alpha=1.0, beta=0.5)
+
+        def two_passes(input_ids, patient=patient, guide=guide, settings=settings):
+            guide.reset(attention_mask=torch.ones_like(input_ids))
+            with patient.disable_adapter():
+                return generate(input_ids, model=patient, make_guide=lambda *_: guide, **settings)
+
+        def one_pass(input_ids, patient=patient, guide=guide, settings=settings):
+            return guided_generate(patient, guide, input_ids=input_ids, **settings).size(1) - length
+
+        alone = partial(generate, model=patient.get_base_model(), **settings)
+        runs = {"patient": partial(_without_adapter, patient, alone), "one pass": one_pass, "two passes": two_passes}
+        seconds = measure(args, runs, prompts)
+        row = {"patient_millions": num_millions(patient), "dtype": dtype, "batch_size": batch_size}
+        row |= {name: ratio(seconds[name], seconds["patient"]) for name in ("one pass", "two passes")}
+        rows.append(row)
+    return rows
+
+
+def _without_adapter(patient, run: Callable, input_ids: torch.Tensor) -> int:
+    with patient.disable_adapter():
+        return run(input_ids)
 
 
 def peers(args: argparse.Namespace, patient, doctor, prompts) -> list[dict]:
