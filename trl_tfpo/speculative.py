@@ -43,6 +43,7 @@ from .logits_processor import DoctorGuidedLogitsProcessor
 
 
 MAX_DRAFT_TOKENS = 8
+POSITION_COST = 0.05  # of a drafted token beside the doctors, in steps of the patient; measured
 STATEFUL_PROCESSORS = (UnbatchedClassifierFreeGuidanceLogitsProcessor, SynthIDTextWatermarkLogitsProcessor)
 
 
@@ -284,8 +285,8 @@ class _Pace:
     How many tokens to draft: the number that gives most tokens for the time.
 
     With a rate of acceptance $a$ a round of $k$ drafts gives $1 + a + \dots + a^k$ tokens. It costs a step of the
-    patient, `verify_cost` more if it has several positions (how many hardly matters while they are few), and a step of
-    the doctors for each draft, one more if all are accepted. The rate is seen at every position that both have read, so
+    patient, `verify_cost` more if it has several positions (how many hardly matters while they are few), and for each
+    draft a step of the doctors and some bookkeeping; one more step of the doctors if all are accepted. The rate is seen at every position that both have read, so
     it goes on being seen when nothing is drafted. No clock is read, so that the same seed gives the same text.
     """
 
@@ -308,8 +309,8 @@ class _Pace:
 
         def tokens_for_time(num_drafts):
             num_tokens = sum(rate**i for i in range(num_drafts + 1))
-            time = 1 + self.verify_cost * (num_drafts > 0) + self.draft_cost * (num_drafts + rate**num_drafts)
-            return num_tokens / time
+            time = 1 + self.verify_cost * (num_drafts > 0) + POSITION_COST * num_drafts
+            return num_tokens / (time + self.draft_cost * (num_drafts + rate**num_drafts))
 
         return max(range(MAX_DRAFT_TOKENS + 1), key=tokens_for_time)
 
