@@ -15,8 +15,10 @@
 """Tiny real models and data: built from a config in a second, no network, no weights."""
 
 import os
+import tempfile
 
 
+os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp(prefix="datasets-"))  # else scores of another day
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

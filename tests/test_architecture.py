@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "trl_tfpo"
 ROWS = [  # a module may import only from strictly earlier rows
     {"_compat", "faces", "functional", "tokenizer_identity"},
-    {"doctors", "modeling_doctor", "objective", "scoring", "tfpo_config", "tokenization"},
+    {"doctors", "modeling_doctor", "objective", "scoring", "shards", "tfpo_config", "tokenization"},
     {"token_rewards"},
     {"data_collator", "logits_processor"},
     {"shared_forward", "speculative", "tfpo_trainer"},

@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.utils import set_seed
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
-from datasets.fingerprint import Hasher
 from huggingface_hub import ModelCard
 from transformers import (
     AutoTokenizer,
@@ -46,11 +45,11 @@ from .faces import Faces
 from .modeling_doctor import make_doctor
 from .objective import tfpo_objective
 from .scoring import score_completions
+from .shards import add_scores
 from .tfpo_config import TFPOConfig
 from .token_rewards import (
     GAP_COLUMNS,
     REWARD_COLUMNS,
-    add_scores,
     annotate_token_rewards,
     annotation_settings,
     model_fingerprint,
@@ -428,7 +427,7 @@ class TFPOTrainer(_BaseTrainer):
         return add_scores(
             dataset,
             self._score_reference,
-            fingerprint=Hasher.hash((dataset._fingerprint, self._reference_fingerprint, "reference")),
+            key=(self._reference_fingerprint, "reference"),
             columns=REFERENCE_COLUMNS,
             desc="Scoring the reference",
         )

@@ -19,12 +19,9 @@ import json
 from collections.abc import Callable
 from functools import partial
 
-import datasets
-import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from accelerate import PartialState
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, concatenate_datasets
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from datasets.fingerprint import Hasher
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
@@ -32,6 +29,7 @@ from . import functional
 from ._compat import create_model_from_path
 from .faces import Faces, resolve_faces
 from .scoring import score_completions
+from .shards import add_scores
 from .tokenization import FACE_COLUMNS, eos_token_ids, tokenize_preferences
 from .tokenizer_identity import check_same_tokenizer, tokenizer_fingerprint
 
@@ -57,7 +55,9 @@ def annotate_token_rewards(
     Give every token of a preference dataset a reward, by asking a frozen patient what its two faces think of it.
 
     The patient scores token ids: the completion's ids are the same under both faces and for the doctor. Under
-    `accelerate launch` every process scores its share, and all get the whole result.
+    `accelerate launch` every process scores its share, and all get the whole result. What has been scored is kept in
+    the cache of Datasets, shard by shard: a call that was interrupted goes on where it was, and the same call again
+    takes no time.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.DatasetDict`]):
@@ -148,7 +148,7 @@ def annotate_token_rewards(
     annotated = add_scores(
         tokenized,
         partial(_score_pairs, patient=patient, reward_fn=reward_fn, batch_size=batch_size),
-        fingerprint=Hasher.hash((tokenized._fingerprint, model_fingerprint(patient), settings, reward_fn)),
+        key=(model_fingerprint(patient), settings, reward_fn),
         columns=REWARD_COLUMNS + GAP_COLUMNS,
         desc="Annotating token rewards",
     ).remove_columns(FACE_COLUMNS)
@@ -205,52 +205,6 @@ def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
 
 
 # Scores
-
-
-def add_scores(
-    dataset: Dataset, function: Callable[[dict], dict], *, fingerprint: str, columns: list[str], desc: str
-) -> Dataset:
-    """
-    Add columns of one float for each completion token, each process computing its share, cached under `fingerprint`.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            Tokenized preferences.
-        function (`Callable`):
-            From a batch of rows to the new columns.
-        fingerprint (`str`):
-            Identifies the result: the same on every process, another when anything that matters differs.
-        columns (`list[str]`):
-            The new columns.
-        desc (`str`):
-            Label of the progress bar.
-
-    Returns:
-        [`~datasets.Dataset`]: the dataset with the columns.
-    """
-    state = PartialState()
-    rank, num_processes = state.process_index, state.num_processes
-    start, end = (len(dataset) * share // num_processes for share in (rank, rank + 1))
-    table = None
-    if start < end:
-        if rank > 0:
-            datasets.disable_progress_bars()
-        scores = dataset.select(range(start, end)).map(
-            function,
-            batched=True,
-            batch_size=256,
-            remove_columns=dataset.column_names,
-            new_fingerprint=f"{fingerprint}-{rank}-of-{num_processes}",
-            features=datasets.Features({name: datasets.List(datasets.Value("float32")) for name in columns}),
-            desc=desc,
-        )
-        datasets.enable_progress_bars()
-        table = scores.with_format("arrow")[:]
-    if num_processes > 1:
-        tables = [None] * num_processes
-        torch.distributed.all_gather_object(tables, table)
-        scores = Dataset(pa.concat_tables(part for part in tables if part is not None), fingerprint=fingerprint)
-    return concatenate_datasets([dataset, scores], axis=1)
 
 
 def _score_pairs(

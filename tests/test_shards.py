@@ -1,0 +1,162 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Scores survive the death of the process that computes them."""
+
+import os
+import random
+import signal
+import socket
+import time
+import traceback
+
+import datasets
+import pytest
+import torch
+from accelerate import PartialState
+from conftest import conversational_rows
+from datasets import Dataset
+
+from trl_tfpo import annotate_token_rewards, shards
+from trl_tfpo.faces import Faces
+
+
+COLUMNS = ["scores"]
+NUM_ROWS, SHARD_SIZE = 101, 8
+
+
+def tokenized() -> Dataset:
+    draw = random.Random(0)
+    ids = [[draw.randrange(100) for _ in range(draw.randint(1, 9))] for _ in range(NUM_ROWS)]
+    return Dataset.from_dict({"chosen_ids": ids, "text": ["x"] * NUM_ROWS})
+
+
+def score(batch, log, seconds):
+    """Scores that can be told apart, slowly; a line in the log for each shard that is computed."""
+    time.sleep(seconds * len(batch["chosen_ids"]))
+    with open(log, "a") as file:
+        file.write("shard\n")
+    return {"scores": [[sum(ids) / (position + 1) for position in range(len(ids))] for ids in batch["chosen_ids"]]}
+
+
+def start(folder, seconds: float, num_processes: int = 1) -> list[int]:
+    """Processes that add scores, forked so that nothing has to be imported again. Returns their ids."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    children = []
+    for rank in range(num_processes):
+        child = os.fork()
+        if child:
+            children.append(child)
+            continue
+        try:
+            datasets.config.HF_DATASETS_CACHE = folder
+            shards.SHARD_SIZE = SHARD_SIZE
+            if num_processes > 1:
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            PartialState._reset_state()
+            PartialState(cpu=True)
+            scored = shards.add_scores(
+                tokenized(),
+                lambda batch: score(batch, folder / "log", seconds),
+                key="test",
+                columns=COLUMNS,
+                desc="Scoring",
+            )
+            if rank == 0:
+                torch.save(scored["scores"][:], folder / "result.tmp")
+                os.replace(folder / "result.tmp", folder / "result.pt")
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    return children
+
+
+def finish(children: list[int]) -> None:
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * len(children)
+
+
+def files(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*.arrow"))}
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_bytes(tmp_path, num_processes):
+    """Else a night of annotation would be lost to a preempted machine, or end in a file that is half written."""
+    num_shards = -(-NUM_ROWS // SHARD_SIZE)
+    calm, seconds = tmp_path / "calm", 0.002
+    calm.mkdir()
+    begin = time.monotonic()
+    finish(start(calm, seconds, num_processes))
+    duration = time.monotonic() - begin
+    expected, result = files(calm), torch.load(calm / "result.pt")
+    assert len(expected) == num_shards
+    draw, num_unfinished = random.Random(num_processes), 0
+    for attempt in range(10):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        children = start(folder, seconds, num_processes)
+        time.sleep(draw.uniform(0, duration))
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        done = len(files(folder))
+        num_unfinished += 0 < done < num_shards
+        finish(start(folder, seconds, num_processes))
+        assert files(folder) == expected
+        assert torch.load(folder / "result.pt") == result
+        computed = len((folder / "log").read_text().split())
+        assert computed <= num_shards + num_processes  # of each process, the shard it was at
+    assert num_unfinished >= 3  # or the test shows nothing
+
+
+def test_one_process_goes_on_where_two_were(tmp_path):
+    """Else a run could only go on with as many processes as it began with."""
+    children = start(tmp_path, 0.01, num_processes=2)
+    while len(files(tmp_path)) < 4:
+        time.sleep(0.01)
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    finish(start(tmp_path, 0.0))
+    assert len((tmp_path / "log").read_text().split()) <= -(-NUM_ROWS // SHARD_SIZE) + 2
+
+
+def test_what_is_done_is_not_done_again(patient, tokenizer, tmp_path, monkeypatch):
+    """Else every start of a training run would read the whole dataset with the patient."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    forwards, faces = [], Faces(positive="you are kind", negative="you are rude")
+    patient.register_forward_hook(lambda *_: forwards.append(1))
+
+    def annotate(rows, **settings):
+        forwards.clear()
+        return annotate_token_rewards(Dataset.from_list(rows), patient, tokenizer, faces=faces, **settings)
+
+    rows = conversational_rows(20)
+    first, again = annotate(rows), None
+    assert forwards
+    again = annotate([row | {"id": index} for index, row in enumerate(rows)])  # the same texts in another dataset
+    assert not forwards and again["chosen_gaps"][:] == first["chosen_gaps"][:]
+    for change in (dict(max_length=12), dict(reward_direction="label")):
+        annotate(rows, **change)
+        assert forwards, change
+    annotate(rows[1:])
+    assert forwards
+    with torch.no_grad():
+        patient.lm_head.weight[3] += 1
+    annotate(rows)
+    assert forwards
