@@ -40,13 +40,17 @@ TINY = dict(
 )
 
 
-@pytest.fixture
-def decoding():
-    """The script, imported as a module."""
-    spec = importlib.util.spec_from_file_location("decoding", BENCHMARKS / "decoding.py")
+def load(name: str):
+    """A script, imported as a module."""
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def decoding():
+    return load("decoding")
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -152,3 +156,30 @@ def test_peers_compute_the_same_mixture(decoding):
         assert torch.equal(other.sequences, cached.sequences)
         scores = [torch.stack(output.scores).log_softmax(dim=-1) for output in (other, cached)]
         torch.testing.assert_close(*scores, atol=1e-4, rtol=1e-4)
+
+
+def test_annotation_is_compared_with_the_same_numbers(tmp_path, monkeypatch, capsys):
+    """Were the two sides to compute different things, the ratio of their times would mean nothing."""
+    annotation = load("annotation")
+    sizes = dict(num_pairs=3, repetitions=2, hidden_size=64, num_layers=1, vocab_sizes=[97])
+    monkeypatch.setattr(annotation, "QUICK", sizes)
+    annotation.main(["--quick", "--device", "cpu", "--output", str(tmp_path / "annotation.json")])
+    (row,) = json.loads((tmp_path / "annotation.json").read_text(encoding="utf-8"))["rows"]
+    assert row["largest_difference"] < 1e-4
+    assert row["pairs_per_second"] > 0 and len(row["four_forwards_over_annotated"]) == 3
+    assert capsys.readouterr().out.count("\n| 97 |") == 1
+
+
+@pytest.mark.slow
+def test_training_is_compared_on_the_same_shapes(tmp_path, monkeypatch):
+    """Were DPO's batches longer than ours, the ratio would flatter us."""
+    training = load("training")
+    sizes = dict(repetitions=2, hidden_size=64, num_layers=1, vocab_size=512, lengths=[5, 17])
+    monkeypatch.setattr(training, "QUICK", sizes)
+    monkeypatch.setattr(training, "memory", lambda sizes: {})  # processes of their own; measured below
+    training.main(["--quick", "--device", "cpu", "--output", str(tmp_path / "training.json")])
+    report = json.loads((tmp_path / "training.json").read_text(encoding="utf-8"))
+    assert report["step"]["shapes"]["TFPO"] == report["step"]["shapes"]["DPO"] == [8, 240]
+    assert [row["length"] for row in report["subtb"]] == [5, 17]
+    for name in ("chunked", "naive"):
+        assert training.measure_peak(name, num_tokens=8, vocab_size=32) >= 0

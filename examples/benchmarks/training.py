@@ -1,0 +1,289 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+What a training step costs, against TRL's DPO on the same model, pairs and lengths; and where it could have cost more.
+
+```bash
+python examples/benchmarks/training.py --output training.json
+python examples/benchmarks/training.py --quick
+```
+
+1. *Step.* Forward, backward and optimizer of `TFPOTrainer` and of `DPOTrainer` with precomputed reference.
+2. *Sub-trajectory balance.* The loss over all pairs of prefixes in linear time, against all pairs as a matrix, and against
+   a loop over their lengths; forward and backward, 8 completions.
+3. *Memory.* Log-probabilities of the doctor, forward and backward, in chunks, against logits and a log-softmax over the
+   whole vocabulary: peak above what the model takes, each in a process of its own.
+
+Each repetition runs both sides in turn and gives one ratio; shown are the median and the quartiles. On a CPU one thread
+works, and only its own time counts.
+"""
+
+import argparse
+import json
+import multiprocessing
+import resource
+import statistics
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl import DPOConfig, DPOTrainer
+
+from trl_tfpo import Faces, TFPOConfig, TFPOTrainer
+from trl_tfpo.functional import subtb_loss
+from trl_tfpo.modeling_doctor import add_value_head
+
+
+FULL = dict(repetitions=8, hidden_size=512, num_layers=8, vocab_size=32_000, num_tokens=4096, large_vocab=151_936)
+FULL |= dict(lengths=[128, 256, 512, 1024, 2048, 4096])
+QUICK = FULL | dict(repetitions=3, hidden_size=256, num_layers=4, lengths=[128, 1024])
+BATCH_SIZE, PROMPT_LENGTH, COMPLETION_LENGTH = 4, 180, 60
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a smaller model, fewer lengths and repetitions")
+    parser.add_argument("--output", help="JSON file for all that was measured")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(arguments)
+    sizes = QUICK if args.quick else FULL
+    if args.device == "cpu":
+        torch.set_num_threads(1)
+    report = {"arguments": vars(args), "sizes": sizes, "torch": torch.__version__}
+    report["memory"] = memory(sizes)
+    report["subtb"] = balance(args, sizes)
+    report["step"] = step(args, sizes)
+    if args.output:
+        Path(args.output).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+# A training step
+
+
+def step(args: argparse.Namespace, sizes: dict) -> dict:
+    tokenizer = make_tokenizer(sizes["vocab_size"])
+    pairs = draw_pairs(sizes["vocab_size"], num_pairs=BATCH_SIZE * 2)
+    common = dict(per_device_train_batch_size=BATCH_SIZE, report_to="none", use_cpu=args.device == "cpu")
+    common |= dict(dataloader_pin_memory=False, bf16=False, max_length=None, gradient_checkpointing=False)
+    with tempfile.TemporaryDirectory() as folder:
+        model = make_model(tokenizer, sizes)
+        trainers = {
+            "TFPO": TFPOTrainer(
+                model=model,
+                patient_model=make_model(tokenizer, sizes | dict(hidden_size=64, num_layers=1)),
+                args=TFPOConfig(folder, **common),
+                train_dataset=pairs,
+                processing_class=tokenizer,
+                faces=Faces(positive="w11 w12 w13", negative="w14 w15 w16"),
+            ),
+            "DPO": DPOTrainer(
+                model=make_model(tokenizer, sizes),
+                args=DPOConfig(folder, precompute_ref_log_probs=True, **common),
+                train_dataset=pairs,
+                processing_class=tokenizer,
+            ),
+        }
+        batches = {name: next(iter(trainer.get_train_dataloader())) for name, trainer in trainers.items()}
+        seconds = {name: [] for name in trainers}
+        for repetition in range(sizes["repetitions"] + 1):
+            for name, trainer in trainers.items():
+                if repetition == 0:
+                    trainer.create_optimizer()
+                    trainer.current_gradient_accumulation_steps = 1
+                start = clock(args.device)
+                trainer.training_step(trainer.model, dict(batches[name]))
+                trainer.optimizer.step()
+                trainer.optimizer.zero_grad()
+                if repetition > 0:
+                    seconds[name].append(clock(args.device) - start)
+    shapes = {name: list(batch["input_ids"].shape) for name, batch in batches.items()}
+    potential = torch.randn(2 * BATCH_SIZE, COMPLETION_LENGTH + 1, device=args.device)
+    loss = timed(args, partial(forward_backward, linear, potential), 5)
+    row = {
+        "shapes": shapes,
+        "tfpo_over_dpo": quartiles(seconds["TFPO"], seconds["DPO"]),
+        "subtb_share_of_step": statistics.median(loss) / statistics.median(seconds["TFPO"]),
+    }
+    print(f"\nStep, batches {shapes}: TFPO over DPO {cell(row['tfpo_over_dpo'])}")
+    print(f"Sub-trajectory balance takes {100 * row['subtb_share_of_step']:.2f}% of the step")
+    return row
+
+
+def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    words = ["<pad>", "<s>", "</s>", *(f"w{index}" for index in range(3, vocab_size))]
+    backend = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<pad>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast, sizes: dict) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=sizes["hidden_size"],
+        intermediate_size=3 * sizes["hidden_size"],
+        num_hidden_layers=sizes["num_layers"],
+        num_attention_heads=max(1, sizes["hidden_size"] // 64),
+        max_position_embeddings=8192,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def draw_pairs(vocab_size: int, num_pairs: int) -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(length):
+        return " ".join(f"w{index}" for index in torch.randint(3, vocab_size, (length,), generator=generator).tolist())
+
+    return Dataset.from_list(
+        [
+            {
+                "prompt": draw(PROMPT_LENGTH),
+                "chosen": " " + draw(COMPLETION_LENGTH - 1),
+                "rejected": " " + draw(COMPLETION_LENGTH - 1),
+            }
+            for _ in range(num_pairs)
+        ]
+    )
+
+
+# Sub-trajectory balance
+
+
+def balance(args: argparse.Namespace, sizes: dict) -> list[dict]:
+    rows = []
+    print("\n| states | all pairs / linear | loop over lengths / linear |\n|---:|---:|---:|")
+    for length in sizes["lengths"]:
+        potential = torch.randn(8, length + 1, device=args.device)
+        runs = {
+            name: timed(args, partial(forward_backward, run, potential), sizes["repetitions"])
+            for name, run in (("linear", linear), ("pairs", all_pairs), ("lengths", by_length))
+        }
+        losses = [run(potential).item() for run in (linear, all_pairs, by_length)]
+        torch.testing.assert_close(losses[1:], [losses[0]] * 2, rtol=1e-4, atol=0)
+        row = {"length": length} | {name: quartiles(runs[name], runs["linear"]) for name in ("pairs", "lengths")}
+        print(f"| {length + 1:,} | {cell(row['pairs'])} | {cell(row['lengths'])} |", flush=True)
+        rows.append(row)
+    return rows
+
+
+def linear(potential: torch.Tensor) -> torch.Tensor:
+    mask = torch.ones(len(potential), potential.size(1) - 1, dtype=torch.bool, device=potential.device)
+    return subtb_loss(potential=potential, completion_mask=mask).mean()
+
+
+def all_pairs(potential: torch.Tensor) -> torch.Tensor:
+    residuals = potential[:, None] - potential[:, :, None]  # (B, S, S)
+    count = potential.size(1) * (potential.size(1) - 1) / 2
+    return (residuals.triu(1) ** 2).sum(dim=(1, 2)).div(count).mean()
+
+
+def by_length(potential: torch.Tensor) -> torch.Tensor:
+    total = 0.0
+    for length in range(1, potential.size(1)):
+        total = total + ((potential[:, length:] - potential[:, :-length]) ** 2).sum(dim=1)
+    return total.div(potential.size(1) * (potential.size(1) - 1) / 2).mean()
+
+
+def forward_backward(loss, potential: torch.Tensor) -> None:
+    loss(potential.detach().requires_grad_()).backward()
+
+
+# Memory
+
+
+def memory(sizes: dict) -> dict:
+    """Peak of the resident set above that of the model and its gradients, in MiB; on a CPU."""
+    peaks = {}
+    for name in ("chunked", "naive"):
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            peaks[name] = pool.submit(measure_peak, name, sizes["num_tokens"], sizes["large_vocab"]).result()
+    row = peaks | {"chunked_over_naive": peaks["chunked"] / peaks["naive"]}
+    print(
+        f"Memory, {sizes['num_tokens']:,} tokens and a vocabulary of {sizes['large_vocab']:,}: {peaks['chunked']:,.0f} MiB "
+        f"in chunks, {peaks['naive']:,.0f} MiB at once: {row['chunked_over_naive']:.2f}"
+    )
+    return row
+
+
+def measure_peak(name: str, num_tokens: int, vocab_size: int) -> float:
+    torch.set_num_threads(1)
+    shape = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)
+    config = LlamaConfig(vocab_size=vocab_size, max_position_embeddings=8192, **shape)
+    model = LlamaForCausalLM(config)
+    add_value_head(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    ids = torch.randint(vocab_size, (1, num_tokens))
+    mask = torch.ones_like(ids)
+    before = peak_mebibytes()
+    if name == "chunked":
+        completion_mask = mask.bool()
+        completion_mask[:, 0] = False
+        output = model(input_ids=ids, attention_mask=mask, completion_mask=completion_mask)
+        (output.doctor_logps.sum() + output.log_values.sum()).backward()
+    else:
+        logps = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float().log_softmax(dim=-1)
+        logps.gather(2, ids[:, 1:, None]).sum().backward()
+    return peak_mebibytes() - before
+
+
+def peak_mebibytes() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+# Time
+
+
+def timed(args: argparse.Namespace, run, repetitions: int) -> list[float]:
+    run()
+    seconds = []
+    for _ in range(repetitions):
+        start = clock(args.device)
+        run()
+        seconds.append(clock(args.device) - start)
+    return seconds
+
+
+def clock(device: str) -> float:
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def quartiles(one: list[float], other: list[float]) -> list[float]:
+    """First quartile, median and third quartile of the ratios."""
+    ratios = [a / b for a, b in zip(one, other, strict=True)]
+    return statistics.quantiles(ratios, n=4, method="inclusive")
+
+
+def cell(quartiles: list[float]) -> str:
+    return f"{quartiles[1]:.2f} ({quartiles[0]:.2f}-{quartiles[2]:.2f})"
+
+
+if __name__ == "__main__":
+    main()
