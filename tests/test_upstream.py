@@ -37,7 +37,7 @@ def test_constructor_follows_trl():
 def test_loss_scaling_flag_is_read():
     """Without the flag the Trainer guesses whether a loss is already scaled for accumulation."""
     assert "loss_is_scaled_for_ga" in inspect.getsource(Trainer)
-    assert _BaseTrainer.loss_is_scaled_for_ga is None and TFPOTrainer.loss_is_scaled_for_ga is False
+    assert _BaseTrainer.loss_is_scaled_for_ga is None and TFPOTrainer.loss_is_scaled_for_ga is True
 
 
 def test_fused_head_gives_log_probabilities():
