@@ -45,6 +45,7 @@ __all__ = [
     "inference",
     "is_peft_model",
     "is_sharded",
+    "keep_differentiable",
     "load_model",
     "unsharded",
     "unwrap_peft",
@@ -84,6 +85,18 @@ def unsharded() -> Iterator[None]:
         deepspeed_integration._hf_deepspeed_config_weak_ref = zero
         if fsdp is not None:
             os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = fsdp
+
+
+def keep_differentiable(model: torch.nn.Module) -> None:
+    """
+    Let a 4-bit model be trained on a CPU after it has been read in eval mode.
+
+    On processors with AVX512-BF16 bitsandbytes repacks the weights for good in the first forward in eval mode, and from
+    then on gradients no longer pass through them: a reference that is scored, or an evaluation, would end training.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def load_model(name: str, **init_kwargs) -> PreTrainedModel:

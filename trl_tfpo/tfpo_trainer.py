@@ -41,7 +41,7 @@ from transformers.data.data_collator import DataCollator
 from trl.trainer import disable_dropout_in_model
 
 from . import functional
-from ._compat import _BaseTrainer, is_peft_model, is_sharded, load_model
+from ._compat import _BaseTrainer, is_peft_model, is_sharded, keep_differentiable, load_model
 from .data_collator import TokenRewardCollator
 from .faces import Faces
 from .modeling_doctor import make_doctor
@@ -217,6 +217,7 @@ class TFPOTrainer(_BaseTrainer):
 
         # Value head and PEFT
         model = make_doctor(model, peft_config)
+        keep_differentiable(model)
         if is_peft_model(model) and args.gradient_checkpointing:
             model.enable_input_require_grads()
         if args.disable_dropout:
