@@ -145,7 +145,7 @@ def assert_usable(path, patient, **kwargs):
         assert not torch.allclose(guided, alone, atol=1e-3)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
 def test_flows_stay_float32_in_bfloat16_training(one_process, tmp_path, engine):
     """bfloat16 has three digits: a log-probability of -70 is off by a quarter of a nat, and so is the balance."""
     launch(engine, one_process, tmp_path, "full", mixed_precision="bf16")
@@ -158,14 +158,14 @@ def test_flows_stay_float32_in_bfloat16_training(one_process, tmp_path, engine):
 
 
 def test_quantized_patient_and_doctor(tmp_path):
-    """A 4-bit model that lets no gradient through, or loses it on resume, trains its upper layers only."""
+    """A 4-bit doctor must learn the same whether or not it has been read before, for its reference, and go on so."""
     folder = make_folder(tmp_path, doctor_size=64, patient_size=128)  # a block of 4-bit weights has 64
     patient = AutoModelForCausalLM.from_pretrained(folder / "patient", quantization_config=NF4)
     annotated = annotate_token_rewards(
         Dataset.from_list(conversational_rows(8)), patient, make_tokenizer(), faces=engine_run.FACES
     )
 
-    def train(resume_from_checkpoint=None):
+    def train(dataset, resume_from_checkpoint=None):
         trainer = TFPOTrainer(
             model=str(folder / "doctor"),
             args=TFPOConfig(
@@ -181,7 +181,7 @@ def test_quantized_patient_and_doctor(tmp_path):
                 disable_tqdm=True,
                 dataloader_pin_memory=False,
             ),
-            train_dataset=annotated,
+            train_dataset=dataset,
             quantization_config=NF4,
             peft_config=LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"),
         )
@@ -189,14 +189,14 @@ def test_quantized_patient_and_doctor(tmp_path):
         trainer.save_model()
         return trainer
 
-    whole = train()
+    whole = train(annotated)
     before = load_file(folder / "run" / "adapter_model.safetensors")
     losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
     trained = {name: tensor for name, tensor in before.items() if name.endswith("lora_B.weight")}
     assert len(trained) == 14 and all(tensor.abs().sum() > 0 for tensor in trained.values())
 
-    resumed = train(str(folder / "run" / "checkpoint-2"))
+    resumed = train(whole.train_dataset, str(folder / "run" / "checkpoint-2"))  # the reference is in the dataset
     assert [entry["loss"] for entry in resumed.state.log_history if "loss" in entry] == losses
     for name, tensor in load_file(folder / "run" / "adapter_model.safetensors").items():
         assert tensor.equal(before[name]), name
