@@ -49,6 +49,7 @@ def run(folder: Path, output: Path, job: str) -> None:
         max_steps=3,
         per_device_train_batch_size=GLOBAL_BATCH // num_processes // accumulation,
         gradient_accumulation_steps=accumulation,
+        per_device_eval_batch_size=4,
         learning_rate=0.01,
         lr_scheduler_type="constant",
         adam_epsilon=1.0,  # with the default, steps do not depend on the scale of the gradients
@@ -76,20 +77,24 @@ def run(folder: Path, output: Path, job: str) -> None:
                 }
         return tfpo_objective(**tensors)
 
+    dataset = load_dataset("json", data_files=str(folder / "preferences.jsonl"))["train"]
     trainer = TFPOTrainer(
         model=str(folder / "doctor"),
         patient_model=str(folder / "patient"),
         args=args,
-        train_dataset=load_dataset("json", data_files=str(folder / "preferences.jsonl"))["train"],
+        train_dataset=dataset,
+        eval_dataset=dataset,
         peft_config=LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM") if method == "lora" else None,
         faces=FACES,
         objective=objective,
     )
     trainer.train(resume_from_checkpoint=str(output / method / "checkpoint-2") if resumed else None)
+    evaluated = trainer.evaluate()
     trainer.save_model(str(output / job))
     if trainer.is_world_process_zero():
         report = {
             "history": trainer.state.log_history,
+            "evaluated": {name: evaluated[name] for name in ("eval_loss", "eval_loss/subtb")},
             "seen": seen,
             "engine": trainer.accelerator.distributed_type.value,
             "is_sharded": is_sharded(trainer.model),
