@@ -154,8 +154,8 @@ class TestTraining:
     @pytest.mark.parametrize("reference_weight", [0.0, 1.0])
     def test_accumulation_8x1_equals_1x8(self, annotated, tokenizer, tmp_path, reference_weight):
         """A loss scaled twice, or not at all, trains at another learning rate whenever memory is short."""
-        weights = []
-        for batch_size, accumulation in ((8, 1), (1, 8)):
+        weights, subtb = [], []
+        for batch_size, accumulation in ((8, 1), (1, 8), (3, 3)):  # in threes the last batch has two pairs
             trainer = TFPOTrainer(
                 model=make_llama(2),
                 args=config(
@@ -171,8 +171,11 @@ class TestTraining:
             )
             trainer.train()
             weights.append(trainer.model.state_dict())
-        for name, one in weights[0].items():
-            torch.testing.assert_close(one, weights[1][name], rtol=1e-4, atol=1e-5)
+            subtb.append([entry["loss/subtb"] for entry in trainer.state.log_history if "loss" in entry])
+        for others in weights[1:]:
+            for name, one in weights[0].items():
+                torch.testing.assert_close(one, others[name], rtol=1e-4, atol=1e-5)
+        assert subtb[1] == pytest.approx(subtb[0], rel=1e-4) and subtb[2] == pytest.approx(subtb[0], rel=1e-4)
 
     def test_an_objective_of_ones_own(self, annotated, doctor, tokenizer, tmp_path):
         """The researcher's door: the trainer holds no mathematics."""

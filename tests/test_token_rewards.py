@@ -19,6 +19,7 @@ import copy
 import oracles
 import pytest
 import torch
+from accelerate import PartialState
 from conftest import conversational_rows
 from datasets import Dataset, DatasetDict
 
@@ -131,3 +132,19 @@ def test_a_reward_function_of_ones_own(preferences, patient, tokenizer):
         assert all(
             r == 2 * ((g > 0) - (g < 0)) for r, g in zip(row["chosen_token_rewards"], row["chosen_gaps"], strict=True)
         )
+
+
+def test_processes_with_different_weights_are_refused(preferences, patient, tokenizer, monkeypatch):
+    """Each process scores its share: one that never loaded the weights would fill it with noise."""
+    monkeypatch.setattr("trl_tfpo.token_rewards.gather_object", lambda names: [*names, "of another process"])
+    assert len(model_fingerprint(patient)) == 16
+    monkeypatch.setitem(PartialState._shared_state, "num_processes", 2)
+    with pytest.raises(ValueError, match="same weights"):
+        annotate_token_rewards(preferences, patient, tokenizer, faces=FACES)
+
+
+def test_a_sharded_patient_is_refused(preferences, patient, tokenizer):
+    """The parameters of a shard are empty, and the error of the first matrix product says nothing of it."""
+    patient.lm_head.weight.ds_id = 0  # what DeepSpeed ZeRO-3 leaves on a parameter
+    with pytest.raises(ValueError, match="whole in each process"):
+        annotate_token_rewards(preferences, patient, tokenizer, faces=FACES)

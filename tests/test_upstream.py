@@ -15,15 +15,29 @@
 """What the package leans on in TRL, transformers, PEFT and Accelerate still is as it was."""
 
 import inspect
+import os
 
+import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from conftest import make_llama
 from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache, LogitsProcessor, Trainer
+from transformers.distributed.fsdp import is_fsdp_enabled
+from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 from trl import DPOTrainer, is_conversational, maybe_extract_prompt
 
 from trl_tfpo import TFPOTrainer
-from trl_tfpo._compat import _BaseTrainer, active_adapters, adapter_layers, fused_lm_head, using_adapters
+from trl_tfpo._compat import (
+    _BaseTrainer,
+    active_adapters,
+    adapter_layers,
+    fused_lm_head,
+    is_sharded,
+    keep_differentiable,
+    unsharded,
+    using_adapters,
+)
 
 
 def test_constructor_follows_trl():
@@ -37,7 +51,7 @@ def test_constructor_follows_trl():
 def test_loss_scaling_flag_is_read():
     """Without the flag the Trainer guesses whether a loss is already scaled for accumulation."""
     assert "loss_is_scaled_for_ga" in inspect.getsource(Trainer)
-    assert _BaseTrainer.loss_is_scaled_for_ga is None and TFPOTrainer.loss_is_scaled_for_ga is False
+    assert _BaseTrainer.loss_is_scaled_for_ga is None and TFPOTrainer.loss_is_scaled_for_ga is True
 
 
 def test_fused_head_gives_log_probabilities():
@@ -115,3 +129,45 @@ def test_a_custom_generate_gets_what_speculation_needs():
         custom_generate=custom_generate,
         own=7,
     )
+
+
+def test_models_can_be_loaded_whole_under_any_engine(monkeypatch):
+    """Read from a shard, or from weights that were never loaded, rewards and references are noise."""
+    pytest.importorskip("deepspeed")
+    config = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})  # lives as long as this name
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert is_deepspeed_zero3_enabled() and is_fsdp_enabled() and config.is_zero3()
+    with pytest.raises(RuntimeError), unsharded():
+        assert not is_deepspeed_zero3_enabled() and not is_fsdp_enabled()
+        raise RuntimeError
+    assert is_deepspeed_zero3_enabled() and os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
+
+
+def test_shards_of_deepspeed_are_marked():
+    """A doctor that is scored from its shards has empty weights."""
+    model = make_llama(1)
+    assert not is_sharded(model)
+    model.lm_head.weight.ds_id = 0
+    assert is_sharded(model)
+
+
+def test_fsdp2_policy_rounds_outputs_unless_told():
+    """The trainer takes back the one field of the policy that would round flows; it has to be there."""
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    plugin.set_mixed_precision("bf16")
+    assert plugin.mixed_precision_policy.output_dtype == torch.bfloat16
+
+
+def test_four_bit_weights_stay_differentiable():
+    """After one forward in eval mode, gradients must still be those of the weights."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    layer = bitsandbytes.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32).to("cpu")
+    keep_differentiable(layer)
+    with torch.no_grad():
+        weight = layer.eval()(torch.eye(64)).T
+    inputs = torch.randn(3, 64, requires_grad=True)
+    layer.train()(inputs).sum().backward()
+    torch.testing.assert_close(inputs.grad, weight.sum(dim=0).expand(3, -1))

@@ -13,16 +13,21 @@
 # limitations under the License.
 
 """
-What is taken from TRL and PEFT that is not part of their public interface, each with the reason it is needed.
+What is taken from TRL, PEFT and transformers that is not part of their public interface, each with the reason it is
+needed.
 
 `tests/test_upstream.py` checks that every one of them still behaves as the package relies on.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from accelerate import PartialState
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.utils import ModelOutput
 from trl.trainer import add_fused_lm_head
 from trl.trainer.base_config import _BaseConfig  # defaults and help texts shared by all TRL configs
@@ -35,11 +40,14 @@ __all__ = [
     "_BaseTrainer",
     "active_adapters",
     "adapter_layers",
-    "create_model_from_path",
     "fused_lm_head",
     "fused_logps",
     "inference",
     "is_peft_model",
+    "is_sharded",
+    "keep_differentiable",
+    "load_model",
+    "unsharded",
     "unwrap_peft",
     "using_adapters",
 ]
@@ -53,6 +61,51 @@ def is_peft_model(model: torch.nn.Module) -> bool:
 def unwrap_peft(model: PreTrainedModel) -> PreTrainedModel:
     """The transformers model inside a `PeftModel`, or the model itself."""
     return model.get_base_model() if is_peft_model(model) else model
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether a process holds only its part of the parameters: DeepSpeed ZeRO-3 marks them, FSDP2 replaces them."""
+    return any(hasattr(parameter, "ds_id") or isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+@contextmanager
+def unsharded() -> Iterator[None]:
+    """
+    Within the context every process loads models whole, and reads them so, whatever shards the doctor in training.
+
+    Otherwise transformers shares out the parameters of a model as it loads it (ZeRO-3) or leaves them empty on all
+    processes but one (FSDP), and TRL's fused head looks for shards. What scores a dataset does so before training.
+    """
+    zero = deepspeed_integration._hf_deepspeed_config_weak_ref
+    fsdp = os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
+    deepspeed_integration._hf_deepspeed_config_weak_ref = None
+    try:
+        yield
+    finally:
+        deepspeed_integration._hf_deepspeed_config_weak_ref = zero
+        if fsdp is not None:
+            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = fsdp
+
+
+def keep_differentiable(model: torch.nn.Module) -> None:
+    """
+    Let a 4-bit model be trained on a CPU after it has been read in eval mode.
+
+    On processors with AVX512-BF16 bitsandbytes repacks the weights for good in the first forward in eval mode, and from
+    then on gradients no longer pass through them: a reference that is scored, or an evaluation, would end training.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def load_model(name: str, **init_kwargs) -> PreTrainedModel:
+    """A model by name or path; where there are several processes, one in each and whole, on the device of its own."""
+    state = PartialState()
+    if state.num_processes > 1:
+        init_kwargs.setdefault("device_map", {"": state.device})  # "auto" would spread each over the devices of all
+    with unsharded():
+        return create_model_from_path(name, **init_kwargs)
 
 
 def adapter_layers(model: torch.nn.Module) -> list[torch.nn.Module]:

@@ -65,6 +65,8 @@ class ValueHead(torch.nn.Linear):
     """
     Linear map from the last hidden state to log V, in nats. Starts at zero; always computed in float32.
 
+    In bfloat16 training DeepSpeed and FSDP2 round its weights for the forward, like all others; the optimizer's are float32.
+
     Args:
         hidden_size (`int`):
             Size of the hidden states.

@@ -29,7 +29,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from ._compat import fused_lm_head, fused_logps, inference, unwrap_peft
+from ._compat import fused_lm_head, fused_logps, inference, is_sharded, unsharded, unwrap_peft
 
 
 PADDING_BRANCH = -1
@@ -59,10 +59,15 @@ def score_completions(
         `list[torch.Tensor]` of shape `(T_i,)`: log-probabilities in nats, float32, on the CPU, in the given order.
 
     Raises:
-        `ValueError`: when a log-probability is not finite.
+        `ValueError`: when the model is sharded, or a log-probability is not finite.
     """
+    if is_sharded(model):
+        raise ValueError(
+            f"A model that scores completions must be whole in each process. Got a {type(model).__name__} with sharded "
+            "parameters; pass its name or path, or load it before the settings of the training are made."
+        )
     logps: list[torch.Tensor | None] = [None] * len(completion_ids)
-    with inference(model), fused_lm_head(model):
+    with inference(model), unsharded(), fused_lm_head(model):
         rows = _rows(prompt_ids, max_branches=2 if _reads_branches(model) else 1)
         lengths = [len(prompt_ids[row[0]]) + sum(len(completion_ids[index]) for index in row) for row in rows]
         rows = [rows[index] for index in sorted(range(len(rows)), key=lambda index: -lengths[index])]

@@ -174,11 +174,8 @@ class TFPOConfig(_BaseConfig):
             self.activation_checkpointing = True  # TRL sets the deprecated name, with a warning for every config
         if self.bf16 is None:  # TRL's default of True is an error on a machine without an accelerator
             self.bf16 = not self.fp16 and torch.accelerator.is_available()
-        if _is_one_of_several_processes_on_cpus():  # they would train apart, without a word
-            self.use_cpu, self.ddp_backend = True, self.ddp_backend or "gloo"
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available():
+            # Several processes on CPUs would train apart, without a word
+            self.ddp_backend = self.ddp_backend or "gloo"
+            self.use_cpu = "ACCELERATE_USE_DEEPSPEED" not in os.environ  # DeepSpeed finds the CPU itself
         super().__post_init__()
-
-
-def _is_one_of_several_processes_on_cpus() -> bool:
-    sharded = {"ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"} & os.environ.keys()  # these set up CPUs themselves
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available() and not sharded

@@ -19,6 +19,7 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,7 +40,7 @@ from transformers.data.data_collator import DataCollator
 from trl.trainer import disable_dropout_in_model
 
 from . import functional
-from ._compat import _BaseTrainer, create_model_from_path, is_peft_model
+from ._compat import _BaseTrainer, is_peft_model, is_sharded, keep_differentiable, load_model
 from .data_collator import TokenRewardCollator
 from .faces import Faces
 from .modeling_doctor import make_doctor
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
 
 
 REFERENCE_COLUMNS = ["chosen_ref_logps", "rejected_ref_logps"]
+NUM_PAIRS = "num_pairs"
 AnyDataset = Dataset | IterableDataset | DatasetDict | IterableDatasetDict | dict
 
 
@@ -150,7 +152,7 @@ class TFPOTrainer(_BaseTrainer):
                 eprint    = {2601.10416},
             }"""),
     }
-    loss_is_scaled_for_ga = False  # a mean over pairs: the Trainer divides it by the number of accumulation steps
+    loss_is_scaled_for_ga = True  # by the pairs of the whole step, see `get_batch_samples`
 
     def __init__(
         self,
@@ -182,7 +184,8 @@ class TFPOTrainer(_BaseTrainer):
 
         # Model
         set_seed(args.seed)  # adapters start at random
-        model = self._load(model, "model", args.model_init_kwargs, quantization_config, args)
+        defaults = {"device_map": None} if args.distributed_state.num_processes > 1 else {}  # the engine places it
+        model = self._load(model, "model", args.model_init_kwargs, quantization_config, args, **defaults)
         if model.config.is_encoder_decoder:
             raise ValueError(
                 f"The doctor must be a causal language model. Got the encoder-decoder {type(model).__name__}; use a "
@@ -203,7 +206,8 @@ class TFPOTrainer(_BaseTrainer):
             processing_class.pad_token = processing_class.eos_token
         model.config.get_text_config().pad_token_id = processing_class.pad_token_id
         model.generation_config.pad_token_id = processing_class.pad_token_id
-        num_embeddings = model.get_input_embeddings().weight.shape[0]
+        embeddings = model.get_input_embeddings().weight
+        num_embeddings = getattr(embeddings, "ds_shape", embeddings.shape)[0]  # of all shards
         if len(processing_class) > num_embeddings:
             raise ValueError(
                 "The doctor must have an embedding for every token of the tokenizer. Got "
@@ -212,6 +216,7 @@ class TFPOTrainer(_BaseTrainer):
 
         # Value head and PEFT
         model = make_doctor(model, peft_config)
+        keep_differentiable(model)
         if is_peft_model(model) and args.gradient_checkpointing:
             model.enable_input_require_grads()
         if args.disable_dropout:
@@ -275,13 +280,23 @@ class TFPOTrainer(_BaseTrainer):
                 "visible to one process. Use `accelerate launch`, or set `CUDA_VISIBLE_DEVICES` to a single GPU."
             )
 
+        # Precision
+        fsdp_plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if (
+            fsdp_plugin is not None
+            and fsdp_plugin.fsdp_version == 2
+            and fsdp_plugin.mixed_precision_policy is not None
+        ):
+            # Accelerate's policy rounds what the model returns, log-probabilities and flows, to half precision
+            fsdp_plugin.mixed_precision_policy = replace(fsdp_plugin.mixed_precision_policy, output_dtype=None)
+
         # Reference log-probabilities
         self._reference_fingerprint = model_fingerprint(self.model) if args.reference_weight else None
         self.train_dataset = self._add_reference_logps(self.train_dataset)
         self.eval_dataset = self._add_reference_logps(self.eval_dataset)
 
         # Metrics
-        self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._metrics = {"train": defaultdict(float), "eval": defaultdict(float)}  # sums over pairs
         self._metric_key_prefix = "eval"
         self.model.add_model_tags(self._tag_names)
 
@@ -307,9 +322,7 @@ class TFPOTrainer(_BaseTrainer):
         init_kwargs = {**defaults, "trust_remote_code": args.trust_remote_code, **(init_kwargs or {})}
         if quantization_config is not None:
             init_kwargs["quantization_config"] = quantization_config
-        if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
-            init_kwargs["device_map"] = None
-        return create_model_from_path(model, **init_kwargs)
+        return load_model(model, **init_kwargs)
 
     def _get_patient(self, args: TFPOConfig) -> PreTrainedModel:
         """The patient, loaded when it is first needed."""
@@ -419,11 +432,14 @@ class TFPOTrainer(_BaseTrainer):
             return {name: self._add_reference_logps(split) for name, split in dataset.items()}
         if set(REFERENCE_COLUMNS) <= set(dataset.column_names or next(iter(dataset))):
             return dataset
-        if self.state.global_step > 0:
+        if self.state.global_step > 0 or is_sharded(self.model):
             raise ValueError(
-                "The reference is the doctor before training, and it has been trained since. Got a new dataset without "
-                f"the columns {REFERENCE_COLUMNS}; pass it as `eval_dataset` when the trainer is made."
+                "The reference is the doctor before training, whole in each process; this one has been trained or "
+                f"sharded. Got a new dataset without the columns {REFERENCE_COLUMNS}; pass it as `eval_dataset` when the "
+                "trainer is made, and a doctor for DeepSpeed ZeRO-3 by name."
             )
+        if self.args.world_size > 1 and not getattr(self.model, "is_quantized", False):
+            self.model.to(self.args.device)  # an engine that shards it would do so later
         return add_scores(
             dataset,
             self._score_reference,
@@ -478,8 +494,17 @@ class TFPOTrainer(_BaseTrainer):
                 f"The loss must be finite. Got {loss.item()} at step {self.state.global_step}; lower `learning_rate`, "
                 "raise `reward_temperature`, or train in float32 or bfloat16."
             )
-        self._record(metrics | self._describe_batch(outputs, inputs))
+        num_pairs = len(inputs["is_complete"]) // 2
+        self._record(metrics | self._describe_batch(outputs, inputs), num_pairs)
+        if num_items_in_batch is not None:
+            loss = loss * (num_pairs * self.accelerator.num_processes / num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The batches of one optimizer step and how many pairs they have, in all processes: each counts alike."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        num_pairs = torch.tensor(sum(len(batch["is_complete"]) // 2 for batch in batches), device=device)
+        return batches, self.accelerator.gather(num_pairs).sum()
 
     @staticmethod
     def _describe_batch(outputs: dict, inputs: dict) -> dict[str, torch.Tensor]:
@@ -501,18 +526,20 @@ class TFPOTrainer(_BaseTrainer):
             metrics["rewards/agreement"] = agreeing / inputs["gaps"].masked_fill(~mask, 0).abs().sum().clamp(min=1e-6)
         return metrics
 
-    def _record(self, metrics: dict[str, torch.Tensor]) -> None:
+    def _record(self, metrics: dict[str, torch.Tensor], num_pairs: int) -> None:
         mode = "train" if self.model.training else "eval"
-        names = sorted(metrics)
-        values = torch.stack([metrics[name].float() for name in names])[None]  # (1, metrics), on every process alike
-        for name, value in zip(names, self.accelerator.gather(values).mean(dim=0).tolist(), strict=True):
-            self._metrics[mode][name].append(value)
+        metrics = {name: metric.float() * num_pairs for name, metric in sorted(metrics.items())}
+        sums = torch.stack([*metrics.values(), next(iter(metrics.values())).new_tensor(num_pairs)])
+        sums = self.accelerator.gather(sums[None]).sum(dim=0).tolist()  # over pairs, in all processes
+        for name, value in zip([*metrics, NUM_PAIRS], sums, strict=True):
+            self._metrics[mode][name] += value
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
         prefix = f"{self._metric_key_prefix}_" if mode == "eval" else ""
         # In place: `evaluate` returns this dict, so that `metric_for_best_model` can name any of the metrics
-        logs.update({f"{prefix}{name}": sum(values) / len(values) for name, values in self._metrics[mode].items()})
+        num_pairs = self._metrics[mode].pop(NUM_PAIRS, None)
+        logs.update({f"{prefix}{name}": value / num_pairs for name, value in self._metrics[mode].items()})
         self._metrics[mode].clear()
         super().log(logs, start_time)
 

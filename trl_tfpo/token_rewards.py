@@ -21,12 +21,14 @@ from functools import partial
 
 import pyarrow.compute as pc
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from datasets.fingerprint import Hasher
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from . import functional
-from ._compat import create_model_from_path
+from ._compat import load_model
 from .faces import Faces, resolve_faces
 from .scoring import score_completions
 from .shards import add_scores
@@ -113,7 +115,7 @@ def annotate_token_rewards(
             "`TokenRewardCollator(patient=...)`."
         )
     if isinstance(patient, str):
-        patient = create_model_from_path(patient, dtype="auto")
+        patient = load_model(patient, dtype="auto")
     check_patient(patient, processing_class)
     settings = {
         "faces": vars(resolve_faces(faces)),
@@ -284,13 +286,29 @@ def score_token_rewards(
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
-    """Hash of the model's configuration and weights: other weights, another fingerprint."""
+    """
+    Hash of the model's configuration and weights: other weights, another fingerprint.
+
+    Where there are several processes, each of them has to ask.
+
+    Raises:
+        `ValueError`: when the processes hold different weights.
+    """
     hasher = Hasher()
     hasher.update(model.config.to_json_string())
     for name, tensor in sorted(model.state_dict().items()):
         hasher.update(name)
         hasher.m.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return hasher.hexdigest()
+    fingerprint = hasher.hexdigest()
+    if PartialState().num_processes > 1:
+        fingerprints = gather_object([fingerprint])
+        if len(set(fingerprints)) > 1:
+            raise ValueError(
+                f"Every process must hold the same weights, as each scores its share of a dataset. Got {fingerprints} of "
+                f"a {type(model).__name__}; pass its name or path, or load it with "
+                "`fsdp_cpu_ram_efficient_loading: false` and the same seed."
+            )
+    return fingerprint
 
 
 def describe(function: partial) -> dict:
