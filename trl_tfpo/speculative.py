@@ -44,6 +44,7 @@ from .logits_processor import DoctorGuidedLogitsProcessor
 
 MAX_DRAFT_TOKENS = 8
 POSITION_COST = 0.05  # of a drafted token beside the doctors, in steps of the patient; measured
+MIN_CONFIDENCE = 0.4  # in all drafted tokens together, below which a further one is not worth its step
 STATEFUL_PROCESSORS = (UnbatchedClassifierFreeGuidanceLogitsProcessor, SynthIDTextWatermarkLogitsProcessor)
 
 
@@ -82,7 +83,7 @@ def speculative_guided_generate(
             `do_sample`, `return_dict_in_generate`, `output_scores` and `output_logits` count here.
         num_draft_tokens (`int` or `"auto"`, *optional*, defaults to `"auto"`):
             Tokens drafted between two forward passes of the patient. `"auto"` follows the rate of acceptance, from 0
-            (plain guided decoding) to 8.
+            (plain guided decoding) to 8; greedy search also stops drafting where the doctors become unsure.
         draft_cost (`float`, *optional*):
             For `"auto"`: time of the doctors' step in units of the patient's. By default the mean of their ratios
             of parameters and of layers, as small models are bound by their layers.
@@ -142,9 +143,12 @@ def speculative_guided_generate(
         num_drafts = num_draft_tokens if pace is None else pace.num_draft_tokens()
         num_drafts = max(0, min(num_drafts, max_length - ids.size(1) - 1))
         drafted, drafts = ids, []
-        for _ in range(num_drafts):
+        confidence = 1.0
+        while len(drafts) < num_drafts and (pace is None or confidence > MIN_CONFIDENCE):
             drafts.append(draft_distribution(drafted))
             drafted = torch.cat([drafted, pick.token(drafts[-1])[:, None]], dim=1)
+            confidence *= pick.confidence(drafts[-1])
+        num_drafts = len(drafts)
         # The patient reads it all
         logits = patient.logits(drafted, num_drafts + 1)  # (k + 1, V)
         counts["num_patient_forwards"] += 1
@@ -250,6 +254,11 @@ class _sample:
         return torch.minimum(target, draft).sum().item()
 
     @staticmethod
+    def confidence(probs) -> float:
+        """Of acceptance, by the draft alone: it tells nothing, for two distributions may agree on an open question."""
+        return 1.0
+
+    @staticmethod
     def verify(target, draft, token) -> tuple[torch.LongTensor, bool]:
         """The drafted token with probability `min(1, target / draft)`, else one from what the draft falls short of."""
         index = token[:, None]
@@ -275,6 +284,11 @@ class _take_likeliest:
         return float(target.argmax() == draft.argmax())
 
     @staticmethod
+    def confidence(scores) -> float:
+        """Of acceptance, by the draft alone: the probability of its likeliest token."""
+        return scores.softmax(dim=-1).amax().item()
+
+    @staticmethod
     def verify(target, draft, token) -> tuple[torch.LongTensor, bool]:
         best = target.argmax(dim=-1)
         return best, bool(best == token)
@@ -296,8 +310,8 @@ class _Pace:
         self.num_plain = 0
 
     def saw(self, agreement: float) -> None:
-        self.num_agreed = 0.95 * self.num_agreed + agreement
-        self.num_seen = 0.95 * self.num_seen + 1
+        self.num_agreed = 0.98 * self.num_agreed + agreement
+        self.num_seen = 0.98 * self.num_seen + 1
 
     def is_curious(self) -> bool:
         """Whether to look what would have been drafted; now and then is enough."""
