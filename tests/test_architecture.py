@@ -28,7 +28,7 @@ import trl_tfpo
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "trl_tfpo"
 ROWS = [  # a module may import only from strictly earlier rows
-    {"_compat", "faces", "functional", "tokenizer_identity"},
+    {"_compat", "faces", "functional", "tokenizer_identity", "weights"},
     {"doctors", "modeling_doctor", "objective", "scoring", "shards", "tfpo_config", "tokenization"},
     {"token_rewards"},
     {"data_collator", "logits_processor"},

@@ -24,7 +24,7 @@ tokens, and their KV caches are only a memory of it, addressed by content, [`Doc
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -33,9 +33,7 @@ from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBa
 from .doctors import NO_ADAPTER, PADDING, Doctor, DoctorMemory, check_left_padded
 from .functional import guided_logps, next_token_entropy, plausible_mask
 from .tokenizer_identity import check_same_tokenizer
-
-
-Weight = float | torch.Tensor | Callable[[int], float | torch.Tensor]
+from .weights import Weight, check_weight, opposite_weight, remaining_weight, weight_at
 
 
 class DoctorGuidedLogitsProcessor(LogitsProcessor):
@@ -133,17 +131,19 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         )
         for one, ref in zip(doctors, references, strict=True):
             _check_reference(one, ref)
-        betas = [_exponent("beta", beta) for beta in betas]
+        betas = [check_weight("beta", beta) for beta in betas]
         if alpha is None:
-            alpha = _rest([beta for beta, ref in zip(betas, references, strict=True) if ref is None])
+            alpha = remaining_weight([beta for beta, ref in zip(betas, references, strict=True) if ref is None])
         if not (0 <= min_patient_prob <= 1 and 0 <= min_patient_entropy < math.inf):
             raise ValueError(
                 "`min_patient_prob` must be in [0, 1] and `min_patient_entropy` a number of nats, at least 0. Got "
                 f"{min_patient_prob} and {min_patient_entropy}; 0 switches them off."
             )
         # What enters the product beside the patient: doctors, then their references with the opposite exponent
-        self.alpha = _exponent("alpha", alpha)
-        self.betas = betas + [_opposite(beta) for beta, ref in zip(betas, references, strict=True) if ref is not None]
+        self.alpha = check_weight("alpha", alpha)
+        self.betas = betas + [
+            opposite_weight(beta) for beta, ref in zip(betas, references, strict=True) if ref is not None
+        ]
         self.doctors = doctors + [ref for ref in references if ref is not None]
         self.min_patient_prob = min_patient_prob
         self.min_patient_entropy = min_patient_entropy
@@ -225,7 +225,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         total, total_weight = torch.zeros(len(tokens), vocab_size, device=input_ids.device), 0.0
         for logits, beta in zip(self._listen(tokens, vocab_size), self.betas, strict=True):
             if logits is not None:
-                weight = torch.as_tensor(self._per_row(_at(beta, step), total)).clamp(min=1e-6).to(total)
+                weight = torch.as_tensor(self._per_row(weight_at(beta, step), total)).clamp(min=1e-6).to(total)
                 total = total + weight * self._over_same_tokens(logits, total)
                 total_weight = total_weight + weight
         return total / total_weight if isinstance(total_weight, torch.Tensor) else total
@@ -252,14 +252,14 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
             plausible = plausible_mask(patient_logits=logits, min_patient_prob=self.min_patient_prob)
             logits = logits.masked_fill(~plausible, -math.inf)
         heard = [
-            (self._over_same_tokens(doctor, logits), self._per_row(_at(beta, step), logits))
+            (self._over_same_tokens(doctor, logits), self._per_row(weight_at(beta, step), logits))
             for doctor, beta in zip(doctor_logits, self.betas, strict=True)
             if doctor is not None
         ]
         guided = guided_logps(
             patient_logits=logits,
             doctor_logits=[doctor for doctor, _ in heard],
-            alpha=self._per_row(_at(self.alpha, step), logits),
+            alpha=self._per_row(weight_at(self.alpha, step), logits),
             beta=[beta for _, beta in heard],
         )
         if self.min_patient_entropy:
@@ -283,7 +283,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         """Logits (B, V) of each doctor after `tokens` (B, L), `None` where it does not count."""
         heard = []
         for doctor, beta, memory in zip(self.doctors, self.betas, self.memories, strict=True):
-            beta = _at(beta, self._step(tokens))
+            beta = weight_at(beta, self._step(tokens))
             if isinstance(beta, float) and beta == 0:
                 heard.append(None)
                 continue
@@ -414,34 +414,3 @@ def _check_reference(doctor: Doctor, reference: Doctor | None) -> None:
 def _float(scores: torch.Tensor) -> torch.Tensor:
     """In float64 if they are, else in float32: halves would round the product."""
     return scores if scores.dtype == torch.float64 else scores.float()
-
-
-def _exponent(name: str, value: Weight) -> Weight:
-    """A finite float, a finite tensor (B,), or a schedule of either."""
-    if callable(value):
-        return lambda step: _exponent(name, value(step))
-    value = value if isinstance(value, torch.Tensor) and value.dim() == 1 else float(value)
-    if not torch.as_tensor(value).isfinite().all():
-        raise ValueError(f"`{name}` must be finite. Got {value}; try 0.5.")
-    return value
-
-
-def _at(weight: Weight, step: int) -> float | torch.Tensor:
-    return weight(step) if callable(weight) else weight
-
-
-def _opposite(weight: Weight) -> Weight:
-    return (lambda step: -weight(step)) if callable(weight) else -weight
-
-
-def _rest(betas: Sequence[Weight]) -> Weight:
-    """The exponent of the patient in a mixture: what the doctors leave of 1."""
-    if any(map(callable, betas)):
-        return lambda step: _rest([_at(beta, step) for beta in betas])
-    alpha = 1.0 - sum(betas)
-    if torch.as_tensor(alpha).min() < -1e-6:
-        raise ValueError(
-            "The `beta` of a mixture must not exceed 1 in sum, or the patient counts against itself. Got "
-            f"{betas}, thus `alpha` {alpha}; pass `alpha`, e.g. 1.0 for the product, or a smaller `beta`."
-        )
-    return alpha

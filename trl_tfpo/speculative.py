@@ -300,8 +300,9 @@ class _Pace:
 
     With a rate of acceptance $a$ a round of $k$ drafts gives $1 + a + \dots + a^k$ tokens. It costs a step of the
     patient, `verify_cost` more if it has several positions (how many hardly matters while they are few), and for each
-    draft a step of the doctors and some bookkeeping; one more step of the doctors if all are accepted. The rate is seen at every position that both have read, so
-    it goes on being seen when nothing is drafted. No clock is read, so that the same seed gives the same text.
+    draft a step of the doctors and some bookkeeping; one more step of the doctors if all are accepted. The rate is seen
+    at every position that both have read, so it goes on being seen when nothing is drafted. No clock is read, so that
+    the same seed gives the same text.
     """
 
     def __init__(self, draft_cost: float, verify_cost: float):
