@@ -14,6 +14,7 @@
 
 """Everything shown is run: docstrings, README and documentation snippets."""
 
+import contextlib
 import doctest
 import importlib
 import pkgutil
@@ -28,6 +29,15 @@ import trl_tfpo
 ROOT = Path(__file__).parents[1]
 MODULES = [module.name for module in pkgutil.walk_packages(trl_tfpo.__path__, "trl_tfpo.")]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def deepspeed_has_spoken():
+    """DeepSpeed prints a line, once, when it is first asked for its device; no example shows it."""
+    with contextlib.suppress(ImportError):
+        from deepspeed.accelerator import get_accelerator
+
+        get_accelerator()
 
 
 @pytest.mark.parametrize("name", MODULES)
