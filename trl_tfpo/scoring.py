@@ -61,11 +61,7 @@ def score_completions(
     Raises:
         `ValueError`: when the model is sharded, or a log-probability is not finite.
     """
-    if is_sharded(model):
-        raise ValueError(
-            f"A model that scores completions must be whole in each process. Got a {type(model).__name__} with sharded "
-            "parameters; pass its name or path, or load it before the settings of the training are made."
-        )
+    check_whole(model)
     logps: list[torch.Tensor | None] = [None] * len(completion_ids)
     with inference(model), unsharded(), fused_lm_head(model):
         rows = _rows(prompt_ids, max_branches=2 if _reads_branches(model) else 1)
@@ -88,6 +84,15 @@ def score_completions(
                 "bfloat16, and check its weights and that no token of the data is masked out."
             )
     return logps
+
+
+def check_whole(model: PreTrainedModel) -> None:
+    """Raise `ValueError` when the parameters of the model are shared out between processes."""
+    if is_sharded(model):
+        raise ValueError(
+            f"A model that scores completions must be whole in each process. Got a {type(model).__name__} with sharded "
+            "parameters; pass its name or path, or load it before the settings of the training are made."
+        )
 
 
 def _rows(prompt_ids: list[list[int]], max_branches: int) -> list[list[int]]:

@@ -30,7 +30,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from . import functional
 from ._compat import load_model
 from .faces import Faces, resolve_faces
-from .scoring import score_completions
+from .scoring import check_whole, score_completions
 from .shards import add_scores
 from .tokenization import FACE_COLUMNS, eos_token_ids, tokenize_preferences
 from .tokenizer_identity import check_same_tokenizer, tokenizer_fingerprint
@@ -175,7 +175,7 @@ def annotation_settings(dataset: Dataset) -> dict | None:
 
 
 def check_patient(patient: PreTrainedModel, processing_class: PreTrainedTokenizerBase) -> None:
-    """Raise `ValueError` unless the patient is a causal language model for this tokenizer."""
+    """Raise `ValueError` unless the patient is a whole causal language model for this tokenizer."""
     if isinstance(processing_class, ProcessorMixin):
         raise ValueError(
             "Token rewards are defined for text only. Got a multimodal processor; pass its `tokenizer` and a text dataset."
@@ -185,6 +185,7 @@ def check_patient(patient: PreTrainedModel, processing_class: PreTrainedTokenize
             "The patient must be a causal language model: its completion continues the prompt. Got the encoder-decoder "
             f"{type(patient).__name__}; use a decoder-only model."
         )
+    check_whole(patient)
     own_tokenizer = _tokenizer_of(patient)
     if own_tokenizer is not None:
         check_same_tokenizer(own_tokenizer, processing_class)
