@@ -69,13 +69,14 @@ FULL = dict(
     random_lengths=(32, 64),  # prompt, completion
     num_pairs=1000,
     max_steps=500,
-    grown_patient=(512, 12),
+    grown_patient=(768, 16),
     grown_doctor=(240, 3),
     num_prompts=6,
     trained_cases=[("bfloat16", 0.5), ("bfloat16", 1.0), ("float32", 0.5)],  # dtype, beta
     random_cases=[("bfloat16", 0.5), ("float32", 0.5)],
 )
 QUICK = FULL | dict(
+    grown_patient=(512, 12),
     repetitions=2,
     random_patient=(512, 8),
     random_doctor=(256, 2),
