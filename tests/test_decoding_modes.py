@@ -234,6 +234,18 @@ def test_a_doctor_is_the_adapter_that_was_active_when_it_was_made():
         Doctor(shared)
 
 
+@pytest.mark.parametrize(
+    "options", [dict(min_patient_entropy=2.0), dict(beta=lambda step: float(step % 2)), dict(beta=0.0)]
+)
+def test_an_adapter_doctor_that_is_not_heard_at_every_step(options):
+    """It has a pass of its own, when it is heard."""
+    shared, merged = add_adapters(llama(0))
+    inputs, options = PROMPTS["4 prompts"], dict(alpha=1.0, beta=0.8) | options
+    expected = run(llama(0), DoctorGuidedLogitsProcessor(merged[0], **options), "greedy", inputs).sequences
+    found = run(shared, DoctorGuidedLogitsProcessor(shared, **options), "greedy", inputs).sequences
+    assert torch.equal(found, expected)
+
+
 def test_two_adapters_at_once_are_one_doctor():
     """Rows of one forward pass have one adapter each, so such a doctor has a pass of its own."""
     shared, _ = add_adapters(llama(0), num_adapters=2)

@@ -87,7 +87,8 @@ def shared_forward(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor,
 
 def can_share(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor) -> bool:
     """
-    Whether all doctors on the patient's weights, of which there is one at least, can be rows of its forward pass.
+    Whether all doctors on the patient's weights, of which there is one at least, can be rows of its forward pass, and
+    are heard at every step.
 
     PEFT chooses by row among LoRA adapters without DoRA and biases, one for each row. The rows must reach the adapters
     as they are, which neither experts of a mixture nor OPT's feed-forward layers see to.
@@ -99,6 +100,10 @@ def can_share(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor) -> b
     if not doctors or not any(used) or any(len(names) > 1 for names in used):
         return False
     if any(doctor.prompt is not None for doctor in doctors):
+        return False
+    if guide.min_patient_entropy or any(
+        not isinstance(x, torch.Tensor) and (callable(x) or x == 0) for x in guide.betas
+    ):
         return False
     for name in {name for names in used for name in names}:
         config = configs.get(name)
