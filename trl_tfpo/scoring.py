@@ -64,7 +64,9 @@ def score_completions(
     check_whole(model)
     logps: list[torch.Tensor | None] = [None] * len(completion_ids)
     with inference(model), unsharded(), fused_lm_head(model):
-        rows = _rows(prompt_ids, max_branches=2 if _reads_branches(model) else 1)
+        rows = _rows(prompt_ids, max_branches=2)
+        if max(map(len, rows), default=1) > 1 and not _reads_branches(model):
+            rows = _rows(prompt_ids, max_branches=1)
         lengths = [len(prompt_ids[row[0]]) + sum(len(completion_ids[index]) for index in row) for row in rows]
         rows = [rows[index] for index in sorted(range(len(rows)), key=lambda index: -lengths[index])]
         while rows:

@@ -93,10 +93,10 @@ def add_scores(
 
 def _hash_of_ids(dataset: Dataset) -> str:
     """Hash of all columns of token ids, whatever the dataset's other columns, its file and its history."""
-    hasher = Hasher()
+    hasher, table = Hasher(), dataset.with_format("arrow")[:]
     for name, feature in sorted(dataset.features.items()):
         if isinstance(feature, datasets.List) and getattr(feature.feature, "dtype", "").startswith("int"):
-            column = dataset.with_format("arrow")[:].column(name)
+            column = table.column(name)
             hasher.update(name)
             for part in (pc.list_value_length(column), pc.list_flatten(column)):
                 hasher.m.update(part.cast(pa.int64()).to_numpy().tobytes())

@@ -121,7 +121,7 @@ def speculative_guided_generate(
             )
     if num_draft_tokens != "auto" and not (isinstance(num_draft_tokens, int) and 0 <= num_draft_tokens < 32):
         raise ValueError(f"`num_draft_tokens` must be 'auto' or from 0 to 31. Got {num_draft_tokens!r}; try 4.")
-    patient = _Reader(model, input_ids, **model_kwargs)
+    patient = _Reader(model, **model_kwargs)
     pace = None
     if num_draft_tokens == "auto":
         pace = _Pace(
@@ -195,7 +195,7 @@ def speculative_guided_generate(
 class _Reader:
     """The patient and its cache: logits of several positions in one forward pass."""
 
-    def __init__(self, model, input_ids, *, past_key_values=None, attention_mask=None, use_cache=True, **others):
+    def __init__(self, model, *, past_key_values=None, attention_mask=None, use_cache=True, **others):
         known = {"position_ids", "logits_to_keep", "cache_position", "token_type_ids"}
         unknown = {name for name, value in others.items() if value is not None and name not in known}
         if not isinstance(past_key_values, DynamicCache) or not use_cache or unknown:
