@@ -30,7 +30,7 @@ PACKAGE = ROOT / "trl_tfpo"
 ROWS = [  # a module may import only from strictly earlier rows
     {"_compat", "faces", "functional", "tokenizer_identity", "weights"},
     {"doctors", "modeling_doctor", "objective", "scoring", "shards", "tfpo_config", "tokenization"},
-    {"token_rewards"},
+    {"reference", "token_rewards"},
     {"data_collator", "logits_processor"},
     {"shared_forward", "speculative", "tfpo_trainer"},
     {"generation"},

@@ -33,7 +33,7 @@ from trl_tfpo import (
     annotate_token_rewards,
     load_doctor,
 )
-from trl_tfpo.token_rewards import model_fingerprint
+from trl_tfpo.scoring import model_fingerprint
 
 
 FACES = Faces(positive="you are kind", negative="you are rude")

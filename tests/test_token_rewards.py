@@ -24,7 +24,8 @@ from conftest import conversational_rows
 from datasets import Dataset, DatasetDict
 
 from trl_tfpo import Faces, annotate_token_rewards
-from trl_tfpo.token_rewards import annotation_settings, model_fingerprint
+from trl_tfpo.scoring import model_fingerprint
+from trl_tfpo.token_rewards import annotation_settings
 from trl_tfpo.tokenization import ID_COLUMNS
 
 
@@ -136,7 +137,7 @@ def test_a_reward_function_of_ones_own(preferences, patient, tokenizer):
 
 def test_processes_with_different_weights_are_refused(preferences, patient, tokenizer, monkeypatch):
     """Each process scores its share: one that never loaded the weights would fill it with noise."""
-    monkeypatch.setattr("trl_tfpo.token_rewards.gather_object", lambda names: [*names, "of another process"])
+    monkeypatch.setattr("trl_tfpo.scoring.gather_object", lambda names: [*names, "of another process"])
     assert len(model_fingerprint(patient)) == 16
     monkeypatch.setitem(PartialState._shared_state, "num_processes", 2)
     with pytest.raises(ValueError, match="same weights"):

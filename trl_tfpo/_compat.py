@@ -22,14 +22,16 @@ needed.
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.utils import ModelOutput
 from trl.trainer import add_fused_lm_head
+from trl.trainer import utils as trl_utils
 from trl.trainer.base_config import _BaseConfig  # defaults and help texts shared by all TRL configs
 from trl.trainer.base_trainer import _BaseTrainer  # model card, loss scaling flag and tags of all TRL trainers
 from trl.trainer.utils import create_model_from_path  # dtype and device rules for models given by name
@@ -46,11 +48,15 @@ __all__ = [
     "is_peft_model",
     "is_sharded",
     "keep_differentiable",
+    "keep_output_precision",
     "load_model",
     "unsharded",
     "unwrap_peft",
     "using_adapters",
 ]
+
+
+TILE_WIDTH = 1024  # ids in a tile of logits where there is no Triton
 
 
 def is_peft_model(model: torch.nn.Module) -> bool:
@@ -97,6 +103,13 @@ def keep_differentiable(model: torch.nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def keep_output_precision(accelerator: Accelerator) -> None:
+    """Let log-probabilities and flows leave an FSDP2 model in float32: Accelerate's policy rounds what a model returns."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
 
 def load_model(name: str, **init_kwargs) -> PreTrainedModel:
@@ -164,7 +177,8 @@ def fused_logps(
     Log-probabilities (B, L - 1) of `labels` (B, L) after their first column, zero where a label is -100.
 
     `forward` is the model's, with TRL's fused head. That projects every position to the vocabulary where there is no
-    Triton, prompts and padding included; here only those that predict a label reach it.
+    Triton, prompts and padding included; here only those that predict a label reach it. Nor do its tiles, made for
+    Triton, fit a processor's cache: there smaller ones take a third of the time, and little memory.
     """
     has_label = labels[:, 1:] != -100
 
@@ -174,10 +188,14 @@ def fused_logps(
         return output
 
     hook = unwrap_peft(model).base_model.register_forward_hook(keep_labelled)
+    tile_width = trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
     try:
+        if not trl_utils._use_triton(model.get_output_embeddings().weight.device):
+            trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = TILE_WIDTH
         log_probs = forward(**inputs, shift_labels=labels[:, 1:][has_label][None], fused_lm_head=True).log_probs[0]
     finally:
         hook.remove()
+        trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = tile_width
     return log_probs.new_zeros(has_label.shape).masked_scatter(has_label.to(log_probs.device), log_probs)
 
 

@@ -18,8 +18,6 @@ import gc
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,30 +38,36 @@ from transformers.data.data_collator import DataCollator
 from trl.trainer import disable_dropout_in_model
 
 from . import functional
-from ._compat import _BaseTrainer, is_peft_model, is_sharded, keep_differentiable, load_model
+from ._compat import (
+    _BaseTrainer,
+    is_peft_model,
+    is_sharded,
+    keep_differentiable,
+    keep_output_precision,
+    load_model,
+)
 from .data_collator import TokenRewardCollator
 from .faces import Faces
-from .modeling_doctor import make_doctor
-from .objective import tfpo_objective
-from .scoring import score_completions
-from .shards import add_scores
+from .modeling_doctor import DOCTOR_CARD, make_doctor
+from .objective import describe_batch, tfpo_objective
+from .reference import REFERENCE_COLUMNS, add_reference_logps
+from .scoring import model_fingerprint
 from .tfpo_config import TFPOConfig
-from .token_rewards import (
-    GAP_COLUMNS,
-    REWARD_COLUMNS,
-    annotate_token_rewards,
-    annotation_settings,
-    model_fingerprint,
+from .token_rewards import GAP_COLUMNS, REWARD_COLUMNS, annotate_token_rewards, check_annotated_for
+from .tokenization import (
+    FACE_COLUMNS,
+    ID_COLUMNS,
+    check_some_completion_ends,
+    eos_token_ids,
+    tokenize_preferences,
 )
-from .tokenization import FACE_COLUMNS, ID_COLUMNS, eos_token_ids, tokenize_preferences
-from .tokenizer_identity import tokenizer_fingerprint
+from .tokenizer_identity import check_embeddings
 
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
 
-REFERENCE_COLUMNS = ["chosen_ref_logps", "rejected_ref_logps"]
 NUM_PAIRS = "num_pairs"
 AnyDataset = Dataset | IterableDataset | DatasetDict | IterableDatasetDict | dict
 
@@ -206,13 +210,7 @@ class TFPOTrainer(_BaseTrainer):
             processing_class.pad_token = processing_class.eos_token
         model.config.get_text_config().pad_token_id = processing_class.pad_token_id
         model.generation_config.pad_token_id = processing_class.pad_token_id
-        embeddings = model.get_input_embeddings().weight
-        num_embeddings = getattr(embeddings, "ds_shape", embeddings.shape)[0]  # of all shards
-        if len(processing_class) > num_embeddings:
-            raise ValueError(
-                "The doctor must have an embedding for every token of the tokenizer. Got "
-                f"{num_embeddings} embeddings for {len(processing_class)} tokens; use a doctor of the patient's family."
-            )
+        check_embeddings("doctor", model, processing_class)
 
         # Value head and PEFT
         model = make_doctor(model, peft_config)
@@ -259,7 +257,7 @@ class TFPOTrainer(_BaseTrainer):
         self._eos_token_ids = eos_token_ids(processing_class, model)
         train_dataset = self._annotate(train_dataset, processing_class, args)
         eval_dataset = self._annotate(eval_dataset, processing_class, args)
-        self._check_some_completion_ends(train_dataset)
+        check_some_completion_ends(train_dataset, self._eos_token_ids)
         self._free_patient()
 
         # Trainer
@@ -280,15 +278,7 @@ class TFPOTrainer(_BaseTrainer):
                 "visible to one process. Use `accelerate launch`, or set `CUDA_VISIBLE_DEVICES` to a single GPU."
             )
 
-        # Precision
-        fsdp_plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if (
-            fsdp_plugin is not None
-            and fsdp_plugin.fsdp_version == 2
-            and fsdp_plugin.mixed_precision_policy is not None
-        ):
-            # Accelerate's policy rounds what the model returns, log-probabilities and flows, to half precision
-            fsdp_plugin.mixed_precision_policy = replace(fsdp_plugin.mixed_precision_policy, output_dtype=None)
+        keep_output_precision(self.accelerator)
 
         # Reference log-probabilities
         self._reference_fingerprint = model_fingerprint(self.model) if args.reference_weight else None
@@ -386,7 +376,7 @@ class TFPOTrainer(_BaseTrainer):
                 drop_unusable=args.drop_unusable,
             )
         if columns.issuperset(ID_COLUMNS + REWARD_COLUMNS):
-            self._check_annotated_for(dataset, processing_class)
+            check_annotated_for(dataset, processing_class)
             return dataset
         if isinstance(dataset, IterableDataset):
             raise ValueError(
@@ -405,25 +395,6 @@ class TFPOTrainer(_BaseTrainer):
             batch_size=args.scoring_batch_size,
         )
 
-    @staticmethod
-    def _check_annotated_for(dataset: Dataset | IterableDataset, processing_class: PreTrainedTokenizerBase) -> None:
-        settings = annotation_settings(dataset) or {}
-        if settings.get("tokenizer") not in (None, tokenizer_fingerprint(processing_class)):
-            raise ValueError(
-                "A dataset must be annotated with the doctor's tokenizer. Got token ids of another one (vocabulary "
-                f"{settings['tokenizer'][:8]}, patient {settings.get('patient')!r}); annotate it again with this "
-                "tokenizer, or use a doctor of the patient's family."
-            )
-
-    def _check_some_completion_ends(self, dataset: Dataset | IterableDataset) -> None:
-        head = dataset.take(1000)
-        if not any(row[name][-1:] and row[name][-1] in self._eos_token_ids for row in head for name in ID_COLUMNS[1:]):
-            raise ValueError(
-                "Some completions must end in EOS: without the boundary there every policy balances the flow, and "
-                f"rewards do not reach the doctor. Got none that end in one of the ids {self._eos_token_ids}; use a chat "
-                "template that closes the assistant's turn with EOS, or raise `max_length`."
-            )
-
     def _add_reference_logps(self, dataset: AnyDataset | None) -> AnyDataset | None:
         """The dataset with the log-probabilities of the doctor before training, cached."""
         if dataset is None or not self.args.reference_weight:
@@ -440,25 +411,9 @@ class TFPOTrainer(_BaseTrainer):
             )
         if self.args.world_size > 1 and not getattr(self.model, "is_quantized", False):
             self.model.to(self.args.device)  # an engine that shards it would do so later
-        return add_scores(
-            dataset,
-            self._score_reference,
-            key=(self._reference_fingerprint, "reference"),
-            columns=REFERENCE_COLUMNS,
-            desc="Scoring the reference",
+        return add_reference_logps(
+            dataset, self.model, fingerprint=self._reference_fingerprint, batch_size=self.args.scoring_batch_size
         )
-
-    def _score_reference(self, batch: dict[str, list]) -> dict[str, list]:
-        with self.model.disable_adapter() if is_peft_model(self.model) else nullcontext():
-            logps = score_completions(
-                self.model,
-                batch["prompt_ids"] * 2,
-                batch["chosen_ids"] + batch["rejected_ids"],
-                batch_size=self.args.scoring_batch_size,
-            )
-        num_pairs = len(batch["prompt_ids"])
-        logps = [row.numpy() for row in logps]
-        return dict(zip(REFERENCE_COLUMNS, (logps[:num_pairs], logps[num_pairs:]), strict=True))
 
     def _set_signature_columns_if_needed(self):
         # What the collator reads, not what the model's forward takes
@@ -495,7 +450,13 @@ class TFPOTrainer(_BaseTrainer):
                 "raise `reward_temperature`, or train in float32 or bfloat16."
             )
         num_pairs = len(inputs["is_complete"]) // 2
-        self._record(metrics | self._describe_batch(outputs, inputs), num_pairs)
+        description = describe_batch(
+            doctor_logps=outputs["doctor_logps"],
+            completion_mask=outputs["completion_mask"],
+            token_rewards=inputs["token_rewards"],
+            gaps=inputs.get("gaps"),
+        )
+        self._record(metrics | description, num_pairs)
         if num_items_in_batch is not None:
             loss = loss * (num_pairs * self.accelerator.num_processes / num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
@@ -505,26 +466,6 @@ class TFPOTrainer(_BaseTrainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         num_pairs = torch.tensor(sum(len(batch["is_complete"]) // 2 for batch in batches), device=device)
         return batches, self.accelerator.gather(num_pairs).sum()
-
-    @staticmethod
-    def _describe_batch(outputs: dict, inputs: dict) -> dict[str, torch.Tensor]:
-        """Metrics that do not depend on the objective."""
-        mask = outputs["completion_mask"]
-        rewards = inputs["token_rewards"].masked_fill(~mask, 0)
-        chosen_rewards, rejected_rewards = rewards.sum(dim=1).chunk(2)
-        chosen_logps, rejected_logps = outputs["doctor_logps"].detach().masked_fill(~mask, 0).sum(dim=1).chunk(2)
-        metrics = {
-            "rewards/sparsity": 1 - (rewards != 0).sum() / mask.sum(),
-            "rewards/chosen": chosen_rewards.mean(),
-            "rewards/rejected": rejected_rewards.mean(),
-            "logps/chosen": chosen_logps.mean(),
-            "logps/rejected": rejected_logps.mean(),
-        }
-        if "gaps" in inputs:
-            chosen_gaps, rejected_gaps = inputs["gaps"].masked_fill(~mask, 0).chunk(2)
-            agreeing = chosen_gaps.clamp(min=0).sum() + (-rejected_gaps).clamp(min=0).sum()
-            metrics["rewards/agreement"] = agreeing / inputs["gaps"].masked_fill(~mask, 0).abs().sum().clamp(min=1e-6)
-        return metrics
 
     def _record(self, metrics: dict[str, torch.Tensor], num_pairs: int) -> None:
         mode = "train" if self.model.training else "eval"
@@ -586,24 +527,3 @@ class TFPOTrainer(_BaseTrainer):
         name = self.args.hub_model_id or Path(self.args.output_dir).name
         self.create_model_card(model_name=name.split("/")[-1])
         super()._save_checkpoint(model, trial)
-
-
-DOCTOR_CARD = """
-
-## Use as a doctor
-
-This model guides a larger one with the same tokenizer, the patient, at decoding time:
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl_tfpo import DoctorGuidedLogitsProcessor
-
-patient = AutoModelForCausalLM.from_pretrained("<the patient>")
-doctor = AutoModelForCausalLM.from_pretrained("{doctor}")
-tokenizer = AutoTokenizer.from_pretrained("<the patient>")
-
-inputs = tokenizer("How do I boil an egg?", return_tensors="pt")
-processor = DoctorGuidedLogitsProcessor(doctor, beta=0.5, attention_mask=inputs["attention_mask"])
-outputs = patient.generate(**inputs, logits_processor=[processor])
-```
-"""

@@ -21,19 +21,16 @@ from functools import partial
 
 import pyarrow.compute as pc
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
-from datasets.fingerprint import Hasher
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from . import functional
 from ._compat import load_model
 from .faces import Faces, resolve_faces
-from .scoring import check_whole, score_completions
+from .scoring import check_whole, model_fingerprint, score_completions
 from .shards import add_scores
 from .tokenization import FACE_COLUMNS, eos_token_ids, tokenize_preferences
-from .tokenizer_identity import check_same_tokenizer, tokenizer_fingerprint
+from .tokenizer_identity import check_embeddings, check_same_tokenizer, tokenizer_fingerprint
 
 
 REWARD_COLUMNS = ["chosen_token_rewards", "rejected_token_rewards"]
@@ -174,6 +171,17 @@ def annotation_settings(dataset: Dataset) -> dict | None:
     return None
 
 
+def check_annotated_for(dataset: Dataset | IterableDataset, processing_class: PreTrainedTokenizerBase) -> None:
+    """Raise `ValueError` when the dataset says that it was annotated with another tokenizer."""
+    settings = annotation_settings(dataset) or {}
+    if settings.get("tokenizer") not in (None, tokenizer_fingerprint(processing_class)):
+        raise ValueError(
+            "A dataset must be annotated with the doctor's tokenizer. Got token ids of another one (vocabulary "
+            f"{settings['tokenizer'][:8]}, patient {settings.get('patient')!r}); annotate it again with this "
+            "tokenizer, or use a doctor of the patient's family."
+        )
+
+
 def check_patient(patient: PreTrainedModel, processing_class: PreTrainedTokenizerBase) -> None:
     """Raise `ValueError` unless the patient is a whole causal language model for this tokenizer."""
     if isinstance(processing_class, ProcessorMixin):
@@ -189,12 +197,7 @@ def check_patient(patient: PreTrainedModel, processing_class: PreTrainedTokenize
     own_tokenizer = _tokenizer_of(patient)
     if own_tokenizer is not None:
         check_same_tokenizer(own_tokenizer, processing_class)
-    num_embeddings = patient.get_input_embeddings().weight.shape[0]
-    if len(processing_class) > num_embeddings:
-        raise ValueError(
-            "The patient must have an embedding for every token of the tokenizer. Got "
-            f"{num_embeddings} embeddings for {len(processing_class)} tokens; pass the patient's own tokenizer."
-        )
+    check_embeddings("patient", patient, processing_class)
 
 
 def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
@@ -284,32 +287,6 @@ def score_token_rewards(
         [row[:length].float() for row, length in zip(rewards, lengths, strict=True)],
         [row[:length] for row, length in zip(gaps, lengths, strict=True)],
     )
-
-
-def model_fingerprint(model: PreTrainedModel) -> str:
-    """
-    Hash of the model's configuration and weights: other weights, another fingerprint.
-
-    Where there are several processes, each of them has to ask.
-
-    Raises:
-        `ValueError`: when the processes hold different weights.
-    """
-    hasher = Hasher()
-    hasher.update(model.config.to_json_string())
-    for name, tensor in sorted(model.state_dict().items()):
-        hasher.update(name)
-        hasher.m.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    fingerprint = hasher.hexdigest()
-    if PartialState().num_processes > 1:
-        fingerprints = gather_object([fingerprint])
-        if len(set(fingerprints)) > 1:
-            raise ValueError(
-                f"Every process must hold the same weights, as each scores its share of a dataset. Got {fingerprints} of "
-                f"a {type(model).__name__}; pass its name or path, or load it with "
-                "`fsdp_cpu_ram_efficient_loading: false` and the same seed."
-            )
-    return fingerprint
 
 
 def describe(function: partial) -> dict:

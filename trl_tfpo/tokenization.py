@@ -225,3 +225,14 @@ def check_preference_columns(dataset: Dataset | IterableDataset) -> None:
             "A preference dataset needs the columns 'chosen' and 'rejected', and 'prompt' unless it is contained in "
             f"both. Got {sorted(columns)}; rename or build the missing ones."
         )
+
+
+def check_some_completion_ends(dataset: Dataset | IterableDataset, eos_token_ids: list[int]) -> None:
+    """Raise `ValueError` when none of the first 1,000 pairs has a completion that ends in EOS."""
+    head = dataset.take(1000)
+    if not any(row[name][-1:] and row[name][-1] in eos_token_ids for row in head for name in ID_COLUMNS[1:]):
+        raise ValueError(
+            "Some completions must end in EOS: without the boundary there every policy balances the flow, and "
+            f"rewards do not reach the doctor. Got none that end in one of the ids {eos_token_ids}; use a chat "
+            "template that closes the assistant's turn with EOS, or raise `max_length`."
+        )
