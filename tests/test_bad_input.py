@@ -85,7 +85,6 @@ ANNOTATION = {
     "faces the patient cannot tell apart": (lambda _: annotate(patient=broken_patient(0.0)), "not zero.*faces"),
     "NaN log-probabilities": (lambda _: annotate(patient=broken_patient(float("nan"))), "must be finite.*nan"),
     "infinite log-probabilities": (lambda _: annotate(patient=broken_patient(float("inf"))), "must be finite"),
-    "streamed dataset": (lambda _: annotate(Dataset.from_list(ROWS).to_iterable_dataset()), "cannot be streamed"),
     "vision dataset": (lambda _: annotate(Dataset.from_list(ROWS).add_column("images", [[]] * 4)), "vision"),
     "encoder-decoder patient": (lambda _: annotate(patient=tiny_t5()), "causal language model"),
     "unknown direction": (lambda _: annotate(reward_direction="up"), "'label', 'agreement' or 'faces'"),

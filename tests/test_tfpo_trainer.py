@@ -14,6 +14,7 @@
 
 """The trainer: what users of TRL expect, and the invariants a training loop can break in silence."""
 
+import copy
 import json
 
 import pytest
@@ -380,16 +381,27 @@ class TestPeft:
         assert runs[0] == pytest.approx(runs[1], rel=1e-5)
 
 
-def test_streamed_annotated_dataset(annotated, doctor, tokenizer, tmp_path):
-    """Without a reference a stream of annotated rows is all the trainer needs."""
-    trainer = TFPOTrainer(
-        model=doctor,
-        args=config(tmp_path, reference_weight=0.0),
-        train_dataset=annotated.to_iterable_dataset(),
-        processing_class=tokenizer,
-    )
-    trainer.train()
-    assert len(losses(trainer)) == 4
+def test_streamed_datasets(annotated, preferences, patient, doctor, tokenizer, tmp_path):
+    """A stream of annotated rows, or one annotated as it is read, must train as the dataset does."""
+    streams = {
+        "whole": annotated,
+        "annotated": annotated.to_iterable_dataset(),
+        "as it is read": annotate_token_rewards(
+            preferences.to_iterable_dataset(), patient, tokenizer, faces=FACES, max_length=1024
+        ),
+    }
+    runs = []
+    for name, stream in streams.items():
+        trainer = TFPOTrainer(
+            model=copy.deepcopy(doctor),
+            args=config(tmp_path / name, reference_weight=0.0, train_sampling_strategy="sequential"),
+            train_dataset=stream,
+            processing_class=tokenizer,
+        )
+        trainer.train()
+        runs.append(losses(trainer))
+    assert len(runs[0]) == 4
+    assert runs[1] == pytest.approx(runs[0], rel=1e-6) and runs[2] == pytest.approx(runs[0], rel=1e-6)
 
 
 def test_dataset_dict_for_evaluation(preferences, patient, doctor, tokenizer, tmp_path):

@@ -381,8 +381,7 @@ class TFPOTrainer(_BaseTrainer):
         if isinstance(dataset, IterableDataset):
             raise ValueError(
                 "A streamed dataset must have token rewards already. Got an `IterableDataset` with the columns "
-                f"{sorted(columns)}; annotate it with `annotate_token_rewards`, or use a `TokenRewardCollator` with a "
-                "patient."
+                f"{sorted(columns)}; pass it through `annotate_token_rewards`, which streams as well."
             )
         return annotate_token_rewards(
             dataset,
