@@ -16,7 +16,9 @@
 
 import importlib.util
 import json
+import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -209,6 +211,34 @@ def test_engines_share_out_what_they_say(tmp_path):
     assert list(found) == ["annotation", "reference", *expected]
     for engine, (weights, gradients, optimizer) in expected.items():
         assert found[engine] == pytest.approx((weights + buffers, gradients, optimizer), abs=1), engine
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3", "fsdp2"])
+def test_engines_hold_what_the_plan_says(tmp_path, engine):
+    """In two real processes: a share that is not shared out is the difference between fitting and not."""
+    (tmp_path / "preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in conversational_rows(8)))
+    for name, model in (("patient", make_llama(1, 32)), ("doctor", make_llama(2, 128))):
+        save(model, tmp_path / name)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", 2, "--main_process_port", port]
+    command += ["--config_file", ROOT / "examples" / "accelerate_configs" / f"{engine}.yaml"]
+    command += ["--mixed_precision", "bf16", ROOT / "tests" / "plan_run.py", tmp_path]
+    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    result = subprocess.run(
+        [str(part) for part in command], env=os.environ | environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    weights, optimizer = report["plan"]["training, " + engine.replace("zero", "ZeRO-").replace("fsdp", "FSDP")]
+    size = report["parameters"]
+    layer = sum(parameter.numel() for parameter in make_llama(2, 128).model.layers[0].parameters())
+    gathered = {"zero3": 2 * size, "fsdp2": 2 * (size - 2 * layer) + 4 * layer}.get(engine, 0)
+    gradients = 0 if engine == "fsdp2" else 2 * size  # DeepSpeed's float32 copy, which is gone after the step
+    assert report["weights"] == pytest.approx(weights - gathered, rel=2e-3)  # shares are padded
+    assert report["optimizer"] == pytest.approx(optimizer - gradients, rel=2e-3)
 
 
 # Activations

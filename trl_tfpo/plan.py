@@ -31,7 +31,7 @@ from transformers import (
 )
 from trl.trainer import disable_dropout_in_model
 
-from ._compat import unwrap_peft
+from ._compat import unsharded, unwrap_peft
 from .activation_memory import peak_activations, reads_branches
 from .faces import Faces, resolve_faces
 from .modeling_doctor import make_doctor
@@ -388,7 +388,7 @@ def _empty_model(
         dtype = source.get_text_config().dtype or torch.float32
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)
-    with torch.device("meta"):
+    with unsharded(), torch.device("meta"):
         return AutoModelForCausalLM.from_config(source, dtype=dtype, trust_remote_code=args.trust_remote_code)
 
 
