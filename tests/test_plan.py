@@ -437,6 +437,8 @@ def test_bad_input(tmp_path):
     settings = dict(doctor=make_llama(2).config, args=config(tmp_path))
     with pytest.raises(ValueError, match="known length"):
         training_plan(dataset.to_iterable_dataset(), make_tokenizer(), **settings)
+    with pytest.raises(ValueError, match="at least one pair"):
+        training_plan(dataset.select([]), make_tokenizer(), **settings)
     with pytest.raises(ValueError, match="needs a patient and faces"):
         training_plan(dataset, make_tokenizer(), **settings)
 

@@ -204,7 +204,8 @@ def training_plan(
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of doctor and patient.
         doctor (`str` or [`~transformers.PreTrainedConfig`]):
-            Name, path or config of the doctor. Only the config is read.
+            Name, path or config of the doctor. Only the config is read; weights that are stored quantized count as if
+            they were not.
         patient (`str` or [`~transformers.PreTrainedConfig`], *optional*):
             The same for the patient. Not needed for an annotated dataset.
         args ([`TFPOConfig`]):
@@ -228,8 +229,8 @@ def training_plan(
         [`TrainingPlan`]: counts, and the bytes of each phase.
 
     Raises:
-        `ValueError`: when the dataset is streamed or is not a preference dataset, when a pair is unusable, and when a
-        patient or its faces are missing.
+        `ValueError`: when the dataset is empty, streamed or not a preference dataset, when a pair is unusable, and when
+        a patient or its faces are missing.
 
     Examples:
 
@@ -251,10 +252,10 @@ def training_plan(
 
     ```
     """
-    if not isinstance(dataset, Dataset):
+    if not isinstance(dataset, Dataset) or len(dataset) == 0:
         raise ValueError(
-            f"A plan needs a dataset of known length. Got a `{type(dataset).__name__}`; pass one split, loaded with "
-            "`streaming=False`."
+            "A plan needs a dataset of known length, and at least one pair. Got "
+            f"{dataset!r}; pass one split with rows, loaded with `streaming=False`."
         )
     is_annotated = set(dataset.column_names).issuperset(ID_COLUMNS + REWARD_COLUMNS)
     if not is_annotated and (patient is None or faces is None):
