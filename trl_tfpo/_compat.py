@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-What is taken from TRL, PEFT and transformers that is not part of their public interface, each with the reason it is
+What is taken from TRL, PEFT, transformers and torch that is not part of their public interface, each with the reason it is
 needed.
 
 `tests/test_upstream.py` checks that every one of them still behaves as the package relies on.
@@ -26,7 +26,10 @@ from dataclasses import replace
 
 import torch
 from accelerate import Accelerator, PartialState
+from torch._subclasses.fake_tensor import FakeTensorMode  # tensors without values; public only inside torch.compile
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode  # documented under this name only
+from torch.utils._pytree import tree_leaves  # the same
 from transformers import PreTrainedModel
 from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.utils import ModelOutput
@@ -38,6 +41,8 @@ from trl.trainer.utils import create_model_from_path  # dtype and device rules f
 
 
 __all__ = [
+    "FakeTensorMode",
+    "TorchDispatchMode",
     "_BaseConfig",
     "_BaseTrainer",
     "active_adapters",
@@ -50,6 +55,7 @@ __all__ = [
     "keep_differentiable",
     "keep_output_precision",
     "load_model",
+    "tree_leaves",
     "unsharded",
     "unwrap_peft",
     "using_adapters",

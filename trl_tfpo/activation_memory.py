@@ -20,12 +20,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode  # documented by torch under this name, like the next two
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from ._compat import unwrap_peft
+from ._compat import FakeTensorMode, TorchDispatchMode, tree_leaves, unwrap_peft
 
 
 if TYPE_CHECKING:

@@ -35,6 +35,7 @@ from ._compat import unsharded, unwrap_peft
 from .activation_memory import peak_activations, reads_branches
 from .faces import Faces, resolve_faces
 from .modeling_doctor import make_doctor
+from .reference import REFERENCE_COLUMNS
 from .shards import SHARD_SIZE
 from .tfpo_config import TFPOConfig
 from .token_rewards import REWARD_COLUMNS
@@ -311,7 +312,7 @@ def training_plan(
             beside=weights if num_processes == 1 or quantized else 0,
         )
         memory.append(memory_of_patient)
-    if args.reference_weight:
+    if args.reference_weight and not set(REFERENCE_COLUMNS) <= set(dataset.column_names):
         reference_tokens, memory_of_reference = _plan_scoring(
             "reference", model, quantized, quantization_config, [(prompts, chosen, rejected)], args
         )
