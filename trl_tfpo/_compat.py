@@ -54,6 +54,7 @@ __all__ = [
     "is_sharded",
     "keep_differentiable",
     "keep_output_precision",
+    "labelled_logits",
     "load_model",
     "tree_leaves",
     "unsharded",
@@ -187,6 +188,29 @@ def fused_logps(
     Triton, fit a processor's cache: there smaller ones take a third of the time, and little memory.
     """
     has_label = labels[:, 1:] != -100
+    tile_width = trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    try:
+        if not trl_utils._use_triton(model.get_output_embeddings().weight.device):
+            trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = TILE_WIDTH
+        with _only_labelled(model, has_label):
+            outputs = forward(**inputs, shift_labels=labels[:, 1:][has_label][None], fused_lm_head=True)
+    finally:
+        trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = tile_width
+    log_probs = outputs.log_probs[0]
+    return log_probs.new_zeros(has_label.shape).masked_scatter(has_label.to(log_probs.device), log_probs)
+
+
+def labelled_logits(
+    forward: Callable[..., ModelOutput], model: PreTrainedModel, labels: torch.LongTensor, /, **inputs
+) -> torch.Tensor:
+    """Logits (N, V), float32, at the N positions that predict one of `labels` (B, L) which is not -100, row by row."""
+    with _only_labelled(model, labels[:, 1:] != -100):
+        return forward(**inputs, use_cache=False).logits[0].float()
+
+
+@contextmanager
+def _only_labelled(model: PreTrainedModel, has_label: torch.Tensor) -> Iterator[None]:
+    """Within the context the language model head is given one row: the positions (B, L - 1) that predict a label."""
 
     def keep_labelled(_, args, output):
         hidden_states = output.last_hidden_state
@@ -194,15 +218,10 @@ def fused_logps(
         return output
 
     hook = unwrap_peft(model).base_model.register_forward_hook(keep_labelled)
-    tile_width = trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
     try:
-        if not trl_utils._use_triton(model.get_output_embeddings().weight.device):
-            trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = TILE_WIDTH
-        log_probs = forward(**inputs, shift_labels=labels[:, 1:][has_label][None], fused_lm_head=True).log_probs[0]
+        yield
     finally:
         hook.remove()
-        trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = tile_width
-    return log_probs.new_zeros(has_label.shape).masked_scatter(has_label.to(log_probs.device), log_probs)
 
 
 @contextmanager

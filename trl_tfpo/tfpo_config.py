@@ -67,6 +67,10 @@ class TFPOConfig(_BaseConfig):
 
         > Parameters that control the objective
 
+        policy (`str`, *optional*, defaults to `"doctor"`):
+            Whose flow is balanced: `"doctor"`, the doctor alone, for which the patient is not needed once the data are
+            annotated; or `"guided"`, *guided flow*, the product of patient and doctor, which is what will be decoded.
+            The patient is then kept beside the doctor, is read once for each batch, and is the reference.
         reward_temperature (`float`, *optional*, defaults to `0.125`):
             A reward of 1 is worth `1 / reward_temperature` nats.
         reference_weight (`float`, *optional*, defaults to `1.0`):
@@ -136,6 +140,13 @@ class TFPOConfig(_BaseConfig):
     sparsity_threshold: float = field(
         default=0.3, metadata={"help": "theta in the paper, in [0, 1). Less important tokens have no reward."}
     )
+    policy: str = field(
+        default="doctor",
+        metadata={
+            "help": "Whose flow is balanced: 'doctor', the doctor alone, or 'guided', patient times doctor, for which "
+            "the patient stays loaded."
+        },
+    )
     reward_temperature: float = field(
         default=0.125, metadata={"help": "A token reward of 1 is worth 1 / reward_temperature nats."}
     )
@@ -158,6 +169,8 @@ class TFPOConfig(_BaseConfig):
 
     def __post_init__(self):
         check_reward_settings(self.reward_direction, self.importance_temperature, self.sparsity_threshold)
+        if self.policy not in ("doctor", "guided"):
+            raise ValueError(f"`policy` must be 'doctor' or 'guided'. Got {self.policy!r}; try the default.")
         check_flow_settings(self.reward_temperature, self.reference_weight)
         if not 0 <= self.subtb_lambda <= 1:
             raise ValueError(

@@ -27,7 +27,6 @@ from accelerate.utils import set_seed
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from huggingface_hub import ModelCard
 from transformers import (
-    AutoTokenizer,
     BitsAndBytesConfig,
     EvalPrediction,
     PreTrainedModel,
@@ -44,21 +43,22 @@ from ._compat import (
     is_sharded,
     keep_differentiable,
     keep_output_precision,
-    load_model,
 )
 from .data_collator import TokenRewardCollator
 from .faces import Faces
-from .modeling_doctor import DOCTOR_CARD, make_doctor
+from .guided_flow import read_patient, save_guidance
+from .modeling_doctor import DOCTOR_CARD, make_doctor, resolve_model
 from .objective import describe_batch, tfpo_objective
 from .reference import REFERENCE_COLUMNS, add_reference_logps
 from .scoring import model_fingerprint
 from .tfpo_config import TFPOConfig
-from .token_rewards import GAP_COLUMNS, REWARD_COLUMNS, annotate_token_rewards, check_annotated_for
+from .token_rewards import GAP_COLUMNS, REWARD_COLUMNS, annotate_token_rewards, check_annotated_for, check_patient
 from .tokenization import (
     FACE_COLUMNS,
     ID_COLUMNS,
     check_some_completion_ends,
     eos_token_ids,
+    resolve_processing_class,
     tokenize_preferences,
 )
 from .tokenizer_identity import check_embeddings
@@ -82,7 +82,7 @@ class TFPOTrainer(_BaseTrainer):
             The doctor: a causal language model with the patient's tokenizer, or its name or path.
         patient_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
             Frozen language model that gives token rewards to datasets without them. Not needed, and not kept, once
-            the datasets are annotated.
+            the datasets are annotated; but kept in each process, and read for each batch, for `policy="guided"`.
         args ([`TFPOConfig`], *optional*):
             Settings. Defaults to `TFPOConfig("<model name>-TFPO")`.
         data_collator ([`~transformers.DataCollator`], *optional*):
@@ -189,7 +189,8 @@ class TFPOTrainer(_BaseTrainer):
         # Model
         set_seed(args.seed)  # adapters start at random
         defaults = {"device_map": None} if args.distributed_state.num_processes > 1 else {}  # the engine places it
-        model = self._load(model, "model", args.model_init_kwargs, quantization_config, args, **defaults)
+        defaults["trust_remote_code"] = args.trust_remote_code
+        model = resolve_model(model, "model", quantization_config, **defaults | (args.model_init_kwargs or {}))
         if model.config.is_encoder_decoder:
             raise ValueError(
                 f"The doctor must be a causal language model. Got the encoder-decoder {type(model).__name__}; use a "
@@ -197,23 +198,13 @@ class TFPOTrainer(_BaseTrainer):
             )
 
         # Processing class
-        if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(
-                model.config._name_or_path, trust_remote_code=args.trust_remote_code
-            )
-        if not isinstance(processing_class, PreTrainedTokenizerBase):
-            raise ValueError(
-                "`processing_class` must be a tokenizer: token rewards are defined for text only. Got a "
-                f"`{type(processing_class).__name__}`; pass its `tokenizer` and a text dataset."
-            )
-        if processing_class.pad_token is None:
-            processing_class.pad_token = processing_class.eos_token
+        processing_class = resolve_processing_class(processing_class, model, args.trust_remote_code)
         model.config.get_text_config().pad_token_id = processing_class.pad_token_id
         model.generation_config.pad_token_id = processing_class.pad_token_id
         check_embeddings("doctor", model, processing_class)
 
         # Value head and PEFT
-        model = make_doctor(model, peft_config)
+        model = make_doctor(model, peft_config, guides=args.policy == "guided")
         keep_differentiable(model)
         if is_peft_model(model) and args.gradient_checkpointing:
             model.enable_input_require_grads()
@@ -258,7 +249,10 @@ class TFPOTrainer(_BaseTrainer):
         train_dataset = self._annotate(train_dataset, processing_class, args)
         eval_dataset = self._annotate(eval_dataset, processing_class, args)
         check_some_completion_ends(train_dataset, self._eos_token_ids)
-        self._free_patient()
+        if args.policy == "guided":
+            self._keep_patient(processing_class, args)
+        else:
+            self._free_patient()
 
         # Trainer
         super().__init__(
@@ -281,7 +275,8 @@ class TFPOTrainer(_BaseTrainer):
         keep_output_precision(self.accelerator)
 
         # Reference log-probabilities
-        self._reference_fingerprint = model_fingerprint(self.model) if args.reference_weight else None
+        self._has_reference = args.reference_weight > 0 and args.policy == "doctor"  # otherwise the patient, if any
+        self._reference_fingerprint = model_fingerprint(self.model) if self._has_reference else None
         self.train_dataset = self._add_reference_logps(self.train_dataset)
         self.eval_dataset = self._add_reference_logps(self.eval_dataset)
 
@@ -292,50 +287,30 @@ class TFPOTrainer(_BaseTrainer):
 
     # Models
 
-    @staticmethod
-    def _load(
-        model: str | PreTrainedModel,
-        name: str,
-        init_kwargs: dict | None,
-        quantization_config: BitsAndBytesConfig | None,
-        args: TFPOConfig,
-        **defaults,
-    ) -> PreTrainedModel:
-        """A model given by name or path, loaded; a model as it is."""
-        if not isinstance(model, str):
-            if quantization_config is not None:
-                raise ValueError(
-                    f"A quantization config applies to a `{name}` given by name or path. Got a loaded "
-                    f"{type(model).__name__}; quantize it when you load it."
-                )
-            return model
-        init_kwargs = {**defaults, "trust_remote_code": args.trust_remote_code, **(init_kwargs or {})}
-        if quantization_config is not None:
-            init_kwargs["quantization_config"] = quantization_config
-        return load_model(model, **init_kwargs)
-
     def _get_patient(self, args: TFPOConfig) -> PreTrainedModel:
         """The patient, loaded when it is first needed."""
         if self.patient_model is None:
             raise ValueError(
-                "A dataset without token rewards needs a patient to annotate it. Got `patient_model=None`; pass one, "
-                f"or a dataset with the columns {ID_COLUMNS + REWARD_COLUMNS} from `annotate_token_rewards`. A patient "
-                "given as a model is let go once the datasets given with it are annotated."
+                "A dataset without token rewards needs a patient to annotate it, and so does `policy='guided'`. Got "
+                f"`patient_model=None`; pass one, or a dataset with the columns {ID_COLUMNS + REWARD_COLUMNS} from "
+                "`annotate_token_rewards`. A patient given as a model is let go once the datasets given with it are "
+                "annotated."
             )
-        if self.faces is None:
-            raise ValueError(
-                "A dataset without token rewards needs `faces` to be annotated. Got None; pass "
-                "`Faces(positive=..., negative=...)` or the name of a built-in pair."
-            )
-        self.patient_model = self._load(
+        defaults = {"dtype": "auto", "trust_remote_code": args.trust_remote_code}
+        self.patient_model = resolve_model(
             self.patient_model,
             "patient_model",
-            args.patient_model_init_kwargs,
             self._patient_quantization_config,
-            args,
-            dtype="auto",
+            **defaults | (args.patient_model_init_kwargs or {}),
         )
         return self.patient_model
+
+    def _keep_patient(self, processing_class: PreTrainedTokenizerBase, args: TFPOConfig) -> None:
+        """Load the patient, whole in each process, next to the doctor."""
+        patient = self._get_patient(args)
+        check_patient(patient, processing_class)
+        if not getattr(patient, "is_quantized", False) and not hasattr(patient, "hf_device_map"):
+            patient.to(args.device)
 
     def _free_patient(self) -> None:
         """Let the patient go; one given by name can be loaded again."""
@@ -358,6 +333,7 @@ class TFPOTrainer(_BaseTrainer):
         if (
             isinstance(dataset, IterableDataset)
             and args.reference_weight
+            and args.policy == "doctor"
             and not columns.issuperset(REFERENCE_COLUMNS)
         ):
             raise ValueError(
@@ -383,6 +359,11 @@ class TFPOTrainer(_BaseTrainer):
                 "A streamed dataset must have token rewards already. Got an `IterableDataset` with the columns "
                 f"{sorted(columns)}; pass it through `annotate_token_rewards`, which streams as well."
             )
+        if self.faces is None:
+            raise ValueError(
+                "A dataset without token rewards needs `faces` to be annotated. Got None; pass "
+                "`Faces(positive=..., negative=...)` or the name of a built-in pair."
+            )
         return annotate_token_rewards(
             dataset,
             self._get_patient(args),
@@ -396,7 +377,7 @@ class TFPOTrainer(_BaseTrainer):
 
     def _add_reference_logps(self, dataset: AnyDataset | None) -> AnyDataset | None:
         """The dataset with the log-probabilities of the doctor before training, cached."""
-        if dataset is None or not self.args.reference_weight:
+        if dataset is None or not self._has_reference:
             return dataset
         if isinstance(dataset, dict):
             return {name: self._add_reference_logps(split) for name, split in dataset.items()}
@@ -432,16 +413,17 @@ class TFPOTrainer(_BaseTrainer):
     # Loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            completion_mask=inputs["completion_mask"],
-        )
+        tokens = {name: inputs[name] for name in ("input_ids", "attention_mask", "completion_mask")}
+        if self.args.policy == "guided":
+            patient_logits, reference_logps = read_patient(self.patient_model, **tokens)
+            outputs = model(**tokens, patient_logits=patient_logits)
+        else:
+            outputs, reference_logps = model(**tokens), inputs.get("reference_logps")
         loss, metrics = self.objective(
             **outputs,
             token_rewards=inputs["token_rewards"],
             is_complete=inputs["is_complete"],
-            reference_logps=inputs.get("reference_logps"),
+            reference_logps=reference_logps,
         )
         if not loss.isfinite():
             raise ValueError(
@@ -509,6 +491,10 @@ class TFPOTrainer(_BaseTrainer):
         return loss.detach(), None, None
 
     # Saving
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        save_guidance(self.model, output_dir or self.args.output_dir)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

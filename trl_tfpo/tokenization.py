@@ -17,7 +17,7 @@
 import json
 
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import is_conversational, maybe_extract_prompt
 
 from .faces import Faces, apply_face, has_system_role
@@ -160,6 +160,24 @@ def tokenize_prompt(prompt: str | list[dict], processing_class: PreTrainedTokeni
     return _apply_chat_template(
         processing_class, prompt, add_generation_prompt=not continued, continue_final_message=continued, **template
     )
+
+
+def resolve_processing_class(
+    processing_class: PreTrainedTokenizerBase | None, model: PreTrainedModel, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer, the model's own by default, with a padding token. Raises `ValueError` when it is none."""
+    if processing_class is None:
+        processing_class = AutoTokenizer.from_pretrained(
+            model.config._name_or_path, trust_remote_code=trust_remote_code
+        )
+    if not isinstance(processing_class, PreTrainedTokenizerBase):
+        raise ValueError(
+            "`processing_class` must be a tokenizer: token rewards are defined for text only. Got a "
+            f"`{type(processing_class).__name__}`; pass its `tokenizer` and a text dataset."
+        )
+    if processing_class.pad_token is None:
+        processing_class.pad_token = processing_class.eos_token
+    return processing_class
 
 
 def eos_token_ids(processing_class: PreTrainedTokenizerBase, model: PreTrainedModel | None = None) -> list[int]:
