@@ -123,6 +123,7 @@ SETTINGS = {
     "negative reward temperature": ({"reward_temperature": -0.25}, "`reward_temperature` must be positive"),
     "negative reference weight": ({"reference_weight": -1.0}, "`reference_weight` must be at least 0"),
     "threshold of one": ({"sparsity_threshold": 1.0}, r"\[0, 1\)"),
+    "unknown policy": ({"policy": "patient"}, "`policy` must be 'doctor' or 'guided'"),
     "unknown direction": ({"reward_direction": "labels"}, "'label', 'agreement' or 'faces'"),
     "importance temperature of zero": ({"importance_temperature": 0.0}, "must be positive"),
     "lambda above one": ({"subtb_lambda": 1.5}, r"\[0, 1\]"),

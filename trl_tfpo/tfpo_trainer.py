@@ -494,7 +494,8 @@ class TFPOTrainer(_BaseTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        save_guidance(self.model, output_dir or self.args.output_dir)
+        if self.args.should_save:
+            save_guidance(self.model, output_dir or self.args.output_dir)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
