@@ -30,6 +30,7 @@ Deviations from the paper, each chosen by a function argument unless said otherw
 5. The reward may be tempered and anchored to a reference policy (`reward_temperature`, `reference_weight`).
 6. Squared residuals are averaged, not summed, over the sub-trajectories of a completion, in $O(T)$.
 7. Value discrimination compares $\log V$ at the first token at which chosen and rejected part ways.
+8. The policy whose flow is balanced may be patient times doctor, [`guided_logps`], rather than the doctor (`policy`).
 """
 
 import math
