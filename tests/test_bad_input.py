@@ -125,6 +125,7 @@ SETTINGS = {
     "threshold of one": ({"sparsity_threshold": 1.0}, r"\[0, 1\)"),
     "unknown policy": ({"policy": "patient"}, "`policy` must be 'doctor' or 'guided'"),
     "unknown direction": ({"reward_direction": "labels"}, "'label', 'agreement' or 'faces'"),
+    "gap floor of zero": ({"gap_floor": 0.0}, "`gap_floor` must be positive"),
     "importance temperature of zero": ({"importance_temperature": 0.0}, "must be positive"),
     "lambda above one": ({"subtb_lambda": 1.5}, r"\[0, 1\]"),
     "negative value loss weight": ({"value_loss_weight": -0.1}, "`value_loss_weight` must be at least 0"),

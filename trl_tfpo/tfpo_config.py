@@ -29,7 +29,7 @@ class TFPOConfig(_BaseConfig):
     r"""
     Settings of the [`TFPOTrainer`], on top of those of [`~transformers.TrainingArguments`].
 
-    The published method is `TFPOConfig(reward_direction="label", reference_weight=0.0)`, decoded with `alpha=1.0`.
+    The published method is `TFPOConfig(reward_direction="label", gap_floor=1e-6, reference_weight=0.0)`, decoded with `alpha=1.0`.
 
     Parameters:
         > Parameters that control the models
@@ -62,6 +62,9 @@ class TFPOConfig(_BaseConfig):
             with it and zero elsewhere.
         importance_temperature (`float`, *optional*, defaults to `1.0`):
             $\tau > 0$. Larger makes the importance of tokens more even.
+        gap_floor (`float`, *optional*, defaults to `0.05`):
+            $\epsilon > 0$, in nats. In a completion on which the faces differ by much less than this on average, they
+            differ by noise, and no token is important.
         sparsity_threshold (`float`, *optional*, defaults to `0.3`):
             $\theta$ in `[0, 1)`. Tokens of lower importance have no reward.
 
@@ -137,6 +140,12 @@ class TFPOConfig(_BaseConfig):
     importance_temperature: float = field(
         default=1.0, metadata={"help": "tau in the paper. Larger makes the importance of tokens more even."}
     )
+    gap_floor: float = field(
+        default=0.05,
+        metadata={
+            "help": "epsilon in the paper, in nats. Where the faces differ by much less on average, no token is important."
+        },
+    )
     sparsity_threshold: float = field(
         default=0.3, metadata={"help": "theta in the paper, in [0, 1). Less important tokens have no reward."}
     )
@@ -168,7 +177,9 @@ class TFPOConfig(_BaseConfig):
     )
 
     def __post_init__(self):
-        check_reward_settings(self.reward_direction, self.importance_temperature, self.sparsity_threshold)
+        check_reward_settings(
+            self.reward_direction, self.importance_temperature, self.gap_floor, self.sparsity_threshold
+        )
         if self.policy not in ("doctor", "guided"):
             raise ValueError(f"`policy` must be 'doctor' or 'guided'. Got {self.policy!r}; try the default.")
         check_flow_settings(self.reward_temperature, self.reference_weight)

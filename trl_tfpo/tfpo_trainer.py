@@ -217,6 +217,7 @@ class TFPOTrainer(_BaseTrainer):
             functional.token_rewards,
             reward_direction=args.reward_direction,
             importance_temperature=args.importance_temperature,
+            gap_floor=args.gap_floor,
             sparsity_threshold=args.sparsity_threshold,
         )
         self.objective = objective or partial(
