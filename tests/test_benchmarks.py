@@ -183,3 +183,16 @@ def test_training_is_compared_on_the_same_shapes(tmp_path, monkeypatch):
     assert [row["length"] for row in report["subtb"]] == [5, 17]
     for name in ("chunked", "naive"):
         assert training.measure_peak(name, num_tokens=8, vocab_size=32) >= 0
+
+
+def test_baselines_are_measured_once(tmp_path):
+    """A run cut short must go on where it stopped, and a cooler patient must be further from the patient."""
+    output = tmp_path / "baselines.jsonl"
+    arguments = ["--quick", "--methods", "temperature", "best_of_n", "--output", str(output)]
+    load("baselines").main(arguments)
+    text = output.read_text(encoding="utf-8")
+    kls = {(row["method"], row["strength"]): row["kl"] for row in map(json.loads, text.splitlines())}
+    assert kls["temperature", 0.3] > kls["temperature", 0.5] > kls["temperature", 0.85] > 0
+    assert kls["best_of_n", 16] > kls["best_of_n", 2] > 0
+    load("baselines").main(arguments)
+    assert output.read_text(encoding="utf-8") == text
