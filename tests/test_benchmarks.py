@@ -188,3 +188,28 @@ def test_training_is_compared_on_the_same_shapes(tmp_path, monkeypatch):
     assert [row["length"] for row in report["subtb"]] == [5, 17]
     assert 0 < report["memory"]["chunked"] < report["memory"]["naive"] / 3
     assert all(peak >= 0 for peak in report["step"]["peak_mebibytes"].values())
+
+
+@pytest.mark.slow
+def test_the_frontier_is_measured_once(tmp_path, monkeypatch, capsys):
+    """A run cut short must go on where it stopped, and each method must be measured where its name says."""
+    frontier = load("frontier")
+    monkeypatch.setattr(frontier, "QUICK", dict(num_pairs=16, max_steps=2, num_samples_per_prompt=10, kls=[5.0]))
+    fixed = {
+        name: (function, grid[:2], strengths if name == "guided flow" else [4 if function is None else 0.5])
+        for name, (function, grid, strengths) in frontier.METHODS.items()
+    }
+    monkeypatch.setattr(frontier, "METHODS", fixed)
+    output = tmp_path / "frontier.jsonl"
+    arguments = ["--quick", "--output", str(output)]
+    frontier.main(arguments)
+    text = output.read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert {row["method"] for row in rows} == set(frontier.METHODS)
+    assert all(row["split"] in ("validation", "test") for row in rows)
+    assert all(row["kl"] > 0 for row in rows)
+    table = capsys.readouterr().out
+    assert all(f"| {name} |" in table for name in frontier.METHODS)
+    assert (tmp_path / "frontier.png").stat().st_size > 1000
+    frontier.main(arguments)
+    assert output.read_text(encoding="utf-8") == text
