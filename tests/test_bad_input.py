@@ -130,6 +130,7 @@ SETTINGS = {
     "lambda above one": ({"subtb_lambda": 1.5}, r"\[0, 1\]"),
     "negative value loss weight": ({"value_loss_weight": -0.1}, "`value_loss_weight` must be at least 0"),
     "negative margin": ({"value_margin": -0.1}, "`value_margin` must be at least 0"),
+    "negative learning rate of the head": ({"value_head_learning_rate": -1e-3}, "`value_head_learning_rate` must be"),
     "NaN": ({"value_margin": float("nan")}, "`value_margin` must be at least 0"),
     "max_length of zero": ({"max_length": 0}, "`max_length` must be at least 1"),
 }  # fmt: skip

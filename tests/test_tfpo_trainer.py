@@ -258,6 +258,37 @@ class TestReference:
             trainer.evaluate(annotated)
 
 
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(r=2, target_modules=["q_proj"])], ids=["full", "lora"])
+def test_the_head_may_learn_at_its_own_rate(annotated, tokenizer, tmp_path, peft_config):
+    """log V spans hundreds of nats: at the rate of a pretrained model its head may never get there."""
+    runs = {}
+    for rate in (None, 1e-2, 0.0, 0.1):
+        settings = dict(reference_weight=0.0, value_head_learning_rate=rate, weight_decay=0.1)
+        trainer = TFPOTrainer(
+            model=make_llama(2),
+            args=config(tmp_path / str(rate), **settings),
+            train_dataset=annotated,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+        )
+        trainer.train()
+        state = trainer.model.state_dict()
+        (head,) = (
+            state[name]
+            for name in state
+            if "value_head" in name and name.endswith("weight") and "original" not in name
+        )
+        runs[rate] = losses(trainer), head
+        groups = trainer.optimizer.param_groups
+        assert sum(len(group["params"]) for group in groups) == sum(
+            p.requires_grad for p in trainer.model.parameters()
+        )
+    assert runs[None][0] == pytest.approx(runs[1e-2][0], rel=1e-6) and torch.allclose(runs[None][1], runs[1e-2][1])
+    assert not runs[0.0][1].any()
+    assert runs[0.1][1].norm() > 2 * runs[None][1].norm()
+    assert len({tuple(values) for values, _ in runs.values()}) >= 3
+
+
 class TestCheckpoints:
     @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
     def test_resume_equals_uninterrupted(self, annotated, tokenizer, tmp_path, peft):

@@ -278,6 +278,26 @@ def make_doctor(
     return model
 
 
+def set_head_learning_rate(optimizer: torch.optim.Optimizer, model: torch.nn.Module, learning_rate: float) -> None:
+    """
+    Give the value head a learning rate of its own: parameter groups of the same settings, at the end.
+
+    Args:
+        optimizer ([`~torch.optim.Optimizer`]):
+            Optimizer of the model, before its first step and before a scheduler is made for it; changed in place.
+        model ([`~torch.nn.Module`]):
+            The doctor.
+        learning_rate (`float`):
+            Of the value head, at the start of the schedule.
+    """
+    of_head = {id(parameter) for name, parameter in model.named_parameters() if VALUE_HEAD in name.split(".")}
+    for group in list(optimizer.param_groups):
+        parameters = [parameter for parameter in group["params"] if id(parameter) in of_head]
+        if parameters:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in of_head]
+            optimizer.add_param_group({**group, "params": parameters, "lr": learning_rate})
+
+
 def locate_completions(completion_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Where in each row the states of its completion are read.

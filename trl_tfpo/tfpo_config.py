@@ -85,6 +85,8 @@ class TFPOConfig(_BaseConfig):
             $\lambda \ge 0$, weight of the value discrimination loss.
         value_margin (`float`, *optional*, defaults to `0.1`):
             $\gamma \ge 0$, its margin in nats.
+        value_head_learning_rate (`float`, *optional*):
+            Learning rate of the value head at the start of the schedule, at least 0. By default that of the rest.
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
@@ -175,6 +177,9 @@ class TFPOConfig(_BaseConfig):
     value_margin: float = field(
         default=0.1, metadata={"help": "gamma in the paper, margin of the value discrimination loss in nats."}
     )
+    value_head_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the value head. By default that of the rest."}
+    )
 
     def __post_init__(self):
         check_reward_settings(
@@ -190,6 +195,11 @@ class TFPOConfig(_BaseConfig):
         for name in ("value_loss_weight", "value_margin"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` must be at least 0. Got {getattr(self, name)}; try 0.1.")
+        if self.value_head_learning_rate is not None and not self.value_head_learning_rate >= 0:
+            raise ValueError(
+                f"`value_head_learning_rate` must be at least 0. Got {self.value_head_learning_rate}; leave it out for "
+                "that of the rest."
+            )
         for name in ("max_length", "pad_to_multiple_of", "scoring_batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -47,7 +47,7 @@ from ._compat import (
 from .data_collator import TokenRewardCollator
 from .faces import Faces
 from .guided_flow import read_patient, save_guidance
-from .modeling_doctor import DOCTOR_CARD, make_doctor, resolve_model
+from .modeling_doctor import DOCTOR_CARD, make_doctor, resolve_model, set_head_learning_rate
 from .objective import describe_batch, tfpo_objective
 from .reference import REFERENCE_COLUMNS, add_reference_logps
 from .scoring import model_fingerprint
@@ -95,12 +95,8 @@ class TFPOTrainer(_BaseTrainer):
             The same, for evaluation.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer of doctor and patient. Defaults to the doctor's.
-        compute_metrics (`Callable`, *optional*):
-            As in [`~transformers.Trainer`]; it receives no predictions.
-        callbacks (list of [`~transformers.TrainerCallback`], *optional*):
-            As in [`~transformers.Trainer`].
-        optimizers (`tuple`, *optional*):
-            As in [`~transformers.Trainer`].
+        compute_metrics, callbacks, optimizers (*optional*):
+            As in [`~transformers.Trainer`]; `compute_metrics` receives no predictions.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
             For a doctor given by name.
         patient_quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
@@ -408,10 +404,16 @@ class TFPOTrainer(_BaseTrainer):
             ]
 
     def _prepare_inputs(self, inputs: dict) -> dict:
-        # DeepSpeed's half precision would cast token rewards and log-probabilities as well; only ids need moving
+        # DeepSpeed's half precision would cast token rewards as well
         return {name: tensor.to(self.args.device) for name, tensor in inputs.items()}
 
     # Loss
+
+    def create_optimizer(self, model=None):
+        optimizer = super().create_optimizer(model)
+        if self.args.value_head_learning_rate is not None:
+            set_head_learning_rate(optimizer, model or self.model, self.args.value_head_learning_rate)
+        return optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         tokens = {name: inputs[name] for name in ("input_ids", "attention_mask", "completion_mask")}
@@ -460,7 +462,7 @@ class TFPOTrainer(_BaseTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
         prefix = f"{self._metric_key_prefix}_" if mode == "eval" else ""
-        # In place: `evaluate` returns this dict, so that `metric_for_best_model` can name any of the metrics
+        # In place: `evaluate` returns this dict, from which `metric_for_best_model` is taken
         num_pairs = self._metrics[mode].pop(NUM_PAIRS, None)
         logs.update({f"{prefix}{name}": value / num_pairs for name, value in self._metrics[mode].items()})
         self._metrics[mode].clear()
