@@ -13,7 +13,7 @@
 # limitations under the License.
 
 r"""
-What guidance gains and what it costs: reward, distance from the patient, diversity.
+What guidance gains and how far it goes: reward and distance from the patient.
 
 Shapes: N completions, T tokens of a completion (EOS included), V vocabulary, P prompts. Units: nats.
 
@@ -22,130 +22,18 @@ Methods are comparable at the same KL from the patient, [`match_kl`]: any reward
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from contextlib import nullcontext
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .doctors import Doctor
-from .generation import guided_generate, without_doctors
-from .logits_processor import DoctorGuidedLogitsProcessor
-from .tokenization import eos_token_ids, tokenize_prompt
-
-
-Prompt = str | list[dict[str, str]]
-
-
-@dataclass(frozen=True)
-class Completion:
-    """
-    A sampled completion.
-
-    Args:
-        prompt (`str` or `list[dict]`):
-            Text or messages that it completes.
-        prompt_ids (`list[int]`):
-            Token ids of the prompt, as the patient saw them.
-        completion_ids (`list[int]`):
-            Token ids of the completion, EOS included.
-        text (`str`):
-            The completion without special tokens.
-        is_complete (`bool`):
-            Whether it ends in EOS, rather than at `max_new_tokens`.
-    """
-
-    prompt: Prompt
-    prompt_ids: list[int]
-    completion_ids: list[int]
-    text: str
-    is_complete: bool
-
-
-@torch.no_grad()
-def generate_completions(
-    patient: PreTrainedModel,
-    processing_class: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    *,
-    guide: DoctorGuidedLogitsProcessor | None = None,
-    num_samples_per_prompt: int = 1,
-    max_new_tokens: int = 256,
-    temperature: float = 1.0,
-    batch_size: int = 16,
-    seed: int = 0,
-    **generate_kwargs,
-) -> list[Completion]:
-    """
-    What the patient says, guided or alone.
-
-    Top-k, top-p and repetition penalty are off, whatever the patient's generation config says: these are samples of
-    the policy itself. The random state of the caller is left as it was.
-
-    Args:
-        patient ([`~transformers.PreTrainedModel`]):
-            A causal language model in eval mode.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
-        prompts (sequence of `str` or `list[dict]`):
-            Texts, or conversations for the chat template.
-        guide ([`DoctorGuidedLogitsProcessor`], *optional*):
-            The guidance. `None` is the patient alone. Its mask is set here, to that of each batch.
-        num_samples_per_prompt (`int`, *optional*, defaults to `1`):
-            Independent samples of each prompt.
-        max_new_tokens (`int`, *optional*, defaults to `256`):
-            Longest completion, in tokens.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature of the samples; 0 is greedy search.
-        batch_size (`int`, *optional*, defaults to `16`):
-            Completions generated at once. The samples depend on it.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the samples.
-        **generate_kwargs:
-            Anything else for `patient.generate`.
-
-    Returns:
-        `list[Completion]`: the samples of the first prompt, then those of the second, and so on.
-
-    Raises:
-        `ValueError`: when there is no prompt, the patient is in training mode, or the guide has a weight for each row.
-    """
-    _check_policy(patient, guide)
-    if len(prompts) == 0 or num_samples_per_prompt < 1:
-        raise ValueError(
-            "There must be at least one prompt and one sample of each. Got "
-            f"{len(prompts)} prompts and `num_samples_per_prompt` {num_samples_per_prompt}."
-        )
-    eos_ids = eos_token_ids(processing_class, patient)
-    pad_token_id = next(x for x in (processing_class.pad_token_id, *eos_ids, 0) if x is not None)
-    sampling = dict(do_sample=True, temperature=temperature) if temperature > 0 else dict(do_sample=False)
-    tokenized = [(prompt, tokenize_prompt(prompt, processing_class)) for prompt in prompts]
-    rows = [row for row in tokenized for _ in range(num_samples_per_prompt)]
-    generate = patient.generate if guide is None else partial(guided_generate, patient, guide)
-    completions = []
-    with torch.random.fork_rng(devices=[patient.device] if patient.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
-            ids, mask = _pad([ids for _, ids in batch], padding_side="left", device=patient.device)
-            output = generate(
-                input_ids=ids.masked_fill(mask == 0, pad_token_id),
-                attention_mask=mask,
-                **(
-                    sampling
-                    | dict(top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=max_new_tokens)
-                    | dict(pad_token_id=pad_token_id, eos_token_id=eos_ids or None)
-                    | generate_kwargs
-                ),
-            )
-            for (prompt, prompt_ids), generated in zip(batch, output[:, ids.size(1) :].tolist(), strict=True):
-                end = next((i + 1 for i, x in enumerate(generated) if x in eos_ids), None)
-                text = processing_class.decode(generated[:end], skip_special_tokens=True)
-                completions.append(Completion(prompt, prompt_ids, generated[:end], text, end is not None))
-    if guide is not None:
-        guide.reset()
-    return completions
+from ..doctors import NO_ADAPTER, Doctor
+from ..functional import next_token_entropy
+from ..generation import without_doctors
+from ..logits_processor import DoctorGuidedLogitsProcessor
+from .completions import Completion, Prompt, check_policy, generate_completions, pad
+from .diversity import distinct_n
+from .judges import score_texts
 
 
 @torch.no_grad()
@@ -183,55 +71,110 @@ def guided_kl(
     Raises:
         `ValueError`: when the patient is in training mode, or the guide has a weight for each row.
     """
-    _check_policy(patient, guide)
-    divergences = []
-    for start in range(0, len(completions), batch_size):
-        batch = completions[start : start + batch_size]
-        with without_doctors(patient, guide):
-            logits = [_completion_logits(model, batch) for model in (patient, *guide.doctors)]
-        for patient_logits, *doctor_logits in zip(*logits, strict=True):  # (T, V) each
-            guided_logps = guide.combine(patient_logits, doctor_logits)
-            patient_logps = patient_logits.to(guided_logps.dtype).log_softmax(dim=-1)
-            log_ratio = (guided_logps - patient_logps).masked_fill(guided_logps == float("-inf"), 0)
-            divergences.append((guided_logps.exp() * log_ratio).double().sum().clamp(min=0).cpu())
-    return torch.stack(divergences) if divergences else torch.zeros(0, dtype=torch.float64)
+    return next_token_statistics(patient, guide, completions, batch_size=batch_size)["kl"]
 
 
-def distinct_n(texts: Sequence[str | Sequence[int]], n: int = 4) -> float:
-    r"""
-    Diversity of a pool of texts: the share of its n-grams that are distinct.
-
-    $$\frac{\#\ \text{distinct n-grams of the pool}}{\#\ \text{n-grams of the pool}}$$
-
-    An n-gram lies within one text. The share falls as the pool grows, for a language runs out of n-grams: compare
-    pools of the same number of texts of about the same length only.
+@torch.no_grad()
+def next_token_statistics(
+    patient: PreTrainedModel,
+    policy: DoctorGuidedLogitsProcessor | Doctor | PreTrainedModel | None,
+    completions: Sequence[Completion],
+    *,
+    batch_size: int = 16,
+) -> dict[str, torch.Tensor]:
+    """
+    Distance of a policy from the patient, and how many ways it leaves open: for guidance, or for any other model.
 
     Args:
-        texts (sequence of `str` or of sequences of `int`):
-            Texts, which are split at white space, or token ids.
-        n (`int`, *optional*, defaults to `4`):
-            Length of the n-grams, in words or tokens.
+        patient ([`~transformers.PreTrainedModel`]):
+            The patient, in eval mode.
+        policy ([`DoctorGuidedLogitsProcessor`], [`~transformers.PreTrainedModel`] or [`Doctor`], *optional*):
+            What the completions were sampled with, at temperature 1: guidance of the patient, or another model with
+            its tokenizer (the patient after DPO, say; adapters on its weights are off when the patient is read).
+            `None` is the patient alone.
+        completions (sequence of [`Completion`]):
+            Samples of the policy from [`generate_completions`].
+        batch_size (`int`, *optional*, defaults to `16`):
+            Completions read at once. Memory grows with its product with length and vocabulary.
 
     Returns:
-        `float`: in `(0, 1]`; `nan` when no text has `n` words.
+        `dict`: `kl` of shape `(N,)`, as in [`guided_kl`], and `entropy` of shape `(N,)`, the entropy of the policy's
+        next token in nats, averaged over the tokens of each completion.
 
     Raises:
-        `ValueError`: when `n` is less than 1.
+        `ValueError`: when a model is in training mode, or the guide has a weight for each row.
+    """
+    guide = policy if isinstance(policy, DoctorGuidedLogitsProcessor) else None
+    check_policy(patient, guide)
+    alone, others = patient, []
+    if guide is not None:
+        others = guide.doctors
+    elif policy is not None:
+        others = [policy if isinstance(policy, Doctor) else Doctor(policy)]
+        if others[0].is_on(patient) and others[0].adapters:
+            alone = Doctor(patient, adapter=NO_ADAPTER)
+    kls, entropies = [], []
+    for start in range(0, len(completions), batch_size):
+        batch = completions[start : start + batch_size]
+        with without_doctors(patient, guide) if guide else nullcontext():
+            logits = [_completion_logits(model, batch) for model in (alone, *others)]
+        for patient_logits, *other_logits in zip(*logits, strict=True):  # (T, V) each
+            if guide is not None:
+                policy_logps = guide.combine(patient_logits, other_logits)
+            else:
+                policy_logits = (other_logits or [patient_logits])[0]
+                vocab_size = min(policy_logits.size(-1), patient_logits.size(-1))  # both may be padded beyond
+                patient_logits = patient_logits[:, :vocab_size].to(policy_logits.device)
+                policy_logps = policy_logits[:, :vocab_size].float().log_softmax(dim=-1)
+            patient_logps = patient_logits.to(policy_logps.dtype).log_softmax(dim=-1)
+            log_ratio = (policy_logps - patient_logps).masked_fill(policy_logps == float("-inf"), 0)
+            kls.append((policy_logps.exp() * log_ratio).double().sum().clamp(min=0).cpu())
+            entropies.append(next_token_entropy(policy_logps).double().mean().cpu())
+    empty = torch.zeros(0, dtype=torch.float64)
+    return {"kl": torch.stack(kls) if kls else empty, "entropy": torch.stack(entropies) if kls else empty}
+
+
+def sampled_kl(policy_logps: Sequence[torch.Tensor], patient_logps: Sequence[torch.Tensor]) -> torch.Tensor:
+    r"""
+    KL from log-probabilities of the sampled tokens alone, as a serving engine returns them.
+
+    $$\widehat{\operatorname{KL}} = \sum_{t=1}^{T} \log \pi(y_t \mid y_{<t}) - \log \pi_{\text{patient}}(y_t \mid y_{<t})$$
+
+    Unbiased for completions sampled from the policy at temperature 1. Single values may be negative, and the mean
+    varies far more than that of [`next_token_statistics`], which looks at all tokens of the vocabulary.
+
+    Args:
+        policy_logps (sequence of `torch.Tensor` of shape `(T_i,)`):
+            Log-probability of each token of N completions under the policy that they were sampled from, in nats.
+        patient_logps (sequence of `torch.Tensor` of shape `(T_i,)`):
+            The same under the patient.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`: estimates in nats.
+
+    Raises:
+        `ValueError`: when the shapes differ.
 
     Examples:
 
     ```python
-    >>> from trl_tfpo.evaluation import distinct_n
-    >>> distinct_n(["a b a b", "a b c"], n=2)  # a b, b a, a b; a b, b c
-    0.6
+    >>> import torch
+    >>> from trl_tfpo.evaluation import sampled_kl
+    >>> sampled_kl([torch.tensor([-1.0, -2.0])], [torch.tensor([-1.5, -4.0])])
+    tensor([2.5000], dtype=torch.float64)
 
     ```
     """
-    if n < 1:
-        raise ValueError(f"`n` must be at least 1. Got {n}; the usual is 4.")
-    pool = [text.split() if isinstance(text, str) else text for text in texts]
-    ngrams = [tuple(words[i : i + n]) for words in pool for i in range(len(words) - n + 1)]
-    return len(set(ngrams)) / len(ngrams) if ngrams else math.nan
+    policy_logps, patient_logps = ([torch.as_tensor(x).double() for x in xs] for xs in (policy_logps, patient_logps))
+    shapes = [[tuple(x.shape) for x in xs] for xs in (policy_logps, patient_logps)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            "Both models must have a log-probability for each token of each completion. Got shapes "
+            f"{shapes[0][:3]} and {shapes[1][:3]} (the first three of {len(shapes[0])} and {len(shapes[1])}); score the "
+            "same token ids with both."
+        )
+    estimates = [(policy - patient).sum() for policy, patient in zip(policy_logps, patient_logps, strict=True)]
+    return torch.stack(estimates) if estimates else torch.zeros(0, dtype=torch.float64)
 
 
 def evaluate_guidance(
@@ -278,15 +221,7 @@ def evaluate_guidance(
         patient, processing_class, prompts, guide=guide, batch_size=batch_size, **generate_kwargs
     )
     texts = [completion.text for completion in completions]
-    rewards = torch.as_tensor(
-        reward_fn(prompts=[completion.prompt for completion in completions], completions=texts), dtype=torch.float64
-    )
-    if rewards.shape != (len(texts),) or not rewards.isfinite().all():
-        raise ValueError(
-            "`reward_fn` must return a finite number for each completion. Got "
-            f"{tuple(rewards.shape)} for {len(texts)} completions, {int(rewards.isfinite().sum())} finite; give "
-            "texts that cannot be judged a number, too."
-        )
+    rewards = score_texts(reward_fn, [completion.prompt for completion in completions], texts)
     kls = torch.zeros_like(rewards) if guide is None else guided_kl(patient, guide, completions, batch_size=batch_size)
     lengths = [len(completion.completion_ids) for completion in completions]
     return {
@@ -430,35 +365,10 @@ def _standard_error(values: torch.Tensor, num_prompts: int) -> float:
     return (values.std() / len(values) ** 0.5).item() if len(values) > 1 else math.nan
 
 
-def _pad(rows: Sequence[list[int]], *, padding_side: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask, (B, L) each, of rows of different lengths."""
-    ids = [torch.tensor(row) for row in rows]
-    mask = [torch.ones_like(row) for row in ids]
-    return tuple(pad_sequence(x, batch_first=True, padding_side=padding_side).to(device) for x in (ids, mask))
-
-
 def _completion_logits(model: PreTrainedModel | Doctor, completions: Sequence[Completion]) -> list[torch.Tensor]:
     """Logits (T, V) at which a model would have sampled each completion, on the CPU or wherever the model ends."""
     rows = [completion.prompt_ids + completion.completion_ids for completion in completions]
-    ids, mask = _pad(rows, padding_side="right", device=model.device)  # what is padding, no token before it sees
+    ids, mask = pad(rows, padding_side="right", device=model.device)  # what is padding, no token before it sees
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     ends = [(len(completion.prompt_ids) - 1, len(row) - 1) for completion, row in zip(completions, rows, strict=True)]
     return [logits[i, start:end] for i, (start, end) in enumerate(ends)]
-
-
-def _check_policy(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor | None) -> None:
-    doctors = guide.doctors if guide else []
-    if any(model.training for model in (patient, *(doctor.model for doctor in doctors))):
-        raise ValueError(
-            "Patient and doctors must be in eval mode, as dropout is random. Got training mode; call `.eval()`."
-        )
-    if guide and not all(isinstance(weight, float) for weight in (guide.alpha, *guide.betas)):
-        raise ValueError(
-            "An evaluation is of one policy, so `alpha` and `beta` must be numbers. Got a weight for each row or a "
-            "schedule; evaluate one strength at a time."
-        )
-    if any(doctor.prompt is not None for doctor in doctors):
-        raise ValueError(
-            "An evaluation has prompts of its own, so doctors must read those. Got a doctor with a `prompt`; leave it "
-            "out."
-        )

@@ -1,0 +1,113 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+r"""
+How sure a mean is: resampling of prompts, and of seeds.
+
+Shapes: S seeds, P prompts.
+"""
+
+import math
+
+import torch
+
+
+MAX_ELEMENTS = 2**22  # held at once
+
+
+def bootstrap_interval(
+    values: torch.Tensor, *, level: float = 0.95, num_resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    r"""
+    Percentile interval of a mean over prompts, or over seeds and prompts.
+
+    Prompts are drawn with replacement. Where there are several seeds, they are drawn as well, independently, and each
+    meets the same prompts: the seeds of a method share them. Samples of one prompt are not independent of one another,
+    so their mean is one value. With few seeds the interval is too short, by about $\sqrt{(S - 1) / S}$ in the part that
+    is due to them.
+
+    Args:
+        values (`torch.Tensor` of shape `(P,)` or `(S, P)`):
+            One finite number for each prompt, and for each seed.
+        level (`float`, *optional*, defaults to `0.95`):
+            Nominal coverage, between 0 and 1.
+        num_resamples (`int`, *optional*, defaults to `2000`):
+            Number of draws.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the draws. The same for all methods, it pairs them.
+
+    Returns:
+        `tuple[float, float]`: lower and upper end.
+
+    Raises:
+        `ValueError`: when there are fewer than two prompts, a value is not finite, or a setting makes no sense.
+
+    Examples:
+
+    ```python
+    >>> import torch
+    >>> from trl_tfpo.evaluation import bootstrap_interval
+    >>> low, high = bootstrap_interval(torch.arange(100.0))
+    >>> low < 49.5 < high
+    True
+
+    ```
+    """
+    values = torch.as_tensor(values).detach().cpu().double()
+    if values.dim() not in (1, 2) or values.shape[-1] < 2 or values.shape[0] < 1 or not values.isfinite().all():
+        raise ValueError(
+            "`values` must be finite, of shape (P,) or (S, P) with at least two prompts. Got shape "
+            f"{tuple(values.shape)}, {int((~values.isfinite()).sum())} not finite; a single prompt says nothing of others."
+        )
+    if not 0 < level < 1 or num_resamples < 1:
+        raise ValueError(
+            f"`level` must be between 0 and 1, and `num_resamples` at least 1. Got {level} and {num_resamples}; 0.95 "
+            "and 2000 are usual."
+        )
+    values = values.view(-1, values.shape[-1])  # (S, P)
+    num_seeds, num_prompts = values.shape
+    generator = torch.Generator().manual_seed(seed)
+    means = []
+    at_once = max(1, MAX_ELEMENTS // num_prompts)
+    for start in range(0, num_resamples, at_once):
+        num = min(at_once, num_resamples - start)
+        prompts = torch.randint(num_prompts, (num, num_prompts), generator=generator)
+        by_seed = torch.stack([row[prompts].mean(dim=1) for row in values], dim=1)  # (resamples, S)
+        if num_seeds > 1:
+            by_seed = by_seed.gather(1, torch.randint(num_seeds, by_seed.shape, generator=generator))
+        means.append(by_seed.mean(dim=1))
+    tail = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    low, high = torch.cat(means).quantile(tail).tolist()
+    return low, high
+
+
+def mean_with_interval(values: torch.Tensor, **settings) -> dict[str, float | None]:
+    """
+    Mean and interval of samples.
+
+    Args:
+        values (`torch.Tensor` of shape `(S, P, N)`):
+            A number for each of N samples of each prompt, for each seed.
+        **settings:
+            `level`, `num_resamples` and `seed` of [`bootstrap_interval`].
+
+    Returns:
+        `dict`: `mean`, `low` and `high`. The interval is over prompts; over the samples if there is one prompt; `None`
+        if there is one sample of it, or a value is not finite.
+    """
+    units = values.mean(dim=2) if values.size(1) > 1 else values[:, 0]  # (S, P), or (S, N)
+    mean = units.mean().item()
+    is_known = units.size(1) > 1 and bool(units.isfinite().all())
+    low, high = bootstrap_interval(units, **settings) if is_known else (None, None)
+    return {"mean": mean if math.isfinite(mean) else None, "low": low, "high": high}

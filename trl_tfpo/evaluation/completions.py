@@ -1,0 +1,218 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+r"""
+What a policy says to a set of prompts.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..generation import guided_generate
+from ..logits_processor import DoctorGuidedLogitsProcessor
+from ..tokenization import eos_token_ids, tokenize_prompt
+
+
+Prompt = str | list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """
+    A sampled completion.
+
+    Args:
+        prompt (`str` or `list[dict]`):
+            Text or messages that it completes.
+        prompt_ids (`list[int]`):
+            Token ids of the prompt, as the patient saw them.
+        completion_ids (`list[int]`):
+            Token ids of the completion, EOS included.
+        text (`str`):
+            The completion without special tokens.
+        is_complete (`bool`):
+            Whether it ends in EOS, rather than at `max_new_tokens`.
+        seconds (`float`, *optional*):
+            Its share of the time that its batch took. Does not count when completions are compared.
+    """
+
+    prompt: Prompt
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    text: str
+    is_complete: bool
+    seconds: float | None = field(default=None, compare=False)
+
+
+@torch.no_grad()
+def generate_completions(
+    patient: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    guide: DoctorGuidedLogitsProcessor | None = None,
+    num_samples_per_prompt: int = 1,
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    batch_size: int = 16,
+    seed: int = 0,
+    **generate_kwargs,
+) -> list[Completion]:
+    """
+    What the patient says, guided or alone.
+
+    Top-k, top-p and repetition penalty are off, whatever the patient's generation config says: these are samples of
+    the policy itself. The random state of the caller is left as it was.
+
+    Args:
+        patient ([`~transformers.PreTrainedModel`]):
+            A causal language model in eval mode.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        prompts (sequence of `str` or `list[dict]`):
+            Texts, or conversations for the chat template.
+        guide ([`DoctorGuidedLogitsProcessor`], *optional*):
+            The guidance. `None` is the patient alone. Its mask is set here, to that of each batch.
+        num_samples_per_prompt (`int`, *optional*, defaults to `1`):
+            Independent samples of each prompt.
+        max_new_tokens (`int`, *optional*, defaults to `256`):
+            Longest completion, in tokens.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature of the samples; 0 is greedy search.
+        batch_size (`int`, *optional*, defaults to `16`):
+            Completions generated at once. The samples depend on it, and so do the `seconds` of each.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the samples.
+        **generate_kwargs:
+            Anything else for `patient.generate`.
+
+    Returns:
+        `list[Completion]`: the samples of the first prompt, then those of the second, and so on.
+
+    Raises:
+        `ValueError`: when there is no prompt, the patient is in training mode, or the guide has a weight for each row.
+    """
+    check_policy(patient, guide)
+    if len(prompts) == 0 or num_samples_per_prompt < 1:
+        raise ValueError(
+            "There must be at least one prompt and one sample of each. Got "
+            f"{len(prompts)} prompts and `num_samples_per_prompt` {num_samples_per_prompt}."
+        )
+    eos_ids = eos_token_ids(processing_class, patient)
+    pad_token_id = next(x for x in (processing_class.pad_token_id, *eos_ids, 0) if x is not None)
+    sampling = dict(do_sample=True, temperature=temperature) if temperature > 0 else dict(do_sample=False)
+    tokenized = [(prompt, tokenize_prompt(prompt, processing_class)) for prompt in prompts]
+    rows = [row for row in tokenized for _ in range(num_samples_per_prompt)]
+    generate = patient.generate if guide is None else partial(guided_generate, patient, guide)
+    completions = []
+    with torch.random.fork_rng(devices=[patient.device] if patient.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            ids, mask = pad([ids for _, ids in batch], padding_side="left", device=patient.device)
+            start_time = time.perf_counter()
+            output = generate(
+                input_ids=ids.masked_fill(mask == 0, pad_token_id),
+                attention_mask=mask,
+                **(
+                    sampling
+                    | dict(top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=max_new_tokens)
+                    | dict(pad_token_id=pad_token_id, eos_token_id=eos_ids or None)
+                    | generate_kwargs
+                ),
+            )
+            rows_of_ids = output[:, ids.size(1) :].tolist()  # on the CPU, when all is done
+            seconds = (time.perf_counter() - start_time) / len(batch)
+            for (prompt, prompt_ids), generated in zip(batch, rows_of_ids, strict=True):
+                end = next((i + 1 for i, x in enumerate(generated) if x in eos_ids), None)
+                text = processing_class.decode(generated[:end], skip_special_tokens=True)
+                completions.append(Completion(prompt, prompt_ids, generated[:end], text, end is not None, seconds))
+    if guide is not None:
+        guide.reset()
+    return completions
+
+
+def by_prompt(
+    prompts: Sequence[Prompt], completions: Sequence[Completion | str] | Sequence[Sequence[Completion | str]]
+) -> list[list[list[Completion | str]]]:
+    """
+    Completions by seed, prompt and sample.
+
+    Args:
+        prompts (sequence of `str` or `list[dict]`):
+            P prompts.
+        completions (sequence of [`Completion`] or `str`, or sequence of such sequences):
+            The samples of the first prompt, then those of the second, and so on: as many of each. A sequence of
+            sequences has one for each seed.
+
+    Returns:
+        `list[list[list]]`: by seed, prompt, sample.
+
+    Raises:
+        `ValueError`: when there is no completion, or the samples cannot be shared out evenly.
+    """
+    one_seed = len(completions) > 0 and isinstance(completions[0], (Completion, str))
+    seeds = [completions] if one_seed else completions
+    counts = sorted({len(seed) for seed in seeds})
+    if len(prompts) == 0 or len(counts) != 1 or counts[0] == 0 or counts[0] % len(prompts):
+        raise ValueError(
+            f"There must be as many completions of each of the {len(prompts)} prompts, and for each seed. Got "
+            f"{counts or 'none'}; order them as `generate_completions` does, the samples of the first prompt first."
+        )
+    num = counts[0] // len(prompts)
+    grouped = [[list(seed[i * num : (i + 1) * num]) for i in range(len(prompts))] for seed in seeds]
+    for seed in grouped:
+        for prompt, samples in zip(prompts, seed, strict=True):
+            if any(isinstance(sample, Completion) and sample.prompt != prompt for sample in samples):
+                raise ValueError(
+                    f"Completions must be in the order of the prompts. Got one of another prompt where {prompt!r} has "
+                    "its samples; pass the prompts that they were generated from."
+                )
+    return grouped
+
+
+def text_of(completion: Completion | str) -> str:
+    """The text of a completion, which may be one."""
+    return completion if isinstance(completion, str) else completion.text
+
+
+def pad(rows: Sequence[list[int]], *, padding_side: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask, (B, L) each, of rows of different lengths."""
+    ids = [torch.tensor(row) for row in rows]
+    mask = [torch.ones_like(row) for row in ids]
+    return tuple(pad_sequence(x, batch_first=True, padding_side=padding_side).to(device) for x in (ids, mask))
+
+
+def check_policy(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor | None) -> None:
+    doctors = guide.doctors if guide else []
+    if any(model.training for model in (patient, *(doctor.model for doctor in doctors))):
+        raise ValueError(
+            "Patient and doctors must be in eval mode, as dropout is random. Got training mode; call `.eval()`."
+        )
+    if guide and not all(isinstance(weight, float) for weight in (guide.alpha, *guide.betas)):
+        raise ValueError(
+            "An evaluation is of one policy, so `alpha` and `beta` must be numbers. Got a weight for each row or a "
+            "schedule; evaluate one strength at a time."
+        )
+    if any(doctor.prompt is not None for doctor in doctors):
+        raise ValueError(
+            "An evaluation has prompts of its own, so doctors must read those. Got a doctor with a `prompt`; leave it "
+            "out."
+        )

@@ -1,0 +1,171 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Which of two methods answers better, prompt by prompt.
+
+Shapes: S seeds, P prompts, N samples of each; S', M the same of the baseline.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from .bootstrap import mean_with_interval
+from .completions import Completion, Prompt, by_prompt, text_of
+from .judges import PairwiseJudge, score_texts
+
+
+def head_to_head(
+    prompts: Sequence[Prompt],
+    completions: Sequence[Completion | str] | Sequence[Sequence[Completion | str]],
+    baseline_completions: Sequence[Completion | str] | Sequence[Sequence[Completion | str]],
+    judge: Callable[..., Sequence[float]] | PairwiseJudge,
+    *,
+    tie_margin: float = 0.0,
+    **settings,
+) -> dict[str, float | int | None]:
+    """
+    Shares of prompts on which a method wins, loses or ties against another.
+
+    Args:
+        prompts (sequence of `str` or `list[dict]`):
+            P prompts, 300 in the paper.
+        completions (sequence of [`Completion`] or `str`, or a sequence of such sequences, one for each seed):
+            Completions of the method: those of the first prompt, then those of the second, and so on.
+        baseline_completions:
+            The same of the method that it is compared with. As many seeds, or one for all.
+        judge (`Callable` or [`PairwiseJudge`]):
+            A reward function `(prompts, completions) -> list[float]`, which compares every sample of a prompt with
+            every one of the baseline; or a pairwise judge, which sees the first samples of each prompt, in both orders.
+            Then a win is a verdict that holds in both, anything else is a tie, so that a judge who prefers what it
+            reads first gives a tie.
+        tie_margin (`float`, *optional*, defaults to `0.0`):
+            Rewards that differ by no more than this are a tie.
+        **settings:
+            `level`, `num_resamples` and `seed` of [`bootstrap_interval`].
+
+    Returns:
+        `dict`: `win`, `loss` and `tie`, which add up to 1; `win_half_tie`, wins and half the ties, with its bootstrap
+        interval `low` and `high`; `num_prompts`; and for a pairwise judge `consistency`, the share of pairs on which
+        it says the same in both orders, and `num_without_verdict`, the pairs it gave no verdict on in one or both,
+        which count as ties.
+
+    Raises:
+        `ValueError`: when the completions cannot be shared out over the prompts, or the judge does not give a verdict
+            for each.
+
+    Examples:
+
+    ```python
+    >>> from trl_tfpo.evaluation import head_to_head
+    >>> def length(prompts, completions):
+    ...     return [float(len(text)) for text in completions]
+    >>> result = head_to_head(["a", "b"], ["long", "even"], ["no", "even"], length)
+    >>> result["win"], result["tie"], result["win_half_tie"]
+    (0.5, 0.5, 0.75)
+
+    ```
+    """
+    method, baseline = by_prompt(prompts, completions), by_prompt(prompts, baseline_completions)
+    if len(baseline) not in (1, len(method)):
+        raise ValueError(
+            "The baseline must have as many seeds as the method, or one for all. Got "
+            f"{len(baseline)} for {len(method)}; give it one."
+        )
+    if not hasattr(judge, "judge"):
+        rewards, baseline_rewards = (rewards_by_prompt(judge, prompts, side) for side in (method, baseline))
+        return compare_rewards(rewards, baseline_rewards, tie_margin=tie_margin, **settings)
+
+    pairs = [
+        (prompt, [text_of(ours[0]), text_of(theirs[0])])
+        for i, seed in enumerate(method)
+        for prompt, ours, theirs in zip(prompts, seed, baseline[i % len(baseline)], strict=True)
+    ]
+    asked = [*pairs, *((prompt, pair[::-1]) for prompt, pair in pairs)]
+    verdicts = judge.judge([prompt for prompt, _ in asked], [pair for _, pair in asked], shuffle_order=False)
+    verdicts = torch.as_tensor(verdicts, dtype=torch.float64)
+    is_known = (verdicts == 0) | (verdicts == 0.5) | (verdicts == 1) | (verdicts == -1)
+    if verdicts.shape != (len(asked),) or not is_known.all():
+        raise ValueError(
+            "A pairwise judge must give 0, 1, 0.5 or -1 for each pair. Got "
+            f"{tuple(verdicts.shape)} verdicts for {len(asked)} pairs; see `PairwiseJudge`."
+        )
+    first, swapped = verdicts.view(2, len(method), len(prompts))  # (S, P) each
+    has_verdict = (first >= 0) & (swapped >= 0)
+    wins, losses = (first == 0) & (swapped == 1), (first == 1) & (swapped == 0)
+    result = _rates(wins[..., None].double(), losses[..., None].double(), settings)
+    same = (first == 1 - swapped)[has_verdict]
+    return result | {
+        "consistency": same.double().mean().item() if len(same) else None,
+        "num_without_verdict": int((~has_verdict).sum()),
+    }
+
+
+def compare_rewards(
+    rewards: torch.Tensor, baseline_rewards: torch.Tensor, *, tie_margin: float = 0.0, **settings
+) -> dict[str, float | int | None]:
+    """
+    [`head_to_head`] by rewards that are known: every sample of a prompt against every one of the baseline.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(S, P, N)`):
+            Rewards of the method.
+        baseline_rewards (`torch.Tensor` of shape `(S', P, M)`):
+            Rewards of the baseline, S' being S or 1.
+        tie_margin (`float`, *optional*, defaults to `0.0`):
+            Rewards that differ by no more than this are a tie.
+        **settings:
+            `level`, `num_resamples` and `seed` of [`bootstrap_interval`].
+
+    Returns:
+        `dict`: as in [`head_to_head`].
+
+    Raises:
+        `ValueError`: when the margin is negative.
+    """
+    if not tie_margin >= 0:
+        raise ValueError(f"`tie_margin` must not be negative. Got {tie_margin}; at 0 only equal rewards are a tie.")
+    margins = rewards[..., None] - baseline_rewards[..., None, :]  # (S, P, N, M)
+    wins, losses = (margins > tie_margin).double().mean(dim=3), (margins < -tie_margin).double().mean(dim=3)
+    return _rates(wins, losses, settings) | {"consistency": None, "num_without_verdict": 0}
+
+
+def rewards_by_prompt(
+    reward_fn: Callable[..., Sequence[float]], prompts: Sequence[Prompt], completions: list[list[list]]
+) -> torch.Tensor:
+    """Rewards (S, P, N) of completions by seed, prompt and sample, in one call of the reward function."""
+    rows = [
+        (prompt, text_of(sample))
+        for seed in completions
+        for prompt, samples in zip(prompts, seed, strict=True)
+        for sample in samples
+    ]
+    rewards = score_texts(reward_fn, [prompt for prompt, _ in rows], [text for _, text in rows])
+    return rewards.view(len(completions), len(prompts), -1)
+
+
+def _rates(wins: torch.Tensor, losses: torch.Tensor, settings: dict) -> dict[str, float | int | None]:
+    """Rates from shares of wins and losses (S, P, N)."""
+    score = mean_with_interval((1 + wins - losses) / 2, **settings)
+    win, loss = wins.mean().item(), losses.mean().item()
+    return {
+        "win": win,
+        "loss": loss,
+        "tie": max(1 - win - loss, 0.0),
+        "win_half_tie": score["mean"],
+        "low": score["low"],
+        "high": score["high"],
+        "num_prompts": wins.size(1),
+    }
