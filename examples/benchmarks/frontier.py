@@ -155,7 +155,7 @@ METHODS = {
     "best of n": (None, [{}], [2, 4, 8, 16]),
     "published": (product, [PUBLISHED | dict(learning_rate=3e-3)], 2.0),
     "TFPO": (tfpo, [dict(learning_rate=3e-3)], 1.0),
-    "guided flow": (product, [dict(policy="guided", reward_temperature=0.35, learning_rate=3e-3)], 4.0),
+    "guided flow": (product, [dict(policy="guided", reward_temperature=0.25, learning_rate=3e-3)], 4.0),
     "GenARM": (
         genarm,
         [dict(reward_scale=scale, learning_rate=1e-3) for scale in (0.05, 0.25)],
