@@ -22,7 +22,7 @@ from test_tfpo_trainer import FACES, config, losses
 from transformers import AutoModelForCausalLM
 
 from trl_tfpo import DoctorGuidedLogitsProcessor, TFPOTrainer, annotate_token_rewards, load_doctor
-from trl_tfpo.guided_flow import read_patient, start_guidance
+from trl_tfpo.guided_flow import read_patient, save_guidance, start_guidance
 from trl_tfpo.modeling_doctor import add_value_head, make_doctor
 
 
@@ -157,12 +157,14 @@ def test_a_mixture_and_a_product_stand_side_by_side(tmp_path):
     """Two doctors that were trained in two ways each need their share, and only one takes it from the patient."""
     make_doctor(make_llama(2), guides=True).save_pretrained(tmp_path / "guided")
     make_llama(3).save_pretrained(tmp_path / "alone")
-    (tmp_path / "guided" / "guidance.json").write_text('{"alpha": 1.0, "beta": 1.0}')
+    save_guidance(make_doctor(make_llama(2), guides=True), tmp_path / "guided")
     names = [tmp_path / "guided", tmp_path / "alone"]
     guide = DoctorGuidedLogitsProcessor.from_pretrained(names)
     assert (guide.alpha, guide.betas) == (0.5, [1.0, 0.5])
     guide = DoctorGuidedLogitsProcessor.from_pretrained(names, beta=[0.7, 0.2])
     assert (guide.alpha, guide.betas) == (0.8, [0.7, 0.2])
+    doctor = AutoModelForCausalLM.from_pretrained(names[0])
+    assert DoctorGuidedLogitsProcessor(doctor, beta=0.3).alpha == 1.0  # however it was loaded
     guide = DoctorGuidedLogitsProcessor.from_pretrained(names[1], alpha=1.0, beta=0.3, min_patient_prob=0.1)
     assert (guide.alpha, guide.betas, guide.min_patient_prob) == (1.0, [0.3], 0.1)
 

@@ -33,7 +33,7 @@ from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBa
 
 from .doctors import PADDING, Doctor, DoctorMemory, check_left_padded, check_reference, special_ids
 from .functional import guided_logps, next_token_entropy, plausible_mask
-from .guided_flow import load_guidance
+from .guided_flow import is_guidance, load_guidance
 from .modeling_doctor import load_doctor
 from .tokenizer_identity import check_same_tokenizer
 from .weights import Weight, check_weight, opposite_weight, remaining_weight, weight_at
@@ -54,7 +54,8 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
             [`Doctor`] says more: which adapter, or a prompt of its own.
         alpha (`float`, `torch.Tensor` of shape `(B,)` or callable, *optional*):
             Exponent of the patient. By default the exponents add up to 1: the *mixture*, `1 - sum(beta)`, or with a
-            `reference` the *ratio*, `1`. The *product* (the paper) is `alpha=1`.
+            `reference` the *ratio*, `1`. The *product* (the paper) is `alpha=1`; a doctor of guided flow is made for
+            it, and takes nothing from the patient by default.
         beta (`float`, `torch.Tensor` of shape `(B,)` or callable, or list of them, *optional*, defaults to `0.5`):
             Exponent of the doctor, or of each doctor. 0 leaves the patient alone, without a doctor's forward pass;
             negative steers away. A tensor has a weight for each prompt of the batch. A callable is a schedule: it is
@@ -136,7 +137,8 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
             check_reference(one, ref)
         betas = [check_weight("beta", beta) for beta in betas]
         if alpha is None:
-            alpha = remaining_weight([beta for beta, ref in zip(betas, references, strict=True) if ref is None])
+            rows = zip(doctors, betas, references, strict=True)
+            alpha = remaining_weight([beta for one, beta, ref in rows if ref is None and not is_guidance(one.model)])
         if not (0 <= min_patient_prob <= 1 and 0 <= min_patient_entropy < math.inf):
             raise ValueError(
                 "`min_patient_prob` must be in [0, 1] and `min_patient_entropy` a number of nats, at least 0. Got "
@@ -194,14 +196,10 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
             [`DoctorGuidedLogitsProcessor`]: with the doctors in eval mode.
         """
         names = [doctor] if isinstance(doctor, (str, os.PathLike)) else list(doctor)
-        trained_for = [load_guidance(name) for name in names]
         if beta is None:
-            beta = [guidance.get("beta", 0.5) for guidance in trained_for]
-        betas = list(beta) if isinstance(beta, (list, tuple)) else [beta] * len(names)
-        if alpha is None:
-            alpha = remaining_weight([b for b, guidance in zip(betas, trained_for, strict=True) if not guidance])
+            beta = [load_guidance(name).get("beta", 0.5) for name in names]
         doctors = [load_doctor(name, with_value_head=False, **(model_init_kwargs or {})).eval() for name in names]
-        return cls(doctors, alpha, betas, **settings)
+        return cls(doctors, alpha, beta, **settings)
 
     def reset(self, attention_mask: torch.Tensor | None = None, *, keep_memory: bool = False) -> None:
         """

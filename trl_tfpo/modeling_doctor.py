@@ -50,11 +50,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_tfpo import DoctorGuidedLogitsProcessor
 
 patient = AutoModelForCausalLM.from_pretrained("<the patient>")
-doctor = AutoModelForCausalLM.from_pretrained("{doctor}")
 tokenizer = AutoTokenizer.from_pretrained("<the patient>")
 
 inputs = tokenizer("How do I boil an egg?", return_tensors="pt")
-processor = DoctorGuidedLogitsProcessor(doctor, beta=0.5, attention_mask=inputs["attention_mask"])
+processor = DoctorGuidedLogitsProcessor.from_pretrained("{doctor}", attention_mask=inputs["attention_mask"])
 outputs = patient.generate(**inputs, logits_processor=[processor])
 ```
 """

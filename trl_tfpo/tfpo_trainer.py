@@ -410,8 +410,9 @@ class TFPOTrainer(_BaseTrainer):
     # Loss
 
     def create_optimizer(self, model=None):
+        is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        if self.args.value_head_learning_rate is not None:
+        if is_new and self.args.value_head_learning_rate is not None:
             set_head_learning_rate(optimizer, model or self.model, self.args.value_head_learning_rate)
         return optimizer
 
