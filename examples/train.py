@@ -312,3 +312,4 @@ if __name__ == "__main__":
         parser.set_defaults_with_config(**WORLD_SETTINGS)
         arguments = parser.parse_args_and_config()
     main(*arguments)
+    PartialState().destroy_process_group()  # its threads, alive at exit, may abort the process

@@ -111,3 +111,5 @@ if __name__ == "__main__":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled; gloo does
     for job in sys.argv[3:]:
         run(Path(sys.argv[1]), Path(sys.argv[2]), job)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # its threads, alive at exit, may abort the process
