@@ -52,6 +52,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from transformers import AutoTokenizer, BitsAndBytesConfig
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
