@@ -39,17 +39,25 @@ accelerate launch examples/train.py \
     --learning_rate 5e-4 \
     --output_dir qwen3-doctor
 ```
+
+The same from a file, `examples/configs` has some; and what it would cost in 8 processes, without loading or running it:
+
+```bash
+python examples/train.py --config examples/configs/ultrafeedback_qwen3.yaml --dry_run 8
+```
 """
 
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import DatasetDict, load_dataset, load_from_disk
-from transformers import BitsAndBytesConfig
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from transformers import AutoTokenizer, BitsAndBytesConfig
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from trl_tfpo import DoctorGuidedLogitsProcessor, Faces, TFPOConfig, TFPOTrainer
+from trl_tfpo.plan import training_plan
 
 
 WORLD_SETTINGS = dict(
@@ -64,7 +72,7 @@ WORLD_SETTINGS = dict(
     save_strategy="no",
     dataloader_pin_memory=False,
 )
-PUBLISHED = dict(reward_direction="label", reference_weight=0.0)  # decoded with alpha=1.0
+PUBLISHED = dict(reward_direction="label", gap_floor=1e-6, reference_weight=0.0)  # decoded with alpha=1.0
 
 
 @dataclass
@@ -77,6 +85,25 @@ class TFPOScriptArguments(ScriptArguments):
     patient_load_in_4bit: bool = field(default=False, metadata={"help": "Load the patient in 4-bit NF4."})
     doctor_model_name_or_path: str | None = field(
         default=None, metadata={"help": "The small model to train, with the patient's tokenizer."}
+    )
+    dataset_data_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the dataset on the Hub, as 'helpful-base' of Anthropic/hh-rlhf."}
+    )
+    chosen_id_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column that says which of 'response_0' and 'response_1' is chosen: 'better_response_id' or "
+            "'safer_response_id' of PKU-SafeRLHF."
+        },
+    )
+    dry_run: int = field(
+        default=0,
+        metadata={
+            "nargs": "?",
+            "const": 1,
+            "help": "Print what the training would read, do and hold in memory, and stop: nothing is loaded, no "
+            "accelerator is needed. A number plans for as many processes.",
+        },
     )
     faces: str = field(
         default="helpfulness", metadata={"help": "Built-in faces: 'helpfulness', 'harmlessness' or 'honesty'."}
@@ -95,6 +122,8 @@ class TFPOScriptArguments(ScriptArguments):
 
 def main(script_args: TFPOScriptArguments, training_args: TFPOConfig, model_args: ModelConfig) -> None:
     if script_args.dataset_name is None:
+        if script_args.dry_run:
+            raise ValueError("A dry run needs a dataset and models. Got no `dataset_name`; pass one, or a `--config`.")
         run_world(script_args, training_args)
     else:
         run_real(script_args, training_args, model_args)
@@ -110,17 +139,23 @@ def run_real(script_args: TFPOScriptArguments, training_args: TFPOConfig, model_
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    dataset = load_preferences(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
+    dataset = load_preferences(
+        script_args.dataset_name,
+        script_args.dataset_config,
+        script_args.dataset_streaming,
+        data_dir=script_args.dataset_data_dir,
+    )
+    if script_args.chosen_id_column is not None:
+        dataset = DatasetDict(
+            {name: choose_responses(split, script_args.chosen_id_column) for name, split in dataset.items()}
+        )
+    train_dataset = dataset[script_args.dataset_train_split]
     faces = script_args.faces
     if script_args.positive_face and script_args.negative_face:
         faces = Faces(positive=script_args.positive_face, negative=script_args.negative_face)
-
-    trainer = TFPOTrainer(
-        model=script_args.doctor_model_name_or_path or model_args.model_name_or_path,
-        patient_model=script_args.patient_model_name_or_path,
+    doctor = script_args.doctor_model_name_or_path or model_args.model_name_or_path
+    settings = dict(
         args=training_args,
-        train_dataset=dataset[script_args.dataset_train_split],
-        eval_dataset=dataset[script_args.dataset_test_split] if training_args.eval_strategy != "no" else None,
         quantization_config=get_quantization_config(model_args),
         patient_quantization_config=(
             BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16")
@@ -129,6 +164,28 @@ def run_real(script_args: TFPOScriptArguments, training_args: TFPOConfig, model_
         ),
         peft_config=get_peft_config(model_args),
         faces=faces,
+    )
+    if script_args.dry_run:
+        plan = training_plan(
+            train_dataset,
+            AutoTokenizer.from_pretrained(doctor, trust_remote_code=training_args.trust_remote_code),
+            doctor=doctor,
+            patient=script_args.patient_model_name_or_path,
+            num_processes=max(script_args.dry_run, training_args.world_size),
+            # Where there is no accelerator, as by default on one
+            mixed_precision=training_args.bf16 or training_args.fp16 or not torch.accelerator.is_available(),
+            **settings,
+        )
+        if training_args.process_index == 0:
+            print(plan)
+        return
+
+    trainer = TFPOTrainer(
+        model=doctor,
+        patient_model=script_args.patient_model_name_or_path,
+        train_dataset=train_dataset,
+        eval_dataset=dataset[script_args.dataset_test_split] if training_args.eval_strategy != "no" else None,
+        **settings,
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
@@ -140,7 +197,7 @@ def run_real(script_args: TFPOScriptArguments, training_args: TFPOConfig, model_
     trainer.end()
 
 
-def load_preferences(name: str, config: str | None, streaming: bool) -> DatasetDict:
+def load_preferences(name: str, config: str | None, streaming: bool, data_dir: str | None = None) -> DatasetDict:
     """A dataset by Hub name, a folder (of files, or written by `save_to_disk`), or a JSON lines or Parquet file."""
     path = Path(name)
     if path.is_file():
@@ -149,12 +206,27 @@ def load_preferences(name: str, config: str | None, streaming: bool) -> DatasetD
     if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
         dataset = load_from_disk(path)
         return dataset if isinstance(dataset, DatasetDict) else DatasetDict(train=dataset)
-    return load_dataset(name, config, streaming=streaming)
+    return load_dataset(name, config, data_dir=data_dir, streaming=streaming)
+
+
+def choose_responses(dataset: Dataset | IterableDataset, chosen_id_column: str) -> Dataset | IterableDataset:
+    """Preference pairs from a `prompt`, `response_0`, `response_1`, and the number of the one that is chosen."""
+
+    def to_pair(row):
+        chosen_id = int(row[chosen_id_column])
+        if chosen_id not in (0, 1):
+            raise ValueError(f"`{chosen_id_column}` must be 0 or 1. Got {chosen_id}; leave such rows out.")
+        pair = {"chosen": row[f"response_{chosen_id}"], "rejected": row[f"response_{1 - chosen_id}"]}
+        return {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            **{name: [{"role": "assistant", "content": text}] for name, text in pair.items()},
+        }
+
+    return dataset.map(to_pair, remove_columns=dataset.column_names)
 
 
 def show_guided_examples(script_args: TFPOScriptArguments, training_args: TFPOConfig, trainer: TFPOTrainer) -> None:
     """The saved doctor, loaded as any causal language model, guides the patient."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     doctor = AutoModelForCausalLM.from_pretrained(training_args.output_dir, dtype="auto")

@@ -17,7 +17,7 @@ What `test_engines.py` launches: raw preferences, a patient and a doctor by name
 
     accelerate launch --config_file ENGINE.yaml engine_run.py FOLDER OUTPUT JOB [JOB ...]
 
-A job is `full` or `lora`, with `-resumed` to go on from the second checkpoint of the job before it. FOLDER has
+A job is `full`, `lora` or `guided`, with `-resumed` to go on from the second checkpoint of the job before it. FOLDER has
 `preferences.jsonl`, `patient` and `doctor`. OUTPUT/JOB becomes the saved doctor, OUTPUT/JOB.json what was seen.
 """
 
@@ -46,6 +46,7 @@ def run(folder: Path, output: Path, job: str) -> None:
     accumulation = 2 if num_processes > 1 else 1
     args = TFPOConfig(
         str(output / method),
+        policy="guided" if method == "guided" else "doctor",
         max_steps=3,
         per_device_train_batch_size=GLOBAL_BATCH // num_processes // accumulation,
         gradient_accumulation_steps=accumulation,

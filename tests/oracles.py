@@ -17,9 +17,9 @@
 import math
 
 
-def importance(gaps, temperature=1.0, eps=1e-6):
+def importance(gaps, temperature=1.0, floor=0.05):
     mean = sum(abs(gap) for gap in gaps) / len(gaps)
-    return [math.tanh(abs(gap) / (mean + eps) / temperature) for gap in gaps]
+    return [math.tanh(abs(gap) / (mean + floor) / temperature) for gap in gaps]
 
 
 def rewards(gaps, sign, direction, temperature, threshold):

@@ -29,9 +29,18 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "trl_tfpo"
 ROWS = [  # a module may import only from strictly earlier rows
     {"_compat", "faces", "functional", "tokenizer_identity", "weights"},
-    {"doctors", "modeling_doctor", "objective", "scoring", "shards", "tfpo_config", "tokenization"},
-    {"token_rewards"},
-    {"data_collator", "logits_processor"},
+    {
+        "activation_memory",
+        "doctors",
+        "guided_flow",
+        "objective",
+        "scoring",
+        "shards",
+        "tfpo_config",
+        "tokenization",
+    },
+    {"modeling_doctor", "reference", "token_rewards"},
+    {"data_collator", "logits_processor", "plan"},
     {"shared_forward", "speculative", "tfpo_trainer"},
     {"generation"},
     {"evaluation"},

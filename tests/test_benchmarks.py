@@ -48,6 +48,12 @@ def load(name: str):
     return module
 
 
+@pytest.fixture(autouse=True)
+def neighbours(monkeypatch):
+    """The folder of the script, which Python puts first for whoever runs it."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+
 @pytest.fixture
 def decoding():
     return load("decoding")
@@ -175,11 +181,35 @@ def test_training_is_compared_on_the_same_shapes(tmp_path, monkeypatch):
     """Were DPO's batches longer than ours, the ratio would flatter us."""
     training = load("training")
     sizes = dict(repetitions=2, hidden_size=64, num_layers=1, vocab_size=512, lengths=[5, 17])
-    monkeypatch.setattr(training, "QUICK", sizes)
-    monkeypatch.setattr(training, "memory", lambda sizes: {})  # processes of their own; measured below
+    monkeypatch.setattr(training, "QUICK", sizes | dict(num_tokens=1024, large_vocab=32_768))
     training.main(["--quick", "--device", "cpu", "--output", str(tmp_path / "training.json")])
     report = json.loads((tmp_path / "training.json").read_text(encoding="utf-8"))
     assert report["step"]["shapes"]["TFPO"] == report["step"]["shapes"]["DPO"] == [8, 240]
     assert [row["length"] for row in report["subtb"]] == [5, 17]
-    for name in ("chunked", "naive"):
-        assert training.measure_peak(name, num_tokens=8, vocab_size=32) >= 0
+    assert 0 < report["memory"]["chunked"] < report["memory"]["naive"] / 3
+    assert all(peak >= 0 for peak in report["step"]["peak_mebibytes"].values())
+
+
+@pytest.mark.slow
+def test_the_frontier_is_measured_once(tmp_path, monkeypatch, capsys):
+    """A run cut short must go on where it stopped, and each method must be measured where its name says."""
+    frontier = load("frontier")
+    monkeypatch.setattr(frontier, "QUICK", dict(num_pairs=16, max_steps=2, num_samples_per_prompt=10, kls=[5.0]))
+    fixed = {
+        name: (function, grid[:2], strengths if name == "guided flow" else [4 if function is None else 0.5])
+        for name, (function, grid, strengths) in frontier.METHODS.items()
+    }
+    monkeypatch.setattr(frontier, "METHODS", fixed)
+    output = tmp_path / "frontier.jsonl"
+    arguments = ["--quick", "--output", str(output)]
+    frontier.main(arguments)
+    text = output.read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert {row["method"] for row in rows} == set(frontier.METHODS)
+    assert all(row["split"] in ("validation", "test") for row in rows)
+    assert all(row["kl"] > 0 for row in rows)
+    table = capsys.readouterr().out
+    assert all(f"| {name} |" in table for name in frontier.METHODS)
+    assert (tmp_path / "frontier.png").stat().st_size > 1000
+    frontier.main(arguments)
+    assert output.read_text(encoding="utf-8") == text

@@ -40,7 +40,8 @@ pytest.importorskip("bitsandbytes")
 ROOT = Path(__file__).parents[1]
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="float32")
 JOBS = ["full", "full-resumed", "lora", "lora-resumed"]
-WEIGHTS = {"full": "model.safetensors", "lora": "adapter_model.safetensors"}
+GUIDED = ["guided", "guided-resumed"]
+WEIGHTS = dict(full="model.safetensors", guided="model.safetensors", lora="adapter_model.safetensors")
 
 pytestmark = pytest.mark.slow
 
@@ -75,7 +76,7 @@ def launch(engine, folder, output, *jobs, mixed_precision="no"):
 def one_process(tmp_path_factory):
     """The models and the data, and what one process makes of them."""
     folder = make_folder(tmp_path_factory.mktemp("engines"))
-    for job in ("full", "lora"):
+    for job in WEIGHTS:
         engine_run.run(folder, folder / "one", job)
     return folder
 
@@ -91,11 +92,11 @@ def steps(folder, job):
 @pytest.mark.parametrize(
     ("engine", "jobs"),
     [
-        ("ddp", JOBS),
-        ("zero1", ["full", "lora"]),
+        ("ddp", JOBS + GUIDED),
+        ("zero1", JOBS),
         ("zero2", JOBS),
-        ("zero3", JOBS),
-        ("fsdp2", JOBS),
+        ("zero3", JOBS + GUIDED),
+        ("fsdp2", JOBS + GUIDED),
     ],
 )
 def test_engine_equals_one_process(one_process, tmp_path, engine, jobs):

@@ -19,6 +19,7 @@ import itertools
 import pytest
 import torch
 
+from trl_tfpo.functional import guided_logps
 from trl_tfpo.objective import tfpo_objective
 
 
@@ -47,6 +48,19 @@ class Tabular:
     def token_logps(self, texts):
         rows = self.logits[prefix_index(texts)[:, :-1]].log_softmax(-1)  # (N, LENGTH, NUM_SYMBOLS)
         return rows.gather(2, texts[..., None]).squeeze(2)
+
+
+class Guided(Tabular):
+    """A patient times a doctor that says nothing yet."""
+
+    def __init__(self, patient):
+        super().__init__(seed=0, scale=0.0)
+        self.patient = patient
+
+    def token_logps(self, texts):
+        rows = prefix_index(texts)[:, :-1]
+        guided = guided_logps(patient_logits=self.patient.logits[rows], doctor_logits=[self.logits[rows]], beta=[1.0])
+        return guided.gather(2, texts[..., None]).squeeze(2)
 
 
 def train(doctor, reference, rewards, *, is_complete, reference_weight, subtb_lambda, steps=1500):
@@ -103,6 +117,18 @@ def test_objective_reaches_the_exact_target(reference_weight, subtb_lambda):
     )
     assert before > 0.5
     assert total_variation(doctor, reference, rewards, reference_weight) <= 0.05
+
+
+def test_guided_flow_reaches_the_tilted_patient():
+    """What is decoded must be the patient times `exp(sum of rewards / temperature)`, whatever the doctor is alone."""
+    patient = Tabular(seed=1)
+    rewards = Tabular(seed=2, scale=0.5).logits[prefix_index(TEXTS)[:, :-1]].gather(2, TEXTS[..., None]).squeeze(2)
+    guided = Guided(patient)
+    torch.testing.assert_close(guided.token_logps(TEXTS), patient.token_logps(TEXTS))
+    before = total_variation(guided, patient, rewards, 1.0)
+    train(guided, patient, rewards, is_complete=True, reference_weight=1.0, subtb_lambda=1.0)
+    assert before > 0.3
+    assert total_variation(guided, patient, rewards, 1.0) <= 0.05
 
 
 def test_without_the_boundary_rewards_do_not_reach_the_policy():

@@ -52,7 +52,7 @@ def kept(values, mask):
 
 class TestTokenRewards:
     def test_by_hand(self):
-        """Gaps 0, 2, -2, 0 have mean 1: importance tanh(2); a wrong mean or sign would reward the wrong words."""
+        """Gaps 0, 2, -2, 0 have mean 1: importance tanh(2 / 1.05); a wrong mean or sign rewards the wrong words."""
         positive, negative = torch.tensor([[0.0, -1.0, -3.0, -1.0]]), torch.tensor([[0.0, -3.0, -1.0, -1.0]])
         common = dict(
             positive_logps=positive,
@@ -60,7 +60,7 @@ class TestTokenRewards:
             preference_sign=torch.tensor([1]),
             completion_mask=torch.ones(1, 4, dtype=torch.bool),
         )
-        t = math.tanh(2)
+        t = math.tanh(2 / 1.05)
         for direction, expected in {"label": [0, t, t, 0], "agreement": [0, t, 0, 0], "faces": [0, t, -t, 0]}.items():
             found = token_rewards(**common, reward_direction=direction)
             torch.testing.assert_close(found, torch.tensor([expected]), rtol=1e-5, atol=1e-5)
@@ -95,12 +95,30 @@ class TestTokenRewards:
         )
         assert (found == 0).all()
 
+    def test_noise_where_the_faces_agree_is_no_signal(self):
+        """Relative to almost nothing every gap is large: texts that say nothing would get the most rewards."""
+        gap = torch.tensor([[0.004, -0.016, 0.002, 0.006], [0.004, -1.5, 0.002, 1.2]])
+        mask, settings = torch.ones(2, 4, dtype=torch.bool), dict(preference_sign=torch.ones(2))
+        rewards = [
+            token_rewards(
+                positive_logps=gap,
+                negative_logps=torch.zeros(2, 4),
+                completion_mask=mask,
+                reward_direction="faces",
+                gap_floor=floor,
+                **settings,
+            )
+            for floor in (1e-6, 0.05)
+        ]
+        assert rewards[0][0].abs().sum() > 1 and rewards[1][0].abs().sum() == 0
+        assert rewards[1][1].sign().tolist() == [0, -1, 0, 1]
+
     def test_importance_ignores_the_scale_of_the_gaps(self):
         """Importance is relative to the completion; a patient with sharper faces must not get denser rewards."""
         gap = draw(3, 7)
         torch.testing.assert_close(
-            token_importance(gap=gap, completion_mask=MASK, eps=0),
-            token_importance(gap=10 * gap, completion_mask=MASK, eps=0),
+            token_importance(gap=gap, completion_mask=MASK, gap_floor=1e-12),
+            token_importance(gap=10 * gap, completion_mask=MASK, gap_floor=1e-12),
         )
 
     @pytest.mark.parametrize(
@@ -110,6 +128,7 @@ class TestTokenRewards:
             ({"sparsity_threshold": 1.0}, r"\[0, 1\)"),
             ({"sparsity_threshold": -0.1}, r"\[0, 1\)"),
             ({"importance_temperature": 0.0}, "positive"),
+            ({"gap_floor": 0.0}, "positive"),
         ],
     )
     def test_settings_out_of_range(self, setting, message):

@@ -12,334 +12,279 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Judges: reward models against a forward pass of their own, language models behind a real endpoint on this machine."""
+"""Who judges: reward models against a plain forward, a chat judge against a real endpoint on this machine."""
 
 import json
-import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from conftest import make_llama, make_tokenizer
+from conftest import make_tokenizer
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from trl_tfpo.evaluation import ChatJudge, RewardModel, head_to_head, parse_verdict
 
 
-PROMPTS = ["say the soup", [{"role": "user", "content": "say"}], "you"]
-TEXTS = [" is very good and kind", "the bread is bad", " rude"]
+class Endpoint(BaseHTTPRequestHandler):
+    """Prefers the response with more of "good", says A where it has no preference, and can be made to fail."""
 
+    def do_POST(self):
+        server = self.server
+        payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with server.lock:
+            server.requests.append((self.path, self.headers["Authorization"], payload))
+            status = server.failures.pop(0) if server.failures else 200
+        if status == "hang up":
+            return
+        if status == "slow":
+            server.wake.wait(5)
+        if isinstance(status, int) and status != 200:
+            self.send_response(status)
+            self.send_header("Retry-After", "0")
+            self.end_headers()
+            self.wfile.write(b"no")
+            return
+        question = payload["messages"][1]["content"]
+        counts = [
+            question.split(f"<response {name}>")[1].split(f"</response {name}>")[0].count("good") for name in "AB"
+        ]
+        verdict = "I cannot say." if "mute" in question else f"**Verdict: {'AB'[counts[1] > counts[0]]}**"
+        body = json.dumps({"choices": [{"message": {"content": f"Reasons.\n{verdict}"}}]}).encode()
+        if status == "garbage":
+            body = b"not JSON"
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
-def make_reward_model(num_labels: int = 1, **settings) -> LlamaForSequenceClassification:
-    torch.manual_seed(0)
-    sizes = dict(vocab_size=22, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
-    config = LlamaConfig(**(sizes | dict(initializer_range=0.5, pad_token_id=0) | settings), num_labels=num_labels)
-    return LlamaForSequenceClassification(config)
-
-
-class Endpoint:
-    """A judge on HTTP that prefers the longer response; `script` says what it does instead, request by request."""
-
-    def __init__(self, answer=None):
-        self.requests, self.headers, self.script = [], [], []
-        lock, endpoint = threading.Lock(), self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with lock:
-                    endpoint.requests.append(request)
-                    endpoint.headers.append((self.path, dict(self.headers)))
-                    step = endpoint.script.pop(0) if endpoint.script else None
-                if step == "hang up":
-                    return
-                if step == "slow":
-                    endpoint.wake.wait(5)
-                status = step if isinstance(step, int) else 200
-                body = b"not json"
-                if step != "garbage":
-                    text = (answer or endpoint.longer)(request["messages"][1]["content"])
-                    body = json.dumps({"choices": [{"message": {"content": text}}], "usage": {"total_tokens": 7}})
-                    body = body.encode()
-                self.send_response(status)
-                if status == 429:
-                    self.send_header("Retry-After", "0")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *_):
-                pass
-
-        self.wake = threading.Event()
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-
-    @staticmethod
-    def responses(question: str) -> list[str]:
-        return [re.search(rf"<response {x}>\n(.*?)\n</response {x}>", question, re.DOTALL)[1] for x in "AB"]
-
-    def longer(self, question: str) -> str:
-        first, second = self.responses(question)
-        verdict = "tie" if len(first) == len(second) else "A" if len(first) > len(second) else "B"
-        return f"I looked at both.\n\nVerdict: {verdict}"
-
-    def close(self):
-        self.wake.set()
-        self.server.shutdown()
-        self.server.server_close()
+    def log_message(self, *_):
+        pass
 
 
 @pytest.fixture
 def endpoint():
-    endpoint = Endpoint()
-    yield endpoint
-    endpoint.close()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Endpoint) as server:
+        server.requests, server.failures, server.lock, server.wake = [], [], threading.Lock(), threading.Event()
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.wake.set()
+        server.shutdown()
+        thread.join()
 
 
-# Reward models
+def make_judge(endpoint, **settings):
+    url = f"http://127.0.0.1:{endpoint.server_port}/v1"
+    return ChatJudge(url, "a-judge", **{"backoff": 0.0, "num_workers": 2, **settings})
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3])
-def test_a_reward_is_that_of_a_forward_pass_of_its_own(batch_size):
-    """Else the reward of a text would depend on its neighbours in the batch, or on the padding."""
-    tokenizer, model = make_tokenizer(), make_reward_model()
-    rewards = RewardModel(model, tokenizer, batch_size=batch_size)(prompts=PROMPTS, completions=TEXTS)
-    conversation = [*PROMPTS[1], {"role": "assistant", "content": TEXTS[1]}]
-    rows = [tokenizer(PROMPTS[0] + TEXTS[0])["input_ids"], tokenizer.apply_chat_template(conversation)["input_ids"]]
-    rows.append(tokenizer(PROMPTS[2] + TEXTS[2])["input_ids"])
-    assert len({*map(len, rows)}) == 3  # or nothing is padded
-    with torch.no_grad():
-        expected = [model(input_ids=torch.tensor([row])).logits.item() for row in rows]
-    assert rewards == pytest.approx(expected, abs=1e-5)
-    assert max(rewards) - min(rewards) > 0.01  # or the test shows nothing
+PROMPTS = ["one", "two", "three", [{"role": "user", "content": "mute"}]]
+OURS, THEIRS = ["good", "bad", "plain", "good"], ["bad", "good", "words", "bad"]
 
 
-def test_a_model_that_pads_with_its_eos_or_not_at_all_reads_the_same_last_token():
-    """Else the reward would be taken at padding, or before the end."""
-    tokenizer, reference = make_tokenizer(), make_reward_model()
-    expected = RewardModel(reference, tokenizer)(PROMPTS[::2], TEXTS[::2])
-    for pad_token_id in (None, 2):
-        model = make_reward_model(pad_token_id=pad_token_id)
-        model.load_state_dict(reference.state_dict())
-        assert RewardModel(model, tokenizer)(PROMPTS[::2], TEXTS[::2]) == pytest.approx(expected, abs=1e-5)
+def test_verdicts_hold_in_both_orders(endpoint, tmp_path):
+    """A judge who prefers what it reads first would give the method that comes first half a win for nothing."""
+    judge = make_judge(endpoint, api_key="secret", cache_file=tmp_path / "answers.jsonl")
+    result = head_to_head(PROMPTS, OURS, THEIRS, judge)
+    assert (result["win"], result["loss"], result["tie"]) == (0.25, 0.25, 0.5)
+    assert result["win_half_tie"] == 0.5 and result["num_without_verdict"] == 1
+    assert result["consistency"] == pytest.approx(2 / 3)  # where neither is good it says A in both orders
+    path, key, payload = endpoint.requests[0]
+    assert (path, key, payload["model"]) == ("/v1/chat/completions", "Bearer secret", "a-judge")
+    assert "secret" not in (tmp_path / "answers.jsonl").read_text(encoding="utf-8")
+
+    swapped = head_to_head(PROMPTS, THEIRS, OURS, judge)
+    assert (swapped["win"], swapped["loss"], swapped["tie"]) == (result["loss"], result["win"], result["tie"])
+    assert len(endpoint.requests) == judge.num_answered == 8  # each pair and order is paid for once
+
+
+def test_no_answer_is_paid_for_twice(endpoint, tmp_path):
+    """Judging 300 prompts costs money: what was answered before a run broke off has to be there for the next."""
+    cache_file = tmp_path / "answers.jsonl"
+    endpoint.failures = [200, 200, 200] + [500] * 9
+    with pytest.raises(ConnectionError, match="must answer.*Answers so far are kept"):
+        make_judge(endpoint, cache_file=cache_file, num_workers=1, max_retries=1).judge(
+            PROMPTS, list(zip(OURS, THEIRS, strict=True)), shuffle_order=False
+        )
+    with open(cache_file, "ab") as file:
+        file.write(b'{"key": "cut o')
+    endpoint.failures, before = [429, 503], len(endpoint.requests)
+    judge = make_judge(endpoint, cache_file=cache_file)
+    verdicts = judge.judge(PROMPTS, list(zip(OURS, THEIRS, strict=True)), shuffle_order=False)
+    assert verdicts == [0, 1, 0, -1]
+    assert judge.num_answered == 1 and len(endpoint.requests) - before == 3  # two of them refused, and sent again
+    assert (
+        make_judge(endpoint, cache_file=cache_file).judge(
+            PROMPTS, list(zip(OURS, THEIRS, strict=True)), shuffle_order=False
+        )
+        == verdicts
+    )
+    assert len(endpoint.requests) - before == 3
+
+
+@pytest.mark.parametrize(
+    ("failures", "error"), [([500] * 3, ConnectionError), (["garbage"] * 3, ConnectionError), ([400], ValueError)]
+)
+def test_no_request_is_sent_after_one_that_failed_for_good(endpoint, tmp_path, failures, error):
+    """With an endpoint that is away, each of 600 requests would be tried for minutes, and a wrong one be paid for."""
+    endpoint.failures = [200, *failures]
+    cache_file = tmp_path / "answers.jsonl"
+    prompts = [f"prompt {index}" for index in range(8)]
+    judge = make_judge(endpoint, cache_file=cache_file, num_workers=1, max_retries=2)
+    with pytest.raises(error, match="Answers so far are kept"):
+        judge.judge(prompts, [["good", "bad"]] * 8, shuffle_order=False)
+    assert len(endpoint.requests) == 1 + len(failures)
+    assert len(cache_file.read_text(encoding="utf-8").splitlines()) == judge.num_answered == 1
+
+
+@pytest.mark.parametrize("failure", [408, "garbage", "hang up", "slow"])
+def test_trouble_that_passes_is_waited_out(endpoint, failure):
+    """One lost connection would end an evaluation of an hour, or hold it up for ever."""
+    endpoint.failures = [failure]
+    judge = make_judge(endpoint, timeout=0.5 if failure == "slow" else 60)
+    assert judge.judge(["one"], [["good", "bad"]], shuffle_order=False) == [0]
+    assert len(endpoint.requests) == 2
+
+
+def test_a_conversation_is_shown_whole(endpoint):
+    """A judge who sees the last turn alone judges an answer to another question."""
+    conversation = [{"role": "user", "content": "say"}, {"role": "assistant", "content": "what"}]
+    make_judge(endpoint, request={"max_tokens": 9}).judge(
+        [[*conversation, {"role": "user", "content": "soup"}]], ["ab"]
+    )
+    payload = endpoint.requests[0][2]
+    assert "user: say\n\nassistant: what\n\nuser: soup" in payload["messages"][1]["content"]
+    assert payload["max_tokens"] == 9 and "temperature" not in payload
+
+
+def test_any_pairwise_judge_will_do():
+    """A judge that fails on a pair returns -1; one that loses a pair would shift all others."""
+
+    class Judge:
+        def judge(self, prompts, completions, shuffle_order=True):
+            assert not shuffle_order
+            verdicts = [int("good" in second) for _, second in completions]
+            return [-1 if prompt == "two" else verdict for prompt, verdict in zip(prompts, verdicts, strict=True)]
+
+    result = head_to_head(["one", "two"], ["good", "good"], ["bad", "bad"], Judge())
+    assert (result["win"], result["tie"], result["num_without_verdict"]) == (0.5, 0.5, 1)
+
+    class Careless:
+        def judge(self, prompts, completions, shuffle_order=True):
+            return [0] if len(prompts) > 2 else [7, 7]
+
+    for prompts in (["one", "two"], ["one"]):
+        with pytest.raises(ValueError, match="must give 0, 1, 0.5 or -1"):
+            head_to_head(prompts, ["a"] * len(prompts), ["b"] * len(prompts), Careless())
+
+
+def test_what_the_endpoint_refuses_is_not_sent_again(endpoint):
+    """A wrong key would be tried for an hour, and be locked."""
+    endpoint.failures = [401] * 9
+    with pytest.raises(ValueError, match="must accept the request. Got 401"):
+        make_judge(endpoint, num_workers=1).judge(["one"], [["a", "b"]])
+    assert len(endpoint.requests) == 1
+    assert make_judge(endpoint).judge(["one"], [["same", "same"]]) == [0.5]
+    assert len(endpoint.requests) == 1
+    with pytest.raises(ValueError, match="two completions for each prompt"):
+        make_judge(endpoint).judge(["one"], [["a"]])
+    with pytest.raises(ValueError, match="URL of an endpoint"):
+        ChatJudge("localhost:8000", "a-judge")
+
+
+def test_order_on_screen_does_not_change_whose_verdict_it_is(endpoint):
+    """Swapped and not swapped back, wins would be losses for half of the prompts."""
+    prompts = [f"prompt {index}" for index in range(12)]
+    pairs = [["good", "bad"] if index % 3 else ["bad", "good"] for index in range(12)]
+    verdicts = make_judge(endpoint).judge(prompts, pairs)
+    assert verdicts == [0 if index % 3 else 1 for index in range(12)]
+    shown_first = [payload["messages"][1]["content"].index("good") for _, _, payload in endpoint.requests]
+    assert len(set(shown_first)) > 1  # some of them were
+
+
+@pytest.mark.parametrize(
+    "answer, verdict",
+    [
+        ("Verdict: A", 0.0),
+        ("Verdict: A is worse.\n**Verdict: B**", 1.0),
+        ("verdict - tie.", 0.5),
+        ("Verdict: A and B", -1.0),
+        ("", -1.0),
+    ],
+)
+def test_verdicts_are_read_from_the_end(answer, verdict):
+    """A judge that argues first names both on the way."""
+    assert parse_verdict(answer) == verdict
+
+
+def reward_model(**settings):
+    torch.manual_seed(0)
+    shape = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    shape |= dict(vocab_size=len(make_tokenizer()), initializer_range=0.5, max_position_embeddings=32)
+    return LlamaForSequenceClassification(
+        LlamaConfig(**shape, **{"num_labels": 1, "pad_token_id": 0} | settings)
+    ).eval()
+
+
+@pytest.mark.parametrize("pad_token_id", [0, None])
+def test_a_reward_does_not_depend_on_its_neighbours(pad_token_id, tmp_path):
+    """Read at a padding token, the reward of a short text is a constant."""
+    model, tokenizer = reward_model(pad_token_id=pad_token_id), make_tokenizer()
+    prompts = [[{"role": "user", "content": "say the soup"}], [{"role": "user", "content": "say the bread"}]] * 2
+    texts = ["the soup is very good and kind", "bad", "the bread is bad", "good and kind"]
+    expected = []
+    for prompt, text in zip(prompts, texts, strict=True):
+        messages = [*prompt, {"role": "assistant", "content": text}]
+        ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+        expected.append(model(torch.tensor([ids])).logits[0, 0].item())
+    assert RewardModel(model, tokenizer, batch_size=3)(prompts, texts) == pytest.approx(expected, abs=1e-5)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert RewardModel(str(tmp_path))(prompts, texts) == pytest.approx(expected, abs=1e-5)
+    result = head_to_head(prompts[:2], texts[:2], texts[2:], RewardModel(model, tokenizer))
+    assert result["win"] == sum(a > b for a, b in zip(expected[:2], expected[2:], strict=True)) / 2
+
+
+def test_a_model_that_pads_with_its_eos_reads_the_same_last_token():
+    """Found by the padding of the tokenizer, the last token would be one too early, or padding."""
+    tokenizer, model = make_tokenizer(), reward_model()
+    texts = ["the soup is very good", "bad"]  # without EOS at the end
+    expected = RewardModel(model, tokenizer)(["say ", "say "], texts)
+    pads_with_eos = reward_model(pad_token_id=2)
+    pads_with_eos.load_state_dict(model.state_dict())
+    assert RewardModel(pads_with_eos, tokenizer)(["say ", "say "], texts) == pytest.approx(expected, abs=1e-5)
 
 
 def test_an_encoder_can_be_a_reward_model():
     """Many reward models are encoders, which see padding unless it is masked."""
-    sizes = dict(vocab_size=22, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    model = BertForSequenceClassification(BertConfig(**sizes, num_labels=1))
-    judge = RewardModel(model, make_tokenizer())
-    assert judge(PROMPTS, TEXTS) == pytest.approx(
-        [judge([prompt], [text])[0] for prompt, text in zip(PROMPTS, TEXTS, strict=True)], abs=1e-5
-    )
+    shape = dict(vocab_size=len(make_tokenizer()), hidden_size=16, intermediate_size=16, initializer_range=0.5)
+    config = BertConfig(**shape, num_hidden_layers=1, num_attention_heads=2, num_labels=1)
+    judge = RewardModel(BertForSequenceClassification(config), make_tokenizer())
+    prompts, texts = ["say the soup ", "you "], ["is very good", "bad"]
+    alone = [judge([prompt], [text])[0] for prompt, text in zip(prompts, texts, strict=True)]
+    assert judge(prompts, texts) == pytest.approx(alone, abs=1e-5)
 
 
 def test_an_answer_that_was_begun_is_one_message():
-    """Else the reward model would see a conversation that the patient did not have."""
-    judge = RewardModel(make_reward_model(), make_tokenizer())
+    """Two assistant turns in a row are a conversation that the patient did not have."""
+    judge = RewardModel(reward_model(), make_tokenizer())
     begun = [{"role": "user", "content": "say"}, {"role": "assistant", "content": "the soup"}]
-    whole = judge([begun[:1]], ["the soup is good"])
-    assert judge([begun], [" is good"]) == whole
+    assert judge([begun], [" is good"]) == judge([begun[:1]], ["the soup is good"])
 
 
-def test_a_reward_model_by_name(tmp_path):
-    """A name, or a folder, is what most users have."""
-    model, tokenizer = make_reward_model(), make_tokenizer()
-    model.save_pretrained(tmp_path / "reward")
-    tokenizer.save_pretrained(tmp_path / "reward")
-    by_name = RewardModel(str(tmp_path / "reward"), dtype=torch.float32)
-    assert by_name(PROMPTS, TEXTS) == pytest.approx(RewardModel(model, tokenizer)(PROMPTS, TEXTS), abs=1e-6)
-
-    patient = make_llama(seed=0)  # no classifier: its head would be random
-    patient.config.num_labels = 1
-    patient.save_pretrained(tmp_path / "patient")
-    tokenizer.save_pretrained(tmp_path / "patient")
-    with pytest.raises(ValueError, match="must come with its head"):
-        RewardModel(str(tmp_path / "patient"))
-
-
-def test_what_is_no_reward_model_is_refused():
-    """Else the first of many logits, or a text cut short, would pass for a reward."""
+def test_what_is_no_reward_model_is_refused(tmp_path):
+    """A head that is not in the checkpoint is random, and so would be every figure of the report."""
     tokenizer = make_tokenizer()
-    with pytest.raises(ValueError, match="must have one label. Got .* `num_labels`=2"):
-        RewardModel(make_reward_model(num_labels=2), tokenizer)
+    with pytest.raises(ValueError, match="one label"):
+        RewardModel(reward_model(num_labels=2), tokenizer)
     with pytest.raises(ValueError, match="pass `processing_class`"):
-        RewardModel(make_reward_model())
-    with pytest.raises(ValueError, match="must fit the 4 positions"):
-        RewardModel(make_reward_model(max_position_embeddings=4), tokenizer)(PROMPTS, TEXTS)
+        RewardModel(reward_model())
+    with pytest.raises(ValueError, match="32 positions"):
+        RewardModel(reward_model(), tokenizer)(["the soup " * 20], ["good"])
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="need a chat template"):
-        RewardModel(make_reward_model(), tokenizer)(PROMPTS, TEXTS)
-    with pytest.raises(ValueError):
-        RewardModel(make_reward_model(), tokenizer)(PROMPTS[:1], TEXTS)
-
-
-# Language models behind an endpoint
-
-
-@pytest.mark.parametrize(
-    ("answer", "verdict"),
-    [
-        ("Verdict: A", 0),
-        ("because...\n**Verdict:** B.", 1),
-        ("verdict: Tie\n", 0.5),
-        ("Verdict: Response B", 1),
-        ("One may say 'Verdict: A'\nbut no.\nVerdict: B", 1),
-        ("Verdict: A is better than B", -1),
-        ("Verdict: neither", -1),
-        ("A", -1),
-        ("", -1),
-    ],
-)
-def test_verdicts_by_hand(answer, verdict):
-    """Else reasons would be taken for a verdict."""
-    assert parse_verdict(answer) == verdict
-
-
-def test_a_judge_asks_the_endpoint_and_says_which_is_better(endpoint):
-    """Else the verdicts would belong to the other method, or the key would not reach the endpoint."""
-    judge = ChatJudge(endpoint.url, "judge-1", api_key="secret", request={"max_tokens": 9})
-    conversation = [{"role": "user", "content": "say"}, {"role": "assistant", "content": "ok"}]
-    prompts = ["p", conversation, "q", "same"]
-    pairs = [["long", "no"], ["no", "long"], ["abc", "def"], ["x", "x"]]
-    for shuffle_order in (False, True):
-        assert judge.judge(prompts, pairs, shuffle_order=shuffle_order) == [0, 1, 0.5, 0.5]
-    assert endpoint.headers[0][0] == "/v1/chat/completions"
-    assert endpoint.headers[0][1]["Authorization"] == "Bearer secret"
-    assert {request["model"] for request in endpoint.requests} == {"judge-1"}
-    assert all(request["max_tokens"] == 9 and "temperature" not in request for request in endpoint.requests)
-    questions = [request["messages"][1]["content"] for request in endpoint.requests]
-    assert any("user: say\n\nassistant: ok" in question for question in questions)
-    assert not any("same" in question for question in questions)  # the same text twice is a tie for nothing
-
-
-def test_half_of_the_pairs_are_shown_the_other_way_round(endpoint):
-    """Else a judge who prefers what it reads first would favour one method."""
-    prompts, pairs = [f"prompt {i}" for i in range(40)], [["first", "second one"]] * 40
-    assert ChatJudge(endpoint.url, "m").judge(prompts, pairs) == [1] * 40
-    shown_first = [endpoint.responses(request["messages"][1]["content"])[0] for request in endpoint.requests]
-    assert 8 < shown_first.count("first") < 32
-
-
-def test_nothing_is_paid_twice(endpoint, tmp_path):
-    """Else a run that was killed, or is repeated, would cost as much as the first."""
-    cache = tmp_path / "folder" / "judge.jsonl"
-    prompts, pairs = ["p", "q", "p"], [["a", "bb"], ["aa", "b"], ["a", "bb"]]
-    judge = ChatJudge(endpoint.url, "m", api_key="secret", cache_file=cache)
-    assert judge.judge(prompts, pairs, shuffle_order=False) == [1, 0, 1]
-    assert len(endpoint.requests) == judge.num_answered == 2  # a pair that comes twice is asked once
-    lines = [json.loads(line) for line in cache.read_text().splitlines()]
-    assert [line["usage"] for line in lines] == [{"total_tokens": 7}] * 2
-    assert "secret" not in cache.read_text()
-
-    cache.write_bytes(cache.read_bytes() + b'{"key": "cut o')  # killed while it wrote
-    again = ChatJudge(endpoint.url, "m", cache_file=cache)
-    assert again.judge([*prompts, "r"], [*pairs, ["b", "a longer one"]], shuffle_order=False) == [1, 0, 1, 1]
-    assert len(endpoint.requests) == 3 and again.num_answered == 1
-    assert ChatJudge(endpoint.url, "m", cache_file=cache).judge(["r"], [["b", "a longer one"]], False) == [1]
-    assert len(endpoint.requests) == 3
-    ChatJudge(endpoint.url, "other", cache_file=cache).judge(["p"], [["a", "bb"]], False)
-    assert len(endpoint.requests) == 4  # another model has another opinion
-
-
-@pytest.mark.parametrize("trouble", [500, 429, "garbage", "hang up"])
-def test_trouble_that_passes_is_waited_out(endpoint, trouble):
-    """Else one busy minute of an endpoint would end an evaluation of an hour."""
-    endpoint.script = [trouble, trouble]
-    judge = ChatJudge(endpoint.url, "m", backoff=0.01, num_workers=1)
-    assert judge.judge(["p"], [["a", "bb"]], shuffle_order=False) == [1]
-    assert len(endpoint.requests) == 3
-
-
-def test_an_endpoint_that_is_too_slow_is_asked_again(endpoint):
-    """Else a connection that was lost would be waited for forever."""
-    endpoint.script = ["slow"]
-    judge = ChatJudge(endpoint.url, "m", backoff=0.01, timeout=0.3)
-    assert judge.judge(["p"], [["a", "bb"]], shuffle_order=False) == [1]
-    assert len(endpoint.requests) == 2
-
-
-def test_what_was_paid_for_survives_a_failure(endpoint, tmp_path):
-    """Else the answers before a failure would be lost with it."""
-    prompts, pairs = [f"p{i}" for i in range(6)], [["a", "bb"]] * 6
-    endpoint.script = [None, None, 500, 500, 500]
-    settings = dict(cache_file=tmp_path / "judge.jsonl", num_workers=1, max_retries=2, backoff=0.01)
-    with pytest.raises(ConnectionError, match="must answer. Got 500.* in 3 attempts.*kept in"):
-        ChatJudge(endpoint.url, "m", **settings).judge(prompts, pairs, shuffle_order=False)
-    assert len((tmp_path / "judge.jsonl").read_text().splitlines()) == 2
-    asked = len(endpoint.requests)
-    endpoint.script = []
-    assert ChatJudge(endpoint.url, "m", **settings).judge(prompts, pairs, shuffle_order=False) == [1] * 6
-    assert len(endpoint.requests) - asked == 4
-
-
-def test_a_request_that_is_refused_is_not_repeated(endpoint):
-    """A wrong key does not become right, and many endpoints lock out who insists."""
-    endpoint.script = [401]
-    with pytest.raises(ValueError, match="must accept the request. Got 401"):
-        ChatJudge(endpoint.url, "m", backoff=0.01).judge(["p"], [["a", "bb"]])
-    assert len(endpoint.requests) == 1
-    endpoint.close()
-    with pytest.raises(ConnectionError, match="must answer. Got .*in 2 attempts"):
-        ChatJudge(endpoint.url, "m", backoff=0.01, max_retries=1).judge(["p"], [["a", "bb"]])
-
-
-def test_bad_input_of_a_judge():
-    """Else `file:` would be opened, or the third completion ignored."""
-    with pytest.raises(ValueError, match="must be the URL of an endpoint"):
-        ChatJudge("file:///tmp", "m")
-    judge = ChatJudge("http://localhost:1/v1", "m")
-    for prompts, pairs in ((["p"], []), (["p"], [["a", "b", "c"]])):
-        with pytest.raises(ValueError, match="two completions for each prompt"):
-            judge.judge(prompts, pairs)
-
-
-# Head to head
-
-
-def test_head_to_head_with_a_judge_behind_an_endpoint(endpoint):
-    """Else the table of win rates would not be what the judge said."""
-    ours, theirs = ["longer", "b", "same", "abc"], ["a", "longer", "same", "xyz"]
-    result = head_to_head(list("pqrs"), ours, theirs, ChatJudge(endpoint.url, "m"))
-    assert (result["win"], result["loss"], result["tie"], result["win_half_tie"]) == (0.25, 0.25, 0.5, 0.5)
-    assert result["consistency"] == 1 and result["num_without_verdict"] == 0
-    assert result["low"] <= 0.5 <= result["high"]
-    assert len(endpoint.requests) == 6  # in both orders; the same text twice is not asked
-
-
-@pytest.mark.parametrize(("answer", "consistency", "unparsable"), [("Verdict: A", 0, 0), ("no idea", None, 2)])
-def test_a_judge_who_prefers_the_first_or_says_nothing_gives_ties(answer, consistency, unparsable):
-    """Else the order, or the judge's refusals, would decide who wins."""
-    endpoint = Endpoint(lambda question: answer)
-    try:
-        result = head_to_head(["p", "q"], ["a", "b"], ["c", "d"], ChatJudge(endpoint.url, "m"))
-    finally:
-        endpoint.close()
-    assert (result["tie"], result["win_half_tie"]) == (1, 0.5)
-    assert (result["consistency"], result["num_without_verdict"]) == (consistency, unparsable)
-
-
-def test_head_to_head_takes_any_pairwise_judge():
-    """Judges in the form of TRL's return ints, and -1 where they failed."""
-
-    class First:
-        def judge(self, prompts, completions, shuffle_order=True):
-            assert shuffle_order is False
-            return [
-                -1 if prompt == "q" else int("good" in pair[1])
-                for prompt, pair in zip(prompts, completions, strict=True)
-            ]
-
-    result = head_to_head(["p", "q"], ["good", "good"], ["bad", "bad"], First())
-    assert (result["win"], result["tie"], result["num_without_verdict"]) == (0.5, 0.5, 1)
-
-    class Silent:
-        def judge(self, prompts, completions, shuffle_order=True):
-            return [0] if len(prompts) > 1 else [7, 7]
-
-    for prompts in (["p", "q"], ["p"]):
-        with pytest.raises(ValueError, match="must give 0, 1, 0.5 or -1"):
-            head_to_head(prompts, ["a"] * len(prompts), ["b"] * len(prompts), Silent())
+        RewardModel(reward_model(), tokenizer)([[{"role": "user", "content": "say"}]], ["good"])
+    reward_model().model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="with its head"):
+        RewardModel(str(tmp_path), tokenizer)

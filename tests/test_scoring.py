@@ -76,6 +76,17 @@ def test_a_prompt_is_read_once_where_attention_allows_it(name, shares):
     assert num_tokens[-1] == (29 + 6 + 6 if shares else 2 * 35)
 
 
+def test_short_completions_share_a_pass_in_greater_numbers():
+    """Else a device that holds 2 long texts at once would be left idle by short ones."""
+    model, generator, shapes = MODELS["window"](1), torch.Generator().manual_seed(0), []
+    model.base_model.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    prompts = [draw(generator, n) for n in (40, 40, 10, 10, 10, 10, 10, 10)]
+    score_completions(model, prompts, [draw(generator, 10)] * 8, batch_size=2)
+    assert shapes == [(2, 50), (5, 20), (1, 20)]
+
+
 def test_a_model_whose_mask_leaks_is_read_apart():
     """Else a model that ignores masks of this form would be scored wrongly without a word."""
     model = make_llama(1)

@@ -14,6 +14,7 @@
 
 """The trainer: what users of TRL expect, and the invariants a training loop can break in silence."""
 
+import copy
 import json
 
 import pytest
@@ -33,7 +34,7 @@ from trl_tfpo import (
     annotate_token_rewards,
     load_doctor,
 )
-from trl_tfpo.token_rewards import model_fingerprint
+from trl_tfpo.scoring import model_fingerprint
 
 
 FACES = Faces(positive="you are kind", negative="you are rude")
@@ -257,6 +258,37 @@ class TestReference:
             trainer.evaluate(annotated)
 
 
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(r=2, target_modules=["q_proj"])], ids=["full", "lora"])
+def test_the_head_may_learn_at_its_own_rate(annotated, tokenizer, tmp_path, peft_config):
+    """log V spans hundreds of nats: at the rate of a pretrained model its head may never get there."""
+    runs = {}
+    for rate in (None, 1e-2, 0.0, 0.1):
+        settings = dict(reference_weight=0.0, value_head_learning_rate=rate, weight_decay=0.1)
+        trainer = TFPOTrainer(
+            model=make_llama(2),
+            args=config(tmp_path / str(rate), **settings),
+            train_dataset=annotated,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+        )
+        trainer.train()
+        state = trainer.model.state_dict()
+        (head,) = (
+            state[name]
+            for name in state
+            if "value_head" in name and name.endswith("weight") and "original" not in name
+        )
+        runs[rate] = losses(trainer), head
+        groups = trainer.optimizer.param_groups
+        assert sum(len(group["params"]) for group in groups) == sum(
+            p.requires_grad for p in trainer.model.parameters()
+        )
+    assert runs[None][0] == pytest.approx(runs[1e-2][0], rel=1e-6) and torch.allclose(runs[None][1], runs[1e-2][1])
+    assert not runs[0.0][1].any()
+    assert runs[0.1][1].norm() > 2 * runs[None][1].norm()
+    assert len({tuple(values) for values, _ in runs.values()}) >= 3
+
+
 class TestCheckpoints:
     @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
     def test_resume_equals_uninterrupted(self, annotated, tokenizer, tmp_path, peft):
@@ -380,16 +412,27 @@ class TestPeft:
         assert runs[0] == pytest.approx(runs[1], rel=1e-5)
 
 
-def test_streamed_annotated_dataset(annotated, doctor, tokenizer, tmp_path):
-    """Without a reference a stream of annotated rows is all the trainer needs."""
-    trainer = TFPOTrainer(
-        model=doctor,
-        args=config(tmp_path, reference_weight=0.0),
-        train_dataset=annotated.to_iterable_dataset(),
-        processing_class=tokenizer,
-    )
-    trainer.train()
-    assert len(losses(trainer)) == 4
+def test_streamed_datasets(annotated, preferences, patient, doctor, tokenizer, tmp_path):
+    """A stream of annotated rows, or one annotated as it is read, must train as the dataset does."""
+    streams = {
+        "whole": annotated,
+        "annotated": annotated.to_iterable_dataset(),
+        "as it is read": annotate_token_rewards(
+            preferences.to_iterable_dataset(), patient, tokenizer, faces=FACES, max_length=1024
+        ),
+    }
+    runs = []
+    for name, stream in streams.items():
+        trainer = TFPOTrainer(
+            model=copy.deepcopy(doctor),
+            args=config(tmp_path / name, reference_weight=0.0, train_sampling_strategy="sequential"),
+            train_dataset=stream,
+            processing_class=tokenizer,
+        )
+        trainer.train()
+        runs.append(losses(trainer))
+    assert len(runs[0]) == 4
+    assert runs[1] == pytest.approx(runs[0], rel=1e-6) and runs[2] == pytest.approx(runs[0], rel=1e-6)
 
 
 def test_dataset_dict_for_evaluation(preferences, patient, doctor, tokenizer, tmp_path):

@@ -21,10 +21,12 @@ import pytest
 import torch
 from accelerate import PartialState
 from conftest import conversational_rows
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 from trl_tfpo import Faces, annotate_token_rewards
-from trl_tfpo.token_rewards import annotation_settings, model_fingerprint
+from trl_tfpo.scoring import model_fingerprint
+from trl_tfpo.shards import SHARD_SIZE
+from trl_tfpo.token_rewards import annotation_settings
 from trl_tfpo.tokenization import ID_COLUMNS
 
 
@@ -136,7 +138,7 @@ def test_a_reward_function_of_ones_own(preferences, patient, tokenizer):
 
 def test_processes_with_different_weights_are_refused(preferences, patient, tokenizer, monkeypatch):
     """Each process scores its share: one that never loaded the weights would fill it with noise."""
-    monkeypatch.setattr("trl_tfpo.token_rewards.gather_object", lambda names: [*names, "of another process"])
+    monkeypatch.setattr("trl_tfpo.scoring.gather_object", lambda names: [*names, "of another process"])
     assert len(model_fingerprint(patient)) == 16
     monkeypatch.setitem(PartialState._shared_state, "num_processes", 2)
     with pytest.raises(ValueError, match="same weights"):
@@ -148,3 +150,18 @@ def test_a_sharded_patient_is_refused(preferences, patient, tokenizer):
     patient.lm_head.weight.ds_id = 0  # what DeepSpeed ZeRO-3 leaves on a parameter
     with pytest.raises(ValueError, match="whole in each process"):
         annotate_token_rewards(preferences, patient, tokenizer, faces=FACES)
+
+
+def test_a_stream_is_annotated_as_it_is_read(patient, tokenizer):
+    """Millions of pairs must neither wait for the last one nor have to fit in memory."""
+    rows, num_read = conversational_rows(300), []
+    stream = IterableDataset.from_generator(lambda: (num_read.append(1) or row for row in rows))
+    annotated = annotate_token_rewards(stream, patient, tokenizer, faces=FACES)
+    whole = annotate_token_rewards(Dataset.from_list(rows), patient, tokenizer, faces=FACES)
+    num_read.clear()
+    for index, (found, expected) in enumerate(zip(annotated, whole, strict=True)):
+        assert found == expected
+        assert len(num_read) <= index + SHARD_SIZE + 1
+    assert annotation_settings(annotated) == annotation_settings(whole)
+    both = annotate_token_rewards(IterableDatasetDict({"train": stream}), patient, tokenizer, faces=FACES)
+    assert next(iter(both["train"])) == whole[0]

@@ -271,3 +271,26 @@ def _num_absolute_positions(model: PreTrainedModel) -> float:
     of_tokens = set(model.get_input_embeddings().modules())
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m not in of_tokens]
     return limit if any(table.num_embeddings - limit in (0, 2) for table in tables) else math.inf  # OPT has 2 more
+
+
+def special_ids(model: PreTrainedModel, name: str) -> list[int]:
+    """Ids of the BOS, EOS or padding tokens, as far as the model knows them."""
+    configs = (getattr(model, "generation_config", None), model.config.get_text_config())
+    values = [getattr(config, f"{name}_token_id", None) for config in configs]
+    return [i for value in values if value is not None for i in (value if isinstance(value, list) else [value])]
+
+
+def check_reference(doctor: Doctor, reference: Doctor | None) -> None:
+    """Raise `ValueError` when the reference of a doctor is the doctor itself."""
+    is_the_doctor = (
+        reference is not None
+        and reference.is_on(doctor.model)
+        and reference.prompt is doctor.prompt
+        and reference.adapters == doctor.adapters
+    )
+    if is_the_doctor:
+        raise ValueError(
+            "`reference` must be the doctor before training. Got the module of the doctor itself (an adapter changes "
+            "its base model in place), which undoes the guidance; load the reference separately, or for a doctor that "
+            f"is an adapter pass `reference=Doctor(model, adapter={NO_ADAPTER!r})`."
+        )

@@ -30,6 +30,8 @@ Deviations from the paper, each chosen by a function argument unless said otherw
 5. The reward may be tempered and anchored to a reference policy (`reward_temperature`, `reference_weight`).
 6. Squared residuals are averaged, not summed, over the sub-trajectories of a completion, in $O(T)$.
 7. Value discrimination compares $\log V$ at the first token at which chosen and rejected part ways.
+8. $\epsilon$ in the importance is large enough to matter (`gap_floor`): where the faces agree, their noise is no signal.
+9. The policy whose flow is balanced may be patient times doctor, [`guided_logps`], rather than the doctor (`policy`).
 """
 
 import math
@@ -47,7 +49,7 @@ def token_importance(
     gap: torch.Tensor,
     completion_mask: torch.Tensor,
     importance_temperature: float = 1.0,
-    eps: float = 1e-6,
+    gap_floor: float = 0.05,
 ) -> torch.Tensor:
     r"""
     How differently the two faces of the patient see each token, relative to the rest of the completion.
@@ -61,8 +63,9 @@ def token_importance(
             Tokens that count; the mean runs over them.
         importance_temperature (`float`, *optional*, defaults to `1.0`):
             $\tau > 0$. Larger is flatter.
-        eps (`float`, *optional*, defaults to `1e-6`):
-            $\epsilon$, in nats. Keeps the importance of two equal faces at zero.
+        gap_floor (`float`, *optional*, defaults to `0.05`):
+            $\epsilon > 0$, in nats. Where the faces differ by much less on average, they differ by noise, and no token
+            is important.
 
     Returns:
         `torch.Tensor` of shape `(B, T)`: importance in `[0, 1]`, zero outside the mask.
@@ -74,13 +77,13 @@ def token_importance(
     >>> from trl_tfpo.functional import token_importance
     >>> gap = torch.tensor([[0.0, 1.0, -1.0]])
     >>> token_importance(gap=gap, completion_mask=torch.ones(1, 3, dtype=torch.bool)).round(decimals=4)
-    tensor([[0.0000, 0.9051, 0.9051]])
+    tensor([[0.0000, 0.8843, 0.8843]])
 
     ```
     """
     size = gap.abs().masked_fill(~completion_mask, 0)  # (B, T)
     mean = size.sum(dim=1, keepdim=True) / completion_mask.sum(dim=1, keepdim=True).clamp(min=1)
-    return torch.tanh(size / (mean + eps) / importance_temperature)
+    return torch.tanh(size / (mean + gap_floor) / importance_temperature)
 
 
 def token_rewards(
@@ -91,6 +94,7 @@ def token_rewards(
     completion_mask: torch.Tensor,
     reward_direction: str = "agreement",
     importance_temperature: float = 1.0,
+    gap_floor: float = 0.05,
     sparsity_threshold: float = 0.3,
 ) -> torch.Tensor:
     r"""
@@ -114,6 +118,8 @@ def token_rewards(
             `"label"`, `"agreement"` or `"faces"`.
         importance_temperature (`float`, *optional*, defaults to `1.0`):
             $\tau > 0$ of [`token_importance`].
+        gap_floor (`float`, *optional*, defaults to `0.05`):
+            $\epsilon > 0$ of [`token_importance`], in nats; 1e-6 is hardly any.
         sparsity_threshold (`float`, *optional*, defaults to `0.3`):
             $\theta$ in `[0, 1)`. Tokens of lower importance get no reward.
 
@@ -121,12 +127,16 @@ def token_rewards(
         `torch.Tensor` of shape `(B, T)`: rewards in `[-1, 1]`, zero outside the mask.
 
     Raises:
-        `ValueError`: on an unknown direction, a temperature that is not positive or a threshold outside `[0, 1)`.
+        `ValueError`: on an unknown direction, a temperature or floor that is not positive, or a threshold outside
+        `[0, 1)`.
     """
-    check_reward_settings(reward_direction, importance_temperature, sparsity_threshold)
+    check_reward_settings(reward_direction, importance_temperature, gap_floor, sparsity_threshold)
     gap = positive_logps - negative_logps  # (B, T)
     importance = token_importance(
-        gap=gap, completion_mask=completion_mask, importance_temperature=importance_temperature
+        gap=gap,
+        completion_mask=completion_mask,
+        importance_temperature=importance_temperature,
+        gap_floor=gap_floor,
     )
     label = preference_sign[:, None].to(gap.dtype).expand_as(gap)  # (B, T)
     faces = gap.sign()  # (B, T)
@@ -134,7 +144,9 @@ def token_rewards(
     return (direction * importance).masked_fill((importance <= sparsity_threshold) | ~completion_mask, 0)
 
 
-def check_reward_settings(reward_direction: str, importance_temperature: float, sparsity_threshold: float) -> None:
+def check_reward_settings(
+    reward_direction: str, importance_temperature: float, gap_floor: float, sparsity_threshold: float
+) -> None:
     """Raise `ValueError` unless the settings of [`token_rewards`] are in range."""
     if reward_direction not in ("label", "agreement", "faces"):
         raise ValueError(
@@ -143,6 +155,8 @@ def check_reward_settings(reward_direction: str, importance_temperature: float, 
         )
     if not importance_temperature > 0:
         raise ValueError(f"`importance_temperature` must be positive. Got {importance_temperature}; try 1.0.")
+    if not gap_floor > 0:
+        raise ValueError(f"`gap_floor` must be positive. Got {gap_floor}; try 0.05 nats.")
     if not 0 <= sparsity_threshold < 1:
         raise ValueError(
             f"`sparsity_threshold` must be in [0, 1). Got {sparsity_threshold}; importance never exceeds 1, so a "

@@ -23,6 +23,7 @@ tokens, and their KV caches are only a memory of it, addressed by content, [`Doc
 """
 
 import math
+import os
 import warnings
 from collections.abc import Sequence
 
@@ -30,8 +31,10 @@ import torch
 from torch import nn
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from .doctors import NO_ADAPTER, PADDING, Doctor, DoctorMemory, check_left_padded
+from .doctors import PADDING, Doctor, DoctorMemory, check_left_padded, check_reference, special_ids
 from .functional import guided_logps, next_token_entropy, plausible_mask
+from .guided_flow import is_guidance, load_guidance
+from .modeling_doctor import load_doctor
 from .tokenizer_identity import check_same_tokenizer
 from .weights import Weight, check_weight, opposite_weight, remaining_weight, weight_at
 
@@ -51,7 +54,8 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
             [`Doctor`] says more: which adapter, or a prompt of its own.
         alpha (`float`, `torch.Tensor` of shape `(B,)` or callable, *optional*):
             Exponent of the patient. By default the exponents add up to 1: the *mixture*, `1 - sum(beta)`, or with a
-            `reference` the *ratio*, `1`. The *product* (the paper) is `alpha=1`.
+            `reference` the *ratio*, `1`. The *product* (the paper) is `alpha=1`; a doctor of guided flow is made for
+            it, and takes nothing from the patient by default.
         beta (`float`, `torch.Tensor` of shape `(B,)` or callable, or list of them, *optional*, defaults to `0.5`):
             Exponent of the doctor, or of each doctor. 0 leaves the patient alone, without a doctor's forward pass;
             negative steers away. A tensor has a weight for each prompt of the batch. A callable is a schedule: it is
@@ -130,10 +134,11 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
             for models in (doctors, references)
         )
         for one, ref in zip(doctors, references, strict=True):
-            _check_reference(one, ref)
+            check_reference(one, ref)
         betas = [check_weight("beta", beta) for beta in betas]
         if alpha is None:
-            alpha = remaining_weight([beta for beta, ref in zip(betas, references, strict=True) if ref is None])
+            rows = zip(doctors, betas, references, strict=True)
+            alpha = remaining_weight([beta for one, beta, ref in rows if ref is None and not is_guidance(one.model)])
         if not (0 <= min_patient_prob <= 1 and 0 <= min_patient_entropy < math.inf):
             raise ValueError(
                 "`min_patient_prob` must be in [0, 1] and `min_patient_entropy` a number of nats, at least 0. Got "
@@ -162,6 +167,39 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         self.memories = [DoctorMemory(doctor) for doctor in self.doctors]
         self._num_common_tokens = min(memory.num_embeddings for memory in self.memories)
         self.reset(attention_mask)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        doctor: str | Sequence[str],
+        alpha: Weight | None = None,
+        beta: Weight | Sequence[Weight] | None = None,
+        *,
+        model_init_kwargs: dict | None = None,
+        **settings,
+    ) -> "DoctorGuidedLogitsProcessor":
+        """
+        Load doctors, and guide with the exponents for which they were trained.
+
+        Args:
+            doctor (`str` or sequence of `str`):
+                Folders or Hub ids of doctors that [`TFPOTrainer`] saved: full models or adapters.
+            alpha, beta (*optional*):
+                As above. By default a doctor of guided flow, and the patient, have the exponents of its training, 1 and
+                1; doctors that were trained on their own get 0.5 each, which is taken from the patient.
+            model_init_kwargs (`dict`, *optional*):
+                Keyword arguments of `from_pretrained` of the doctors, such as `dtype` and `device_map`.
+            settings:
+                Further arguments of the processor.
+
+        Returns:
+            [`DoctorGuidedLogitsProcessor`]: with the doctors in eval mode.
+        """
+        names = [doctor] if isinstance(doctor, (str, os.PathLike)) else list(doctor)
+        if beta is None:
+            beta = [load_guidance(name).get("beta", 0.5) for name in names]
+        doctors = [load_doctor(name, with_value_head=False, **(model_init_kwargs or {})).eval() for name in names]
+        return cls(doctors, alpha, beta, **settings)
 
     def reset(self, attention_mask: torch.Tensor | None = None, *, keep_memory: bool = False) -> None:
         """
@@ -358,7 +396,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
 
     def _guess_mask(self, input_ids: torch.LongTensor) -> torch.BoolTensor:
         """Mask (B, L) without the leading padding ids; where these are also BOS or EOS, the longest row has none."""
-        bos, eos, pad = (_special_ids(self.doctors[0].model, name) for name in ("bos", "eos", "pad"))
+        bos, eos, pad = (special_ids(self.doctors[0].model, name) for name in ("bos", "eos", "pad"))
         if not pad + eos:
             return torch.ones_like(input_ids, dtype=torch.bool)
         pad_token_id = (pad + eos)[0]  # as `generate` does, EOS where there is no padding token
@@ -387,28 +425,6 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, stacklevel=3)
-
-
-def _special_ids(model: PreTrainedModel, name: str) -> list[int]:
-    """Ids of the BOS, EOS or padding tokens, as far as the model knows them."""
-    configs = (getattr(model, "generation_config", None), model.config.get_text_config())
-    values = [getattr(config, f"{name}_token_id", None) for config in configs]
-    return [i for value in values if value is not None for i in (value if isinstance(value, list) else [value])]
-
-
-def _check_reference(doctor: Doctor, reference: Doctor | None) -> None:
-    is_the_doctor = (
-        reference is not None
-        and reference.is_on(doctor.model)
-        and reference.prompt is doctor.prompt
-        and reference.adapters == doctor.adapters
-    )
-    if is_the_doctor:
-        raise ValueError(
-            "`reference` must be the doctor before training. Got the module of the doctor itself (an adapter changes "
-            "its base model in place), which undoes the guidance; load the reference separately, or for a doctor that "
-            f"is an adapter pass `reference=Doctor(model, adapter={NO_ADAPTER!r})`."
-        )
 
 
 def _float(scores: torch.Tensor) -> torch.Tensor:

@@ -25,11 +25,13 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import ModelOutput, cached_file
 from trl.trainer import add_fused_lm_head
 
-from ._compat import fused_logps, is_peft_model, unwrap_peft
+from ._compat import fused_logps, is_peft_model, labelled_logits, load_model, unwrap_peft
+from .functional import guided_logps
+from .guided_flow import is_guidance, load_guidance, start_guidance
 
 
 if TYPE_CHECKING:
@@ -37,6 +39,24 @@ if TYPE_CHECKING:
 
 
 VALUE_HEAD = "value_head"
+DOCTOR_CARD = """
+
+## Use as a doctor
+
+This model guides a larger one with the same tokenizer, the patient, at decoding time:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl_tfpo import DoctorGuidedLogitsProcessor
+
+patient = AutoModelForCausalLM.from_pretrained("<the patient>")
+tokenizer = AutoTokenizer.from_pretrained("<the patient>")
+
+inputs = tokenizer("How do I boil an egg?", return_tensors="pt")
+processor = DoctorGuidedLogitsProcessor.from_pretrained("{doctor}", attention_mask=inputs["attention_mask"])
+outputs = patient.generate(**inputs, logits_processor=[processor])
+```
+"""
 
 
 @dataclass
@@ -46,7 +66,8 @@ class DoctorOutput(ModelOutput):
 
     Args:
         doctor_logps (`torch.Tensor` of shape `(B, T)`):
-            Log-probability of each completion token, in nats, float32. Arbitrary outside the mask.
+            Log-probability of each completion token, in nats, float32. Arbitrary outside the mask. That of the guided
+            patient where its logits were given.
         log_values (`torch.Tensor` of shape `(B, S)`):
             Value head at each state, log V in nats, float32. Arbitrary outside the mask.
         completion_ids (`torch.Tensor` of shape `(B, T)`):
@@ -88,6 +109,8 @@ def add_value_head(model: PreTrainedModel) -> None:
 
     `model(input_ids, attention_mask, completion_mask=mask)` then returns a [`DoctorOutput`], where `mask` of shape
     `(B, L)` marks the completion in each row (one run of tokens, at least one token after the start of the row).
+    Given `patient_logits` of shape `(N, V)` as well, from [`~trl_tfpo.guided_flow.read_patient`], its log-probabilities
+    are those of the patient that it guides, patient times doctor.
     Without `completion_mask` the forward is the original one, so `generate` is unchanged. The head is the submodule
     `value_head`: it is saved with the model, and ignored when the folder is loaded as a plain causal language model.
 
@@ -110,14 +133,19 @@ def add_value_head(model: PreTrainedModel) -> None:
     fused_forward = base.forward
 
     @functools.wraps(type(base).forward)
-    def forward(self, *args, completion_mask=None, **kwargs):
+    def forward(self, *args, completion_mask=None, patient_logits=None, **kwargs):
         if completion_mask is None:
             return fused_forward(*args, **kwargs)
         captured = []
         hook = self.base_model.register_forward_hook(lambda _, __, output: captured.append(output.last_hidden_state))
         try:
             labels = kwargs["input_ids"].masked_fill(~completion_mask, -100)
-            log_probs = fused_logps(functools.partial(fused_forward, *args), self, labels, **kwargs)  # (B, L - 1)
+            one_forward = functools.partial(fused_forward, *args)
+            if patient_logits is None:
+                log_probs = fused_logps(one_forward, self, labels, **kwargs)  # (B, L - 1)
+            else:
+                logits = labelled_logits(one_forward, self, labels, **kwargs)  # (N, V)
+                log_probs = guided_token_logps(logits, patient_logits, labels)
         finally:
             hook.remove()
         log_values = getattr(self, VALUE_HEAD)(captured[0]).to(log_probs.device)  # (B, L)
@@ -132,8 +160,64 @@ def add_value_head(model: PreTrainedModel) -> None:
     base.forward = types.MethodType(forward, base)
 
 
+def guided_token_logps(logits: torch.Tensor, patient_logits: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
+    """
+    Log-probabilities of tokens under the product of patient and doctor.
+
+    Args:
+        logits (`torch.Tensor` of shape `(N, V)`):
+            The doctor's, where the N labels are predicted.
+        patient_logits (`torch.Tensor` of shape `(N, V')`):
+            The patient's. Ids that only one of them has, beyond the tokenizer's, take no part.
+        labels (`torch.LongTensor` of shape `(B, L)`):
+            Token ids, -100 where nothing is predicted.
+
+    Returns:
+        `torch.Tensor` of shape `(B, L - 1)`: in nats, zero where there is no label.
+    """
+    has_label = labels[:, 1:] != -100
+    size = min(logits.size(-1), patient_logits.size(-1))
+    guided = guided_logps(patient_logits=patient_logits[:, :size], doctor_logits=[logits[:, :size]], beta=[1.0])
+    log_probs = guided.gather(1, labels[:, 1:][has_label][:, None]).squeeze(1)  # (N,)
+    return log_probs.new_zeros(has_label.shape).masked_scatter(has_label, log_probs)
+
+
+def resolve_model(
+    model: str | PreTrainedModel, name: str, quantization_config: BitsAndBytesConfig | None = None, **init_kwargs
+) -> PreTrainedModel:
+    """
+    A model given by name or path, loaded; a model as it is.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            The model.
+        name (`str`):
+            What a message calls it.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            For a model given by name.
+        init_kwargs:
+            Keyword arguments of `from_pretrained`, likewise.
+
+    Returns:
+        [`~transformers.PreTrainedModel`]
+
+    Raises:
+        `ValueError`: when a model that is loaded already is to be quantized.
+    """
+    if isinstance(model, str):
+        if quantization_config is not None:
+            init_kwargs["quantization_config"] = quantization_config
+        return load_model(model, **init_kwargs)
+    if quantization_config is not None:
+        raise ValueError(
+            f"A quantization config applies to a `{name}` given by name or path. Got a loaded {type(model).__name__}; "
+            "quantize it when you load it."
+        )
+    return model
+
+
 def make_doctor(
-    model: "PreTrainedModel | PeftModel", peft_config: "PeftConfig | None" = None
+    model: "PreTrainedModel | PeftModel", peft_config: "PeftConfig | None" = None, *, guides: bool = False
 ) -> "PreTrainedModel | PeftModel":
     """
     The doctor with its value head, and with a new adapter if there is a config for one.
@@ -143,13 +227,24 @@ def make_doctor(
             The language model; changed in place.
         peft_config ([`~peft.PeftConfig`], *optional*):
             Config of the adapter; left as it is. The value head is trained and saved with the adapter.
+        guides (`bool`, *optional*, defaults to `False`):
+            Whether it is for guided flow: its language model head starts at zero, see
+            [`~trl_tfpo.guided_flow.start_guidance`], and is trained and saved with the adapter.
 
     Returns:
         [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]: the doctor.
 
     Raises:
-        `ValueError`: on a second adapter, prompt learning, or an adapter on the language modelling head.
+        `ValueError`: on a second adapter, prompt learning, an adapter on the language modelling head, or a `PeftModel`
+        that is not a doctor of guided flow but is to become one.
     """
+    if guides and is_peft_model(model) and not is_guidance(model):
+        raise ValueError(
+            "A doctor of guided flow starts with a new head. Got a `PeftModel` that was not trained by guided flow; pass "
+            "its base model and a `peft_config`, or load a trained one with `load_doctor`."
+        )
+    if guides:
+        start_guidance(unwrap_peft(model))
     if peft_config is not None:
         from peft import get_peft_model
 
@@ -165,7 +260,9 @@ def make_doctor(
             )
         add_value_head(model)
         peft_config = copy.deepcopy(peft_config)  # the caller's stays as it is
-        peft_config.modules_to_save = [*(peft_config.modules_to_save or []), VALUE_HEAD]
+        head = model.get_output_embeddings()
+        heads = [name.split(".")[-1] for name, module in model.named_modules() if guides and module is head]
+        peft_config.modules_to_save = [*(peft_config.modules_to_save or []), VALUE_HEAD, *heads]
         model = get_peft_model(model, peft_config)
     else:
         add_value_head(model)
@@ -178,6 +275,26 @@ def make_doctor(
                 "`lm_head.weight` directly. Got one; remove 'lm_head' from `target_modules`."
             )
     return model
+
+
+def set_head_learning_rate(optimizer: torch.optim.Optimizer, model: torch.nn.Module, learning_rate: float) -> None:
+    """
+    Give the value head a learning rate of its own: parameter groups of the same settings, at the end.
+
+    Args:
+        optimizer ([`~torch.optim.Optimizer`]):
+            Optimizer of the model, before its first step and before a scheduler is made for it; changed in place.
+        model ([`~torch.nn.Module`]):
+            The doctor.
+        learning_rate (`float`):
+            Of the value head, at the start of the schedule.
+    """
+    of_head = {id(parameter) for name, parameter in model.named_parameters() if VALUE_HEAD in name.split(".")}
+    for group in list(optimizer.param_groups):
+        parameters = [parameter for parameter in group["params"] if id(parameter) in of_head]
+        if parameters:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in of_head]
+            optimizer.add_param_group({**group, "params": parameters, "lr": learning_rate})
 
 
 def locate_completions(completion_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -230,6 +347,8 @@ def load_doctor(path: str | os.PathLike, with_value_head: bool = True, **kwargs)
             if VALUE_HEAD not in (config.get("modules_to_save") or []):
                 raise _no_value_head(path)
             add_value_head(base)
+        if guidance := load_guidance(path):
+            base.config.guidance = guidance
         return PeftModel.from_pretrained(base, path)
 
     model = AutoModelForCausalLM.from_pretrained(path, **kwargs)

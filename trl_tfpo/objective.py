@@ -117,3 +117,45 @@ def tfpo_objective(
         "values/start": log_values[:, 0].mean(),
     }
     return subtb + value_loss_weight * value, {name: metric.detach() for name, metric in metrics.items()}
+
+
+def describe_batch(
+    *,
+    doctor_logps: torch.Tensor,
+    completion_mask: torch.Tensor,
+    token_rewards: torch.Tensor,
+    gaps: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """
+    Metrics of a batch of pairs that do not depend on the objective.
+
+    Args:
+        doctor_logps (`torch.Tensor` of shape `(B, T)`):
+            Log-probability of each token under the doctor, in nats.
+        completion_mask (`torch.Tensor` of shape `(B, T)`):
+            Which tokens are real.
+        token_rewards (`torch.Tensor` of shape `(B, T)`):
+            Reward of each token.
+        gaps (`torch.Tensor` of shape `(B, T)`, *optional*):
+            Positive minus negative log-probability of the patient, in nats.
+
+    Returns:
+        `dict[str, torch.Tensor]`: share of tokens without a reward; mean sum of rewards and of log-probabilities of
+        the chosen and of the rejected; and the share of the gaps that agrees with the label. Detached scalars.
+    """
+    rewards = token_rewards.masked_fill(~completion_mask, 0)
+    chosen_rewards, rejected_rewards = rewards.sum(dim=1).chunk(2)
+    chosen_logps, rejected_logps = doctor_logps.detach().masked_fill(~completion_mask, 0).sum(dim=1).chunk(2)
+    metrics = {
+        "rewards/sparsity": 1 - (rewards != 0).sum() / completion_mask.sum(),
+        "rewards/chosen": chosen_rewards.mean(),
+        "rewards/rejected": rejected_rewards.mean(),
+        "logps/chosen": chosen_logps.mean(),
+        "logps/rejected": rejected_logps.mean(),
+    }
+    if gaps is not None:
+        gaps = gaps.masked_fill(~completion_mask, 0)
+        chosen_gaps, rejected_gaps = gaps.chunk(2)
+        agreeing = chosen_gaps.clamp(min=0).sum() + (-rejected_gaps).clamp(min=0).sum()
+        metrics["rewards/agreement"] = agreeing / gaps.abs().sum().clamp(min=1e-6)
+    return metrics

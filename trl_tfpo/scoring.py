@@ -26,6 +26,9 @@ from which its first token is predicted.
 import inspect
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets.fingerprint import Hasher
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
@@ -43,7 +46,8 @@ def score_completions(
     Log-probability of every completion token after its prompt.
 
     Completions of one prompt share a row, so that the prompt is read once, where the model's attention takes a mask of
-    that form; rows of similar length share a forward pass; the (tokens, vocabulary) logits are never held.
+    that form; rows of similar length share a forward pass, the more the shorter they are; the (tokens, vocabulary)
+    logits are never held.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -53,7 +57,7 @@ def score_completions(
         completion_ids (`list[list[int]]`):
             One completion for each prompt.
         batch_size (`int`):
-            Completions in one forward pass.
+            Completions in a forward pass of the longest; of shorter ones as many as take no more tokens.
 
     Returns:
         `list[torch.Tensor]` of shape `(T_i,)`: log-probabilities in nats, float32, on the CPU, in the given order.
@@ -67,10 +71,15 @@ def score_completions(
         rows = _rows(prompt_ids, max_branches=2)
         if max(map(len, rows), default=1) > 1 and not _reads_branches(model):
             rows = _rows(prompt_ids, max_branches=1)
-        lengths = [len(prompt_ids[row[0]]) + sum(len(completion_ids[index]) for index in row) for row in rows]
-        rows = [rows[index] for index in sorted(range(len(rows)), key=lambda index: -lengths[index])]
+
+        def length(row: list[int]) -> int:
+            return len(prompt_ids[row[0]]) - 1 + sum(len(completion_ids[index]) + 1 for index in row)
+
+        rows.sort(key=length, reverse=True)
+        max_rows = max(1, batch_size // max(map(len, rows), default=1))
+        max_tokens = max_rows * max(map(length, rows), default=0)
         while rows:
-            num_rows = max(1, batch_size // max(map(len, rows[:batch_size])))
+            num_rows = max_tokens // length(rows[0])
             batch, rows = rows[:num_rows], rows[num_rows:]
             scored = _score_rows(
                 model, [(prompt_ids[row[0]], [completion_ids[index] for index in row]) for row in batch]
@@ -95,6 +104,32 @@ def check_whole(model: PreTrainedModel) -> None:
             f"A model that scores completions must be whole in each process. Got a {type(model).__name__} with sharded "
             "parameters; pass its name or path, or load it before the settings of the training are made."
         )
+
+
+def model_fingerprint(model: PreTrainedModel) -> str:
+    """
+    Hash of the model's configuration and weights: other weights, another fingerprint.
+
+    Where there are several processes, each of them has to ask.
+
+    Raises:
+        `ValueError`: when the processes hold different weights.
+    """
+    hasher = Hasher()
+    hasher.update(model.config.to_json_string())
+    for name, tensor in sorted(model.state_dict().items()):
+        hasher.update(name)
+        hasher.m.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    fingerprint = hasher.hexdigest()
+    if PartialState().num_processes > 1:
+        fingerprints = gather_object([fingerprint])
+        if len(set(fingerprints)) > 1:
+            raise ValueError(
+                f"Every process must hold the same weights, as each scores its share of a dataset. Got {fingerprints} of "
+                f"a {type(model).__name__}; pass its name or path, or load it with "
+                "`fsdp_cpu_ram_efficient_loading: false` and the same seed."
+            )
+    return fingerprint
 
 
 def _rows(prompt_ids: list[list[int]], max_branches: int) -> list[list[int]]:

@@ -29,7 +29,7 @@ class TFPOConfig(_BaseConfig):
     r"""
     Settings of the [`TFPOTrainer`], on top of those of [`~transformers.TrainingArguments`].
 
-    The published method is `TFPOConfig(reward_direction="label", reference_weight=0.0)`, decoded with `alpha=1.0`.
+    The published method is `TFPOConfig(reward_direction="label", gap_floor=1e-6, reference_weight=0.0)`, decoded with `alpha=1.0`.
 
     Parameters:
         > Parameters that control the models
@@ -62,11 +62,18 @@ class TFPOConfig(_BaseConfig):
             with it and zero elsewhere.
         importance_temperature (`float`, *optional*, defaults to `1.0`):
             $\tau > 0$. Larger makes the importance of tokens more even.
+        gap_floor (`float`, *optional*, defaults to `0.05`):
+            $\epsilon > 0$, in nats. In a completion on which the faces differ by much less than this on average, they
+            differ by noise, and no token is important.
         sparsity_threshold (`float`, *optional*, defaults to `0.3`):
             $\theta$ in `[0, 1)`. Tokens of lower importance have no reward.
 
         > Parameters that control the objective
 
+        policy (`str`, *optional*, defaults to `"doctor"`):
+            Whose flow is balanced: `"doctor"`, the doctor alone, for which the patient is not needed once the data are
+            annotated; or `"guided"`, *guided flow*, the product of patient and doctor, which is what will be decoded.
+            The patient is then kept beside the doctor, is read once for each batch, and is the reference.
         reward_temperature (`float`, *optional*, defaults to `0.125`):
             A reward of 1 is worth `1 / reward_temperature` nats.
         reference_weight (`float`, *optional*, defaults to `1.0`):
@@ -78,6 +85,8 @@ class TFPOConfig(_BaseConfig):
             $\lambda \ge 0$, weight of the value discrimination loss.
         value_margin (`float`, *optional*, defaults to `0.1`):
             $\gamma \ge 0$, its margin in nats.
+        value_head_learning_rate (`float`, *optional*):
+            Learning rate of the value head at the start of the schedule, at least 0. By default that of the rest.
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
@@ -133,8 +142,21 @@ class TFPOConfig(_BaseConfig):
     importance_temperature: float = field(
         default=1.0, metadata={"help": "tau in the paper. Larger makes the importance of tokens more even."}
     )
+    gap_floor: float = field(
+        default=0.05,
+        metadata={
+            "help": "epsilon in the paper, in nats. Where the faces differ by much less on average, no token is important."
+        },
+    )
     sparsity_threshold: float = field(
         default=0.3, metadata={"help": "theta in the paper, in [0, 1). Less important tokens have no reward."}
+    )
+    policy: str = field(
+        default="doctor",
+        metadata={
+            "help": "Whose flow is balanced: 'doctor', the doctor alone, or 'guided', patient times doctor, for which "
+            "the patient stays loaded."
+        },
     )
     reward_temperature: float = field(
         default=0.125, metadata={"help": "A token reward of 1 is worth 1 / reward_temperature nats."}
@@ -155,9 +177,16 @@ class TFPOConfig(_BaseConfig):
     value_margin: float = field(
         default=0.1, metadata={"help": "gamma in the paper, margin of the value discrimination loss in nats."}
     )
+    value_head_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the value head. By default that of the rest."}
+    )
 
     def __post_init__(self):
-        check_reward_settings(self.reward_direction, self.importance_temperature, self.sparsity_threshold)
+        check_reward_settings(
+            self.reward_direction, self.importance_temperature, self.gap_floor, self.sparsity_threshold
+        )
+        if self.policy not in ("doctor", "guided"):
+            raise ValueError(f"`policy` must be 'doctor' or 'guided'. Got {self.policy!r}; try the default.")
         check_flow_settings(self.reward_temperature, self.reference_weight)
         if not 0 <= self.subtb_lambda <= 1:
             raise ValueError(
@@ -166,6 +195,11 @@ class TFPOConfig(_BaseConfig):
         for name in ("value_loss_weight", "value_margin"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` must be at least 0. Got {getattr(self, name)}; try 0.1.")
+        if self.value_head_learning_rate is not None and not self.value_head_learning_rate >= 0:
+            raise ValueError(
+                f"`value_head_learning_rate` must be at least 0. Got {self.value_head_learning_rate}; leave it out for "
+                "that of the rest."
+            )
         for name in ("max_length", "pad_to_multiple_of", "scoring_batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -18,8 +18,6 @@ import gc
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +27,6 @@ from accelerate.utils import set_seed
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from huggingface_hub import ModelCard
 from transformers import (
-    AutoTokenizer,
     BitsAndBytesConfig,
     EvalPrediction,
     PreTrainedModel,
@@ -40,30 +37,37 @@ from transformers.data.data_collator import DataCollator
 from trl.trainer import disable_dropout_in_model
 
 from . import functional
-from ._compat import _BaseTrainer, is_peft_model, is_sharded, keep_differentiable, load_model
+from ._compat import (
+    _BaseTrainer,
+    is_peft_model,
+    is_sharded,
+    keep_differentiable,
+    keep_output_precision,
+)
 from .data_collator import TokenRewardCollator
 from .faces import Faces
-from .modeling_doctor import make_doctor
-from .objective import tfpo_objective
-from .scoring import score_completions
-from .shards import add_scores
+from .guided_flow import read_patient, save_guidance
+from .modeling_doctor import DOCTOR_CARD, make_doctor, resolve_model, set_head_learning_rate
+from .objective import describe_batch, tfpo_objective
+from .reference import REFERENCE_COLUMNS, add_reference_logps
+from .scoring import model_fingerprint
 from .tfpo_config import TFPOConfig
-from .token_rewards import (
-    GAP_COLUMNS,
-    REWARD_COLUMNS,
-    annotate_token_rewards,
-    annotation_settings,
-    model_fingerprint,
+from .token_rewards import GAP_COLUMNS, REWARD_COLUMNS, annotate_token_rewards, check_annotated_for, check_patient
+from .tokenization import (
+    FACE_COLUMNS,
+    ID_COLUMNS,
+    check_some_completion_ends,
+    eos_token_ids,
+    resolve_processing_class,
+    tokenize_preferences,
 )
-from .tokenization import FACE_COLUMNS, ID_COLUMNS, eos_token_ids, tokenize_preferences
-from .tokenizer_identity import tokenizer_fingerprint
+from .tokenizer_identity import check_embeddings
 
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
 
-REFERENCE_COLUMNS = ["chosen_ref_logps", "rejected_ref_logps"]
 NUM_PAIRS = "num_pairs"
 AnyDataset = Dataset | IterableDataset | DatasetDict | IterableDatasetDict | dict
 
@@ -78,7 +82,7 @@ class TFPOTrainer(_BaseTrainer):
             The doctor: a causal language model with the patient's tokenizer, or its name or path.
         patient_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
             Frozen language model that gives token rewards to datasets without them. Not needed, and not kept, once
-            the datasets are annotated.
+            the datasets are annotated; but kept in each process, and read for each batch, for `policy="guided"`.
         args ([`TFPOConfig`], *optional*):
             Settings. Defaults to `TFPOConfig("<model name>-TFPO")`.
         data_collator ([`~transformers.DataCollator`], *optional*):
@@ -91,12 +95,8 @@ class TFPOTrainer(_BaseTrainer):
             The same, for evaluation.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer of doctor and patient. Defaults to the doctor's.
-        compute_metrics (`Callable`, *optional*):
-            As in [`~transformers.Trainer`]; it receives no predictions.
-        callbacks (list of [`~transformers.TrainerCallback`], *optional*):
-            As in [`~transformers.Trainer`].
-        optimizers (`tuple`, *optional*):
-            As in [`~transformers.Trainer`].
+        compute_metrics, callbacks, optimizers (*optional*):
+            As in [`~transformers.Trainer`]; `compute_metrics` receives no predictions.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
             For a doctor given by name.
         patient_quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
@@ -185,7 +185,8 @@ class TFPOTrainer(_BaseTrainer):
         # Model
         set_seed(args.seed)  # adapters start at random
         defaults = {"device_map": None} if args.distributed_state.num_processes > 1 else {}  # the engine places it
-        model = self._load(model, "model", args.model_init_kwargs, quantization_config, args, **defaults)
+        defaults["trust_remote_code"] = args.trust_remote_code
+        model = resolve_model(model, "model", quantization_config, **defaults | (args.model_init_kwargs or {}))
         if model.config.is_encoder_decoder:
             raise ValueError(
                 f"The doctor must be a causal language model. Got the encoder-decoder {type(model).__name__}; use a "
@@ -193,29 +194,13 @@ class TFPOTrainer(_BaseTrainer):
             )
 
         # Processing class
-        if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(
-                model.config._name_or_path, trust_remote_code=args.trust_remote_code
-            )
-        if not isinstance(processing_class, PreTrainedTokenizerBase):
-            raise ValueError(
-                "`processing_class` must be a tokenizer: token rewards are defined for text only. Got a "
-                f"`{type(processing_class).__name__}`; pass its `tokenizer` and a text dataset."
-            )
-        if processing_class.pad_token is None:
-            processing_class.pad_token = processing_class.eos_token
+        processing_class = resolve_processing_class(processing_class, model, args.trust_remote_code)
         model.config.get_text_config().pad_token_id = processing_class.pad_token_id
         model.generation_config.pad_token_id = processing_class.pad_token_id
-        embeddings = model.get_input_embeddings().weight
-        num_embeddings = getattr(embeddings, "ds_shape", embeddings.shape)[0]  # of all shards
-        if len(processing_class) > num_embeddings:
-            raise ValueError(
-                "The doctor must have an embedding for every token of the tokenizer. Got "
-                f"{num_embeddings} embeddings for {len(processing_class)} tokens; use a doctor of the patient's family."
-            )
+        check_embeddings("doctor", model, processing_class)
 
         # Value head and PEFT
-        model = make_doctor(model, peft_config)
+        model = make_doctor(model, peft_config, guides=args.policy == "guided")
         keep_differentiable(model)
         if is_peft_model(model) and args.gradient_checkpointing:
             model.enable_input_require_grads()
@@ -228,6 +213,7 @@ class TFPOTrainer(_BaseTrainer):
             functional.token_rewards,
             reward_direction=args.reward_direction,
             importance_temperature=args.importance_temperature,
+            gap_floor=args.gap_floor,
             sparsity_threshold=args.sparsity_threshold,
         )
         self.objective = objective or partial(
@@ -259,8 +245,11 @@ class TFPOTrainer(_BaseTrainer):
         self._eos_token_ids = eos_token_ids(processing_class, model)
         train_dataset = self._annotate(train_dataset, processing_class, args)
         eval_dataset = self._annotate(eval_dataset, processing_class, args)
-        self._check_some_completion_ends(train_dataset)
-        self._free_patient()
+        check_some_completion_ends(train_dataset, self._eos_token_ids)
+        if args.policy == "guided":
+            self._keep_patient(processing_class, args)
+        else:
+            self._free_patient()
 
         # Trainer
         super().__init__(
@@ -280,18 +269,11 @@ class TFPOTrainer(_BaseTrainer):
                 "visible to one process. Use `accelerate launch`, or set `CUDA_VISIBLE_DEVICES` to a single GPU."
             )
 
-        # Precision
-        fsdp_plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if (
-            fsdp_plugin is not None
-            and fsdp_plugin.fsdp_version == 2
-            and fsdp_plugin.mixed_precision_policy is not None
-        ):
-            # Accelerate's policy rounds what the model returns, log-probabilities and flows, to half precision
-            fsdp_plugin.mixed_precision_policy = replace(fsdp_plugin.mixed_precision_policy, output_dtype=None)
+        keep_output_precision(self.accelerator)
 
         # Reference log-probabilities
-        self._reference_fingerprint = model_fingerprint(self.model) if args.reference_weight else None
+        self._has_reference = args.reference_weight > 0 and args.policy == "doctor"  # otherwise the patient, if any
+        self._reference_fingerprint = model_fingerprint(self.model) if self._has_reference else None
         self.train_dataset = self._add_reference_logps(self.train_dataset)
         self.eval_dataset = self._add_reference_logps(self.eval_dataset)
 
@@ -302,50 +284,30 @@ class TFPOTrainer(_BaseTrainer):
 
     # Models
 
-    @staticmethod
-    def _load(
-        model: str | PreTrainedModel,
-        name: str,
-        init_kwargs: dict | None,
-        quantization_config: BitsAndBytesConfig | None,
-        args: TFPOConfig,
-        **defaults,
-    ) -> PreTrainedModel:
-        """A model given by name or path, loaded; a model as it is."""
-        if not isinstance(model, str):
-            if quantization_config is not None:
-                raise ValueError(
-                    f"A quantization config applies to a `{name}` given by name or path. Got a loaded "
-                    f"{type(model).__name__}; quantize it when you load it."
-                )
-            return model
-        init_kwargs = {**defaults, "trust_remote_code": args.trust_remote_code, **(init_kwargs or {})}
-        if quantization_config is not None:
-            init_kwargs["quantization_config"] = quantization_config
-        return load_model(model, **init_kwargs)
-
     def _get_patient(self, args: TFPOConfig) -> PreTrainedModel:
         """The patient, loaded when it is first needed."""
         if self.patient_model is None:
             raise ValueError(
-                "A dataset without token rewards needs a patient to annotate it. Got `patient_model=None`; pass one, "
-                f"or a dataset with the columns {ID_COLUMNS + REWARD_COLUMNS} from `annotate_token_rewards`. A patient "
-                "given as a model is let go once the datasets given with it are annotated."
+                "A dataset without token rewards needs a patient to annotate it, and so does `policy='guided'`. Got "
+                f"`patient_model=None`; pass one, or a dataset with the columns {ID_COLUMNS + REWARD_COLUMNS} from "
+                "`annotate_token_rewards`. A patient given as a model is let go once the datasets given with it are "
+                "annotated."
             )
-        if self.faces is None:
-            raise ValueError(
-                "A dataset without token rewards needs `faces` to be annotated. Got None; pass "
-                "`Faces(positive=..., negative=...)` or the name of a built-in pair."
-            )
-        self.patient_model = self._load(
+        defaults = {"dtype": "auto", "trust_remote_code": args.trust_remote_code}
+        self.patient_model = resolve_model(
             self.patient_model,
             "patient_model",
-            args.patient_model_init_kwargs,
             self._patient_quantization_config,
-            args,
-            dtype="auto",
+            **defaults | (args.patient_model_init_kwargs or {}),
         )
         return self.patient_model
+
+    def _keep_patient(self, processing_class: PreTrainedTokenizerBase, args: TFPOConfig) -> None:
+        """Load the patient, whole in each process, next to the doctor."""
+        patient = self._get_patient(args)
+        check_patient(patient, processing_class)
+        if not getattr(patient, "is_quantized", False) and not hasattr(patient, "hf_device_map"):
+            patient.to(args.device)
 
     def _free_patient(self) -> None:
         """Let the patient go; one given by name can be loaded again."""
@@ -368,6 +330,7 @@ class TFPOTrainer(_BaseTrainer):
         if (
             isinstance(dataset, IterableDataset)
             and args.reference_weight
+            and args.policy == "doctor"
             and not columns.issuperset(REFERENCE_COLUMNS)
         ):
             raise ValueError(
@@ -386,13 +349,17 @@ class TFPOTrainer(_BaseTrainer):
                 drop_unusable=args.drop_unusable,
             )
         if columns.issuperset(ID_COLUMNS + REWARD_COLUMNS):
-            self._check_annotated_for(dataset, processing_class)
+            check_annotated_for(dataset, processing_class)
             return dataset
         if isinstance(dataset, IterableDataset):
             raise ValueError(
                 "A streamed dataset must have token rewards already. Got an `IterableDataset` with the columns "
-                f"{sorted(columns)}; annotate it with `annotate_token_rewards`, or use a `TokenRewardCollator` with a "
-                "patient."
+                f"{sorted(columns)}; pass it through `annotate_token_rewards`, which streams as well."
+            )
+        if self.faces is None:
+            raise ValueError(
+                "A dataset without token rewards needs `faces` to be annotated. Got None; pass "
+                "`Faces(positive=..., negative=...)` or the name of a built-in pair."
             )
         return annotate_token_rewards(
             dataset,
@@ -405,28 +372,9 @@ class TFPOTrainer(_BaseTrainer):
             batch_size=args.scoring_batch_size,
         )
 
-    @staticmethod
-    def _check_annotated_for(dataset: Dataset | IterableDataset, processing_class: PreTrainedTokenizerBase) -> None:
-        settings = annotation_settings(dataset) or {}
-        if settings.get("tokenizer") not in (None, tokenizer_fingerprint(processing_class)):
-            raise ValueError(
-                "A dataset must be annotated with the doctor's tokenizer. Got token ids of another one (vocabulary "
-                f"{settings['tokenizer'][:8]}, patient {settings.get('patient')!r}); annotate it again with this "
-                "tokenizer, or use a doctor of the patient's family."
-            )
-
-    def _check_some_completion_ends(self, dataset: Dataset | IterableDataset) -> None:
-        head = dataset.take(1000)
-        if not any(row[name][-1:] and row[name][-1] in self._eos_token_ids for row in head for name in ID_COLUMNS[1:]):
-            raise ValueError(
-                "Some completions must end in EOS: without the boundary there every policy balances the flow, and "
-                f"rewards do not reach the doctor. Got none that end in one of the ids {self._eos_token_ids}; use a chat "
-                "template that closes the assistant's turn with EOS, or raise `max_length`."
-            )
-
     def _add_reference_logps(self, dataset: AnyDataset | None) -> AnyDataset | None:
         """The dataset with the log-probabilities of the doctor before training, cached."""
-        if dataset is None or not self.args.reference_weight:
+        if dataset is None or not self._has_reference:
             return dataset
         if isinstance(dataset, dict):
             return {name: self._add_reference_logps(split) for name, split in dataset.items()}
@@ -440,25 +388,9 @@ class TFPOTrainer(_BaseTrainer):
             )
         if self.args.world_size > 1 and not getattr(self.model, "is_quantized", False):
             self.model.to(self.args.device)  # an engine that shards it would do so later
-        return add_scores(
-            dataset,
-            self._score_reference,
-            key=(self._reference_fingerprint, "reference"),
-            columns=REFERENCE_COLUMNS,
-            desc="Scoring the reference",
+        return add_reference_logps(
+            dataset, self.model, fingerprint=self._reference_fingerprint, batch_size=self.args.scoring_batch_size
         )
-
-    def _score_reference(self, batch: dict[str, list]) -> dict[str, list]:
-        with self.model.disable_adapter() if is_peft_model(self.model) else nullcontext():
-            logps = score_completions(
-                self.model,
-                batch["prompt_ids"] * 2,
-                batch["chosen_ids"] + batch["rejected_ids"],
-                batch_size=self.args.scoring_batch_size,
-            )
-        num_pairs = len(batch["prompt_ids"])
-        logps = [row.numpy() for row in logps]
-        return dict(zip(REFERENCE_COLUMNS, (logps[:num_pairs], logps[num_pairs:]), strict=True))
 
     def _set_signature_columns_if_needed(self):
         # What the collator reads, not what the model's forward takes
@@ -472,22 +404,30 @@ class TFPOTrainer(_BaseTrainer):
             ]
 
     def _prepare_inputs(self, inputs: dict) -> dict:
-        # DeepSpeed's half precision would cast token rewards and log-probabilities as well; only ids need moving
+        # DeepSpeed's half precision would cast token rewards as well
         return {name: tensor.to(self.args.device) for name, tensor in inputs.items()}
 
     # Loss
 
+    def create_optimizer(self, model=None):
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and self.args.value_head_learning_rate is not None:
+            set_head_learning_rate(optimizer, model or self.model, self.args.value_head_learning_rate)
+        return optimizer
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            completion_mask=inputs["completion_mask"],
-        )
+        tokens = {name: inputs[name] for name in ("input_ids", "attention_mask", "completion_mask")}
+        if self.args.policy == "guided":
+            patient_logits, reference_logps = read_patient(self.patient_model, **tokens)
+            outputs = model(**tokens, patient_logits=patient_logits)
+        else:
+            outputs, reference_logps = model(**tokens), inputs.get("reference_logps")
         loss, metrics = self.objective(
             **outputs,
             token_rewards=inputs["token_rewards"],
             is_complete=inputs["is_complete"],
-            reference_logps=inputs.get("reference_logps"),
+            reference_logps=reference_logps,
         )
         if not loss.isfinite():
             raise ValueError(
@@ -495,7 +435,13 @@ class TFPOTrainer(_BaseTrainer):
                 "raise `reward_temperature`, or train in float32 or bfloat16."
             )
         num_pairs = len(inputs["is_complete"]) // 2
-        self._record(metrics | self._describe_batch(outputs, inputs), num_pairs)
+        description = describe_batch(
+            doctor_logps=outputs["doctor_logps"],
+            completion_mask=outputs["completion_mask"],
+            token_rewards=inputs["token_rewards"],
+            gaps=inputs.get("gaps"),
+        )
+        self._record(metrics | description, num_pairs)
         if num_items_in_batch is not None:
             loss = loss * (num_pairs * self.accelerator.num_processes / num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
@@ -505,26 +451,6 @@ class TFPOTrainer(_BaseTrainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         num_pairs = torch.tensor(sum(len(batch["is_complete"]) // 2 for batch in batches), device=device)
         return batches, self.accelerator.gather(num_pairs).sum()
-
-    @staticmethod
-    def _describe_batch(outputs: dict, inputs: dict) -> dict[str, torch.Tensor]:
-        """Metrics that do not depend on the objective."""
-        mask = outputs["completion_mask"]
-        rewards = inputs["token_rewards"].masked_fill(~mask, 0)
-        chosen_rewards, rejected_rewards = rewards.sum(dim=1).chunk(2)
-        chosen_logps, rejected_logps = outputs["doctor_logps"].detach().masked_fill(~mask, 0).sum(dim=1).chunk(2)
-        metrics = {
-            "rewards/sparsity": 1 - (rewards != 0).sum() / mask.sum(),
-            "rewards/chosen": chosen_rewards.mean(),
-            "rewards/rejected": rejected_rewards.mean(),
-            "logps/chosen": chosen_logps.mean(),
-            "logps/rejected": rejected_logps.mean(),
-        }
-        if "gaps" in inputs:
-            chosen_gaps, rejected_gaps = inputs["gaps"].masked_fill(~mask, 0).chunk(2)
-            agreeing = chosen_gaps.clamp(min=0).sum() + (-rejected_gaps).clamp(min=0).sum()
-            metrics["rewards/agreement"] = agreeing / inputs["gaps"].masked_fill(~mask, 0).abs().sum().clamp(min=1e-6)
-        return metrics
 
     def _record(self, metrics: dict[str, torch.Tensor], num_pairs: int) -> None:
         mode = "train" if self.model.training else "eval"
@@ -537,7 +463,7 @@ class TFPOTrainer(_BaseTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
         prefix = f"{self._metric_key_prefix}_" if mode == "eval" else ""
-        # In place: `evaluate` returns this dict, so that `metric_for_best_model` can name any of the metrics
+        # In place: `evaluate` returns this dict, from which `metric_for_best_model` is taken
         num_pairs = self._metrics[mode].pop(NUM_PAIRS, None)
         logs.update({f"{prefix}{name}": value / num_pairs for name, value in self._metrics[mode].items()})
         self._metrics[mode].clear()
@@ -570,6 +496,11 @@ class TFPOTrainer(_BaseTrainer):
 
     # Saving
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            save_guidance(self.model, output_dir or self.args.output_dir)
+
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
@@ -586,24 +517,3 @@ class TFPOTrainer(_BaseTrainer):
         name = self.args.hub_model_id or Path(self.args.output_dir).name
         self.create_model_card(model_name=name.split("/")[-1])
         super()._save_checkpoint(model, trial)
-
-
-DOCTOR_CARD = """
-
-## Use as a doctor
-
-This model guides a larger one with the same tokenizer, the patient, at decoding time:
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl_tfpo import DoctorGuidedLogitsProcessor
-
-patient = AutoModelForCausalLM.from_pretrained("<the patient>")
-doctor = AutoModelForCausalLM.from_pretrained("{doctor}")
-tokenizer = AutoTokenizer.from_pretrained("<the patient>")
-
-inputs = tokenizer("How do I boil an egg?", return_tensors="pt")
-processor = DoctorGuidedLogitsProcessor(doctor, beta=0.5, attention_mask=inputs["attention_mask"])
-outputs = patient.generate(**inputs, logits_processor=[processor])
-```
-"""

@@ -21,19 +21,16 @@ from functools import partial
 
 import pyarrow.compute as pc
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
-from datasets.fingerprint import Hasher
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from . import functional
 from ._compat import load_model
 from .faces import Faces, resolve_faces
-from .scoring import check_whole, score_completions
-from .shards import add_scores
+from .scoring import check_whole, model_fingerprint, score_completions
+from .shards import SHARD_SIZE, add_scores
 from .tokenization import FACE_COLUMNS, eos_token_ids, tokenize_preferences
-from .tokenizer_identity import check_same_tokenizer, tokenizer_fingerprint
+from .tokenizer_identity import check_embeddings, check_same_tokenizer, tokenizer_fingerprint
 
 
 REWARD_COLUMNS = ["chosen_token_rewards", "rejected_token_rewards"]
@@ -42,7 +39,7 @@ SETTINGS_KEY = "trl_tfpo settings: "
 
 
 def annotate_token_rewards(
-    dataset: Dataset | DatasetDict,
+    dataset: Dataset | IterableDataset | DatasetDict | IterableDatasetDict,
     patient: str | PreTrainedModel,
     processing_class: PreTrainedTokenizerBase,
     *,
@@ -52,7 +49,7 @@ def annotate_token_rewards(
     drop_unusable: bool = False,
     batch_size: int = 16,
     **reward_settings,
-) -> Dataset | DatasetDict:
+) -> Dataset | IterableDataset | DatasetDict | IterableDatasetDict:
     """
     Give every token of a preference dataset a reward, by asking a frozen patient what its two faces think of it.
 
@@ -61,8 +58,11 @@ def annotate_token_rewards(
     the cache of Datasets, shard by shard: a call that was interrupted goes on where it was, and the same call again
     takes no time.
 
+    A streamed dataset is annotated as it is read, 128 pairs at a time, and nothing is kept: each pass asks the patient
+    again, and each process asks about all that it reads (see `datasets.distributed.split_dataset_by_node`).
+
     Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.DatasetDict`]):
+        dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`], or a dict of them):
             Any preference dataset of TRL: standard or conversational, with an explicit or implicit prompt.
         patient (`str` or [`~transformers.PreTrainedModel`]):
             Causal language model, or its name or path. Only read: never trained, its weights never change.
@@ -79,19 +79,21 @@ def annotate_token_rewards(
             Whether to leave out pairs with an empty completion, an empty prompt, or a prompt of `max_length` tokens or
             more, rather than to raise.
         batch_size (`int`, *optional*, defaults to `16`):
-            Sequences in one forward of the patient; a pair makes four.
+            Sequences in one forward of the patient, of the longest; of shorter ones as many as take no more tokens. A
+            pair makes four.
         reward_settings:
             Further keyword arguments of `reward_fn`, such as `reward_direction` and `sparsity_threshold`.
 
     Returns:
-        [`~datasets.Dataset`] or [`~datasets.DatasetDict`]: the dataset with `prompt_ids`, `chosen_ids`,
-        `rejected_ids`, `chosen_token_rewards`, `rejected_token_rewards` (one reward for each token of the completion)
-        and `chosen_gaps`, `rejected_gaps` (positive minus negative log-probability, in nats). The settings are kept in
-        its info, see [`annotation_settings`].
+        the same type as `dataset`: the dataset with `prompt_ids`, `chosen_ids`, `rejected_ids`, `chosen_token_rewards`,
+        `rejected_token_rewards` (one reward for each token of the completion) and `chosen_gaps`, `rejected_gaps`
+        (positive minus negative log-probability, in nats). The settings are kept in its info, see
+        [`annotation_settings`].
 
     Raises:
-        `ValueError`: when the dataset is streamed, has images or lacks the columns; when a pair is unusable; when the
-        patient's log-probabilities are not finite; when all rewards are zero.
+        `ValueError`: when the dataset has images or lacks the columns; when a pair is unusable; when the patient's
+        log-probabilities are not finite; when all rewards are zero, which is
+        not noticed of a streamed dataset.
 
     Examples:
 
@@ -108,12 +110,6 @@ def annotate_token_rewards(
 
     ```
     """
-    if isinstance(dataset, (IterableDataset, IterableDatasetDict)):
-        raise ValueError(
-            "`annotate_token_rewards` reads a dataset more than once, so it cannot be streamed. Got an "
-            f"`{type(dataset).__name__}`; load it with `streaming=False`, or ask the patient batch by batch with "
-            "`TokenRewardCollator(patient=...)`."
-        )
     if isinstance(patient, str):
         patient = load_model(patient, dtype="auto")
     check_patient(patient, processing_class)
@@ -124,7 +120,7 @@ def annotate_token_rewards(
         "patient": patient.config._name_or_path,
         "tokenizer": tokenizer_fingerprint(processing_class),
     }
-    if isinstance(dataset, DatasetDict):
+    if isinstance(dataset, dict):
         annotate = partial(
             annotate_token_rewards,
             patient=patient,
@@ -136,7 +132,7 @@ def annotate_token_rewards(
             batch_size=batch_size,
             **reward_settings,
         )
-        return DatasetDict({name: annotate(split) for name, split in dataset.items()})
+        return type(dataset)({name: annotate(split) for name, split in dataset.items()})
 
     reward_fn = partial(reward_fn, **reward_settings)
     tokenized = tokenize_preferences(
@@ -147,21 +143,25 @@ def annotate_token_rewards(
         max_length=max_length,
         drop_unusable=drop_unusable,
     )
-    annotated = add_scores(
-        tokenized,
-        partial(_score_pairs, patient=patient, reward_fn=reward_fn, batch_size=batch_size),
-        key=(model_fingerprint(patient), settings, reward_fn),
-        columns=REWARD_COLUMNS + GAP_COLUMNS,
-        desc="Annotating token rewards",
-    ).remove_columns(FACE_COLUMNS)
-
-    table = annotated.data
-    if not any(pc.any(pc.not_equal(pc.list_flatten(table.column(name)), 0.0)).as_py() for name in REWARD_COLUMNS):
-        raise ValueError(
-            "At least one token must have a reward that is not zero. All are: the patient's two faces do not differ on "
-            "this dataset, or no token passes the `sparsity_threshold`. Use faces the patient understands, a lower "
-            "threshold, or a stronger patient."
+    score = partial(_score_pairs, patient=patient, reward_fn=reward_fn, batch_size=batch_size)
+    if isinstance(dataset, IterableDataset):
+        annotated = tokenized.map(score, batched=True, batch_size=SHARD_SIZE)
+    else:
+        annotated = add_scores(
+            tokenized,
+            score,
+            key=(model_fingerprint(patient), settings, reward_fn),
+            columns=REWARD_COLUMNS + GAP_COLUMNS,
+            desc="Annotating token rewards",
         )
+        table = annotated.data
+        if not any(pc.any(pc.not_equal(pc.list_flatten(table.column(name)), 0.0)).as_py() for name in REWARD_COLUMNS):
+            raise ValueError(
+                "At least one token must have a reward that is not zero. All are: the patient's two faces do not "
+                "differ on this dataset, or no token passes the `sparsity_threshold`. Use faces the patient "
+                "understands, a lower threshold, or a stronger patient."
+            )
+    annotated = annotated.remove_columns(FACE_COLUMNS)
     annotated.info.description = f"{annotated.info.description}\n{SETTINGS_KEY}{json.dumps(settings)}".strip()
     return annotated
 
@@ -172,6 +172,17 @@ def annotation_settings(dataset: Dataset) -> dict | None:
         if line.startswith(SETTINGS_KEY):
             return json.loads(line.removeprefix(SETTINGS_KEY))
     return None
+
+
+def check_annotated_for(dataset: Dataset | IterableDataset, processing_class: PreTrainedTokenizerBase) -> None:
+    """Raise `ValueError` when the dataset says that it was annotated with another tokenizer."""
+    settings = annotation_settings(dataset) or {}
+    if settings.get("tokenizer") not in (None, tokenizer_fingerprint(processing_class)):
+        raise ValueError(
+            "A dataset must be annotated with the doctor's tokenizer. Got token ids of another one (vocabulary "
+            f"{settings['tokenizer'][:8]}, patient {settings.get('patient')!r}); annotate it again with this "
+            "tokenizer, or use a doctor of the patient's family."
+        )
 
 
 def check_patient(patient: PreTrainedModel, processing_class: PreTrainedTokenizerBase) -> None:
@@ -189,12 +200,7 @@ def check_patient(patient: PreTrainedModel, processing_class: PreTrainedTokenize
     own_tokenizer = _tokenizer_of(patient)
     if own_tokenizer is not None:
         check_same_tokenizer(own_tokenizer, processing_class)
-    num_embeddings = patient.get_input_embeddings().weight.shape[0]
-    if len(processing_class) > num_embeddings:
-        raise ValueError(
-            "The patient must have an embedding for every token of the tokenizer. Got "
-            f"{num_embeddings} embeddings for {len(processing_class)} tokens; pass the patient's own tokenizer."
-        )
+    check_embeddings("patient", patient, processing_class)
 
 
 def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
@@ -220,7 +226,7 @@ def _score_pairs(
     """Rewards and gaps of a batch of tokenized pairs."""
     rewards, gaps = score_token_rewards(batch, patient=patient, reward_fn=reward_fn, batch_size=batch_size)
     num_pairs = len(batch["prompt_ids"])
-    rewards, gaps = [row.numpy() for row in rewards], [row.numpy() for row in gaps]
+    rewards, gaps = [row.tolist() for row in rewards], [row.tolist() for row in gaps]
     return {
         "chosen_token_rewards": rewards[:num_pairs],
         "rejected_token_rewards": rewards[num_pairs:],
@@ -284,32 +290,6 @@ def score_token_rewards(
         [row[:length].float() for row, length in zip(rewards, lengths, strict=True)],
         [row[:length] for row, length in zip(gaps, lengths, strict=True)],
     )
-
-
-def model_fingerprint(model: PreTrainedModel) -> str:
-    """
-    Hash of the model's configuration and weights: other weights, another fingerprint.
-
-    Where there are several processes, each of them has to ask.
-
-    Raises:
-        `ValueError`: when the processes hold different weights.
-    """
-    hasher = Hasher()
-    hasher.update(model.config.to_json_string())
-    for name, tensor in sorted(model.state_dict().items()):
-        hasher.update(name)
-        hasher.m.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    fingerprint = hasher.hexdigest()
-    if PartialState().num_processes > 1:
-        fingerprints = gather_object([fingerprint])
-        if len(set(fingerprints)) > 1:
-            raise ValueError(
-                f"Every process must hold the same weights, as each scores its share of a dataset. Got {fingerprints} of "
-                f"a {type(model).__name__}; pass its name or path, or load it with "
-                "`fsdp_cpu_ram_efficient_loading: false` and the same seed."
-            )
-    return fingerprint
 
 
 def describe(function: partial) -> dict:

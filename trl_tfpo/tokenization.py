@@ -17,7 +17,7 @@
 import json
 
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import is_conversational, maybe_extract_prompt
 
 from .faces import Faces, apply_face, has_system_role
@@ -162,6 +162,24 @@ def tokenize_prompt(prompt: str | list[dict], processing_class: PreTrainedTokeni
     )
 
 
+def resolve_processing_class(
+    processing_class: PreTrainedTokenizerBase | None, model: PreTrainedModel, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer, the model's own by default, with a padding token. Raises `ValueError` when it is none."""
+    if processing_class is None:
+        processing_class = AutoTokenizer.from_pretrained(
+            model.config._name_or_path, trust_remote_code=trust_remote_code
+        )
+    if not isinstance(processing_class, PreTrainedTokenizerBase):
+        raise ValueError(
+            "`processing_class` must be a tokenizer: token rewards are defined for text only. Got a "
+            f"`{type(processing_class).__name__}`; pass its `tokenizer` and a text dataset."
+        )
+    if processing_class.pad_token is None:
+        processing_class.pad_token = processing_class.eos_token
+    return processing_class
+
+
 def eos_token_ids(processing_class: PreTrainedTokenizerBase, model: PreTrainedModel | None = None) -> list[int]:
     """All ids that end a text: the tokenizer's, and those of the model's generation config."""
     found = [processing_class.eos_token_id]
@@ -224,4 +242,15 @@ def check_preference_columns(dataset: Dataset | IterableDataset) -> None:
         raise ValueError(
             "A preference dataset needs the columns 'chosen' and 'rejected', and 'prompt' unless it is contained in "
             f"both. Got {sorted(columns)}; rename or build the missing ones."
+        )
+
+
+def check_some_completion_ends(dataset: Dataset | IterableDataset, eos_token_ids: list[int]) -> None:
+    """Raise `ValueError` when none of the first 1,000 pairs has a completion that ends in EOS."""
+    head = dataset.take(1000)
+    if not any(row[name][-1:] and row[name][-1] in eos_token_ids for row in head for name in ID_COLUMNS[1:]):
+        raise ValueError(
+            "Some completions must end in EOS: without the boundary there every policy balances the flow, and "
+            f"rewards do not reach the doctor. Got none that end in one of the ids {eos_token_ids}; use a chat "
+            "template that closes the assistant's turn with EOS, or raise `max_length`."
         )

@@ -22,7 +22,7 @@ special tokens included, whatever the file names, chat template, padding side or
 import hashlib
 import json
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -87,6 +87,17 @@ def check_same_tokenizer(
         f"{token_a} for the {names[0]}, {token_b} for the {names[1]}. Take two models of one family, and add the same "
         "tokens to both."
     )
+
+
+def check_embeddings(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `ValueError` unless the model has an embedding for every token; `name` is what the message calls it."""
+    weight = model.get_input_embeddings().weight
+    num_embeddings = getattr(weight, "ds_shape", weight.shape)[0]  # of all shards
+    if len(tokenizer) > num_embeddings:
+        raise ValueError(
+            f"The {name} must have an embedding for every token of the tokenizer. Got {num_embeddings} embeddings for "
+            f"{len(tokenizer)} tokens; use the patient's own tokenizer, and a doctor of the patient's family."
+        )
 
 
 def _tokens_by_id(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:

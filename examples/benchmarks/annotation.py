@@ -34,11 +34,11 @@ import argparse
 import json
 import platform
 import statistics
-import time
 from pathlib import Path
 
 import torch
 import transformers
+from measuring import cell, in_turn, quartiles
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trl_tfpo import functional
@@ -85,13 +85,7 @@ def measure(vocab_size: int, args: argparse.Namespace, sizes: dict) -> dict:
         "four forwards": lambda: four_forwards(patient, batch),
         "bare": lambda: bare(patient, batch, args.batch_size),
     }
-    times = {name: [] for name in ways}
-    for repetition in range(sizes["repetitions"] + 1):
-        for name, way in ways.items():
-            start = clock(args.device)
-            way()
-            if repetition > 0:  # the first one warms up
-                times[name].append(clock(args.device) - start)
+    times = in_turn(ways, repetitions=sizes["repetitions"], device=args.device)
     gaps = zip(annotated(), four_forwards(patient, batch), strict=True)
     row = {
         "vocab_size": vocab_size,
@@ -100,10 +94,7 @@ def measure(vocab_size: int, args: argparse.Namespace, sizes: dict) -> dict:
         "annotated_over_bare": quartiles(times["annotated"], times["bare"]),
         "largest_difference": max((ours - theirs).abs().max().item() for ours, theirs in gaps),
     }
-    slower, over = (
-        f"{x[1]:.2f} ({x[0]:.2f}-{x[2]:.2f})"
-        for x in (row["four_forwards_over_annotated"], row["annotated_over_bare"])
-    )
+    slower, over = cell(row["four_forwards_over_annotated"]), cell(row["annotated_over_bare"])
     print(f"| {vocab_size:,} | {row['pairs_per_second']:.2f} | {slower} | {over} | {row['largest_difference']:.1e} |")
     return row
 
@@ -167,19 +158,6 @@ def bare(patient, batch, batch_size: int) -> None:
         hidden = patient.model(input_ids=ids, use_cache=False).last_hidden_state
         for row, (prompt, completion) in zip(hidden, some, strict=True):
             patient.lm_head(row[len(prompt) : len(prompt) + len(completion)])
-
-
-def clock(device: str) -> float:
-    if device == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def quartiles(one: list[float], other: list[float]) -> list[float]:
-    """First quartile, median and third quartile of the ratios."""
-    ratios = [a / b for a, b in zip(one, other, strict=True)]
-    return statistics.quantiles(ratios, n=4, method="inclusive")
 
 
 if __name__ == "__main__":

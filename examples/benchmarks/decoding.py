@@ -45,7 +45,6 @@ import os
 import platform
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from datetime import date
 from functools import partial
@@ -53,6 +52,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from measuring import clock
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, UnbatchedClassifierFreeGuidanceLogitsProcessor
 
@@ -141,13 +141,6 @@ def measure(args: argparse.Namespace, runs: dict[str, Callable], inputs: list[to
         for name in runs:
             seconds[name].append(spent[name] / units[name])
     return seconds
-
-
-def clock(device: str) -> float:
-    if device == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def ratio(numerator: list[float], *denominators: list[float]) -> list[float]:

@@ -20,11 +20,12 @@ python examples/benchmarks/training.py --output training.json
 python examples/benchmarks/training.py --quick
 ```
 
-1. *Step.* Forward, backward and optimizer of `TFPOTrainer` and of `DPOTrainer` with precomputed reference.
+1. *Step.* Forward, backward and optimizer of `TFPOTrainer` and of `DPOTrainer` with precomputed reference: time, and
+   peak memory above what models and optimizers take.
 2. *Sub-trajectory balance.* The loss over all pairs of prefixes in linear time, against all pairs as a matrix, and against
    a loop over their lengths; forward and backward, 8 completions.
 3. *Memory.* Log-probabilities of the doctor, forward and backward, in chunks, against logits and a log-softmax over the
-   whole vocabulary: peak above what the model takes, each in a process of its own.
+   whole vocabulary: peak above what the model and its gradients take.
 
 Each repetition runs both sides in turn and gives one ratio; shown are the median and the quartiles. On a CPU one thread
 works, and only its own time counts.
@@ -32,17 +33,14 @@ works, and only its own time counts.
 
 import argparse
 import json
-import multiprocessing
-import resource
 import statistics
 import tempfile
-import time
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import torch
 from datasets import Dataset
+from measuring import cell, in_turn, peak_mebibytes, quartiles
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -70,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.device == "cpu":
         torch.set_num_threads(1)
     report = {"arguments": vars(args), "sizes": sizes, "torch": torch.__version__}
-    report["memory"] = memory(sizes)
+    report["memory"] = memory(args, sizes)
     report["subtb"] = balance(args, sizes)
     report["step"] = step(args, sizes)
     if args.output:
@@ -104,29 +102,31 @@ def step(args: argparse.Namespace, sizes: dict) -> dict:
             ),
         }
         batches = {name: next(iter(trainer.get_train_dataloader())) for name, trainer in trainers.items()}
-        seconds = {name: [] for name in trainers}
-        for repetition in range(sizes["repetitions"] + 1):
-            for name, trainer in trainers.items():
-                if repetition == 0:
-                    trainer.create_optimizer()
-                    trainer.current_gradient_accumulation_steps = 1
-                start = clock(args.device)
-                trainer.training_step(trainer.model, dict(batches[name]))
-                trainer.optimizer.step()
-                trainer.optimizer.zero_grad()
-                if repetition > 0:
-                    seconds[name].append(clock(args.device) - start)
+        for trainer in trainers.values():
+            trainer.create_optimizer()
+            trainer.current_gradient_accumulation_steps = 1
+        steps = {name: partial(take_step, trainer, batches[name]) for name, trainer in trainers.items()}
+        seconds = in_turn(steps, repetitions=sizes["repetitions"], device=args.device)
+        peaks = {name: peak_mebibytes(one_step, device=args.device) for name, one_step in steps.items()}
     shapes = {name: list(batch["input_ids"].shape) for name, batch in batches.items()}
     potential = torch.randn(2 * BATCH_SIZE, COMPLETION_LENGTH + 1, device=args.device)
-    loss = timed(args, partial(forward_backward, linear, potential), 5)
+    loss = in_turn({"loss": partial(forward_backward, linear, potential)}, repetitions=5, device=args.device)["loss"]
     row = {
         "shapes": shapes,
         "tfpo_over_dpo": quartiles(seconds["TFPO"], seconds["DPO"]),
+        "peak_mebibytes": peaks,
         "subtb_share_of_step": statistics.median(loss) / statistics.median(seconds["TFPO"]),
     }
-    print(f"\nStep, batches {shapes}: TFPO over DPO {cell(row['tfpo_over_dpo'])}")
+    print(f"\nStep, batches {shapes}: time of TFPO over DPO {cell(row['tfpo_over_dpo'])}")
+    print(f"Peak memory of the step: {peaks['TFPO']:,.0f} MiB, of DPO's {peaks['DPO']:,.0f} MiB")
     print(f"Sub-trajectory balance takes {100 * row['subtb_share_of_step']:.2f}% of the step")
     return row
+
+
+def take_step(trainer, batch: dict) -> None:
+    trainer.training_step(trainer.model, dict(batch))
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
 
 
 def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
@@ -178,13 +178,12 @@ def balance(args: argparse.Namespace, sizes: dict) -> list[dict]:
     print("\n| states | all pairs / linear | loop over lengths / linear |\n|---:|---:|---:|")
     for length in sizes["lengths"]:
         potential = torch.randn(8, length + 1, device=args.device)
-        runs = {
-            name: timed(args, partial(forward_backward, run, potential), sizes["repetitions"])
-            for name, run in (("linear", linear), ("pairs", all_pairs), ("lengths", by_length))
-        }
-        losses = [run(potential).item() for run in (linear, all_pairs, by_length)]
+        ways = {"linear": linear, "pairs": all_pairs, "lengths": by_length}
+        runs = {name: partial(forward_backward, run, potential) for name, run in ways.items()}
+        seconds = in_turn(runs, repetitions=sizes["repetitions"], device=args.device)
+        losses = [run(potential).item() for run in ways.values()]
         torch.testing.assert_close(losses[1:], [losses[0]] * 2, rtol=1e-4, atol=0)
-        row = {"length": length} | {name: quartiles(runs[name], runs["linear"]) for name in ("pairs", "lengths")}
+        row = {"length": length} | {name: quartiles(seconds[name], seconds["linear"]) for name in ("pairs", "lengths")}
         print(f"| {length + 1:,} | {cell(row['pairs'])} | {cell(row['lengths'])} |", flush=True)
         rows.append(row)
     return rows
@@ -215,74 +214,36 @@ def forward_backward(loss, potential: torch.Tensor) -> None:
 # Memory
 
 
-def memory(sizes: dict) -> dict:
-    """Peak of the resident set above that of the model and its gradients, in MiB; on a CPU."""
-    peaks = {}
-    for name in ("chunked", "naive"):
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            peaks[name] = pool.submit(measure_peak, name, sizes["num_tokens"], sizes["large_vocab"]).result()
+def memory(args: argparse.Namespace, sizes: dict) -> dict:
+    num_tokens, vocab_size = sizes["num_tokens"], sizes["large_vocab"]
+    shape = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, max_position_embeddings=8192, **shape)).to(args.device)
+    add_value_head(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    ids = torch.randint(vocab_size, (1, num_tokens), device=args.device)
+    ways = {"chunked": chunked_logps, "naive": naive_logps}
+    for way in ways.values():
+        way(model, ids[:, :8])  # what the first call allocates for good
+    peaks = {name: peak_mebibytes(partial(way, model, ids), device=args.device) for name, way in ways.items()}
     row = peaks | {"chunked_over_naive": peaks["chunked"] / peaks["naive"]}
     print(
-        f"Memory, {sizes['num_tokens']:,} tokens and a vocabulary of {sizes['large_vocab']:,}: {peaks['chunked']:,.0f} MiB "
+        f"Memory, {num_tokens:,} tokens and a vocabulary of {vocab_size:,}: {peaks['chunked']:,.0f} MiB "
         f"in chunks, {peaks['naive']:,.0f} MiB at once: {row['chunked_over_naive']:.2f}"
     )
     return row
 
 
-def measure_peak(name: str, num_tokens: int, vocab_size: int) -> float:
-    torch.set_num_threads(1)
-    shape = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)
-    config = LlamaConfig(vocab_size=vocab_size, max_position_embeddings=8192, **shape)
-    model = LlamaForCausalLM(config)
-    add_value_head(model)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    ids = torch.randint(vocab_size, (1, num_tokens))
-    mask = torch.ones_like(ids)
-    before = peak_mebibytes()
-    if name == "chunked":
-        completion_mask = mask.bool()
-        completion_mask[:, 0] = False
-        output = model(input_ids=ids, attention_mask=mask, completion_mask=completion_mask)
-        (output.doctor_logps.sum() + output.log_values.sum()).backward()
-    else:
-        logps = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float().log_softmax(dim=-1)
-        logps.gather(2, ids[:, 1:, None]).sum().backward()
-    return peak_mebibytes() - before
+def chunked_logps(model: LlamaForCausalLM, ids: torch.Tensor) -> None:
+    completion_mask = torch.ones_like(ids, dtype=torch.bool)
+    completion_mask[:, 0] = False
+    output = model(input_ids=ids, attention_mask=torch.ones_like(ids), completion_mask=completion_mask)
+    (output.doctor_logps.sum() + output.log_values.sum()).backward()
 
 
-def peak_mebibytes() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-# Time
-
-
-def timed(args: argparse.Namespace, run, repetitions: int) -> list[float]:
-    run()
-    seconds = []
-    for _ in range(repetitions):
-        start = clock(args.device)
-        run()
-        seconds.append(clock(args.device) - start)
-    return seconds
-
-
-def clock(device: str) -> float:
-    if device == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def quartiles(one: list[float], other: list[float]) -> list[float]:
-    """First quartile, median and third quartile of the ratios."""
-    ratios = [a / b for a, b in zip(one, other, strict=True)]
-    return statistics.quantiles(ratios, n=4, method="inclusive")
-
-
-def cell(quartiles: list[float]) -> str:
-    return f"{quartiles[1]:.2f} ({quartiles[0]:.2f}-{quartiles[2]:.2f})"
+def naive_logps(model: LlamaForCausalLM, ids: torch.Tensor) -> None:
+    logps = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :-1].float().log_softmax(dim=-1)
+    logps.gather(2, ids[:, 1:, None]).sum().backward()
 
 
 if __name__ == "__main__":

@@ -201,6 +201,7 @@ def pad(rows: Sequence[list[int]], *, padding_side: str, device: torch.device) -
 
 
 def check_policy(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor | None) -> None:
+    """Raise `ValueError` when a model is in training mode, or the guide has a weight for each row."""
     doctors = guide.doctors if guide else []
     if any(model.training for model in (patient, *(doctor.model for doctor in doctors))):
         raise ValueError(

@@ -40,7 +40,7 @@ POOL = 512  # completions over which distinct-4 is taken, the same number for ev
 
 class Comparison:
     """
-    Rows of a table, one for each policy, all measured on the same test prompts.
+    Rows of a table, one for each policy, all measured on the same prompts.
 
     Args:
         world ([`World`]):
@@ -52,6 +52,8 @@ class Comparison:
             gain of every other row rest on them.
         seed (`int`, *optional*, defaults to `0`):
             Seed of all samples.
+        split (`str`, *optional*, defaults to `"test"`):
+            Prompts on which the rows are measured. `"validation"` is for choosing settings.
 
     Attributes:
         rows (`list[dict]`): one for each policy added, with the keys of `COLUMNS`, `reward_se`, `kl_se` and `texts`;
@@ -73,10 +75,12 @@ class Comparison:
     ```
     """
 
-    def __init__(self, world: World, attribute: str, *, num_samples_per_prompt: int = 200, seed: int = 0):
+    def __init__(
+        self, world: World, attribute: str, *, num_samples_per_prompt: int = 200, seed: int = 0, split: str = "test"
+    ):
         self.world, self.seed = world, seed
         self.oracle = world.attributes[attribute].oracle
-        self.prompts = world.prompts("test")
+        self.prompts = world.prompts(split)
         self.num_samples_per_prompt = num_samples_per_prompt
         patient = self._evaluate(None, num_samples_per_prompt=4 * num_samples_per_prompt)
         self.patient_rewards = torch.tensor(patient["rewards"]).view(len(self.prompts), -1)  # (P, N)

@@ -1,0 +1,538 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""A plan is only worth reading if the training then does what it says: counts exact, bytes of weights exact."""
+
+import importlib.util
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import yaml
+from conftest import conversational_rows, make_llama, make_tokenizer
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    set_seed,
+)
+from trl import get_peft_config
+
+from trl_tfpo import Faces, TFPOConfig, TFPOTrainer
+from trl_tfpo._compat import unwrap_peft
+from trl_tfpo.activation_memory import peak_activations
+from trl_tfpo.modeling_doctor import make_doctor
+from trl_tfpo.plan import GIB, LOGPS_IDS, LOGPS_TOKENS, ZERO3_LIVE_PARAMETERS, training_plan
+
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
+FACES = Faces(positive="you are kind", negative="you are rude")
+LORA = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+NF4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="float32")
+QWEN3 = dict(vocab_size=151936, head_dim=128, num_key_value_heads=8, dtype="bfloat16")
+PUBLISHED = {  # shapes as in the `config.json` of each
+    "Qwen/Qwen3-32B": Qwen3Config(
+        hidden_size=5120, num_hidden_layers=64, num_attention_heads=64, intermediate_size=25600, **QWEN3
+    ),
+    "Qwen/Qwen3-8B-Base": Qwen3Config(
+        hidden_size=4096, num_hidden_layers=36, num_attention_heads=32, intermediate_size=12288, **QWEN3
+    ),
+    "Qwen/Qwen3-0.6B": Qwen3Config(
+        hidden_size=1024,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        intermediate_size=3072,
+        tie_word_embeddings=True,
+        **QWEN3,
+    ),
+    "Qwen/Qwen2.5-7B-Instruct": Qwen2Config(
+        vocab_size=152064,
+        hidden_size=3584,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        intermediate_size=18944,
+        dtype="bfloat16",
+    ),
+    "Qwen/Qwen2.5-0.5B-Instruct": Qwen2Config(
+        vocab_size=151936,
+        hidden_size=896,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        intermediate_size=4864,
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+    ),
+}
+PUBLISHED["Qwen/Qwen3-0.6B-Base"] = PUBLISHED["Qwen/Qwen3-0.6B"]
+
+
+def load_example():
+    spec = importlib.util.spec_from_file_location("example_train", ROOT / "examples" / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["example_train"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def config(tmp_path, **settings):
+    return TFPOConfig(str(tmp_path / "run"), **{"report_to": "none", "save_strategy": "no", **settings})
+
+
+def plan_of(tmp_path, doctor, patient=None, num_pairs=8, **settings):
+    return training_plan(
+        Dataset.from_list(conversational_rows(num_pairs)),
+        make_tokenizer(),
+        doctor=doctor,
+        patient=patient or make_llama(1, 32).config,
+        faces=FACES,
+        **{"args": config(tmp_path), **settings},
+    )
+
+
+def save(model, folder):
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+# Weights
+
+
+def loaded_bytes(model):
+    """Bytes of a model that is there: parameters, buffers, and what bitsandbytes keeps beside its weights."""
+    tensors = [*model.parameters(), *model.buffers()]
+    for parameter in model.parameters():
+        if state := getattr(parameter, "quant_state", None):
+            tensors += [state.absmax, state.code]
+            if state.nested:
+                tensors += [state.offset, state.state2.absmax, state.state2.code]
+        if (scales := getattr(parameter, "SCB", None)) is not None:
+            tensors.append(scales)
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize(
+    "dtype, quantization, peft_config",
+    [
+        ("float32", None, None),
+        ("bfloat16", None, None),
+        ("auto", None, LORA),
+        ("bfloat16", None, LORA),
+        ("float32", NF4, LORA),
+        ("bfloat16", {**NF4, "bnb_4bit_use_double_quant": True}, LORA),
+        ("float32", {"load_in_8bit": True}, LORA),
+    ],
+)
+def test_parameters_and_bytes_are_those_of_the_loaded_doctor(tmp_path, is_tied, dtype, quantization, peft_config):
+    """A user picks a machine by these; tied weights, value heads, adapters and scales are easily forgotten."""
+    model = make_llama(2, hidden_size=64)
+    model.config.tie_word_embeddings = is_tied
+    name = save(AutoModelForCausalLM.from_config(model.config), tmp_path / "doctor")
+    quantization = BitsAndBytesConfig(**quantization) if quantization else None
+    plan = plan_of(
+        tmp_path,
+        name,
+        args=config(tmp_path, model_init_kwargs={"dtype": dtype}),
+        quantization_config=quantization,
+        peft_config=peft_config,
+    )
+    loaded = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, quantization_config=quantization)
+    if quantization is None:
+        sizes = [parameter.numel() for parameter in make_doctor(loaded, peft_config).parameters()]
+        assert plan.doctor_parameters == sum(sizes)
+    else:
+        make_doctor(loaded, peft_config)
+    assert plan.trainable_parameters == sum(p.numel() for p in loaded.parameters() if p.requires_grad)
+    assert plan.memory[-1].weights == loaded_bytes(loaded)
+    assert plan.memory[-1].gradients == sum(p.nbytes for p in loaded.parameters() if p.requires_grad)
+
+
+def test_published_models_have_their_published_sizes(tmp_path):
+    """A config that builds another model than it names would make every figure of a recipe wrong."""
+    sizes = {"Qwen/Qwen3-32B": 32.76e9, "Qwen/Qwen3-8B-Base": 8.19e9, "Qwen/Qwen3-0.6B": 0.596e9}
+    sizes |= {"Qwen/Qwen2.5-7B-Instruct": 7.62e9, "Qwen/Qwen2.5-0.5B-Instruct": 0.494e9}
+    for name, size in sizes.items():
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(PUBLISHED[name])
+        assert model.num_parameters() == pytest.approx(size, rel=2e-3), name
+
+
+def test_nothing_is_loaded(tmp_path):
+    """A plan that needs the weights comes too late: folders with a config and a tokenizer are enough."""
+    for name, model in (("doctor", make_llama(2)), ("patient", make_llama(1, 32))):
+        model.config.save_pretrained(tmp_path / name)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    plan = plan_of(tmp_path, str(tmp_path / "doctor"), str(tmp_path / "patient"))
+    assert plan.patient_parameters == make_llama(1, 32).num_parameters()
+
+
+def test_engines_share_out_what_they_say(tmp_path):
+    """Hand-worked bytes of each engine for P float32 parameters in 4 processes, in bfloat16 with AdamW."""
+    model = make_doctor(make_llama(2))
+    size = sum(parameter.numel() for parameter in model.parameters())
+    layer = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+    plan = plan_of(tmp_path, make_llama(2).config, num_processes=4)
+    found = {row.phase.removeprefix("training, "): (row.weights, row.gradients, row.optimizer) for row in plan.memory}
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    expected = {
+        "DDP": (4 * size, 8 * size, 8 * size),
+        "ZeRO-1": (2 * size, 2 * size, 4 * size),
+        "ZeRO-2": (2 * size, size / 2, 4 * size),
+        "ZeRO-3": (size / 2 + 2 * size, size / 2, 4 * size),
+        "FSDP2": (size + 2 * (size - 2 * layer) + 4 * layer, size, 2 * size),
+    }
+    assert list(found) == ["annotation", "reference", *expected]
+    for engine, (weights, gradients, optimizer) in expected.items():
+        assert found[engine] == pytest.approx((weights + buffers, gradients, optimizer), abs=1), engine
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3", "fsdp2"])
+def test_engines_hold_what_the_plan_says(tmp_path, engine):
+    """In two real processes: a share that is not shared out is the difference between fitting and not."""
+    (tmp_path / "preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in conversational_rows(8)))
+    for name, model in (("patient", make_llama(1, 32)), ("doctor", make_llama(2, 128))):
+        save(model, tmp_path / name)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", 2, "--main_process_port", port]
+    command += ["--config_file", ROOT / "examples" / "accelerate_configs" / f"{engine}.yaml"]
+    command += ["--mixed_precision", "bf16", ROOT / "tests" / "plan_run.py", tmp_path]
+    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    result = subprocess.run(
+        [str(part) for part in command], env=os.environ | environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    weights, optimizer = report["plan"]["training, " + engine.replace("zero", "ZeRO-").replace("fsdp", "FSDP")]
+    size = report["parameters"]
+    layer = sum(parameter.numel() for parameter in make_llama(2, 128).model.layers[0].parameters())
+    gathered = {"zero3": 2 * size, "fsdp2": 2 * (size - 2 * layer) + 4 * layer}.get(engine, 0)
+    gradients = 0 if engine == "fsdp2" else 2 * size  # DeepSpeed's float32 copy, which is gone after the step
+    assert report["weights"] == pytest.approx(weights - gathered, rel=2e-3)  # shares are padded
+    assert report["optimizer"] == pytest.approx(optimizer - gradients, rel=2e-3)
+
+
+# Activations
+
+
+def measured_peak(model, num_rows, num_tokens, trains, autocasts, checkpoints):
+    """Most bytes the profiler sees allocated at once in a pass through a model with real weights."""
+    base = unwrap_peft(model)
+    model.train(trains)
+    if checkpoints:
+        base.activation_checkpointing_enable({"use_reentrant": False})
+        base.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        input_ids = torch.zeros(num_rows, num_tokens, dtype=torch.long)
+        mask = torch.ones(num_rows, num_tokens, dtype=torch.long)
+        mask[:, -1] = 0  # padded, like most batches
+        if not trains:
+            mask = torch.ones(num_rows, 1, num_tokens, num_tokens, dtype=torch.bool)
+        with torch.set_grad_enabled(trains), torch.autocast("cpu", torch.bfloat16, enabled=autocasts):
+            states = base.base_model(input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+        if trains:
+            states.float().sum().backward()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize("peft_config", [None, LORA])
+@pytest.mark.parametrize(
+    "trains, autocasts, checkpoints",
+    [(False, False, False), (True, False, False), (True, True, False), (True, False, True), (True, True, True)],
+)
+def test_activations_are_those_of_a_real_pass(peft_config, trains, autocasts, checkpoints):
+    """Shapes alone must give the bytes that a pass with values allocates, or a batch that fits is called too large."""
+    model = make_doctor(make_llama(1, 32), peft_config)
+    estimate = peak_activations(
+        model,
+        num_rows=4,
+        num_tokens=64,
+        compute_dtype=torch.bfloat16 if autocasts else torch.float32,
+        trains=trains,
+        checkpoints=checkpoints,
+    )
+    peak = measured_peak(model, 4, 64, trains, autocasts, checkpoints)
+    # Each checkpoint keeps 5 KB of random state, which shows only in a model as small as this one
+    assert estimate == pytest.approx(peak, rel=2e-4, abs=5100 * 5 if checkpoints else 0)
+
+
+def test_a_model_is_as_it_was_after_an_estimate():
+    """A doctor that keeps tensors without values, or recomputes from then on, is of no use."""
+    model = make_doctor(make_llama(1, 32))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    peak_activations(
+        model,
+        num_rows=2,
+        num_tokens=8,
+        compute_dtype=torch.bfloat16,
+        trains=True,
+        casts_weights=True,
+        checkpoints=True,
+    )
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+def test_what_depends_on_values_is_left_out(tmp_path):
+    """Experts that are chosen by values have no shape; a number for them would be invented."""
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=16)
+    moe = Qwen3MoeConfig(vocab_size=64, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, **sizes)
+    row = plan_of(tmp_path, make_llama(2).config, moe).memory[0]
+    assert row.activations is None and row.total == row.weights + row.logps
+    assert "| - |" in str(plan_of(tmp_path, make_llama(2).config, moe))
+
+
+def test_the_tile_is_trls():
+    """Another tile in TRL or another default in DeepSpeed would make the figures wrong in silence."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from trl.kernels import chunked_logprob
+    from trl.trainer import utils
+
+    assert (LOGPS_TOKENS, LOGPS_IDS) == (chunked_logprob.TOKEN_CHUNK_SIZE, utils._CHUNKED_LOGPROB_CHUNK_SIZE)
+    assert DeepSpeedZeroConfig(stage=3).max_live_parameters == ZERO3_LIVE_PARAMETERS
+
+
+# Counts
+
+
+def count_tokens(model, counts, name):
+    """Add up the tokens that go into a model, without padding and without what it is probed with (ids 1 to 7)."""
+
+    def hook(_, inputs):
+        rows = inputs[0][inputs[0].amax(dim=1) > 7]
+        counts[name] = counts.get(name, 0) + int((rows > 0).sum())
+
+    model.get_input_embeddings().register_forward_pre_hook(hook)
+
+
+@pytest.mark.parametrize("sliding_window", [None, 16])
+def test_counts_are_what_the_trainer_does(tmp_path, monkeypatch, sliding_window):
+    """Someone rents by the token and by the step."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    sizes = make_llama(1, 32).config.to_dict()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    ids = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    mistral = MistralConfig(
+        **{name: sizes[name] for name in names}, num_key_value_heads=2, sliding_window=sliding_window, **ids
+    )
+    set_seed(0)
+    patient, doctor = AutoModelForCausalLM.from_config(mistral).eval(), make_llama(2)
+    rows = conversational_rows(130)
+    args = config(
+        tmp_path, num_train_epochs=2, per_device_train_batch_size=8, gradient_accumulation_steps=3, use_cpu=True
+    )
+    plan = training_plan(
+        Dataset.from_list(rows), make_tokenizer(), doctor=doctor.config, patient=mistral, args=args, faces=FACES
+    )
+    counts = {}
+    count_tokens(patient, counts, "annotation")
+    count_tokens(doctor, counts, "doctor")
+    trainer = TFPOTrainer(
+        doctor,
+        patient,
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=make_tokenizer(),
+        faces=FACES,
+    )
+    reference_tokens = counts["doctor"]
+    trainer.train()
+    assert plan.annotation_tokens == counts["annotation"]
+    assert plan.reference_tokens == reference_tokens
+    assert 2 * plan.training_tokens == counts["doctor"] - reference_tokens
+    assert plan.num_update_steps == trainer.state.global_step == 12
+    assert len(trainer.train_dataset) == plan.num_pairs == 130
+    assert 2 * plan.num_shards == len(list((tmp_path / "cache" / "trl_tfpo").rglob("*.arrow"))) == 4
+    lengths = [len(r["prompt_ids"]) + len(r[n]) for r in trainer.train_dataset for n in ("chosen_ids", "rejected_ids")]
+    assert plan.longest_row == max(lengths)
+
+    annotated = training_plan(trainer.train_dataset, make_tokenizer(), doctor=doctor.config, args=args)
+    assert annotated.annotation_tokens == annotated.patient_parameters == 0
+    assert (annotated.training_tokens, annotated.num_update_steps) == (plan.training_tokens, 12)
+
+
+@pytest.mark.parametrize(
+    "settings, num_processes, num_steps",
+    [
+        ({"per_device_train_batch_size": 4}, 1, 9),  # ceil(33 / 4)
+        ({"per_device_train_batch_size": 4}, 2, 5),  # ceil(9 / 2)
+        ({"per_device_train_batch_size": 4, "dataloader_drop_last": True}, 3, 2),  # 8 // 3
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}, 1, 3),
+        ({"max_steps": 7}, 1, 7),
+        ({"num_train_epochs": 1.5, "per_device_train_batch_size": 8}, 1, 8),  # ceil(1.5 * 5)
+    ],
+)
+def test_steps(tmp_path, settings, num_processes, num_steps):
+    """Learning rates decay over these."""
+    args = config(tmp_path, **{"num_train_epochs": 1, **settings})
+    plan = plan_of(tmp_path, make_llama(2).config, num_pairs=33, args=args, num_processes=num_processes)
+    assert plan.num_update_steps == num_steps
+
+
+def test_a_long_dataset_is_extrapolated_and_says_so(tmp_path):
+    """Rows that were not read may be longer: the longest that may occur counts."""
+    rows = conversational_rows(1) * 40
+    args = config(tmp_path, max_length=64)
+    whole, part = (
+        training_plan(
+            Dataset.from_list(rows),
+            make_tokenizer(),
+            doctor=make_llama(2).config,
+            patient=make_llama(1, 32).config,
+            args=args,
+            faces=FACES,
+            max_pairs=max_pairs,
+        )
+        for max_pairs in (40, 10)
+    )
+    assert not whole.is_extrapolated and "all tokenized" in str(whole)
+    assert part.is_extrapolated and "extrapolated from 10" in str(part)
+    assert part.num_pairs == 40 and part.longest_row == 64 > whole.longest_row
+    for name in ("annotation_tokens", "reference_tokens", "training_tokens", "num_shards", "num_update_steps"):
+        assert getattr(part, name) == getattr(whole, name)
+    assert "An estimate" in str(whole) and "Left out" in str(whole)
+
+
+def test_bad_input(tmp_path):
+    """Said before anything is tokenized."""
+    dataset = Dataset.from_list(conversational_rows(2))
+    settings = dict(doctor=make_llama(2).config, args=config(tmp_path))
+    with pytest.raises(ValueError, match="known length"):
+        training_plan(dataset.to_iterable_dataset(), make_tokenizer(), **settings)
+    with pytest.raises(ValueError, match="at least one pair"):
+        training_plan(dataset.select([]), make_tokenizer(), **settings)
+    with pytest.raises(ValueError, match="needs a patient and faces"):
+        training_plan(dataset, make_tokenizer(), **settings)
+
+
+# Recipes
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_recipes_parse_and_name_what_exists(path):
+    """A recipe with a misspelled setting fails after the models are downloaded."""
+    script_args, training_args, model_args = (
+        load_example().make_parser().parse_args_and_config(["--config", str(path)])
+    )
+    head = path.read_text(encoding="utf-8")
+    (engine,) = re.findall(r"--config_file (\S+)", head)
+    assert (ROOT / engine).is_file()
+    assert f"--config examples/configs/{path.name}" in head
+    assert {script_args.patient_model_name_or_path, script_args.doctor_model_name_or_path} <= PUBLISHED.keys()
+    assert model_args.use_peft == yaml.safe_load(head).get("use_peft", False)
+    assert (get_peft_config(model_args) is not None) == model_args.use_peft
+    assert training_args.max_length >= 1024
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_memory_of_the_recipes_is_what_they_say(path, tmp_path):
+    """Figures at the top of a recipe and in the documentation, from the published shapes, every row as long as may be."""
+    script_args, args, model_args = load_example().make_parser().parse_args_and_config(["--config", str(path)])
+    head = path.read_text(encoding="utf-8")
+    num_processes = int(re.search(r"--num_processes (\d+)", head)[1])
+    engine = re.search(r"accelerate_configs/(\w+)\.yaml", head)[1].replace("zero", "ZeRO-").replace("ddp", "DDP")
+    args.model_init_kwargs = {"dtype": model_args.dtype}
+    quarter = args.max_length // 4
+    completion = "good " * (3 * quarter - 1)  # and EOS
+    row = {"prompt": "say " * quarter, "chosen": completion, "rejected": completion}
+    plan = training_plan(
+        Dataset.from_list([row]),
+        make_tokenizer(),
+        doctor=PUBLISHED[script_args.doctor_model_name_or_path],
+        patient=PUBLISHED[script_args.patient_model_name_or_path],
+        args=args,
+        faces=script_args.faces,
+        patient_quantization_config=BitsAndBytesConfig(**NF4) if script_args.patient_load_in_4bit else None,
+        peft_config=get_peft_config(model_args),
+        num_processes=num_processes,
+    )
+    assert plan.longest_row == args.max_length
+    totals = {row.phase: f"{row.total / GIB:.1f}" for row in plan.memory}
+    figures = [totals["annotation"], totals["reference"], totals[f"training, {engine}"]]
+    assert "annotation {} GiB, reference {} GiB, training {} GiB".format(*figures) in head.replace("\n# ", " ")
+    (line,) = re.findall(rf"^\| `{path.name}` .*$", (ROOT / "docs/scale.md").read_text(encoding="utf-8"), re.MULTILINE)
+    cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    assert cells[-3:] == figures and str(num_processes) in cells[3]
+
+
+def test_numbered_responses_become_pairs():
+    """The wrong way round a doctor learns to harm, and no metric shows it."""
+    rows = [
+        {"prompt": "p", "response_0": "a", "response_1": "b", "better_response_id": better, "safer_response_id": 0}
+        for better in (0, 1)
+    ]
+    choose_responses = load_example().choose_responses
+    for column, expected in (("better_response_id", "ab"), ("safer_response_id", "aa")):
+        pairs = choose_responses(Dataset.from_list(rows), column)
+        assert set(pairs.column_names) == {"prompt", "chosen", "rejected"}
+        assert pairs[0]["prompt"] == [{"role": "user", "content": "p"}]
+        assert "".join(pair["chosen"][0]["content"] for pair in pairs) == expected
+        assert all({pair["chosen"][0]["content"], pair["rejected"][0]["content"]} == {"a", "b"} for pair in pairs)
+    with pytest.raises(ValueError, match="must be 0 or 1"):
+        choose_responses(Dataset.from_list([{**rows[0], "better_response_id": 2}]), "better_response_id")
+
+
+@pytest.mark.slow
+def test_dry_run_of_the_example(tmp_path):
+    """What a user types: a recipe with folders of their own, no weights there, nothing left behind."""
+    rows = [
+        {
+            "prompt": "say the soup",
+            "response_0": "the soup is good",
+            "response_1": "bad",
+            "better_response_id": index % 2,
+        }
+        for index in range(24)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for name, model in (("patient", make_llama(1, 32)), ("doctor", make_llama(2))):
+        model.config.save_pretrained(tmp_path / name)
+        make_tokenizer().save_pretrained(tmp_path / name)
+    command = [sys.executable, ROOT / "examples" / "train.py", "--dataset_name", "pairs.jsonl", "--dry_run", "4"]
+    command += ["--config", ROOT / "examples" / "configs" / "pku_saferlhf_helpful.yaml"]
+    command += ["--patient_model_name_or_path", "patient", "--doctor_model_name_or_path", "doctor"]
+    result = subprocess.run([str(part) for part in command], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "| preference pairs | 24 | all tokenized |" in result.stdout
+    assert "| optimizer steps | 1 | with 4 process(es) |" in result.stdout
+    assert "| training, FSDP2 |" in result.stdout and "An estimate" in result.stdout
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,119 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+r"""
+Guided flow: the flow is balanced under the policy that is decoded, the patient times the doctor, not the doctor's own.
+
+$$\log \pi(y \mid s) = \log \operatorname{softmax}\big( \log \pi_{\text{patient}} + \log \pi_{\text{doctor}} \big)$$
+
+takes the place of $\log \pi_{\text{doctor}}$ in the balance, and the patient that of the reference. The doctor starts
+with a language model head of zeros, so that training starts exactly at the patient, and the doctor learns nothing but
+how to change it. It says so in its config, and is otherwise a causal language model like any other.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+
+from ._compat import inference, labelled_logits, unwrap_peft
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+GUIDANCE_FILE = "guidance.json"
+GUIDANCE = {"alpha": 1.0, "beta": 1.0}  # exponents of the patient and of the doctor in training
+
+
+def start_guidance(model: PreTrainedModel) -> None:
+    """
+    Set the language model head to zero, in place, so that the doctor leaves any patient as it is.
+
+    A head that is tied to the embeddings gets weights of its own. A doctor that has been trained by guided flow is left
+    alone.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The language model, before an adapter is added.
+    """
+    if getattr(model.config, "guidance", None):
+        return
+    head = model.get_output_embeddings()
+    if head.weight is model.get_input_embeddings().weight:
+        model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
+        model.tie_weights()  # forgets that they were
+    head.weight = torch.nn.Parameter(torch.zeros_like(head.weight))
+    if head.bias is not None:
+        torch.nn.init.zeros_(head.bias)
+    model.config.guidance = GUIDANCE
+
+
+def is_guidance(model: "PreTrainedModel | PeftModel") -> bool:
+    """Whether the model is a doctor of guided flow, trained or about to be."""
+    return bool(getattr(unwrap_peft(model).config, "guidance", None))
+
+
+def read_patient(
+    patient: PreTrainedModel,
+    *,
+    input_ids: torch.LongTensor,
+    attention_mask: torch.Tensor,
+    completion_mask: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    What the patient says of completions, under no instruction but the prompt.
+
+    Args:
+        patient ([`~transformers.PreTrainedModel`]):
+            The frozen model; read in eval mode, without gradients.
+        input_ids (`torch.LongTensor` of shape `(B, L)`):
+            Prompts and completions, padded on the right.
+        attention_mask (`torch.Tensor` of shape `(B, L)`):
+            Which tokens are real.
+        completion_mask (`torch.Tensor` of shape `(B, L)`):
+            One run of N completion tokens in all rows together, boolean.
+
+    Returns:
+        `torch.Tensor` of shape `(N, V)`: logits where completion tokens are predicted, row by row, float32; and
+        `torch.Tensor` of shape `(B, T)`: log-probabilities of the completion tokens in nats, left-aligned, zero after.
+    """
+    labels = input_ids.masked_fill(~completion_mask, -100)
+    with inference(patient):
+        logits = labelled_logits(
+            patient, patient, labels, input_ids=input_ids, attention_mask=attention_mask
+        )  # (N, V)
+    logits = logits.to(input_ids.device)
+    logps = logits.log_softmax(dim=-1).gather(1, input_ids[completion_mask][:, None]).squeeze(1)  # (N,)
+    num_tokens = completion_mask.sum(dim=1)  # (B,)
+    is_token = torch.arange(int(num_tokens.max()), device=logps.device) < num_tokens[:, None]  # (B, T)
+    return logits, logps.new_zeros(is_token.shape).masked_scatter(is_token, logps)
+
+
+def save_guidance(model: "PreTrainedModel | PeftModel", output_dir: str | os.PathLike) -> None:
+    """Write down the exponents that the doctor was trained for, if there are any, next to its weights."""
+    if is_guidance(model):
+        path = Path(output_dir) / GUIDANCE_FILE
+        path.write_text(json.dumps(unwrap_peft(model).config.guidance, indent=2) + "\n", encoding="utf-8")
+
+
+def load_guidance(path: str | os.PathLike) -> dict[str, float]:
+    """The exponents `alpha` and `beta` that the doctor in a folder, or on the Hub, was trained for; empty without any."""
+    file = cached_file(path, GUIDANCE_FILE, _raise_exceptions_for_missing_entries=False)
+    return json.loads(Path(file).read_text(encoding="utf-8")) if file else {}

@@ -1,0 +1,67 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The reference: what the doctor thinks of the completions before it is trained, cached as columns of the dataset."""
+
+from contextlib import nullcontext
+from functools import partial
+
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from ._compat import is_peft_model
+from .scoring import score_completions
+from .shards import add_scores
+
+
+REFERENCE_COLUMNS = ["chosen_ref_logps", "rejected_ref_logps"]
+
+
+def add_reference_logps(dataset: Dataset, doctor: PreTrainedModel, *, fingerprint: str, batch_size: int) -> Dataset:
+    """
+    Add the log-probability of each completion token under the doctor as it is, or under what its adapter is on.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Tokenized preferences.
+        doctor ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The doctor before training, whole in each process.
+        fingerprint (`str`):
+            From [`~trl_tfpo.scoring.model_fingerprint`]: what the cache knows the doctor by.
+        batch_size (`int`):
+            Sequences in one forward pass.
+
+    Returns:
+        [`~datasets.Dataset`]: the dataset with `chosen_ref_logps` and `rejected_ref_logps`, in nats.
+
+    Raises:
+        `ValueError`: when the doctor is sharded, or a log-probability is not finite.
+    """
+    return add_scores(
+        dataset,
+        partial(_score_reference, doctor=doctor, batch_size=batch_size),
+        key=(fingerprint, "reference"),
+        columns=REFERENCE_COLUMNS,
+        desc="Scoring the reference",
+    )
+
+
+def _score_reference(batch: dict[str, list], *, doctor: PreTrainedModel, batch_size: int) -> dict[str, list]:
+    with doctor.disable_adapter() if is_peft_model(doctor) else nullcontext():
+        logps = score_completions(
+            doctor, batch["prompt_ids"] * 2, batch["chosen_ids"] + batch["rejected_ids"], batch_size=batch_size
+        )
+    num_pairs = len(batch["prompt_ids"])
+    logps = [row.numpy() for row in logps]
+    return dict(zip(REFERENCE_COLUMNS, (logps[:num_pairs], logps[num_pairs:]), strict=True))
