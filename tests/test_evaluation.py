@@ -19,6 +19,7 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -32,6 +33,8 @@ from trl_tfpo.evaluation import (
     generate_completions,
     guided_kl,
     match_kl,
+    next_token_statistics,
+    sampled_kl,
 )
 from trl_tfpo.logits_processor import DoctorGuidedLogitsProcessor
 
@@ -135,6 +138,41 @@ def test_kl_of_samples_estimates_it(patient, tokenizer, guide):
         exact += (guided_sum.exp() * (guided_sum - patient_sum)).item()
     assert abs(estimate["kl"] - exact) < 4 * estimate["kl_se"]
     assert estimate["kl_se"] < 0.1 * exact  # or the test shows nothing
+
+
+def test_kl_of_another_model_is_that_of_the_enumerated_language(patient):
+    """Else a fine-tuned patient would be put at a wrong distance, next to guidance at the right one."""
+    tuned, prompt_ids = llama(5), [2, 3]
+    completions, log_tuned, log_patient, entropies = [], [], [], []
+    for text in all_completions(3):
+        completions.append(Completion("", prompt_ids, text, "", text[-1] == EOS))
+        steps = [[logps(model, prompt_ids + text[:t]) for t in range(len(text))] for model in (tuned, patient)]
+        sums = [torch.stack([step[token] for step, token in zip(of, text, strict=True)]) for of in steps]
+        log_tuned.append(sums[0])
+        log_patient.append(sums[1])
+        entropies.append(torch.stack([-(step.exp() * step).sum() for step in steps[0]]).mean())
+    probs = torch.stack([row.sum() for row in log_tuned]).exp()
+    single = sampled_kl(log_tuned, log_patient)
+    exact = (probs * single).sum()
+    found = next_token_statistics(patient, tuned, completions, batch_size=7)
+    torch.testing.assert_close((probs * found["kl"]).sum(), exact, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found["entropy"], torch.stack(entropies), rtol=1e-5, atol=1e-6)
+    assert (single < 0).any() and (found["kl"] >= 0).all()
+    alone = next_token_statistics(patient, None, completions)
+    assert alone["kl"].abs().max() == 0 and alone["entropy"].min() > 0
+    with pytest.raises(ValueError, match="the same token ids with both"):
+        sampled_kl(log_tuned, log_patient[:-1])
+
+
+def test_adapters_on_the_patient_are_off_when_it_is_read(patient):
+    """Else a patient fine-tuned by LoRA would be compared with itself, at no distance."""
+    tuned = get_peft_model(llama(0), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).double().eval()
+    completions = [Completion("", [2, 3], [3, 2, EOS], "", True)]
+    apart = next_token_statistics(patient, tuned, completions)
+    shared = next_token_statistics(tuned.get_base_model(), tuned, completions)
+    assert apart["kl"].item() > 1e-4
+    for name in ("kl", "entropy"):
+        torch.testing.assert_close(shared[name], apart[name])
 
 
 def test_prompts_of_different_lengths_do_not_see_each_others_padding(patient, tokenizer, guide):

@@ -21,7 +21,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 from conftest import make_tokenizer
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from trl_tfpo.evaluation import ChatJudge, RewardModel, head_to_head, parse_verdict
 
@@ -35,7 +35,11 @@ class Endpoint(BaseHTTPRequestHandler):
         with server.lock:
             server.requests.append((self.path, self.headers["Authorization"], payload))
             status = server.failures.pop(0) if server.failures else 200
-        if status != 200:
+        if status == "hang up":
+            return
+        if status == "slow":
+            server.wake.wait(5)
+        if isinstance(status, int) and status != 200:
             self.send_response(status)
             self.send_header("Retry-After", "0")
             self.end_headers()
@@ -47,6 +51,8 @@ class Endpoint(BaseHTTPRequestHandler):
         ]
         verdict = "I cannot say." if "mute" in question else f"**Verdict: {'AB'[counts[1] > counts[0]]}**"
         body = json.dumps({"choices": [{"message": {"content": f"Reasons.\n{verdict}"}}]}).encode()
+        if status == "garbage":
+            body = b"not JSON"
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -59,10 +65,11 @@ class Endpoint(BaseHTTPRequestHandler):
 @pytest.fixture
 def endpoint():
     with ThreadingHTTPServer(("127.0.0.1", 0), Endpoint) as server:
-        server.requests, server.failures, server.lock = [], [], threading.Lock()
+        server.requests, server.failures, server.lock, server.wake = [], [], threading.Lock(), threading.Event()
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield server
+        server.wake.set()
         server.shutdown()
         thread.join()
 
@@ -114,6 +121,62 @@ def test_no_answer_is_paid_for_twice(endpoint, tmp_path):
         == verdicts
     )
     assert len(endpoint.requests) - before == 3
+
+
+@pytest.mark.parametrize(
+    ("failures", "error"), [([500] * 3, ConnectionError), (["garbage"] * 3, ConnectionError), ([400], ValueError)]
+)
+def test_no_request_is_sent_after_one_that_failed_for_good(endpoint, tmp_path, failures, error):
+    """With an endpoint that is away, each of 600 requests would be tried for minutes, and a wrong one be paid for."""
+    endpoint.failures = [200, *failures]
+    cache_file = tmp_path / "answers.jsonl"
+    prompts = [f"prompt {index}" for index in range(8)]
+    judge = make_judge(endpoint, cache_file=cache_file, num_workers=1, max_retries=2)
+    with pytest.raises(error, match="Answers so far are kept"):
+        judge.judge(prompts, [["good", "bad"]] * 8, shuffle_order=False)
+    assert len(endpoint.requests) == 1 + len(failures)
+    assert len(cache_file.read_text(encoding="utf-8").splitlines()) == judge.num_answered == 1
+
+
+@pytest.mark.parametrize("failure", [408, "garbage", "hang up", "slow"])
+def test_trouble_that_passes_is_waited_out(endpoint, failure):
+    """One lost connection would end an evaluation of an hour, or hold it up for ever."""
+    endpoint.failures = [failure]
+    judge = make_judge(endpoint, timeout=0.5 if failure == "slow" else 60)
+    assert judge.judge(["one"], [["good", "bad"]], shuffle_order=False) == [0]
+    assert len(endpoint.requests) == 2
+
+
+def test_a_conversation_is_shown_whole(endpoint):
+    """A judge who sees the last turn alone judges an answer to another question."""
+    conversation = [{"role": "user", "content": "say"}, {"role": "assistant", "content": "what"}]
+    make_judge(endpoint, request={"max_tokens": 9}).judge(
+        [[*conversation, {"role": "user", "content": "soup"}]], ["ab"]
+    )
+    payload = endpoint.requests[0][2]
+    assert "user: say\n\nassistant: what\n\nuser: soup" in payload["messages"][1]["content"]
+    assert payload["max_tokens"] == 9 and "temperature" not in payload
+
+
+def test_any_pairwise_judge_will_do():
+    """A judge that fails on a pair returns -1; one that loses a pair would shift all others."""
+
+    class Judge:
+        def judge(self, prompts, completions, shuffle_order=True):
+            assert not shuffle_order
+            verdicts = [int("good" in second) for _, second in completions]
+            return [-1 if prompt == "two" else verdict for prompt, verdict in zip(prompts, verdicts, strict=True)]
+
+    result = head_to_head(["one", "two"], ["good", "good"], ["bad", "bad"], Judge())
+    assert (result["win"], result["tie"], result["num_without_verdict"]) == (0.5, 0.5, 1)
+
+    class Careless:
+        def judge(self, prompts, completions, shuffle_order=True):
+            return [0] if len(prompts) > 2 else [7, 7]
+
+    for prompts in (["one", "two"], ["one"]):
+        with pytest.raises(ValueError, match="must give 0, 1, 0.5 or -1"):
+            head_to_head(prompts, ["a"] * len(prompts), ["b"] * len(prompts), Careless())
 
 
 def test_what_the_endpoint_refuses_is_not_sent_again(endpoint):
@@ -183,6 +246,33 @@ def test_a_reward_does_not_depend_on_its_neighbours(pad_token_id, tmp_path):
     assert result["win"] == sum(a > b for a, b in zip(expected[:2], expected[2:], strict=True)) / 2
 
 
+def test_a_model_that_pads_with_its_eos_reads_the_same_last_token():
+    """Found by the padding of the tokenizer, the last token would be one too early, or padding."""
+    tokenizer, model = make_tokenizer(), reward_model()
+    texts = ["the soup is very good", "bad"]  # without EOS at the end
+    expected = RewardModel(model, tokenizer)(["say ", "say "], texts)
+    pads_with_eos = reward_model(pad_token_id=2)
+    pads_with_eos.load_state_dict(model.state_dict())
+    assert RewardModel(pads_with_eos, tokenizer)(["say ", "say "], texts) == pytest.approx(expected, abs=1e-5)
+
+
+def test_an_encoder_can_be_a_reward_model():
+    """Many reward models are encoders, which see padding unless it is masked."""
+    shape = dict(vocab_size=len(make_tokenizer()), hidden_size=16, intermediate_size=16, initializer_range=0.5)
+    config = BertConfig(**shape, num_hidden_layers=1, num_attention_heads=2, num_labels=1)
+    judge = RewardModel(BertForSequenceClassification(config), make_tokenizer())
+    prompts, texts = ["say the soup ", "you "], ["is very good", "bad"]
+    alone = [judge([prompt], [text])[0] for prompt, text in zip(prompts, texts, strict=True)]
+    assert judge(prompts, texts) == pytest.approx(alone, abs=1e-5)
+
+
+def test_an_answer_that_was_begun_is_one_message():
+    """Two assistant turns in a row are a conversation that the patient did not have."""
+    judge = RewardModel(reward_model(), make_tokenizer())
+    begun = [{"role": "user", "content": "say"}, {"role": "assistant", "content": "the soup"}]
+    assert judge([begun], [" is good"]) == judge([begun[:1]], ["the soup is good"])
+
+
 def test_what_is_no_reward_model_is_refused(tmp_path):
     """A head that is not in the checkpoint is random, and so would be every figure of the report."""
     tokenizer = make_tokenizer()
@@ -192,6 +282,9 @@ def test_what_is_no_reward_model_is_refused(tmp_path):
         RewardModel(reward_model())
     with pytest.raises(ValueError, match="32 positions"):
         RewardModel(reward_model(), tokenizer)(["the soup " * 20], ["good"])
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="need a chat template"):
+        RewardModel(reward_model(), tokenizer)([[{"role": "user", "content": "say"}]], ["good"])
     reward_model().model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="with its head"):
         RewardModel(str(tmp_path), tokenizer)

@@ -16,11 +16,19 @@
 
 import json
 import math
+import random
 
 import pytest
 import torch
 
-from trl_tfpo.evaluation import Report, bootstrap_interval, evaluate_completions, head_to_head, self_similarity
+from trl_tfpo.evaluation import (
+    Completion,
+    Report,
+    bootstrap_interval,
+    evaluate_completions,
+    head_to_head,
+    self_similarity,
+)
 
 
 def kindness(prompts, completions):
@@ -72,6 +80,47 @@ def test_similarity_by_hand():
     rows = torch.randint(5, (2, 40, 9), generator=torch.Generator().manual_seed(0)).tolist()
     few, all_pairs = self_similarity(rows, max_pairs=400), self_similarity(rows, max_pairs=1000)
     assert torch.allclose(few, all_pairs, atol=0.02) and not torch.equal(few, all_pairs)
+
+
+def test_similarity_is_that_of_the_textbook_table():
+    """All pairs are computed in one table, and a wrong step in it would be in every report."""
+
+    def edits(first, second):
+        table = {(i, 0): i for i in range(len(first) + 1)} | {(0, j): j for j in range(len(second) + 1)}
+        for i, one in enumerate(first, 1):
+            for j, other in enumerate(second, 1):
+                steps = (table[i - 1, j] + 1, table[i, j - 1] + 1, table[i - 1, j - 1] + (one != other))
+                table[i, j] = min(steps)
+        return table[len(first), len(second)]
+
+    rng = random.Random(0)
+    pairs = [[[rng.randrange(4) for _ in range(rng.randrange(13))] for _ in range(2)] for _ in range(60)]
+    expected = [1 - edits(one, other) / max(len(one), len(other), 1) for one, other in pairs]
+    assert self_similarity(pairs).tolist() == pytest.approx(expected)
+
+
+def test_a_figure_of_equal_numbers_is_drawn(tmp_path):
+    """A mean that rounding puts beside its interval would cost the figure of a long run."""
+    prompts = [f"prompt {index}" for index in range(7)]
+    texts = {"patient": ["bad"] * 21, "doctor": ["kind", "kind", "bad"] * 7}
+    report = evaluate_completions(prompts, texts, kindness, baseline="patient")
+    row = report.methods["doctor"]["head_to_head"]
+    row["low"], row["high"] = row["win_half_tie"] + 1e-16, row["win_half_tie"] + 2e-16
+    report.plot(tmp_path / "report.pdf")
+    assert (tmp_path / "report.pdf").stat().st_size > 0
+
+
+def test_completions_of_other_prompts_are_refused():
+    """Shifted by one prompt, a method would be judged on answers to other questions."""
+    completions = [Completion(prompt, [1], [2], "kind", True) for prompt in PROMPTS]
+    measures = evaluate_completions(PROMPTS, {"doctor": completions}, kindness).methods["doctor"]["measures"]
+    assert measures["num_tokens"]["mean"] == measures["is_complete"]["mean"] == 1
+    assert "tokens_per_second" not in measures  # nobody timed them
+    timed = [Completion(prompt, [1], [2, 3, 4], "kind", True, seconds=0.5) for prompt in PROMPTS]
+    measures = evaluate_completions(PROMPTS, {"doctor": timed}, kindness).methods["doctor"]["measures"]
+    assert measures["tokens_per_second"] == {"mean": 6.0, "low": None, "high": None}
+    with pytest.raises(ValueError, match="in the order of the prompts"):
+        evaluate_completions(PROMPTS, {"doctor": completions[::-1]}, kindness)
 
 
 def test_a_report_is_the_same_after_its_file(tmp_path, monkeypatch):

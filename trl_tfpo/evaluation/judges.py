@@ -364,6 +364,8 @@ class ChatJudge:
 
     def _ask(self, key: str, payload: dict, stop: threading.Event) -> None:
         body = json.dumps(payload).encode()
+        if stop.is_set():
+            return
         for attempt in range(self.max_retries + 1):
             delay = min(self.backoff * 2**attempt, MAX_DELAY)
             try:
@@ -376,6 +378,7 @@ class ChatJudge:
             except urllib.error.HTTPError as error:
                 reason = f"{error.code}: {error.read(500).decode(errors='replace')}"
                 if error.code < 500 and error.code not in WORTH_A_RETRY:
+                    stop.set()
                     raise ValueError(
                         f"{self.url} must accept the request. Got {reason}; check the model's name, the key and "
                         "`request`. Answers so far are kept."
@@ -386,6 +389,7 @@ class ChatJudge:
             except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
                 reason = f"{type(error).__name__}: {error}"  # away, too slow, cut off, or not what the protocol says
             if attempt == self.max_retries or stop.wait(delay):
+                stop.set()  # before another request is taken up
                 raise ConnectionError(
                     f"{self.url} must answer. Got {reason} in {attempt + 1} attempts; see to the endpoint and run "
                     "again. Answers so far are kept" + (f" in {self.cache_file}." if self.cache_file else ".")

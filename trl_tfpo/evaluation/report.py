@@ -132,7 +132,7 @@ class Report:
                 axes.barh(index, row[share], left=left, color=color, label=share if index == 0 else None)
                 left += row[share]
             low, high = _ends({"mean": row["win_half_tie"], "low": row["low"], "high": row["high"]})
-            bars = [[row["win_half_tie"] - low], [high - row["win_half_tie"]]]
+            bars = [[abs(end - row["win_half_tie"])] for end in (low, high)]
             axes.errorbar([row["win_half_tie"]], [index], xerr=bars, marker="o", color="black")
         axes.axvline(0.5, color="black", linestyle=":")
         axes.set_yticks(range(len(compared)), list(compared))
@@ -230,11 +230,12 @@ def evaluate_completions(
             rewards[name] = rewards_by_prompt(reward_fn, prompts, seeds)
             known["reward"] = mean_with_interval(rewards[name], **settings)
         given = _given_measures(name, measures.get(name, {}), seeds)
-        for taken in {*given} & {"reward", *_measures_of_texts(seeds, pool, settings)}:
+        of_texts = _measures_of_texts(seeds, pool, settings)
+        for taken in {*given} & {"reward", *of_texts}:
             raise ValueError(f"`measures` must have new names. Got {taken!r} of {name!r}; give it another.")
         for measure, values in given.items():
             known[measure] = values if isinstance(values, dict) else mean_with_interval(values, **settings)
-        known |= _measures_of_texts(seeds, pool, settings)
+        known |= of_texts
         rows[name] = {"num_seeds": len(seeds), "num_samples_per_prompt": len(seeds[0][0]), "measures": known}
     for name, row in rows.items():
         row["head_to_head"] = None
