@@ -17,235 +17,181 @@ Reward at equal distance from the patient: this method, and others that do the s
 
 ```bash
 python examples/benchmarks/frontier.py --attributes praise calm --seeds 0 1 2 --output runs/frontier.jsonl
+python examples/benchmarks/frontier.py --part ablations --attributes praise calm --seeds 0 1 2
 python examples/benchmarks/frontier.py --quick
 ```
 
-All methods are given the same preference pairs, steps and batches. Where a method has settings, the best of a small grid is
-taken, by its efficiency on validation prompts at the second of the KLs; then its strength is matched to each KL, also on
-validation prompts, and it is measured once on test prompts. What is measured is a line of the output at once: a run that
-was cut short goes on where it stopped. At the end there are the grids, a table over seeds, and a picture.
+All methods (`methods.py` says what they are) are given the same preference pairs, steps and batches. Where a method has
+several settings, the best is taken for each attribute, by its mean efficiency on validation prompts near the second and the
+third of the KLs, with the first seed; all seeds are trained with it and measured on test prompts. Strengths are looked for
+on validation prompts too, and efficiency is interpolated between those that were measured.
 
-- *temperature*, *best of n*: the patient alone, sampled cooler or hotter, or the best of n samples by the oracle itself.
-- *published*, *TFPO*, *guided flow*: this package, see `docs/results.md`.
-- *DPO doctor*: TRL's `DPOTrainer` on the doctor, decoded as a ratio with the doctor before training.
-- *GenARM*: the doctor as an autoregressive reward model (https://huggingface.co/papers/2410.08193), Bradley-Terry on its
-  summed log-probabilities, decoded as a product.
-- *DPO patient*: TRL's `DPOTrainer` on all weights of the patient. At strength 1 it is the tuned patient; at others it is
-  realigned at decoding time with the patient as it was (https://huggingface.co/papers/2402.02992), two large passes for
-  each token.
+What is measured is a line of the output at once: a run that was cut short goes on where it stopped, and several may share
+the work (`--methods`, `--attributes`), each with an output of its own, all of which `--report` reads together.
 """
 
 import argparse
+import itertools
 import json
+import math
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 
-import torch.nn.functional as F
-from datasets import Dataset
+import torch
+from methods import ABLATIONS, METHODS, Guide, Method, Policy, Task
 from tqdm import tqdm
-from transformers import PreTrainedModel
-from trl import DPOConfig, DPOTrainer
 
-from trl_tfpo import DoctorGuidedLogitsProcessor, TFPOConfig, TFPOTrainer
-from trl_tfpo.testbed import Comparison, World, load_world
-
-
-FULL = dict(num_pairs=3000, max_steps=500, num_samples_per_prompt=100, kls=[0.3, 0.6, 1.2, 2.0])
-QUICK = dict(num_pairs=200, max_steps=20, num_samples_per_prompt=16, kls=[0.1])
-Guide = Callable[[float], DoctorGuidedLogitsProcessor]
+from trl_tfpo.evaluation import bootstrap_interval, distinct_n, evaluate_guidance, self_similarity
+from trl_tfpo.testbed import Comparison
+from trl_tfpo.testbed.world import MAX_NEW_TOKENS
 
 
-@dataclass(frozen=True)
-class Task:
-    """What every method is given."""
-
-    attribute: str
-    seed: int
-    sizes: dict
-
-    @cached_property
-    def world(self) -> World:
-        return load_world()
-
-    @cached_property
-    def pairs(self) -> Dataset:
-        return self.world.preference_dataset(self.attribute, num_pairs=self.sizes["num_pairs"], seed=self.seed)
-
-    def comparison(self, split: str) -> Comparison:
-        settings = dict(num_samples_per_prompt=self.sizes["num_samples_per_prompt"], seed=self.seed, split=split)
-        return Comparison(self.world, self.attribute, **settings)
-
-    def common(self, output_dir: str) -> dict:
-        """Settings of all trainers."""
-        settings = dict(max_steps=self.sizes["max_steps"], per_device_train_batch_size=16, seed=self.seed, bf16=False)
-        settings |= dict(lr_scheduler_type="cosine", activation_checkpointing=False, dataloader_pin_memory=False)
-        return settings | dict(save_strategy="no", report_to="none", disable_tqdm=True, output_dir=output_dir)
+FULL = dict(num_pairs=3000, max_steps=500, num_samples_per_prompt=100)
+QUICK = dict(num_pairs=128, max_steps=10, num_samples_per_prompt=12)
+KLS = [0.3, 0.6, 1.2, 2.0]  # nats
+QUICK_KLS = [0.05, 0.1]
+NUM_KEPT = 40  # samples of each prompt whose rewards are kept
+OURS = ("guided flow", "TFPO")
 
 
-# Methods: a task and settings in, a guide for each strength out
-
-
-def train_tfpo(task: Task, objective=None, **settings) -> PreTrainedModel:
-    doctor = load_world().doctor
-    with tempfile.TemporaryDirectory() as folder:
-        TFPOTrainer(
-            model=doctor,
-            patient_model=task.world.patient,
-            args=TFPOConfig(**task.common(folder), scoring_batch_size=256, **settings),
-            train_dataset=task.pairs,
-            processing_class=task.world.tokenizer,
-            faces=task.world.attributes[task.attribute].faces,
-            objective=objective,
-        ).train()
-    return doctor.eval()
-
-
-def train_dpo(task: Task, model: PreTrainedModel, **settings) -> PreTrainedModel:
-    with tempfile.TemporaryDirectory() as folder:
-        DPOTrainer(
-            model=model,
-            args=DPOConfig(**task.common(folder), precompute_ref_log_probs=True, **settings),
-            train_dataset=task.pairs,
-            processing_class=task.world.tokenizer,
-        ).train()
-    return model.eval()
-
-
-def tfpo(task: Task, **settings) -> Guide:
-    doctor = train_tfpo(task, **settings)
-    return lambda beta: DoctorGuidedLogitsProcessor(doctor, beta=beta)
-
-
-def product(task: Task, **settings) -> Guide:
-    doctor = train_tfpo(task, **settings)
-    return lambda beta: DoctorGuidedLogitsProcessor(doctor, alpha=1.0, beta=beta)
-
-
-def genarm(task: Task, reward_scale: float, **settings) -> Guide:
-    def bradley_terry(*, doctor_logps, completion_mask, **_):
-        chosen, rejected = doctor_logps.masked_fill(~completion_mask, 0).sum(dim=1).chunk(2)
-        return -F.logsigmoid(reward_scale * (chosen - rejected)).mean(), {}
-
-    return product(task, objective=bradley_terry, reference_weight=0.0, **settings)
-
-
-def dpo_doctor(task: Task, **settings) -> Guide:
-    doctor, reference = train_dpo(task, load_world().doctor, **settings), load_world().doctor
-    return lambda beta: DoctorGuidedLogitsProcessor(doctor, beta=beta, reference=reference)
-
-
-def dpo_patient(task: Task, **settings) -> Guide:
-    tuned = train_dpo(task, load_world().patient, **settings)
-    return lambda beta: DoctorGuidedLogitsProcessor(tuned, beta=beta)
-
-
-def temperature(task: Task) -> Guide:
-    return lambda value: DoctorGuidedLogitsProcessor(task.world.patient, alpha=0.0, beta=1 / value)
-
-
-PUBLISHED = dict(reward_direction="label", gap_floor=1e-6, reference_weight=0.0)
-# Name: function, grid of settings, largest strength; strengths instead of KLs where there is nothing to match
-METHODS = {
-    "temperature": (temperature, [{}], [0.5, 0.85, 1.2]),
-    "best of n": (None, [{}], [2, 4, 8, 16]),
-    "published": (product, [PUBLISHED | dict(learning_rate=3e-3)], 2.0),
-    "TFPO": (tfpo, [dict(learning_rate=3e-3)], 1.0),
-    "guided flow": (product, [dict(policy="guided", reward_temperature=0.25, learning_rate=3e-3)], 4.0),
-    "GenARM": (
-        genarm,
-        [dict(reward_scale=scale, learning_rate=1e-3) for scale in (0.05, 0.25)],
-        4.0,
-    ),
-    "DPO doctor": (
-        dpo_doctor,
-        [dict(beta=0.1, learning_rate=rate) for rate in (3e-4, 1e-3)],
-        4.0,
-    ),
-    "DPO patient": (
-        dpo_patient,
-        [dict(beta=0.1, learning_rate=3e-5), dict(beta=1.0, learning_rate=1e-4)],
-        1.0,
-    ),
-}
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=["methods", "ablations"], default="methods")
+    parser.add_argument("--methods", nargs="+", help="some of them; all unless given")
+    parser.add_argument("--attributes", nargs="+", default=["praise"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument(
+        "--world", type=Path, help="folder of `trl_tfpo.testbed.build`; the one that ships unless given"
+    )
+    parser.add_argument("--output", type=Path, default=Path("runs/frontier.jsonl"))
+    parser.add_argument("--report", type=Path, nargs="+", help="measure nothing, report these outputs")
+    parser.add_argument("--quick", action="store_true", help="few pairs, steps and samples: whether it runs")
+    args = parser.parse_args(arguments)
+    methods = METHODS if args.part == "methods" else ABLATIONS
+    if unknown := set(args.methods or ()) - set(methods):
+        parser.error(f"`--methods` must be among {list(methods)}. Got {sorted(unknown)}.")
+    names = args.methods or list(methods)
+    kls = QUICK_KLS if args.quick else KLS if args.part == "methods" else KLS[1:3]
+    if not args.report:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        # The first seed of all comes first, as it chooses the settings
+        tasks = [
+            Task(attribute, seed, **(QUICK if args.quick else FULL), weights=args.world)
+            for seed in args.seeds
+            for attribute in args.attributes
+        ]
+        for task, name in tqdm(list(itertools.product(tasks, names)), desc="Methods"):
+            method = methods[name]
+            if args.quick:
+                method = replace(method, grid=method.grid[:2])
+            measure(name, method, task, kls, args.output, first_seed=args.seeds[0])
+    rows = [row for path in args.report or [args.output] for row in read(path) if row["method"] in names]
+    rows = [row for row in rows if row["attribute"] in args.attributes and row["seed"] in args.seeds]
+    print(f"\n{grids(rows)}\n\n{efficiencies(rows, methods, kls)}\n\n{versus(rows, kls)}\n\n{diversity(rows)}\n")
+    plot(rows, args.output.with_suffix(".png"))
+    print(f"Picture: {args.output.with_suffix('.png')}")
 
 
 # Measurement
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--attributes", nargs="+", default=["praise"])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--output", type=Path, default=Path("runs/frontier.jsonl"))
-    parser.add_argument("--quick", action="store_true", help="few pairs, steps and samples: whether it runs")
-    args = parser.parse_args(arguments)
-    sizes = QUICK if args.quick else FULL
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    runs = [(name, Task(x, seed, sizes)) for seed in args.seeds for x in args.attributes for name in args.methods]
-    for name, task in tqdm(runs, desc="Methods"):
-        measure(name, task, args.output)
-    wanted = {(name, task.attribute, task.seed) for name, task in runs}
-    rows = [row for row in read(args.output) if (row["method"], row["attribute"], row["seed"]) in wanted]
-    print(f"\n{grids(rows)}\n\n{table(rows, sizes['kls'])}\n")
-    plot(rows, args.output.with_suffix(".png"))
-    print(f"Picture: {args.output.with_suffix('.png')}")
-
-
-def measure(name: str, task: Task, output: Path) -> None:
+def measure(name: str, method: Method, task: Task, kls: list[float], output: Path, *, first_seed: int) -> None:
     """Append the rows of a method that the output does not have yet."""
-    function, grid, strengths = METHODS[name]
     key = {"method": name, "attribute": task.attribute, "seed": task.seed}
-    done = {
-        json.dumps(row["settings"], sort_keys=True) + row["split"] + str(row["target"])
-        for row in read(output)
-        if all(row[field] == value for field, value in key.items())
-    }
-    guides, comparisons = {}, {}
-
-    def row(settings: dict, split: str, target: float) -> None:
-        text = json.dumps(settings, sort_keys=True)
-        if text + split + str(target) in done:
-            return
-        if split not in comparisons:
-            comparisons[split] = task.comparison(split)
-        comparison = comparisons[split]
-        if function is None:
-            found, seconds = comparison.add_best_of_n(target), 0.0
-        else:
-            if text not in guides:
-                start = time.process_time()
-                guides[text] = function(task, **settings), time.process_time() - start
-            guide, seconds = guides[text]
-            if isinstance(strengths, list):
-                found = comparison.add(name, guide(target), beta=target)
-            else:
-                try:
-                    found = comparison.add_at_kl(name, guide, target, max_beta=strengths)
-                except ValueError:  # out of reach, so as near as it gets
-                    found = comparison.add(name, guide(strengths), beta=strengths)
-        found = {field: value for field, value in found.items() if field not in ("method", "texts")}
-        line = key | {"settings": settings, "split": split, "target": target, "train_seconds": seconds} | found
-        with output.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
-    targets = strengths if isinstance(strengths, list) else task.sizes["kls"]
-    if len(grid) > 1:
-        for settings in grid:
-            row(settings, "validation", targets[min(1, len(targets) - 1)])
-        chosen = [
-            line
-            for line in read(output)
-            if line["split"] == "validation" and all(line[field] == value for field, value in key.items())
+    for settings, split in [(settings, "validation") for settings in method.grid] + [(None, "test")]:
+        mine = [row for row in read(output) if row["method"] == name and row["attribute"] == task.attribute]
+        if split == "validation" and (len(method.grid) == 1 or task.seed != first_seed):
+            continue
+        if split == "test":
+            settings = best(method.grid, [row for row in mine if row["split"] == "validation"])
+        if any(all(row[field] == value for field, value in (key | {"settings": settings, "split": split}).items())
+               for row in mine):  # fmt: skip
+            continue
+        _ = task.pairs  # drawn before the clock starts, and once for all settings of a task
+        start = time.process_time()
+        policy = method.policy(task, **settings)
+        seconds = time.process_time() - start
+        comparison = comparison_of(task, split)
+        targets = kls if split == "test" else kls[1:3]
+        strengths = method.strengths
+        if strengths is None:
+            strengths = strengths_near(task, policy, targets, method.largest)
+            policy = guided(policy)
+        lines = [
+            key
+            | {"settings": settings, "split": split, "train_seconds": seconds}
+            | describe(policy(comparison, x), comparison)
+            for x in strengths
         ]
-        grid = [max(chosen, key=lambda line: line["efficiency"] or 0)["settings"]]
-    for target in targets:
-        row(grid[0], "test", target)
+        with output.open("a", encoding="utf-8") as file:  # all of them or none
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def comparison_of(task: Task, split: str) -> Comparison:
+    """Patient samples and frontier of a task, drawn once."""
+    if split not in task.__dict__:
+        task.__dict__[split] = task.comparison(split)
+    return task.__dict__[split]
+
+
+def guided(guide: Guide) -> Policy:
+    return lambda comparison, strength: comparison.add("guided", guide(strength), beta=strength)
+
+
+def strengths_near(task: Task, guide: Guide, kls: list[float], largest: float) -> list[float]:
+    """Strengths at which the KL is near each of the wanted ones: its root is nearly linear in them."""
+    world, points = task.world, [(0.0, 0.0)]
+    for strength in (largest / 16, largest / 8, largest / 4, largest / 2, largest):
+        result = evaluate_guidance(
+            world.patient,
+            world.tokenizer,
+            world.prompts("validation"),
+            lambda prompts, completions: [0.0] * len(completions),
+            guide=guide(strength),
+            num_samples_per_prompt=12,
+            max_new_tokens=MAX_NEW_TOKENS,
+            batch_size=144,
+            seed=task.seed + 1,
+        )
+        points.append((strength, max(result["kl"] ** 0.5, points[-1][1])))
+        if points[-1][1] > max(kls) ** 0.5:
+            break
+    strengths = [interpolate([(y, x) for x, y in points], kl**0.5) for kl in kls]
+    return sorted({points[-1][0] if strength is None else strength for strength in strengths})
+
+
+def interpolate(points: list[tuple[float, float]], x: float, *, slack: float = 0.0) -> float | None:
+    """Linear between points that are sorted by x; the nearest value up to `slack` beyond; else None."""
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        if x0 <= x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0) if x1 > x0 else y1
+    nearest = min(points, key=lambda point: abs(point[0] - x), default=(math.inf, None))
+    return nearest[1] if abs(nearest[0] - x) <= slack else None
+
+
+def describe(row: dict, comparison: Comparison) -> dict:
+    """What is kept of a row: numbers, and the rewards of some samples."""
+    texts, num_prompts = row["texts"], len(comparison.prompts)
+    num_samples = len(texts) // num_prompts
+    groups = [texts[i * num_samples : (i + 1) * num_samples][:NUM_KEPT] for i in range(num_prompts)]
+    kept = {name: value for name, value in row.items() if name not in ("method", "texts")}
+    kept |= {f"distinct_{n}": distinct_n(texts[:: max(len(texts) // 512, 1)][:512], n=n) for n in (1, 2, 3, 4)}
+    kept |= {"self_similarity": self_similarity(groups).mean().item()}
+    kept |= {"num_words": statistics.mean(len(text.split()) for text in texts)}
+    return kept | {"rewards": [[comparison.oracle(text) for text in group] for group in groups]}
+
+
+def best(grid: list[dict], rows: list[dict]) -> dict:
+    """The settings with the best mean efficiency; where hardly anything is gained or lost it says nothing."""
+
+    def score(settings: dict) -> float:
+        found = [x["efficiency"] for x in rows if x["settings"] == settings and x["efficiency"] and x["kl"] > 0.1]
+        return statistics.mean(found) if found else -math.inf
+
+    return max(grid, key=score)
 
 
 def read(output: Path) -> list[dict]:
@@ -255,51 +201,134 @@ def read(output: Path) -> list[dict]:
 # Report
 
 
+def cells(rows: list[dict], value: str, at: str, x: float, scale: Callable[[float], float] = float) -> dict:
+    """A value of each method, attribute and seed, interpolated where `at` is x; without those that never come near."""
+    found = {}
+    keys = sorted({(row["method"], row["attribute"], row["seed"]) for row in rows})
+    for key in keys:
+        mine = [
+            row for row in rows if (row["method"], row["attribute"], row["seed"]) == key and row["split"] == "test"
+        ]
+        points = sorted((scale(row[at]), row[value]) for row in mine if row[value] is not None and row[at] > 0)
+        y = interpolate(points, scale(x), slack=0.1 * scale(x))
+        if y is not None:
+            found[key] = y
+    return found
+
+
+def of(found: dict, method: str) -> dict:
+    return {key[1:]: value for key, value in found.items() if key[0] == method}
+
+
+def names_of(rows: list[dict]) -> list[str]:
+    return list(dict.fromkeys(row["method"] for row in rows))
+
+
 def grids(rows: list[dict]) -> str:
     """What was tried on validation prompts, and how it did."""
-    lines = ["| method | attribute | seed | settings | efficiency (validation) |", "|---|---|---:|---|---:|"]
-    for row in rows:
-        if row["split"] == "validation":
-            settings = ", ".join(f"{name}={value}" for name, value in row["settings"].items())
-            lines.append(
-                f"| {row['method']} | {row['attribute']} | {row['seed']} | {settings} | {row['efficiency'] or 0:.3f} |"
-            )
+    lines = ["| method | attribute | settings | efficiency (validation) |", "|---|---|---|---|"]
+    tried = [row for row in rows if row["split"] == "validation"]
+    for (name, attribute, settings), mine in itertools.groupby(
+        tried, lambda row: (row["method"], row["attribute"], row["settings"])
+    ):
+        shown = ", ".join(f"{key}={value}" for key, value in settings.items())
+        found = ", ".join(f"{row['efficiency'] or math.nan:.2f} at {row['kl']:.2f}" for row in mine)
+        lines.append(f"| {name} | {attribute} | {shown} | {found} |")
     return "\n".join(lines)
 
 
-def table(rows: list[dict], kls: list[float]) -> str:
-    """Efficiency near each KL, mean and standard deviation over seeds and attributes, and what it took."""
-    lines = ["| method | " + " | ".join(f"{kl} nats" for kl in kls) + " | grammar | distinct-4 | training (s) |"]
-    lines += ["|---" + "|---:" * (len(kls) + 3) + "|"]
-    for name in dict.fromkeys(row["method"] for row in rows):
+def efficiencies(rows: list[dict], methods: dict[str, Method], kls: list[float]) -> str:
+    """Efficiency at each KL, mean and standard deviation over seeds and attributes, and what it took."""
+    lines = [
+        "| method | " + " | ".join(f"{kl} nats" for kl in kls) + " | grammar | passes for a token | training (s) |"
+    ]
+    lines += ["|---" + "|---:" * (len(kls) + 1) + "|---|---:|"]
+    at = {kl: cells(rows, "efficiency", "kl", kl, math.sqrt) for kl in kls}
+    for name in names_of(rows):
         mine = [row for row in rows if row["method"] == name and row["split"] == "test"]
-        cells = []
+        shown = [spread(list(of(at[kl], name).values())) for kl in kls]
+        shown += [f"{statistics.mean(row['grammar'] for row in mine):.2f}" if mine else "", methods[name].passes]
+        shown += [f"{statistics.median(row['train_seconds'] for row in mine):.0f}" if mine else ""]
+        lines.append(f"| {name} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def versus(rows: list[dict], kls: list[float]) -> str:
+    """Efficiency of ours minus that of others, over the same seeds and attributes, and head-to-head wins."""
+    ours = [name for name in names_of(rows) if name in OURS]
+    lines = ["| ours | against | " + " | ".join(f"{kl} nats" for kl in kls) + " | win + half ties |"]
+    lines += ["|---|---" + "|---:" * (len(kls) + 1) + "|"]
+    at = {kl: cells(rows, "efficiency", "kl", kl, math.sqrt) for kl in kls}
+    for name, other in itertools.product(ours, names_of(rows)):
+        if name == other:
+            continue
+        shown = []
         for kl in kls:
-            # A set, as what is out of reach is measured at the largest strength, once for each KL
-            near = {row["efficiency"] for row in mine if row["efficiency"] and abs(row["kl"] / kl - 1) < 0.3}
-            cells.append(spread(sorted(near)) if near else "")
-        cells += [f"{statistics.mean(row[field] for row in mine):.2f}" for field in ("grammar", "distinct_4")]
-        cells += [f"{statistics.median(row['train_seconds'] for row in mine):.0f}"]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+            mine, theirs = of(at[kl], name), of(at[kl], other)
+            shown.append(interval([mine[key] - theirs[key] for key in mine if key in theirs], ".2f", sign="+"))
+        lines.append(f"| {name} | {other} | " + " | ".join(shown) + f" | {wins(rows, name, other, kls)} |")
+    return "\n".join(lines)
+
+
+def wins(rows: list[dict], name: str, other: str, kls: list[float]) -> str:
+    """Share of pairs on the same prompt that the oracle gives to `name`, ties half, at the strengths nearest to a KL."""
+    shares = []
+    for attribute, seed in sorted({(row["attribute"], row["seed"]) for row in rows}):
+        sides = []
+        for method in (name, other):
+            mine = [
+                x
+                for x in rows
+                if (x["method"], x["attribute"], x["seed"], x["split"]) == (method, attribute, seed, "test")
+            ]
+            sides.append(min(mine, key=lambda row: abs(row["kl"] - kls[1]), default=None))
+        if None in sides or abs(sides[1]["kl"] - sides[0]["kl"]) > 0.2 * kls[1]:
+            continue
+        a, b = (torch.tensor(side["rewards"]) for side in sides)  # (P, N)
+        margin = a[:, :, None] - b[:, None, :]
+        shares.append(((margin > 0).double() + (margin == 0).double() / 2).mean().item())
+    return interval(shares, ".2f")
+
+
+def diversity(rows: list[dict]) -> str:
+    """Diversity at equal reward, mean over seeds and attributes."""
+    fields = ["distinct_1", "distinct_2", "distinct_3", "distinct_4", "entropy", "self_similarity", "num_words", "kl"]
+    lines = ["| method | reward | " + " | ".join(fields) + " |", "|---" + "|---:" * (len(fields) + 1) + "|"]
+    for reward, name in itertools.product((1.5, 2.0, 2.5), names_of(rows)):
+        shown = []
+        for field in fields:
+            values = of(cells(rows, field, "reward", reward), name).values()
+            shown.append(f"{statistics.mean(values):.3f}" if values else "")
+        if any(shown):
+            lines.append(f"| {name} | {reward} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
 def spread(values: list[float]) -> str:
-    mean = f"{statistics.mean(values):.3f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
+    if not values:
+        return ""
+    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def interval(values: list[float], form: str, sign: str = "") -> str:
+    """Mean with a bootstrap interval over seeds and attributes."""
+    if len(values) < 2:
+        return f"{values[0]:{sign}{form}}" if values else ""
+    low, high = bootstrap_interval(torch.tensor(values))
+    return f"{statistics.mean(values):{sign}{form}} ({low:{sign}{form}} to {high:{sign}{form}})"
 
 
 def plot(rows: list[dict], path: Path) -> None:
     """Efficiency against KL."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    for name in dict.fromkeys(row["method"] for row in rows):
+    for name in names_of(rows):
         mine = [row for row in rows if row["method"] == name and row["split"] == "test" and row["efficiency"]]
         axes.plot([row["kl"] for row in mine], [row["efficiency"] for row in mine], "o", alpha=0.7, label=name)
     axes.set(xlabel="KL from the patient (nats per completion)", ylabel="share of the possible gain", ylim=(0, 1.1))
-    axes.legend(loc="lower right")
+    axes.legend(loc="lower right", fontsize="small")
     figure.savefig(path, dpi=150)
 
 

@@ -205,8 +205,8 @@ def evaluate_guidance(
 
     Returns:
         `dict`: means `reward`, `kl` (nats per completion), `num_tokens` and `is_complete` with their standard errors
-        `reward_se` and `kl_se`, `distinct_4` over the words of all texts, and, one entry for each completion,
-        `completions`, `rewards` and `kls`. A standard error is taken over prompts, whose samples are not independent
+        `reward_se` and `kl_se`, `entropy` (nats per token), `distinct_4` over the words of all texts, and, one entry for
+        each completion, `completions`, `rewards` and `kls`. A standard error is taken over prompts, whose samples are not independent
         of one another; over the samples, if there is one prompt.
 
     Raises:
@@ -222,13 +222,15 @@ def evaluate_guidance(
     )
     texts = [completion.text for completion in completions]
     rewards = score_texts(reward_fn, [completion.prompt for completion in completions], texts)
-    kls = torch.zeros_like(rewards) if guide is None else guided_kl(patient, guide, completions, batch_size=batch_size)
+    statistics = next_token_statistics(patient, guide, completions, batch_size=batch_size)
+    kls, entropies = statistics["kl"], statistics["entropy"]
     lengths = [len(completion.completion_ids) for completion in completions]
     return {
         "reward": rewards.mean().item(),
         "reward_se": _standard_error(rewards, len(prompts)),
         "kl": kls.mean().item(),
         "kl_se": _standard_error(kls, len(prompts)),
+        "entropy": entropies.mean().item(),
         "distinct_4": distinct_n(texts, n=4),
         "num_tokens": sum(lengths) / len(lengths),
         "is_complete": sum(completion.is_complete for completion in completions) / len(completions),

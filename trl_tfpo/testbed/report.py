@@ -56,8 +56,8 @@ class Comparison:
             Prompts on which the rows are measured. `"validation"` is for choosing settings.
 
     Attributes:
-        rows (`list[dict]`): one for each policy added, with the keys of `COLUMNS`, `reward_se`, `kl_se` and `texts`;
-            the efficiency is None where the frontier is not known.
+        rows (`list[dict]`): one for each policy added, with the keys of `COLUMNS`, `reward_se`, `kl_se`, `entropy` (nats per
+            token) and `texts`; the efficiency is None where the frontier is not known, the entropy where it is not.
         frontier ([`Frontier`]): best reward at each KL.
 
     Examples:
@@ -126,6 +126,24 @@ class Comparison:
         winners = self.patient_rewards.flatten()[groups].argmax(dim=1, keepdim=True)
         result["texts"] = [self.rows[0]["texts"][index] for index in groups.gather(1, winners).flatten().tolist()]
         return self._add_row(f"best of {n} (oracle)", None, result)
+
+    def add_samples(self, method: str, texts: Sequence[str], *, kl: float, beta: float | None = None) -> dict:
+        """
+        Append the row of a policy that was sampled elsewhere.
+
+        Args:
+            method (`str`):
+                Its name.
+            texts (sequence of `str`):
+                As many samples of each prompt of `prompts`, those of the first prompt first.
+            kl (`float`):
+                Its distance from the patient, in nats per completion.
+            beta (`float`, *optional*):
+                What the table shows as its strength.
+        """
+        rewards = torch.tensor([self.oracle(text) for text in texts]).view(len(self.prompts), -1).mean(dim=1)  # (P,)
+        result = {"reward": rewards.mean().item(), "reward_se": (rewards.std() / len(rewards) ** 0.5).item(), "kl": kl}
+        return self._add_row(method, beta, result | {"texts": list(texts)})
 
     def table(self) -> str:
         """The rows as a Markdown table, with standard errors."""
@@ -200,6 +218,7 @@ class Comparison:
             "reward_se": result["reward_se"],
             "kl": result["kl"],
             "kl_se": result.get("kl_se", 0.0),
+            "entropy": result.get("entropy"),
             "efficiency": self.frontier.efficiency(result["reward"], result["kl"]) if is_on_frontier else None,
             "grammar": sum(map(self.world.is_grammatical, texts)) / len(texts),
             "distinct_4": distinct_n(_spread(texts, POOL)),

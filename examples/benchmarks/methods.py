@@ -1,0 +1,369 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+What is compared in `frontier.py`: methods that do the same job from the same preference pairs, steps and batches.
+
+A method makes a *policy* of a task and settings: a function that adds a row to a comparison, at a given strength.
+"""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForSequenceClassification, DynamicCache, PreTrainedModel, TrainerCallback
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
+
+from trl_tfpo import DoctorGuidedLogitsProcessor, TFPOConfig, TFPOTrainer
+from trl_tfpo.evaluation import RewardModel, best_of_n
+from trl_tfpo.objective import tfpo_objective
+from trl_tfpo.testbed import Comparison, World, load_world
+from trl_tfpo.testbed.world import MAX_NEW_TOKENS
+
+
+Guide = Callable[[float], DoctorGuidedLogitsProcessor]  # of a strength
+Policy = Callable[[Comparison, float], dict]  # the row of a strength
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every method is given."""
+
+    attribute: str
+    seed: int
+    num_pairs: int
+    max_steps: int
+    num_samples_per_prompt: int
+    weights: Path | None = None  # of another world than the one that ships
+
+    @cached_property
+    def world(self) -> World:
+        return load_world(self.weights)
+
+    @cached_property
+    def pairs(self) -> Dataset:
+        return self.world.preference_dataset(self.attribute, num_pairs=self.num_pairs, seed=self.seed)
+
+    def fresh(self, name: str) -> PreTrainedModel:
+        """A copy of the patient or of the doctor, to be trained."""
+        return getattr(load_world(self.weights), name)
+
+    def comparison(self, split: str) -> Comparison:
+        settings = dict(num_samples_per_prompt=self.num_samples_per_prompt, seed=self.seed, split=split)
+        return Comparison(self.world, self.attribute, **settings)
+
+    def common(self, output_dir: str) -> dict:
+        """Settings of all trainers."""
+        settings = dict(max_steps=self.max_steps, per_device_train_batch_size=16, seed=self.seed, bf16=False)
+        settings |= dict(lr_scheduler_type="cosine", activation_checkpointing=False, dataloader_pin_memory=False)
+        return settings | dict(save_strategy="no", report_to="none", disable_tqdm=True, output_dir=output_dir)
+
+
+@dataclass(frozen=True)
+class Method:
+    """
+    A method, and how it is measured.
+
+    Args:
+        policy (`Callable`):
+            Trains with a task and one of the settings, and returns a [`Guide`], or a [`Policy`] where it does not guide.
+        passes (`str`):
+            What a token costs beside a forward pass of the patient.
+        grid (`list[dict]`):
+            Settings, the best of which is measured.
+        largest (`float`):
+            The strongest guide that is tried.
+        strengths (`list[float]`, *optional*):
+            For a policy: its strengths, as there is no KL to match.
+    """
+
+    policy: Callable[..., Guide | Policy]
+    passes: str
+    grid: list[dict] = field(default_factory=lambda: [{}])
+    largest: float = 1.0
+    strengths: list[float] | None = None
+
+
+# This package
+
+
+def train_tfpo(task: Task, objective=None, **settings) -> PreTrainedModel:
+    doctor = task.fresh("doctor")
+    with tempfile.TemporaryDirectory() as folder:
+        TFPOTrainer(
+            model=doctor,
+            patient_model=task.world.patient,
+            args=TFPOConfig(**task.common(folder), scoring_batch_size=256, **settings),
+            train_dataset=task.pairs,
+            processing_class=task.world.tokenizer,
+            faces=task.world.attributes[task.attribute].faces,
+            objective=objective,
+        ).train()
+    return doctor.eval()
+
+
+def mixture(task: Task, **settings) -> Guide:
+    doctor = train_tfpo(task, **settings)
+    return lambda beta: DoctorGuidedLogitsProcessor(doctor, beta=beta)
+
+
+def product(task: Task, **settings) -> Guide:
+    doctor = train_tfpo(task, **settings)
+    return lambda beta: DoctorGuidedLogitsProcessor(doctor, alpha=1.0, beta=beta)
+
+
+# Others
+
+
+def train_dpo(task: Task, model: PreTrainedModel, callbacks=None, peft_config=None, **settings) -> PreTrainedModel:
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = DPOTrainer(
+            model=model,
+            args=DPOConfig(**task.common(folder), precompute_ref_log_probs=True, **settings),
+            train_dataset=task.pairs,
+            processing_class=task.world.tokenizer,
+            callbacks=callbacks,
+            peft_config=peft_config,
+        )
+        trainer.train()
+    return trainer.model.eval()
+
+
+def genarm(task: Task, reward_scale: float, **settings) -> Guide:
+    def bradley_terry(*, doctor_logps, completion_mask, **_):
+        chosen, rejected = doctor_logps.masked_fill(~completion_mask, 0).sum(dim=1).chunk(2)
+        return -F.logsigmoid(reward_scale * (chosen - rejected)).mean(), {}
+
+    return product(task, objective=bradley_terry, reference_weight=0.0, **settings)
+
+
+def dpo_doctor(task: Task, **settings) -> Guide:
+    doctor, reference = train_dpo(task, task.fresh("doctor"), **settings), task.fresh("doctor")
+    return lambda beta: DoctorGuidedLogitsProcessor(doctor, beta=beta, reference=reference)
+
+
+def dpo_patient(task: Task, **settings) -> Guide:
+    tuned = train_dpo(task, task.fresh("patient"), **settings)
+    return lambda beta: DoctorGuidedLogitsProcessor(tuned, beta=beta)
+
+
+def dpo_patient_lora(task: Task, **settings) -> Guide:
+    adapter = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    tuned = train_dpo(task, task.fresh("patient"), peft_config=adapter, **settings).merge_and_unload()
+    return lambda beta: DoctorGuidedLogitsProcessor(tuned, beta=beta)
+
+
+def dpo_patient_stopped(task: Task, **settings) -> Policy:
+    """The tuned patient itself, after a share of the steps."""
+    saved = {}
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            if state.global_step in [round(share * args.max_steps) for share in STOPS]:
+                saved[state.global_step] = {name: x.detach().clone() for name, x in model.state_dict().items()}
+
+    tuned = train_dpo(task, task.fresh("patient"), callbacks=[Keep()], **settings)
+
+    def policy(comparison: Comparison, share: float) -> dict:
+        tuned.load_state_dict(saved[round(share * task.max_steps)])
+        return comparison.add("stopped", DoctorGuidedLogitsProcessor(tuned, beta=1.0), beta=share)
+
+    return policy
+
+
+def temperature(task: Task) -> Policy:
+    return lambda comparison, value: comparison.add(
+        "temperature", DoctorGuidedLogitsProcessor(task.world.patient, alpha=0.0, beta=1 / value), beta=value
+    )
+
+
+def train_reward_model(task: Task, **settings) -> PreTrainedModel:
+    """The doctor with a head for one number, trained by TRL's `RewardTrainer`."""
+    with tempfile.TemporaryDirectory() as folder:
+        task.world.doctor.save_pretrained(folder)
+        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+        model.config.pad_token_id = task.world.tokenizer.pad_token_id
+        args = RewardConfig(**task.common(folder), **settings)
+        tokenizer = task.world.tokenizer
+        RewardTrainer(model=model, args=args, train_dataset=task.pairs, processing_class=tokenizer).train()
+    return model.eval()
+
+
+def best_by_oracle(task: Task) -> Policy:
+    return lambda comparison, n: comparison.add_best_of_n(n)
+
+
+def best_by_reward_model(task: Task, **settings) -> Policy:
+    judge = RewardModel(train_reward_model(task, **settings), task.world.tokenizer, batch_size=256)
+    scored = {}  # of each comparison
+
+    def policy(comparison: Comparison, n: int) -> dict:
+        texts = comparison.rows[0]["texts"]
+        num_samples = len(texts) // len(comparison.prompts)
+        if id(comparison) not in scored:
+            prompts = [prompt for prompt in comparison.prompts for _ in range(num_samples)]
+            scored[id(comparison)] = torch.tensor(judge(prompts, texts)).view(-1, num_samples)
+        num_groups = num_samples // n
+        groups = torch.arange(len(texts)).view(-1, num_samples)[:, : num_groups * n].reshape(-1, n)
+        scores = scored[id(comparison)][:, : num_groups * n].reshape(-1, n)
+        winners = groups.gather(1, scores.argmax(dim=1, keepdim=True)).flatten().tolist()
+        kl = best_of_n(comparison.patient_rewards, n)["kl"]
+        return comparison.add_samples("best of n", [texts[index] for index in winners], kl=kl, beta=n)
+
+    return policy
+
+
+def args_decoding(task: Task, top_k: int = 10, **settings) -> Policy:
+    """The patient's likeliest tokens, weighed by the reward of the text that each of them makes."""
+    reward_model, tokenizer = train_reward_model(task, **settings), task.world.tokenizer
+
+    def policy(comparison: Comparison, weight: float) -> dict:
+        prompts = [prompt for prompt in comparison.prompts for _ in range(task.num_samples_per_prompt)]
+        ids = tokenizer.apply_chat_template(
+            prompts, add_generation_prompt=True, return_dict=False, return_tensors="pt"
+        )
+        generator = torch.Generator().manual_seed(task.seed)
+        parts = [_args_samples(task, reward_model, x, weight, top_k, generator) for x in ids.split(256)]
+        texts = [text for texts, _ in parts for text in texts]
+        return comparison.add_samples("ARGS", texts, kl=torch.cat([kl for _, kl in parts]).mean().item(), beta=weight)
+
+    return policy
+
+
+@torch.no_grad()
+def _args_samples(task, reward_model, ids, weight, top_k, generator) -> tuple[list[str], torch.Tensor]:
+    """Texts, and their KL (B,) in nats, of prompts (B, L) that are all of one length."""
+    patient, tokenizer, num_prompt = task.world.patient, task.world.tokenizer, ids.size(1)
+    cache, kl, is_done = DynamicCache(), torch.zeros(len(ids)), torch.zeros(len(ids), dtype=torch.bool)
+    for step in range(MAX_NEW_TOKENS):
+        logits = patient(ids if step == 0 else ids[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1]
+        logps, tokens = logits.log_softmax(dim=-1).topk(top_k)  # (B, k)
+        # The candidates lie side by side behind the text; each sees the text and itself, at the same position
+        num_text = ids.size(1)
+        sees = torch.ones(num_text + top_k, num_text + top_k, dtype=torch.bool).tril()
+        sees[num_text:, num_text:] = torch.eye(top_k, dtype=torch.bool)
+        mask = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)
+        position_ids = torch.arange(num_text + top_k).clamp(max=num_text)[None]
+        hidden = reward_model.model(
+            torch.cat([ids, tokens], dim=1), attention_mask=mask[None, None], position_ids=position_ids
+        ).last_hidden_state[:, num_text:]
+        rewards = reward_model.score(hidden).squeeze(-1)  # (B, k)
+        policy = (logps + weight * rewards).log_softmax(dim=-1)
+        kl += (policy.exp() * (policy - logps)).sum(dim=1).masked_fill(is_done, 0)
+        token = tokens.gather(1, policy.exp().multinomial(1, generator=generator))
+        token = token.masked_fill(is_done[:, None], tokenizer.pad_token_id)
+        ids, is_done = torch.cat([ids, token], dim=1), is_done | (token.squeeze(1) == tokenizer.eos_token_id)
+        if is_done.all():
+            break
+    return tokenizer.batch_decode(ids[:, num_prompt:], skip_special_tokens=True), kl
+
+
+# Objectives with a part left out
+
+
+def full_trajectory(*, doctor_logps, log_values, token_rewards, completion_mask, is_complete, reference_logps, **_):
+    """Balance of the whole trajectory alone, as in trajectory balance with a start that depends on the prompt."""
+    gain = token_rewards / TFPOConfig.reward_temperature + reference_logps - doctor_logps  # (B, T)
+    return (log_values[:, 0] - gain.masked_fill(~completion_mask, 0).sum(dim=1))[is_complete].square().mean(), {}
+
+
+def no_boundary(*, is_complete, **tensors):
+    return tfpo_objective(is_complete=torch.zeros_like(is_complete), **tensors)
+
+
+def sft(*, doctor_logps, completion_mask, **_):
+    return -doctor_logps.masked_fill(~completion_mask, 0).sum(dim=1).chunk(2)[0].mean(), {}
+
+
+STOPS = [0.2, 0.4, 0.7, 1.0]  # shares of the steps
+PUBLISHED = dict(reward_direction="label", gap_floor=1e-6, reference_weight=0.0)
+RATE = dict(learning_rate=3e-3)
+
+
+def over(*names: str, values: list[tuple]) -> list[dict]:
+    return [dict(zip(names, row, strict=True)) for row in values]
+
+
+DPO_GRID = over("beta", "learning_rate", values=[(0.1, 3e-5), (0.1, 1e-4), (0.3, 1e-4), (1.0, 1e-4), (1.0, 3e-4)])
+METHODS = {
+    "guided flow": Method(
+        product,
+        "1 of the doctor",
+        [dict(policy="guided", reward_temperature=x, learning_rate=3e-3) for x in (0.25, 0.35, 0.5)],
+        largest=4.0,
+    ),
+    "TFPO": Method(mixture, "1 of the doctor", over("learning_rate", values=[(1e-3,), (3e-3,), (6e-3,)])),
+    "TFPO as published": Method(
+        product,
+        "1 of the doctor",
+        [PUBLISHED | row for row in over("learning_rate", "reward_temperature", values=[(3e-3, 0.125), (6e-3, 0.06)])],
+        largest=2.0,
+    ),
+    "GenARM": Method(
+        genarm,
+        "1 of the doctor",
+        over(
+            "reward_scale",
+            "learning_rate",
+            values=[(0.01, 1e-3), (0.02, 1e-3), (0.05, 1e-3), (0.02, 3e-3), (0.1, 3e-4)],
+        ),
+        largest=4.0,
+    ),
+    "DPO doctor": Method(
+        dpo_doctor,
+        "2 of the doctor",
+        over("beta", "learning_rate", values=[(0.1, 1e-4), (0.1, 3e-4), (0.1, 1e-3), (0.3, 3e-4), (0.03, 3e-4)]),
+        largest=8.0,
+    ),
+    "ARGS": Method(
+        args_decoding,
+        "10 of the reward model",
+        over("learning_rate", values=[(3e-4,), (1e-3,), (3e-3,)]),
+        strengths=[0.25, 0.5, 1.0, 2.0, 4.0],
+    ),
+    "best of n by a reward model": Method(
+        best_by_reward_model,
+        "n - 1 of the patient",
+        over("learning_rate", values=[(3e-4,), (1e-3,), (3e-3,)]),
+        strengths=[2, 4, 8, 16, 32],
+    ),
+    "DPO patient": Method(dpo_patient, "1 of a patient", DPO_GRID),
+    "DPO patient, LoRA": Method(
+        dpo_patient_lora,
+        "1 of a patient",
+        over("beta", "learning_rate", values=[(0.1, 3e-4), (0.1, 1e-3), (0.3, 1e-3), (1.0, 3e-3)]),
+    ),
+    "DPO patient, stopped": Method(dpo_patient_stopped, "0", DPO_GRID[:3], strengths=STOPS),
+    "best of n by the oracle": Method(best_by_oracle, "n - 1 of the patient", strengths=[2, 4, 8, 16, 32]),
+    "temperature": Method(temperature, "0", strengths=[0.5, 0.85, 1.2]),
+}
+ABLATIONS = {
+    "TFPO": Method(mixture, "", [RATE]),
+    "by the label alone": Method(mixture, "", [RATE | dict(reward_direction="label")]),
+    "by the faces alone": Method(mixture, "", [RATE | dict(reward_direction="faces")]),
+    "no floor for the gap": Method(mixture, "", [RATE | dict(gap_floor=1e-6)]),
+    "no sparsity": Method(mixture, "", [RATE | dict(sparsity_threshold=0.0)]),
+    "no value discrimination": Method(mixture, "", [RATE | dict(value_loss_weight=0.0)]),
+    "whole trajectory only": Method(partial(mixture, objective=full_trajectory), "", [RATE]),
+    "no boundary": Method(partial(mixture, objective=no_boundary), "", [RATE]),
+    "no reference": Method(mixture, "", [RATE | dict(reference_weight=0.0)]),
+    "no reference, product": Method(product, "", [RATE | dict(reference_weight=0.0)], largest=2.0),
+    "no flow: fine-tuned on the chosen": Method(partial(mixture, objective=sft), "", [RATE]),
+}
