@@ -16,11 +16,14 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from trl_tfpo.objective import tfpo_objective
 
 
 BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
@@ -190,26 +193,101 @@ def test_training_is_compared_on_the_same_shapes(tmp_path, monkeypatch):
     assert all(peak >= 0 for peak in report["step"]["peak_mebibytes"].values())
 
 
+@pytest.fixture
+def frontier(monkeypatch):
+    module = load("frontier")
+    monkeypatch.setattr(module, "QUICK", dict(num_pairs=16, max_steps=5, num_samples_per_prompt=6))
+    monkeypatch.setattr(module, "QUICK_KLS", [0.01, 0.02])
+    return module
+
+
 @pytest.mark.slow
-def test_the_frontier_is_measured_once(tmp_path, monkeypatch, capsys):
-    """A run cut short must go on where it stopped, and each method must be measured where its name says."""
-    frontier = load("frontier")
-    monkeypatch.setattr(frontier, "QUICK", dict(num_pairs=16, max_steps=2, num_samples_per_prompt=10, kls=[5.0]))
-    fixed = {
-        name: (function, grid[:2], strengths if name == "guided flow" else [4 if function is None else 0.5])
-        for name, (function, grid, strengths) in frontier.METHODS.items()
+def test_the_frontier_is_measured_once(frontier, tmp_path, monkeypatch, capsys):
+    """A run cut short must go on where it stopped, with the settings that were best on validation prompts."""
+    methods = {  # every method runs; one has settings to choose from
+        name: replace(
+            method,
+            grid=method.grid[: 1 + (name == "guided flow")],
+            strengths=method.strengths and method.strengths[:1],
+        )
+        for name, method in frontier.METHODS.items()
     }
-    monkeypatch.setattr(frontier, "METHODS", fixed)
+    monkeypatch.setattr(frontier, "METHODS", methods)
     output = tmp_path / "frontier.jsonl"
     arguments = ["--quick", "--output", str(output)]
     frontier.main(arguments)
     text = output.read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
-    assert {row["method"] for row in rows} == set(frontier.METHODS)
-    assert all(row["split"] in ("validation", "test") for row in rows)
+    assert {row["method"] for row in rows if row["split"] == "test"} == set(methods)
+    assert {row["method"] for row in rows if row["split"] == "validation"} <= {"guided flow"}
     assert all(row["kl"] > 0 for row in rows)
-    table = capsys.readouterr().out
-    assert all(f"| {name} |" in table for name in frontier.METHODS)
+    printed = capsys.readouterr().out
+    assert all(f"| {name} |" in printed for name in methods)
     assert (tmp_path / "frontier.png").stat().st_size > 1000
+    kept = text.splitlines(keepends=True)
+    output.write_text(
+        "".join(kept[:-1]), encoding="utf-8"
+    )  # the last method has lost a row, and is not measured again
     frontier.main(arguments)
-    assert output.read_text(encoding="utf-8") == text
+    assert output.read_text(encoding="utf-8") == "".join(kept[:-1])
+    others = [line for line in kept if json.loads(line)["method"] != "TFPO"]
+    output.write_text("".join(others), encoding="utf-8")  # a method is missing, and is the only one measured
+    frontier.main(arguments)
+    again = output.read_text(encoding="utf-8").splitlines(keepends=True)
+    assert again[: len(others)] == others
+    assert {json.loads(line)["method"] for line in again[len(others) :]} == {"TFPO"}
+
+
+def test_settings_are_the_best_on_validation_prompts(frontier):
+    """A method must be shown at its best, not at the first or the last of its settings."""
+    grid = [{"rate": 1}, {"rate": 2}, {"rate": 3}]
+    rows = [
+        {"settings": {"rate": rate}, "efficiency": efficiency, "kl": kl}
+        for rate, efficiency, kl in [(1, 0.5, 0.6), (2, 0.9, 0.6), (2, 0.7, 1.2), (3, 0.7, 0.6), (1, 5.0, 0.01)]
+    ]
+    assert frontier.best(grid, rows) == {"rate": 2}
+
+
+def test_interpolation(frontier):
+    """Methods must be compared at the same KL, not at the nearest one that happens to be measured."""
+    points = [(1.0, 10.0), (2.0, 20.0), (4.0, 0.0)]
+    assert frontier.interpolate(points, 1.5) == 15.0
+    assert frontier.interpolate(points, 3.0) == 10.0
+    assert frontier.interpolate(points, 4.3) is None
+    assert frontier.interpolate(points, 4.3, slack=0.5) == 0.0
+    assert frontier.interpolate([], 1.0) is None
+
+
+def test_the_kl_of_a_reward_guided_search(frontier):
+    """A search without reward is the patient but for the tokens it leaves out; its KL must say so, and grow with the reward."""
+    from methods import Task, args_decoding
+
+    task = Task("praise", 0, num_pairs=16, max_steps=2, num_samples_per_prompt=16)
+    comparison, policy = task.comparison("validation"), args_decoding(task, learning_rate=1e-3, top_k=160)
+    alone, guided = (policy(comparison, weight) for weight in (0.0, 4.0))
+    assert alone["kl"] == pytest.approx(0, abs=1e-2)
+    assert alone["reward"] == pytest.approx(
+        comparison.rows[0]["reward"], abs=4 * comparison.rows[0]["reward_se"] + 0.2
+    )
+    assert guided["kl"] > 0.1
+
+
+def test_what_is_left_of_an_objective(frontier):
+    """An ablation must leave out the part it is named after, and nothing else."""
+    from methods import full_trajectory, no_boundary, sft
+
+    tensors = dict(
+        doctor_logps=torch.tensor([[-1.0, -2.0], [-3.0, -1.0]]),
+        log_values=torch.tensor([[0.0, 5.0, 9.0], [2.0, 5.0, 9.0]]),
+        token_rewards=torch.tensor([[0.5, 0.0], [0.0, -0.25]]),
+        completion_mask=torch.tensor([[True, True], [True, False]]),
+        completion_ids=torch.tensor([[4, 5], [6, 0]]),
+        is_complete=torch.tensor([True, True]),
+        reference_logps=torch.tensor([[-2.0, -2.0], [-2.0, -7.0]]),
+    )
+    # log V(s_0) - (r / 0.125 + log reference - log doctor), over real tokens: 0 - (4 - 1) and 2 - (0 + 1)
+    assert full_trajectory(**tensors)[0].item() == pytest.approx((9 + 1) / 2)
+    assert sft(**tensors)[0].item() == pytest.approx(3)  # of the chosen completion alone
+    moved = tensors | dict(log_values=tensors["log_values"] + torch.tensor([0.0, 0.0, 3.0]))  # the last state of row 0
+    assert no_boundary(**tensors)[0] != no_boundary(**moved)[0]
+    assert tfpo_objective(**tensors)[0] == tfpo_objective(**moved)[0]  # is held at zero there

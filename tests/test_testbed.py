@@ -26,16 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_tfpo.functional import token_rewards
 from trl_tfpo.testbed import load_world, reward_kl_frontier, sample_completions
 from trl_tfpo.testbed.build import build, sample_batch
-from trl_tfpo.testbed.world import (
-    ATTRIBUTES,
-    NUM_PLACES,
-    is_grammatical,
-    make_prompt,
-    make_tokenizer,
-    places,
-    sample_moods,
-    sample_review,
-)
+from trl_tfpo.testbed.language import REVIEWS
 
 
 HAND_WRITTEN = (
@@ -75,10 +66,10 @@ def auc(scores, labels):
 def test_every_sampled_review_is_grammatical():
     """A checker that rejects the language's own text would report broken grammar for a perfect policy."""
     rng = random.Random(0)
-    for place in itertools.chain(places("train"), places("validation"), places("test")):
+    for place in itertools.chain(REVIEWS.places("train"), REVIEWS.places("validation"), REVIEWS.places("test")):
         for _ in range(5):
-            review = sample_review(rng, place, sample_moods(rng))
-            assert is_grammatical(review), review
+            review = REVIEWS.sample_review(rng, place, REVIEWS.sample_moods(rng))
+            assert REVIEWS.is_grammatical(review), review
             assert f"{place[0]} {place[1]}" in review
 
 
@@ -94,7 +85,7 @@ def test_every_sampled_review_is_grammatical():
 )
 def test_hand_written_reviews_are_grammatical(text):
     """Sampler and checker share their rules; without text from outside, both could be wrong alike."""
-    assert is_grammatical(text)
+    assert REVIEWS.is_grammatical(text)
 
 
 @pytest.mark.parametrize(
@@ -117,18 +108,18 @@ def test_hand_written_reviews_are_grammatical(text):
 def test_what_breaks_a_rule_is_not_grammatical(old, new):
     """A lax checker hides that guidance has broken the language: the first thing that strong guidance does."""
     assert old in HAND_WRITTEN
-    assert not is_grammatical(HAND_WRITTEN.replace(old, new))
+    assert not REVIEWS.is_grammatical(HAND_WRITTEN.replace(old, new))
 
 
 def test_a_lost_word_is_noticed():
     """Only an adverb of degree may be missing; a checker that skips words would pass any stammer."""
     rng = random.Random(1)
-    for place in places("test"):
-        words = sample_review(rng, place, sample_moods(rng)).split()
+    for place in REVIEWS.places("test"):
+        words = REVIEWS.sample_review(rng, place, REVIEWS.sample_moods(rng)).split()
         for index, word in enumerate(words):
             if word not in ("quite", "rather", "really", "truly"):
-                assert not is_grammatical(" ".join(words[:index] + words[index + 1 :])), (words, index)
-                assert not is_grammatical(" ".join(words[:index] + [word] + words[index:])), (words, index)
+                assert not REVIEWS.is_grammatical(" ".join(words[:index] + words[index + 1 :])), (words, index)
+                assert not REVIEWS.is_grammatical(" ".join(words[:index] + [word] + words[index:])), (words, index)
 
 
 def test_oracles_count_words(world):
@@ -145,9 +136,9 @@ def test_oracles_count_words(world):
 
 def test_structure_does_not_depend_on_mood():
     """If praise came with longer reviews, a method that only learned to ramble would count as aligned."""
-    colored = re.compile(r"\b(" + "|".join(w for a in ATTRIBUTES.values() for w in a.words) + r")\b")
+    colored = re.compile(r"\b(" + "|".join(w for a in REVIEWS.attributes.values() for w in a.words) + r")\b")
     skeletons = [
-        [colored.sub("*", sample_review(random.Random(seed), ("park", "inn"), moods)) for seed in range(50)]
+        [colored.sub("*", REVIEWS.sample_review(random.Random(seed), ("park", "inn"), moods)) for seed in range(50)]
         for moods in ({"praise": 1, "calm": 1}, {"praise": -1, "calm": 1}, {"praise": -1, "calm": -1})
     ]
     assert skeletons[0] == skeletons[1] == skeletons[2]
@@ -155,7 +146,7 @@ def test_structure_does_not_depend_on_mood():
 
 def test_splits_are_disjoint_and_differ(world):
     """A test prompt seen in training would turn memory into skill."""
-    prompts = {split: [prompt[0]["content"] for prompt in world.prompts(split)] for split in NUM_PLACES}
+    prompts = {split: [prompt[0]["content"] for prompt in world.prompts(split)] for split in REVIEWS.num_places}
     assert {split: len(texts) for split, texts in prompts.items()} == {"train": 40, "validation": 12, "test": 12}
     assert len(set(sum(prompts.values(), []))) == 64
     with pytest.raises(ValueError, match="must be one of .* Got 'dev'"):
@@ -168,7 +159,7 @@ def test_splits_are_disjoint_and_differ(world):
 @pytest.mark.parametrize("instruction", ["", "admire the place.", "scorn the place. keep a restless voice."])
 def test_prompt_is_a_prefix_of_the_conversation(world, instruction):
     """If not, completion masks and token rewards would sit on the wrong tokens."""
-    prompt = make_prompt(("park", "inn"), instruction)
+    prompt = REVIEWS.make_prompt(("park", "inn"), instruction)
     prompt_ids = world.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
     answered = [*prompt, {"role": "assistant", "content": HAND_WRITTEN}]
     ids = world.tokenizer.apply_chat_template(answered, return_dict=False)
@@ -199,8 +190,8 @@ def test_shipped_folders_are_self_contained(world):
     assert not [path for path in files if path.suffix == ".json" and re.search(r'"[^"\s]*/\w+/', path.read_text())]
     for name in ("patient", "doctor"):
         tokenizer = AutoTokenizer.from_pretrained(world.weights / name)
-        assert tokenizer.get_vocab() == make_tokenizer().get_vocab()
-        assert tokenizer.chat_template == make_tokenizer().chat_template
+        assert tokenizer.get_vocab() == REVIEWS.make_tokenizer().get_vocab()
+        assert tokenizer.chat_template == REVIEWS.make_tokenizer().chat_template
     assert world.patient.num_parameters() > 5 * world.doctor.num_parameters()
     assert not world.patient.training and not world.doctor.training
     assert load_world().patient is not world.patient
@@ -208,18 +199,22 @@ def test_shipped_folders_are_self_contained(world):
 
 def test_grammar_rates(world, unguided):
     """A patient that stammers by itself leaves no way to see what guidance breaks."""
-    patient = [is_grammatical(text) for text in itertools.chain(*unguided)]
+    patient = [REVIEWS.is_grammatical(text) for text in itertools.chain(*unguided)]
     doctor = sample_completions(
         world.doctor, world.tokenizer, world.prompts("train"), num_samples_per_prompt=10, seed=0
     )
-    doctor = [is_grammatical(text) for text in itertools.chain(*doctor)]
+    doctor = [REVIEWS.is_grammatical(text) for text in itertools.chain(*doctor)]
     assert sum(patient) / len(patient) >= 0.95
     assert sum(doctor) / len(doctor) >= 0.95
 
 
 def test_patient_reviews_the_place_it_is_asked_about(world, unguided):
     """If prompts did not matter, a test on new prompts would test nothing."""
-    about = [" ".join(place) in text for place, texts in zip(places("train"), unguided, strict=True) for text in texts]
+    about = [
+        " ".join(place) in text
+        for place, texts in zip(REVIEWS.places("train"), unguided, strict=True)
+        for text in texts
+    ]
     assert sum(about) / len(about) > 0.98
 
 
@@ -238,7 +233,9 @@ def test_patient_obeys_its_faces(world, name):
     """Token rewards are read from the difference between the faces; a deaf patient gives noise."""
     attribute = world.attributes[name]
     instructions = [attribute.faces.positive, "", attribute.faces.negative]
-    prompts = [make_prompt(place, instruction) for instruction in instructions for place in places("test")]
+    prompts = [
+        REVIEWS.make_prompt(place, instruction) for instruction in instructions for place in REVIEWS.places("test")
+    ]
     samples = sample_completions(world.patient, world.tokenizer, prompts, num_samples_per_prompt=8, seed=2)
     texts = [sum(samples[start : start + 12], []) for start in (0, 12, 24)]  # (3 instructions, 96 samples)
     positive, none, negative = (torch.tensor([attribute.oracle(text) for text in group]).mean() for group in texts)
@@ -454,9 +451,9 @@ def test_build_makes_a_world_that_loads(tmp_path):
 
 def test_only_the_review_is_learned():
     """A loss on the request or the padding would teach the patient to ask, not to answer."""
-    tokenizer = make_tokenizer()
+    tokenizer = REVIEWS.make_tokenizer()
     batch = sample_batch(tokenizer, random.Random(0), instructions=("", "scorn the place."), batch_size=4)
     for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
-        assert is_grammatical(tokenizer.decode(ids[labels != -100], skip_special_tokens=True))
+        assert REVIEWS.is_grammatical(tokenizer.decode(ids[labels != -100], skip_special_tokens=True))
         assert (labels == tokenizer.eos_token_id).sum() == 1
         assert (labels != tokenizer.pad_token_id).all()

@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 from trl_tfpo.evaluation import bootstrap_interval, distinct_n, evaluate_guidance, self_similarity
 from trl_tfpo.testbed import Comparison
-from trl_tfpo.testbed.world import MAX_NEW_TOKENS
+from trl_tfpo.testbed.language import MAX_NEW_TOKENS
 
 
 FULL = dict(num_pairs=3000, max_steps=500, num_samples_per_prompt=100)
@@ -151,7 +151,7 @@ def strengths_near(task: Task, guide: Guide, kls: list[float], largest: float) -
             world.prompts("validation"),
             lambda prompts, completions: [0.0] * len(completions),
             guide=guide(strength),
-            num_samples_per_prompt=12,
+            num_samples_per_prompt=max(task.num_samples_per_prompt // 8, 2),
             max_new_tokens=MAX_NEW_TOKENS,
             batch_size=144,
             seed=task.seed + 1,

@@ -35,7 +35,7 @@ from trl_tfpo import DoctorGuidedLogitsProcessor, TFPOConfig, TFPOTrainer
 from trl_tfpo.evaluation import RewardModel, best_of_n
 from trl_tfpo.objective import tfpo_objective
 from trl_tfpo.testbed import Comparison, World, load_world
-from trl_tfpo.testbed.world import MAX_NEW_TOKENS
+from trl_tfpo.testbed.language import MAX_NEW_TOKENS
 
 
 Guide = Callable[[float], DoctorGuidedLogitsProcessor]  # of a strength

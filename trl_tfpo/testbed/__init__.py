@@ -20,8 +20,19 @@ frontier of what any policy can reach. It needs no network, and its models run o
 """
 
 from .frontier import Frontier, reward_kl_frontier
+from .language import Attribute, Language, random_language
 from .report import Comparison
-from .world import Attribute, World, load_world, sample_completions
+from .world import World, load_world, sample_completions
 
 
-__all__ = ["Attribute", "Comparison", "Frontier", "World", "load_world", "reward_kl_frontier", "sample_completions"]
+__all__ = [
+    "Attribute",
+    "Comparison",
+    "Frontier",
+    "Language",
+    "World",
+    "load_world",
+    "random_language",
+    "reward_kl_frontier",
+    "sample_completions",
+]

@@ -35,34 +35,30 @@ from transformers import (
     set_seed,
 )
 
-from .world import (
-    FACES,
-    MAX_NEW_TOKENS,
-    NUM_PLACES,
-    make_prompt,
-    make_tokenizer,
-    places,
-    sample_moods,
-    sample_review,
-)
+from .language import MAX_NEW_TOKENS, REVIEWS, Language, random_language
+from .world import LANGUAGE_FILE
 
 
-CHOICES = [("", faces.positive, faces.negative) for faces in FACES.values()]
-INSTRUCTIONS = tuple(" ".join(filter(None, asked)) for asked in itertools.product(*CHOICES))  # none, one face or two
 RECIPES = {
     "patient": {  # 0.85M parameters
-        "instructions": INSTRUCTIONS + ("",) * 4,  # most of what it is used for
+        "is_instructed": True,
         "steps": 2500,
         "learning_rate": 1.2e-3,
         "size": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4},
     },
     "doctor": {  # 0.10M parameters
-        "instructions": ("",),
+        "is_instructed": False,
         "steps": 2000,
         "learning_rate": 3e-3,
         "size": {"hidden_size": 48, "intermediate_size": 136, "num_hidden_layers": 3, "num_attention_heads": 4},
     },
 }
+
+
+def instructions_of(language: Language) -> tuple[str, ...]:
+    """No instruction, a face of one attribute, of two; none again, as that is most of what the patient is used for."""
+    choices = [("", faces.positive, faces.negative) for faces in language.faces.values()]
+    return tuple(" ".join(filter(None, asked)) for asked in itertools.product(*choices)) + ("",) * 4
 
 
 def make_model(
@@ -98,7 +94,12 @@ def make_model(
 
 
 def sample_batch(
-    tokenizer: PreTrainedTokenizerBase, rng: random.Random, *, instructions: tuple[str, ...], batch_size: int
+    tokenizer: PreTrainedTokenizerBase,
+    rng: random.Random,
+    *,
+    instructions: tuple[str, ...],
+    batch_size: int,
+    language: Language = REVIEWS,
 ) -> dict[str, torch.Tensor]:
     """
     Fresh conversations; only the tokens of the review, its end included, carry a label.
@@ -112,16 +113,18 @@ def sample_batch(
             Instructions to draw from; an empty one is a conversation without.
         batch_size (`int`):
             Number of conversations, B.
+        language ([`Language`], *optional*):
+            What they are about. Defaults to the reviews of the world that ships.
 
     Returns:
         `dict[str, torch.Tensor]`: `input_ids`, `attention_mask` and `labels` of shape `(B, L)`.
     """
-    everywhere = [place for split in NUM_PLACES for place in places(split)]
+    everywhere = [place for split in language.num_places for place in language.places(split)]
     ids, num_prompt = [], []
     for _ in range(batch_size):
         place, instruction = rng.choice(everywhere), rng.choice(instructions)
-        prompt = make_prompt(place, instruction)
-        review = sample_review(rng, place, sample_moods(rng, instruction))
+        prompt = language.make_prompt(place, instruction)
+        review = language.sample_review(rng, place, language.sample_moods(rng, instruction))
         answered = [*prompt, {"role": "assistant", "content": review}]
         ids.append(tokenizer.apply_chat_template(answered, return_dict=False))
         num_prompt.append(len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)))
@@ -140,6 +143,7 @@ def train_model(
     seed: int,
     batch_size: int = 32,
     learning_rate: float,
+    language: Language = REVIEWS,
 ) -> None:
     """Train `model` in place on conversations that it sees once, with AdamW, warmup and cosine decay."""
     rng = random.Random(seed)
@@ -147,7 +151,8 @@ def train_model(
     schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=steps // 10, num_training_steps=steps)
     model.train()
     for step in range(1, steps + 1):
-        loss = model(**sample_batch(tokenizer, rng, instructions=instructions, batch_size=batch_size)).loss
+        batch = sample_batch(tokenizer, rng, instructions=instructions, batch_size=batch_size, language=language)
+        loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -158,7 +163,7 @@ def train_model(
     model.eval()
 
 
-def build(output_dir: str | Path, *, seed: int, steps: int | None = None) -> None:
+def build(output_dir: str | Path, *, seed: int, steps: int | None = None, language: Language = REVIEWS) -> None:
     """
     Train both models and save each, with the tokenizer, in its folder.
 
@@ -169,8 +174,13 @@ def build(output_dir: str | Path, *, seed: int, steps: int | None = None) -> Non
             Seed of weights and text.
         steps (`int`, *optional*):
             Optimizer steps of each model, of 32 conversations each. Defaults to those of `RECIPES`.
+        language ([`Language`], *optional*):
+            What they learn. Defaults to the reviews of the world that ships.
     """
-    tokenizer = make_tokenizer()
+    tokenizer = language.make_tokenizer()
+    if language is not REVIEWS:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        language.save(Path(output_dir) / LANGUAGE_FILE)
     for name, recipe in RECIPES.items():
         set_seed(seed)
         model = make_model(tokenizer, **recipe["size"])
@@ -178,10 +188,11 @@ def build(output_dir: str | Path, *, seed: int, steps: int | None = None) -> Non
         train_model(
             model,
             tokenizer,
-            instructions=recipe["instructions"],
+            instructions=instructions_of(language) if recipe["is_instructed"] else ("",),
             steps=steps or recipe["steps"],
             learning_rate=recipe["learning_rate"],
             seed=seed,
+            language=language,
         )
         model.save_pretrained(Path(output_dir) / name)
         tokenizer.save_pretrained(Path(output_dir) / name)
@@ -193,8 +204,10 @@ def main() -> None:
     parser.add_argument("--output_dir", required=True, help="folder that receives `patient` and `doctor`")
     parser.add_argument("--steps", type=int, help="optimizer steps of each model, instead of the recipe's")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and text")
+    parser.add_argument("--language_seed", type=int, help="draw a language instead of taking the one that ships")
     args = parser.parse_args()
-    build(args.output_dir, steps=args.steps, seed=args.seed)
+    language = REVIEWS if args.language_seed is None else random_language(args.language_seed)
+    build(args.output_dir, steps=args.steps, seed=args.seed, language=language)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ import torch
 from ..evaluation import best_of_n, distinct_n, evaluate_guidance, generate_completions, match_kl
 from ..logits_processor import DoctorGuidedLogitsProcessor
 from .frontier import Frontier, reward_kl_frontier
-from .world import MAX_NEW_TOKENS, World
+from .language import MAX_NEW_TOKENS
+from .world import World
 
 
 COLUMNS = {

@@ -1,0 +1,397 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Languages small enough to know: a grammar, the words that color it, and the instructions that ask for a color.
+
+A text is drawn from the grammar. *Attributes* color it: each has a mood, positive or negative with even odds, which shows
+only in the words of that attribute and never in the structure, the length or any other word. An instruction (a face of
+the attribute) settles the mood almost surely. [`REVIEWS`] is written by hand; [`random_language`] draws others, in which
+nothing was ever tuned.
+"""
+
+import json
+import random
+import re
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from ..faces import Faces
+
+
+MAX_NEW_TOKENS = 64  # no text is longer, its end included
+FORMAT_VERSION = 1  # of a language in a file
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """
+    A quality of a text that can be asked for, and exactly measured.
+
+    Args:
+        name (`str`):
+            Name in `World.attributes`.
+        faces (`Faces`):
+            The instructions that ask the patient for it and for its opposite.
+        words (`dict[str, int]`):
+            +1 or -1 for each word that changes the score; no other word does.
+    """
+
+    name: str
+    faces: Faces
+    words: dict[str, int]
+
+    def oracle(self, text: str) -> float:
+        """Positive minus negative words of the attribute in `text`."""
+        return float(sum(self.words.get(word, 0) for word in re.findall(r"\w+", text)))
+
+
+@dataclass(frozen=True)
+class Language:
+    """
+    A grammar with attributes. A slot is a name in braces, which stands for a rule or for a word.
+
+    Args:
+        rules (`dict[str, list[str]]`):
+            Alternatives of each rule; `"review"` is the first. Rules do not recur.
+        words (`dict[str, list[str]]`):
+            Words of each slot without color.
+        colored (`dict[str, list]`):
+            Of each colored slot its attribute, then its positive, negative and neutral words.
+        request (`str`):
+            What the user asks for; it has the slots of `same`.
+        faces (`dict[str, Faces]`):
+            Of each attribute.
+        same (`list[str]`):
+            Two slots which have one word each throughout a text: together, the *place* that it is about.
+        neutral_rate (`float`, *optional*, defaults to `0.1`):
+            Share of neutral words in a colored slot.
+        loyalty (`float`, *optional*, defaults to `0.85`):
+            Of the others, the share that follows the mood.
+        obedience (`float`, *optional*, defaults to `0.99`):
+            Share of the moods that are as an instruction asks.
+        num_places (`dict[str, int]`, *optional*):
+            Places of each split, none in two.
+    """
+
+    rules: dict[str, list[str]]
+    words: dict[str, list[str]]
+    colored: dict[str, list]
+    request: str
+    faces: dict[str, Faces]
+    same: list[str]
+    neutral_rate: float = 0.1
+    loyalty: float = 0.85
+    obedience: float = 0.99
+    num_places: dict[str, int] = field(default_factory=lambda: {"train": 40, "validation": 12, "test": 12})
+
+    @cached_property
+    def attributes(self) -> dict[str, Attribute]:
+        """What can be asked for and measured, by name."""
+        return {
+            name: Attribute(
+                name=name,
+                faces=faces,
+                words={
+                    word: sign
+                    for owner, positive, negative, _ in self.colored.values()
+                    for sign, group in ((1, positive), (-1, negative))
+                    for word in group
+                    if owner == name
+                },
+            )
+            for name, faces in self.faces.items()
+        }
+
+    @cached_property
+    def all_words(self) -> dict[str, list[str]]:
+        """Words of every slot, colored or not."""
+        return self.words | {slot: sum(words, []) for slot, (_, *words) in self.colored.items()}
+
+    def sample_moods(self, rng: random.Random, instruction: str = "") -> dict[str, int]:
+        """Mood of each attribute, +1 or -1: even odds, but nearly always as asked where the instruction has a face of it."""
+        moods = {}
+        for name, faces in self.faces.items():
+            asked = self.obedience if faces.positive in instruction else 0.5
+            odds = 1 - self.obedience if faces.negative in instruction else asked
+            moods[name] = 1 if rng.random() < odds else -1
+        return moods
+
+    def sample_review(self, rng: random.Random, place: tuple[str, str], moods: dict[str, int]) -> str:
+        """
+        A text drawn from the grammar.
+
+        Args:
+            rng (`random.Random`):
+                Source of all choices.
+            place (`tuple[str, str]`):
+                Words of the slots `same`.
+            moods (`dict[str, int]`):
+                +1 or -1 for each attribute, from [`~Language.sample_moods`].
+
+        Returns:
+            `str`: the text.
+        """
+        fixed = dict(zip(self.same, place, strict=True))
+
+        def expand(symbol: str) -> str:
+            if symbol in self.rules:
+                return re.sub(r"{(\w+)}", lambda match: expand(match[1]), rng.choice(self.rules[symbol]))
+            if symbol in fixed:
+                return fixed[symbol]
+            if symbol in self.colored:
+                attribute, positive, negative, neutral = self.colored[symbol]
+                if rng.random() < self.neutral_rate:
+                    return rng.choice(neutral)
+                return rng.choice(positive if (rng.random() < self.loyalty) == (moods[attribute] > 0) else negative)
+            return rng.choice(self.words[symbol])
+
+        return expand("review")
+
+    def is_grammatical(self, text: str) -> bool:
+        """Whether a text could have been drawn from the grammar: its form, and one place only."""
+        if not self._review.fullmatch(text):
+            return False
+        words = re.findall(r"\w+", text)
+        return all(len({word for word in words if word in self.words[slot]}) == 1 for slot in self.same)
+
+    @cached_property
+    def _review(self) -> re.Pattern:
+        return re.compile(self._pattern("review"))
+
+    def _pattern(self, symbol: str) -> str:
+        """Regular expression of all that a symbol expands to: the rules never recur, so there is one."""
+        alternatives = self.rules.get(symbol) or self.all_words[symbol]
+        parts = (re.split(r"{(\w+)}", text) for text in alternatives)  # literal, symbol, literal, ...
+        texts = ("".join(self._pattern(p) if i % 2 else re.escape(p) for i, p in enumerate(split)) for split in parts)
+        return f"(?:{'|'.join(texts)})"
+
+    def places(self, split: str) -> list[tuple[str, str]]:
+        """Words of the slots `same` for each place of a split, in a fixed shuffled order."""
+        sizes = self.num_places
+        if split not in sizes:
+            raise ValueError(f"`split` must be one of {list(sizes)}. Got {split!r}; 'train' has the most prompts.")
+        every = [(first, second) for first in self.words[self.same[0]] for second in self.words[self.same[1]]]
+        random.Random(0).shuffle(every)
+        start = sum(sizes[name] for name in list(sizes)[: list(sizes).index(split)])
+        return every[start : start + sizes[split]]
+
+    def make_prompt(self, place: tuple[str, str], instruction: str = "") -> list[dict[str, str]]:
+        """The conversation that asks for a text about a place, under an instruction unless it is empty."""
+        request = {"role": "user", "content": self.request.format(**dict(zip(self.same, place, strict=True)))}
+        return [{"role": "system", "content": instruction}, request] if instruction else [request]
+
+    def make_tokenizer(self) -> PreTrainedTokenizerFast:
+        """Word-level tokenizer of the language, with its chat template: a token is a word or a full stop."""
+        special = ["<pad>", "<s>", "</s>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>"]
+        texts = [*sum(self.rules.values(), []), *sum(self.all_words.values(), []), self.request]
+        texts += [face for faces in self.faces.values() for face in (faces.positive, faces.negative)]
+        words = sorted({word for text in texts for word in re.findall(r"\w+|\.", re.sub(r"{\w+}", "", text))})
+        vocabulary = {word: index for index, word in enumerate(special + words)}
+        backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+        backend.pre_tokenizer = pre_tokenizers.Whitespace()
+        backend.decoder = decoders.WordPiece(prefix="##", cleanup=True)  # words apart, full stops attached
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            pad_token="<pad>",
+            bos_token="<s>",
+            eos_token="</s>",
+            unk_token="<unk>",
+            additional_special_tokens=special[4:],
+            model_max_length=256,
+        )
+        tokenizer.chat_template = CHAT_TEMPLATE
+        return tokenizer
+
+    def save(self, path: Path) -> None:
+        """Write the language to a JSON file."""
+        path.write_text(
+            json.dumps({"format_version": FORMAT_VERSION} | asdict(self), indent=1) + "\n", encoding="utf-8"
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> "Language":
+        """
+        Read what [`~Language.save`] wrote.
+
+        Raises:
+            `ValueError`: when the file is of another format.
+        """
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        if (version := fields.pop("format_version", None)) != FORMAT_VERSION:
+            raise ValueError(
+                f"The language must be of format {FORMAT_VERSION}. Got {version!r} in {str(path)!r}; build the world again "
+                "with `python -m trl_tfpo.testbed.build`."
+            )
+        return cls(**fields | {"faces": {name: Faces(**faces) for name, faces in fields["faces"].items()}})
+
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|> ' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|> ' }}{% endif %}"
+)
+
+
+# A language written by hand
+
+_RULES = {
+    "review": ["{opening} {sentence} {sentence}", "{opening} {sentence} {sentence} {closing}"],
+    "opening": [
+        "we tried the {landmark} {kind} {time}.",
+        "this is about the {landmark} {kind}.",
+        "my {companion} took us to the {landmark} {kind}.",
+    ],
+    "sentence": ["{clause}.", "{clause} {connective} {clause}."],
+    "clause": [
+        "{subject} {judgement}",
+        "the {staff} {manner} {served} the {quality} {dish}",
+        "we {manner} {ate} the {quality} {dish}",
+        "the {guests} {act} near the {quality} {features}",
+        "my {companion} {manner} called the {feature} {quality}",
+        "everyone {act} over the {dish}",
+    ],
+    "subject": ["the {feature} was", "the {features} were"],
+    "judgement": ["{quality}", "{degree} {quality}"],
+    "closing": ["so much for the {kind}.", "that was the {landmark} {kind}."],
+}
+_WORDS = {
+    "landmark": "harbor bridge station market river park museum castle".split(),
+    "kind": "tavern bakery diner cafe bistro canteen pizzeria inn".split(),
+    "time": "yesterday today tonight recently".split(),
+    "companion": "friend sister brother cousin neighbor uncle".split(),
+    "connective": "and while but as".split(),
+    "staff": "waiters cooks servers bakers".split(),
+    "guests": "guests families students travelers".split(),
+    "served": "served brought carried offered".split(),
+    "ate": "ate shared tasted finished".split(),
+    "degree": "quite rather really truly".split(),
+    "feature": "room garden terrace kitchen music menu view lighting".split(),
+    "features": "tables chairs curtains plates candles flowers windows mirrors".split(),
+    "dish": "soup bread stew pie salad fish cake cheese pasta rice".split(),
+}
+# Slot: its attribute, then its positive, negative and neutral words
+_COLORED = {
+    "quality": [
+        "praise",
+        "splendid superb delightful lovely charming excellent wonderful marvelous".split(),
+        "dreadful awful ghastly dismal horrid vile miserable wretched".split(),
+        "familiar usual ordinary local".split(),
+    ],
+    "manner": [
+        "calm",
+        "calmly gently softly quietly serenely peacefully patiently tenderly".split(),
+        "frantically hastily nervously wildly angrily loudly hurriedly tensely".split(),
+        "usually finally eventually duly".split(),
+    ],
+    "act": [
+        "calm",
+        "lingered relaxed rested lounged dozed mused unwound daydreamed".split(),
+        "fretted panicked quarreled bickered squabbled fumed fidgeted trembled".split(),
+        "sat gathered waited talked".split(),
+    ],
+}
+
+REVIEWS = Language(
+    rules=_RULES,
+    words=_WORDS,
+    colored=_COLORED,
+    same=["landmark", "kind"],  # a review is about one place
+    request="please review the {landmark} {kind}.",
+    faces={
+        "praise": Faces(positive="admire the place.", negative="scorn the place."),
+        "calm": Faces(positive="keep a calm voice.", negative="keep a restless voice."),
+    },
+)
+
+
+# Languages drawn from a seed
+
+
+def random_language(seed: int) -> Language:
+    """
+    A language with words, grammar, attributes and rates of its own.
+
+    Args:
+        seed (`int`):
+            Seed of all of it.
+
+    Returns:
+        [`Language`]: with one or two attributes, whose texts have at most 63 tokens.
+    """
+    rng = random.Random(f"language {seed}")
+    drawn = set()
+
+    def word() -> str:
+        while True:
+            syllables = (rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(2, 3)))
+            new = "".join(syllables) + rng.choice(["", "", "n", "r", "s", "l"])
+            if new not in drawn:
+                drawn.add(new)
+                return new
+
+    def some(low: int, high: int) -> list[str]:
+        return [word() for _ in range(rng.randint(low, high))]
+
+    names = some(1, 2)
+    colored = {}
+    for name in names:
+        for slot in range(rng.randint(1, 2)):
+            num = rng.randint(5, 10)
+            pair = [word() for _ in range(num)], [word() for _ in range(num)]
+            colored[f"{name}_{slot}"] = [name, *pair, some(2, 5)]
+    words = {f"slot_{index}": some(3, 9) for index in range(rng.randint(6, 10))}
+    words |= {"first": [word() for _ in range(8)], "second": [word() for _ in range(8)], "link": some(2, 4)}
+    plain = [slot for slot in words if slot.startswith("slot_")]
+
+    def clause(color: str) -> str:
+        """Three to seven words, of which one or two are colored; the others are fixed or from a slot."""
+        others = [f"{{{rng.choice(plain)}}}" if rng.random() < 0.6 else word() for _ in range(rng.randint(2, 5))]
+        colors = [f"{{{color}}}"] + [f"{{{rng.choice(list(colored))}}}"] * (rng.random() < 0.4)
+        mixed = others[1:] + colors
+        rng.shuffle(mixed)
+        return " ".join([others[0], *mixed])
+
+    clauses = [clause(color) for color in colored for _ in range(2)]
+    clauses += [clause(rng.choice(list(colored))) for _ in range(rng.randint(0, 2))]
+    if rng.random() < 0.5:  # two sentences of one clause or two, or three of one
+        num_sentences, sentences = 2, ["{clause}.", "{clause} {link} {clause}."]
+    else:
+        num_sentences, sentences = 3, ["{clause}."]
+    body = " ".join(["{opening}"] + ["{sentence}"] * num_sentences)
+    rules = {
+        "review": [body, body + " {closing}"] if rng.random() < 0.7 else [body],
+        "opening": [" ".join([*some(1, 3), "{first} {second}", *some(0, 2)]) + "." for _ in range(rng.randint(1, 3))],
+        "sentence": sentences,
+        "clause": clauses,
+        "closing": [" ".join([*some(1, 3), rng.choice(["{first}", "{second}"])]) + "." for _ in range(2)],
+    }
+    faces = {}
+    for name in names:
+        shared = some(1, 3)
+        faces[name] = Faces(*(" ".join([word(), *shared]) + "." for _ in range(2)))
+    return Language(
+        rules=rules,
+        words=words,
+        colored=colored,
+        same=["first", "second"],
+        request=" ".join([*some(1, 3), "{first} {second}"]) + ".",
+        faces=faces,
+        neutral_rate=rng.uniform(0.05, 0.2),
+        loyalty=rng.uniform(0.7, 0.9),
+    )
