@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_tfpo.functional import token_rewards
 from trl_tfpo.testbed import load_world, reward_kl_frontier, sample_completions
 from trl_tfpo.testbed.build import build, sample_batch
-from trl_tfpo.testbed.language import REVIEWS
+from trl_tfpo.testbed.language import MAX_NEW_TOKENS, REVIEWS, random_language
 
 
 HAND_WRITTEN = (
@@ -447,6 +447,50 @@ def test_build_makes_a_world_that_loads(tmp_path):
     assert sample_completions(
         world.doctor, world.tokenizer, world.prompts("test")[:1], num_samples_per_prompt=1, seed=0
     )
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_drawn_languages_are_languages(seed):
+    """A drawn world with text that is too long, ungrammatical or leans to a mood would judge methods by its own faults."""
+    language, rng = random_language(seed), random.Random(seed)
+    tokenizer, attributes = language.make_tokenizer(), language.attributes
+    assert language == random_language(seed) != random_language(seed + 1)
+    assert 1 <= len(attributes) <= 2
+    colored = re.compile(r"\b(" + "|".join(w for a in attributes.values() for w in a.words) + r")\b")
+    scores = {name: [] for name in attributes}
+    for place in language.places("train") + language.places("test"):
+        for instruction in ("", *(face for a in attributes.values() for face in (a.faces.positive, a.faces.negative))):
+            review = language.sample_review(rng, place, language.sample_moods(rng, instruction))
+            assert language.is_grammatical(review)
+            assert not language.is_grammatical(" ".join(review.split()[::-1]))
+            ids = tokenizer(review, add_special_tokens=False)["input_ids"]
+            assert len(ids) < MAX_NEW_TOKENS and tokenizer.unk_token_id not in ids
+            assert tokenizer.decode(ids) == review
+            for name, attribute in attributes.items():
+                if instruction in (attribute.faces.positive, attribute.faces.negative):
+                    sign = 1 if instruction == attribute.faces.positive else -1
+                    scores[name].append(sign * attribute.oracle(review))
+    assert all(torch.tensor(x).mean() > 0.2 for x in scores.values())  # texts are as the instruction asks
+    moods = [dict.fromkeys(attributes, sign) for sign in (1, -1)]
+    place = language.places("test")[0]
+    skeletons = [
+        [colored.sub("*", language.sample_review(random.Random(i), place, mood)) for i in range(20)] for mood in moods
+    ]
+    assert skeletons[0] == skeletons[1]
+
+
+def test_a_drawn_world_is_built_and_loaded(tmp_path):
+    """A world without its language would be measured by the oracle of another."""
+    language = random_language(5)
+    build(tmp_path, steps=2, seed=0, language=language)
+    world = load_world(tmp_path)
+    assert world.language == language and world.attributes == language.attributes
+    name = next(iter(language.attributes))
+    assert world.preference_dataset(name, num_pairs=2, seed=0)[0]["prompt"] == world.prompts("train")[0]
+    text = (tmp_path / "language.json").read_text(encoding="utf-8")
+    (tmp_path / "language.json").write_text(text.replace('"format_version": 1', '"format_version": 99'))
+    with pytest.raises(ValueError, match="format 1. Got 99"):
+        load_world(tmp_path)
 
 
 def test_only_the_review_is_learned():
