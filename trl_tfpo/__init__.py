@@ -14,21 +14,38 @@
 
 """Align a large frozen language model at decoding time with a small doctor trained by TFPO."""
 
-from .data_collator import TokenRewardCollator
-from .doctors import Doctor
-from .faces import Faces
-from .generation import guided_generate
-from .logits_processor import DoctorGuidedLogitsProcessor
-from .modeling_doctor import load_doctor
-from .objective import tfpo_objective
-from .speculative import speculative_guided_generate
-from .tfpo_config import TFPOConfig
-from .tfpo_trainer import TFPOTrainer
-from .token_rewards import annotate_token_rewards
+from importlib import import_module
+from typing import TYPE_CHECKING
 
+
+if TYPE_CHECKING:
+    from .data_collator import TokenRewardCollator
+    from .doctors import Doctor
+    from .faces import Faces
+    from .generation import guided_generate
+    from .logits_processor import DoctorGuidedLogitsProcessor
+    from .modeling_doctor import load_doctor
+    from .objective import tfpo_objective
+    from .speculative import speculative_guided_generate
+    from .tfpo_config import TFPOConfig
+    from .tfpo_trainer import TFPOTrainer
+    from .token_rewards import annotate_token_rewards
 
 __version__ = "0.1.0"
 
+_MODULES = {  # read when first used, so that the command line answers at once
+    "Doctor": "doctors",
+    "DoctorGuidedLogitsProcessor": "logits_processor",
+    "Faces": "faces",
+    "TFPOConfig": "tfpo_config",
+    "TFPOTrainer": "tfpo_trainer",
+    "TokenRewardCollator": "data_collator",
+    "annotate_token_rewards": "token_rewards",
+    "guided_generate": "generation",
+    "load_doctor": "modeling_doctor",
+    "speculative_guided_generate": "speculative",
+    "tfpo_objective": "objective",
+}
 __all__ = [
     "Doctor",
     "DoctorGuidedLogitsProcessor",
@@ -42,3 +59,15 @@ __all__ = [
     "speculative_guided_generate",
     "tfpo_objective",
 ]
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -230,7 +230,7 @@ def best_by_reward_model(task: Task, **settings) -> Policy:
     return policy
 
 
-def args_decoding(task: Task, top_k: int = 10, **settings) -> Policy:
+def args_decoding(task: Task, top_k: int, **settings) -> Policy:
     """The patient's likeliest tokens, weighed by the reward of the text that each of them makes."""
     reward_model, tokenizer = train_reward_model(task, **settings), task.world.tokenizer
 
@@ -324,19 +324,19 @@ METHODS = {
             "learning_rate",
             values=[(0.01, 1e-3), (0.02, 1e-3), (0.05, 1e-3), (0.02, 3e-3), (0.1, 3e-4)],
         ),
-        largest=4.0,
+        largest=1.0,
     ),
     "DPO doctor": Method(
         dpo_doctor,
         "2 of the doctor",
         over("beta", "learning_rate", values=[(0.1, 1e-4), (0.1, 3e-4), (0.1, 1e-3), (0.3, 3e-4), (0.03, 3e-4)]),
-        largest=8.0,
+        largest=4.0,
     ),
     "ARGS": Method(
         args_decoding,
-        "10 of the reward model",
-        over("learning_rate", values=[(3e-4,), (1e-3,), (3e-3,)]),
-        strengths=[0.25, 0.5, 1.0, 2.0, 4.0],
+        "as many as candidates, of the reward model",
+        over("top_k", "learning_rate", values=[(10, 1e-3), (40, 1e-3), (40, 3e-3)]),
+        strengths=[0.25, 0.5, 1.0, 2.0],
     ),
     "best of n by a reward model": Method(
         best_by_reward_model,

@@ -1,0 +1,313 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The command line: every verb, run; every mistake, answered in one line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import conversational_rows, make_llama, make_tokenizer
+from datasets import Dataset, load_dataset, load_from_disk
+
+from trl_tfpo import annotate_token_rewards
+from trl_tfpo.cli import main
+from trl_tfpo.testbed import load_world
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """What a verb sets for its process is not left to the next test."""
+    monkeypatch.setenv("TQDM_DISABLE", os.environ.get("TQDM_DISABLE", ""))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Preferences, a patient and a doctor, as files."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in conversational_rows(8)))
+    (folder / "broken.jsonl").write_text('{"prompt": "a", "chosen"')
+    (folder / "other.jsonl").write_text('{"question": "a"}\n')
+    (folder / "list.yaml").write_text("- a\n")
+    (folder / "config.yaml").write_text("num_pairs: 3\nworld: praise\n")
+    (folder / "typo.yaml").write_text("nun_pairs: 3\nworld: praise\n")
+    for name, seed in (("patient", 1), ("doctor", 2)):
+        make_llama(seed).save_pretrained(folder / name)
+        make_tokenizer().save_pretrained(folder / name)
+    rows = {"a": ["kind", "rude"], "b": ["kind", "kind"]}
+    for name, texts in rows.items():
+        lines = [{"prompt": "you are", "completion": text} for text in texts]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "short.jsonl").write_text(json.dumps({"prompt": "another", "completion": "kind"}) + "\n")
+    return folder
+
+
+def trl_tfpo(*arguments, cwd):
+    """A process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "trl_tfpo", *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(cwd / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+# Help
+
+
+def test_help_needs_nothing(tmp_path):
+    """Help that loads torch first takes seconds, every time somebody asks."""
+    script = (
+        "import sys; from trl_tfpo.cli import main; status = main(['--help']);"
+        "heavy = {'torch', 'transformers', 'trl', 'datasets', 'accelerate', 'numpy'} & set(sys.modules);"
+        "assert status == 0 and not heavy, heavy"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for verb in ("annotate", "train", "generate", "evaluate", "env"):
+        assert f"  {verb} " in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("verb", "option"),
+    [
+        ("annotate", "--sparsity_threshold"),
+        ("train", "--value_loss_weight"),
+        ("generate", "--beta"),
+        ("evaluate", "--baseline"),
+    ],
+)
+def test_help_of_a_verb_is_complete(verb, option, capsys):
+    """An option that help leaves out is one that nobody finds."""
+    with pytest.raises(SystemExit) as exit:
+        main([verb, "--help"])
+    printed = capsys.readouterr().out
+    assert exit.value.code == 0 and option in printed and f"trl-tfpo {verb}" in printed
+
+
+def test_version_and_environment(capsys):
+    """A bug report needs versions."""
+    assert main(["--version"]) == 0 and main(["env"]) == 0
+    printed = capsys.readouterr().out
+    assert "trl-tfpo 0." in printed and "- torch: 2" in printed and "- Accelerators: " in printed
+
+
+# Mistakes: arguments, in the folder above, and a part of the one line that answers them
+
+WORLD = ["annotate", "--world", "praise", "--num_pairs", "2", "--output", "out.jsonl"]
+MODELS = ["--patient_model_name_or_path", "patient"]
+MISTAKES = {
+    "no verb": ([], None),
+    "mistyped verb": (["anotate"], "unknown command 'anotate', did you mean 'annotate'?"),
+    "unknown verb": (["xyz"], "unknown command 'xyz'. `trl-tfpo --help`"),
+    "mistyped option": ([*WORLD, "--sparsity_treshold", "0.3"], "did you mean '--sparsity_threshold'?"),
+    "mistyped option of train": (["train", "--lerning_rate", "1"], "did you mean '--learning_rate'?"),
+    "mistyped option of generate": (["generate", "--world", "--temprature", "1"], "did you mean '--temperature'?"),
+    "abbreviated option": ([*WORLD, "--sparsity", "0.3"], "unknown option '--sparsity'"),
+    "stray argument": ([*WORLD[:1], "pairs.jsonl", *WORLD[1:]], "pairs.jsonl"),
+    "not a number": ([*WORLD, "--gap_floor", "much"], "--gap_floor"),
+    "no output": (["annotate", "--world", "praise"], "--output"),
+    "out of range": ([*WORLD, "--sparsity_threshold", "1.5"], "must be in [0, 1)"),
+    "unknown direction": ([*WORLD, "--reward_direction", "up"], "'up'"),
+    "unknown attribute": (["annotate", "--world", "prais", "--output", "out.jsonl"], "'prais'"),
+    "nothing to annotate": (["annotate", "--output", "out.jsonl"], "needs preferences and a patient"),
+    "one face of two": ([*WORLD, "--positive_face", "x"], "Faces are a pair"),
+    "unknown faces": (
+        ["annotate", "--dataset_name", "pairs.jsonl", *MODELS, "--faces", "kindness", "--output", "out.jsonl"],
+        "'kindness'",
+    ),
+    "no such file": (["annotate", "--dataset_name", "absent.jsonl", *MODELS, "--output", "out.jsonl"], "not there"),
+    "broken file": (["annotate", "--dataset_name", "broken.jsonl", *MODELS, "--output", "out.jsonl"], ""),
+    "no such model": (
+        [
+            "annotate",
+            "--dataset_name",
+            "pairs.jsonl",
+            "--patient_model_name_or_path",
+            "./absent",
+            "--output",
+            "out.jsonl",
+        ],
+        "absent",
+    ),
+    "other columns": (["annotate", "--dataset_name", "other.jsonl", *MODELS, "--output", "out.jsonl"], "chosen"),
+    "no such split": (
+        ["annotate", "--dataset_name", "pairs.jsonl", "--dataset_split", "test", *MODELS, "--output", "out.jsonl"],
+        "must be one of ['train']",
+    ),
+    "output exists": (["annotate", "--world", "praise", "--output", "pairs.jsonl"], "must not exist"),
+    "output is a folder of others": (
+        ["annotate", "--world", "praise", "--output", "patient", "--overwrite"],
+        "Only a dataset",
+    ),
+    "no such config": ([*WORLD, "--config", "absent.yaml"], "absent.yaml"),
+    "config that is a list": ([*WORLD, "--config", "list.yaml"], "YAML mapping"),
+    "mistyped key in a config": (["annotate", "--output", "out.jsonl", "--config", "typo.yaml"], "--num_pairs"),
+    "no such accelerate config": ([*WORLD, "--accelerate_config", "zero33"], "did you mean 'zero3'?"),
+    "train without data": (["train", "--output_dir", "run"], "needs preferences"),
+    "train out of range": (["train", "--dataset_name", "pairs.jsonl", "--subtb_lambda", "2"], "must be in [0, 1]"),
+    "generate without a patient": (["generate", "--prompt", "hello"], "a patient is needed"),
+    "generate without prompts": (["generate", *MODELS], "there are no prompts"),
+    "generate with a beta too many": (["generate", "--world", "--beta", "0.5"], "a number for each doctor"),
+    "generate without a column": (["generate", *MODELS, "--dataset_name", "other.jsonl"], "a column `prompt`"),
+    "generate, no such doctor": (["generate", "--world", "--doctor", "./absent"], "absent"),
+    "evaluate without a name": (["evaluate", "--completions", "a.jsonl", "--output_dir", "report"], "NAME=FILE"),
+    "evaluate other prompts": (
+        ["evaluate", "--completions", "a=a.jsonl", "b=short.jsonl", "--output_dir", "report"],
+        "the same prompts",
+    ),
+    "evaluate without columns": (
+        ["evaluate", "--completions", "a=other.jsonl", "--output_dir", "report"],
+        "`completion`",
+    ),
+    "evaluate without a judge": (
+        ["evaluate", "--completions", "a=a.jsonl", "b=b.jsonl", "--baseline", "a", "--output_dir", "report"],
+        "somebody who judges",
+    ),
+    "env with an option": (["env", "--all"], "takes no options"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_answered_in_one_line(name, folder, monkeypatch, capsys):
+    """A traceback says nothing to somebody who mistyped a word; and a command that failed leaves nothing behind."""
+    monkeypatch.chdir(folder)
+    before = sorted(folder.rglob("*"))
+    arguments, message = MISTAKES[name]
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    if message is not None:
+        (line,) = [line for line in captured.err.splitlines() if line.startswith("trl-tfpo")]
+        assert message in line and ": error: " in line
+    assert "Traceback" not in captured.err + captured.out
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_mistake_in_a_process_of_its_own(folder):
+    """Scripts go by the exit status, and people by the last line."""
+    result = trl_tfpo("anotate", cwd=folder)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.strip().splitlines()[-1].startswith("trl-tfpo: error: unknown command 'anotate'")
+
+
+def test_an_interruption_says_how_to_go_on(monkeypatch, capsys):
+    """Whoever presses Ctrl-C after an hour wants to know whether the hour is lost."""
+
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trl_tfpo.cli.annotate.run", interrupted)
+    assert main(["annotate"]) == 130
+    assert "finished shards are kept" in capsys.readouterr().err
+
+
+# The verbs
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ""])
+def test_annotate_writes_what_the_library_returns(suffix, folder, tmp_path, capsys):
+    """One dataset, however it is stored."""
+    output = tmp_path / f"annotated{suffix}"
+    arguments = [
+        "--dataset_name",
+        str(folder / "pairs.jsonl"),
+        "--patient_model_name_or_path",
+        str(folder / "patient"),
+    ]
+    arguments += ["--positive_face", "you are kind", "--negative_face", "you are rude", "--reward_direction", "faces"]
+    assert main(["annotate", *arguments, "--output", str(output)]) == 0
+    assert "8 pairs" in capsys.readouterr().out
+    if suffix:
+        builder = {".jsonl": "json", ".parquet": "parquet"}[suffix]
+        written = load_dataset(builder, data_files=str(output), split="train", cache_dir=str(tmp_path / "cache"))
+    else:
+        written = load_from_disk(output)
+    from trl_tfpo import Faces
+
+    expected = annotate_token_rewards(
+        Dataset.from_list(conversational_rows(8)),
+        make_llama(1),
+        make_tokenizer(),
+        faces=Faces(positive="you are kind", negative="you are rude"),
+        reward_direction="faces",
+    )
+    assert written["chosen_ids"][:] == expected["chosen_ids"][:]
+    for mine, theirs in zip(written["rejected_token_rewards"], expected["rejected_token_rewards"], strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-5)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_annotate_by_a_config_file(folder, tmp_path, capsys):
+    """What is in the file is a default, and the command line has the last word."""
+    config = ["--config", str(folder / "config.yaml")]
+    assert main(["annotate", *config, "--output", str(tmp_path / "a.jsonl")]) == 0
+    assert main(["annotate", *config, "--num_pairs", "2", "--output", str(tmp_path / "b.jsonl")]) == 0
+    assert [len((tmp_path / f"{name}.jsonl").read_text().splitlines()) for name in "ab"] == [3, 2]
+    capsys.readouterr()
+
+
+@pytest.mark.slow
+def test_train_generate_evaluate(folder, tmp_path):
+    """The pipeline of the quick start, by commands alone: two processes train, and the doctor guides."""
+    trained = trl_tfpo(
+        *["train", "--accelerate_config", "cpu", "--num_processes", "2", "--quiet"],
+        *["--dataset_name", folder / "pairs.jsonl", "--patient_model_name_or_path", folder / "patient"],
+        *["--doctor_model_name_or_path", folder / "doctor", "--output_dir", tmp_path / "run", "--max_steps", "2"],
+        *["--positive_face", "you are kind", "--negative_face", "you are rude", "--report_to", "none"],
+        *["--per_device_train_batch_size", "2", "--save_strategy", "no", "--reward_direction", "faces"],
+        cwd=tmp_path,
+    )
+    assert trained.returncode == 0, trained.stdout[-2000:] + trained.stderr[-4000:]
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+    for name, options in (("guided", ["--doctor", str(tmp_path / "run"), "--beta", "0.5"]), ("patient", [])):
+        common = ["--patient_model_name_or_path", str(folder / "patient"), "--prompt", "you are", "are you"]
+        common += [
+            "--num_samples_per_prompt",
+            "3",
+            "--max_new_tokens",
+            "4",
+            "--output",
+            str(tmp_path / f"{name}.jsonl"),
+        ]
+        assert main(["generate", *common, *options]) == 0
+    files = [f"{name}={tmp_path / name}.jsonl" for name in ("guided", "patient")]
+    assert main(["evaluate", "--completions", *files, "--output_dir", str(tmp_path / "report")]) == 0
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert set(report["methods"]) == {"guided", "patient"}
+    assert (tmp_path / "report" / "report.png").stat().st_size > 1000
+
+
+def test_generate_in_the_world(tmp_path, capsys):
+    """The untrained doctor of the world guides at once, and the oracle is the judge."""
+    world = load_world()
+    for name, options in (("guided", ["--doctor", str(world.weights / "doctor")]), ("patient", [])):
+        arguments = ["generate", "--world", "--max_new_tokens", "32", "--output", str(tmp_path / f"{name}.jsonl")]
+        assert main([*arguments, *options]) == 0
+    files = [f"{name}={tmp_path / name}.jsonl" for name in ("guided", "patient")]
+    arguments = ["evaluate", "--world", "praise", "--baseline", "patient", "--completions", *files]
+    assert main([*arguments, "--output_dir", str(tmp_path / "report")]) == 0
+    assert "| guided |" in capsys.readouterr().out
+    assert main(["generate", "--world", "--prompt", "please review the park inn.", "--temperature", "0"]) == 0
+    assert "park inn" in capsys.readouterr().out
+
+
+def test_the_configs_of_the_package_are_those_of_the_examples():
+    """Two copies would part ways."""
+    root = Path(__file__).parents[1]
+    assert (root / "examples" / "accelerate_configs").resolve() == root / "trl_tfpo" / "accelerate_configs"

@@ -1,0 +1,105 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+The command line: `trl-tfpo VERB`, or `python -m trl_tfpo VERB`.
+
+Each verb is a module with `run(arguments)`, which is imported when it is asked for: `trl-tfpo --help` needs nothing else.
+"""
+
+import difflib
+import importlib
+import importlib.metadata
+import os
+import sys
+from collections.abc import Sequence
+
+
+VERBS = {  # name: what it does, its module, how to go on after an interruption
+    "annotate": (
+        "give every token of a preference dataset a reward",
+        "annotate",
+        "run the same command again: finished shards are kept",
+    ),
+    "train": (
+        "train a doctor",
+        "train",
+        "run the same command again: token rewards are kept; add `--resume_from_checkpoint True` to go on from the last checkpoint",
+    ),
+    "generate": ("let doctors guide a patient", "generate", "run the same command again"),
+    "evaluate": ("measure completions, and compare methods", "evaluate", "run the same command again"),
+    "env": ("versions, for a bug report", "env", "run the same command again"),
+}
+USAGE_ERROR, INTERRUPTED = 2, 130  # as shells have it
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """
+    Run a verb.
+
+    Args:
+        arguments (sequence of `str`, *optional*):
+            The verb and what follows. Defaults to those of the process.
+
+    Returns:
+        `int`: exit status: 0, 2 for what the user can mend (one line on standard error says how), 130 when
+        interrupted, or that of the processes that were launched.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(overview())
+        return 0 if arguments else USAGE_ERROR
+    if arguments[0] == "--version":
+        print(f"trl-tfpo {importlib.metadata.version('trl-tfpo')}")
+        return 0
+    verb, *rest = arguments
+    if verb not in VERBS:
+        return complain("", f"unknown command {verb!r}{did_you_mean(verb, VERBS)}. `trl-tfpo --help` lists them")
+    if "--quiet" in rest or not sys.stderr.isatty():
+        os.environ["TQDM_DISABLE"] = "1"
+        rest = [argument for argument in rest if argument != "--quiet"]
+    _, module, how_to_resume = VERBS[verb]
+    try:
+        return importlib.import_module(f".{module}", __name__).run(rest) or 0
+    except KeyboardInterrupt:
+        print(f"\ntrl-tfpo {verb}: interrupted. To go on, {how_to_resume}.", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("TRL_TFPO_TRACEBACK"):
+            raise
+        return complain(f" {verb}", str(error) or type(error).__name__)
+
+
+def overview() -> str:
+    """What `--help` prints."""
+    width = max(map(len, VERBS)) + 2
+    lines = ["usage: trl-tfpo COMMAND [OPTIONS]", "", "Align a large frozen language model at decoding time.", ""]
+    lines += [f"  {name:<{width}}{help_text}" for name, (help_text, *_) in VERBS.items()]
+    lines += [
+        "",
+        "`trl-tfpo COMMAND --help` lists the options of a command; all take `--config FILE.yaml` and `--quiet`.",
+    ]
+    return "\n".join([*lines, "With TRL_TFPO_TRACEBACK=1 in the environment an error shows where it was raised."])
+
+
+def complain(verb: str, message: str) -> int:
+    """One line on standard error."""
+    print(f"trl-tfpo{verb}: error: {' '.join(message.split())}", file=sys.stderr)
+    return USAGE_ERROR
+
+
+def did_you_mean(name: str, names) -> str:
+    """The nearest of the names, as a question, if one is near."""
+    nearest = difflib.get_close_matches(name, list(names), n=1)
+    return f", did you mean {nearest[0]!r}?" if nearest else ""

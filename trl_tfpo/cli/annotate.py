@@ -1,0 +1,136 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""`trl-tfpo annotate`: preferences in, token rewards out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from accelerate import PartialState
+from transformers import AutoTokenizer
+
+from ..faces import Faces
+from ..token_rewards import annotate_token_rewards
+from .files import check_output, read_split, write_dataset
+from .parser import Parser
+
+
+@dataclass
+class AnnotateArguments:
+    """Models, data, faces and rewards."""
+
+    output: str = field(metadata={"help": "A `.jsonl` or `.parquet` file, or a folder for `datasets.load_from_disk`."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Preferences: a Hub name, a folder, or a JSON lines or Parquet file."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset of the Hub."})
+    dataset_split: str = field(default="train", metadata={"help": "Split to annotate."})
+    patient_model_name_or_path: str | None = field(default=None, metadata={"help": "The model that is asked."})
+    patient_load_in_4bit: bool = field(default=False, metadata={"help": "Load it in 4-bit NF4."})
+    patient_load_in_8bit: bool = field(default=False, metadata={"help": "Load it in 8 bits."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Let the model run code of its own."})
+    faces: str = field(
+        default="helpfulness", metadata={"help": "Built-in faces: 'helpfulness', 'harmlessness' or 'honesty'."}
+    )
+    positive_face: str | None = field(default=None, metadata={"help": "Your own faces: the wanted behaviour."})
+    negative_face: str | None = field(default=None, metadata={"help": "Your own faces: its opposite."})
+    max_length: int | None = field(default=None, metadata={"help": "Cut completions to this many tokens with prompt."})
+    drop_unusable: bool = field(default=False, metadata={"help": "Leave out pairs that cannot be used."})
+    scoring_batch_size: int = field(default=16, metadata={"help": "Sequences in one forward of the patient."})
+    reward_direction: str = field(default="agreement", metadata={"help": "'label', 'agreement' or 'faces'."})
+    importance_temperature: float = field(default=1.0, metadata={"help": "tau in the paper."})
+    gap_floor: float = field(default=0.05, metadata={"help": "epsilon in the paper, in nats."})
+    sparsity_threshold: float = field(default=0.3, metadata={"help": "theta in the paper, in [0, 1)."})
+    show: int = field(default=0, metadata={"help": "Print the rewards of this many pairs as a heat map."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace an output that exists."})
+    world: str | None = field(
+        default=None, metadata={"help": "Annotate the controlled world: 'praise' or 'calm'. Needs no models or data."}
+    )
+    num_pairs: int = field(default=100, metadata={"help": "Pairs to draw in the controlled world."})
+
+
+def resolve_given_faces(faces: str, positive: str | None, negative: str | None) -> Faces | str:
+    """Faces of one's own, or the name of a built-in pair."""
+    if (positive is None) != (negative is None):
+        raise ValueError("Faces are a pair. Got only one of `--positive_face` and `--negative_face`; give both.")
+    return faces if positive is None else Faces(positive=positive, negative=negative)
+
+
+def quantization(in_4bit: bool, in_8bit: bool = False):
+    """How a patient is loaded in fewer bits, if it is."""
+    from transformers import BitsAndBytesConfig
+
+    if in_4bit:
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16")
+    return BitsAndBytesConfig(load_in_8bit=True) if in_8bit else None
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Annotate, in as many processes as are asked for."""
+    parser = Parser(AnnotateArguments, "annotate", "Give every token of a preference dataset a reward.")
+    parsed = parser.parse_or_launch(arguments, "annotate")
+    if isinstance(parsed, int):
+        return parsed
+    (args,) = parsed
+    check_output(args.output, overwrite=args.overwrite)
+    faces = resolve_given_faces(args.faces, args.positive_face, args.negative_face)
+    if args.world is not None:
+        from ..testbed import load_world
+
+        world = load_world()
+        dataset = world.preference_dataset(args.world, num_pairs=args.num_pairs, seed=0)
+        patient, tokenizer, faces = world.patient, world.tokenizer, world.attributes[args.world].faces
+    else:
+        if args.dataset_name is None or args.patient_model_name_or_path is None:
+            raise ValueError(
+                "`annotate` needs preferences and a patient. Pass `--dataset_name` and `--patient_model_name_or_path`, or "
+                "`--world praise` to try it"
+            )
+        from .._compat import load_model
+
+        dataset = read_split(args.dataset_name, args.dataset_split, args.dataset_config)
+        settings = dict(dtype="auto", trust_remote_code=args.trust_remote_code)
+        quantized = quantization(args.patient_load_in_4bit, args.patient_load_in_8bit)
+        patient = load_model(
+            args.patient_model_name_or_path, **settings, **({"quantization_config": quantized} if quantized else {})
+        )
+        tokenizer = AutoTokenizer.from_pretrained(
+            args.patient_model_name_or_path, trust_remote_code=args.trust_remote_code
+        )
+    state = PartialState()
+    if not getattr(patient, "is_quantized", False):
+        patient.to(state.device)
+    annotated = annotate_token_rewards(
+        dataset,
+        patient,
+        tokenizer,
+        faces=faces,
+        max_length=args.max_length,
+        drop_unusable=args.drop_unusable,
+        batch_size=args.scoring_batch_size,
+        reward_direction=args.reward_direction,
+        importance_temperature=args.importance_temperature,
+        gap_floor=args.gap_floor,
+        sparsity_threshold=args.sparsity_threshold,
+    )
+    if state.is_main_process:
+        write_dataset(annotated, args.output)
+        if args.show:
+            from ..visible import show_token_rewards
+
+            for row in annotated.select(range(min(args.show, len(annotated)))):
+                print(show_token_rewards(row, tokenizer))
+        print(f"{len(annotated)} pairs with token rewards: {args.output}")
+    state.destroy_process_group()
+    return 0

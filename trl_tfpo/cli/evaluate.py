@@ -1,0 +1,102 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""`trl-tfpo evaluate`: completions in, a report out."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..evaluation import RewardModel, evaluate_completions
+from .files import read_split
+from .parser import Parser
+
+
+@dataclass
+class EvaluateArguments:
+    """Completions, and who judges them."""
+
+    completions: list[str] = field(
+        metadata={
+            "help": "NAME=FILE for each method: rows with `prompt` and `completion`, as `trl-tfpo generate` writes them. "
+            "All have the same prompts."
+        }
+    )
+    output_dir: str = field(metadata={"help": "Folder for `report.json` and `report.png`."})
+    reward_model: str | None = field(default=None, metadata={"help": "Hub name or path of a reward model."})
+    world: str | None = field(
+        default=None, metadata={"help": "The oracle of the controlled world instead: 'praise' or 'calm'."}
+    )
+    baseline: str | None = field(default=None, metadata={"help": "The method that the others are compared with."})
+    level: float = field(default=0.95, metadata={"help": "Coverage of the intervals."})
+    seed: int = field(default=0, metadata={"help": "Seed of the resampling."})
+
+
+def read_completions(path: str) -> dict[str, list[str]]:
+    """Completions of each prompt, as a key in JSON, in the order of the file."""
+    rows, grouped = read_split(path, "train"), {}
+    if not {"prompt", "completion"} <= set(rows.column_names):
+        raise ValueError(
+            f"Completions must have the columns `prompt` and `completion`. Got {rows.column_names} in {path!r}"
+        )
+    for row in rows:
+        completion = row["completion"]
+        text = completion if isinstance(completion, str) else completion[-1]["content"]
+        grouped.setdefault(json.dumps(row["prompt"]), []).append(text)
+    return grouped
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Write the report, and print its table."""
+    (args,) = Parser(EvaluateArguments, "evaluate", "Measure completions, and compare methods.").parse(arguments)
+    reward_fn = RewardModel(args.reward_model) if args.reward_model else None
+    if args.world is not None:
+        from ..testbed.language import REVIEWS
+
+        if args.world not in REVIEWS.attributes:
+            raise ValueError(f"`--world` must be one of {sorted(REVIEWS.attributes)}. Got {args.world!r}")
+        oracle = REVIEWS.attributes[args.world].oracle
+
+        def reward_fn(prompts, completions):
+            return [oracle(text) for text in completions]
+
+    methods = {}
+    for given in args.completions:
+        name, separator, path = given.partition("=")
+        if not separator or not name or name in methods:
+            raise ValueError(f"`--completions` must be NAME=FILE, each name once. Got {given!r}")
+        methods[name] = read_completions(path)
+    prompts = list(next(iter(methods.values())))
+    for name, grouped in methods.items():
+        sizes = {len(texts) for texts in grouped.values()}
+        if set(grouped) != set(prompts) or len(sizes) != 1:
+            raise ValueError(
+                f"All methods must have the same prompts, and as many completions of each. Got {name!r} with "
+                f"{len(grouped)} prompts, {sorted(sizes)} completions, where the first has {len(prompts)} prompts"
+            )
+    report = evaluate_completions(
+        [json.loads(prompt) for prompt in prompts],
+        {name: [text for prompt in prompts for text in grouped[prompt]] for name, grouped in methods.items()},
+        reward_fn,
+        baseline=args.baseline,
+        level=args.level,
+        seed=args.seed,
+    )
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    report.save(folder / "report.json")
+    report.plot(folder / "report.png")
+    print(f"{report.table()}\n\nReport: {folder / 'report.json'}. Picture: {folder / 'report.png'}.")
+    return 0

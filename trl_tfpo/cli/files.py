@@ -1,0 +1,117 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Datasets, prompts and completions, from wherever they are, and into files that are whole or not there."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
+
+
+def read_dataset(
+    name: str, config: str | None = None, *, streaming: bool = False, data_dir: str | None = None
+) -> DatasetDict:
+    """
+    A dataset by Hub name, a folder (of files, or written by `save_to_disk`), or a JSON lines or Parquet file.
+
+    Raises:
+        `ValueError`: when a path is meant and there is nothing, or a file cannot be read.
+    """
+    path = Path(name)
+    if path.is_file():
+        builder = "parquet" if ".parquet" in path.suffixes else "json"
+        try:
+            return load_dataset(builder, data_files={"train": str(path)}, streaming=streaming)
+        except DatasetGenerationError as error:
+            raise ValueError(
+                f"A file must be JSON lines, or Parquet with the suffix `.parquet`. Got {name!r}, which cannot be read: "
+                f"{error.__cause__ or error}; mend it."
+            ) from error
+    if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
+        dataset = load_from_disk(path)
+        return dataset if isinstance(dataset, DatasetDict) else DatasetDict(train=dataset)
+    if not path.is_dir() and (path.suffix in (".json", ".jsonl", ".parquet") or name.startswith((".", "/", "~"))):
+        raise ValueError(
+            f"A dataset must be a Hub name, a folder or a file. Got {name!r}, which is not there; check the path."
+        )
+    return load_dataset(name, config, data_dir=data_dir, streaming=streaming)
+
+
+def read_split(name: str, split: str, config: str | None = None) -> Dataset:
+    """
+    A split of [`read_dataset`].
+
+    Raises:
+        `ValueError`: when there is no such split.
+    """
+    dataset = read_dataset(name, config)
+    if split not in dataset:
+        raise ValueError(f"The split must be one of {sorted(dataset)}. Got {split!r} of {name!r}.")
+    return dataset[split]
+
+
+def check_output(path: str | os.PathLike, *, overwrite: bool) -> None:
+    """
+    Whether something can be written to a path; asked before the work begins.
+
+    Raises:
+        `ValueError`: when there is something already, or the folder cannot be made.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite and (path.is_file() or any(path.iterdir())):
+        raise ValueError(
+            f"The output must not exist. Got {str(path)!r}, which does; choose another, or pass `--overwrite`."
+        )
+    if path.is_dir() and overwrite and any(path.iterdir()) and not (path / "dataset_info.json").is_file():
+        raise ValueError(
+            f"Only a dataset is overwritten. Got the folder {str(path)!r} of other files; choose another."
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def write_dataset(dataset: Dataset, path: str | os.PathLike) -> None:
+    """Write JSON lines (`.jsonl`), Parquet (`.parquet`), or a folder for `load_from_disk`; in one stroke."""
+    path = Path(path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        if path.suffix in (".json", ".jsonl"):
+            dataset.to_json(part)
+        elif path.suffix == ".parquet":
+            dataset.to_parquet(part)
+        else:
+            dataset.save_to_disk(part)
+            if path.is_dir():
+                shutil.rmtree(path)
+        os.replace(part, path)
+    finally:
+        if part.is_dir():
+            shutil.rmtree(part)
+        part.unlink(missing_ok=True)
+
+
+def write_rows(rows: Iterable[dict], path: str | os.PathLike) -> None:
+    """Write JSON lines, in one stroke."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

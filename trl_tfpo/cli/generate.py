@@ -1,0 +1,125 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""`trl-tfpo generate`: doctors guide a patient."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from .._compat import load_model
+from ..evaluation import generate_completions
+from ..logits_processor import DoctorGuidedLogitsProcessor
+from .annotate import quantization
+from .files import read_split, write_rows
+from .parser import Parser
+
+
+@dataclass
+class GenerateArguments:
+    """Models, prompts, weights and sampling."""
+
+    patient_model_name_or_path: str | None = field(default=None, metadata={"help": "The model that speaks."})
+    patient_load_in_4bit: bool = field(default=False, metadata={"help": "Load it in 4-bit NF4."})
+    doctor: list[str] = field(default_factory=list, metadata={"help": "Folders or Hub names of doctors."})
+    alpha: float | None = field(
+        default=None, metadata={"help": "Exponent of the patient. By default what the doctors leave to it."}
+    )
+    beta: list[float] = field(
+        default_factory=list, metadata={"help": "Exponent of each doctor. By default that of its training, or 0.5."}
+    )
+    prompt: list[str] = field(
+        default_factory=list, metadata={"help": "Prompts, as user messages if there is a chat template."}
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "More prompts: the column `prompt` of a dataset (Hub name, folder or file)."}
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split of it."})
+    num_samples_per_prompt: int = field(default=1, metadata={"help": "Completions of each prompt."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Longest completion, in tokens."})
+    temperature: float = field(default=1.0, metadata={"help": "Of the guided policy; 0 is greedy search."})
+    top_p: float = field(default=1.0, metadata={"help": "Sample from the likeliest tokens with this probability."})
+    batch_size: int = field(default=16, metadata={"help": "Completions generated at once."})
+    seed: int = field(default=0, metadata={"help": "Seed of the samples."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Let the models run code of their own."})
+    output: str | None = field(
+        default=None, metadata={"help": "A JSON lines file for prompts and completions, instead of printing them."}
+    )
+    world: bool = field(default=False, metadata={"help": "The patient and the test prompts of the controlled world."})
+
+
+def load_policy(args: GenerateArguments) -> tuple:
+    """Patient, tokenizer, guide if there are doctors, and prompts."""
+    if args.world:
+        from ..testbed import load_world
+
+        world = load_world()
+        patient, tokenizer, prompts = world.patient, world.tokenizer, [] if args.prompt else world.prompts("test")
+    else:
+        if args.patient_model_name_or_path is None:
+            raise ValueError("a patient is needed. Pass `--patient_model_name_or_path`, or `--world` to try it")
+        quantized = quantization(args.patient_load_in_4bit)
+        settings = {"quantization_config": quantized} if quantized else {}
+        name, trust = args.patient_model_name_or_path, args.trust_remote_code
+        patient = load_model(name, dtype="auto", device_map="auto", trust_remote_code=trust, **settings).eval()
+        tokenizer, prompts = AutoTokenizer.from_pretrained(name, trust_remote_code=trust), []
+    prompts += [
+        [{"role": "user", "content": text}] if tokenizer.chat_template is not None else text for text in args.prompt
+    ]
+    if args.dataset_name is not None:
+        rows = read_split(args.dataset_name, args.dataset_split)
+        if "prompt" not in rows.column_names:
+            raise ValueError(f"The dataset must have a column `prompt`. Got {rows.column_names}; rename one")
+        prompts += list(rows["prompt"])
+    if not prompts:
+        raise ValueError("there are no prompts. Pass `--prompt`, or a dataset with `--dataset_name`")
+    if args.beta and len(args.beta) != len(args.doctor):
+        raise ValueError(f"`--beta` must have a number for each doctor. Got {len(args.beta)} for {len(args.doctor)}")
+    guide = None
+    if args.doctor:
+        guide = DoctorGuidedLogitsProcessor.from_pretrained(
+            args.doctor, args.alpha, args.beta or None, model_init_kwargs={"device_map": {"": patient.device}}
+        )
+    return patient, tokenizer, guide, prompts
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Print or write completions."""
+    (args,) = Parser(GenerateArguments, "generate", "Let doctors guide a patient.").parse(arguments)
+    patient, tokenizer, guide, prompts = load_policy(args)
+    completions = generate_completions(
+        patient,
+        tokenizer,
+        prompts,
+        guide=guide,
+        num_samples_per_prompt=args.num_samples_per_prompt,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        top_p=args.top_p,
+    )
+    if args.output is not None:
+        write_rows(
+            ({"prompt": x.prompt, "completion": x.text, "is_complete": x.is_complete} for x in completions),
+            args.output,
+        )
+        print(f"{len(completions)} completions: {Path(args.output)}")
+    for completion in completions if args.output is None else []:
+        shown = completion.prompt if isinstance(completion.prompt, str) else completion.prompt[-1]["content"]
+        print(f"{json.dumps(shown, ensure_ascii=False)}\n  {completion.text}")
+    return 0

@@ -1,0 +1,116 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Options of a verb: TRL's parser, with errors of one line, and those of `accelerate launch`."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from trl import TrlParser
+
+from . import did_you_mean
+
+
+ACCELERATE_CONFIGS = Path(__file__).parents[1] / "accelerate_configs"
+
+
+class Parser(TrlParser):
+    """TRL's parser; an error raises `ValueError` instead of printing hundreds of options."""
+
+    def __init__(self, dataclass_types, verb: str, description: str):
+        super().__init__(dataclass_types, prog=f"trl-tfpo {verb}", description=description, allow_abbrev=False)
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+    def parse(self, arguments: Sequence[str]) -> tuple:
+        """
+        Instances of the dataclasses.
+
+        Raises:
+            `ValueError`: on an unknown option, with the nearest one there is.
+        """
+        *parsed, from_config, from_line = self._parse(arguments)
+        self._refuse(from_config + from_line, ())
+        return tuple(parsed)
+
+    def parse_or_launch(self, arguments: Sequence[str], verb: str) -> tuple | int:
+        """
+        The same where no option of `accelerate launch` is given, or in a process that it launched; else the exit status
+        of the launched processes.
+
+        `--accelerate_config` is a file, or the name of a config of this package or of TRL.
+        """
+        *parsed, from_config, from_line = self._parse(arguments)
+        launch = from_config + from_line
+        if not launch:
+            return tuple(parsed)
+        from accelerate.commands.launch import launch_command_parser
+
+        options = {name for action in launch_command_parser()._actions for name in action.option_strings}
+        self._refuse(launch, {"--accelerate_config", *options})
+        if "LOCAL_RANK" in os.environ:
+            return tuple(parsed)
+        rest, remaining = [], list(from_line)
+        for argument in arguments:  # `from_line` is a part of them, in order
+            if remaining and argument == remaining[0]:
+                remaining.pop(0)
+            else:
+                rest.append(argument)
+        command = [sys.executable, "-m", "accelerate.commands.launch", *with_config_file(launch)]
+        return subprocess.run([*command, "-m", "trl_tfpo", verb, *rest]).returncode
+
+    def _parse(self, arguments: Sequence[str]) -> tuple:
+        if "--config" in arguments and not Path([*arguments, ""][list(arguments).index("--config") + 1]).is_file():
+            raise ValueError(
+                f"`--config` must be followed by a YAML file. Got {[*arguments, ''][list(arguments).index('--config') + 1]!r}; "
+                "check the path."
+            )
+        return self.parse_args_and_config(
+            list(arguments), return_remaining_strings=True, separate_remaining_strings=True
+        )
+
+    def _refuse(self, remaining: Sequence[str], known: Sequence[str]) -> None:
+        """Complain of the first option that nobody knows."""
+        for argument in remaining:
+            name = argument.split("=")[0]
+            if name.startswith("--") and name not in known:
+                names = [*self._option_string_actions, *known]
+                raise ValueError(f"unknown option {name!r}{did_you_mean(name, names)}")
+        if remaining and not remaining[0].startswith("--"):
+            raise ValueError(f"unexpected argument {remaining[0]!r}. Options begin with `--`")
+
+
+def with_config_file(launch: Sequence[str]) -> list[str]:
+    """Launch options with `--accelerate_config NAME` replaced by `--config_file PATH`."""
+    launch = list(launch)
+    if "--accelerate_config" not in launch:
+        return launch
+    index = launch.index("--accelerate_config")
+    name = launch[index + 1] if index + 1 < len(launch) else ""
+    path = Path(name) if Path(name).is_file() else ACCELERATE_CONFIGS / f"{name}.yaml"
+    if not path.is_file():
+        import trl
+
+        path = Path(trl.__file__).parent / "accelerate_configs" / f"{name}.yaml"
+    if not path.is_file():
+        ours = sorted(file.stem for file in ACCELERATE_CONFIGS.glob("*.yaml"))
+        raise ValueError(
+            f"`--accelerate_config` must be a file or a name. Got {name!r}{did_you_mean(name, ours)}; there are {ours}, "
+            "and those of TRL."
+        )
+    return ["--config_file", str(path), *launch[:index], *launch[index + 2 :]]
