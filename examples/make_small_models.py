@@ -30,8 +30,9 @@ import argparse
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from trl_tfpo.cli.files import read_dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+from trl_tfpo.cli.files import read_dataset
 
 
 def make_tokenizer(texts, vocab_size: int) -> PreTrainedTokenizerFast:

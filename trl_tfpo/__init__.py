@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .tfpo_config import TFPOConfig
     from .tfpo_trainer import TFPOTrainer
     from .token_rewards import annotate_token_rewards
+    from .visible import reward_report, show_token_rewards, show_trace
 
 __version__ = "0.1.0"
 
@@ -43,6 +44,9 @@ _MODULES = {  # read when first used, so that the command line answers at once
     "annotate_token_rewards": "token_rewards",
     "guided_generate": "generation",
     "load_doctor": "modeling_doctor",
+    "reward_report": "visible",
+    "show_token_rewards": "visible",
+    "show_trace": "visible",
     "speculative_guided_generate": "speculative",
     "tfpo_objective": "objective",
 }
@@ -56,6 +60,9 @@ __all__ = [
     "annotate_token_rewards",
     "guided_generate",
     "load_doctor",
+    "reward_report",
+    "show_token_rewards",
+    "show_trace",
     "speculative_guided_generate",
     "tfpo_objective",
 ]

@@ -280,6 +280,26 @@ def special_ids(model: PreTrainedModel, name: str) -> list[int]:
     return [i for value in values if value is not None for i in (value if isinstance(value, list) else [value])]
 
 
+def guess_mask(input_ids: torch.LongTensor, model: PreTrainedModel) -> tuple[torch.BoolTensor, str | None]:
+    """
+    Mask (B, L) without the leading padding ids; where these are also BOS or EOS, the longest row has none, and there is
+    a doubt to be told.
+    """
+    bos, eos, pad = (special_ids(model, name) for name in ("bos", "eos", "pad"))
+    if not pad + eos:
+        return torch.ones_like(input_ids, dtype=torch.bool), None
+    pad_token_id, doubt = (pad + eos)[0], None  # as `generate` does, EOS where there is no padding token
+    run = (input_ids == pad_token_id).int().cumprod(dim=1).sum(dim=1, keepdim=True)  # (B, 1)
+    if pad_token_id in bos + eos and run.any():
+        run = run - run.min()
+        doubt = (
+            f"Prompts begin with id {pad_token_id}, which both pads and begins or ends texts: what is padding is a "
+            'guess. Pass `attention_mask=inputs["attention_mask"]` to `DoctorGuidedLogitsProcessor`.'
+        )
+    position = torch.arange(input_ids.size(1), device=input_ids.device)
+    return position >= run.clamp(max=input_ids.size(1) - 1), doubt
+
+
 def check_reference(doctor: Doctor, reference: Doctor | None) -> None:
     """Raise `ValueError` when the reference of a doctor is the doctor itself."""
     is_the_doctor = (

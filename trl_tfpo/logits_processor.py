@@ -31,11 +31,12 @@ import torch
 from torch import nn
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from .doctors import PADDING, Doctor, DoctorMemory, check_left_padded, check_reference, special_ids
+from .doctors import PADDING, Doctor, DoctorMemory, check_left_padded, check_reference, guess_mask
 from .functional import guided_logps, next_token_entropy, plausible_mask
 from .guided_flow import is_guidance, load_guidance
 from .modeling_doctor import load_doctor
-from .tokenizer_identity import check_same_tokenizer
+from .tokenizer_identity import check_all_same
+from .trace import GuidanceTrace, TraceRecorder
 from .weights import Weight, check_weight, opposite_weight, remaining_weight, weight_at
 
 
@@ -74,6 +75,8 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         min_patient_entropy (`float`, *optional*, defaults to `0.0`):
             Leave the patient alone where its entropy is below this many nats. Where that is so in every row of a batch
             the doctors do not read; they catch up when they are needed.
+        return_trace (`bool`, *optional*, defaults to `False`):
+            Keep the log-probabilities of what is generated, for [`~DoctorGuidedLogitsProcessor.trace`]. Not with beams.
 
     Attributes:
         alpha (`float`, `torch.Tensor` or callable): exponent of the patient.
@@ -120,6 +123,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         processing_classes: Sequence[PreTrainedTokenizerBase] | None = None,
         min_patient_prob: float = 0.0,
         min_patient_entropy: float = 0.0,
+        return_trace: bool = False,
     ):
         doctors = list(doctor) if isinstance(doctor, (list, tuple)) else [doctor]
         betas = list(beta) if isinstance(beta, (list, tuple)) else [beta] * len(doctors)
@@ -154,16 +158,10 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         self.min_patient_entropy = min_patient_entropy
         self.num_calls = 0
         if processing_classes is not None:
-            if len(processing_classes) != 1 + len(self.doctors):
-                raise ValueError(
-                    "`processing_classes` must be the tokenizers of the patient, each doctor and each reference. Got "
-                    f"{len(processing_classes)} for 1 patient, {len(doctors)} doctors and "
-                    f"{len(self.doctors) - len(doctors)} references."
-                )
-            for other in processing_classes[1:]:
-                check_same_tokenizer(processing_classes[0], other)
+            check_all_same(processing_classes, len(doctors), len(self.doctors) - len(doctors))
         self._same_tokenizer = processing_classes is not None
         self._warned = set()
+        self._trace = TraceRecorder() if return_trace else None
         self.memories = [DoctorMemory(doctor) for doctor in self.doctors]
         self._num_common_tokens = min(memory.num_embeddings for memory in self.memories)
         self.reset(attention_mask)
@@ -217,6 +215,8 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         self._is_mask_given = attention_mask is not None
         self._prompt_mask = attention_mask  # (B, prompt), True where there is a token
         self._prompt_ids = None  # (B, prompt), the prompts that the mask belongs to
+        if self._trace:
+            self._trace.restart()
         if not keep_memory:
             self._forget()
 
@@ -240,8 +240,26 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         self.num_calls += 1
         tokens = self._hide_padding(input_ids)
         if self.min_patient_entropy and self._is_sure(scores).all():
-            return self._only_common(_float(scores)).log_softmax(dim=-1)
-        return self.combine(scores, self._listen(tokens, scores.size(-1)), self._step(tokens))
+            heard = [None] * len(self.doctors)
+            guided = self._only_common(_float(scores)).log_softmax(dim=-1)
+        else:
+            heard = self._listen(tokens, scores.size(-1))
+            guided = self.combine(scores, heard, self._step(tokens))
+        if self._trace:
+            self._trace.record(input_ids, scores, heard, guided)
+        return guided
+
+    def trace(self, sequences: torch.LongTensor) -> GuidanceTrace:
+        """
+        What guidance did to each token of the last generation, with `return_trace=True`.
+
+        Args:
+            sequences (`torch.LongTensor` of shape `(B, L + T)`):
+                What `generate` returned.
+        """
+        if self._trace is None:
+            raise ValueError("There is no trace. Got a processor made without `return_trace=True`; make one with it.")
+        return self._trace.finish(sequences)
 
     @torch.no_grad()
     def draft_logits(self, input_ids: torch.LongTensor, vocab_size: int) -> torch.FloatTensor:
@@ -379,7 +397,9 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
                     "before generating from others."
                 )
             self._prompt_ids = input_ids.clone()
-            self._prompt_mask = self._guess_mask(input_ids)
+            self._prompt_mask, doubt = guess_mask(input_ids, self.doctors[0].model)
+            if doubt:
+                self._warn_once(doubt)
         prompt_mask = self._prompt_mask.to(input_ids.device)
         prompt_mask = prompt_mask.repeat_interleave(input_ids.size(0) // prompt_mask.size(0), dim=0)
         tokens = input_ids.clone()
@@ -393,21 +413,6 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         num_copies = input_ids.size(0) // self._prompt_mask.size(0)
         prompts = self._prompt_ids.to(input_ids.device).repeat_interleave(num_copies, dim=0)
         return torch.equal(input_ids[:, : prompts.size(1)], prompts)
-
-    def _guess_mask(self, input_ids: torch.LongTensor) -> torch.BoolTensor:
-        """Mask (B, L) without the leading padding ids; where these are also BOS or EOS, the longest row has none."""
-        bos, eos, pad = (special_ids(self.doctors[0].model, name) for name in ("bos", "eos", "pad"))
-        if not pad + eos:
-            return torch.ones_like(input_ids, dtype=torch.bool)
-        pad_token_id = (pad + eos)[0]  # as `generate` does, EOS where there is no padding token
-        run = (input_ids == pad_token_id).int().cumprod(dim=1).sum(dim=1, keepdim=True)  # (B, 1)
-        if pad_token_id in bos + eos and run.any():
-            run = run - run.min()
-            self._warn_once(
-                f"Prompts begin with id {pad_token_id}, which both pads and begins or ends texts: what is padding is "
-                'a guess. Pass `attention_mask=inputs["attention_mask"]` to `DoctorGuidedLogitsProcessor`.'
-            )
-        return torch.arange(input_ids.size(1), device=input_ids.device) >= run.clamp(max=input_ids.size(1) - 1)
 
     def _over_same_tokens(self, logits: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Logits of a doctor over the tokens of the patient: sliced, or padded with minus infinity."""

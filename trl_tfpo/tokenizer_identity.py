@@ -21,6 +21,7 @@ special tokens included, whatever the file names, chat template, padding side or
 
 import hashlib
 import json
+from collections.abc import Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -87,6 +88,19 @@ def check_same_tokenizer(
         f"{token_a} for the {names[0]}, {token_b} for the {names[1]}. Take two models of one family, and add the same "
         "tokens to both."
     )
+
+
+def check_all_same(
+    processing_classes: Sequence[PreTrainedTokenizerBase], num_doctors: int, num_references: int
+) -> None:
+    """Raise `ValueError` unless there is a tokenizer for the patient, each doctor and each reference, all the same."""
+    if len(processing_classes) != 1 + num_doctors + num_references:
+        raise ValueError(
+            "`processing_classes` must be the tokenizers of the patient, each doctor and each reference. Got "
+            f"{len(processing_classes)} for 1 patient, {num_doctors} doctors and {num_references} references."
+        )
+    for other in processing_classes[1:]:
+        check_same_tokenizer(processing_classes[0], other)
 
 
 def check_embeddings(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,0 +1,141 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+What guidance did to each token of a completion: how likely it was to the patient, to the doctors, and to both together.
+
+Shapes: B rows, L tokens so far, T generated tokens, V vocabulary, D doctors. Units: nats.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class GuidanceTrace:
+    """
+    Log-probabilities of the tokens that were generated, before temperature, top-k and top-p.
+
+    Args:
+        token_ids (`torch.LongTensor` of shape `(B, T)`):
+            The tokens; padding follows the end of a text that is shorter than others.
+        patient_logps (`torch.Tensor` of shape `(B, T)`):
+            Their log-probability under the patient alone.
+        doctor_logps (`torch.Tensor` of shape `(D, B, T)`):
+            Under each doctor, then each reference; NaN where one did not have to read.
+        guided_logps (`torch.Tensor` of shape `(B, T)`):
+            Under the guided policy.
+    """
+
+    token_ids: torch.LongTensor
+    patient_logps: torch.Tensor
+    doctor_logps: torch.Tensor
+    guided_logps: torch.Tensor
+
+    @property
+    def shift(self) -> torch.Tensor:
+        """How much likelier guidance made each token, (B, T); negative where it would rather have had another."""
+        return self.guided_logps - self.patient_logps
+
+
+class TraceRecorder:
+    """Collects the [`GuidanceTrace`] of a generation: a step is known when the next one tells which token was taken."""
+
+    def __init__(self):
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget everything."""
+        self._tokens, self._pending, self._steps = None, None, []
+
+    def record(
+        self,
+        input_ids: torch.LongTensor,
+        patient_logits: torch.Tensor,
+        doctor_logits: Sequence[torch.Tensor | None],
+        guided_logps: torch.Tensor,
+    ) -> None:
+        """
+        Remember what was said after `input_ids`. Tokens that do not go on from the ones before begin a new trace.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, L)`):
+                Prompts and completions so far.
+            patient_logits, guided_logps (`torch.Tensor` of shape `(B, V)`):
+                Of the next token.
+            doctor_logits (sequence of `torch.Tensor` of shape `(B, V)`):
+                Of the next token, of each doctor; `None` where one did not read.
+
+        Raises:
+            `ValueError`: when rows have changed places: beams have no single trace.
+        """
+        if self._tokens is not None and len(input_ids) == len(self._tokens):
+            if input_ids.size(1) == self._tokens.size(1) + 1:
+                if torch.equal(input_ids[:, :-1], self._tokens):
+                    self._settle(input_ids[:, -1])
+                else:
+                    raise ValueError(
+                        "A trace needs texts that keep their rows. Got tokens that do not go on from the step before; "
+                        "leave out `return_trace` with beams, or call `reset()` before other prompts."
+                    )
+            else:
+                self.restart()
+        else:
+            self.restart()
+        heard = [patient_logits, *doctor_logits]
+        self._tokens = input_ids.clone()
+        self._pending = [None if x is None else x.float().log_softmax(dim=-1) for x in heard] + [guided_logps]
+
+    def _settle(self, taken: torch.LongTensor) -> None:
+        """Keep of each distribution the tokens (B,) that were taken."""
+        index = taken[:, None]
+
+        def of(logps: torch.Tensor | None) -> torch.Tensor:
+            if logps is None:
+                return torch.full(index.shape, torch.nan)
+            inside = (index < logps.size(-1)).to(logps.device)
+            found = logps.gather(1, index.to(logps.device).clamp(max=logps.size(-1) - 1))
+            return found.masked_fill(~inside, -torch.inf).cpu()
+
+        self._steps.append((taken.cpu(), [of(logps).squeeze(1) for logps in self._pending]))
+        self._pending = None
+
+    def finish(self, sequences: torch.LongTensor) -> GuidanceTrace:
+        """
+        The trace of what `generate` returned.
+
+        Args:
+            sequences (`torch.LongTensor` of shape `(B, L + T)`):
+                The output of `generate`, which tells the last token.
+
+        Raises:
+            `ValueError`: when it is not the output of the generation that was traced.
+        """
+        if self._tokens is None or sequences.shape[1] < self._tokens.size(1) or len(sequences) != len(self._tokens):
+            raise ValueError(
+                "A trace is of the last generation. Got sequences of shape "
+                f"{tuple(sequences.shape)}, and {'none was traced' if self._tokens is None else 'another one was'}; pass "
+                "what `generate` returned."
+            )
+        sequences = sequences.to(self._tokens.device)
+        if not torch.equal(sequences[:, : self._tokens.size(1)], self._tokens):
+            raise ValueError("A trace is of the last generation. Got other tokens; pass what `generate` returned.")
+        if self._pending is not None and sequences.size(1) > self._tokens.size(1):
+            self._settle(sequences[:, self._tokens.size(1)])
+            self._tokens = sequences.clone()
+        tokens, logps = zip(*self._steps, strict=True)
+        patient, *doctors, guided = (torch.stack(rows, dim=1) for rows in zip(*logps, strict=True))  # (B, T)
+        return GuidanceTrace(torch.stack(tokens, dim=1), patient, torch.stack(doctors), guided)
