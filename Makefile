@@ -6,7 +6,7 @@ export TOKENIZERS_PARALLELISM = false
 # The models here are so small that a second thread only waits for the first
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test style quality clean
+.PHONY: demo test style quality docs clean
 
 # The main job in the controlled world: a table, a picture in runs/world, completions side by side
 demo: $(VENV)/.demo
@@ -24,8 +24,12 @@ quality: $(VENV)/.test
 	$(RUN)ruff check .
 	$(RUN)ruff format --check .
 
+# The documentation site, in `site`; a broken link is an error
+docs: $(VENV)/.docs
+	$(RUN)mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs
+	rm -rf $(VENV) build dist *.egg-info runs site
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -36,4 +40,8 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(RUN)python -m pip install --quiet --constraint constraints.txt --editable ".[test,quality]"
+	touch $@
+
+$(VENV)/.docs: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(RUN)python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	touch $@

@@ -288,3 +288,10 @@ def test_what_is_left_of_an_objective(frontier):
     moved = tensors | dict(log_values=tensors["log_values"] + torch.tensor([0.0, 0.0, 3.0]))  # the last state of row 0
     assert no_boundary(**tensors)[0] != no_boundary(**moved)[0]
     assert tfpo_objective(**tensors)[0] == tfpo_objective(**moved)[0]  # is held at zero there
+
+
+def test_serving(capsys):
+    """Throughput is counted in tokens of answers that came to their end."""
+    ratios = load("serving").main(["--quick"])
+    assert list(ratios) == [4] and all(ratio > 0 for ratio in ratios[4])
+    assert "| 4 |" in capsys.readouterr().out

@@ -16,6 +16,9 @@
 
 import json
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -305,6 +308,40 @@ def test_generate_in_the_world(tmp_path, capsys):
     assert "| guided |" in capsys.readouterr().out
     assert main(["generate", "--world", "--prompt", "please review the park inn.", "--temperature", "0"]) == 0
     assert "park inn" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_documentation(tmp_path, monkeypatch, capsys):
+    """The first thing that is tried is copied from the page."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(load_world().weights / "doctor", "my-doctor")
+    page = (Path(__file__).parents[1] / "docs" / "cli.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)
+    for line in block.splitlines():
+        assert main(shlex.split(line)[1:]) == 0, line
+    printed = capsys.readouterr().out
+    assert "⁺" in printed and "| guided |" in printed
+    assert {"annotated.jsonl", "guided.jsonl", "patient.jsonl", "report"} <= set(os.listdir())
+
+
+def test_the_commands_of_the_readme_are_understood():
+    """A README that shows an option that is gone is the last thing a newcomer reads."""
+    from trl import ModelConfig
+
+    from trl_tfpo import TFPOConfig
+    from trl_tfpo.cli.parser import Parser
+    from trl_tfpo.cli.serve import ServeArguments
+    from trl_tfpo.cli.train import TFPOScriptArguments
+
+    types = {"train": (TFPOScriptArguments, TFPOConfig, ModelConfig), "serve": (ServeArguments,)}
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = [shlex.split(line)[1:] for line in readme.splitlines() if line.startswith("trl-tfpo ")]
+    assert {verb for verb, *_ in commands} == set(types)
+    for verb, *arguments in commands:
+        assert "--help" not in arguments
+        launch = ["--accelerate_config", "ddp", "--num_processes", "8"]
+        given = arguments[len(launch) :] if arguments[: len(launch)] == launch else arguments
+        Parser(types[verb], verb, "").parse(given)
 
 
 def test_the_configs_of_the_package_are_those_of_the_examples():

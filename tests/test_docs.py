@@ -17,8 +17,11 @@
 import contextlib
 import doctest
 import importlib
+import os
 import pkgutil
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,6 +57,18 @@ def test_python_snippets(page, tmp_path, monkeypatch):
     snippets = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     monkeypatch.chdir(tmp_path)
     exec(compile("\n".join(snippets), page.name, "exec"), {})
+
+
+def test_the_site_builds_without_a_broken_link(tmp_path):
+    """A page that leads nowhere, or a name that is gone from the reference, is found by whoever needs it."""
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path]
+    result = subprocess.run(
+        build, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert result.returncode == 0, result.stderr
+    reference = (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
+    missing = [name for name in trl_tfpo.__all__ if f'id="trl_tfpo.{name}"' not in reference]
+    assert not missing
 
 
 def test_make_targets_of_the_readme_exist():

@@ -1,0 +1,345 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The server: every answer is the one that would have been given alone, whatever else is asked at the same time."""
+
+import json
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+import torch
+import uvicorn
+from transformers import AutoModelForCausalLM
+
+from trl_tfpo import DoctorGuidedLogitsProcessor, guided_generate
+from trl_tfpo.cli import main
+from trl_tfpo.server import Engine, Generation, Limits, make_app
+from trl_tfpo.server.engine import Row
+from trl_tfpo.testbed import load_world
+
+
+KEY = "a-key-for-tests"
+
+
+@pytest.fixture(scope="module")
+def world():
+    return load_world()
+
+
+@pytest.fixture(scope="module")
+def doctors(world):
+    """Two doctors that differ: the world's, and one that has been shaken."""
+    torch.manual_seed(0)
+    shaken = AutoModelForCausalLM.from_pretrained(world.weights / "doctor").eval()
+    with torch.no_grad():
+        shaken.lm_head.weight.add_(torch.randn_like(shaken.lm_head.weight) / 4)
+    return {"calm": world.doctor, "wild": shaken}
+
+
+@pytest.fixture(scope="module")
+def engine(world, doctors):
+    limits = Limits(max_prompt_tokens=40, max_new_tokens=64, max_rows=8, max_queue=64, max_choices=4, max_bytes=20_000)
+    return Engine(world.patient, world.tokenizer, doctors, limits)
+
+
+@pytest.fixture(scope="module")
+def url(engine):
+    """A real server on a free port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    app = make_app(engine, model_name="world", api_key=KEY)
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.05)
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join(timeout=20)
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client:
+        yield client
+
+
+def ask(client, prompt, *, weights=None, alpha=None, **settings):
+    extra = {name: value for name, value in (("weights", weights), ("alpha", alpha)) if value is not None}
+    return client.chat.completions.create(model="world", messages=prompt, extra_body=extra, **settings)
+
+
+def alone(world, doctors, prompt, weights, alpha=None):
+    """Greedy answer of the library, for one prompt."""
+    inputs = world.tokenizer.apply_chat_template(
+        prompt, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    guide = DoctorGuidedLogitsProcessor(
+        list(doctors.values()), alpha=alpha, beta=[weights.get(x, 0.25) for x in doctors]
+    )
+    output = guided_generate(world.patient, guide, **inputs, do_sample=False, max_new_tokens=64)
+    return world.tokenizer.decode(output[0, inputs["input_ids"].size(1) :], skip_special_tokens=True)
+
+
+# Answers
+
+
+def test_answers_are_those_of_the_library(client, world, doctors):
+    """A server that decodes by rules of its own would serve another policy than the one that was measured."""
+    prompt, answers = world.prompts("test")[0], []
+    for weights, alpha in (({}, None), ({"calm": 0.8, "wild": 0.1}, None), ({"calm": 0.0, "wild": 0.9}, 1.0)):
+        answer = ask(client, prompt, weights=weights, alpha=alpha, temperature=0)
+        assert answer.choices[0].message.content == alone(world, doctors, prompt, weights, alpha)
+        assert answer.choices[0].finish_reason == "stop"
+        assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+        answers.append(answer.choices[0].message.content)
+    assert len(set(answers)) > 1
+
+
+def test_32_clients_get_what_each_would_get_alone(client, world, doctors):
+    """One batch with the weights or the caches of two requests mixed up gives a wrong answer that reads well."""
+    prompts = [*world.prompts("test"), *world.prompts("validation")]
+    requests = [(prompts[i % len(prompts)], {"calm": 0.1 * (i % 5), "wild": 0.1 * (i % 4)}) for i in range(32)]
+
+    def stream(request):
+        prompt, weights = request
+        chunks = ask(client, prompt, weights=weights, temperature=0, stream=True)
+        return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+
+    with ThreadPoolExecutor(32) as pool:
+        answers = list(pool.map(stream, requests))
+    for (prompt, weights), answer in zip(requests, answers, strict=True):
+        assert answer == alone(world, doctors, prompt, weights)
+
+
+def test_samples_depend_on_their_seed_alone(client, world):
+    """A seed that works only on an idle server reproduces nothing."""
+    prompt = world.prompts("test")[1]
+    first = [x.message.content for x in ask(client, prompt, seed=5, n=3).choices]
+    with ThreadPoolExecutor(6) as pool:
+        others = [pool.submit(ask, client, other, seed=9) for other in world.prompts("test")[:5]]
+        again = [x.message.content for x in ask(client, prompt, seed=5, n=3).choices]
+        assert all(other.result().choices for other in others)
+    assert first == again and len(set(first)) == 3
+    assert [x.message.content for x in ask(client, prompt, seed=6).choices] == [first[1]]
+
+
+def test_stops(client, world):
+    """A stop that spans tokens must not be shown in part, and not at all."""
+    prompt = world.prompts("test")[0]
+    whole = ask(client, prompt, temperature=0).choices[0].message.content
+    stop = whole[12:22]
+    for stream in (False, True):
+        answer = ask(client, prompt, temperature=0, stop=[stop], stream=stream)
+        text = (
+            "".join(chunk.choices[0].delta.content or "" for chunk in answer)
+            if stream
+            else answer.choices[0].message.content
+        )
+        assert text == whole[: whole.index(stop)]
+    short = ask(client, prompt, temperature=0, max_tokens=4).choices[0]
+    assert short.finish_reason == "length" and whole.startswith(short.message.content)
+
+
+@torch.no_grad()
+def test_logprobs(client, world, doctors):
+    """Log-probabilities of the patient alone, or of another step, would go unnoticed."""
+    prompt = world.prompts("test")[2]
+    answer = ask(client, prompt, temperature=0, logprobs=True, top_logprobs=3, weights={"calm": 0.3, "wild": 0.2})
+    entries = answer.choices[0].logprobs.content
+    ids = world.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    ids = torch.tensor([ids + world.tokenizer.convert_tokens_to_ids([x.token for x in entries])])
+    logps = [model(ids).logits[0].log_softmax(-1) for model in (world.patient, *doctors.values())]
+    guided = (0.5 * logps[0] + 0.3 * logps[1] + 0.2 * logps[2]).log_softmax(-1)[-len(entries) - 1 : -1]
+    for entry, row, token in zip(entries, guided, ids[0, -len(entries) :], strict=True):
+        assert entry.logprob == pytest.approx(row[token].item(), abs=1e-4)
+        assert [x.logprob for x in entry.top_logprobs] == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
+    text = client.completions.create(
+        model="world", prompt="the park", temperature=0, logprobs=2, max_tokens=1
+    ).choices[0]
+    assert (
+        len(text.logprobs.token_logprobs) == len(text.logprobs.tokens) == 1 and len(text.logprobs.top_logprobs[0]) == 2
+    )
+    assert text.text.strip() == text.logprobs.tokens[0].strip() and text.finish_reason == "length"
+
+
+def test_top_p_and_temperature():
+    """A nucleus that lets the tail in, or shuts the head out, changes the distribution without a trace."""
+    row = Row(Generation([1], print, temperature=0.5, top_p=0.7, seed=0), 1.0, [])
+    logps = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    drawn = torch.bincount(torch.tensor([row.sample(logps)[0] for _ in range(4000)]), minlength=4) / 4000
+    squares = torch.tensor([0.16, 0.09, 0.0, 0.0])  # of 0.30; the third would begin beyond 0.7 of it
+    assert torch.allclose(drawn, squares / squares.sum(), atol=0.03)
+
+
+# Faults
+
+
+def test_a_client_that_leaves_frees_its_row(client, engine, world):
+    """Rows of clients that are gone would fill the batch until nobody is served."""
+    before = engine.num_tokens
+    stream = ask(client, world.prompts("test")[0], n=4, stream=True, seed=0)
+    next(iter(stream))
+    stream.close()
+    for _ in range(100):
+        if engine.num_rows == 0 and engine.num_waiting == 0:
+            break
+        time.sleep(0.05)
+    assert engine.num_rows == 0 and engine.num_tokens > before
+    assert ask(client, world.prompts("test")[0], temperature=0).choices[0].finish_reason == "stop"
+
+
+def test_time_and_queue_are_limited(world, doctors):
+    """One client must not be able to keep the server from the others."""
+    limits = Limits(max_rows=1, max_queue=2, max_seconds=0.0, max_new_tokens=64)
+    engine = Engine(world.patient, world.tokenizer, doctors, limits)
+    events, done = [], threading.Event()
+
+    def on_event(event):
+        events.append(event)
+        done.set() if "finish_reason" in event else None
+
+    engine.submit(Generation([1, 9], on_event))
+    assert done.wait(20) and events[-1]["finish_reason"] == "timeout"
+    engine.close()
+    with pytest.raises(OverflowError, match="At most 2"):
+        engine.submit(Generation([1, 9], on_event))
+
+
+def test_a_failing_batch_answers_its_clients(world, doctors, monkeypatch):
+    """An exception in the engine's thread would leave every client waiting for ever."""
+    engine = Engine(world.patient, world.tokenizer, doctors)
+    events, done = [], threading.Event()
+
+    def on_event(event):
+        events.append(event)
+        done.set() if "finish_reason" in event else None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_read", lambda *_: 1 / 0)
+        engine.submit(Generation([1, 9], on_event))
+        assert done.wait(20) and events[-1]["finish_reason"] == "error"
+    done.clear()
+    engine.submit(Generation([1, 9], on_event, max_new_tokens=3))
+    assert done.wait(20) and events[-1]["finish_reason"] in ("length", "stop")
+    engine.close()
+
+
+def test_a_patient_in_training_is_refused(world, doctors):
+    """Dropout in a server is noise in every answer."""
+    patient = load_world().patient.train()
+    with pytest.raises(ValueError, match="eval"):
+        Engine(patient, world.tokenizer, doctors)
+
+
+CHAT = {"model": "world", "messages": [{"role": "user", "content": "please review the park inn."}]}
+REFUSED = {
+    "no such model": (CHAT | {"model": "/etc/passwd"}, 404, "must be 'world'"),
+    "unknown doctor": (CHAT | {"weights": {"kind": 1.0}}, 400, "must name doctors"),
+    "weights above one": (CHAT | {"weights": {"calm": 0.9, "wild": 0.9}}, 400, "at most 1"),
+    "weight that is no number": (CHAT | {"weights": {"calm": "much"}}, 400, "weights.calm"),
+    "infinite weight": (
+        '{"model": "world", "messages": [{"role": "user", "content": "a"}], "alpha": Infinity}',
+        400,
+        "alpha",
+    ),
+    "unknown field": (CHAT | {"wieghts": {}}, 400, "wieghts"),
+    "no messages": (CHAT | {"messages": []}, 400, "messages"),
+    "unknown role": (CHAT | {"messages": [{"role": "doctor", "content": "a"}]}, 400, "role"),
+    "negative temperature": (CHAT | {"temperature": -1}, 400, "temperature"),
+    "top_p of zero": (CHAT | {"top_p": 0}, 400, "top_p"),
+    "too many choices": (CHAT | {"n": 5}, 400, "at most 4"),
+    "too many tokens": (CHAT | {"max_tokens": 65}, 400, "at most 64"),
+    "long prompt": (CHAT | {"messages": [{"role": "user", "content": "the park inn " * 50}]}, 400, "1 to 40 tokens"),
+    "large request": (CHAT | {"user": "a" * 30_000}, 413, "at most 20000 bytes"),
+    "empty stop": (CHAT | {"stop": [""]}, 400, "stop"),
+    "not JSON": ("{", 400, "JSON"),
+    "a list": ("[]", 400, "body"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_requests_are_refused(name, url):
+    """Clients are programs: they need a status and a body of the form they know, never a traceback."""
+    body, status, message = REFUSED[name]
+    data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions", data, {"content-type": "application/json", "authorization": f"Bearer {KEY}"}
+    )
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(request)
+    answer = json.loads(error.value.read())["error"]
+    assert error.value.code == status
+    assert message.lower() in answer["message"].lower() and answer["type"]
+
+
+def test_a_key_is_needed(url):
+    """A server whose key can be left out, or guessed by its beginning, has none."""
+    for key in ("", KEY[:-1], KEY + "x"):
+        with openai.OpenAI(base_url=f"{url}/v1", api_key=key or "x", max_retries=0) as client:
+            with pytest.raises(openai.AuthenticationError):
+                client.models.list()
+    with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY) as client:
+        (model,) = client.models.list().data
+    assert model.id == "world" and model.doctors == {"calm": 0.25, "wild": 0.25}
+    assert json.load(urllib.request.urlopen(f"{url}/health")) == {"status": "ok"}
+
+
+def test_metrics_count(client, url, engine):
+    """Whoever runs a server looks here first."""
+    request = urllib.request.Request(f"{url}/metrics", headers={"authorization": f"Bearer {KEY}"})
+    text = urllib.request.urlopen(request).read().decode()
+    assert 'trl_tfpo_requests_total{path="/v1/chat/completions",status="200"}' in text
+    assert f"trl_tfpo_generated_tokens {float(engine.num_tokens)}" in text
+
+
+# The command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "a patient is needed"),
+        (["--world", "--doctor", "path"], "NAME=PATH"),
+        (["--world", "--doctor", "a=./absent"], "absent"),
+        (["--world", "--api_key_file", "absent.txt"], "absent.txt"),
+        (["--world", "--prot", "80"], "did you mean '--port'?"),
+    ],
+)
+def test_serve_answers_mistakes_in_one_line(arguments, message, capsys):
+    """A server that does not start must say why."""
+    assert main(["serve", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_serve_builds_what_it_is_told(world, tmp_path):
+    """The command is the interface that most people use."""
+    from trl_tfpo.cli.serve import ServeArguments, build
+
+    (tmp_path / "key").write_text("secret\n")
+    world.tokenizer.save_pretrained(tmp_path / "doctor")
+    world.doctor.save_pretrained(tmp_path / "doctor")
+    app = build(ServeArguments(world=True, doctor=[f"calm={tmp_path / 'doctor'}"], api_key_file=str(tmp_path / "key")))
+    assert {"/v1/models", "/v1/chat/completions", "/v1/completions", "/health", "/metrics"} <= {
+        route.path for route in app.routes
+    }
+    assert ServeArguments().host == "127.0.0.1"

@@ -1,0 +1,106 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""`trl-tfpo serve`: an OpenAI-compatible server."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from .._compat import load_model
+from ..modeling_doctor import load_doctor
+from ..tokenizer_identity import check_same_tokenizer
+from .annotate import quantization
+from .parser import Parser
+
+
+@dataclass
+class ServeArguments:
+    """Models, address and limits."""
+
+    patient: str | None = field(default=None, metadata={"help": "Hub name or path of the model that speaks."})
+    patient_load_in_4bit: bool = field(default=False, metadata={"help": "Load it in 4-bit NF4."})
+    doctor: list[str] = field(default_factory=list, metadata={"help": "NAME=PATH for each doctor."})
+    model_name: str | None = field(default=None, metadata={"help": "What clients call the patient."})
+    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen at; 0.0.0.0 is the whole network."})
+    port: int = field(default=8000, metadata={"help": "Port to listen at."})
+    api_key_file: str | None = field(default=None, metadata={"help": "File with the key that clients must send."})
+    max_rows: int = field(default=32, metadata={"help": "Completions decoded at once."})
+    max_prompt_tokens: int = field(default=4096, metadata={"help": "Longest prompt."})
+    max_new_tokens: int = field(default=2048, metadata={"help": "Longest completion."})
+    max_queue: int = field(default=256, metadata={"help": "Completions that may wait."})
+    max_seconds: float = field(default=600.0, metadata={"help": "Longest time for a request."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Let the models run code of their own."})
+    world: bool = field(default=False, metadata={"help": "The patient of the controlled world, to try it."})
+
+
+def build(args: ServeArguments):
+    """The app that the arguments ask for."""
+    try:
+        from ..server import Engine, Limits, make_app
+    except ImportError as error:
+        raise ValueError(
+            f'the server needs more packages ({error}). Install them: pip install "trl-tfpo[serve]"'
+        ) from error
+
+    key = None
+    if args.api_key_file is not None:
+        key = Path(args.api_key_file).read_text(encoding="utf-8").strip()
+        if not key:
+            raise ValueError(f"`--api_key_file` must hold a key. Got {args.api_key_file!r}, which is empty")
+    if args.world:
+        from ..testbed import load_world
+
+        world = load_world()
+        patient, tokenizer = world.patient, world.tokenizer
+    else:
+        if args.patient is None:
+            raise ValueError("a patient is needed. Pass `--patient`, or `--world` to try it")
+        quantized = quantization(args.patient_load_in_4bit)
+        settings = {"quantization_config": quantized} if quantized else {}
+        trust = args.trust_remote_code
+        patient = load_model(args.patient, dtype="auto", device_map="auto", trust_remote_code=trust, **settings).eval()
+        tokenizer = AutoTokenizer.from_pretrained(args.patient, trust_remote_code=trust)
+    doctors = {}
+    for given in args.doctor:
+        name, separator, path = given.partition("=")
+        if not separator or not name or name in doctors:
+            raise ValueError(f"`--doctor` must be NAME=PATH, each name once. Got {given!r}")
+        doctors[name] = load_doctor(path, with_value_head=False, device_map={"": patient.device}).eval()
+        check_same_tokenizer(tokenizer, AutoTokenizer.from_pretrained(path), names=("patient", name))
+    limits = Limits(
+        max_prompt_tokens=args.max_prompt_tokens,
+        max_new_tokens=args.max_new_tokens,
+        max_rows=args.max_rows,
+        max_queue=args.max_queue,
+        max_seconds=args.max_seconds,
+    )
+    default_name = "world" if args.world else Path(args.patient).name
+    return make_app(
+        Engine(patient, tokenizer, doctors, limits), model_name=args.model_name or default_name, api_key=key
+    )
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Serve until interrupted."""
+    (args,) = Parser(ServeArguments, "serve", "Serve a patient and its doctors.").parse(arguments)
+    app = build(args)
+    import uvicorn
+
+    torch.set_grad_enabled(False)
+    uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
+    return 0

@@ -1,0 +1,421 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Many requests, one batch: rows join and leave between tokens, and each has its own weights, sampling and end.
+
+Shapes: B rows, L tokens so far (left padding included), V vocabulary. A thread of its own owns models, caches and rows;
+all that others touch is the queue.
+"""
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
+
+from ..doctors import check_is_doctor
+from ..functional import guided_logps
+from ..guided_flow import GUIDANCE, is_guidance
+from ..tokenization import eos_token_ids
+
+
+@dataclass(frozen=True)
+class Limits:
+    """
+    What a client may ask for.
+
+    Args:
+        max_prompt_tokens (`int`, *optional*, defaults to `4096`):
+            Longest prompt.
+        max_new_tokens (`int`, *optional*, defaults to `2048`):
+            Longest completion.
+        max_rows (`int`, *optional*, defaults to `32`):
+            Completions decoded at once; memory grows with it.
+        max_queue (`int`, *optional*, defaults to `256`):
+            Completions that wait for a row.
+        max_seconds (`float`, *optional*, defaults to `600.0`):
+            From the request to the last token.
+        max_choices (`int`, *optional*, defaults to `8`):
+            Completions of one request.
+        max_bytes (`int`, *optional*, defaults to `1_000_000`):
+            Size of a request.
+    """
+
+    max_prompt_tokens: int = 4096
+    max_new_tokens: int = 2048
+    max_rows: int = 32
+    max_queue: int = 256
+    max_seconds: float = 600.0
+    max_choices: int = 8
+    max_bytes: int = 1_000_000
+
+
+@dataclass
+class Generation:
+    """
+    A completion to be made.
+
+    Args:
+        prompt_ids (`list[int]`):
+            Token ids of the prompt.
+        on_event (`Callable[[dict], None]`):
+            Called from the engine's thread for each piece of text, `{"text", "tokens"}`, with `id`, `logp` and `top` of
+            each token; and at last with `{"finish_reason"}`: `"stop"`, `"length"`, `"timeout"`, `"cancelled"` or
+            `"error"`.
+        alpha (`float`, *optional*):
+            Exponent of the patient; by default what the weights leave to it.
+        weights (`Mapping[str, float]`, *optional*):
+            Exponent of each doctor, by name; the server's default for those that are not there.
+        max_new_tokens, temperature, top_p, stop, seed, num_top:
+            Sampling, as in OpenAI's interface; temperature 0 is greedy search.
+    """
+
+    prompt_ids: list[int]
+    on_event: Callable[[dict], None]
+    alpha: float | None = None
+    weights: Mapping[str, float] = field(default_factory=dict)
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop: Sequence[str] = ()
+    seed: int | None = None
+    num_top: int = 0
+    is_cancelled: bool = False
+    started: float = field(default_factory=time.monotonic)
+
+
+class Row:
+    """A generation in progress: its tokens, and the text that may already be shown."""
+
+    def __init__(self, generation: Generation, alpha: float, betas: list[float]):
+        self.generation, self.alpha, self.betas = generation, alpha, betas
+        self.ids: list[int] = []
+        self.num_shown, self.held = 0, []  # characters sent, tokens not yet sent
+        self.generator = torch.Generator()
+        self.generator.manual_seed(generation.seed) if generation.seed is not None else self.generator.seed()
+
+    def sample(self, logps: torch.Tensor) -> tuple[int, torch.Tensor]:
+        """The next token and the log-probabilities (V,) of the policy it is from."""
+        generation = self.generation
+        if generation.temperature == 0:
+            return int(logps.argmax()), logps
+        policy = (logps / generation.temperature).softmax(dim=-1)
+        if generation.top_p < 1:
+            sorted_probs, order = policy.sort(descending=True)
+            is_tail = sorted_probs.cumsum(dim=-1) - sorted_probs >= generation.top_p
+            policy = policy.scatter(0, order, sorted_probs.masked_fill(is_tail, 0))
+        return int(policy.multinomial(1, generator=self.generator)), logps
+
+
+class Engine:
+    """
+    Decodes generations as they come.
+
+    Args:
+        patient ([`~transformers.PreTrainedModel`]):
+            The patient, in eval mode.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer, and the doctors'.
+        doctors (`Mapping[str, PreTrainedModel]`):
+            Doctors by name, in eval mode.
+        limits ([`Limits`], *optional*):
+            What a client may ask for.
+
+    Raises:
+        `ValueError`: when a model is in training mode, or has a state that rows cannot leave and join.
+    """
+
+    def __init__(
+        self,
+        patient: PreTrainedModel,
+        processing_class: PreTrainedTokenizerBase,
+        doctors: Mapping[str, PreTrainedModel],
+        limits: Limits | None = None,
+    ):
+        self.names, self.models = list(doctors), [patient, *doctors.values()]
+        for model in self.models:
+            check_is_doctor(model)
+        self.processing_class, self.limits = processing_class, limits or Limits()
+        self.eos = set(eos_token_ids(processing_class, patient))
+        self.vocab_size = min(model.get_input_embeddings().num_embeddings for model in self.models)
+        # A doctor of guided flow is made for a product; others share half of the weight, which they take from the patient
+        self.is_product = [is_guidance(model) for model in self.models[1:]]
+        share = 0.5 / max(len(self.names) - sum(self.is_product), 1)
+        self.default_weights = {
+            name: GUIDANCE["beta"] if product else share
+            for name, product in zip(self.names, self.is_product, strict=True)
+        }
+        self._check_caches()
+        self._waiting: deque[Row] = deque()
+        self._arrivals: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # of `num_waiting`
+        self.num_waiting = self.num_rows = self.num_tokens = 0
+        self._rows: list[Row] = []
+        self._joining: list[Row] = []
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name="trl-tfpo engine", daemon=True)
+        self._thread.start()
+
+    # What others call
+
+    def exponents(self, generation: Generation) -> tuple[float, list[float]]:
+        """
+        Exponents of the patient and of each doctor.
+
+        Raises:
+            `ValueError`: on an unknown doctor, or weights that leave the patient less than nothing.
+        """
+        if unknown := set(generation.weights) - set(self.names):
+            raise ValueError(
+                f"`weights` must name doctors among {self.names}. Got {sorted(unknown)}; see `/v1/models`."
+            )
+        betas = [float(generation.weights.get(name, self.default_weights[name])) for name in self.names]
+        if generation.alpha is not None:
+            return float(generation.alpha), betas
+        rest = 1 - sum(beta for beta, product in zip(betas, self.is_product, strict=True) if not product)
+        if rest < -1e-9:
+            raise ValueError(
+                f"`weights` must add up to at most 1, as the patient has the rest. Got {1 - rest:.3g}; lower them, or "
+                "pass `alpha`, the exponent of the patient, as well."
+            )
+        return max(rest, 0.0), betas
+
+    def submit(self, generation: Generation) -> None:
+        """
+        Take a generation; its events follow.
+
+        Raises:
+            `ValueError`: on weights that make no sense, or a prompt that is empty or too long.
+            `OverflowError`: when too many wait already.
+        """
+        limits = self.limits
+        if not 1 <= len(generation.prompt_ids) <= limits.max_prompt_tokens:
+            raise ValueError(
+                f"The prompt must have 1 to {limits.max_prompt_tokens} tokens. Got {len(generation.prompt_ids)}; shorten it."
+            )
+        if max(generation.prompt_ids) >= self.vocab_size:
+            raise ValueError(
+                "The prompt must consist of tokens that all models know. Got one that is not; leave it out."
+            )
+        row = Row(generation, *self.exponents(generation))
+        with self._lock:
+            if self._is_closed or self.num_waiting >= limits.max_queue:
+                raise OverflowError(f"At most {limits.max_queue} completions wait. Got one more; try again later.")
+            self.num_waiting += 1
+        self._arrivals.put(row)
+
+    def close(self) -> None:
+        """Stop; what is in progress ends as cancelled."""
+        with self._lock:
+            self._is_closed = True
+        self._arrivals.put(None)
+        self._thread.join()
+
+    # The thread
+
+    def _run(self) -> None:
+        while True:
+            self._welcome()
+            if self._is_closed:
+                for row in [*self._rows, *self._waiting]:
+                    self._finish(row, "cancelled")
+                return
+            try:
+                with torch.inference_mode():
+                    self._step()
+            except Exception as error:  # a request must end, whatever happened to the batch it was in
+                for row in [*self._rows, *self._joining]:
+                    self._finish(row, "error", error=f"{type(error).__name__}: {error}")
+                self._rows, self._joining, self.num_rows = [], [], 0
+
+    def _welcome(self) -> None:
+        """Queue arrivals; sleep while there is nothing to do."""
+        while not self._is_closed:
+            try:
+                row = self._arrivals.get(block=not self._rows and not self._waiting)
+            except queue.Empty:
+                return
+            if row is not None:
+                self._waiting.append(row)
+
+    def _step(self) -> None:
+        """Let rows join, sample a token for each, let rows leave, and read the tokens."""
+        while self._waiting and len(self._rows) + len(self._joining) < self.limits.max_rows:
+            row = self._waiting.popleft()
+            with self._lock:
+                self.num_waiting -= 1
+            if not self._is_over(row):
+                self._joining.append(row)
+        if self._joining:
+            self._join(self._joining)
+            self._joining = []
+        if not self._rows:
+            return
+        rows = self._rows
+        guided = guided_logps(
+            patient_logits=self._logits[0],
+            doctor_logits=self._logits[1:],
+            alpha=torch.tensor([[row.alpha] for row in rows]),
+            beta=[torch.tensor([[row.betas[i]] for row in rows]) for i in range(len(self.names))],
+        )  # (B, V)
+        tokens = [row.sample(logps) for row, logps in zip(rows, guided, strict=True)]
+        self.num_tokens += len(rows)
+        stays = [not self._take(row, token, logps) for row, (token, logps) in zip(rows, tokens, strict=True)]
+        stays = [stay and not self._is_over(row) for row, stay in zip(rows, stays, strict=True)]
+        if not all(stays):
+            self._leave([index for index, stay in enumerate(stays) if stay])
+        if self._rows:
+            taken = torch.tensor([[row.ids[-1]] for row in self._rows])  # (B, 1)
+            self._mask = torch.cat([self._mask, torch.ones_like(taken)], dim=1)
+            self._logits = [
+                self._read(model, cache, taken, self._mask)
+                for model, cache in zip(self.models, self._caches, strict=True)
+            ]
+
+    def _join(self, joining: list[Row]) -> None:
+        """Read the prompts, and put their states below those of the others."""
+        prompts = [row.generation.prompt_ids for row in joining]
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        caches = [DynamicCache() for _ in self.models]
+        logits = [self._read(model, cache, ids, mask) for model, cache in zip(self.models, caches, strict=True)]
+        if self._rows:
+            size = max(self._mask.size(1), longest)
+            caches = [_stack(a, b, size) for a, b in zip(self._caches, caches, strict=True)]
+            mask = torch.cat([_widen(self._mask, size, dim=1), _widen(mask, size, dim=1)])
+            logits = [torch.cat(pair) for pair in zip(self._logits, logits, strict=True)]
+        self._rows = self._rows + joining
+        self._caches, self._mask, self._logits = caches, mask, logits
+        self.num_rows = len(self._rows)
+
+    def _leave(self, staying: list[int]) -> None:
+        """Keep some rows, and no more columns than the longest of them needs."""
+        self._rows = [self._rows[index] for index in staying]
+        self.num_rows = len(self._rows)
+        if not staying:
+            self._caches = self._mask = self._logits = None
+            return
+        index = torch.tensor(staying)
+        mask = self._mask[index]
+        first = int(mask.any(dim=0).int().argmax())
+        self._mask = mask[:, first:]
+        self._logits = [logits[index] for logits in self._logits]
+        self._caches = [
+            _map(cache, lambda x: x.index_select(0, index.to(x.device))[:, :, first:]) for cache in self._caches
+        ]
+
+    def _read(
+        self, model: PreTrainedModel, cache: DynamicCache, ids: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits (B, V) after `ids`, which go on from the cache."""
+        position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.size(1) :]
+        output = model(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            position_ids=position_ids.to(model.device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1, : self.vocab_size].float().cpu()
+
+    def _take(self, row: Row, token: int, logps: torch.Tensor) -> bool:
+        """Add a token to a row and send what can be shown; whether the row has come to its end."""
+        generation = row.generation
+        row.ids.append(token)
+        top = logps.topk(min(generation.num_top, len(logps))) if generation.num_top else None
+        best = list(zip(top.indices.tolist(), top.values.tolist(), strict=True)) if top else []
+        is_end = token in self.eos
+        if not is_end:
+            row.held.append({"id": token, "logp": float(logps[token]), "top": best})
+        text = self.processing_class.decode([x for x in row.ids if x not in self.eos], skip_special_tokens=True)
+        stops = [at for stop in generation.stop if (at := text.find(stop)) >= 0]
+        if stops:
+            return self._finish(row, "stop", text[: min(stops)])
+        if is_end or len(row.ids) >= generation.max_new_tokens:
+            return self._finish(row, "stop" if is_end else "length", text)
+        # Held back: what may be the beginning of a stop, and bytes of a character that is not whole
+        kept = max((n for stop in generation.stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        safe = text[: len(text) - kept].rstrip("\ufffd")
+        if len(safe) > row.num_shown:
+            self._show(row, safe)
+        return False
+
+    def _show(self, row: Row, text: str) -> None:
+        piece, row.num_shown = text[row.num_shown :], max(len(text), row.num_shown)
+        tokens, row.held = row.held, []
+        row.generation.on_event({"text": piece, "tokens": tokens})
+
+    def _finish(self, row: Row, reason: str, text: str | None = None, error: str | None = None) -> bool:
+        if text is not None and (len(text) > row.num_shown or row.held):
+            self._show(row, text)
+        event = {"finish_reason": reason, "num_tokens": len(row.ids), "error": error}
+        row.generation.on_event(event)
+        return True
+
+    def _is_over(self, row: Row) -> bool:
+        """Whether nobody waits for it any more, or for too long."""
+        if row.generation.is_cancelled:
+            return self._finish(row, "cancelled")
+        if time.monotonic() - row.generation.started > self.limits.max_seconds:
+            return self._finish(row, "timeout")
+        return False
+
+    def _check_caches(self) -> None:
+        for name, model in zip(["the patient", *self.names], self.models, strict=True):
+            cache = DynamicCache()
+            with torch.inference_mode():
+                self._read(model, cache, torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.long))
+            if not cache.layers or any(type(layer) is not DynamicLayer for layer in cache.layers):
+                raise ValueError(
+                    f"Models must keep keys and values of all tokens, so that requests can share a batch. Got {name}, a "
+                    f"{type(model).__name__}, which does not; serve a transformer with full attention."
+                )
+
+
+def _map(cache: DynamicCache, function: Callable[[torch.Tensor], torch.Tensor]) -> DynamicCache:
+    """A cache of what a function makes of all keys and values, (B, heads, L, size) each."""
+    mapped = DynamicCache()
+    for index, layer in enumerate(cache.layers):
+        mapped.update(function(layer.keys), function(layer.values), index)
+    return mapped
+
+
+def _stack(above: DynamicCache, below: DynamicCache, size: int) -> DynamicCache:
+    """The rows of two caches, with padding on the left to `size` tokens."""
+    stacked = DynamicCache()
+    for index, (a, b) in enumerate(zip(above.layers, below.layers, strict=True)):
+        states = [
+            torch.cat([_widen(x, size, dim=2), _widen(y, size, dim=2)])
+            for x, y in ((a.keys, b.keys), (a.values, b.values))
+        ]
+        stacked.update(*states, index)
+    return stacked
+
+
+def _widen(x: torch.Tensor, size: int, dim: int) -> torch.Tensor:
+    """Zeros before `x` along a dimension, up to a size."""
+    missing = size - x.size(dim)
+    if missing == 0:
+        return x
+    shape = list(x.shape)
+    shape[dim] = missing
+    return torch.cat([x.new_zeros(shape), x], dim=dim)
