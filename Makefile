@@ -6,7 +6,7 @@ export TOKENIZERS_PARALLELISM = false
 # The models here are so small that a second thread only waits for the first
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test style quality docs clean
+.PHONY: demo test style quality docs screenshot clean
 
 # The main job in the controlled world: a table, a picture in runs/world, completions side by side
 demo: $(VENV)/.demo
@@ -27,6 +27,11 @@ quality: $(VENV)/.test
 # The documentation site, in `site`; a broken link is an error
 docs: $(VENV)/.docs
 	$(RUN)mkdocs build --strict --quiet
+
+# The picture of the playground in the documentation; needs chromium
+screenshot: $(VENV)/.test
+	mkdir -p docs/images
+	TRL_TFPO_SCREENSHOT=docs/images/playground.png $(RUN)python -m pytest tests/test_playground.py -k in_a_browser
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs site

@@ -46,6 +46,7 @@ ROWS = [  # a module may import only from strictly earlier rows
     {"generation"},
     {"evaluation"},
     {"server", "testbed"},
+    {"playground"},
     {"cli"},
     {"__main__"},
 ]

@@ -40,6 +40,7 @@ VERBS = {  # name: what it does, its module, how to go on after an interruption
     "generate": ("let doctors guide a patient", "generate", "run the same command again"),
     "evaluate": ("measure completions, and compare methods", "evaluate", "run the same command again"),
     "serve": ("an OpenAI-compatible server with weights for each request", "serve", "run the same command again"),
+    "demo": ("a page to play with, in the browser", "demo", "run the same command again"),
     "env": ("versions, for a bug report", "env", "run the same command again"),
 }
 USAGE_ERROR, INTERRUPTED = 2, 130  # as shells have it

@@ -62,26 +62,14 @@ def build(args: ServeArguments):
         key = Path(args.api_key_file).read_text(encoding="utf-8").strip()
         if not key:
             raise ValueError(f"`--api_key_file` must hold a key. Got {args.api_key_file!r}, which is empty")
-    if args.world:
-        from ..testbed import load_world
-
-        world = load_world()
-        patient, tokenizer = world.patient, world.tokenizer
-    else:
-        if args.patient is None:
-            raise ValueError("a patient is needed. Pass `--patient`, or `--world` to try it")
-        quantized = quantization(args.patient_load_in_4bit)
-        settings = {"quantization_config": quantized} if quantized else {}
-        trust = args.trust_remote_code
-        patient = load_model(args.patient, dtype="auto", device_map="auto", trust_remote_code=trust, **settings).eval()
-        tokenizer = AutoTokenizer.from_pretrained(args.patient, trust_remote_code=trust)
-    doctors = {}
-    for given in args.doctor:
-        name, separator, path = given.partition("=")
-        if not separator or not name or name in doctors:
-            raise ValueError(f"`--doctor` must be NAME=PATH, each name once. Got {given!r}")
-        doctors[name] = load_doctor(path, with_value_head=False, device_map={"": patient.device}).eval()
-        check_same_tokenizer(tokenizer, AutoTokenizer.from_pretrained(path), names=("patient", name))
+    if not args.world and args.patient is None:
+        raise ValueError("a patient is needed. Pass `--patient`, or `--world` to try it")
+    patient, tokenizer, doctors = load_models(
+        None if args.world else args.patient,
+        args.doctor,
+        in_4bit=args.patient_load_in_4bit,
+        trust_remote_code=args.trust_remote_code,
+    )
     limits = Limits(
         max_prompt_tokens=args.max_prompt_tokens,
         max_new_tokens=args.max_new_tokens,
@@ -93,6 +81,30 @@ def build(args: ServeArguments):
     return make_app(
         Engine(patient, tokenizer, doctors, limits), model_name=args.model_name or default_name, api_key=key
     )
+
+
+def load_models(name: str | None, given: Sequence[str], *, in_4bit: bool, trust_remote_code: bool) -> tuple:
+    """Patient (`None` is that of the controlled world), tokenizer, and doctors by name, from NAME=PATH each."""
+    if name is None:
+        from ..testbed import load_world
+
+        world = load_world()
+        patient, tokenizer = world.patient, world.tokenizer
+    else:
+        quantized = quantization(in_4bit)
+        settings = {"quantization_config": quantized} if quantized else {}
+        patient = load_model(
+            name, dtype="auto", device_map="auto", trust_remote_code=trust_remote_code, **settings
+        ).eval()
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    doctors = {}
+    for text in given:
+        label, separator, path = text.partition("=")
+        if not separator or not label or label in doctors:
+            raise ValueError(f"`--doctor` must be NAME=PATH, each name once. Got {text!r}")
+        doctors[label] = load_doctor(path, with_value_head=False, device_map={"": patient.device}).eval()
+        check_same_tokenizer(tokenizer, AutoTokenizer.from_pretrained(path), names=("patient", label))
+    return patient, tokenizer, doctors
 
 
 def run(arguments: Sequence[str]) -> int:

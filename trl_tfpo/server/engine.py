@@ -85,6 +85,8 @@ class Generation:
             Exponent of each doctor, by name; the server's default for those that are not there.
         max_new_tokens, temperature, top_p, stop, seed, num_top:
             Sampling, as in OpenAI's interface; temperature 0 is greedy search.
+        with_patient (`bool`, *optional*, defaults to `False`):
+            Whether events have the `patient_logp` of each token, too.
     """
 
     prompt_ids: list[int]
@@ -97,6 +99,7 @@ class Generation:
     stop: Sequence[str] = ()
     seed: int | None = None
     num_top: int = 0
+    with_patient: bool = False
     is_cancelled: bool = False
     started: float = field(default_factory=time.monotonic)
 
@@ -277,7 +280,10 @@ class Engine:
         )  # (B, V)
         tokens = [row.sample(logps) for row, logps in zip(rows, guided, strict=True)]
         self.num_tokens += len(rows)
-        stays = [not self._take(row, token, logps) for row, (token, logps) in zip(rows, tokens, strict=True)]
+        stays = [
+            not self._take(row, token, logps, patient)
+            for row, (token, logps), patient in zip(rows, tokens, self._logits[0], strict=True)
+        ]
         stays = [stay and not self._is_over(row) for row, stay in zip(rows, stays, strict=True)]
         if not all(stays):
             self._leave([index for index, stay in enumerate(stays) if stay])
@@ -337,7 +343,7 @@ class Engine:
         )
         return output.logits[:, -1, : self.vocab_size].float().cpu()
 
-    def _take(self, row: Row, token: int, logps: torch.Tensor) -> bool:
+    def _take(self, row: Row, token: int, logps: torch.Tensor, patient_logits: torch.Tensor) -> bool:
         """Add a token to a row and send what can be shown; whether the row has come to its end."""
         generation = row.generation
         row.ids.append(token)
@@ -346,6 +352,8 @@ class Engine:
         is_end = token in self.eos
         if not is_end:
             row.held.append({"id": token, "logp": float(logps[token]), "top": best})
+            if generation.with_patient:
+                row.held[-1]["patient_logp"] = float(patient_logits.log_softmax(dim=-1)[token])
         text = self.processing_class.decode([x for x in row.ids if x not in self.eos], skip_special_tokens=True)
         stops = [at for stop in generation.stop if (at := text.find(stop)) >= 0]
         if stops:

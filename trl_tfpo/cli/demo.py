@@ -1,0 +1,72 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""`trl-tfpo demo`: a page to play with."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .parser import Parser
+from .serve import load_models
+
+
+@dataclass
+class DemoArguments:
+    """Models and address; without models the controlled world."""
+
+    patient: str | None = field(
+        default=None, metadata={"help": "Hub name or path of the model that speaks. By default the controlled world."}
+    )
+    patient_load_in_4bit: bool = field(default=False, metadata={"help": "Load it in 4-bit NF4."})
+    doctor: list[str] = field(default_factory=list, metadata={"help": "NAME=PATH for each doctor."})
+    prompt: list[str] = field(default_factory=lambda: ["Hello!"], metadata={"help": "Prompts to offer."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Longest answer."})
+    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen at."})
+    port: int | None = field(default=None, metadata={"help": "Port to listen at; by default the first free one."})
+    cache_dir: str = field(
+        default=str(Path.home() / ".cache" / "trl_tfpo" / "doctors"),
+        metadata={"help": "Where the doctors of the controlled world are kept."},
+    )
+    max_steps: int = field(default=200, metadata={"help": "Steps with which they are trained, at the first start."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Let the models run code of their own."})
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Open the page until interrupted."""
+    (args,) = Parser(DemoArguments, "demo", "A page to play with.").parse(arguments)
+    if args.patient is None and args.doctor:
+        raise ValueError("`--doctor` needs `--patient`. Pass both, or none for the controlled world")
+    if args.patient is not None and not args.doctor:
+        raise ValueError("`--patient` needs at least one `--doctor NAME=PATH` to play with")
+    try:
+        from ..playground import launch, make_playground, world_playground
+        from ..server import Engine, Limits
+    except ImportError as error:
+        raise ValueError(
+            f'the playground needs more packages ({error}). Install them: pip install "trl-tfpo[demo]"'
+        ) from error
+
+    if args.patient is None:
+        print("The first start trains two small doctors, which takes about a minute.", flush=True)
+        page = world_playground(args.cache_dir, max_steps=args.max_steps)
+    else:
+        patient, tokenizer, doctors = load_models(
+            args.patient, args.doctor, in_4bit=args.patient_load_in_4bit, trust_remote_code=args.trust_remote_code
+        )
+        engine = Engine(patient, tokenizer, doctors, Limits(max_new_tokens=args.max_new_tokens))
+        page = make_playground(engine, example_prompts=args.prompt, max_new_tokens=args.max_new_tokens)
+    print(f"Open {launch(page, host=args.host, port=args.port)} (Ctrl-C ends it)", flush=True)
+    page.block_thread()
+    return 0
