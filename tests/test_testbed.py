@@ -323,17 +323,19 @@ def test_labels_err_as_bradley_terry_says(world, pairs):
 
 
 def test_identical_completions_are_redrawn(world, monkeypatch):
-    """A pair of equals has no first difference and teaches nothing."""
+    """A pair of equals has no first difference and teaches nothing; an empty text cannot be trained on."""
     seeds = []
 
     def twins_at_first(model, tokenizer, prompts, *, num_samples_per_prompt, seed):
         seeds.append(seed)
-        return [["same", "same"] if len(seeds) == 1 and row == 1 else ["a", "b"] for row in range(len(prompts))]
+        bad = [["a", "b"], ["same", "same"], ["", "b"]]
+        return [bad[row] if len(seeds) == 1 else ["a", "b"] for row in range(len(prompts))]
 
     monkeypatch.setattr("trl_tfpo.testbed.world.sample_completions", twins_at_first)
     rows = world.preference_dataset("praise", num_pairs=3, seed=5)
     assert len(seeds) == len(set(seeds)) == 2
     assert all(row["chosen"] != row["rejected"] for row in rows)
+    assert all(row["chosen"][0]["content"] and row["rejected"][0]["content"] for row in rows)
 
 
 def test_unknown_settings_are_refused(world, tmp_path):

@@ -118,7 +118,7 @@ class World:
         prompts = [every[row % len(every)] for row in range(num_pairs)]
         pairs = sample_completions(self.patient, self.tokenizer, prompts, num_samples_per_prompt=2, seed=seed)
         redraw_seed = seed
-        while same := [row for row, (first, second) in enumerate(pairs) if first == second]:
+        while same := [row for row, (a, b) in enumerate(pairs) if a == b or not a or not b]:  # nothing to compare
             redraw_seed += 1
             repeated = [prompts[row] for row in same]
             redrawn = sample_completions(
