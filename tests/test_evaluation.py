@@ -254,11 +254,13 @@ def test_evaluation_by_hand(patient, tokenizer, guide):
     assert result["reward_se"] == pytest.approx(math.sqrt(sum((m - mean) ** 2 for m in means) / 2 / 3))
     assert result["kls"] == guided_kl(patient, guide, completions).tolist()
     assert result["kl"] == pytest.approx(sum(result["kls"]) / 12)
+    entropies = next_token_statistics(patient, guide, completions)["entropy"]
+    assert result["entropy"] == pytest.approx(entropies.mean().item())
     assert result["num_tokens"] == pytest.approx(sum(len(c.completion_ids) for c in completions) / 12)
     assert result["is_complete"] == pytest.approx(sum(c.is_complete for c in completions) / 12)
     assert result["distinct_4"] == pytest.approx(distinct_n([c.text for c in completions]), nan_ok=True)
     assert list(result) == [
-        *("reward", "reward_se", "kl", "kl_se", "distinct_4", "num_tokens", "is_complete"),
+        *("reward", "reward_se", "kl", "kl_se", "entropy", "distinct_4", "num_tokens", "is_complete"),
         *("completions", "rewards", "kls"),
     ]
 

@@ -500,7 +500,8 @@ def test_numbered_responses_become_pairs():
         {"prompt": "p", "response_0": "a", "response_1": "b", "better_response_id": better, "safer_response_id": 0}
         for better in (0, 1)
     ]
-    choose_responses = load_example().choose_responses
+    from trl_tfpo.cli.train import choose_responses
+
     for column, expected in (("better_response_id", "ab"), ("safer_response_id", "aa")):
         pairs = choose_responses(Dataset.from_list(rows), column)
         assert set(pairs.column_names) == {"prompt", "chosen", "rejected"}

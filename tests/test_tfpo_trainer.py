@@ -289,6 +289,27 @@ def test_the_head_may_learn_at_its_own_rate(annotated, tokenizer, tmp_path, peft
     assert len({tuple(values) for values, _ in runs.values()}) >= 3
 
 
+def test_a_compiled_doctor_learns_the_same(annotated, tokenizer, tmp_path):
+    """Compiled for speed, it must not lose the value head, nor be saved under other names."""
+
+    def run(name, **settings):
+        trainer = TFPOTrainer(
+            model=make_llama(2),
+            args=config(tmp_path / name, **settings),
+            train_dataset=annotated,
+            processing_class=tokenizer,
+        )
+        trainer.train()
+        trainer.save_model()
+        return trainer
+
+    plain, compiled = run("plain"), run("compiled", torch_compile=True, torch_compile_backend="eager")
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "compiled"))
+    assert one.keys() == other.keys()
+    assert load_doctor(tmp_path / "compiled").value_head.weight.shape == (1, 16)
+
+
 class TestCheckpoints:
     @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
     def test_resume_equals_uninterrupted(self, annotated, tokenizer, tmp_path, peft):
@@ -322,7 +343,8 @@ class TestCheckpoints:
         assert load_doctor(tmp_path).value_head.weight.equal(doctor.value_head.weight)
         self.assert_guides(AutoModelForCausalLM.from_pretrained(tmp_path), patient)
 
-    def test_adapter_folder(self, annotated, patient, tokenizer, tmp_path):
+    @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+    def test_adapter_folder(self, annotated, patient, tokenizer, tmp_path, use_dora):
         """An adapter checkpoint holds the adapter and the head, nothing else, and guides."""
         make_llama(2).save_pretrained(tmp_path / "base")
         trainer = TFPOTrainer(
@@ -330,7 +352,7 @@ class TestCheckpoints:
             args=config(tmp_path / "run"),
             train_dataset=annotated,
             processing_class=tokenizer,
-            peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+            peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", use_dora=use_dora),
         )
         trainer.train()
         trainer.save_model()

@@ -20,8 +20,9 @@ import oracles
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import conversational_rows
+from conftest import conversational_rows, make_llama
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trl_tfpo import Faces, annotate_token_rewards
 from trl_tfpo.scoring import model_fingerprint
@@ -55,6 +56,28 @@ def test_rewards_are_what_the_two_faces_say(preferences, patient, tokenizer):
             assert row[f"{name}_gaps"] == pytest.approx(gaps, abs=1e-5)
             expected = oracles.rewards(gaps, sign, "agreement", 1.0, 0.3)
             assert row[f"{name}_token_rewards"] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "similarity"),
+    [
+        ({"device_map": "auto"}, 0.9999),
+        ({"dtype": torch.bfloat16}, 0.99),
+        ({"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}, 0.98),
+        ({"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")}, 0.7),
+    ],
+    ids=["device_map", "bfloat16", "8bit", "4bit"],
+)
+def test_patients_as_they_are_loaded(settings, similarity, preferences, tokenizer, tmp_path):
+    """A large patient is never in float32 on one device; what it says must still be about the same."""
+    make_llama(1, 64).save_pretrained(tmp_path)
+    exact = annotate_token_rewards(preferences, make_llama(1, 64), tokenizer, faces=FACES)
+    patient = AutoModelForCausalLM.from_pretrained(tmp_path, **settings)
+    annotated = annotate_token_rewards(preferences, patient, tokenizer, faces=FACES)
+    for name in ("chosen_gaps", "rejected_gaps"):
+        gaps, expected = (torch.cat([torch.tensor(row) for row in data[name]]) for data in (annotated, exact))
+        assert gaps.isfinite().all()
+        assert torch.cosine_similarity(gaps, expected, dim=0) > similarity
 
 
 def test_the_patient_is_only_read(preferences, patient, tokenizer):
