@@ -295,3 +295,33 @@ def test_serving(capsys):
     ratios = load("serving").main(["--quick"])
     assert list(ratios) == [4] and all(ratio > 0 for ratio in ratios[4])
     assert "| 4 |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_objectives(tmp_path, capsys):
+    """Every way to weigh two objectives is measured at every weighting."""
+    objectives = load("objectives")
+    found = objectives.main(["--quick", "--kl", "0.05", "--output", str(tmp_path / "objectives.jsonl")])
+    assert set(found) == {"two doctors", "two doctors, guided flow", "MOD", "soup", "DPO for each weighting"}
+    assert len((tmp_path / "objectives.jsonl").read_text().splitlines()) == 2 * len(found)
+    assert capsys.readouterr().out.count("(") >= 2 * len(found)
+
+
+def test_hypervolume_by_hand():
+    """A front that counts a dominated point, or an area twice, favors whoever has more points."""
+    objectives = load("objectives")
+    assert objectives.hypervolume([(1.0, 3.0), (2.0, 2.0), (3.0, 1.0)], (0.0, 0.0)) == 3 * 1 + 2 * 1 + 1 * 1
+    assert objectives.hypervolume([(2.0, 2.0), (1.0, 1.0), (-1.0, 5.0)], (0.0, 0.0)) == 4
+    assert objectives.hypervolume([(2.0, 2.0)], (1.0, 1.0)) == 1
+
+
+def test_a_mixed_annotator_cares_for_both():
+    """A baseline that is trained on other labels than it is measured by is no baseline."""
+    objectives = load("objectives")
+    from methods import Task
+
+    task = Task("praise", 0, num_pairs=2, max_steps=1, num_samples_per_prompt=8)
+    world = objectives.mixed_task(task, 0.75).world
+    assert world.attributes["mixed"].oracle("splendid and splendid, gently, wildly, wildly") == 2 * 0.75 - 0.25
+    front = objectives.tilted_front(task.comparison("test"), 0.3, 3)
+    assert front[0][1] > front[1][1] > front[2][1] and front[0][0] < front[1][0] < front[2][0]

@@ -1,0 +1,181 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Two objectives at once, in the controlled world: rewards for praise and for calm, at one KL from the patient, for seven
+weightings of the two.
+
+```bash
+python examples/benchmarks/objectives.py --seed 0
+```
+
+- *two doctors*, *two doctors, guided flow*: trained once each; the weighting is chosen when the patient speaks.
+- *MOD*: two patients tuned by DPO, mixed at decoding time (https://huggingface.co/papers/2406.18853).
+- *soup*: their weights averaged (https://huggingface.co/papers/2306.04488).
+- *DPO for each weighting*: a patient tuned on labels of the weighted oracle, seven times.
+
+The strength of each policy is matched to the KL on validation prompts, that of tuned patients by mixing them with the
+patient as it was. The hypervolume is the area between the front and the patient's own rewards, over that of the best
+possible policies: patient samples tilted by the weighted reward, at the same KL.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import torch
+from frontier import strengths_near
+from methods import RATE, Guide, Task, train_dpo, train_tfpo
+
+from trl_tfpo import DoctorGuidedLogitsProcessor
+from trl_tfpo.testbed import Attribute, Comparison, World
+
+
+NAMES = ("praise", "calm")
+FULL = dict(num_pairs=3000, max_steps=500, num_samples_per_prompt=50)
+QUICK = dict(num_pairs=32, max_steps=2, num_samples_per_prompt=8)
+DPO = dict(beta=0.1, learning_rate=1e-4)
+GUIDED = RATE | dict(policy="guided", reward_temperature=0.35)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kl", type=float, default=1.0, help="nats per completion")
+    parser.add_argument("--output", type=Path, default=Path("runs/objectives.jsonl"))
+    parser.add_argument("--quick", action="store_true", help="few pairs, steps, samples and weightings")
+    args = parser.parse_args(arguments)
+    sizes, num_weightings = (QUICK, 2) if args.quick else (FULL, 7)
+    tasks = {name: Task(name, args.seed, **sizes) for name in NAMES}
+    comparison = tasks[NAMES[0]].comparison("test")
+    origin = rewards_of(comparison.world, comparison.rows[0]["texts"])
+    best = hypervolume(tilted_front(comparison, args.kl, num_weightings), origin)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    found = {}
+    print("| method | hypervolume | trainings | KL (nats) | praise and calm, by weighting |\n|---|---:|---:|---|---|")
+    for method, (guides, num_trainings) in make_methods(tasks, num_weightings).items():
+        points, kls = [], []
+        for index in range(num_weightings):
+            weight = index / (num_weightings - 1)
+            guide = guides(weight)
+            (strength,) = strengths_near(tasks[NAMES[0]], guide, [args.kl], 4.0 if "flow" in method else 1.0)
+            row = comparison.add(method, guide(strength), beta=strength)
+            points.append(rewards_of(comparison.world, row["texts"]))
+            kls.append(row["kl"])
+            line = {"method": method, "seed": args.seed, "weight": weight, "kl": row["kl"], "rewards": points[-1]}
+            with args.output.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        found[method] = hypervolume(points, origin) / best
+        shown = ", ".join(f"({praise:.2f}, {calm:.2f})" for praise, calm in points)
+        kl = f"{min(kls):.2f} to {max(kls):.2f}"
+        print(f"| {method} | {found[method]:.3f} | {num_trainings} | {kl} | {shown} |", flush=True)
+    return found
+
+
+def make_methods(tasks: dict[str, Task], num_weightings: int) -> dict[str, tuple[Callable[[float], Guide], int]]:
+    """For each method a guide for every weight of praise, and how many trainings it takes; trained when first asked."""
+
+    @cache
+    def doctor(name: str):
+        return train_tfpo(tasks[name], **RATE)
+
+    @cache
+    def flow(name: str):
+        return train_tfpo(tasks[name], **GUIDED)
+
+    @cache
+    def tuned(name: str):
+        return train_dpo(tasks[name], tasks[name].fresh("patient"), **DPO)
+
+    def mix(model, **settings):
+        def guides(weight: float) -> Guide:
+            both = [model(name) for name in NAMES]
+            return lambda s: DoctorGuidedLogitsProcessor(both, beta=[s * weight, s * (1 - weight)], **settings)
+
+        return guides
+
+    def soup(weight: float) -> Guide:
+        model = tasks[NAMES[0]].fresh("patient")
+        praise, calm = (tuned(name).state_dict() for name in NAMES)
+        model.load_state_dict({key: weight * praise[key] + (1 - weight) * calm[key] for key in praise})
+        return lambda s: DoctorGuidedLogitsProcessor(model.eval(), beta=s)
+
+    def retrained(weight: float) -> Guide:
+        task = mixed_task(tasks[NAMES[0]], weight)
+        model = train_dpo(task, task.fresh("patient"), **DPO)
+        return lambda s: DoctorGuidedLogitsProcessor(model, beta=s)
+
+    return {
+        "two doctors": (mix(doctor), 2),
+        "two doctors, guided flow": (mix(flow, alpha=1.0), 2),
+        "MOD": (mix(tuned), 2),
+        "soup": (soup, 2),
+        "DPO for each weighting": (retrained, num_weightings),
+    }
+
+
+def mixed_task(task: Task, weight: float) -> Task:
+    """The same task with an annotator who cares for both."""
+    world = task.world
+    words = {
+        word: share * sign
+        for name, share in zip(NAMES, (weight, 1 - weight), strict=True)
+        for word, sign in world.attributes[name].words.items()
+    }
+    mixed = Attribute("mixed", world.attributes[NAMES[0]].faces, words)
+    language = replace(world.language)
+    language.__dict__["attributes"] = world.attributes | {"mixed": mixed}  # in place of those that it would compute
+    new = replace(task, attribute="mixed")
+    new.__dict__["world"] = replace(world, language=language)
+    return new
+
+
+def rewards_of(world: World, texts: list[str]) -> tuple[float, ...]:
+    """Mean of each oracle."""
+    return tuple(sum(map(world.attributes[name].oracle, texts)) / len(texts) for name in NAMES)
+
+
+def tilted_front(comparison: Comparison, kl: float, num_weightings: int) -> list[tuple[float, ...]]:
+    """Rewards of the best policies at a KL, one for each weighting: patient samples, tilted."""
+    texts, world = comparison.rows[0]["texts"], comparison.world
+    rewards = torch.tensor([[world.attributes[name].oracle(text) for text in texts] for name in NAMES])
+    rewards = rewards.view(len(NAMES), len(comparison.prompts), -1).double()  # (2, P, N)
+    front = []
+    for index in range(num_weightings):
+        weight = index / (num_weightings - 1)
+        mixed = weight * rewards[0] + (1 - weight) * rewards[1]
+        low, high = 0.0, 20.0
+        for _ in range(60):  # the KL grows with the tilt
+            tilt = (low + high) / 2
+            policy = (tilt * mixed).softmax(dim=1)
+            distance = (policy * (policy * mixed.size(1)).clamp(min=1e-300).log()).sum(dim=1).mean()
+            low, high = (tilt, high) if distance < kl else (low, tilt)
+        front.append(tuple((policy * reward).sum(dim=1).mean().item() for reward in rewards))
+    return front
+
+
+def hypervolume(points: list[tuple[float, ...]], origin: tuple[float, ...]) -> float:
+    """Area that is dominated by the points, beyond the origin."""
+    area, reached = 0.0, origin[1]
+    for x, y in sorted(points, key=lambda point: -point[0]):
+        if x > origin[0] and y > reached:
+            area, reached = area + (x - origin[0]) * (y - reached), y
+    return area
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The notebooks, run from top to bottom by a kernel of their own."""
+
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
+
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "examples" / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook(path, tmp_path):
+    """A notebook that fails in its third cell teaches that the package does not work."""
+    notebook = nbformat.read(path, as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)  # outputs of another version would be believed
+    nbclient.NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+    shown = str([cell.get("outputs") for cell in notebook.cells])
+    assert "image/png" in shown
+    if path.stem == "align_in_ten_minutes":
+        assert "trl-tfpo" in shown and "best of 4 (oracle)" in shown
+    else:
+        praise = [float(line.split()[2]) for line in str(notebook.cells[3].outputs[0].text).splitlines()]
+        assert praise[-1] > praise[0] + 0.5  # all praise against all calm
