@@ -243,6 +243,22 @@ def test_a_failing_batch_answers_its_clients(world, doctors, monkeypatch):
     engine.close()
 
 
+def test_answers_end_where_positions_do(world, doctors):
+    """Beyond its positions a model speaks nonsense, and nobody would know why."""
+    engine = Engine(world.patient, world.tokenizer, doctors, Limits(max_prompt_tokens=10_000, max_new_tokens=10_000))
+    events, done = [], threading.Event()
+
+    def on_event(event):
+        events.append(event)
+        done.set() if "finish_reason" in event else None
+
+    with pytest.raises(ValueError, match="1 to 255 tokens. Got 256"):
+        engine.submit(Generation([9] * 256, on_event))
+    engine.submit(Generation([9] * 254, on_event, max_new_tokens=100, seed=0))
+    assert done.wait(60) and events[-1]["num_tokens"] <= 2
+    engine.close()
+
+
 def test_a_patient_in_training_is_refused(world, doctors):
     """Dropout in a server is noise in every answer."""
     patient = load_world().patient.train()

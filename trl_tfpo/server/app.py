@@ -194,14 +194,16 @@ def make_app(engine: Engine, *, model_name: str, api_key: str | None = None) -> 
 
         async def all_events() -> AsyncIterator[tuple[int, dict]]:
             """Events of all choices, until each has come to its end."""
-            num_open = len(generations)
+            num_open, checked = len(generations), time.monotonic()
             try:
                 while num_open:
+                    if time.monotonic() - checked > 0.5:  # whether anybody still listens
+                        checked = time.monotonic()
+                        if await request.is_disconnected():
+                            return
                     try:
                         index, event = await asyncio.wait_for(events.get(), timeout=0.5)
                     except TimeoutError:
-                        if await request.is_disconnected():
-                            return
                         continue
                     num_open -= "finish_reason" in event
                     yield index, event

@@ -165,6 +165,8 @@ class Engine:
             name: GUIDANCE["beta"] if product else share
             for name, product in zip(self.names, self.is_product, strict=True)
         }
+        sizes = [getattr(model.config.get_text_config(), "max_position_embeddings", None) for model in self.models]
+        self.max_positions = min(filter(None, sizes), default=2**31)
         self._check_caches()
         self._waiting: deque[Row] = deque()
         self._arrivals: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
@@ -208,11 +210,11 @@ class Engine:
             `ValueError`: on weights that make no sense, or a prompt that is empty or too long.
             `OverflowError`: when too many wait already.
         """
-        limits = self.limits
-        if not 1 <= len(generation.prompt_ids) <= limits.max_prompt_tokens:
-            raise ValueError(
-                f"The prompt must have 1 to {limits.max_prompt_tokens} tokens. Got {len(generation.prompt_ids)}; shorten it."
-            )
+        limits, num_prompt = self.limits, len(generation.prompt_ids)
+        longest = min(limits.max_prompt_tokens, self.max_positions - 1)
+        if not 1 <= num_prompt <= longest:
+            raise ValueError(f"The prompt must have 1 to {longest} tokens. Got {num_prompt}; shorten it.")
+        generation.max_new_tokens = min(generation.max_new_tokens, self.max_positions - num_prompt)
         if max(generation.prompt_ids) >= self.vocab_size:
             raise ValueError(
                 "The prompt must consist of tokens that all models know. Got one that is not; leave it out."
