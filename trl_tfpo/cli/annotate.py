@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from accelerate import PartialState
-from transformers import AutoTokenizer
 
 from ..faces import Faces
 from ..token_rewards import annotate_token_rewards
 from .files import check_output, read_split, write_dataset
+from .models import load_patient
 from .parser import Parser
 
 
@@ -67,15 +67,6 @@ def resolve_given_faces(faces: str, positive: str | None, negative: str | None) 
     return faces if positive is None else Faces(positive=positive, negative=negative)
 
 
-def quantization(in_4bit: bool, in_8bit: bool = False):
-    """How a patient is loaded in fewer bits, if it is."""
-    from transformers import BitsAndBytesConfig
-
-    if in_4bit:
-        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16")
-    return BitsAndBytesConfig(load_in_8bit=True) if in_8bit else None
-
-
 def run(arguments: Sequence[str]) -> int:
     """Annotate, in as many processes as are asked for."""
     parser = Parser(AnnotateArguments, "annotate", "Give every token of a preference dataset a reward.")
@@ -85,29 +76,25 @@ def run(arguments: Sequence[str]) -> int:
     (args,) = parsed
     check_output(args.output, overwrite=args.overwrite)
     faces = resolve_given_faces(args.faces, args.positive_face, args.negative_face)
+    if args.world is None and (args.dataset_name is None or args.patient_model_name_or_path is None):
+        raise ValueError(
+            "`annotate` needs preferences and a patient. Pass `--dataset_name` and `--patient_model_name_or_path`, or "
+            "`--world praise` to try it"
+        )
     if args.world is not None:
         from ..testbed import load_world
 
         world = load_world()
         dataset = world.preference_dataset(args.world, num_pairs=args.num_pairs, seed=0)
-        patient, tokenizer, faces = world.patient, world.tokenizer, world.attributes[args.world].faces
+        faces = world.attributes[args.world].faces
     else:
-        if args.dataset_name is None or args.patient_model_name_or_path is None:
-            raise ValueError(
-                "`annotate` needs preferences and a patient. Pass `--dataset_name` and `--patient_model_name_or_path`, or "
-                "`--world praise` to try it"
-            )
-        from .._compat import load_model
-
         dataset = read_split(args.dataset_name, args.dataset_split, args.dataset_config)
-        settings = dict(dtype="auto", trust_remote_code=args.trust_remote_code)
-        quantized = quantization(args.patient_load_in_4bit, args.patient_load_in_8bit)
-        patient = load_model(
-            args.patient_model_name_or_path, **settings, **({"quantization_config": quantized} if quantized else {})
-        )
-        tokenizer = AutoTokenizer.from_pretrained(
-            args.patient_model_name_or_path, trust_remote_code=args.trust_remote_code
-        )
+    patient, tokenizer = load_patient(
+        None if args.world else args.patient_model_name_or_path,
+        in_4bit=args.patient_load_in_4bit,
+        in_8bit=args.patient_load_in_8bit,
+        trust_remote_code=args.trust_remote_code,
+    )
     state = PartialState()
     if not getattr(patient, "is_quantized", False):
         patient.to(state.device)

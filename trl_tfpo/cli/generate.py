@@ -19,13 +19,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
-from .._compat import load_model
 from ..evaluation import generate_completions
 from ..logits_processor import DoctorGuidedLogitsProcessor
-from .annotate import quantization
 from .files import read_split, write_rows
+from .models import load_patient
 from .parser import Parser
 
 
@@ -64,19 +61,19 @@ class GenerateArguments:
 
 def load_policy(args: GenerateArguments) -> tuple:
     """Patient, tokenizer, guide if there are doctors, and prompts."""
-    if args.world:
+    if not args.world and args.patient_model_name_or_path is None:
+        raise ValueError("a patient is needed. Pass `--patient_model_name_or_path`, or `--world` to try it")
+    patient, tokenizer = load_patient(
+        None if args.world else args.patient_model_name_or_path,
+        in_4bit=args.patient_load_in_4bit,
+        trust_remote_code=args.trust_remote_code,
+        device_map="auto",
+    )
+    prompts = []
+    if args.world and not args.prompt:
         from ..testbed import load_world
 
-        world = load_world()
-        patient, tokenizer, prompts = world.patient, world.tokenizer, [] if args.prompt else world.prompts("test")
-    else:
-        if args.patient_model_name_or_path is None:
-            raise ValueError("a patient is needed. Pass `--patient_model_name_or_path`, or `--world` to try it")
-        quantized = quantization(args.patient_load_in_4bit)
-        settings = {"quantization_config": quantized} if quantized else {}
-        name, trust = args.patient_model_name_or_path, args.trust_remote_code
-        patient = load_model(name, dtype="auto", device_map="auto", trust_remote_code=trust, **settings).eval()
-        tokenizer, prompts = AutoTokenizer.from_pretrained(name, trust_remote_code=trust), []
+        prompts = load_world().prompts("test")
     prompts += [
         [{"role": "user", "content": text}] if tokenizer.chat_template is not None else text for text in args.prompt
     ]

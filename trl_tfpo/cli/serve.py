@@ -21,10 +21,9 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from .._compat import load_model
 from ..modeling_doctor import load_doctor
 from ..tokenizer_identity import check_same_tokenizer
-from .annotate import quantization
+from .models import load_patient
 from .parser import Parser
 
 
@@ -85,18 +84,7 @@ def build(args: ServeArguments):
 
 def load_models(name: str | None, given: Sequence[str], *, in_4bit: bool, trust_remote_code: bool) -> tuple:
     """Patient (`None` is that of the controlled world), tokenizer, and doctors by name, from NAME=PATH each."""
-    if name is None:
-        from ..testbed import load_world
-
-        world = load_world()
-        patient, tokenizer = world.patient, world.tokenizer
-    else:
-        quantized = quantization(in_4bit)
-        settings = {"quantization_config": quantized} if quantized else {}
-        patient = load_model(
-            name, dtype="auto", device_map="auto", trust_remote_code=trust_remote_code, **settings
-        ).eval()
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    patient, tokenizer = load_patient(name, in_4bit=in_4bit, trust_remote_code=trust_remote_code, device_map="auto")
     doctors = {}
     for text in given:
         label, separator, path = text.partition("=")

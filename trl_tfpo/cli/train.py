@@ -27,8 +27,9 @@ from ..logits_processor import DoctorGuidedLogitsProcessor
 from ..plan import training_plan
 from ..tfpo_config import TFPOConfig
 from ..tfpo_trainer import TFPOTrainer
-from .annotate import quantization, resolve_given_faces
+from .annotate import resolve_given_faces
 from .files import read_dataset
+from .models import quantization
 from .parser import Parser
 
 

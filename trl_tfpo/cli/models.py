@@ -1,0 +1,41 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Models of a verb: a patient by name, or that of the controlled world."""
+
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from .._compat import load_model
+
+
+def quantization(in_4bit: bool, in_8bit: bool = False) -> BitsAndBytesConfig | None:
+    """How a patient is loaded in fewer bits, if it is."""
+    if in_4bit:
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16")
+    return BitsAndBytesConfig(load_in_8bit=True) if in_8bit else None
+
+
+def load_patient(
+    name: str | None, *, in_4bit: bool = False, in_8bit: bool = False, trust_remote_code: bool = False, **settings
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A patient in eval mode, and its tokenizer; without a name those of the controlled world."""
+    if name is None:
+        from ..testbed import load_world
+
+        world = load_world()
+        return world.patient, world.tokenizer
+    if quantized := quantization(in_4bit, in_8bit):
+        settings["quantization_config"] = quantized
+    patient = load_model(name, dtype="auto", trust_remote_code=trust_remote_code, **settings).eval()
+    return patient, AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
