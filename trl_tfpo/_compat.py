@@ -120,7 +120,11 @@ def keep_output_precision(accelerator: Accelerator) -> None:
 
 
 def load_model(name: str, **init_kwargs) -> PreTrainedModel:
-    """A model by name or path; where there are several processes, one in each and whole, on the device of its own."""
+    """
+    A model by name or path, from safetensors; where there are several processes, one in each and whole, on the device of
+    its own.
+    """
+    init_kwargs.setdefault("use_safetensors", True)  # a pickle could do anything
     state = PartialState()
     if state.num_processes > 1:
         init_kwargs.setdefault("device_map", {"": state.device})  # "auto" would spread each over the devices of all

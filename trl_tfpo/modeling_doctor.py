@@ -328,18 +328,25 @@ def load_doctor(path: str | os.PathLike, with_value_head: bool = True, **kwargs)
         with_value_head (`bool`, *optional*, defaults to `True`):
             Whether to restore the value head.
         kwargs:
-            Passed to `from_pretrained` of the language model.
+            Passed to `from_pretrained` of the language model. Weights are read from safetensors, unless
+            `use_safetensors=False` is among them.
 
     Returns:
         [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]: the doctor, in eval mode.
 
     Raises:
-        `ValueError`: when there is no value head at `path`.
+        `ValueError`: when there is no value head at `path`, or an adapter that is not in safetensors.
     """
+    kwargs.setdefault("use_safetensors", True)  # a pickle could do anything
     adapter_config = cached_file(path, "adapter_config.json", _raise_exceptions_for_missing_entries=False)
     if adapter_config is not None:
         from peft import PeftModel
 
+        if not cached_file(path, "adapter_model.safetensors", _raise_exceptions_for_missing_entries=False):
+            raise ValueError(
+                f"An adapter must be saved as safetensors. Got no `adapter_model.safetensors` in {str(path)!r}; load it "
+                "with PEFT, if you trust it, and save it again."
+            )
         with open(adapter_config, encoding="utf-8") as file:
             config = json.load(file)
         base = AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"], **kwargs)

@@ -147,7 +147,7 @@ class RewardModel:
             if processing_class is None:
                 processing_class = AutoTokenizer.from_pretrained(model)
             model, loading = AutoModelForSequenceClassification.from_pretrained(
-                model, output_loading_info=True, **({"device_map": "auto"} | model_kwargs)
+                model, output_loading_info=True, **({"device_map": "auto", "use_safetensors": True} | model_kwargs)
             )
             if loading["missing_keys"]:
                 raise ValueError(
