@@ -266,6 +266,21 @@ def test_annotate_by_a_config_file(folder, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_two_processes_annotate_what_one_does(tmp_path):
+    """Processes that do not know of each other do all the work twice, and write the same file at the same time."""
+    common = ["annotate", "--world", "praise", "--num_pairs", 300, "--output"]
+    one = trl_tfpo(*common, "one.parquet", cwd=tmp_path)
+    shutil.rmtree(tmp_path / "cache")
+    launch = ["--accelerate_config", "cpu", "--num_processes", 2]
+    two = trl_tfpo(*common, "two.parquet", *launch, cwd=tmp_path)
+    assert one.returncode == two.returncode == 0, one.stderr[-2000:] + two.stderr[-2000:]
+    assert two.stdout.count("300 pairs with token rewards") == 1
+    rows = [load_dataset("parquet", data_files=str(tmp_path / f"{x}.parquet"), split="train") for x in ("one", "two")]
+    assert rows[0].column_names == rows[1].column_names
+    assert rows[0].to_list() == rows[1].to_list()
+
+
+@pytest.mark.slow
 def test_train_generate_evaluate(folder, tmp_path):
     """The pipeline of the quick start, by commands alone: two processes train, and the doctor guides."""
     trained = trl_tfpo(

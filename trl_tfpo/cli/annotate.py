@@ -17,6 +17,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from accelerate import PartialState
 
 from ..faces import Faces
@@ -74,6 +75,9 @@ def run(arguments: Sequence[str]) -> int:
     if isinstance(parsed, int):
         return parsed
     (args,) = parsed
+    state = PartialState(
+        cpu=not torch.accelerator.is_available()
+    )  # else processes on CPUs would not know of each other
     check_output(args.output, overwrite=args.overwrite)
     faces = resolve_given_faces(args.faces, args.positive_face, args.negative_face)
     if args.world is None and (args.dataset_name is None or args.patient_model_name_or_path is None):
@@ -95,7 +99,6 @@ def run(arguments: Sequence[str]) -> int:
         in_8bit=args.patient_load_in_8bit,
         trust_remote_code=args.trust_remote_code,
     )
-    state = PartialState()
     if not getattr(patient, "is_quantized", False):
         patient.to(state.device)
     annotated = annotate_token_rewards(
