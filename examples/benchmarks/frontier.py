@@ -282,7 +282,7 @@ def wins(rows: list[dict], name: str, other: str, kls: list[float]) -> str:
                 if (x["method"], x["attribute"], x["seed"], x["split"]) == (method, attribute, seed, "test")
             ]
             sides.append(min(mine, key=lambda row: abs(row["kl"] - kls[1]), default=None))
-        if None in sides or abs(sides[1]["kl"] - sides[0]["kl"]) > 0.2 * kls[1]:
+        if None in sides or abs(sides[1]["kl"] - sides[0]["kl"]) > 0.1 * kls[1]:
             continue
         a, b = (torch.tensor(side["rewards"]) for side in sides)  # (P, N)
         margin = a[:, :, None] - b[:, None, :]
