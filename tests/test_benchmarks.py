@@ -323,5 +323,5 @@ def test_a_mixed_annotator_cares_for_both():
     task = Task("praise", 0, num_pairs=2, max_steps=1, num_samples_per_prompt=8)
     world = objectives.mixed_task(task, 0.75).world
     assert world.attributes["mixed"].oracle("splendid and splendid, gently, wildly, wildly") == 2 * 0.75 - 0.25
-    front = objectives.tilted_front(task.comparison("test"), 0.3, 3)
+    front = objectives.tilted_front(task.comparison("test"), [0.3] * 3)
     assert front[0][1] > front[1][1] > front[2][1] and front[0][0] < front[1][0] < front[2][0]

@@ -27,7 +27,7 @@ python examples/benchmarks/objectives.py --seed 0
 
 The strength of each policy is matched to the KL on validation prompts, that of tuned patients by mixing them with the
 patient as it was. The hypervolume is the area between the front and the patient's own rewards, over that of the best
-possible policies: patient samples tilted by the weighted reward, at the same KL.
+possible policies: patient samples tilted by the weighted reward, at the KL that was reached.
 """
 
 import argparse
@@ -63,7 +63,6 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     tasks = {name: Task(name, args.seed, **sizes) for name in NAMES}
     comparison = tasks[NAMES[0]].comparison("test")
     origin = rewards_of(comparison.world, comparison.rows[0]["texts"])
-    best = hypervolume(tilted_front(comparison, args.kl, num_weightings), origin)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     found = {}
     print("| method | hypervolume | trainings | KL (nats) | praise and calm, by weighting |\n|---|---:|---:|---|---|")
@@ -79,7 +78,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
             line = {"method": method, "seed": args.seed, "weight": weight, "kl": row["kl"], "rewards": points[-1]}
             with args.output.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-        found[method] = hypervolume(points, origin) / best
+        found[method] = hypervolume(points, origin) / hypervolume(tilted_front(comparison, kls), origin)
         shown = ", ".join(f"({praise:.2f}, {calm:.2f})" for praise, calm in points)
         kl = f"{min(kls):.2f} to {max(kls):.2f}"
         print(f"| {method} | {found[method]:.3f} | {num_trainings} | {kl} | {shown} |", flush=True)
@@ -149,14 +148,14 @@ def rewards_of(world: World, texts: list[str]) -> tuple[float, ...]:
     return tuple(sum(map(world.attributes[name].oracle, texts)) / len(texts) for name in NAMES)
 
 
-def tilted_front(comparison: Comparison, kl: float, num_weightings: int) -> list[tuple[float, ...]]:
-    """Rewards of the best policies at a KL, one for each weighting: patient samples, tilted."""
+def tilted_front(comparison: Comparison, kls: list[float]) -> list[tuple[float, ...]]:
+    """Rewards of the best policies, one for each weighting, at the KL that a method had there: patient samples, tilted."""
     texts, world = comparison.rows[0]["texts"], comparison.world
     rewards = torch.tensor([[world.attributes[name].oracle(text) for text in texts] for name in NAMES])
     rewards = rewards.view(len(NAMES), len(comparison.prompts), -1).double()  # (2, P, N)
     front = []
-    for index in range(num_weightings):
-        weight = index / (num_weightings - 1)
+    for index, kl in enumerate(kls):
+        weight = index / (len(kls) - 1)
         mixed = weight * rewards[0] + (1 - weight) * rewards[1]
         low, high = 0.0, 20.0
         for _ in range(60):  # the KL grows with the tilt
