@@ -21,7 +21,6 @@ import html
 import io
 import os
 import queue
-import shutil
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -29,6 +28,7 @@ from pathlib import Path
 import gradio as gr
 import torch
 
+from .atomic import written_whole
 from .evaluation import evaluate_guidance
 from .logits_processor import DoctorGuidedLogitsProcessor
 from .modeling_doctor import load_doctor
@@ -37,6 +37,7 @@ from .testbed import World, load_world, reward_kl_frontier
 from .testbed.language import MAX_NEW_TOKENS
 from .tfpo_config import TFPOConfig
 from .tfpo_trainer import TFPOTrainer
+from .tokenization import tokenize_prompt
 from .visible import TokenMap
 
 
@@ -61,33 +62,29 @@ def train_world_doctors(cache_dir: str | os.PathLike, *, max_steps: int = 200) -
     for name, attribute in world.attributes.items():
         folder = Path(cache_dir) / f"{name}-{max_steps}"
         if not folder.is_dir():
-            part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-            trainer = TFPOTrainer(
-                model=load_world().doctor,
-                patient_model=world.patient,
-                args=TFPOConfig(
-                    str(part),
-                    max_steps=max_steps,
-                    per_device_train_batch_size=16,
-                    learning_rate=3e-3,
-                    lr_scheduler_type="cosine",
-                    scoring_batch_size=256,
-                    activation_checkpointing=False,
-                    save_strategy="no",
-                    report_to="none",
-                    disable_tqdm=True,
-                    dataloader_pin_memory=False,
-                ),
-                train_dataset=world.preference_dataset(name, num_pairs=min(16 * max_steps, 1500), seed=0),
-                processing_class=world.tokenizer,
-                faces=attribute.faces,
-            )
-            trainer.train()
-            trainer.save_model()
-            try:
-                os.replace(part, folder)
-            except OSError:  # somebody else was faster
-                shutil.rmtree(part)
+            with written_whole(folder) as part:
+                trainer = TFPOTrainer(
+                    model=load_world().doctor,
+                    patient_model=world.patient,
+                    args=TFPOConfig(
+                        str(part),
+                        max_steps=max_steps,
+                        per_device_train_batch_size=16,
+                        learning_rate=3e-3,
+                        lr_scheduler_type="cosine",
+                        scoring_batch_size=256,
+                        activation_checkpointing=False,
+                        save_strategy="no",
+                        report_to="none",
+                        disable_tqdm=True,
+                        dataloader_pin_memory=False,
+                    ),
+                    train_dataset=world.preference_dataset(name, num_pairs=min(16 * max_steps, 1500), seed=0),
+                    processing_class=world.tokenizer,
+                    faces=attribute.faces,
+                )
+                trainer.train()
+                trainer.save_model()
         folders[name] = folder
     return folders
 
@@ -168,12 +165,9 @@ def make_playground(
 
     def answers(prompt: str, seed: float, *weights: float) -> Iterator[tuple[str, str]]:
         """Both answers so far, as HTML."""
-        messages = [{"role": "user", "content": prompt}]
-        tokenizer = engine.processing_class
-        if tokenizer.chat_template is not None:
-            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        else:
-            ids = tokenizer(prompt)["input_ids"]
+        is_chat = engine.processing_class.chat_template is not None
+        asked = [{"role": "user", "content": prompt}] if is_chat else prompt
+        ids = tokenize_prompt(asked, engine.processing_class)
         given = [dict.fromkeys(engine.names, 0.0), dict(zip(engine.names, weights, strict=True))]
         events: queue.Queue = queue.Queue()
         generations = [
@@ -258,7 +252,7 @@ def world_playground(cache_dir: str | os.PathLike, *, max_steps: int = 200) -> g
     doctors = {name: load_doctor(folder, with_value_head=False).eval() for name, folder in folders.items()}
     engine = Engine(world.patient, world.tokenizer, doctors, Limits(max_new_tokens=MAX_NEW_TOKENS))
     prompts = [prompt[0]["content"] for prompt in world.prompts("test")]
-    frontiers = Frontiers(
+    frontiers = Frontiers(  # with models of its own, as the engine's thread may be reading its
         load_world(), {name: load_doctor(x, with_value_head=False).eval() for name, x in folders.items()}
     )
     return make_playground(engine, example_prompts=prompts, frontiers=frontiers, max_new_tokens=MAX_NEW_TOKENS)

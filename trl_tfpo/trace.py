@@ -82,19 +82,15 @@ class TraceRecorder:
         Raises:
             `ValueError`: when rows have changed places: beams have no single trace.
         """
-        if self._tokens is not None and len(input_ids) == len(self._tokens):
-            if input_ids.size(1) == self._tokens.size(1) + 1:
-                if torch.equal(input_ids[:, :-1], self._tokens):
-                    self._settle(input_ids[:, -1])
-                else:
-                    raise ValueError(
-                        "A trace needs texts that keep their rows. Got tokens that do not go on from the step before; "
-                        "leave out `return_trace` with beams, or call `reset()` before other prompts."
-                    )
-            else:
-                self.restart()
-        else:
+        if self._tokens is None or input_ids[:, :-1].shape != self._tokens.shape:
             self.restart()
+        elif torch.equal(input_ids[:, :-1], self._tokens):
+            self._settle(input_ids[:, -1])
+        else:
+            raise ValueError(
+                "A trace needs texts that keep their rows. Got tokens that do not go on from the step before; leave out "
+                "`return_trace` with beams, or call `reset()` before other prompts."
+            )
         heard = [patient_logits, *doctor_logits]
         self._tokens = input_ids.clone()
         self._pending = [None if x is None else x.float().log_softmax(dim=-1) for x in heard] + [guided_logps]

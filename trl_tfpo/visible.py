@@ -33,6 +33,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from .atomic import written_whole
 from .functional import token_importance
 from .trace import GuidanceTrace
 
@@ -288,7 +289,6 @@ def reward_report(
             "patient."
         )
     folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     _plot(report, folder / "rewards.png")
     _write_page(
         report,
@@ -316,9 +316,8 @@ def _plot(report: dict, path: Path) -> None:
     figure.suptitle(
         f"{report['sparsity']:.0%} of tokens without reward; faces agree with {report['agreement']:.0%} of labels"
     )
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    figure.savefig(part, dpi=150, format="png")
-    os.replace(part, path)
+    with written_whole(path) as part:
+        figure.savefig(part, dpi=150, format="png")
 
 
 def _write_page(report: dict, examples: Sequence[TokenMap], folder: Path) -> None:
@@ -336,6 +335,5 @@ def _write_page(report: dict, examples: Sequence[TokenMap], folder: Path) -> Non
         f"<table><tr><th>token</th><th>sum of rewards</th></tr>{cells}</table>"
         f"{''.join(example._repr_html_() for example in examples)}</html>\n"
     )
-    part = folder / f"rewards.html.{os.getpid()}.part"
-    part.write_text(page, encoding="utf-8")
-    os.replace(part, folder / "rewards.html")
+    with written_whole(folder / "rewards.html") as part:
+        part.write_text(page, encoding="utf-8")

@@ -107,34 +107,22 @@ def measure(name: str, method: Method, task: Task, kls: list[float], output: Pat
             continue
         if split == "test":
             settings = best(method.grid, [row for row in mine if row["split"] == "validation"])
-        if any(all(row[field] == value for field, value in (key | {"settings": settings, "split": split}).items())
-               for row in mine):  # fmt: skip
+        key |= {"settings": settings, "split": split}
+        if any(all(row[field] == value for field, value in key.items()) for row in mine):
             continue
         _ = task.pairs  # drawn before the clock starts, and once for all settings of a task
         start = time.process_time()
         policy = method.policy(task, **settings)
         seconds = time.process_time() - start
-        comparison = comparison_of(task, split)
+        comparison = task.comparison(split)
         targets = kls if split == "test" else kls[1:3]
         strengths = method.strengths
         if strengths is None:
             strengths = strengths_near(task, policy, targets, method.largest)
             policy = guided(policy)
-        lines = [
-            key
-            | {"settings": settings, "split": split, "train_seconds": seconds}
-            | describe(policy(comparison, x), comparison)
-            for x in strengths
-        ]
+        lines = [key | {"train_seconds": seconds} | describe(policy(comparison, x), comparison) for x in strengths]
         with output.open("a", encoding="utf-8") as file:  # all of them or none
             file.write("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def comparison_of(task: Task, split: str) -> Comparison:
-    """Patient samples and frontier of a task, drawn once."""
-    if split not in task.__dict__:
-        task.__dict__[split] = task.comparison(split)
-    return task.__dict__[split]
 
 
 def guided(guide: Guide) -> Policy:

@@ -65,9 +65,16 @@ class Task:
         """A copy of the patient or of the doctor, to be trained."""
         return getattr(load_world(self.weights), name)
 
+    @cached_property
+    def _comparisons(self) -> dict[str, Comparison]:
+        return {}
+
     def comparison(self, split: str) -> Comparison:
-        settings = dict(num_samples_per_prompt=self.num_samples_per_prompt, seed=self.seed, split=split)
-        return Comparison(self.world, self.attribute, **settings)
+        """Patient samples and frontier on the prompts of a split, drawn once."""
+        if split not in self._comparisons:
+            settings = dict(num_samples_per_prompt=self.num_samples_per_prompt, seed=self.seed, split=split)
+            self._comparisons[split] = Comparison(self.world, self.attribute, **settings)
+        return self._comparisons[split]
 
     def common(self, output_dir: str) -> dict:
         """Settings of all trainers."""

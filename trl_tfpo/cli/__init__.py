@@ -26,22 +26,18 @@ import sys
 from collections.abc import Sequence
 
 
-VERBS = {  # name: what it does, its module, how to go on after an interruption
-    "annotate": (
-        "give every token of a preference dataset a reward",
-        "annotate",
-        "run the same command again: finished shards are kept",
-    ),
-    "train": (
-        "train a doctor",
-        "train",
-        "run the same command again: token rewards are kept; add `--resume_from_checkpoint True` to go on from the last checkpoint",
-    ),
-    "generate": ("let doctors guide a patient", "generate", "run the same command again"),
-    "evaluate": ("measure completions, and compare methods", "evaluate", "run the same command again"),
-    "serve": ("an OpenAI-compatible server with weights for each request", "serve", "run the same command again"),
-    "demo": ("a page to play with, in the browser", "demo", "run the same command again"),
-    "env": ("versions, for a bug report", "env", "run the same command again"),
+VERBS = {  # each is a module
+    "annotate": "give every token of a preference dataset a reward",
+    "train": "train a doctor",
+    "generate": "let doctors guide a patient",
+    "evaluate": "measure completions, and compare methods",
+    "serve": "an OpenAI-compatible server with weights for each request",
+    "demo": "a page to play with, in the browser",
+    "env": "versions, for a bug report",
+}
+KEPT = {  # what an interruption leaves of a verb
+    "annotate": ": finished shards are kept",
+    "train": ": token rewards are kept; add `--resume_from_checkpoint True` to go on from the last checkpoint",
 }
 USAGE_ERROR, INTERRUPTED = 2, 130  # as shells have it
 
@@ -71,11 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "--quiet" in rest or not sys.stderr.isatty():
         os.environ["TQDM_DISABLE"] = "1"
         rest = [argument for argument in rest if argument != "--quiet"]
-    _, module, how_to_resume = VERBS[verb]
     try:
-        return importlib.import_module(f".{module}", __name__).run(rest) or 0
+        return importlib.import_module(f".{verb}", __name__).run(rest) or 0
     except KeyboardInterrupt:
-        print(f"\ntrl-tfpo {verb}: interrupted. To go on, {how_to_resume}.", file=sys.stderr)
+        print(
+            f"\ntrl-tfpo {verb}: interrupted. To go on, run the same command again{KEPT.get(verb, '')}.",
+            file=sys.stderr,
+        )
         return INTERRUPTED
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("TRL_TFPO_TRACEBACK"):
@@ -87,7 +85,7 @@ def overview() -> str:
     """What `--help` prints."""
     width = max(map(len, VERBS)) + 2
     lines = ["usage: trl-tfpo COMMAND [OPTIONS]", "", "Align a large frozen language model at decoding time.", ""]
-    lines += [f"  {name:<{width}}{help_text}" for name, (help_text, *_) in VERBS.items()]
+    lines += [f"  {name:<{width}}{help_text}" for name, help_text in VERBS.items()]
     lines += [
         "",
         "`trl-tfpo COMMAND --help` lists the options of a command; all take `--config FILE.yaml` and `--quiet`.",

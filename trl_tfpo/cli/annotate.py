@@ -75,9 +75,8 @@ def run(arguments: Sequence[str]) -> int:
     if isinstance(parsed, int):
         return parsed
     (args,) = parsed
-    state = PartialState(
-        cpu=not torch.accelerator.is_available()
-    )  # else processes on CPUs would not know of each other
+    # Else processes on CPUs would not know of each other
+    state = PartialState(cpu=not torch.accelerator.is_available())
     check_output(args.output, overwrite=args.overwrite)
     faces = resolve_given_faces(args.faces, args.positive_face, args.negative_face)
     if args.world is None and (args.dataset_name is None or args.patient_model_name_or_path is None):
@@ -89,16 +88,17 @@ def run(arguments: Sequence[str]) -> int:
         from ..testbed import load_world
 
         world = load_world()
+        patient, tokenizer = world.patient, world.tokenizer
         dataset = world.preference_dataset(args.world, num_pairs=args.num_pairs, seed=0)
         faces = world.attributes[args.world].faces
     else:
         dataset = read_split(args.dataset_name, args.dataset_split, args.dataset_config)
-    patient, tokenizer = load_patient(
-        None if args.world else args.patient_model_name_or_path,
-        in_4bit=args.patient_load_in_4bit,
-        in_8bit=args.patient_load_in_8bit,
-        trust_remote_code=args.trust_remote_code,
-    )
+        patient, tokenizer = load_patient(
+            args.patient_model_name_or_path,
+            in_4bit=args.patient_load_in_4bit,
+            in_8bit=args.patient_load_in_8bit,
+            trust_remote_code=args.trust_remote_code,
+        )
     if not getattr(patient, "is_quantized", False):
         patient.to(state.device)
     annotated = annotate_token_rewards(

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .models import load_models
 from .parser import Parser
-from .serve import load_models
 
 
 @dataclass

@@ -49,7 +49,7 @@ def read_completions(path: str) -> dict[str, list[str]]:
     rows, grouped = read_split(path, "train"), {}
     if not {"prompt", "completion"} <= set(rows.column_names):
         raise ValueError(
-            f"Completions must have the columns `prompt` and `completion`. Got {rows.column_names} in {path!r}"
+            f"Completions must have the columns `prompt` and `completion`. Got {rows.column_names} in {path!r}; rename them"
         )
     for row in rows:
         completion = row["completion"]
@@ -76,7 +76,7 @@ def run(arguments: Sequence[str]) -> int:
     for given in args.completions:
         name, separator, path = given.partition("=")
         if not separator or not name or name in methods:
-            raise ValueError(f"`--completions` must be NAME=FILE, each name once. Got {given!r}")
+            raise ValueError(f"`--completions` must be NAME=FILE, each name once. Got {given!r}; write it so")
         methods[name] = read_completions(path)
     prompts = list(next(iter(methods.values())))
     for name, grouped in methods.items():

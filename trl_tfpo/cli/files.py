@@ -16,12 +16,13 @@
 
 import json
 import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
+
+from ..atomic import written_whole
 
 
 def read_dataset(
@@ -62,7 +63,7 @@ def read_split(name: str, split: str, config: str | None = None) -> Dataset:
     """
     dataset = read_dataset(name, config)
     if split not in dataset:
-        raise ValueError(f"The split must be one of {sorted(dataset)}. Got {split!r} of {name!r}.")
+        raise ValueError(f"The split must be one of {sorted(dataset)}. Got {split!r} of {name!r}; pass another.")
     return dataset[split]
 
 
@@ -87,31 +88,16 @@ def check_output(path: str | os.PathLike, *, overwrite: bool) -> None:
 
 def write_dataset(dataset: Dataset, path: str | os.PathLike) -> None:
     """Write JSON lines (`.jsonl`), Parquet (`.parquet`), or a folder for `load_from_disk`; in one stroke."""
-    path = Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        if path.suffix in (".json", ".jsonl"):
+    with written_whole(path) as part:
+        if Path(path).suffix in (".json", ".jsonl"):
             dataset.to_json(part)
-        elif path.suffix == ".parquet":
+        elif Path(path).suffix == ".parquet":
             dataset.to_parquet(part)
         else:
             dataset.save_to_disk(part)
-            if path.is_dir():
-                shutil.rmtree(path)
-        os.replace(part, path)
-    finally:
-        if part.is_dir():
-            shutil.rmtree(part)
-        part.unlink(missing_ok=True)
 
 
 def write_rows(rows: Iterable[dict], path: str | os.PathLike) -> None:
     """Write JSON lines, in one stroke."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
+    with written_whole(path) as part:
         part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -71,9 +71,9 @@ def load_policy(args: GenerateArguments) -> tuple:
     )
     prompts = []
     if args.world and not args.prompt:
-        from ..testbed import load_world
+        from ..testbed.language import REVIEWS
 
-        prompts = load_world().prompts("test")
+        prompts = [REVIEWS.make_prompt(place) for place in REVIEWS.places("test")]
     prompts += [
         [{"role": "user", "content": text}] if tokenizer.chat_template is not None else text for text in args.prompt
     ]
@@ -85,7 +85,9 @@ def load_policy(args: GenerateArguments) -> tuple:
     if not prompts:
         raise ValueError("there are no prompts. Pass `--prompt`, or a dataset with `--dataset_name`")
     if args.beta and len(args.beta) != len(args.doctor):
-        raise ValueError(f"`--beta` must have a number for each doctor. Got {len(args.beta)} for {len(args.doctor)}")
+        raise ValueError(
+            f"`--beta` must have a number for each doctor. Got {len(args.beta)} for {len(args.doctor)}; give as many"
+        )
     guide = None
     if args.doctor:
         guide = DoctorGuidedLogitsProcessor.from_pretrained(

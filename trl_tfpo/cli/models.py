@@ -12,11 +12,15 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Models of a verb: a patient by name, or that of the controlled world."""
+"""Models of a verb: a patient by name, or that of the controlled world, and doctors."""
+
+from collections.abc import Sequence
 
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .._compat import load_model
+from ..modeling_doctor import load_doctor
+from ..tokenizer_identity import check_same_tokenizer
 
 
 def quantization(in_4bit: bool, in_8bit: bool = False) -> BitsAndBytesConfig | None:
@@ -39,3 +43,16 @@ def load_patient(
         settings["quantization_config"] = quantized
     patient = load_model(name, dtype="auto", trust_remote_code=trust_remote_code, **settings).eval()
     return patient, AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
+def load_models(name: str | None, given: Sequence[str], *, in_4bit: bool, trust_remote_code: bool) -> tuple:
+    """Patient (`None` is that of the controlled world), tokenizer, and doctors by name, from NAME=PATH each."""
+    patient, tokenizer = load_patient(name, in_4bit=in_4bit, trust_remote_code=trust_remote_code, device_map="auto")
+    doctors = {}
+    for text in given:
+        label, separator, path = text.partition("=")
+        if not separator or not label or label in doctors:
+            raise ValueError(f"`--doctor` must be NAME=PATH, each name once. Got {text!r}; write it so")
+        doctors[label] = load_doctor(path, with_value_head=False, device_map={"": patient.device}).eval()
+        check_same_tokenizer(tokenizer, AutoTokenizer.from_pretrained(path), names=("patient", label))
+    return patient, tokenizer, doctors

@@ -75,11 +75,10 @@ class Parser(TrlParser):
         return subprocess.run([*command, "-m", "trl_tfpo", verb, *rest]).returncode
 
     def _parse(self, arguments: Sequence[str]) -> tuple:
-        if "--config" in arguments and not Path([*arguments, ""][list(arguments).index("--config") + 1]).is_file():
-            raise ValueError(
-                f"`--config` must be followed by a YAML file. Got {[*arguments, ''][list(arguments).index('--config') + 1]!r}; "
-                "check the path."
-            )
+        if "--config" in arguments:
+            config = [*arguments, ""][list(arguments).index("--config") + 1]
+            if not Path(config).is_file():
+                raise ValueError(f"`--config` must be followed by a YAML file. Got {config!r}; check the path")
         return self.parse_args_and_config(
             list(arguments), return_remaining_strings=True, separate_remaining_strings=True
         )

@@ -18,12 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from transformers import AutoTokenizer
-
-from ..modeling_doctor import load_doctor
-from ..tokenizer_identity import check_same_tokenizer
-from .models import load_patient
+from .models import load_models
 from .parser import Parser
 
 
@@ -60,7 +55,7 @@ def build(args: ServeArguments):
     if args.api_key_file is not None:
         key = Path(args.api_key_file).read_text(encoding="utf-8").strip()
         if not key:
-            raise ValueError(f"`--api_key_file` must hold a key. Got {args.api_key_file!r}, which is empty")
+            raise ValueError(f"`--api_key_file` must hold a key. Got {args.api_key_file!r}, which is empty; write one")
     if not args.world and args.patient is None:
         raise ValueError("a patient is needed. Pass `--patient`, or `--world` to try it")
     patient, tokenizer, doctors = load_models(
@@ -82,25 +77,11 @@ def build(args: ServeArguments):
     )
 
 
-def load_models(name: str | None, given: Sequence[str], *, in_4bit: bool, trust_remote_code: bool) -> tuple:
-    """Patient (`None` is that of the controlled world), tokenizer, and doctors by name, from NAME=PATH each."""
-    patient, tokenizer = load_patient(name, in_4bit=in_4bit, trust_remote_code=trust_remote_code, device_map="auto")
-    doctors = {}
-    for text in given:
-        label, separator, path = text.partition("=")
-        if not separator or not label or label in doctors:
-            raise ValueError(f"`--doctor` must be NAME=PATH, each name once. Got {text!r}")
-        doctors[label] = load_doctor(path, with_value_head=False, device_map={"": patient.device}).eval()
-        check_same_tokenizer(tokenizer, AutoTokenizer.from_pretrained(path), names=("patient", label))
-    return patient, tokenizer, doctors
-
-
 def run(arguments: Sequence[str]) -> int:
     """Serve until interrupted."""
     (args,) = Parser(ServeArguments, "serve", "Serve a patient and its doctors.").parse(arguments)
     app = build(args)
     import uvicorn
 
-    torch.set_grad_enabled(False)
     uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
     return 0

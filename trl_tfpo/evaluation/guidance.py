@@ -206,8 +206,8 @@ def evaluate_guidance(
     Returns:
         `dict`: means `reward`, `kl` (nats per completion), `num_tokens` and `is_complete` with their standard errors
         `reward_se` and `kl_se`, `entropy` (nats per token), `distinct_4` over the words of all texts, and, one entry for
-        each completion, `completions`, `rewards` and `kls`. A standard error is taken over prompts, whose samples are not independent
-        of one another; over the samples, if there is one prompt.
+        each completion, `completions`, `rewards` and `kls`. A standard error is taken over prompts, whose samples are
+        not independent of one another; over the samples, if there is one prompt.
 
     Raises:
         `ValueError`: when there is not one finite reward for each completion, or the temperature is not 1.

@@ -21,13 +21,13 @@ Shapes: S seeds, P prompts, N samples of each.
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+from ..atomic import written_whole
 from .bootstrap import mean_with_interval
 from .completions import Completion, Prompt, by_prompt, text_of
 from .diversity import distinct_n, self_similarity
@@ -56,20 +56,9 @@ class Report:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the report as JSON: the whole file, or none."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-        try:
-            with open(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        with written_whole(path) as part:
+            part.write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Report":

@@ -29,6 +29,7 @@ from jinja2 import TemplateError
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException
 
+from ..tokenization import tokenize_prompt
 from .engine import Engine, Generation
 from .protocol import ChatRequest, TextRequest
 
@@ -86,9 +87,11 @@ def make_app(engine: Engine, *, model_name: str, api_key: str | None = None) -> 
         size = request.headers.get("content-length")
         if response is None and request.method == "POST":
             if size is None or not size.isdigit():
-                response = _error(411, "A request must say its length.")
+                response = _error(411, "A request must say its length. Got none; send `Content-Length`.")
             elif int(size) > engine.limits.max_bytes:
-                response = _error(413, f"A request must have at most {engine.limits.max_bytes} bytes. Got {size}.")
+                response = _error(
+                    413, f"A request must have at most {engine.limits.max_bytes} bytes. Got {size}; shorten it."
+                )
         response = response or await call_next(request)
         route = request.scope.get("route")
         requests.labels(path=getattr(route, "path", "other"), status=response.status_code).inc()
@@ -125,9 +128,7 @@ def make_app(engine: Engine, *, model_name: str, api_key: str | None = None) -> 
     async def chat(body: ChatRequest, request: Request):
         messages = [message.model_dump(exclude_none=True) for message in body.messages]
         try:
-            prompt_ids = engine.processing_class.apply_chat_template(
-                messages, add_generation_prompt=True, return_dict=False
-            )
+            prompt_ids = tokenize_prompt(messages, engine.processing_class)
         except (TemplateError, ValueError) as error:
             raise ApiError(400, f"The conversation must fit the chat template. Got an error: {error}") from error
         num_top = body.top_logprobs if body.logprobs else 0
@@ -136,7 +137,7 @@ def make_app(engine: Engine, *, model_name: str, api_key: str | None = None) -> 
 
     @app.post("/v1/completions")
     async def complete(body: TextRequest, request: Request):
-        prompt_ids = engine.processing_class(body.prompt)["input_ids"]
+        prompt_ids = tokenize_prompt(body.prompt, engine.processing_class)
         wanted = body.logprobs is not None
         return await answer(
             body, request, prompt_ids, body.max_tokens or 16, body.logprobs or 0, wanted, "text_completion"
@@ -150,9 +151,9 @@ def make_app(engine: Engine, *, model_name: str, api_key: str | None = None) -> 
                 404, f"The model must be {model_name!r}. Got {body.model!r}; see `/v1/models`.", "not_found_error"
             )
         if body.n > limits.max_choices:
-            raise ApiError(400, f"`n` must be at most {limits.max_choices}. Got {body.n}.")
+            raise ApiError(400, f"`n` must be at most {limits.max_choices}. Got {body.n}; ask again for more.")
         if limit is not None and limit > limits.max_new_tokens:
-            raise ApiError(400, f"`max_tokens` must be at most {limits.max_new_tokens}. Got {limit}.")
+            raise ApiError(400, f"`max_tokens` must be at most {limits.max_new_tokens}. Got {limit}; lower it.")
         loop, events = asyncio.get_running_loop(), asyncio.Queue()
 
         def listener(index: int):
@@ -241,9 +242,13 @@ def make_app(engine: Engine, *, model_name: str, api_key: str | None = None) -> 
         whole = [{"text": "", "tokens": []} for _ in generations]
         async for index, event in all_events():
             if event.get("finish_reason") == "timeout":
-                raise ApiError(504, f"A completion must end within {limits.max_seconds} seconds.", "timeout_error")
+                raise ApiError(
+                    504,
+                    f"A completion must end within {limits.max_seconds} seconds; lower `max_tokens`.",
+                    "timeout_error",
+                )
             if event.get("finish_reason") in ("error", "cancelled"):
-                raise ApiError(500, "The completion ended early.", "server_error")
+                raise ApiError(500, "The completion ended early; try again.", "server_error")
             whole[index]["text"] += event.get("text", "")
             whole[index]["tokens"] += event.get("tokens", [])
             if "finish_reason" in event:
@@ -283,5 +288,4 @@ def _logprobs(processing_class, tokens: list[dict], kind: str) -> dict:
         "tokens": [x["token"] for x in entries],
         "token_logprobs": [x["logprob"] for x in entries],
         "top_logprobs": [{(y := entry(*best))["token"]: y["logprob"] for best in x["top"]} for x in tokens],
-        "text_offset": [],
     }

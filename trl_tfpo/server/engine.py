@@ -19,6 +19,7 @@ Shapes: B rows, L tokens so far (left padding included), V vocabulary. A thread 
 all that others touch is the queue.
 """
 
+import logging
 import queue
 import threading
 import time
@@ -29,11 +30,16 @@ from dataclasses import dataclass, field
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
+from transformers.generation import TopPLogitsWarper
 
 from ..doctors import check_is_doctor
+from ..evaluation.completions import pad
 from ..functional import guided_logps
 from ..guided_flow import GUIDANCE, is_guidance
 from ..tokenization import eos_token_ids
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -114,17 +120,15 @@ class Row:
         self.generator = torch.Generator()
         self.generator.manual_seed(generation.seed) if generation.seed is not None else self.generator.seed()
 
-    def sample(self, logps: torch.Tensor) -> tuple[int, torch.Tensor]:
-        """The next token and the log-probabilities (V,) of the policy it is from."""
+    def sample(self, logps: torch.Tensor) -> int:
+        """The next token, given the log-probabilities (V,) of the guided policy."""
         generation = self.generation
         if generation.temperature == 0:
-            return int(logps.argmax()), logps
-        policy = (logps / generation.temperature).softmax(dim=-1)
+            return int(logps.argmax())
+        scores = logps[None] / generation.temperature
         if generation.top_p < 1:
-            sorted_probs, order = policy.sort(descending=True)
-            is_tail = sorted_probs.cumsum(dim=-1) - sorted_probs >= generation.top_p
-            policy = policy.scatter(0, order, sorted_probs.masked_fill(is_tail, 0))
-        return int(policy.multinomial(1, generator=self.generator)), logps
+            scores = TopPLogitsWarper(generation.top_p)(None, scores)
+        return int(scores.softmax(dim=-1).multinomial(1, generator=self.generator))
 
 
 class Engine:
@@ -245,9 +249,10 @@ class Engine:
             try:
                 with torch.inference_mode():
                     self._step()
-            except Exception as error:  # a request must end, whatever happened to the batch it was in
+            except Exception:  # a request must end, whatever happened to the batch it was in
+                logger.exception("A step failed, and %d completions with it", len(self._rows) + len(self._joining))
                 for row in [*self._rows, *self._joining]:
-                    self._finish(row, "error", error=f"{type(error).__name__}: {error}")
+                    self._finish(row, "error")
                 self._rows, self._joining, self.num_rows = [], [], 0
 
     def _welcome(self) -> None:
@@ -284,7 +289,7 @@ class Engine:
         self.num_tokens += len(rows)
         stays = [
             not self._take(row, token, logps, patient)
-            for row, (token, logps), patient in zip(rows, tokens, self._logits[0], strict=True)
+            for row, token, logps, patient in zip(rows, tokens, guided, self._logits[0], strict=True)
         ]
         stays = [stay and not self._is_over(row) for row, stay in zip(rows, stays, strict=True)]
         if not all(stays):
@@ -299,14 +304,11 @@ class Engine:
 
     def _join(self, joining: list[Row]) -> None:
         """Read the prompts, and put their states below those of the others."""
-        prompts = [row.generation.prompt_ids for row in joining]
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
-        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        ids, mask = pad([row.generation.prompt_ids for row in joining], padding_side="left", device="cpu")
         caches = [DynamicCache() for _ in self.models]
         logits = [self._read(model, cache, ids, mask) for model, cache in zip(self.models, caches, strict=True)]
         if self._rows:
-            size = max(self._mask.size(1), longest)
+            size = max(self._mask.size(1), mask.size(1))
             caches = [_stack(a, b, size) for a, b in zip(self._caches, caches, strict=True)]
             mask = torch.cat([_widen(self._mask, size, dim=1), _widen(mask, size, dim=1)])
             logits = [torch.cat(pair) for pair in zip(self._logits, logits, strict=True)]
@@ -374,11 +376,11 @@ class Engine:
         tokens, row.held = row.held, []
         row.generation.on_event({"text": piece, "tokens": tokens})
 
-    def _finish(self, row: Row, reason: str, text: str | None = None, error: str | None = None) -> bool:
+    def _finish(self, row: Row, reason: str, text: str | None = None) -> bool:
+        """Send the end, after what is left of the text; True, as the row is over."""
         if text is not None and (len(text) > row.num_shown or row.held):
             self._show(row, text)
-        event = {"finish_reason": reason, "num_tokens": len(row.ids), "error": error}
-        row.generation.on_event(event)
+        row.generation.on_event({"finish_reason": reason, "num_tokens": len(row.ids)})
         return True
 
     def _is_over(self, row: Row) -> bool:

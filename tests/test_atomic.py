@@ -1,0 +1,49 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Whole or not there: what a write that fails, or one that succeeds, leaves behind."""
+
+import pytest
+
+from trl_tfpo.atomic import written_whole
+
+
+def test_a_file_is_replaced_whole_or_left_alone(tmp_path):
+    """Half a dataset reads like a whole one, and the one that was there before is gone."""
+    path = tmp_path / "new" / "rows.jsonl"
+    with written_whole(path) as part:
+        part.write_text("first")
+        assert not path.exists()
+    with pytest.raises(RuntimeError), written_whole(path) as part:
+        part.write_text("sec")
+        raise RuntimeError
+    assert path.read_text() == "first"
+    with written_whole(path) as part:
+        part.write_text("second")
+    assert path.read_text() == "second" and [x.name for x in path.parent.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_folder_is_replaced_whole_or_left_alone(tmp_path):
+    """Files of an older, larger dataset that stay behind would be read as part of the new one."""
+    path = tmp_path / "folder"
+    for names in (["a", "b"], ["c"]):
+        with written_whole(path) as part:
+            part.mkdir()
+            for name in names:
+                (part / name).touch()
+    with pytest.raises(RuntimeError), written_whole(path) as part:
+        part.mkdir()
+        (part / "d").touch()
+        raise RuntimeError
+    assert [x.name for x in path.iterdir()] == ["c"] and [x.name for x in tmp_path.iterdir()] == ["folder"]

@@ -1,0 +1,51 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Files and folders that are whole or not there, whatever happens while they are written."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def written_whole(path: str | os.PathLike) -> Iterator[Path]:
+    """
+    Something to write instead of `path`, whose place it takes when all went well; otherwise nothing is left of it.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            A file or a folder, which is replaced if it exists. Its parents are made.
+
+    Yields:
+        `Path`: where to write the file, or to make the folder.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part, old = (path.with_name(f"{path.name}.{os.getpid()}.{end}") for end in ("part", "old"))
+    try:
+        yield part
+        if part.is_file():
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())
+        elif path.is_dir():  # a folder is not replaced in one step: the old one steps aside
+            os.replace(path, old)
+        os.replace(part, path)
+    finally:
+        for rest in (part, old):
+            if rest.is_dir():
+                shutil.rmtree(rest)
+            rest.unlink(missing_ok=True)
