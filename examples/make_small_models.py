@@ -32,7 +32,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
-from trl_tfpo.cli.files import read_dataset
+from trl_tfpo.cli.files import read_split
 
 
 def make_tokenizer(texts, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -69,7 +69,7 @@ def make_llama(tokenizer: PreTrainedTokenizerFast, hidden_size: int, num_layers:
 
 
 def main(dataset_name: str, split: str, output_dir: str, vocab_size: int, seed: int) -> None:
-    dataset = read_dataset(dataset_name, None, False)[split]
+    dataset = read_split(dataset_name, split)
     tokenizer = make_tokenizer((row["chosen"] for row in dataset), vocab_size)
     set_seed(seed)
     for name, hidden_size, num_layers in (("patient", 128, 4), ("doctor", 64, 2)):
