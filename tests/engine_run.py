@@ -99,6 +99,7 @@ def run(folder: Path, output: Path, job: str) -> None:
             "seen": seen,
             "engine": trainer.accelerator.distributed_type.value,
             "is_sharded": is_sharded(trainer.model),
+            "patient_is_sharded": method == "guided" and is_sharded(trainer.patient_model),
         }
         (output / f"{job}.json").write_text(json.dumps(report), encoding="utf-8")
 
@@ -112,4 +113,5 @@ if __name__ == "__main__":
     for job in sys.argv[3:]:
         run(Path(sys.argv[1]), Path(sys.argv[2]), job)
     if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # one that leaves while the other writes may abort as well
         torch.distributed.destroy_process_group()  # its threads, alive at exit, may abort the process

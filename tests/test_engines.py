@@ -110,6 +110,7 @@ def test_engine_equals_one_process(one_process, tmp_path, engine, jobs):
         seen = report(tmp_path, job)
         assert seen["engine"] == {"d": "MULTI_CPU", "z": "DEEPSPEED", "f": "FSDP"}[engine[0]]
         assert seen["is_sharded"] == (engine in ("zero3", "fsdp2"))
+        assert seen["patient_is_sharded"] == (seen["is_sharded"] and method == "guided")
 
         found, expected = steps(tmp_path, job), steps(one_process / "one", method)
         assert len(found) == len(expected) == 3

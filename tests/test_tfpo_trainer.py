@@ -149,7 +149,8 @@ class TestTraining:
             faces=FACES,
         )
         trainer.train()
-        assert trainer.patient_model == str(tmp_path / "patient")
+        assert trainer.patient_model.name == str(tmp_path / "patient")
+        assert "loaded" not in vars(trainer.patient_model)  # let go
         trainer.evaluate(trainer.train_dataset)
 
     @pytest.mark.parametrize("reference_weight", [0.0, 1.0])
@@ -177,6 +178,50 @@ class TestTraining:
             for name, one in weights[0].items():
                 torch.testing.assert_close(one, others[name], rtol=1e-4, atol=1e-5)
         assert subtb[1] == pytest.approx(subtb[0], rel=1e-4) and subtb[2] == pytest.approx(subtb[0], rel=1e-4)
+
+    @pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
+    def test_batches_of_like_lengths(self, annotated, tokenizer, tmp_path, strategy):
+        """
+        Preference data have lengths from ten to a thousand: at random, half of what is computed is padding. Batches of
+        different numbers of pairs must not change what an optimizer step learns.
+        """
+
+        def lengthen(row, index):
+            prompt_ids = row["prompt_ids"] * (1 + index % 4)
+            return {**row, "prompt_ids": prompt_ids}
+
+        dataset = annotated.map(lengthen, with_indices=True)
+
+        def train(strategy, batch_size, accumulation):
+            trainer = TFPOTrainer(
+                model=make_llama(2),
+                args=config(
+                    tmp_path,
+                    per_device_train_batch_size=batch_size,
+                    gradient_accumulation_steps=accumulation,
+                    train_sampling_strategy=strategy,
+                    max_steps=-1,
+                    num_train_epochs=1,
+                    optim="sgd",
+                ),
+                train_dataset=dataset,
+                processing_class=tokenizer,
+            )
+            batches = []
+            collate = trainer.data_collator
+            trainer.data_collator = lambda rows: batches.append(rows) or collate(rows)
+            trainer.train()
+            assert sorted(row["prompt_ids"] + row["chosen_ids"] for rows in batches for row in rows) == sorted(
+                row["prompt_ids"] + row["chosen_ids"] for row in dataset
+            )
+            padded = sum(collate(rows)["attention_mask"].numel() for rows in batches)
+            return trainer.model.state_dict(), padded
+
+        weights, padded = train(strategy, 2, 4)
+        assert padded < 0.95 * train("random", 2, 4)[1]
+        if strategy == "batch_rebalance":  # which moves pairs only within a step
+            for name, one in train(strategy, 8, 1)[0].items():
+                torch.testing.assert_close(one, weights[name], rtol=1e-4, atol=1e-5)
 
     def test_an_objective_of_ones_own(self, annotated, doctor, tokenizer, tmp_path):
         """The researcher's door: the trainer holds no mathematics."""

@@ -16,6 +16,8 @@
 
 import copy
 
+import datasets
+import huggingface_hub
 import oracles
 import pytest
 import torch
@@ -24,7 +26,8 @@ from conftest import conversational_rows, make_llama
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from trl_tfpo import Faces, annotate_token_rewards
+from trl_tfpo import Faces, annotate_token_rewards, named_model
+from trl_tfpo.named_model import NamedModel
 from trl_tfpo.scoring import model_fingerprint
 from trl_tfpo.shards import SHARD_SIZE
 from trl_tfpo.token_rewards import annotation_settings
@@ -122,6 +125,41 @@ def test_a_patient_by_path_gives_the_same(preferences, patient, tokenizer, tmp_p
     by_path = annotate_token_rewards(preferences, str(tmp_path), tokenizer, faces=FACES)
     by_model = annotate_token_rewards(preferences, patient, tokenizer, faces=FACES)
     assert by_path["chosen_token_rewards"] == by_model["chosen_token_rewards"]
+
+
+def test_a_patient_by_name_is_loaded_once_for_a_dataset(patient, tokenizer, tmp_path, monkeypatch):
+    """Minutes of loading 70B parameters, to find that there is nothing left to ask; or the rewards of other weights."""
+    loads = []
+    load_model = named_model.load_model
+    monkeypatch.setattr(
+        named_model, "load_model", lambda *args, **kwargs: loads.append(1) or load_model(*args, **kwargs)
+    )
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--org--patient" / "snapshots" / ("0" * 40)
+    folder.mkdir(parents=True)
+    (folder.parents[1] / "refs").mkdir()
+    (folder.parents[1] / "refs" / "main").write_text("0" * 40)
+    for path in (tmp_path / "patient", folder):
+        patient.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+    rows = Dataset.from_list(conversational_rows())
+
+    def annotate(name, **settings):
+        return annotate_token_rewards(rows, NamedModel(name, dtype="auto", **settings), tokenizer, faces=FACES)[
+            "chosen_gaps"
+        ]
+
+    first = annotate(str(tmp_path / "patient"))
+    assert annotate(str(tmp_path / "patient")) == first and len(loads) == 1
+    annotate(str(tmp_path / "patient"), attn_implementation="eager")
+    assert len(loads) == 2
+    with torch.no_grad():
+        patient.lm_head.weight.mul_(2)
+    patient.save_pretrained(tmp_path / "patient")
+    assert annotate(str(tmp_path / "patient")) != first and len(loads) == 3
+    for _ in range(2):
+        assert annotate("org/patient") == first and len(loads) == 4
 
 
 def test_another_patient_or_setting_is_not_served_from_the_cache(patient, tokenizer, tmp_path):

@@ -26,6 +26,7 @@ from dataclasses import replace
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import fsdp2_prepare_model
 from torch._subclasses.fake_tensor import FakeTensorMode  # tensors without values; public only inside torch.compile
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode  # documented under this name only
@@ -33,6 +34,7 @@ from torch.utils._pytree import tree_leaves  # the same
 from transformers import PreTrainedModel
 from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.utils import ModelOutput
+from trl.models.utils import prepare_deepspeed
 from trl.trainer import add_fused_lm_head
 from trl.trainer import utils as trl_utils
 from trl.trainer.base_config import _BaseConfig  # defaults and help texts shared by all TRL configs
@@ -56,6 +58,9 @@ __all__ = [
     "keep_output_precision",
     "labelled_logits",
     "load_model",
+    "load_shared_out",
+    "share_out",
+    "shares_out",
     "tree_leaves",
     "unsharded",
     "unwrap_peft",
@@ -130,6 +135,33 @@ def load_model(name: str, **init_kwargs) -> PreTrainedModel:
         init_kwargs.setdefault("device_map", {"": state.device})  # "auto" would spread each over the devices of all
     with unsharded():
         return create_model_from_path(name, **init_kwargs)
+
+
+def load_shared_out(name: str, **init_kwargs) -> PreTrainedModel:
+    """
+    A model by name or path, on its way to [`share_out`]: under ZeRO-3 each process reads its part, and none holds the
+    whole; under FSDP2 it is whole in the memory of the CPU.
+    """
+    return create_model_from_path(name, **{"use_safetensors": True} | init_kwargs | {"device_map": None})
+
+
+def shares_out(accelerator: Accelerator) -> bool:
+    """Whether the engine shares out the parameters of models between processes: DeepSpeed ZeRO-3 and FSDP2 do."""
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    return accelerator.is_fsdp2 or (plugin is not None and plugin.zero_stage == 3)
+
+
+def share_out(model: PreTrainedModel, accelerator: Accelerator) -> torch.nn.Module:
+    """
+    A frozen model as the engine holds models, each process its part, to be read by all at the same time.
+
+    Accelerate prepares no model for FSDP2 without an optimizer, and TRL wraps it as a whole, so that all of it is
+    gathered at once.
+    """
+    model.requires_grad_(False)
+    if accelerator.is_fsdp2:
+        return fsdp2_prepare_model(accelerator, model).eval()
+    return prepare_deepspeed(model, accelerator)
 
 
 def adapter_layers(model: torch.nn.Module) -> list[torch.nn.Module]:

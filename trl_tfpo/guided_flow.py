@@ -28,10 +28,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate import Accelerator
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from ._compat import inference, labelled_logits, unwrap_peft
+from ._compat import inference, labelled_logits, load_shared_out, share_out, shares_out, unwrap_peft
+from .named_model import NamedModel
 
 
 if TYPE_CHECKING:
@@ -68,6 +70,34 @@ def start_guidance(model: PreTrainedModel) -> None:
 def is_guidance(model: "PreTrainedModel | PeftModel") -> bool:
     """Whether the model is a doctor of guided flow, trained or about to be."""
     return bool(getattr(unwrap_peft(model).config, "guidance", None))
+
+
+def keep_patient(patient: PreTrainedModel | NamedModel, accelerator: Accelerator) -> torch.nn.Module:
+    """
+    The patient next to the doctor: shared out between the processes where the engine shares out the doctor (ZeRO-3,
+    FSDP2), otherwise whole in each. Quantized, or spread over devices, it stays as it is.
+
+    Args:
+        patient ([`~transformers.PreTrainedModel`] or [`~trl_tfpo.named_model.NamedModel`]):
+            The frozen model. One that has not been loaded yet is loaded in parts under ZeRO-3.
+        accelerator ([`~accelerate.Accelerator`]):
+            Of the training.
+
+    Returns:
+        `torch.nn.Module`: what [`read_patient`] reads, in all processes at the same time.
+    """
+    if isinstance(patient, NamedModel):
+        if (
+            shares_out(accelerator)
+            and "loaded" not in vars(patient)
+            and "quantization_config" not in patient.init_kwargs
+        ):
+            return share_out(load_shared_out(patient.name, **patient.init_kwargs), accelerator)
+        patient = patient.loaded
+    is_spread = len(set(getattr(patient, "hf_device_map", {}).values())) > 1
+    if getattr(patient, "is_quantized", False) or is_spread:
+        return patient
+    return share_out(patient, accelerator) if shares_out(accelerator) else patient.to(accelerator.device)
 
 
 def read_patient(

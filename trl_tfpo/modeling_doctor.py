@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput, cached_file
 from trl.trainer import add_fused_lm_head
 
-from ._compat import fused_logps, is_peft_model, labelled_logits, load_model, unwrap_peft
+from ._compat import fused_logps, is_peft_model, labelled_logits, unwrap_peft
 from .functional import guided_logps
 from .guided_flow import is_guidance, load_guidance, start_guidance
 
@@ -180,40 +180,6 @@ def guided_token_logps(logits: torch.Tensor, patient_logits: torch.Tensor, label
     guided = guided_logps(patient_logits=patient_logits[:, :size], doctor_logits=[logits[:, :size]], beta=[1.0])
     log_probs = guided.gather(1, labels[:, 1:][has_label][:, None]).squeeze(1)  # (N,)
     return log_probs.new_zeros(has_label.shape).masked_scatter(has_label, log_probs)
-
-
-def resolve_model(
-    model: str | PreTrainedModel, name: str, quantization_config: BitsAndBytesConfig | None = None, **init_kwargs
-) -> PreTrainedModel:
-    """
-    A model given by name or path, loaded; a model as it is.
-
-    Args:
-        model (`str` or [`~transformers.PreTrainedModel`]):
-            The model.
-        name (`str`):
-            What a message calls it.
-        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
-            For a model given by name.
-        init_kwargs:
-            Keyword arguments of `from_pretrained`, likewise.
-
-    Returns:
-        [`~transformers.PreTrainedModel`]
-
-    Raises:
-        `ValueError`: when a model that is loaded already is to be quantized.
-    """
-    if isinstance(model, str):
-        if quantization_config is not None:
-            init_kwargs["quantization_config"] = quantization_config
-        return load_model(model, **init_kwargs)
-    if quantization_config is not None:
-        raise ValueError(
-            f"A quantization config applies to a `{name}` given by name or path. Got a loaded {type(model).__name__}; "
-            "quantize it when you load it."
-        )
-    return model
 
 
 def make_doctor(

@@ -23,7 +23,6 @@ import torch
 from datasets import Dataset
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -31,10 +30,11 @@ from transformers import (
 )
 from trl.trainer import disable_dropout_in_model
 
-from ._compat import unsharded, unwrap_peft
+from ._compat import unwrap_peft
 from .activation_memory import peak_activations, reads_branches
 from .faces import Faces, resolve_faces
 from .modeling_doctor import make_doctor
+from .named_model import model_without_weights
 from .reference import REFERENCE_COLUMNS
 from .shards import SHARD_SIZE
 from .tfpo_config import TFPOConfig
@@ -379,19 +379,14 @@ def training_plan(
 def _empty_model(
     source: str | PreTrainedConfig, init_kwargs: dict | None, default_dtype: str, args: TFPOConfig
 ) -> PreTrainedModel:
-    """The model that would be loaded, on the meta device. Its attention is SDPA, whatever will be used."""
+    """The model that would be loaded, on the meta device."""
     init_kwargs = init_kwargs or {}
     if isinstance(source, str):
         source = AutoConfig.from_pretrained(
             source, revision=init_kwargs.get("revision"), trust_remote_code=args.trust_remote_code
         )
     dtype = init_kwargs.get("dtype", default_dtype)
-    if dtype in ("auto", None):
-        dtype = source.get_text_config().dtype or torch.float32
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype)
-    with unsharded(), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(source, dtype=dtype, trust_remote_code=args.trust_remote_code)
+    return model_without_weights(source, dtype, trust_remote_code=args.trust_remote_code)
 
 
 def _quantized(model: PreTrainedModel, config: BitsAndBytesConfig | None) -> set[int]:

@@ -14,7 +14,6 @@
 
 """Training a doctor: preference pairs in, a small model that can guide the patient out."""
 
-import gc
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable
@@ -46,8 +45,9 @@ from ._compat import (
 )
 from .data_collator import TokenRewardCollator
 from .faces import Faces
-from .guided_flow import read_patient, save_guidance
-from .modeling_doctor import DOCTOR_CARD, make_doctor, resolve_model, set_head_learning_rate
+from .guided_flow import keep_patient, read_patient, save_guidance
+from .modeling_doctor import DOCTOR_CARD, make_doctor, set_head_learning_rate
+from .named_model import NamedModel, resolve_model
 from .objective import describe_batch, tfpo_objective
 from .reference import REFERENCE_COLUMNS, add_reference_logps
 from .scoring import model_fingerprint
@@ -59,6 +59,7 @@ from .tokenization import (
     check_some_completion_ends,
     eos_token_ids,
     resolve_processing_class,
+    row_lengths,
     tokenize_preferences,
 )
 from .tokenizer_identity import check_embeddings
@@ -82,7 +83,7 @@ class TFPOTrainer(_BaseTrainer):
             The doctor: a causal language model with the patient's tokenizer, or its name or path.
         patient_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
             Frozen language model that gives token rewards to datasets without them. Not needed, and not kept, once
-            the datasets are annotated; but kept in each process, and read for each batch, for `policy="guided"`.
+            the datasets are annotated; but kept, and read for each batch, for `policy="guided"`.
         args ([`TFPOConfig`], *optional*):
             Settings. Defaults to `TFPOConfig("<model name>-TFPO")`.
         data_collator ([`~transformers.DataCollator`], *optional*):
@@ -187,6 +188,7 @@ class TFPOTrainer(_BaseTrainer):
         defaults = {"device_map": None} if args.distributed_state.num_processes > 1 else {}  # the engine places it
         defaults["trust_remote_code"] = args.trust_remote_code
         model = resolve_model(model, "model", quantization_config, **defaults | (args.model_init_kwargs or {}))
+        model = model.loaded if isinstance(model, NamedModel) else model
         if model.config.is_encoder_decoder:
             raise ValueError(
                 f"The doctor must be a causal language model. Got the encoder-decoder {type(model).__name__}; use a "
@@ -239,17 +241,23 @@ class TFPOTrainer(_BaseTrainer):
             )
 
         # Dataset
-        self.patient_model = patient_model
-        self._patient_name = patient_model if isinstance(patient_model, str) else None
-        self._patient_quantization_config = patient_quantization_config
+        defaults = {"dtype": "auto", "trust_remote_code": args.trust_remote_code}
+        self.patient_model = resolve_model(
+            patient_model,
+            "patient_model",
+            patient_quantization_config,
+            **defaults | (args.patient_model_init_kwargs or {}),
+        )
         self._eos_token_ids = eos_token_ids(processing_class, model)
         train_dataset = self._annotate(train_dataset, processing_class, args)
         eval_dataset = self._annotate(eval_dataset, processing_class, args)
         check_some_completion_ends(train_dataset, self._eos_token_ids)
         if args.policy == "guided":
-            self._keep_patient(processing_class, args)
+            self._check_has_patient()
+        elif isinstance(self.patient_model, NamedModel):
+            self.patient_model.let_go()
         else:
-            self._free_patient()
+            self.patient_model = None
 
         # Trainer
         super().__init__(
@@ -270,6 +278,9 @@ class TFPOTrainer(_BaseTrainer):
             )
 
         keep_output_precision(self.accelerator)
+        if args.policy == "guided":
+            check_patient(self.patient_model, processing_class)
+            self.patient_model = keep_patient(self.patient_model, self.accelerator)
 
         # Reference log-probabilities
         self._has_reference = args.reference_weight > 0 and args.policy == "doctor"  # otherwise the patient, if any
@@ -281,40 +292,6 @@ class TFPOTrainer(_BaseTrainer):
         self._metrics = {"train": defaultdict(float), "eval": defaultdict(float)}  # sums over pairs
         self._metric_key_prefix = "eval"
         self.model.add_model_tags(self._tag_names)
-
-    # Models
-
-    def _get_patient(self, args: TFPOConfig) -> PreTrainedModel:
-        """The patient, loaded when it is first needed."""
-        if self.patient_model is None:
-            raise ValueError(
-                "A dataset without token rewards needs a patient to annotate it, and so does `policy='guided'`. Got "
-                f"`patient_model=None`; pass one, or a dataset with the columns {ID_COLUMNS + REWARD_COLUMNS} from "
-                "`annotate_token_rewards`. A patient given as a model is let go once the datasets given with it are "
-                "annotated."
-            )
-        defaults = {"dtype": "auto", "trust_remote_code": args.trust_remote_code}
-        self.patient_model = resolve_model(
-            self.patient_model,
-            "patient_model",
-            self._patient_quantization_config,
-            **defaults | (args.patient_model_init_kwargs or {}),
-        )
-        return self.patient_model
-
-    def _keep_patient(self, processing_class: PreTrainedTokenizerBase, args: TFPOConfig) -> None:
-        """Load the patient, whole in each process, next to the doctor."""
-        patient = self._get_patient(args)
-        check_patient(patient, processing_class)
-        if not getattr(patient, "is_quantized", False) and not hasattr(patient, "hf_device_map"):
-            patient.to(args.device)
-
-    def _free_patient(self) -> None:
-        """Let the patient go; one given by name can be loaded again."""
-        self.patient_model = self._patient_name
-        gc.collect()
-        if torch.accelerator.is_available():
-            torch.accelerator.empty_cache()
 
     # Data
 
@@ -361,9 +338,10 @@ class TFPOTrainer(_BaseTrainer):
                 "A dataset without token rewards needs `faces` to be annotated. Got None; pass "
                 "`Faces(positive=..., negative=...)` or the name of a built-in pair."
             )
+        self._check_has_patient()
         return annotate_token_rewards(
             dataset,
-            self._get_patient(args),
+            self.patient_model,
             processing_class,
             faces=self.faces,
             reward_fn=self.reward_fn,
@@ -371,6 +349,15 @@ class TFPOTrainer(_BaseTrainer):
             drop_unusable=args.drop_unusable,
             batch_size=args.scoring_batch_size,
         )
+
+    def _check_has_patient(self) -> None:
+        if self.patient_model is None:
+            raise ValueError(
+                "A dataset without token rewards needs a patient to annotate it, and so does `policy='guided'`. Got "
+                f"`patient_model=None`; pass one, or a dataset with the columns {ID_COLUMNS + REWARD_COLUMNS} from "
+                "`annotate_token_rewards`. A patient given as a model is let go once the datasets given with it are "
+                "annotated."
+            )
 
     def _add_reference_logps(self, dataset: AnyDataset | None) -> AnyDataset | None:
         """The dataset with the log-probabilities of the doctor before training, cached."""
@@ -402,6 +389,14 @@ class TFPOTrainer(_BaseTrainer):
                 *FACE_COLUMNS,
                 *REFERENCE_COLUMNS,
             ]
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        name = self.args.length_column_name
+        minds_length = self.args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
+        if minds_length and isinstance(dataset, Dataset) and name not in dataset.column_names:
+            dataset = dataset.add_column(name, row_lengths(dataset))  # for the sampler only
+        return super()._get_train_sampler(dataset)
 
     def _prepare_inputs(self, inputs: dict) -> dict:
         # DeepSpeed's half precision would cast token rewards as well

@@ -25,8 +25,8 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from . import functional
-from ._compat import load_model
 from .faces import Faces, resolve_faces
+from .named_model import NamedModel, outline_of
 from .scoring import check_whole, model_fingerprint, score_completions
 from .shards import SHARD_SIZE, add_scores
 from .tokenization import FACE_COLUMNS, eos_token_ids, tokenize_preferences
@@ -40,7 +40,7 @@ SETTINGS_KEY = "trl_tfpo settings: "
 
 def annotate_token_rewards(
     dataset: Dataset | IterableDataset | DatasetDict | IterableDatasetDict,
-    patient: str | PreTrainedModel,
+    patient: str | PreTrainedModel | NamedModel,
     processing_class: PreTrainedTokenizerBase,
     *,
     faces: Faces | str,
@@ -64,8 +64,9 @@ def annotate_token_rewards(
     Args:
         dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`], or a dict of them):
             Any preference dataset of TRL: standard or conversational, with an explicit or implicit prompt.
-        patient (`str` or [`~transformers.PreTrainedModel`]):
-            Causal language model, or its name or path. Only read: never trained, its weights never change.
+        patient (`str`, [`~transformers.PreTrainedModel`] or [`~trl_tfpo.named_model.NamedModel`]):
+            Causal language model, or its name or path, or that with keyword arguments of `from_pretrained`. Only read:
+            never trained, its weights never change. One by name is not even loaded where all has been scored before.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the patient and of the doctor.
         faces ([`~trl_tfpo.faces.Faces`] or `str`):
@@ -111,13 +112,14 @@ def annotate_token_rewards(
     ```
     """
     if isinstance(patient, str):
-        patient = load_model(patient, dtype="auto")
+        patient = NamedModel(patient, dtype="auto")
     check_patient(patient, processing_class)
+    outline = outline_of(patient)
     settings = {
         "faces": vars(resolve_faces(faces)),
         "reward": describe(partial(reward_fn, **reward_settings)),
         "max_length": max_length,
-        "patient": patient.config._name_or_path,
+        "patient": outline.config._name_or_path,
         "tokenizer": tokenizer_fingerprint(processing_class),
     }
     if isinstance(dataset, dict):
@@ -139,7 +141,7 @@ def annotate_token_rewards(
         dataset,
         processing_class,
         faces=resolve_faces(faces),
-        eos_token_ids=eos_token_ids(processing_class, patient),
+        eos_token_ids=eos_token_ids(processing_class, outline),
         max_length=max_length,
         drop_unusable=drop_unusable,
     )
@@ -147,10 +149,11 @@ def annotate_token_rewards(
     if isinstance(dataset, IterableDataset):
         annotated = tokenized.map(score, batched=True, batch_size=SHARD_SIZE)
     else:
+        fingerprint = patient.fingerprint if isinstance(patient, NamedModel) else model_fingerprint(patient)
         annotated = add_scores(
             tokenized,
             score,
-            key=(model_fingerprint(patient), settings, reward_fn),
+            key=(fingerprint, settings, reward_fn),
             columns=REWARD_COLUMNS + GAP_COLUMNS,
             desc="Annotating token rewards",
         )
@@ -185,12 +188,13 @@ def check_annotated_for(dataset: Dataset | IterableDataset, processing_class: Pr
         )
 
 
-def check_patient(patient: PreTrainedModel, processing_class: PreTrainedTokenizerBase) -> None:
+def check_patient(patient: PreTrainedModel | NamedModel, processing_class: PreTrainedTokenizerBase) -> None:
     """Raise `ValueError` unless the patient is a whole causal language model for this tokenizer."""
     if isinstance(processing_class, ProcessorMixin):
         raise ValueError(
             "Token rewards are defined for text only. Got a multimodal processor; pass its `tokenizer` and a text dataset."
         )
+    patient = outline_of(patient)
     if patient.config.is_encoder_decoder:
         raise ValueError(
             "The patient must be a causal language model: its completion continues the prompt. Got the encoder-decoder "
@@ -219,11 +223,13 @@ def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
 def _score_pairs(
     batch: dict[str, list],
     *,
-    patient: PreTrainedModel,
+    patient: PreTrainedModel | NamedModel,
     reward_fn: Callable[..., torch.Tensor],
     batch_size: int,
 ) -> dict[str, list]:
     """Rewards and gaps of a batch of tokenized pairs."""
+    if isinstance(patient, NamedModel):
+        patient = patient.loaded
     rewards, gaps = score_token_rewards(batch, patient=patient, reward_fn=reward_fn, batch_size=batch_size)
     num_pairs = len(batch["prompt_ids"])
     rewards, gaps = [row.tolist() for row in rewards], [row.tolist() for row in gaps]

@@ -16,6 +16,7 @@
 
 import json
 
+import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import is_conversational, maybe_extract_prompt
@@ -187,6 +188,13 @@ def eos_token_ids(processing_class: PreTrainedTokenizerBase, model: PreTrainedMo
         from_model = model.generation_config.eos_token_id
         found += from_model if isinstance(from_model, list) else [from_model]
     return sorted({token_id for token_id in found if token_id is not None})
+
+
+def row_lengths(dataset: Dataset) -> list[int]:
+    """Tokens of the longer of the two rows that each tokenized pair makes."""
+    table = dataset.select_columns(ID_COLUMNS).with_format("arrow")[:]
+    prompt, chosen, rejected = (pc.list_value_length(table.column(name)) for name in ID_COLUMNS)
+    return pc.add(prompt, pc.max_element_wise(chosen, rejected)).to_pylist()
 
 
 def _template_arguments(example: dict) -> dict:

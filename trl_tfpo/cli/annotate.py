@@ -23,7 +23,7 @@ from accelerate import PartialState
 from ..faces import Faces
 from ..token_rewards import annotate_token_rewards
 from .files import check_output, read_split, write_dataset
-from .models import load_patient
+from .models import name_patient
 from .parser import Parser
 
 
@@ -88,19 +88,17 @@ def run(arguments: Sequence[str]) -> int:
         from ..testbed import load_world
 
         world = load_world()
-        patient, tokenizer = world.patient, world.tokenizer
+        patient, tokenizer = world.patient.to(state.device), world.tokenizer
         dataset = world.preference_dataset(args.world, num_pairs=args.num_pairs, seed=0)
         faces = world.attributes[args.world].faces
     else:
         dataset = read_split(args.dataset_name, args.dataset_split, args.dataset_config)
-        patient, tokenizer = load_patient(
+        patient, tokenizer = name_patient(
             args.patient_model_name_or_path,
             in_4bit=args.patient_load_in_4bit,
             in_8bit=args.patient_load_in_8bit,
             trust_remote_code=args.trust_remote_code,
         )
-    if not getattr(patient, "is_quantized", False):
-        patient.to(state.device)
     annotated = annotate_token_rewards(
         dataset,
         patient,

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .._compat import load_model
 from ..modeling_doctor import load_doctor
+from ..named_model import NamedModel
 from ..tokenizer_identity import check_same_tokenizer
 
 
@@ -30,19 +30,25 @@ def quantization(in_4bit: bool, in_8bit: bool = False) -> BitsAndBytesConfig | N
     return BitsAndBytesConfig(load_in_8bit=True) if in_8bit else None
 
 
-def load_patient(
-    name: str | None, *, in_4bit: bool = False, in_8bit: bool = False, trust_remote_code: bool = False, **settings
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def name_patient(
+    name: str, *, in_4bit: bool = False, in_8bit: bool = False, trust_remote_code: bool = False, **settings
+) -> tuple[NamedModel, PreTrainedTokenizerBase]:
+    """A patient that is not loaded yet, and its tokenizer."""
+    if quantized := quantization(in_4bit, in_8bit):
+        settings["quantization_config"] = quantized
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    return NamedModel(name, dtype="auto", trust_remote_code=trust_remote_code, **settings), tokenizer
+
+
+def load_patient(name: str | None, **settings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A patient in eval mode, and its tokenizer; without a name those of the controlled world."""
     if name is None:
         from ..testbed import load_world
 
         world = load_world()
         return world.patient, world.tokenizer
-    if quantized := quantization(in_4bit, in_8bit):
-        settings["quantization_config"] = quantized
-    patient = load_model(name, dtype="auto", trust_remote_code=trust_remote_code, **settings).eval()
-    return patient, AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    patient, tokenizer = name_patient(name, **settings)
+    return patient.loaded.eval(), tokenizer
 
 
 def load_models(name: str | None, given: Sequence[str], *, in_4bit: bool, trust_remote_code: bool) -> tuple:
