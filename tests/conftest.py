@@ -14,8 +14,11 @@
 
 """Tiny real models and data: built from a config in a second, no network, no weights."""
 
+import json
 import os
 import tempfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp(prefix="datasets-"))  # else scores of another day
@@ -106,3 +109,51 @@ def preferences():
 @pytest.fixture(autouse=True)
 def one_thread():
     torch.set_num_threads(1)
+
+
+class Endpoint(BaseHTTPRequestHandler):
+    """Prefers the response with more of "good", says A where it has no preference, and can be made to fail."""
+
+    def do_POST(self):
+        server = self.server
+        payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with server.lock:
+            server.requests.append((self.path, self.headers["Authorization"], payload))
+            status = server.failures.pop(0) if server.failures else 200
+        if status == "hang up":
+            return
+        if status == "slow":
+            server.wake.wait(5)
+        if isinstance(status, int) and status != 200:
+            self.send_response(status)
+            self.send_header("Retry-After", "0")
+            self.end_headers()
+            self.wfile.write(b"no")
+            return
+        question = payload["messages"][1]["content"]
+        counts = [
+            question.split(f"<response {name}>")[1].split(f"</response {name}>")[0].count("good") for name in "AB"
+        ]
+        verdict = "I cannot say." if "mute" in question else f"**Verdict: {'AB'[counts[1] > counts[0]]}**"
+        body = json.dumps({"choices": [{"message": {"content": f"Reasons.\n{verdict}"}}]}).encode()
+        if status == "garbage":
+            body = b"not JSON"
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def endpoint():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Endpoint) as server:
+        server.requests, server.failures, server.lock, server.wake = [], [], threading.Lock(), threading.Event()
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.wake.set()
+        server.shutdown()
+        thread.join()

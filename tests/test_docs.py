@@ -25,12 +25,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForSequenceClassification
 
 import trl_tfpo
+from trl_tfpo.testbed import load_world
 
 
 ROOT = Path(__file__).parents[1]
 MODULES = [module.name for module in pkgutil.walk_packages(trl_tfpo.__path__, "trl_tfpo.")]
+REWARD_MODEL = "Skywork/Skywork-Reward-V2-Qwen3-0.6B"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -52,11 +55,24 @@ def test_docstring_examples(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_snippets(page, tmp_path, monkeypatch):
-    """The snippets of a page form one script, run from top to bottom in the controlled world."""
+def test_python_snippets(page, tmp_path, monkeypatch, endpoint):
+    """
+    The snippets of a page form one script, run from top to bottom in the controlled world. What they name elsewhere is
+    here: a reward model in a folder, and an endpoint that judges.
+    """
     snippets = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    script = "\n".join(snippets).replace("http://localhost:8000/v1", f"http://127.0.0.1:{endpoint.server_port}/v1")
     monkeypatch.chdir(tmp_path)
-    exec(compile("\n".join(snippets), page.name, "exec"), {})
+    if REWARD_MODEL in script:
+        world = load_world()
+        world.doctor.save_pretrained(tmp_path / REWARD_MODEL)
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / REWARD_MODEL, num_labels=1)
+        model.config.pad_token_id = world.tokenizer.pad_token_id
+        model.save_pretrained(tmp_path / REWARD_MODEL)
+        world.tokenizer.save_pretrained(tmp_path / REWARD_MODEL)
+    exec(compile(script, page.name, "exec"), {})
+    assert bool(endpoint.requests) == ("ChatJudge(" in script)
+    assert "```py\n" not in page.read_text(encoding="utf-8")  # which would not be run
 
 
 def test_the_site_builds_without_a_broken_link(tmp_path):

@@ -433,6 +433,14 @@ class TestCheckpoints:
         trainer.train()
         card = (tmp_path / "README.md").read_text()
         assert "DoctorGuidedLogitsProcessor" in card and "2601.10416" in card and "tfpo" in card
+        for told in (
+            FACES.positive,
+            FACES.negative,
+            "`beta=0.5`",
+            '`reward_direction="agreement"`',
+            "`reward_temperature=0.125`",
+        ):
+            assert told in card, told
         assert json.loads((tmp_path / "checkpoint-4" / "config.json").read_text())["architectures"] == [
             "LlamaForCausalLM"
         ]

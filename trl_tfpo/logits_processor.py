@@ -40,6 +40,9 @@ from .trace import GuidanceTrace, TraceRecorder
 from .weights import Weight, check_weight, opposite_weight, remaining_weight, weight_at
 
 
+DEFAULT_BETA = 0.5
+
+
 class DoctorGuidedLogitsProcessor(LogitsProcessor):
     r"""
     Next-token distribution of the patient, guided by doctors: $\pi \propto \pi_{\text{patient}}^\alpha \prod_i
@@ -116,7 +119,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         self,
         doctor: PreTrainedModel | Doctor | Sequence[PreTrainedModel | Doctor],
         alpha: Weight | None = None,
-        beta: Weight | Sequence[Weight] = 0.5,
+        beta: Weight | Sequence[Weight] = DEFAULT_BETA,
         *,
         reference: PreTrainedModel | Doctor | Sequence[PreTrainedModel | Doctor | None] | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -195,7 +198,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         """
         names = [doctor] if isinstance(doctor, (str, os.PathLike)) else list(doctor)
         if beta is None:
-            beta = [load_guidance(name).get("beta", 0.5) for name in names]
+            beta = [load_guidance(name).get("beta", DEFAULT_BETA) for name in names]
         doctors = [load_doctor(name, with_value_head=False, **(model_init_kwargs or {})).eval() for name in names]
         return cls(doctors, alpha, beta, **settings)
 

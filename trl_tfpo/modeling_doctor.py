@@ -39,24 +39,6 @@ if TYPE_CHECKING:
 
 
 VALUE_HEAD = "value_head"
-DOCTOR_CARD = """
-
-## Use as a doctor
-
-This model guides a larger one with the same tokenizer, the patient, at decoding time:
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl_tfpo import DoctorGuidedLogitsProcessor
-
-patient = AutoModelForCausalLM.from_pretrained("<the patient>")
-tokenizer = AutoTokenizer.from_pretrained("<the patient>")
-
-inputs = tokenizer("How do I boil an egg?", return_tensors="pt")
-processor = DoctorGuidedLogitsProcessor.from_pretrained("{doctor}", attention_mask=inputs["attention_mask"])
-outputs = patient.generate(**inputs, logits_processor=[processor])
-```
-"""
 
 
 @dataclass

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.utils import set_seed
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
-from huggingface_hub import ModelCard
 from transformers import (
     BitsAndBytesConfig,
     EvalPrediction,
@@ -46,13 +45,21 @@ from ._compat import (
 from .data_collator import TokenRewardCollator
 from .faces import Faces
 from .guided_flow import keep_patient, read_patient, save_guidance
-from .modeling_doctor import DOCTOR_CARD, make_doctor, set_head_learning_rate
+from .hub import complete_model_card, save_custom_generate
+from .modeling_doctor import make_doctor, set_head_learning_rate
 from .named_model import NamedModel, resolve_model
 from .objective import describe_batch, tfpo_objective
 from .reference import REFERENCE_COLUMNS, add_reference_logps
 from .scoring import model_fingerprint
 from .tfpo_config import TFPOConfig
-from .token_rewards import GAP_COLUMNS, REWARD_COLUMNS, annotate_token_rewards, check_annotated_for, check_patient
+from .token_rewards import (
+    GAP_COLUMNS,
+    REWARD_COLUMNS,
+    annotate_token_rewards,
+    check_annotated_for,
+    check_given,
+    check_patient,
+)
 from .tokenization import (
     FACE_COLUMNS,
     ID_COLUMNS,
@@ -253,7 +260,7 @@ class TFPOTrainer(_BaseTrainer):
         eval_dataset = self._annotate(eval_dataset, processing_class, args)
         check_some_completion_ends(train_dataset, self._eos_token_ids)
         if args.policy == "guided":
-            self._check_has_patient()
+            check_given(self.patient_model)
         elif isinstance(self.patient_model, NamedModel):
             self.patient_model.let_go()
         else:
@@ -338,7 +345,7 @@ class TFPOTrainer(_BaseTrainer):
                 "A dataset without token rewards needs `faces` to be annotated. Got None; pass "
                 "`Faces(positive=..., negative=...)` or the name of a built-in pair."
             )
-        self._check_has_patient()
+        check_given(self.patient_model)
         return annotate_token_rewards(
             dataset,
             self.patient_model,
@@ -349,15 +356,6 @@ class TFPOTrainer(_BaseTrainer):
             drop_unusable=args.drop_unusable,
             batch_size=args.scoring_batch_size,
         )
-
-    def _check_has_patient(self) -> None:
-        if self.patient_model is None:
-            raise ValueError(
-                "A dataset without token rewards needs a patient to annotate it, and so does `policy='guided'`. Got "
-                f"`patient_model=None`; pass one, or a dataset with the columns {ID_COLUMNS + REWARD_COLUMNS} from "
-                "`annotate_token_rewards`. A patient given as a model is let go once the datasets given with it are "
-                "annotated."
-            )
 
     def _add_reference_logps(self, dataset: AnyDataset | None) -> AnyDataset | None:
         """The dataset with the log-probabilities of the doctor before training, cached."""
@@ -495,6 +493,7 @@ class TFPOTrainer(_BaseTrainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             save_guidance(self.model, output_dir or self.args.output_dir)
+            save_custom_generate(output_dir or self.args.output_dir)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
@@ -503,10 +502,8 @@ class TFPOTrainer(_BaseTrainer):
         super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
         if not self.is_world_process_zero():
             return
-        path = Path(self.args.output_dir) / "README.md"
-        card = ModelCard.load(path)
-        card.text += DOCTOR_CARD.format(doctor=self.hub_model_id or model_name or Path(self.args.output_dir).name)
-        card.save(path)
+        doctor = self.hub_model_id or model_name or Path(self.args.output_dir).name
+        complete_model_card(self.args, doctor=doctor, dataset=self.train_dataset)
 
     def _save_checkpoint(self, model, trial):
         name = self.args.hub_model_id or Path(self.args.output_dir).name

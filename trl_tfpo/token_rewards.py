@@ -29,7 +29,7 @@ from .faces import Faces, resolve_faces
 from .named_model import NamedModel, outline_of
 from .scoring import check_whole, model_fingerprint, score_completions
 from .shards import SHARD_SIZE, add_scores
-from .tokenization import FACE_COLUMNS, eos_token_ids, tokenize_preferences
+from .tokenization import FACE_COLUMNS, ID_COLUMNS, eos_token_ids, tokenize_preferences
 from .tokenizer_identity import check_embeddings, check_same_tokenizer, tokenizer_fingerprint
 
 
@@ -185,6 +185,17 @@ def check_annotated_for(dataset: Dataset | IterableDataset, processing_class: Pr
             "A dataset must be annotated with the doctor's tokenizer. Got token ids of another one (vocabulary "
             f"{settings['tokenizer'][:8]}, patient {settings.get('patient')!r}); annotate it again with this "
             "tokenizer, or use a doctor of the patient's family."
+        )
+
+
+def check_given(patient: PreTrainedModel | NamedModel | None) -> None:
+    """Raise `ValueError` when a training needs a patient and has none."""
+    if patient is None:
+        raise ValueError(
+            "A dataset without token rewards needs a patient to annotate it, and so does `policy='guided'`. Got "
+            f"`patient_model=None`; pass one, or a dataset with the columns {ID_COLUMNS + REWARD_COLUMNS} from "
+            "`annotate_token_rewards`. A patient given as a model is let go once the datasets given with it are "
+            "annotated."
         )
 
 

@@ -23,6 +23,8 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
 from ..atomic import written_whole
+from ..hub import annotation_card
+from ..token_rewards import annotation_settings
 
 
 def read_dataset(
@@ -95,6 +97,8 @@ def write_dataset(dataset: Dataset, path: str | os.PathLike) -> None:
             dataset.to_parquet(part)
         else:
             dataset.save_to_disk(part)
+            if annotation_settings(dataset):
+                annotation_card(dataset).save(part / "README.md")
 
 
 def write_rows(rows: Iterable[dict], path: str | os.PathLike) -> None:

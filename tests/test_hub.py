@@ -1,0 +1,125 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""A doctor's folder guides by itself, and an annotated dataset says what it is."""
+
+import pytest
+import torch
+from conftest import conversational_rows, make_llama, make_tokenizer
+from datasets import Dataset
+from huggingface_hub import DatasetCard
+
+from trl_tfpo import (
+    DoctorGuidedLogitsProcessor,
+    Faces,
+    TFPOConfig,
+    TFPOTrainer,
+    annotate_token_rewards,
+    guided_generate,
+)
+from trl_tfpo.custom_generate import generate
+from trl_tfpo.hub import annotation_card
+
+
+FACES = Faces(positive="you are kind | always", negative="you are rude")
+SETTINGS = dict(max_new_tokens=6, do_sample=False, eos_token_id=None)
+
+
+@pytest.fixture(scope="module")
+def annotated():
+    rows = Dataset.from_list(conversational_rows(8))
+    return annotate_token_rewards(rows, make_llama(1, 32), make_tokenizer(), faces=FACES)
+
+
+@pytest.fixture(scope="module", params=["doctor", "guided"])
+def saved(request, annotated, tmp_path_factory):
+    """The folder of a doctor, and its policy."""
+    folder = tmp_path_factory.mktemp("saved") / request.param
+    trainer = TFPOTrainer(
+        model=make_llama(2),
+        patient_model=make_llama(1, 32),
+        args=TFPOConfig(
+            str(folder),
+            policy=request.param,
+            max_steps=3,
+            learning_rate=0.1,
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        ),
+        train_dataset=annotated,
+        processing_class=make_tokenizer(),
+    )
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    return folder
+
+
+def prompts():
+    return {
+        "input_ids": torch.tensor([[0, 5, 11], [1, 5, 17]]),
+        "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]]),
+    }
+
+
+def test_a_folder_is_its_own_generate(saved, tmp_path):
+    """One line, also where the folder has been moved: what is trained on one machine is served on another."""
+    patient = make_llama(1, 32).eval()
+    moved = tmp_path / "elsewhere"
+    moved.symlink_to(saved)
+    call = dict(custom_generate=str(moved), trust_remote_code=True, **SETTINGS)
+    for weights in ({}, {"alpha": 0.5, "beta": 0.7}):
+        guide = DoctorGuidedLogitsProcessor.from_pretrained(str(saved), **weights)
+        expected = guided_generate(patient, guide, **prompts(), **SETTINGS)
+        assert patient.generate(**prompts(), **call, **weights).equal(expected)
+        inputs = prompts()
+        assert patient.generate(inputs.pop("input_ids"), **inputs, **call, **weights).equal(expected)
+        assert not patient.generate(**prompts(), **SETTINGS).equal(expected)
+
+
+def test_nothing_of_a_folder_runs_unasked(saved):
+    """Code from a repository runs only where it is asked for."""
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        make_llama(1, 32).generate(**prompts(), **SETTINGS, custom_generate=str(saved), trust_remote_code=False)
+
+
+def test_a_doctor_that_is_trained_again_is_read_again(saved):
+    """Doctors stay loaded from call to call; an old one would go on guiding without a word."""
+    patient = make_llama(1, 32).eval()
+    call = dict(doctor=str(saved), **prompts(), **SETTINGS, output_scores=True, return_dict_in_generate=True)
+    before = generate(patient, **call).scores[0]
+    weights = (saved / "model.safetensors").read_bytes()
+    doctor = make_llama(7)
+    doctor.save_pretrained(saved)
+    assert not torch.allclose(generate(patient, **call).scores[0], before)
+    (saved / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ValueError, match="needs a doctor"):
+        generate(patient, **prompts())
+
+
+def test_the_model_card_says_for_what(saved):
+    """Weights that were right for one form of decoding ruin another."""
+    card = (saved / "README.md").read_text(encoding="utf-8")
+    assert "you are kind \\| always" in card and "8 |" in card
+    assert ("`alpha=1.0`, `beta=1.0`" if saved.name == "guided" else "`beta=0.5`") in card
+
+
+def test_an_annotated_dataset_has_a_card(annotated, tmp_path):
+    """Token rewards without patient, faces and settings are numbers."""
+    annotation_card(annotated).save(tmp_path / "README.md")
+    card = DatasetCard.load(tmp_path / "README.md")
+    assert "trl-tfpo" in card.data.tags
+    for told in ("8 preference pairs", "you are kind \\| always", '`reward_direction="agreement"`'):
+        assert told in card.text
