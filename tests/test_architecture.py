@@ -31,6 +31,7 @@ ROWS = [  # a module may import only from strictly earlier rows
     {"_compat", "atomic", "faces", "functional", "tokenizer_identity", "weights"},
     {
         "activation_memory",
+        "checkpoints",
         "doctors",
         "objective",
         "scoring",

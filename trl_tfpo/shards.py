@@ -16,6 +16,7 @@
 Scores of a dataset, computed shard by shard: shared among processes, kept as they come, and never computed twice.
 """
 
+import logging
 from collections.abc import Callable
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -30,6 +31,8 @@ from datasets import Dataset, concatenate_datasets
 from datasets.fingerprint import Hasher
 from datasets.utils import tqdm
 
+
+logger = logging.getLogger(__name__)
 
 SHARD_SIZE = 128  # pairs; at most as many are scored again after an interruption
 
@@ -72,13 +75,15 @@ def add_scores(
     with progress, _without_progress_bars():
         for shard in shards:
             rows = range(shard * SHARD_SIZE, min((shard + 1) * SHARD_SIZE, len(dataset)))
+            file = folder / f"{shard:06d}.arrow"
+            _drop_unless_whole(file, len(rows))
             scores = dataset.select(rows).map(
                 function,
                 batched=True,
                 batch_size=SHARD_SIZE,
                 remove_columns=dataset.column_names,
                 new_fingerprint=f"{fingerprint}-{shard}",
-                cache_file_name=str(folder / f"{shard:06d}.arrow") if datasets.is_caching_enabled() else None,
+                cache_file_name=str(file) if datasets.is_caching_enabled() else None,
                 features=datasets.Features({name: datasets.List(datasets.Value("float32")) for name in columns}),
             )
             done[shard] = scores.with_format("arrow")[:]
@@ -89,6 +94,20 @@ def add_scores(
         done = {shard: table for part in parts for shard, table in part.items()}
     table = pa.concat_tables(done[shard] for shard in range(num_shards))
     return concatenate_datasets([dataset, Dataset(table, fingerprint=fingerprint)], axis=1)
+
+
+def _drop_unless_whole(file: Path, num_rows: int) -> None:
+    """Delete a shard that was written whole, as all are, but has been damaged since."""
+    if not file.is_file():
+        return
+    try:
+        with pa.OSFile(str(file)) as source:
+            is_whole = pa.ipc.open_stream(source).read_all().num_rows == num_rows
+    except (pa.ArrowException, OSError):
+        is_whole = False
+    if not is_whole:
+        logger.warning("%s is damaged: its shard is scored again.", file)
+        file.unlink()
 
 
 def _hash_of_ids(dataset: Dataset) -> str:

@@ -32,6 +32,7 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.data.data_collator import DataCollator
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer import disable_dropout_in_model
 
 from . import functional
@@ -42,6 +43,7 @@ from ._compat import (
     keep_differentiable,
     keep_output_precision,
 )
+from .checkpoints import check_loss, kept_whole, resolve_checkpoint
 from .data_collator import TokenRewardCollator
 from .faces import Faces
 from .guided_flow import keep_patient, read_patient, save_guidance
@@ -402,6 +404,9 @@ class TFPOTrainer(_BaseTrainer):
 
     # Loss
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        return super().train(resolve_checkpoint(resume_from_checkpoint, self.args.output_dir), **kwargs)
+
     def create_optimizer(self, model=None):
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
@@ -422,11 +427,7 @@ class TFPOTrainer(_BaseTrainer):
             is_complete=inputs["is_complete"],
             reference_logps=reference_logps,
         )
-        if not loss.isfinite():
-            raise ValueError(
-                f"The loss must be finite. Got {loss.item()} at step {self.state.global_step}; lower `learning_rate`, "
-                "raise `reward_temperature`, or train in float32 or bfloat16."
-            )
+        check_loss(loss, inputs, self)
         num_pairs = len(inputs["is_complete"]) // 2
         description = describe_batch(
             doctor_logps=outputs["doctor_logps"],
@@ -508,4 +509,6 @@ class TFPOTrainer(_BaseTrainer):
     def _save_checkpoint(self, model, trial):
         name = self.args.hub_model_id or Path(self.args.output_dir).name
         self.create_model_card(model_name=name.split("/")[-1])
-        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with kept_whole(self, folder):
+            super()._save_checkpoint(model, trial)
