@@ -19,7 +19,8 @@ import torch
 from conftest import WORDS, conversational_rows, make_llama, make_tokenizer
 from datasets import Dataset
 from peft import LoraConfig, PrefixTuningConfig
-from transformers import BitsAndBytesConfig, T5Config, T5ForConditionalGeneration
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, T5Config, T5ForConditionalGeneration
 
 from trl_tfpo import Faces, TFPOConfig, TFPOTrainer, TokenRewardCollator, annotate_token_rewards
 
@@ -166,3 +167,8 @@ def test_a_loss_that_is_not_finite_stops_training(tmp_path):
         doctor.model.norm.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="loss must be finite. Got nan at step 0"):
         trainer.train()
+    folder = tmp_path / "run" / "not-finite-0"
+    batch = load_file(folder / "batch-0.safetensors")
+    assert batch["input_ids"].shape == batch["completion_mask"].shape
+    kept = AutoModelForCausalLM.from_pretrained(folder)
+    assert kept.model.norm.weight.isnan().all() and kept.lm_head.weight.equal(doctor.lm_head.weight)

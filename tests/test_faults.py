@@ -168,7 +168,7 @@ def test_checkpoints_of_later_versions_are_refused(undisturbed, tmp_path):
     shutil.copytree(undisturbed[0] / "checkpoint-12", tmp_path / "checkpoint-12")
     contents = tmp_path / "checkpoint-12" / CONTENTS_FILE
     contents.write_text(contents.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(ValueError, match="format 1. Got 2 .* go on with that version"):
+    with pytest.raises(ValueError, match="must have format 1. Got format 2; use the version"):
         check_checkpoint(tmp_path / "checkpoint-12")
 
 

@@ -12,13 +12,24 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Files and folders that are whole or not there, whatever happens while they are written."""
+"""Files and folders that are whole or not there, whatever happens while they are written, and the format they are in."""
 
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+FORMAT = 1  # of what this package writes; the next one when an older version could misread it
+
+
+def check_format(found: int, name: str) -> None:
+    """Raise `ValueError` when what `name` calls by its name was written in a format that this version cannot know."""
+    if found != FORMAT:
+        raise ValueError(
+            f"{name} must have format {FORMAT}. Got format {found}; use the version of trl-tfpo that wrote it, or a later one."
+        )
 
 
 @contextmanager

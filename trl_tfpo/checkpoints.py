@@ -28,13 +28,12 @@ from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 
 from ._compat import is_sharded
-from .atomic import written_whole
+from .atomic import FORMAT, check_format, written_whole
 
 
 logger = logging.getLogger(__name__)
 
 CONTENTS_FILE = "checkpoint.json"  # the sizes of all other files
-FORMAT = 1
 
 
 @contextmanager
@@ -133,11 +132,7 @@ def check_checkpoint(folder: str | os.PathLike) -> None:
             f"A checkpoint must have been written to its end, by a `TFPOTrainer`. Got {str(folder)!r} without a "
             f"readable {CONTENTS_FILE!r}, which is written last; go on from the one before it, or from none."
         ) from error
-    if contents["format"] != FORMAT:
-        raise ValueError(
-            f"A checkpoint must have format {FORMAT}. Got {contents['format']} in {str(folder)!r}, written by "
-            f"{contents['written_by']}; go on with that version."
-        )
+    check_format(contents["format"], f"The checkpoint {str(folder)!r}, by {contents['written_by']},")
     for name, size in contents["sizes"].items():
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
         if found != size:

@@ -33,6 +33,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from ._compat import inference, labelled_logits, load_shared_out, share_out, shares_out, unwrap_peft
+from .atomic import FORMAT, check_format
 from .named_model import NamedModel
 
 
@@ -137,13 +138,19 @@ def read_patient(
 
 
 def save_guidance(model: "PreTrainedModel | PeftModel", output_dir: str | os.PathLike) -> None:
-    """Write down the exponents that the doctor was trained for, if there are any, next to its weights."""
-    if is_guidance(model):
-        path = Path(output_dir) / GUIDANCE_FILE
-        path.write_text(json.dumps(unwrap_peft(model).config.guidance, indent=2) + "\n", encoding="utf-8")
+    """Write down the exponents that the doctor was trained for, if there are any, and its format, next to its weights."""
+    contents = {"format": FORMAT} | (unwrap_peft(model).config.guidance if is_guidance(model) else {})
+    (Path(output_dir) / GUIDANCE_FILE).write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
 
 
 def load_guidance(path: str | os.PathLike) -> dict[str, float]:
-    """The exponents `alpha` and `beta` that the doctor in a folder, or on the Hub, was trained for; empty without any."""
+    """
+    The exponents `alpha` and `beta` that the doctor in a folder, or on the Hub, was trained for; empty without any.
+
+    Raises:
+        `ValueError`: when a later version of this package wrote it, in another format.
+    """
     file = cached_file(path, GUIDANCE_FILE, _raise_exceptions_for_missing_entries=False)
-    return json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
+    contents = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
+    check_format(contents.pop("format", FORMAT), f"The doctor in {str(path)!r}")
+    return contents

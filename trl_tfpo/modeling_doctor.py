@@ -286,6 +286,7 @@ def load_doctor(path: str | os.PathLike, with_value_head: bool = True, **kwargs)
         `ValueError`: when there is no value head at `path`, or an adapter that is not in safetensors.
     """
     kwargs.setdefault("use_safetensors", True)  # a pickle could do anything
+    guidance = load_guidance(path)
     adapter_config = cached_file(path, "adapter_config.json", _raise_exceptions_for_missing_entries=False)
     if adapter_config is not None:
         from peft import PeftModel
@@ -302,7 +303,7 @@ def load_doctor(path: str | os.PathLike, with_value_head: bool = True, **kwargs)
             if VALUE_HEAD not in (config.get("modules_to_save") or []):
                 raise _no_value_head(path)
             add_value_head(base)
-        if guidance := load_guidance(path):
+        if guidance:
             base.config.guidance = guidance
         return PeftModel.from_pretrained(base, path)
 

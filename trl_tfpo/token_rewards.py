@@ -25,6 +25,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from . import functional
+from .atomic import FORMAT, check_format
 from .faces import Faces, resolve_faces
 from .named_model import NamedModel, outline_of
 from .scoring import check_whole, model_fingerprint, score_completions
@@ -116,6 +117,7 @@ def annotate_token_rewards(
     check_patient(patient, processing_class)
     outline = outline_of(patient)
     settings = {
+        "format": FORMAT,
         "faces": vars(resolve_faces(faces)),
         "reward": describe(partial(reward_fn, **reward_settings)),
         "max_length": max_length,
@@ -178,8 +180,9 @@ def annotation_settings(dataset: Dataset) -> dict | None:
 
 
 def check_annotated_for(dataset: Dataset | IterableDataset, processing_class: PreTrainedTokenizerBase) -> None:
-    """Raise `ValueError` when the dataset says that it was annotated with another tokenizer."""
+    """Raise `ValueError` when the dataset says that it was annotated with another tokenizer, or in a later format."""
     settings = annotation_settings(dataset) or {}
+    check_format(settings.get("format", FORMAT), "An annotated dataset")
     if settings.get("tokenizer") not in (None, tokenizer_fingerprint(processing_class)):
         raise ValueError(
             "A dataset must be annotated with the doctor's tokenizer. Got token ids of another one (vocabulary "
