@@ -71,7 +71,8 @@ WORLD_SETTINGS = dict(
     save_strategy="no",
     dataloader_pin_memory=False,
 )
-PUBLISHED = dict(reward_direction="label", gap_floor=1e-6, reference_weight=0.0)  # decoded with alpha=1.0
+# Decoded with alpha=1.0
+PUBLISHED = dict(reward_direction="label", importance_temperature=1.0, gap_floor=1e-6, reference_weight=0.0)
 
 
 @dataclass

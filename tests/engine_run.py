@@ -17,8 +17,9 @@ What `test_engines.py` launches: raw preferences, a patient and a doctor by name
 
     accelerate launch --config_file ENGINE.yaml engine_run.py FOLDER OUTPUT JOB [JOB ...]
 
-A job is `full`, `lora` or `guided`, with `-resumed` to go on from the second checkpoint of the job before it. FOLDER has
-`preferences.jsonl`, `patient` and `doctor`. OUTPUT/JOB becomes the saved doctor, OUTPUT/JOB.json what was seen.
+A job is `full`, `lora` or `guided`, with `-undivided` to take each step without accumulation, or with `-resumed` to go on from
+the second checkpoint of the job before it. FOLDER has `preferences.jsonl`, `patient` and `doctor`. OUTPUT/JOB becomes the saved
+doctor, OUTPUT/JOB.json what was seen.
 """
 
 import json
@@ -41,9 +42,10 @@ FACES = Faces(positive="you are kind", negative="you are rude")
 
 def run(folder: Path, output: Path, job: str) -> None:
     """Train on one global batch after another, save, and write what the objective saw and the trainer logged."""
-    method, _, resumed = job.partition("-")
+    method, _, how = job.partition("-")
+    resumed = how == "resumed"
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
-    accumulation = 2 if num_processes > 1 else 1
+    accumulation = 2 if num_processes > 1 and how != "undivided" else 1
     args = TFPOConfig(
         str(output / method),
         policy="guided" if method == "guided" else "doctor",

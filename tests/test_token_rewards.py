@@ -57,7 +57,7 @@ def test_rewards_are_what_the_two_faces_say(preferences, patient, tokenizer):
                 logps.append(plain_logps(patient, face_ids, row[f"{name}_ids"]))
             gaps = (logps[0] - logps[1]).tolist()
             assert row[f"{name}_gaps"] == pytest.approx(gaps, abs=1e-5)
-            expected = oracles.rewards(gaps, sign, "agreement", 1.0, 0.3)
+            expected = oracles.rewards(gaps, sign, "agreement", 3.0, 0.3)
             assert row[f"{name}_token_rewards"] == pytest.approx(expected, abs=1e-4)
 
 

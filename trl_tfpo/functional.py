@@ -48,7 +48,7 @@ def token_importance(
     *,
     gap: torch.Tensor,
     completion_mask: torch.Tensor,
-    importance_temperature: float = 1.0,
+    importance_temperature: float = 3.0,
     gap_floor: float = 0.05,
 ) -> torch.Tensor:
     r"""
@@ -61,8 +61,9 @@ def token_importance(
             $\Delta_t = \log \pi_{\text{pos}} - \log \pi_{\text{neg}}$ of each token, in nats.
         completion_mask (`torch.Tensor` of shape `(B, T)`):
             Tokens that count; the mean runs over them.
-        importance_temperature (`float`, *optional*, defaults to `1.0`):
-            $\tau > 0$. Larger is flatter.
+        importance_temperature (`float`, *optional*, defaults to `3.0`):
+            $\tau > 0$. At 1 a token with the mean gap is already at 0.76; at 3 it is at 0.32, and the difference to one with
+            several times that gap is kept.
         gap_floor (`float`, *optional*, defaults to `0.05`):
             $\epsilon > 0$, in nats. Where the faces differ by much less on average, they differ by noise, and no token
             is important.
@@ -77,7 +78,7 @@ def token_importance(
     >>> from trl_tfpo.functional import token_importance
     >>> gap = torch.tensor([[0.0, 1.0, -1.0]])
     >>> token_importance(gap=gap, completion_mask=torch.ones(1, 3, dtype=torch.bool)).round(decimals=4)
-    tensor([[0.0000, 0.8843, 0.8843]])
+    tensor([[0.0000, 0.4342, 0.4342]])
 
     ```
     """
@@ -93,7 +94,7 @@ def token_rewards(
     preference_sign: torch.Tensor,
     completion_mask: torch.Tensor,
     reward_direction: str = "agreement",
-    importance_temperature: float = 1.0,
+    importance_temperature: float = 3.0,
     gap_floor: float = 0.05,
     sparsity_threshold: float = 0.3,
 ) -> torch.Tensor:
@@ -116,7 +117,7 @@ def token_rewards(
             Tokens that count.
         reward_direction (`str`, *optional*, defaults to `"agreement"`):
             `"label"`, `"agreement"` or `"faces"`.
-        importance_temperature (`float`, *optional*, defaults to `1.0`):
+        importance_temperature (`float`, *optional*, defaults to `3.0`):
             $\tau > 0$ of [`token_importance`].
         gap_floor (`float`, *optional*, defaults to `0.05`):
             $\epsilon > 0$ of [`token_importance`], in nats; 1e-6 is hardly any.
@@ -154,7 +155,7 @@ def check_reward_settings(
             "'label'."
         )
     if not importance_temperature > 0:
-        raise ValueError(f"`importance_temperature` must be positive. Got {importance_temperature}; try 1.0.")
+        raise ValueError(f"`importance_temperature` must be positive. Got {importance_temperature}; try 3.0.")
     if not gap_floor > 0:
         raise ValueError(f"`gap_floor` must be positive. Got {gap_floor}; try 0.05 nats.")
     if not 0 <= sparsity_threshold < 1:

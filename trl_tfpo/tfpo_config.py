@@ -29,7 +29,8 @@ class TFPOConfig(_BaseConfig):
     r"""
     Settings of the [`TFPOTrainer`], on top of those of [`~transformers.TrainingArguments`].
 
-    The published method is `TFPOConfig(reward_direction="label", gap_floor=1e-6, reference_weight=0.0)`, decoded with `alpha=1.0`.
+    The published method is `TFPOConfig(reward_direction="label", importance_temperature=1.0, gap_floor=1e-6, reference_weight=0.0)`,
+    decoded with `alpha=1.0`.
 
     Parameters:
         > Parameters that control the models
@@ -60,8 +61,9 @@ class TFPOConfig(_BaseConfig):
         reward_direction (`str`, *optional*, defaults to `"agreement"`):
             Sign of a token reward: `"label"` (the paper), `"faces"`, or `"agreement"`, the label where the faces agree
             with it and zero elsewhere.
-        importance_temperature (`float`, *optional*, defaults to `1.0`):
-            $\tau > 0$. Larger makes the importance of tokens more even.
+        importance_temperature (`float`, *optional*, defaults to `3.0`):
+            $\tau > 0$. Smaller makes tokens that the faces see a little differently as important as those that they see very
+            differently.
         gap_floor (`float`, *optional*, defaults to `0.05`):
             $\epsilon > 0$, in nats. In a completion on which the faces differ by much less than this on average, they
             differ by noise, and no token is important.
@@ -140,7 +142,8 @@ class TFPOConfig(_BaseConfig):
         },
     )
     importance_temperature: float = field(
-        default=1.0, metadata={"help": "tau in the paper. Larger makes the importance of tokens more even."}
+        default=3.0,
+        metadata={"help": "tau in the paper. Smaller makes a little difference between the faces count like a large one."},
     )
     gap_floor: float = field(
         default=0.05,

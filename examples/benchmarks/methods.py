@@ -300,7 +300,7 @@ def sft(*, doctor_logps, completion_mask, **_):
 
 
 STOPS = [0.2, 0.4, 0.7, 1.0]  # shares of the steps
-PUBLISHED = dict(reward_direction="label", gap_floor=1e-6, reference_weight=0.0)
+PUBLISHED = dict(reward_direction="label", importance_temperature=1.0, gap_floor=1e-6, reference_weight=0.0)
 RATE = dict(learning_rate=3e-3)
 
 

@@ -50,7 +50,7 @@ class AnnotateArguments:
     drop_unusable: bool = field(default=False, metadata={"help": "Leave out pairs that cannot be used."})
     scoring_batch_size: int = field(default=16, metadata={"help": "Sequences in one forward of the patient."})
     reward_direction: str = field(default="agreement", metadata={"help": "'label', 'agreement' or 'faces'."})
-    importance_temperature: float = field(default=1.0, metadata={"help": "tau in the paper."})
+    importance_temperature: float = field(default=3.0, metadata={"help": "tau in the paper."})
     gap_floor: float = field(default=0.05, metadata={"help": "epsilon in the paper, in nats."})
     sparsity_threshold: float = field(default=0.3, metadata={"help": "theta in the paper, in [0, 1)."})
     show: int = field(default=0, metadata={"help": "Print the rewards of this many pairs as a heat map."})

@@ -1,0 +1,110 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Weak to strong: what is left of a doctor's gain as the patient grows, in the controlled world.
+
+```bash
+python examples/benchmarks/weak_to_strong.py --output_dir runs/weak_to_strong
+```
+
+Patients and doctors of several widths learn the language by the recipe of `trl_tfpo.testbed.build`, unless they are those
+that ship; each doctor is then aligned for each patient, on pairs that this patient has sampled and with rewards that it has
+given, and measured as in `frontier.py`. What the output folder already has is not made again.
+"""
+
+import argparse
+import itertools
+import shutil
+from pathlib import Path
+
+from frontier import KLS, QUICK_KLS, cells, measure, read
+from methods import METHODS, Task
+from transformers import set_seed
+
+from trl_tfpo.atomic import written_whole
+from trl_tfpo.testbed import load_world
+from trl_tfpo.testbed.build import RECIPES, instructions_of, make_model, train_model
+
+
+FULL = dict(num_pairs=3000, max_steps=500, num_samples_per_prompt=100)
+QUICK = dict(num_pairs=16, max_steps=2, num_samples_per_prompt=12)
+NAMES = ("TFPO", "guided flow")
+
+
+def main(arguments: list[str] | None = None) -> dict[tuple[int, int], list[dict]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--patients", type=int, nargs="+", default=[64, 128, 192], help="widths, multiples of 8")
+    parser.add_argument("--doctors", type=int, nargs="+", default=[24, 48], help="the same")
+    parser.add_argument("--steps", type=int, help="in which each model learns the language, instead of the recipe's")
+    parser.add_argument("--attribute", default="praise")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/weak_to_strong"))
+    parser.add_argument("--quick", action="store_true", help="few pairs, steps and samples: whether it runs")
+    args = parser.parse_args(arguments)
+    kls = QUICK_KLS if args.quick else KLS[1:3]
+    print("| patient | doctor | patient's grammar | method | " + " | ".join(f"{kl} nats" for kl in kls) + " |")
+    print("|---:|---:|---:|---" + "|---:" * len(kls) + "|")
+    found = {}
+    for widths in itertools.product(args.patients, args.doctors):
+        task = Task(args.attribute, args.seed, **(QUICK if args.quick else FULL), weights=make_world(*widths, args))
+        output = task.weights / f"{args.attribute}-{args.seed}.jsonl"
+        for name in NAMES:
+            measure(name, METHODS[name], task, kls, output, first_seed=None)
+        found[widths] = read(output)
+        sizes = [f"{getattr(task.world, name).num_parameters() / 1e6:.2f}M" for name in ("patient", "doctor")]
+        for name in NAMES:
+            mine = [row for row in found[widths] if row["method"] == name]
+            shown = [next(iter(cells(mine, "efficiency", "kl", kl).values()), None) for kl in kls]
+            row = [*sizes, f"{task.comparison('test').rows[0]['grammar']:.2f}", name]
+            print("| " + " | ".join(row + ["" if x is None else f"{x:.3f}" for x in shown]) + " |", flush=True)
+    return found
+
+
+def make_world(patient: int, doctor: int, args: argparse.Namespace) -> Path:
+    """The folder of a patient and a doctor of these widths, as `load_world` reads it."""
+    world = args.output_dir / f"{patient}-{doctor}"
+    for name, width in (("patient", patient), ("doctor", doctor)):
+        if not (world / name).is_dir():
+            shutil.copytree(learned(name, width, args), world / name)
+    return world
+
+
+def learned(name: str, width: int, args: argparse.Namespace) -> Path:
+    """The folder of a model of this width that has learned the language."""
+    folder, recipe, shipped = args.output_dir / f"{name}-{width}", RECIPES[name], load_world()
+    if width == recipe["size"]["hidden_size"]:
+        return shipped.weights / name
+    if folder.is_dir():
+        return folder
+    set_seed(args.seed)
+    model = make_model(
+        shipped.tokenizer, **recipe["size"] | dict(hidden_size=width, intermediate_size=width * 11 // 4)
+    )
+    train_model(
+        model,
+        shipped.tokenizer,
+        instructions=instructions_of(shipped.language) if recipe["is_instructed"] else ("",),
+        steps=args.steps or recipe["steps"],
+        learning_rate=recipe["learning_rate"],
+        seed=args.seed,
+    )
+    with written_whole(folder) as part:
+        model.save_pretrained(part)
+        shipped.tokenizer.save_pretrained(part)
+    return folder
+
+
+if __name__ == "__main__":
+    main()
