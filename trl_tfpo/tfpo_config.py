@@ -143,7 +143,9 @@ class TFPOConfig(_BaseConfig):
     )
     importance_temperature: float = field(
         default=3.0,
-        metadata={"help": "tau in the paper. Smaller makes a little difference between the faces count like a large one."},
+        metadata={
+            "help": "tau in the paper. Smaller makes a little difference between the faces count like a large one."
+        },
     )
     gap_floor: float = field(
         default=0.05,

@@ -313,10 +313,13 @@ METHODS = {
     "guided flow": Method(
         product,
         "1 of the doctor",
-        [dict(policy="guided", reward_temperature=x, learning_rate=3e-3) for x in (0.25, 0.35, 0.5)],
+        [
+            RATE | dict(policy="guided", reward_direction=direction, reward_temperature=x)
+            for direction, x in (("faces", 0.5), ("faces", 0.35), ("agreement", 0.25))
+        ],
         largest=4.0,
     ),
-    "TFPO": Method(mixture, "1 of the doctor", over("learning_rate", values=[(1e-3,), (3e-3,), (6e-3,)])),
+    "TFPO": Method(mixture, "1 of the doctor", [RATE]),
     "TFPO as published": Method(
         product,
         "1 of the doctor",
