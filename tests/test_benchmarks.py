@@ -325,3 +325,62 @@ def test_a_mixed_annotator_cares_for_both():
     assert world.attributes["mixed"].oracle("splendid and splendid, gently, wildly, wildly") == 2 * 0.75 - 0.25
     front = objectives.tilted_front(task.comparison("test"), [0.3] * 3)
     assert front[0][1] > front[1][1] > front[2][1] and front[0][0] < front[1][0] < front[2][0]
+
+
+@pytest.mark.slow
+def test_settings_are_swept_once(tmp_path, capsys):
+    """A sweep of an hour that is cut short must go on; a table must say which setting each row is of."""
+    sweep = load("sweep")
+    arguments = [
+        "--quick",
+        "--attributes",
+        "praise",
+        "--settings",
+        "value_margin",
+        "--output",
+        str(tmp_path / "s.jsonl"),
+    ]
+    rows = sweep.main(arguments)
+    assert [row["change"] for row in rows] == [{}, sweep.PUBLISHED, {"value_margin": 1.0}]
+    written = (tmp_path / "s.jsonl").read_bytes()
+    assert sweep.main(arguments) == rows and (tmp_path / "s.jsonl").read_bytes() == written
+    assert "| `value_margin=1.0` |" in capsys.readouterr().out
+
+
+def test_a_policy_is_weighed_on_samples_of_the_patient():
+    """The best policy must be found efficient, the patient nowhere, and one that is led astray must lose."""
+    sweep = load("sweep")
+    generator = torch.Generator().manual_seed(0)
+    patient_logits = torch.randn(1, 5, generator=generator)
+    prob = patient_logits.softmax(-1).flatten()
+    first, second = torch.multinomial(prob, 8000, True, generator=generator).view(2, 2, 2000)  # (P, N) each
+    worth = torch.tensor([1.0, 0.0, -1.0, 0.5, 0.0])  # the reward of a text is the sum over its two tokens
+    ids = torch.stack([torch.zeros_like(first), first, second], dim=-1).view(4000, 3)
+    mask = torch.tensor([[False, True, True]]).expand(4000, 3)
+    samples = sweep.Samples(ids, mask, {"worth": worth[first] + worth[second]})
+    everywhere = patient_logits.expand(8000, 5)
+
+    def found(shift):
+        return sweep.efficiencies(samples, everywhere, everywhere + shift, "worth", "mixture")
+
+    near_one = pytest.approx(1.0, abs=0.02)
+    assert found(4 * worth) == [near_one, near_one, None, None]  # two tokens are worth no more than about a nat
+    assert found(0.0) == [None] * 4
+    assert all(x is None or x < 0 for x in found(-4 * worth)) and found(-4 * worth)[0] < -0.9
+
+
+@pytest.mark.slow
+def test_a_grid_of_sizes(tmp_path, capsys):
+    """Each doctor must be aligned for each patient, and models that exist must not be trained again."""
+    sizes = load("weak_to_strong")
+    arguments = ["--quick", "--patients", "16", "24", "--doctors", "8", "--steps", "2", "--output_dir", str(tmp_path)]
+    found = sizes.main(arguments)
+    assert set(found) == {(16, 8), (24, 8)}
+    assert all({row["method"] for row in rows} == set(sizes.NAMES) for rows in found.values())
+    assert (tmp_path / "16-8/doctor/model.safetensors").read_bytes() == (
+        tmp_path / "24-8/doctor/model.safetensors"
+    ).read_bytes()
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert sizes.main(arguments) == found
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == times
+    assert capsys.readouterr().out.count("| guided flow |") == 4
