@@ -134,6 +134,8 @@ def efficiencies(
         kl = (weights * samples.sums((guided.exp() * shift).sum(dim=1))).sum(dim=1).mean().item()
         if kl > frontier.max_kl:
             break
+        if kl < 1e-6:  # the patient itself
+            continue
         points.append((kl**0.5, frontier.efficiency((weights * rewards).sum(dim=1).mean().item(), kl)))
     return [interpolate(points, kl**0.5) for kl in KLS]
 
