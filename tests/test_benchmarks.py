@@ -235,6 +235,20 @@ def test_the_frontier_is_measured_once(frontier, tmp_path, monkeypatch, capsys):
     assert {json.loads(line)["method"] for line in again[len(others) :]} == {"TFPO"}
 
 
+@pytest.mark.slow
+def test_one_command_measures_everything(frontier, tmp_path, monkeypatch, capsys):
+    """A page of results that takes six commands is not reproduced, and one that starts anew is not either."""
+    for name in ("METHODS", "ABLATIONS"):
+        monkeypatch.setattr(frontier, name, {"TFPO": getattr(frontier, name)["TFPO"]})
+    monkeypatch.setattr(frontier, "LANGUAGE_SEEDS", (1,))
+    frontier.main(["--part", "all", "--quick", "--output", str(tmp_path / "methods.jsonl")])
+    written = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.jsonl")}
+    parts = {f"{name}.jsonl" for name in ("methods", "ablations", "objectives", "sweep", "world-1")}
+    assert written == parts | {f"sizes/{patient}-24/praise-0.jsonl" for patient in (64, 128)}
+    assert (tmp_path / "world-1" / "language.json").is_file()
+    assert capsys.readouterr().out.count("| TFPO |") >= 5  # methods, ablations, two sizes, the drawn world
+
+
 def test_settings_are_the_best_on_validation_prompts(frontier):
     """A method must be shown at its best, not at the first or the last of its settings."""
     grid = [{"rate": 1}, {"rate": 2}, {"rate": 3}]

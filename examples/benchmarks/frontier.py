@@ -16,10 +16,14 @@
 Reward at equal distance from the patient: this method, and others that do the same job, in the controlled world.
 
 ```bash
+python examples/benchmarks/frontier.py --part all --attributes praise calm --seeds 0 1 2 --output runs/results/methods.jsonl
 python examples/benchmarks/frontier.py --attributes praise calm --seeds 0 1 2 --output runs/frontier.jsonl
 python examples/benchmarks/frontier.py --part ablations --attributes praise calm --seeds 0 1 2
 python examples/benchmarks/frontier.py --quick
 ```
+
+`--part all` is everything on the page of results about the controlled world: methods, ablations, two objectives
+(`objectives.py`), sizes of patient and doctor (`weak_to_strong.py`), settings (`sweep.py`), and worlds drawn from a seed.
 
 All methods (`methods.py` says what they are) are given the same preference pairs, steps and batches. Where a method has
 several settings, the best is taken for each attribute, by its mean efficiency on validation prompts near the second and the
@@ -44,8 +48,10 @@ import torch
 from methods import ABLATIONS, METHODS, Guide, Method, Policy, Task
 from tqdm import tqdm
 
+from trl_tfpo.atomic import written_whole
 from trl_tfpo.evaluation import bootstrap_interval, distinct_n, evaluate_guidance, self_similarity
-from trl_tfpo.testbed import Comparison
+from trl_tfpo.testbed import Comparison, load_world, random_language
+from trl_tfpo.testbed.build import build
 from trl_tfpo.testbed.language import MAX_NEW_TOKENS
 
 
@@ -55,11 +61,12 @@ KLS = [0.3, 0.6, 1.2, 2.0]  # nats
 QUICK_KLS = [0.05, 0.1]
 NUM_KEPT = 40  # samples of each prompt whose rewards are kept
 OURS = ("guided flow", "TFPO")
+LANGUAGE_SEEDS = (1, 2, 3)  # of worlds on which nothing was tuned
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["methods", "ablations"], default="methods")
+    parser.add_argument("--part", choices=["methods", "ablations", "all"], default="methods")
     parser.add_argument("--methods", nargs="+", help="some of them; all unless given")
     parser.add_argument("--attributes", nargs="+", default=["praise"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -70,6 +77,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--report", type=Path, nargs="+", help="measure nothing, report these outputs")
     parser.add_argument("--quick", action="store_true", help="few pairs, steps and samples: whether it runs")
     args = parser.parse_args(arguments)
+    if args.part == "all":
+        return everything(args)
     methods = METHODS if args.part == "methods" else ABLATIONS
     if unknown := set(args.methods or ()) - set(methods):
         parser.error(f"`--methods` must be among {list(methods)}. Got {sorted(unknown)}.")
@@ -93,6 +102,31 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"\n{grids(rows)}\n\n{efficiencies(rows, methods, kls)}\n\n{versus(rows, kls)}\n\n{diversity(rows)}\n")
     plot(rows, args.output.with_suffix(".png"))
     print(f"Picture: {args.output.with_suffix('.png')}")
+
+
+def everything(args: argparse.Namespace) -> None:
+    """All parts, one after another, next to the output of the methods."""
+    import objectives
+    import sweep
+    import weak_to_strong
+
+    folder, quick = args.output.parent, ["--quick"] * args.quick
+    attributes = ["--attributes", *args.attributes]
+    seeds = ["--seeds", *map(str, args.seeds)]
+    first = ["--seed", str(args.seeds[0])]
+    main([*quick, *attributes, *seeds, "--output", str(args.output)])
+    main(["--part", "ablations", *quick, *attributes, *seeds[:2], "--output", str(folder / "ablations.jsonl")])
+    objectives.main([*quick, *first, "--output", str(folder / "objectives.jsonl")])
+    weak_to_strong.main([*quick, *first, "--output_dir", str(folder / "sizes")])
+    sweep.main([*quick, *attributes, *seeds, "--output", str(folder / "sweep.jsonl")])
+    for seed in LANGUAGE_SEEDS:
+        world = folder / f"world-{seed}"
+        if not world.is_dir():
+            with written_whole(world) as part:
+                build(part, seed=seed, steps=2 if args.quick else 1200, language=random_language(seed))
+        drawn = ["--world", str(world), "--attributes", *load_world(world).attributes]
+        arguments = ["--part", "ablations", "--methods", "TFPO", *seeds[:2], "--output", f"{world}.jsonl"]
+        main([*arguments, *drawn, *quick])
 
 
 # Measurement

@@ -149,9 +149,11 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     )
     parser.add_argument("--world", type=Path, help="folder of `trl_tfpo.testbed.build`; what ships unless given")
     parser.add_argument("--output", type=Path, default=Path("runs/sweep.jsonl"))
-    parser.add_argument("--quick", action="store_true", help="few pairs, steps and samples: whether it runs")
+    parser.add_argument("--quick", action="store_true", help="few settings, pairs, steps and samples: whether it runs")
     args = parser.parse_args(arguments)
     changes = [{}, PUBLISHED] + [{name: value} for name in args.settings for value in SETTINGS[name]]
+    if args.quick:
+        changes = changes[:3]
     args.output.parent.mkdir(parents=True, exist_ok=True)
     cases = list(itertools.product(args.seeds, args.attributes))
     for seed, attribute in tqdm(cases, desc="Seeds and attributes"):

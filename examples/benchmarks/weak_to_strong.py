@@ -51,9 +51,11 @@ def main(arguments: list[str] | None = None) -> dict[tuple[int, int], list[dict]
     parser.add_argument("--attribute", default="praise")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/weak_to_strong"))
-    parser.add_argument("--quick", action="store_true", help="few pairs, steps and samples: whether it runs")
+    parser.add_argument("--quick", action="store_true", help="few sizes, pairs, steps and samples: whether it runs")
     args = parser.parse_args(arguments)
     kls = QUICK_KLS if args.quick else KLS[1:3]
+    if args.quick:
+        args.patients, args.doctors = args.patients[:2], args.doctors[:1]
     print("| patient | doctor | patient's grammar | method | " + " | ".join(f"{kl} nats" for kl in kls) + " |")
     print("|---:|---:|---:|---" + "|---:" * len(kls) + "|")
     found = {}
@@ -96,7 +98,7 @@ def learned(name: str, width: int, args: argparse.Namespace) -> Path:
         model,
         shipped.tokenizer,
         instructions=instructions_of(shipped.language) if recipe["is_instructed"] else ("",),
-        steps=args.steps or recipe["steps"],
+        steps=args.steps or (2 if args.quick else recipe["steps"]),
         learning_rate=recipe["learning_rate"],
         seed=args.seed,
     )
