@@ -238,15 +238,16 @@ def test_the_frontier_is_measured_once(frontier, tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_one_command_measures_everything(frontier, tmp_path, monkeypatch, capsys):
     """A page of results that takes six commands is not reproduced, and one that starts anew is not either."""
-    for name in ("METHODS", "ABLATIONS"):
-        monkeypatch.setattr(frontier, name, {"TFPO": getattr(frontier, name)["TFPO"]})
+    monkeypatch.setattr(frontier, "METHODS", {"TFPO": frontier.METHODS["TFPO"]})
     monkeypatch.setattr(frontier, "LANGUAGE_SEEDS", (1,))
-    frontier.main(["--part", "all", "--quick", "--output", str(tmp_path / "methods.jsonl")])
+    frontier.main(["--everything", "--quick", "--output", str(tmp_path / "methods.jsonl")])
     written = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.jsonl")}
-    parts = {f"{name}.jsonl" for name in ("methods", "ablations", "objectives", "sweep", "world-1")}
+    parts = {f"{name}.jsonl" for name in ("methods", "objectives", "sweep", "world-1")}
     assert written == parts | {f"sizes/{patient}-24/praise-0.jsonl" for patient in (64, 128)}
     assert (tmp_path / "world-1" / "language.json").is_file()
-    assert capsys.readouterr().out.count("| TFPO |") >= 5  # methods, ablations, two sizes, the drawn world
+    printed = capsys.readouterr().out
+    assert printed.count("| TFPO |") >= 3  # among methods, and of two sizes
+    assert printed.count("| nothing |") == 2  # among changes, and in the drawn world
 
 
 def test_settings_are_the_best_on_validation_prompts(frontier):
@@ -285,7 +286,7 @@ def test_the_kl_of_a_reward_guided_search(frontier):
 
 def test_what_is_left_of_an_objective(frontier):
     """An ablation must leave out the part it is named after, and nothing else."""
-    from methods import full_trajectory, no_boundary, sft
+    from methods import fine_tuning, full_trajectory, no_boundary
 
     tensors = dict(
         doctor_logps=torch.tensor([[-1.0, -2.0], [-3.0, -1.0]]),
@@ -298,7 +299,7 @@ def test_what_is_left_of_an_objective(frontier):
     )
     # log V(s_0) - (r / 0.125 + log reference - log doctor), over real tokens: 0 - (4 - 1) and 2 - (0 + 1)
     assert full_trajectory(**tensors)[0].item() == pytest.approx((9 + 1) / 2)
-    assert sft(**tensors)[0].item() == pytest.approx(3)  # of the chosen completion alone
+    assert fine_tuning(**tensors)[0].item() == pytest.approx(3)  # of the chosen completion alone
     moved = tensors | dict(log_values=tensors["log_values"] + torch.tensor([0.0, 0.0, 3.0]))  # the last state of row 0
     assert no_boundary(**tensors)[0] != no_boundary(**moved)[0]
     assert tfpo_objective(**tensors)[0] == tfpo_objective(**moved)[0]  # is held at zero there
@@ -344,21 +345,15 @@ def test_a_mixed_annotator_cares_for_both():
 @pytest.mark.slow
 def test_settings_are_swept_once(tmp_path, capsys):
     """A sweep of an hour that is cut short must go on; a table must say which setting each row is of."""
-    sweep = load("sweep")
-    arguments = [
-        "--quick",
-        "--attributes",
-        "praise",
-        "--settings",
-        "value_margin",
-        "--output",
-        str(tmp_path / "s.jsonl"),
-    ]
+    sweep, output = load("sweep"), tmp_path / "sweep.jsonl"
+    names = ["nothing", "no boundary", "value_margin=1.0"]
+    arguments = ["--quick", "--attributes", "praise", "--output", str(output), "--changes", *names]
     rows = sweep.main(arguments)
-    assert [row["change"] for row in rows] == [{}, sweep.PUBLISHED, {"value_margin": 1.0}]
-    written = (tmp_path / "s.jsonl").read_bytes()
-    assert sweep.main(arguments) == rows and (tmp_path / "s.jsonl").read_bytes() == written
-    assert "| `value_margin=1.0` |" in capsys.readouterr().out
+    assert [row["change"] for row in rows] == names
+    written = output.read_bytes()
+    assert sweep.main(arguments) == rows and output.read_bytes() == written
+    printed = capsys.readouterr().out
+    assert all(printed.count(f"| {name} |") == 2 for name in names)
 
 
 def test_a_policy_is_weighed_on_samples_of_the_patient():

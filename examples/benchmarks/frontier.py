@@ -16,14 +16,13 @@
 Reward at equal distance from the patient: this method, and others that do the same job, in the controlled world.
 
 ```bash
-python examples/benchmarks/frontier.py --part all --attributes praise calm --seeds 0 1 2 --output runs/results/methods.jsonl
+python examples/benchmarks/frontier.py --everything --attributes praise calm --seeds 0 1 2 --output runs/results/methods.jsonl
 python examples/benchmarks/frontier.py --attributes praise calm --seeds 0 1 2 --output runs/frontier.jsonl
-python examples/benchmarks/frontier.py --part ablations --attributes praise calm --seeds 0 1 2
 python examples/benchmarks/frontier.py --quick
 ```
 
-`--part all` is everything on the page of results about the controlled world: methods, ablations, two objectives
-(`objectives.py`), sizes of patient and doctor (`weak_to_strong.py`), settings (`sweep.py`), and worlds drawn from a seed.
+`--everything` is all that the page of results says of the controlled world: the methods, two objectives (`objectives.py`), sizes of
+patient and doctor (`weak_to_strong.py`), parts and settings (`sweep.py`), and worlds drawn from a seed.
 
 All methods (`methods.py` says what they are) are given the same preference pairs, steps and batches. Where a method has
 several settings, the best is taken for each attribute, by its mean efficiency on validation prompts near the second and the
@@ -45,7 +44,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from methods import ABLATIONS, METHODS, Guide, Method, Policy, Task
+from methods import METHODS, Guide, Method, Policy, Task
 from tqdm import tqdm
 
 from trl_tfpo.atomic import written_whole
@@ -66,7 +65,6 @@ LANGUAGE_SEEDS = (1, 2, 3)  # of worlds on which nothing was tuned
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["methods", "ablations", "all"], default="methods")
     parser.add_argument("--methods", nargs="+", help="some of them; all unless given")
     parser.add_argument("--attributes", nargs="+", default=["praise"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -74,16 +72,16 @@ def main(arguments: list[str] | None = None) -> None:
         "--world", type=Path, help="folder of `trl_tfpo.testbed.build`; the one that ships unless given"
     )
     parser.add_argument("--output", type=Path, default=Path("runs/frontier.jsonl"))
+    parser.add_argument("--everything", action="store_true", help="what else is measured in this world, too")
     parser.add_argument("--report", type=Path, nargs="+", help="measure nothing, report these outputs")
     parser.add_argument("--quick", action="store_true", help="few pairs, steps and samples: whether it runs")
     args = parser.parse_args(arguments)
-    if args.part == "all":
+    if args.everything:
         return everything(args)
-    methods = METHODS if args.part == "methods" else ABLATIONS
-    if unknown := set(args.methods or ()) - set(methods):
-        parser.error(f"`--methods` must be among {list(methods)}. Got {sorted(unknown)}.")
-    names = args.methods or list(methods)
-    kls = QUICK_KLS if args.quick else KLS if args.part == "methods" else KLS[1:3]
+    if unknown := set(args.methods or ()) - set(METHODS):
+        parser.error(f"`--methods` must be among {list(METHODS)}. Got {sorted(unknown)}.")
+    names = args.methods or list(METHODS)
+    kls = QUICK_KLS if args.quick else KLS
     if not args.report:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         # The first seed of all comes first, as it chooses the settings
@@ -93,13 +91,13 @@ def main(arguments: list[str] | None = None) -> None:
             for attribute in args.attributes
         ]
         for task, name in tqdm(list(itertools.product(tasks, names)), desc="Methods"):
-            method = methods[name]
+            method = METHODS[name]
             if args.quick:
                 method = replace(method, grid=method.grid[:2])
             measure(name, method, task, kls, args.output, first_seed=args.seeds[0])
     rows = [row for path in args.report or [args.output] for row in read(path) if row["method"] in names]
     rows = [row for row in rows if row["attribute"] in args.attributes and row["seed"] in args.seeds]
-    print(f"\n{grids(rows)}\n\n{efficiencies(rows, methods, kls)}\n\n{versus(rows, kls)}\n\n{diversity(rows)}\n")
+    print(f"\n{grids(rows)}\n\n{efficiencies(rows, kls)}\n\n{versus(rows, kls)}\n\n{diversity(rows)}\n")
     plot(rows, args.output.with_suffix(".png"))
     print(f"Picture: {args.output.with_suffix('.png')}")
 
@@ -113,9 +111,8 @@ def everything(args: argparse.Namespace) -> None:
     folder, quick = args.output.parent, ["--quick"] * args.quick
     attributes = ["--attributes", *args.attributes]
     seeds = ["--seeds", *map(str, args.seeds)]
-    first = ["--seed", str(args.seeds[0])]
+    first, first_seeds = ["--seed", str(args.seeds[0])], ["--seeds", str(args.seeds[0])]
     main([*quick, *attributes, *seeds, "--output", str(args.output)])
-    main(["--part", "ablations", *quick, *attributes, *seeds[:2], "--output", str(folder / "ablations.jsonl")])
     objectives.main([*quick, *first, "--output", str(folder / "objectives.jsonl")])
     weak_to_strong.main([*quick, *first, "--output_dir", str(folder / "sizes")])
     sweep.main([*quick, *attributes, *seeds, "--output", str(folder / "sweep.jsonl")])
@@ -125,8 +122,7 @@ def everything(args: argparse.Namespace) -> None:
             with written_whole(world) as part:
                 build(part, seed=seed, steps=2 if args.quick else 1200, language=random_language(seed))
         drawn = ["--world", str(world), "--attributes", *load_world(world).attributes]
-        arguments = ["--part", "ablations", "--methods", "TFPO", *seeds[:2], "--output", f"{world}.jsonl"]
-        main([*arguments, *drawn, *quick])
+        sweep.main([*quick, *drawn, *first_seeds, "--changes", "nothing", "--output", f"{world}.jsonl"])
 
 
 # Measurement
@@ -259,7 +255,7 @@ def grids(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def efficiencies(rows: list[dict], methods: dict[str, Method], kls: list[float]) -> str:
+def efficiencies(rows: list[dict], kls: list[float]) -> str:
     """Efficiency at each KL, mean and standard deviation over seeds and attributes, and what it took."""
     lines = [
         "| method | " + " | ".join(f"{kl} nats" for kl in kls) + " | grammar | passes for a token | training (s) |"
@@ -269,7 +265,7 @@ def efficiencies(rows: list[dict], methods: dict[str, Method], kls: list[float])
     for name in names_of(rows):
         mine = [row for row in rows if row["method"] == name and row["split"] == "test"]
         shown = [spread(list(of(at[kl], name).values())) for kl in kls]
-        shown += [f"{statistics.mean(row['grammar'] for row in mine):.2f}" if mine else "", methods[name].passes]
+        shown += [f"{statistics.mean(row['grammar'] for row in mine):.2f}" if mine else "", METHODS[name].passes]
         shown += [f"{statistics.median(row['train_seconds'] for row in mine):.0f}" if mine else ""]
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
     return "\n".join(lines)

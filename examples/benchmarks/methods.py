@@ -21,7 +21,7 @@ A method makes a *policy* of a task and settings: a function that adds a row to 
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -295,7 +295,7 @@ def no_boundary(*, is_complete, **tensors):
     return tfpo_objective(is_complete=torch.zeros_like(is_complete), **tensors)
 
 
-def sft(*, doctor_logps, completion_mask, **_):
+def fine_tuning(*, doctor_logps, completion_mask, **_):
     return -doctor_logps.masked_fill(~completion_mask, 0).sum(dim=1).chunk(2)[0].mean(), {}
 
 
@@ -363,17 +363,4 @@ METHODS = {
     "DPO patient, stopped": Method(dpo_patient_stopped, "0", DPO_GRID[:3], strengths=STOPS),
     "best of n by the oracle": Method(best_by_oracle, "n - 1 of the patient", strengths=[2, 4, 8, 16, 32]),
     "temperature": Method(temperature, "0", strengths=[0.5, 0.85, 1.2]),
-}
-ABLATIONS = {
-    "TFPO": Method(mixture, "", [RATE]),
-    "by the label alone": Method(mixture, "", [RATE | dict(reward_direction="label")]),
-    "by the faces alone": Method(mixture, "", [RATE | dict(reward_direction="faces")]),
-    "no floor for the gap": Method(mixture, "", [RATE | dict(gap_floor=1e-6)]),
-    "no sparsity": Method(mixture, "", [RATE | dict(sparsity_threshold=0.0)]),
-    "no value discrimination": Method(mixture, "", [RATE | dict(value_loss_weight=0.0)]),
-    "whole trajectory only": Method(partial(mixture, objective=full_trajectory), "", [RATE]),
-    "no boundary": Method(partial(mixture, objective=no_boundary), "", [RATE]),
-    "no reference": Method(mixture, "", [RATE | dict(reference_weight=0.0)]),
-    "no reference, product": Method(product, "", [RATE | dict(reference_weight=0.0)], largest=2.0),
-    "no flow: fine-tuned on the chosen": Method(partial(mixture, objective=sft), "", [RATE]),
 }

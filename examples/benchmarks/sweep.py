@@ -14,10 +14,11 @@
 
 
 """
-Settings of TFPO, one changed at a time, in the controlled world: what is behind the defaults.
+TFPO with one part left out, or one setting changed, at a time: what each part is worth, and what is behind the defaults.
 
 ```bash
 python examples/benchmarks/sweep.py --attributes praise calm --seeds 0 1 2 --output runs/sweep.jsonl
+python examples/benchmarks/sweep.py --world DIR --attributes NAME --changes nothing
 ```
 
 Nothing is sampled but the patient, once for each seed. Guided policies are measured on its samples of the validation prompts,
@@ -35,7 +36,7 @@ from pathlib import Path
 
 import torch
 from frontier import KLS, interpolate, read, spread
-from methods import PUBLISHED, Task, train_tfpo
+from methods import PUBLISHED, Task, fine_tuning, full_trajectory, no_boundary, train_tfpo
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -47,7 +48,7 @@ from trl_tfpo.testbed.world import sample_completions
 FULL = dict(num_pairs=3000, max_steps=500, num_samples_per_prompt=400)
 QUICK = dict(num_pairs=16, max_steps=2, num_samples_per_prompt=32)
 BASE = dict(learning_rate=3e-3)
-SETTINGS: dict[str, list] = {
+SETTINGS = {
     "reward_direction": ["label", "faces"],
     "importance_temperature": [1.0, 2.0, 5.0],
     "gap_floor": [1e-6, 0.2],
@@ -60,6 +61,13 @@ SETTINGS: dict[str, list] = {
     "value_head_learning_rate": [3e-4, 3e-2],
     "learning_rate": [1e-3],
 }
+CHANGES = {
+    "nothing": {},
+    "as published": PUBLISHED,
+    "whole trajectory only": dict(objective=full_trajectory),
+    "no boundary": dict(objective=no_boundary),
+    "no flow: fine-tuned on the chosen": dict(objective=fine_tuning),
+} | {f"{name}={value}": {name: value} for name, values in SETTINGS.items() for value in values}
 FORMS = {"mixture": lambda beta: 1 - beta, "product": lambda beta: 1.0}  # exponent of the patient
 STRENGTHS = [0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0]
 
@@ -144,16 +152,12 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--attributes", nargs="+", default=["praise", "calm"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument(
-        "--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS), help="all unless given"
-    )
+    parser.add_argument("--changes", nargs="+", default=list(CHANGES), choices=list(CHANGES), help="all unless given")
     parser.add_argument("--world", type=Path, help="folder of `trl_tfpo.testbed.build`; what ships unless given")
     parser.add_argument("--output", type=Path, default=Path("runs/sweep.jsonl"))
     parser.add_argument("--quick", action="store_true", help="few settings, pairs, steps and samples: whether it runs")
     args = parser.parse_args(arguments)
-    changes = [{}, PUBLISHED] + [{name: value} for name in args.settings for value in SETTINGS[name]]
-    if args.quick:
-        changes = changes[:3]
+    changes = args.changes[:3] if args.quick else args.changes
     args.output.parent.mkdir(parents=True, exist_ok=True)
     cases = list(itertools.product(args.seeds, args.attributes))
     for seed, attribute in tqdm(cases, desc="Seeds and attributes"):
@@ -164,7 +168,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
             key = {"attribute": attribute, "seed": seed, "change": change}
             if any(all(row[field] == value for field, value in key.items()) for row in read(args.output)):
                 continue
-            doctor_logits = samples.logits(train_tfpo(task, **BASE | change))
+            doctor_logits = samples.logits(train_tfpo(task, **BASE | CHANGES[change]))
             found = {form: efficiencies(samples, patient_logits, doctor_logits, attribute, form) for form in FORMS}
             with args.output.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(key | found) + "\n")
@@ -174,21 +178,22 @@ def main(arguments: list[str] | None = None) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """Mean and deviation over seeds and attributes of each change, as a mixture and as a product."""
-    lines = ["| changed | " + " | ".join(f"{kl} nats" for kl in KLS) + " | mean | mean as a product |"]
+    """Mean and deviation over seeds and attributes of each change, as a mixture; and its mean as a product."""
+    lines = ["| changed | " + " | ".join(f"{kl} nats" for kl in KLS) + " | mean | as a product |"]
     lines += ["|---" + "|---:" * (len(KLS) + 2) + "|"]
-    for change in dict.fromkeys(json.dumps(row["change"]) for row in rows):
-        mine = [row for row in rows if json.dumps(row["change"]) == change]
-        columns = [
-            [row["mixture"][index] for row in mine if row["mixture"][index] is not None] for index in range(len(KLS))
-        ]
-        means = [
-            [statistics.mean(x for x in row[form] if x is not None) for row in mine if any(row[form])]
-            for form in FORMS
-        ]
-        shown = ", ".join(f"`{name}={value}`" for name, value in json.loads(change).items()) or "nothing"
-        lines.append(f"| {shown} | " + " | ".join(spread(values) for values in [*columns, *means]) + " |")
+    for change in dict.fromkeys(row["change"] for row in rows):
+        mine = [row for row in rows if row["change"] == change]
+        columns = [list(column) for column in zip(*(row["mixture"] for row in mine), strict=True)]
+        columns += [[mean_of(row[form]) for row in mine] for form in FORMS]
+        shown = [spread([value for value in column if value is not None]) for column in columns]
+        lines.append(f"| {change} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
+
+
+def mean_of(values: list[float | None]) -> float | None:
+    """Of those that are there, if any."""
+    there = [value for value in values if value is not None]
+    return statistics.mean(there) if there else None
 
 
 if __name__ == "__main__":
