@@ -49,7 +49,7 @@ NAMES = ("praise", "calm")
 FULL = dict(num_pairs=3000, max_steps=500, num_samples_per_prompt=50)
 QUICK = dict(num_pairs=32, max_steps=2, num_samples_per_prompt=8)
 DPO = dict(beta=0.1, learning_rate=1e-4)
-GUIDED = RATE | dict(policy="guided", reward_temperature=0.35)
+GUIDED = RATE | dict(policy="guided", reward_direction="faces", reward_temperature=0.5)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
