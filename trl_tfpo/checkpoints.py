@@ -77,9 +77,12 @@ def check_loss(loss: torch.Tensor, inputs: dict[str, torch.Tensor], trainer: Tra
             The trainer.
 
     Raises:
-        `ValueError`: when the loss is not finite. The output folder then has `not-finite-STEP/batch-PROCESS.safetensors`,
+        `ValueError`: when the loss is not one number, or not finite. In the latter case the output folder then has `not-finite-STEP/batch-PROCESS.safetensors`,
         the batch with its token ids, and the model as it was, unless an engine has shared it out.
     """
+    if not isinstance(loss, torch.Tensor) or loss.dim() != 0:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else f"a {type(loss).__name__}"
+        raise ValueError(f"`objective` must return a loss that is one number, and metrics. Got {got}; take a mean.")
     if loss.isfinite():
         return
     folder = Path(trainer.args.output_dir) / f"not-finite-{trainer.state.global_step}"

@@ -53,7 +53,11 @@ def read_completions(path: str) -> dict[str, list[str]]:
         )
     for row in rows:
         completion = row["completion"]
-        text = completion if isinstance(completion, str) else completion[-1]["content"]
+        text = completion[-1].get("content") if isinstance(completion, list) and completion else completion
+        if not isinstance(text, str):
+            raise ValueError(
+                f"A completion must be a text, or messages. Got {completion!r} in {path!r}; mend the file"
+            )
         grouped.setdefault(json.dumps(row["prompt"]), []).append(text)
     return grouped
 

@@ -19,8 +19,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from transformers import AutoTokenizer
+
 from ..evaluation import generate_completions
 from ..logits_processor import DoctorGuidedLogitsProcessor
+from ..tokenizer_identity import check_same_tokenizer
 from .files import read_split, write_rows
 from .models import load_patient
 from .parser import Parser
@@ -93,12 +96,16 @@ def load_policy(args: GenerateArguments) -> tuple:
         guide = DoctorGuidedLogitsProcessor.from_pretrained(
             args.doctor, args.alpha, args.beta or None, model_init_kwargs={"device_map": {"": patient.device}}
         )
+        for path in args.doctor:
+            check_same_tokenizer(tokenizer, AutoTokenizer.from_pretrained(path), names=("patient", path))
     return patient, tokenizer, guide, prompts
 
 
 def run(arguments: Sequence[str]) -> int:
     """Print or write completions."""
     (args,) = Parser(GenerateArguments, "generate", "Let doctors guide a patient.").parse(arguments)
+    if args.output is not None and Path(args.output).is_dir():
+        raise ValueError(f"`--output` must be a file. Got the folder {args.output!r}; name a file in it")
     patient, tokenizer, guide, prompts = load_policy(args)
     completions = generate_completions(
         patient,

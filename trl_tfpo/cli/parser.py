@@ -20,6 +20,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
 from trl import TrlParser
 
 from . import did_you_mean
@@ -79,9 +80,14 @@ class Parser(TrlParser):
             config = [*arguments, ""][list(arguments).index("--config") + 1]
             if not Path(config).is_file():
                 raise ValueError(f"`--config` must be followed by a YAML file. Got {config!r}; check the path")
-        return self.parse_args_and_config(
-            list(arguments), return_remaining_strings=True, separate_remaining_strings=True
-        )
+        try:
+            return self.parse_args_and_config(
+                list(arguments), return_remaining_strings=True, separate_remaining_strings=True
+            )
+        except yaml.YAMLError as error:
+            raise ValueError(
+                f"`--config` must be a YAML file. Got {config!r}, which is not: {error}; mend it"
+            ) from error
 
     def _refuse(self, remaining: Sequence[str], known: Sequence[str]) -> None:
         """Complain of the first option that nobody knows."""

@@ -55,7 +55,16 @@ def make_app(engine: Engine, *, model_name: str, api_key: str | None = None) -> 
 
     Returns:
         `fastapi.FastAPI`: with `/v1/models`, `/v1/chat/completions`, `/v1/completions`, `/health` and `/metrics`.
+
+    Raises:
+        `ValueError`: when the name or the key is empty.
     """
+
+    if not model_name or api_key == "":
+        raise ValueError(
+            f"The model must have a name, and a key characters. Got the name {model_name!r}"
+            f"{' and an empty key' if api_key == '' else ''}; leave out `api_key` if all may ask."
+        )
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
