@@ -23,6 +23,7 @@ style: $(VENV)/.test
 quality: $(VENV)/.test
 	$(RUN)ruff check .
 	$(RUN)ruff format --check .
+	$(RUN)bandit --quiet --recursive trl_tfpo --configfile pyproject.toml
 
 # The documentation site, in `site`; a broken link is an error
 docs: $(VENV)/.docs

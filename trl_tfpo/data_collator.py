@@ -116,7 +116,9 @@ class TokenRewardCollator(DataCollatorMixin):
                 )
             self.faces = resolve_faces(self.faces)
             if self.processing_class is None:
-                self.processing_class = AutoTokenizer.from_pretrained(self.patient.config._name_or_path)
+                self.processing_class = AutoTokenizer.from_pretrained(
+                    self.patient.config._name_or_path, trust_remote_code=False
+                )
             check_patient(self.patient, self.processing_class)
             self.has_system_role = has_system_role(self.processing_class)
         self.eos_token_ids = eos_token_ids(self.processing_class, self.patient)

@@ -242,7 +242,7 @@ def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
     if not model.config._name_or_path:
         return None
     try:
-        return AutoTokenizer.from_pretrained(model.config._name_or_path)
+        return AutoTokenizer.from_pretrained(model.config._name_or_path, trust_remote_code=False)
     except (OSError, ValueError):
         return None
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..evaluation import RewardModel, evaluate_completions
+from ..printable import printable
 from .files import read_split
 from .parser import Parser
 
@@ -102,5 +103,6 @@ def run(arguments: Sequence[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     report.save(folder / "report.json")
     report.plot(folder / "report.png")
-    print(f"{report.table()}\n\nReport: {folder / 'report.json'}. Picture: {folder / 'report.png'}.")
+    table = "\n".join(map(printable, report.table().splitlines()))
+    print(f"{table}\n\nReport: {folder / 'report.json'}. Picture: {folder / 'report.png'}.")
     return 0

@@ -62,5 +62,7 @@ def load_models(name: str | None, given: Sequence[str], *, in_4bit: bool, trust_
         if not separator or not label or label in doctors:
             raise ValueError(f"`--doctor` must be NAME=PATH, each name once. Got {text!r}; write it so")
         doctors[label] = load_doctor(path, with_value_head=False, device_map={"": patient.device}).eval()
-        check_same_tokenizer(tokenizer, AutoTokenizer.from_pretrained(path), names=("patient", label))
+        check_same_tokenizer(
+            tokenizer, AutoTokenizer.from_pretrained(path, trust_remote_code=False), names=("patient", label)
+        )
     return patient, tokenizer, doctors

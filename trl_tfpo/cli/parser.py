@@ -15,7 +15,7 @@
 """Options of a verb: TRL's parser, with errors of one line, and those of `accelerate launch`."""
 
 import os
-import subprocess
+import subprocess  # nosec B404
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,7 +73,7 @@ class Parser(TrlParser):
             else:
                 rest.append(argument)
         command = [sys.executable, "-m", "accelerate.commands.launch", *with_config_file(launch)]
-        return subprocess.run([*command, "-m", "trl_tfpo", verb, *rest]).returncode
+        return subprocess.run([*command, "-m", "trl_tfpo", verb, *rest]).returncode  # nosec B603
 
     def _parse(self, arguments: Sequence[str]) -> tuple:
         if "--config" in arguments:

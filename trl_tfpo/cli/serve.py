@@ -96,5 +96,11 @@ def run(arguments: Sequence[str]) -> int:
         app = build(args)
         import uvicorn
 
-        uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False)).run(sockets=[bound])
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            server_header=False,
+            limit_concurrency=2 * (args.max_rows + args.max_queue),  # connections, with those that are refused
+        )
+        uvicorn.Server(config).run(sockets=[bound])
     return 0

@@ -179,8 +179,9 @@ def choose_responses(dataset: Dataset | IterableDataset, chosen_id_column: str) 
 
 def show_guided_examples(script_args: TFPOScriptArguments, training_args: TFPOConfig, trainer: TFPOTrainer) -> None:
     """The saved doctor, loaded as any causal language model, guides the patient."""
-    doctor = AutoModelForCausalLM.from_pretrained(training_args.output_dir, dtype="auto")
-    patient = AutoModelForCausalLM.from_pretrained(script_args.patient_model_name_or_path, dtype="auto")
+    settings = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": training_args.trust_remote_code}
+    doctor = AutoModelForCausalLM.from_pretrained(training_args.output_dir, **settings)
+    patient = AutoModelForCausalLM.from_pretrained(script_args.patient_model_name_or_path, **settings)
     for row in trainer.train_dataset.select(range(script_args.num_guided_examples)):
         input_ids = torch.tensor([row["prompt_ids"]])
         attention_mask = torch.ones_like(input_ids)

@@ -150,10 +150,13 @@ class RewardModel:
     ):
         if isinstance(model, (str, os.PathLike)):
             check_there(model)
+            defaults = {"device_map": "auto", "use_safetensors": True, "trust_remote_code": False}
             if processing_class is None:
-                processing_class = AutoTokenizer.from_pretrained(model)
+                processing_class = AutoTokenizer.from_pretrained(
+                    model, trust_remote_code=model_kwargs.get("trust_remote_code", False)
+                )
             model, loading = AutoModelForSequenceClassification.from_pretrained(
-                model, output_loading_info=True, **({"device_map": "auto", "use_safetensors": True} | model_kwargs)
+                model, output_loading_info=True, **(defaults | model_kwargs)
             )
             if loading["missing_keys"]:
                 raise ValueError(
@@ -380,7 +383,7 @@ class ChatJudge:
         for attempt in range(self.max_retries + 1):
             delay = min(self.backoff * 2**attempt, MAX_DELAY)
             try:
-                with urllib.request.urlopen(
+                with urllib.request.urlopen(  # nosec B310
                     urllib.request.Request(self.url, data=body, headers=self.headers), timeout=self.timeout
                 ) as response:
                     reply = json.load(response)

@@ -63,6 +63,8 @@ class Limits:
             Completions of one request.
         max_bytes (`int`, *optional*, defaults to `1_000_000`):
             Size of a request.
+        max_body_seconds (`float`, *optional*, defaults to `30.0`):
+            Until a request has arrived.
 
     Raises:
         `ValueError`: when a limit is not positive.
@@ -75,6 +77,7 @@ class Limits:
     max_seconds: float = 600.0
     max_choices: int = 8
     max_bytes: int = 1_000_000
+    max_body_seconds: float = 30.0
 
     def __post_init__(self):
         for name, value in vars(self).items():
