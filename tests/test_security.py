@@ -225,7 +225,8 @@ def test_nothing_shown_is_markup_or_moves_a_cursor(tmp_path, monkeypatch, capsys
     maps = [show_token_rewards(annotated[0], tokenizer), show_trace(guide.trace(output), tokenizer)]
     assert EVIL in tokenizer.decode(output[0])
 
-    markup = [x._repr_html_() for x in maps] + [_as_html([(EVIL, 1.0)]), str(annotation_card(annotated))]
+    card = str(annotation_card(annotated))
+    markup = [x._repr_html_() for x in maps] + [_as_html([(EVIL, 1.0)]), card]
     markup.append((tmp_path / "rewards.html").read_text(encoding="utf-8"))
     terminal = [x.table() for x in maps] + [re.sub(r"\x1b\[[0-9;]*m", "", str(x)) for x in maps]  # its own colors
     arguments = ["--patient_model_name_or_path", str(tmp_path / "patient"), "--temperature", "0"]
@@ -235,12 +236,14 @@ def test_nothing_shown_is_markup_or_moves_a_cursor(tmp_path, monkeypatch, capsys
     arguments += ["--positive_face", EVIL, "--negative_face", "you are rude", "--output", str(tmp_path / "a.jsonl")]
     assert main(["annotate", *arguments]) == 0
     captured = capsys.readouterr()
-    assert captured.out.count("script") > 2 and "script" in captured.err
-    terminal += [re.sub(r"\x1b\[[0-9;]*m", "", captured.out), captured.err]
+    assert captured.out.count("script") > 2
+    terminal += [re.sub(r"\x1b\[[0-9;]*m", "", captured.out)]
+    terminal += [line for line in captured.err.split("\n") if line.startswith("trl-tfpo")]
     for text in markup + terminal:
         assert "script" in text and not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", text), text
     for text in markup:
-        assert "<script" not in text and "](http" not in text.replace("\\](http", ""), text
+        assert "<script" not in text, text
+    assert r"\|\[x\](http" in card
 
 
 # The server
