@@ -6,7 +6,7 @@ export TOKENIZERS_PARALLELISM = false
 # The models here are so small that a second thread only waits for the first
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test style quality docs screenshot clean
+.PHONY: demo test style quality audit docs screenshot clean
 
 # The main job in the controlled world: a table, a picture in runs/world, completions side by side
 demo: $(VENV)/.demo
@@ -23,6 +23,11 @@ style: $(VENV)/.test
 quality: $(VENV)/.test
 	$(RUN)ruff check .
 	$(RUN)ruff format --check .
+	$(RUN)bandit --quiet --recursive trl_tfpo --configfile pyproject.toml
+
+# Known vulnerabilities of the pinned versions, asked of a service
+audit: $(VENV)/.test
+	$(RUN)pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 # The documentation site, in `site`; a broken link is an error
 docs: $(VENV)/.docs

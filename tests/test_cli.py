@@ -43,11 +43,7 @@ def folder(tmp_path_factory):
     """Preferences, a patient and a doctor, as files."""
     folder = tmp_path_factory.mktemp("cli")
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in conversational_rows(8)))
-    (folder / "broken.jsonl").write_text('{"prompt": "a", "chosen"')
-    (folder / "other.jsonl").write_text('{"question": "a"}\n')
-    (folder / "list.yaml").write_text("- a\n")
     (folder / "config.yaml").write_text("num_pairs: 3\nworld: praise\n")
-    (folder / "typo.yaml").write_text("nun_pairs: 3\nworld: praise\n")
     for name, seed in (("patient", 1), ("doctor", 2)):
         make_llama(seed).save_pretrained(folder / name)
         make_tokenizer().save_pretrained(folder / name)
@@ -55,7 +51,6 @@ def folder(tmp_path_factory):
     for name, texts in rows.items():
         lines = [{"prompt": "you are", "completion": text} for text in texts]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "short.jsonl").write_text(json.dumps({"prompt": "another", "completion": "kind"}) + "\n")
     return folder
 
 
@@ -111,95 +106,7 @@ def test_version_and_environment(capsys):
     assert "trl-tfpo 0." in printed and "- torch: 2" in printed and "- Accelerators: " in printed
 
 
-# Mistakes: arguments, in the folder above, and a part of the one line that answers them
-
-WORLD = ["annotate", "--world", "praise", "--num_pairs", "2", "--output", "out.jsonl"]
-MODELS = ["--patient_model_name_or_path", "patient"]
-MISTAKES = {
-    "no verb": ([], None),
-    "mistyped verb": (["anotate"], "unknown command 'anotate', did you mean 'annotate'?"),
-    "unknown verb": (["xyz"], "unknown command 'xyz'. `trl-tfpo --help`"),
-    "mistyped option": ([*WORLD, "--sparsity_treshold", "0.3"], "did you mean '--sparsity_threshold'?"),
-    "mistyped option of train": (["train", "--lerning_rate", "1"], "did you mean '--learning_rate'?"),
-    "mistyped option of generate": (["generate", "--world", "--temprature", "1"], "did you mean '--temperature'?"),
-    "abbreviated option": ([*WORLD, "--sparsity", "0.3"], "unknown option '--sparsity'"),
-    "stray argument": ([*WORLD[:1], "pairs.jsonl", *WORLD[1:]], "pairs.jsonl"),
-    "not a number": ([*WORLD, "--gap_floor", "much"], "--gap_floor"),
-    "no output": (["annotate", "--world", "praise"], "--output"),
-    "out of range": ([*WORLD, "--sparsity_threshold", "1.5"], "must be in [0, 1)"),
-    "unknown direction": ([*WORLD, "--reward_direction", "up"], "'up'"),
-    "unknown attribute": (["annotate", "--world", "prais", "--output", "out.jsonl"], "'prais'"),
-    "nothing to annotate": (["annotate", "--output", "out.jsonl"], "needs preferences and a patient"),
-    "one face of two": ([*WORLD, "--positive_face", "x"], "Faces are a pair"),
-    "unknown faces": (
-        ["annotate", "--dataset_name", "pairs.jsonl", *MODELS, "--faces", "kindness", "--output", "out.jsonl"],
-        "'kindness'",
-    ),
-    "no such file": (["annotate", "--dataset_name", "absent.jsonl", *MODELS, "--output", "out.jsonl"], "not there"),
-    "broken file": (["annotate", "--dataset_name", "broken.jsonl", *MODELS, "--output", "out.jsonl"], ""),
-    "no such model": (
-        [
-            "annotate",
-            "--dataset_name",
-            "pairs.jsonl",
-            "--patient_model_name_or_path",
-            "./absent",
-            "--output",
-            "out.jsonl",
-        ],
-        "absent",
-    ),
-    "other columns": (["annotate", "--dataset_name", "other.jsonl", *MODELS, "--output", "out.jsonl"], "chosen"),
-    "no such split": (
-        ["annotate", "--dataset_name", "pairs.jsonl", "--dataset_split", "test", *MODELS, "--output", "out.jsonl"],
-        "must be one of ['train']",
-    ),
-    "output exists": (["annotate", "--world", "praise", "--output", "pairs.jsonl"], "must not exist"),
-    "output is a folder of others": (
-        ["annotate", "--world", "praise", "--output", "patient", "--overwrite"],
-        "Only a dataset",
-    ),
-    "no such config": ([*WORLD, "--config", "absent.yaml"], "absent.yaml"),
-    "config that is a list": ([*WORLD, "--config", "list.yaml"], "YAML mapping"),
-    "mistyped key in a config": (["annotate", "--output", "out.jsonl", "--config", "typo.yaml"], "--num_pairs"),
-    "no such accelerate config": ([*WORLD, "--accelerate_config", "zero33"], "did you mean 'zero3'?"),
-    "train without data": (["train", "--output_dir", "run"], "needs preferences"),
-    "train out of range": (["train", "--dataset_name", "pairs.jsonl", "--subtb_lambda", "2"], "must be in [0, 1]"),
-    "generate without a patient": (["generate", "--prompt", "hello"], "a patient is needed"),
-    "generate without prompts": (["generate", *MODELS], "there are no prompts"),
-    "generate with a beta too many": (["generate", "--world", "--beta", "0.5"], "a number for each doctor"),
-    "generate without a column": (["generate", *MODELS, "--dataset_name", "other.jsonl"], "a column `prompt`"),
-    "generate, no such doctor": (["generate", "--world", "--doctor", "./absent"], "absent"),
-    "evaluate without a name": (["evaluate", "--completions", "a.jsonl", "--output_dir", "report"], "NAME=FILE"),
-    "evaluate other prompts": (
-        ["evaluate", "--completions", "a=a.jsonl", "b=short.jsonl", "--output_dir", "report"],
-        "the same prompts",
-    ),
-    "evaluate without columns": (
-        ["evaluate", "--completions", "a=other.jsonl", "--output_dir", "report"],
-        "`completion`",
-    ),
-    "evaluate without a judge": (
-        ["evaluate", "--completions", "a=a.jsonl", "b=b.jsonl", "--baseline", "a", "--output_dir", "report"],
-        "somebody who judges",
-    ),
-    "env with an option": (["env", "--all"], "takes no options"),
-}
-
-
-@pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_answered_in_one_line(name, folder, monkeypatch, capsys):
-    """A traceback says nothing to somebody who mistyped a word; and a command that failed leaves nothing behind."""
-    monkeypatch.chdir(folder)
-    before = sorted(folder.rglob("*"))
-    arguments, message = MISTAKES[name]
-    assert main(arguments) == 2
-    captured = capsys.readouterr()
-    if message is not None:
-        (line,) = [line for line in captured.err.splitlines() if line.startswith("trl-tfpo")]
-        assert message in line and ": error: " in line
-    assert "Traceback" not in captured.err + captured.out
-    assert sorted(folder.rglob("*")) == before
+# Mistakes; `test_bad_input.py` has all of them
 
 
 def test_a_mistake_in_a_process_of_its_own(folder):

@@ -113,22 +113,3 @@ def test_tokenizer_comes_with_the_patient(patient, tokenizer, tmp_path):
     loaded = type(patient).from_pretrained(tmp_path)
     collator = TokenRewardCollator(patient=loaded, faces=FACES)
     assert collator.processing_class.get_vocab() == tokenizer.get_vocab()
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"chosen_token_rewards": [0.1]}, "one entry for each completion token. Got 1 for 3"),
-        ({"prompt_ids": [5] * 9}, "shorter than `max_length`"),
-    ],
-)
-def test_rows_that_cannot_be_right(tokenizer, change, message):
-    """A dataset of another tokenizer has as many rewards as *its* tokens."""
-    with pytest.raises(ValueError, match=message):
-        TokenRewardCollator(tokenizer, max_length=8)([{**PAIRS[0], **change}])
-
-
-def test_a_patient_needs_faces(patient, tokenizer):
-    """There is no sensible default for what is wanted."""
-    with pytest.raises(ValueError, match="faces"):
-        TokenRewardCollator(tokenizer, patient=patient)

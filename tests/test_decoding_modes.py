@@ -438,15 +438,6 @@ def test_an_entropy_gate_leaves_the_patient_alone_where_it_is_sure():
     assert len(reads) == (~torch.cat(gates)).sum() < len(gates)  # it was not read where the patient was sure
 
 
-@pytest.mark.parametrize(
-    "name, value", [("min_patient_prob", 1.5), ("min_patient_prob", -1), ("min_patient_entropy", -1)]
-)
-def test_thresholds_have_a_range(name, value):
-    """Else a percentage would silently rule out everything."""
-    with pytest.raises(ValueError, match="`min_patient_prob` must be in"):
-        DoctorGuidedLogitsProcessor(llama(1), **{name: value})
-
-
 def test_a_doctor_has_the_adapter_that_it_names():
     """Else a misspelt adapter would guide as the base model."""
     shared, _ = add_adapters(llama(0))

@@ -162,21 +162,3 @@ def test_several_seeds_are_one_method():
     report = evaluate_completions(PROMPTS, {"doctor": [["kind", "bad"], ["bad", "bad"]]}, kindness)
     row = report.methods["doctor"]
     assert (row["num_seeds"], row["num_samples_per_prompt"], row["measures"]["reward"]["mean"]) == (2, 1, 0.25)
-
-
-@pytest.mark.parametrize(
-    "arguments, settings, message",
-    [
-        ((PROMPTS, TEXTS, kindness), {"baseline": "dpo"}, "must name methods"),
-        ((PROMPTS, TEXTS), {"baseline": "patient"}, "somebody who judges"),
-        ((PROMPTS, {"doctor": ["one text"]}, kindness), {}, "prompts"),
-        ((PROMPTS, TEXTS, lambda prompts, completions: [math.nan] * 2), {}, "finite number for each"),
-        ((PROMPTS, TEXTS, kindness), {"measures": {"doctor": {"kl": [0.1]}}}, "one for each completion"),
-        ((PROMPTS, TEXTS, kindness), {"measures": {"doctor": {"reward": [0.1, 0.2]}}}, "new names"),
-        ((PROMPTS, TEXTS, kindness), {"level": 1.5}, "between 0 and 1"),
-    ],
-)
-def test_what_does_not_fit_is_refused(arguments, settings, message):
-    """A report on texts that were shifted by one prompt looks like any other."""
-    with pytest.raises(ValueError, match=message):
-        evaluate_completions(*arguments, **settings)

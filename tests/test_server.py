@@ -15,7 +15,6 @@
 """The server: every answer is the one that would have been given alone, whatever else is asked at the same time."""
 
 import json
-import socket
 import threading
 import time
 import urllib.error
@@ -25,11 +24,10 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 import torch
-import uvicorn
+from conftest import serving
 from transformers import AutoModelForCausalLM
 
 from trl_tfpo import DoctorGuidedLogitsProcessor, guided_generate
-from trl_tfpo.cli import main
 from trl_tfpo.server import Engine, Generation, Limits, make_app
 from trl_tfpo.server.engine import Row
 from trl_tfpo.testbed import load_world
@@ -61,19 +59,8 @@ def engine(world, doctors):
 
 @pytest.fixture(scope="module")
 def url(engine):
-    """A real server on a free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    app = make_app(engine, model_name="world", api_key=KEY)
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.05)
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join(timeout=20)
+    with serving(make_app(engine, model_name="world", api_key=KEY)) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -266,47 +253,6 @@ def test_a_patient_in_training_is_refused(world, doctors):
         Engine(patient, world.tokenizer, doctors)
 
 
-CHAT = {"model": "world", "messages": [{"role": "user", "content": "please review the park inn."}]}
-REFUSED = {
-    "no such model": (CHAT | {"model": "/etc/passwd"}, 404, "must be 'world'"),
-    "unknown doctor": (CHAT | {"weights": {"kind": 1.0}}, 400, "must name doctors"),
-    "weights above one": (CHAT | {"weights": {"calm": 0.9, "wild": 0.9}}, 400, "at most 1"),
-    "weight that is no number": (CHAT | {"weights": {"calm": "much"}}, 400, "weights.calm"),
-    "infinite weight": (
-        '{"model": "world", "messages": [{"role": "user", "content": "a"}], "alpha": Infinity}',
-        400,
-        "alpha",
-    ),
-    "unknown field": (CHAT | {"wieghts": {}}, 400, "wieghts"),
-    "no messages": (CHAT | {"messages": []}, 400, "messages"),
-    "unknown role": (CHAT | {"messages": [{"role": "doctor", "content": "a"}]}, 400, "role"),
-    "negative temperature": (CHAT | {"temperature": -1}, 400, "temperature"),
-    "top_p of zero": (CHAT | {"top_p": 0}, 400, "top_p"),
-    "too many choices": (CHAT | {"n": 5}, 400, "at most 4"),
-    "too many tokens": (CHAT | {"max_tokens": 65}, 400, "at most 64"),
-    "long prompt": (CHAT | {"messages": [{"role": "user", "content": "the park inn " * 50}]}, 400, "1 to 40 tokens"),
-    "large request": (CHAT | {"user": "a" * 30_000}, 413, "at most 20000 bytes"),
-    "empty stop": (CHAT | {"stop": [""]}, 400, "stop"),
-    "not JSON": ("{", 400, "JSON"),
-    "a list": ("[]", 400, "body"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_bad_requests_are_refused(name, url):
-    """Clients are programs: they need a status and a body of the form they know, never a traceback."""
-    body, status, message = REFUSED[name]
-    data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
-    request = urllib.request.Request(
-        f"{url}/v1/chat/completions", data, {"content-type": "application/json", "authorization": f"Bearer {KEY}"}
-    )
-    with pytest.raises(urllib.error.HTTPError) as error:
-        urllib.request.urlopen(request)
-    answer = json.loads(error.value.read())["error"]
-    assert error.value.code == status
-    assert message.lower() in answer["message"].lower() and answer["type"]
-
-
 def test_a_key_is_needed(url):
     """A server whose key can be left out, or guessed by its beginning, has none."""
     for key in ("", KEY[:-1], KEY + "x"):
@@ -328,23 +274,6 @@ def test_metrics_count(client, url, engine):
 
 
 # The command
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "a patient is needed"),
-        (["--world", "--doctor", "path"], "NAME=PATH"),
-        (["--world", "--doctor", "a=./absent"], "absent"),
-        (["--world", "--api_key_file", "absent.txt"], "absent.txt"),
-        (["--world", "--prot", "80"], "did you mean '--port'?"),
-    ],
-)
-def test_serve_answers_mistakes_in_one_line(arguments, message, capsys):
-    """A server that does not start must say why."""
-    assert main(["serve", *arguments]) == 2
-    error = capsys.readouterr().err
-    assert message in error and "Traceback" not in error
 
 
 def test_serve_builds_what_it_is_told(world, tmp_path):

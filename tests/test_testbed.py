@@ -338,29 +338,6 @@ def test_identical_completions_are_redrawn(world, monkeypatch):
     assert all(row["chosen"][0]["content"] and row["rejected"][0]["content"] for row in rows)
 
 
-def test_unknown_settings_are_refused(world, tmp_path):
-    """A misspelt attribute must not end in a data set about nothing."""
-    with pytest.raises(ValueError, match="must be one of .*calm.* Got 'prais'"):
-        world.preference_dataset("prais", num_pairs=1, seed=0)
-    with pytest.raises(ValueError, match="must be positive. Got 0"):
-        world.preference_dataset("praise", num_pairs=1, seed=0, noise_temperature=0)
-    with pytest.raises(ValueError, match="testbed.build"):
-        load_world(tmp_path)
-
-
-# The frontier
-
-
-def test_frontier_of_a_coin():
-    """Two rewards, 0 and 1, even odds: odds of p to 1 - p cost log 2 - H(p), whatever the tilt."""
-    frontier = reward_kl_frontier(torch.tensor([[0.0, 1.0]]).repeat(3, 500))
-    for p in (0.55, 0.75, 0.9, 0.99):
-        kl = math.log(2) + p * math.log(p) + (1 - p) * math.log(1 - p)
-        assert frontier.best_reward(kl) == pytest.approx(p, abs=1e-4)
-    assert frontier.patient_reward == 0.5 == frontier.best_reward(0)
-    assert frontier.max_kl == pytest.approx(math.log(2), abs=1e-4)
-
-
 @pytest.mark.parametrize("kl", [0.02, 0.5, 1.5])
 def test_frontier_of_a_gaussian(kl):
     """Reward N(1, 2^2): tilting moves the mean alone, and the best reward is 1 + 2 sqrt(2 KL)."""

@@ -12,19 +12,21 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What the package leans on in TRL, transformers, PEFT and Accelerate still is as it was."""
+"""What the package leans on in TRL, transformers, PEFT and Accelerate still is as it was; else, what to change here."""
 
 import inspect
 import os
+from dataclasses import fields
 
 import pytest
 import torch
 from accelerate import FullyShardedDataParallelPlugin
 from conftest import make_llama
 from peft import LoraConfig, get_peft_model
-from transformers import DynamicCache, LogitsProcessor, Trainer
+from transformers import DynamicCache, LogitsProcessor, Trainer, TrainingArguments
 from transformers.distributed.fsdp import is_fsdp_enabled
 from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
+from transformers.trainer_utils import rotate_checkpoints
 from trl import DPOTrainer, is_conversational, maybe_extract_prompt
 
 from trl_tfpo import TFPOTrainer
@@ -41,21 +43,43 @@ from trl_tfpo._compat import (
 
 
 def test_constructor_follows_trl():
-    """Positional arguments that shift would put the collator where the settings belong."""
+    """Positional arguments that shift would put the collator where the settings belong.
+
+    Change: the parameters of `TFPOTrainer.__init__`, in the order of `DPOTrainer`.
+    """
     ours = list(inspect.signature(TFPOTrainer.__init__).parameters)
     theirs = [name for name in inspect.signature(DPOTrainer.__init__).parameters if name != "ref_model"]
     assert [name for name in ours if name in theirs] == theirs
     assert ours.index("patient_model") == 2
 
 
+def test_the_trainer_calls_what_is_overridden():
+    """
+    A method that is called by another name is one that nobody calls: rewards would be dropped as unknown columns.
+
+    Change: the method of that name in `TFPOTrainer`, or `checkpoints.kept_whole`.
+    """
+    for name in ("_set_signature_columns_if_needed", "_get_train_sampler", "_save_checkpoint", "get_batch_samples"):
+        assert name in vars(TFPOTrainer) and f"self.{name}" in inspect.getsource(Trainer), name
+    assert list(inspect.signature(Trainer._save_checkpoint).parameters) == ["self", "model", "trial"]
+    assert "activation_checkpointing" in {field.name for field in fields(TrainingArguments)}
+    assert {"output_dir", "save_total_limit", "use_mtime"} <= set(inspect.signature(rotate_checkpoints).parameters)
+
+
 def test_loss_scaling_flag_is_read():
-    """Without the flag the Trainer guesses whether a loss is already scaled for accumulation."""
+    """Without the flag the Trainer guesses whether a loss is already scaled for accumulation.
+
+    Change: `TFPOTrainer.loss_is_scaled_for_ga`, and the scaling at the end of `compute_loss`.
+    """
     assert "loss_is_scaled_for_ga" in inspect.getsource(Trainer)
     assert _BaseTrainer.loss_is_scaled_for_ga is None and TFPOTrainer.loss_is_scaled_for_ga is True
 
 
 def test_fused_head_gives_log_probabilities():
-    """The one number everything is computed from."""
+    """The one number everything is computed from.
+
+    Change: `_compat.fused_lm_head` and `_compat.fused_logps`.
+    """
     model = make_llama(1)
     ids = torch.tensor([[5, 6, 7, 8]])
     labels = torch.tensor([[-100, -100, 7, 8]])
@@ -68,14 +92,20 @@ def test_fused_head_gives_log_probabilities():
 
 
 def test_prompts_are_extracted_as_before():
-    """TRL's rule for implicit prompts, which the cut of transcripts builds on."""
+    """TRL's rule for implicit prompts, which the cut of transcripts builds on.
+
+    Change: `tokenization.split_prompt`.
+    """
     pair = {"chosen": "a cat", "rejected": "a dog"}
     assert maybe_extract_prompt(pair) == {"prompt": "a", "chosen": " cat", "rejected": " dog"}
     assert is_conversational({"prompt": [{"role": "user", "content": "x"}]})
 
 
 def test_adapters_are_switched_by_two_attributes():
-    """What guides for one token must speak for the patient in the next, without a walk over all modules."""
+    """What guides for one token must speak for the patient in the next, without a walk over all modules.
+
+    Change: `_compat.adapter_layers`, `active_adapters` and `using_adapters`.
+    """
     torch.manual_seed(0)
     config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, modules_to_save=["lm_head"])
     model = get_peft_model(make_llama(1), config, adapter_name="one").eval()
@@ -98,7 +128,10 @@ def test_adapters_are_switched_by_two_attributes():
 
 
 def test_a_custom_generate_gets_what_speculation_needs():
-    """The arguments of its own, all processors in order, and a cache that can be cut by a negative count."""
+    """The arguments of its own, all processors in order, and a cache that can be cut by a negative count.
+
+    Change: `speculative._Reader`, and the parameters of `speculative_guided_generate`.
+    """
 
     def custom_generate(model, input_ids, logits_processor, stopping_criteria, generation_config, own=None, **kwargs):
         assert own == 7 and isinstance(kwargs["past_key_values"], DynamicCache)
@@ -132,7 +165,10 @@ def test_a_custom_generate_gets_what_speculation_needs():
 
 
 def test_models_can_be_loaded_whole_under_any_engine(monkeypatch):
-    """Read from a shard, or from weights that were never loaded, rewards and references are noise."""
+    """Read from a shard, or from weights that were never loaded, rewards and references are noise.
+
+    Change: `_compat.unsharded`.
+    """
     pytest.importorskip("deepspeed")
     config = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})  # lives as long as this name
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
@@ -146,7 +182,10 @@ def test_models_can_be_loaded_whole_under_any_engine(monkeypatch):
 
 
 def test_shards_of_deepspeed_are_marked():
-    """A doctor that is scored from its shards has empty weights."""
+    """A doctor that is scored from its shards has empty weights.
+
+    Change: `_compat.is_sharded`.
+    """
     model = make_llama(1)
     assert not is_sharded(model)
     model.lm_head.weight.ds_id = 0
@@ -154,14 +193,20 @@ def test_shards_of_deepspeed_are_marked():
 
 
 def test_fsdp2_policy_rounds_outputs_unless_told():
-    """The trainer takes back the one field of the policy that would round flows; it has to be there."""
+    """The trainer takes back the one field of the policy that would round flows; it has to be there.
+
+    Change: `_compat.keep_output_precision`.
+    """
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
     plugin.set_mixed_precision("bf16")
     assert plugin.mixed_precision_policy.output_dtype == torch.bfloat16
 
 
 def test_four_bit_weights_stay_differentiable():
-    """After one forward in eval mode, gradients must still be those of the weights."""
+    """After one forward in eval mode, gradients must still be those of the weights.
+
+    Change: `_compat.keep_differentiable`; it may no longer be needed.
+    """
     bitsandbytes = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
     layer = bitsandbytes.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32).to("cpu")

@@ -130,6 +130,7 @@ def load_model(name: str, **init_kwargs) -> PreTrainedModel:
     its own.
     """
     init_kwargs.setdefault("use_safetensors", True)  # a pickle could do anything
+    init_kwargs.setdefault("trust_remote_code", False)  # otherwise transformers asks, and waits for an answer
     state = PartialState()
     if state.num_processes > 1:
         init_kwargs.setdefault("device_map", {"": state.device})  # "auto" would spread each over the devices of all
@@ -142,7 +143,9 @@ def load_shared_out(name: str, **init_kwargs) -> PreTrainedModel:
     A model by name or path, on its way to [`share_out`]: under ZeRO-3 each process reads its part, and none holds the
     whole; under FSDP2 it is whole in the memory of the CPU.
     """
-    return create_model_from_path(name, **{"use_safetensors": True} | init_kwargs | {"device_map": None})
+    return create_model_from_path(
+        name, **{"use_safetensors": True, "trust_remote_code": False} | init_kwargs | {"device_map": None}
+    )
 
 
 def shares_out(accelerator: Accelerator) -> bool:

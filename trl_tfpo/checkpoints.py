@@ -34,6 +34,7 @@ from .atomic import FORMAT, check_format, written_whole
 logger = logging.getLogger(__name__)
 
 CONTENTS_FILE = "checkpoint.json"  # the sizes of all other files
+PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
 
 
 @contextmanager
@@ -77,9 +78,12 @@ def check_loss(loss: torch.Tensor, inputs: dict[str, torch.Tensor], trainer: Tra
             The trainer.
 
     Raises:
-        `ValueError`: when the loss is not finite. The output folder then has `not-finite-STEP/batch-PROCESS.safetensors`,
+        `ValueError`: when the loss is not one number, or not finite. In the latter case the output folder then has `not-finite-STEP/batch-PROCESS.safetensors`,
         the batch with its token ids, and the model as it was, unless an engine has shared it out.
     """
+    if not isinstance(loss, torch.Tensor) or loss.dim() != 0:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else f"a {type(loss).__name__}"
+        raise ValueError(f"`objective` must return a loss that is one number, and metrics. Got {got}; take a mean.")
     if loss.isfinite():
         return
     folder = Path(trainer.args.output_dir) / f"not-finite-{trainer.state.global_step}"
@@ -121,8 +125,8 @@ def check_checkpoint(folder: str | os.PathLike) -> None:
             The checkpoint.
 
     Raises:
-        `ValueError`: when it is not there, was not written to its end, or lost something since; or when a later version
-        of this package wrote it.
+        `ValueError`: when it is not there, was not written to its end, or lost something since; when a later version of
+        this package wrote it; or when its weights are pickles.
     """
     folder = Path(folder)
     try:
@@ -140,6 +144,11 @@ def check_checkpoint(folder: str | os.PathLike) -> None:
                 f"A checkpoint must be whole. {str(folder / name)!r} had {size} bytes, and "
                 f"{'is gone' if found is None else f'has {found}'}; go on from the one before it, or from none."
             )
+    if pickled := sorted(path.name for pattern in PICKLED_WEIGHTS for path in folder.glob(pattern)):
+        raise ValueError(
+            f"A checkpoint must have its weights in safetensors. Got {pickled} in {str(folder)!r}, pickles, which this "
+            "package does not write; go on from a checkpoint of your own."
+        )
 
 
 def resolve_checkpoint(asked: str | os.PathLike | bool | None, output_dir: str | os.PathLike) -> str | None:

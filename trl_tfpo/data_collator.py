@@ -26,8 +26,8 @@ from transformers.data.data_collator import DataCollatorMixin
 
 from . import functional
 from .faces import Faces, has_system_role, resolve_faces
-from .token_rewards import check_patient, score_token_rewards
-from .tokenization import FACE_COLUMNS, eos_token_ids, tokenize_pair
+from .token_rewards import REWARD_COLUMNS, check_patient, score_token_rewards
+from .tokenization import FACE_COLUMNS, ID_COLUMNS, check_counts, eos_token_ids, tokenize_pair
 
 
 @dataclass
@@ -63,8 +63,8 @@ class TokenRewardCollator(DataCollatorMixin):
         - `reference_logps` (2P, T), in nats, if the examples have `chosen_ref_logps` and `rejected_ref_logps`.
 
     Raises:
-        `ValueError`: when an example has another number of rewards than tokens, or a prompt of `max_length` or more;
-        when a patient is to be asked from a worker process or without faces.
+        `ValueError`: when an example has no rewards, another number than tokens, or rewards that are not finite; when its
+        prompt or a completion is empty, or the prompt has `max_length` tokens or more; when a patient is to be asked from a worker process or without faces.
 
     Examples:
 
@@ -100,6 +100,9 @@ class TokenRewardCollator(DataCollatorMixin):
     return_tensors: str = "pt"
 
     def __post_init__(self):
+        check_counts(
+            max_length=self.max_length, pad_to_multiple_of=self.pad_to_multiple_of, batch_size=self.batch_size
+        )
         if self.patient is None:
             if self.processing_class is None:
                 raise ValueError(
@@ -113,7 +116,9 @@ class TokenRewardCollator(DataCollatorMixin):
                 )
             self.faces = resolve_faces(self.faces)
             if self.processing_class is None:
-                self.processing_class = AutoTokenizer.from_pretrained(self.patient.config._name_or_path)
+                self.processing_class = AutoTokenizer.from_pretrained(
+                    self.patient.config._name_or_path, trust_remote_code=False
+                )
             check_patient(self.patient, self.processing_class)
             self.has_system_role = has_system_role(self.processing_class)
         self.eos_token_ids = eos_token_ids(self.processing_class, self.patient)
@@ -121,6 +126,12 @@ class TokenRewardCollator(DataCollatorMixin):
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         if self.patient is not None:
             examples = self._ask_patient(examples)
+        needed = {*ID_COLUMNS, *REWARD_COLUMNS}
+        if not examples or any(needed - example.keys() for example in examples):
+            raise ValueError(
+                f"A batch must be of pairs with {sorted(needed)}. Got {[sorted(example) for example in examples[:1]]}; pass "
+                "the dataset through `annotate_token_rewards` first, or give the collator a patient."
+            )
         rows = [self._row(example, name) for name in ("chosen", "rejected") for example in examples]  # 2P
 
         input_ids = [row["prompt_ids"] + row["completion_ids"] for row in rows]
@@ -141,9 +152,16 @@ class TokenRewardCollator(DataCollatorMixin):
             "is_complete": torch.tensor([row["completion_ids"][-1] in self.eos_token_ids for row in rows]),
         }
         for name in ("token_rewards", "gaps", "reference_logps"):
-            if name in rows[0]:
-                values = [torch.as_tensor(row[name], dtype=torch.float32) for row in rows]
-                batch[name] = pad_sequence(values, batch_first=True)  # (2P, T)
+            values = [torch.as_tensor(row[name], dtype=torch.float32) for row in rows if name in row]
+            if not values:
+                continue
+            batch[name] = pad_sequence(values, batch_first=True)  # (2P, T)
+            if len(values) < len(rows) or not batch[name].isfinite().all():
+                raise ValueError(
+                    f"`{name}` must be finite, and there for all completions or for none. Got {len(values)} for "
+                    f"{len(rows)} completions, {int((~batch[name].isfinite()).sum())} values of them not finite; score "
+                    "the dataset again."
+                )
         return batch
 
     def _row(self, example: dict[str, Any], name: str) -> dict[str, list]:
@@ -153,6 +171,11 @@ class TokenRewardCollator(DataCollatorMixin):
             raise ValueError(
                 f"A prompt must be shorter than `max_length`, or no completion token is left. Got {len(prompt_ids)} "
                 f"tokens with `max_length`={self.max_length}; raise it, or leave the pair out."
+            )
+        if not prompt_ids or not completion_ids:
+            raise ValueError(
+                "Prompt and completions must have at least one token each. Got "
+                f"{len(prompt_ids)} of the prompt and {len(completion_ids)} of the {name} one; leave the pair out."
             )
         room = slice(None if self.max_length is None else self.max_length - len(prompt_ids))
         row = {"prompt_ids": prompt_ids, "completion_ids": completion_ids[room]}

@@ -20,6 +20,7 @@ Shapes: B rows, L tokens so far (padding included), V vocabulary.
 
 import inspect
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -79,7 +80,12 @@ class Doctor:
         by_name = {None: active_adapters(layers), NO_ADAPTER: ()}
         object.__setattr__(self, "adapters", by_name.get(self.adapter, (self.adapter,)))
         if self.prompt is not None:
-            ids = self.prompt["input_ids"]
+            ids = self.prompt.get("input_ids")
+            if not isinstance(ids, torch.Tensor):
+                raise ValueError(
+                    f"`prompt` must have the `input_ids` of a tokenizer, as a tensor. Got {reprlib.repr(self.prompt)}; "
+                    'pass `tokenizer(texts, padding=True, return_tensors="pt")`.'
+                )
             mask = self.prompt.get("attention_mask")
             mask = torch.ones_like(ids) if mask is None else mask
             check_left_padded(mask)
@@ -245,6 +251,11 @@ class DoctorMemory:
 
 def check_is_doctor(model: PreTrainedModel) -> None:
     """Raise `ValueError` unless the model is a causal language model in eval mode."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"A doctor must be a language model. Got {reprlib.repr(model)}; load one with `load_doctor`, or name it to "
+            "`DoctorGuidedLogitsProcessor.from_pretrained`."
+        )
     if model.config.is_encoder_decoder:
         raise ValueError(
             f"A doctor must be a causal language model. Got {type(model).__name__}, an encoder-decoder, which cannot "
@@ -256,8 +267,13 @@ def check_is_doctor(model: PreTrainedModel) -> None:
 
 def check_left_padded(attention_mask: torch.Tensor) -> None:
     """Raise `ValueError` unless every row of the mask is zeros, or none, before ones."""
-    if attention_mask.dim() != 2:
-        raise ValueError(f"`attention_mask` must have shape (B, L). Got {tuple(attention_mask.shape)}.")
+    shape = tuple(getattr(attention_mask, "shape", ()))
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(
+            "`attention_mask` must have shape (B, L), with at least one token. Got "
+            f"{type(attention_mask).__name__} of shape {shape}; pass what the tokenizer returned with "
+            '`return_tensors="pt"`.'
+        )
     if not (attention_mask[:, -1].all() and (attention_mask.int().diff(dim=1) >= 0).all()):
         raise ValueError(
             "`attention_mask` must be left-padded, zeros before ones in every row. Got something else; set "

@@ -48,7 +48,7 @@ class Faces:
     negative: str
 
     def __post_init__(self):
-        if not self.positive.strip() or not self.negative.strip():
+        if not all(isinstance(face, str) and face.strip() for face in (self.positive, self.negative)):
             raise ValueError(
                 f"A face must be a non-blank instruction. Got positive={self.positive!r} and "
                 f"negative={self.negative!r}; describe the wanted behaviour and its opposite."
@@ -105,7 +105,7 @@ def resolve_faces(faces: "Faces | str") -> Faces:
     """
     if isinstance(faces, Faces):
         return faces
-    if faces not in BUILT_IN_FACES:
+    if not isinstance(faces, str) or faces not in BUILT_IN_FACES:
         raise ValueError(
             f"`faces` must be a `Faces` or one of {sorted(BUILT_IN_FACES)}. Got {faces!r}; pass "
             "`Faces(positive=..., negative=...)` for your own pair."

@@ -71,6 +71,9 @@ def token_importance(
     Returns:
         `torch.Tensor` of shape `(B, T)`: importance in `[0, 1]`, zero outside the mask.
 
+    Raises:
+        `ValueError`: when temperature or floor are not positive.
+
     Examples:
 
     ```python
@@ -82,6 +85,11 @@ def token_importance(
 
     ```
     """
+    if not (importance_temperature > 0 and gap_floor > 0):
+        raise ValueError(
+            f"`importance_temperature` and `gap_floor` must be positive. Got {importance_temperature} and {gap_floor}; "
+            "try 1.0 and 0.05."
+        )
     size = gap.abs().masked_fill(~completion_mask, 0)  # (B, T)
     mean = size.sum(dim=1, keepdim=True) / completion_mask.sum(dim=1, keepdim=True).clamp(min=1)
     return torch.tanh(size / (mean + gap_floor) / importance_temperature)
@@ -392,7 +400,12 @@ def value_discrimination_loss(
 
     Returns:
         `torch.Tensor` of shape `(B,)`: loss of each pair, in nats.
+
+    Raises:
+        `ValueError`: when the margin is negative.
     """
+    if not value_margin >= 0:
+        raise ValueError(f"`value_margin` must be at least 0. Got {value_margin}; try 0.1 nats.")
     after = (divergence + 1)[:, None]  # the state that contains the differing token
     advantage = (chosen_log_values.gather(1, after) - rejected_log_values.gather(1, after)).squeeze(1)  # (B,)
     return (value_margin - advantage).clamp(min=0).masked_fill(divergence < 0, 0)
@@ -472,6 +485,9 @@ def plausible_mask(*, patient_logits: torch.Tensor, min_patient_prob: float) -> 
     Returns:
         `torch.Tensor` of shape `(..., V)`: True where a token is plausible, in every row at least once.
 
+    Raises:
+        `ValueError`: when the share is outside (0, 1].
+
     Examples:
 
     ```python
@@ -482,6 +498,8 @@ def plausible_mask(*, patient_logits: torch.Tensor, min_patient_prob: float) -> 
 
     ```
     """
+    if not 0 < min_patient_prob <= 1:
+        raise ValueError(f"`min_patient_prob` must be in (0, 1]. Got {min_patient_prob}; try 0.1.")
     threshold = patient_logits.amax(dim=-1, keepdim=True) + math.log(min_patient_prob)
     return patient_logits >= threshold
 

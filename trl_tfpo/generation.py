@@ -156,6 +156,23 @@ def _after_prompt(streamer: BaseStreamer, input_ids: torch.LongTensor) -> Callab
 
 
 def _check_mode(patient, guide, input_ids, speculative, kwargs) -> None:
+    if not isinstance(guide, DoctorGuidedLogitsProcessor):
+        raise ValueError(
+            f"`guide` must be a `DoctorGuidedLogitsProcessor`. Got a `{type(guide).__name__}`; make one of the doctor."
+        )
+    is_tensor = isinstance(input_ids, torch.Tensor)
+    if not is_tensor or input_ids.dim() != 2 or input_ids.numel() == 0 or input_ids.is_floating_point():
+        raise ValueError(
+            "`input_ids` must be token ids of shape (B, L), with at least one token. Got "
+            f"{f'{tuple(input_ids.shape)}, {input_ids.dtype}' if is_tensor else type(input_ids).__name__}; pass what the "
+            'tokenizer returns with `return_tensors="pt"`.'
+        )
+    known = getattr(patient.get_input_embeddings(), "num_embeddings", None)
+    if known is not None and not 0 <= input_ids.min() <= input_ids.max() < known:
+        raise ValueError(
+            f"`input_ids` must be ids of the patient's tokenizer, from 0 to {known - 1}. Got {input_ids.min()} to "
+            f"{input_ids.max()}; tokenize the prompt with it."
+        )
     if patient.config.is_encoder_decoder:
         raise ValueError(
             f"The patient must be a causal language model. Got {type(patient).__name__}, an encoder-decoder: a doctor "

@@ -34,7 +34,7 @@ from transformers.utils import cached_file
 
 from ._compat import inference, labelled_logits, load_shared_out, share_out, shares_out, unwrap_peft
 from .atomic import FORMAT, check_format
-from .named_model import NamedModel
+from .named_model import NamedModel, check_there
 
 
 if TYPE_CHECKING:
@@ -148,8 +148,9 @@ def load_guidance(path: str | os.PathLike) -> dict[str, float]:
     The exponents `alpha` and `beta` that the doctor in a folder, or on the Hub, was trained for; empty without any.
 
     Raises:
-        `ValueError`: when a later version of this package wrote it, in another format.
+        `ValueError`: when there is no such folder, or a later version of this package wrote it, in another format.
     """
+    check_there(path)
     file = cached_file(path, GUIDANCE_FILE, _raise_exceptions_for_missing_entries=False)
     contents = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
     check_format(contents.pop("format", FORMAT), f"The doctor in {str(path)!r}")

@@ -22,6 +22,7 @@ from datasets import Dataset, IterableDataset
 from huggingface_hub import DatasetCard, ModelCard
 
 from .guided_flow import GUIDANCE
+from .printable import cell
 from .tfpo_config import TFPOConfig
 from .token_rewards import annotation_settings
 
@@ -36,8 +37,8 @@ This model guides a larger one with the same tokenizer, the patient, at decoding
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_tfpo import DoctorGuidedLogitsProcessor
 
-patient = AutoModelForCausalLM.from_pretrained("{patient}")
-tokenizer = AutoTokenizer.from_pretrained("{patient}")
+patient = AutoModelForCausalLM.from_pretrained({patient_literal})
+tokenizer = AutoTokenizer.from_pretrained({patient_literal})
 
 inputs = tokenizer("How do I boil an egg?", return_tensors="pt")
 processor = DoctorGuidedLogitsProcessor.from_pretrained("{doctor}", attention_mask=inputs["attention_mask"])
@@ -132,9 +133,12 @@ def complete_model_card(args: TFPOConfig, *, doctor: str, dataset: Dataset | Ite
         else "`beta=0.5`, `alpha=1 - beta` (mixture), between 0.2 and 0.8"
     )
     training = ", ".join(f"`{name}={getattr(args, name)}`" for name in TRAINING_SETTINGS)
+    literal = json.dumps(annotation["patient"])  # the name comes with the dataset, and this line will be run
     path = Path(args.output_dir) / "README.md"
     card = ModelCard.load(path)
-    card.text += DOCTOR_CARD.format(doctor=doctor, weights=weights, training=training, **annotation)
+    card.text += DOCTOR_CARD.format(
+        doctor=doctor, weights=weights, training=training, patient_literal=literal, **annotation
+    )
     card.save(path)
 
 
@@ -173,4 +177,4 @@ def _describe_annotation(dataset: Dataset | IterableDataset) -> dict[str, str]:
         "tokenizer": settings.get("tokenizer", UNKNOWN),
         "num_pairs": f"{len(dataset):,}" if isinstance(dataset, Dataset) else UNKNOWN,
     }
-    return {name: str(value).replace("|", "\\|").replace("\n", " ") for name, value in values.items()}
+    return {name: cell(str(value)) for name, value in values.items()}

@@ -136,10 +136,8 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
                 f"There must be at least one doctor, and a `beta` and a `reference` for each. Got {len(doctors)}, "
                 f"{len(betas)} and {len(references)}; for a doctor without a reference, give None."
             )
-        doctors, references = (
-            [x if x is None or isinstance(x, Doctor) else Doctor(x) for x in models]
-            for models in (doctors, references)
-        )
+        doctors = [x if isinstance(x, Doctor) else Doctor(x) for x in doctors]
+        references = [x if x is None or isinstance(x, Doctor) else Doctor(x) for x in references]
         for one, ref in zip(doctors, references, strict=True):
             check_reference(one, ref)
         betas = [check_weight("beta", beta) for beta in betas]

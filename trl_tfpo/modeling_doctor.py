@@ -286,6 +286,7 @@ def load_doctor(path: str | os.PathLike, with_value_head: bool = True, **kwargs)
         `ValueError`: when there is no value head at `path`, or an adapter that is not in safetensors.
     """
     kwargs.setdefault("use_safetensors", True)  # a pickle could do anything
+    kwargs.setdefault("trust_remote_code", False)  # otherwise transformers asks, and so could code of the folder
     guidance = load_guidance(path)
     adapter_config = cached_file(path, "adapter_config.json", _raise_exceptions_for_missing_entries=False)
     if adapter_config is not None:

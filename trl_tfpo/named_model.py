@@ -15,6 +15,8 @@
 """A model by name: what it is can be told without its weights, and these are loaded when they are first read."""
 
 import gc
+import os
+import reprlib
 from functools import cached_property
 from pathlib import Path
 
@@ -49,9 +51,13 @@ class NamedModel:
             Hub id or folder.
         init_kwargs:
             Keyword arguments of `from_pretrained`, such as `quantization_config`.
+
+    Raises:
+        `ValueError`: when a path is meant, and there is no folder.
     """
 
     def __init__(self, name: str, **init_kwargs):
+        check_there(name)
         self.name = name
         self.init_kwargs = init_kwargs
 
@@ -119,13 +125,24 @@ class NamedModel:
         return Hasher.hash(everywhere[0])  # a copy on another machine has other times
 
 
+def check_there(name: str | os.PathLike) -> None:
+    """Raise `ValueError` when what should name a model on the Hub, or its folder, is a path to no folder."""
+    text = os.fspath(name) if isinstance(name, (str, os.PathLike)) else ""
+    is_path = text.startswith((".", "/", "~")) or text.count("/") > 1 or os.path.isfile(text) or not text
+    if is_path and not os.path.isdir(text):
+        raise ValueError(f"A model must be a Hub name or a folder. Got {name!r}, which is not there; check the path.")
+
+
 def outline_of(model: PreTrainedModel | NamedModel) -> PreTrainedModel:
     """The model, or one of the same config and shapes without its weights."""
     return model.outline if isinstance(model, NamedModel) else model
 
 
 def resolve_model(
-    model: str | PreTrainedModel, name: str, quantization_config: BitsAndBytesConfig | None = None, **init_kwargs
+    model: str | PreTrainedModel | NamedModel,
+    name: str,
+    quantization_config: BitsAndBytesConfig | None = None,
+    **init_kwargs,
 ) -> PreTrainedModel | NamedModel:
     """
     A model given by name or path, not loaded yet; a model as it is.
@@ -144,8 +161,13 @@ def resolve_model(
         [`~transformers.PreTrainedModel`] or [`NamedModel`]
 
     Raises:
-        `ValueError`: when a model that is loaded already is to be quantized.
+        `ValueError`: when it is neither, or a model that is loaded already is to be quantized.
     """
+    if not isinstance(model, (str, torch.nn.Module, NamedModel)):
+        raise ValueError(
+            f"`{name}` must be a causal language model, or its name or path. Got {reprlib.repr(model)}; load one with "
+            "`AutoModelForCausalLM.from_pretrained`, or pass what you would load."
+        )
     if isinstance(model, str):
         if quantization_config is not None:
             init_kwargs["quantization_config"] = quantization_config

@@ -77,7 +77,15 @@ def tfpo_objective(
 
     Returns:
         `torch.Tensor`: the loss, a scalar, mean over pairs; and `dict[str, torch.Tensor]`: metrics, detached scalars.
+
+    Raises:
+        `ValueError`: when the rows are not pairs, a setting is out of range, or reference log-probabilities are missing.
     """
+    if len(completion_ids) == 0 or len(completion_ids) % 2:
+        raise ValueError(
+            f"The rows must be pairs, all chosen ones before all rejected ones. Got {len(completion_ids)} rows; pass "
+            "both completions of each pair."
+        )
     log_values = terminal_boundary(log_values=log_values, completion_mask=completion_mask, is_complete=is_complete)
     scores = log_prefix_scores(
         token_rewards=token_rewards,

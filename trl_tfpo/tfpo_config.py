@@ -205,7 +205,9 @@ class TFPOConfig(_BaseConfig):
                 f"`value_head_learning_rate` must be at least 0. Got {self.value_head_learning_rate}; leave it out for "
                 "that of the rest."
             )
-        for name in ("max_length", "pad_to_multiple_of", "scoring_batch_size"):
+        if not self.learning_rate >= 0:
+            raise ValueError(f"`learning_rate` must be at least 0. Got {self.learning_rate}; try 1e-4.")
+        for name in ("max_length", "pad_to_multiple_of", "scoring_batch_size", "per_device_train_batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1 token or sequence. Got {value}; leave it out.")

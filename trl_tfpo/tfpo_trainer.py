@@ -66,6 +66,7 @@ from .tokenization import (
     FACE_COLUMNS,
     ID_COLUMNS,
     check_some_completion_ends,
+    columns_of,
     eos_token_ids,
     resolve_processing_class,
     row_lengths,
@@ -185,8 +186,15 @@ class TFPOTrainer(_BaseTrainer):
     ):
         # Args
         if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
-            args = TFPOConfig(f"{name.split('/')[-1]}-TFPO")
+            name = getattr(getattr(model, "config", None), "_name_or_path", model)
+            args = TFPOConfig(f"{str(name).split('/')[-1]}-TFPO")
+        if not isinstance(args, TFPOConfig):
+            raise ValueError(
+                f"`args` must be a `TFPOConfig`. Got a `{type(args).__name__}`; make one of the settings."
+            )
+        for name, function in (("reward_fn", reward_fn), ("objective", objective)):
+            if function is not None and not callable(function):
+                raise ValueError(f"`{name}` must be callable. Got {function!r}; leave it out for that of the paper.")
         if train_dataset is None:
             raise ValueError("`train_dataset` is required. Got None; pass a preference dataset.")
         if isinstance(train_dataset, IterableDataset):
@@ -251,12 +259,14 @@ class TFPOTrainer(_BaseTrainer):
 
         # Dataset
         defaults = {"dtype": "auto", "trust_remote_code": args.trust_remote_code}
-        self.patient_model = resolve_model(
-            patient_model,
-            "patient_model",
-            patient_quantization_config,
-            **defaults | (args.patient_model_init_kwargs or {}),
-        )
+        self.patient_model = patient_model
+        if patient_model is not None:
+            self.patient_model = resolve_model(
+                patient_model,
+                "patient_model",
+                patient_quantization_config,
+                **defaults | (args.patient_model_init_kwargs or {}),
+            )
         self._eos_token_ids = eos_token_ids(processing_class, model)
         train_dataset = self._annotate(train_dataset, processing_class, args)
         eval_dataset = self._annotate(eval_dataset, processing_class, args)
@@ -312,7 +322,7 @@ class TFPOTrainer(_BaseTrainer):
             return None
         if isinstance(dataset, dict):
             return {name: self._annotate(split, processing_class, args) for name, split in dataset.items()}
-        columns = set(dataset.column_names or next(iter(dataset)))
+        columns = columns_of(dataset)
         if (
             isinstance(dataset, IterableDataset)
             and args.reference_weight

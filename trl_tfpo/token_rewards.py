@@ -22,15 +22,22 @@ from functools import partial
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import functional
 from .atomic import FORMAT, check_format
 from .faces import Faces, resolve_faces
-from .named_model import NamedModel, outline_of
+from .named_model import NamedModel, outline_of, resolve_model
 from .scoring import check_whole, model_fingerprint, score_completions
 from .shards import SHARD_SIZE, add_scores
-from .tokenization import FACE_COLUMNS, ID_COLUMNS, eos_token_ids, tokenize_preferences
+from .tokenization import (
+    FACE_COLUMNS,
+    ID_COLUMNS,
+    check_counts,
+    check_is_tokenizer,
+    eos_token_ids,
+    tokenize_preferences,
+)
 from .tokenizer_identity import check_embeddings, check_same_tokenizer, tokenizer_fingerprint
 
 
@@ -112,9 +119,13 @@ def annotate_token_rewards(
 
     ```
     """
-    if isinstance(patient, str):
-        patient = NamedModel(patient, dtype="auto")
+    patient = resolve_model(patient, "patient", dtype="auto")
     check_patient(patient, processing_class)
+    check_counts(batch_size=batch_size, max_length=max_length)
+    if not callable(reward_fn):
+        raise ValueError(
+            f"`reward_fn` must be callable. Got {reward_fn!r}; leave it out for `functional.token_rewards`."
+        )
     outline = outline_of(patient)
     settings = {
         "format": FORMAT,
@@ -189,6 +200,14 @@ def check_annotated_for(dataset: Dataset | IterableDataset, processing_class: Pr
             f"{settings['tokenizer'][:8]}, patient {settings.get('patient')!r}); annotate it again with this "
             "tokenizer, or use a doctor of the patient's family."
         )
+    largest = max(processing_class.get_vocab().values())
+    for row in dataset.take(1000):  # files keep the ids and lose the info
+        for token_id in (token_id for name in ID_COLUMNS for token_id in row[name]):
+            if not 0 <= token_id <= largest:
+                raise ValueError(
+                    f"A dataset must be annotated with the doctor's tokenizer. Got the token id {token_id}, and that "
+                    f"knows 0 to {largest}; annotate the dataset again, or use a doctor of the patient's family."
+                )
 
 
 def check_given(patient: PreTrainedModel | NamedModel | None) -> None:
@@ -204,10 +223,7 @@ def check_given(patient: PreTrainedModel | NamedModel | None) -> None:
 
 def check_patient(patient: PreTrainedModel | NamedModel, processing_class: PreTrainedTokenizerBase) -> None:
     """Raise `ValueError` unless the patient is a whole causal language model for this tokenizer."""
-    if isinstance(processing_class, ProcessorMixin):
-        raise ValueError(
-            "Token rewards are defined for text only. Got a multimodal processor; pass its `tokenizer` and a text dataset."
-        )
+    check_is_tokenizer(processing_class)
     patient = outline_of(patient)
     if patient.config.is_encoder_decoder:
         raise ValueError(
@@ -226,7 +242,7 @@ def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
     if not model.config._name_or_path:
         return None
     try:
-        return AutoTokenizer.from_pretrained(model.config._name_or_path)
+        return AutoTokenizer.from_pretrained(model.config._name_or_path, trust_remote_code=False)
     except (OSError, ValueError):
         return None
 
@@ -300,10 +316,11 @@ def score_token_rewards(
         preference_sign=preference_sign,
         completion_mask=completion_mask,
     )
-    if rewards.shape != completion_mask.shape or not rewards[completion_mask].isfinite().all():
+    shape = tuple(rewards.shape) if isinstance(rewards, torch.Tensor) else type(rewards).__name__
+    if shape != tuple(completion_mask.shape) or not rewards[completion_mask].isfinite().all():
         raise ValueError(
-            f"`reward_fn` must return one finite reward for each token, shape {tuple(completion_mask.shape)}. Got shape "
-            f"{tuple(rewards.shape)} with {int((~rewards.isfinite()).sum())} values that are not finite; correct it."
+            "`reward_fn` must return one finite reward for each token, in a tensor of shape "
+            f"{tuple(completion_mask.shape)}. Got {shape}, or values that are not finite; correct it."
         )
     gaps = positive_logps - negative_logps
     return (
@@ -314,7 +331,13 @@ def score_token_rewards(
 
 def describe(function: partial) -> dict:
     """Name and settings of a callable, defaults included, as plain values that identify it."""
-    parameters = inspect.signature(function).parameters.values()
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError as error:
+        raise ValueError(
+            f"`reward_fn` must take the settings that it is given. Got {sorted(function.keywords)} for "
+            f"`{function.func.__name__}`; look for a mistyped name."
+        ) from error
     settings = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
     inner = function.func
     return {

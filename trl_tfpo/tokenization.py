@@ -15,6 +15,7 @@
 """From the texts of a preference dataset to token ids, the same for patient and doctor."""
 
 import json
+import reprlib
 
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
@@ -95,8 +96,10 @@ def tokenize_pair(
     its last EOS: what a chat template prints after it (a newline) is never generated.
 
     Raises:
-        `ValueError`: when the prompt is empty or as long as `max_length`, or a completion has no token but EOS.
+        `ValueError`: when the pair is neither of texts nor of messages, the prompt is empty or as long as `max_length`, or
+        a completion has no token but EOS.
     """
+    _check_texts(example)
     example = split_prompt(example)
     prompt, template = example["prompt"], _template_arguments(example)
     prompt_ids = tokenize_prompt(prompt, processing_class, **template)
@@ -154,9 +157,13 @@ def split_prompt(example: dict) -> dict:
 
 
 def tokenize_prompt(prompt: str | list[dict], processing_class: PreTrainedTokenizerBase, **template) -> list[int]:
-    """Token ids of a text, or of messages followed by what makes the assistant speak."""
+    """Token ids of a text, or of messages followed by what makes the assistant speak. Raises `ValueError` on neither."""
     if isinstance(prompt, str):
         return processing_class(prompt)["input_ids"]
+    if not _are_messages(prompt):
+        raise ValueError(
+            f"A prompt must be a text, or messages that have a role. Got {reprlib.repr(prompt)}; mend it, or leave it out."
+        )
     continued = prompt[-1]["role"] == "assistant"
     return _apply_chat_template(
         processing_class, prompt, add_generation_prompt=not continued, continue_final_message=continued, **template
@@ -171,14 +178,26 @@ def resolve_processing_class(
         processing_class = AutoTokenizer.from_pretrained(
             model.config._name_or_path, trust_remote_code=trust_remote_code
         )
-    if not isinstance(processing_class, PreTrainedTokenizerBase):
-        raise ValueError(
-            "`processing_class` must be a tokenizer: token rewards are defined for text only. Got a "
-            f"`{type(processing_class).__name__}`; pass its `tokenizer` and a text dataset."
-        )
+    check_is_tokenizer(processing_class)
     if processing_class.pad_token is None:
         processing_class.pad_token = processing_class.eos_token
     return processing_class
+
+
+def check_counts(**counts: int | None) -> None:
+    """Raise `ValueError` unless each of the named counts is at least 1, or `None` for none."""
+    for name, value in counts.items():
+        if value is not None and not value >= 1:
+            raise ValueError(f"`{name}` must be at least 1. Got {value}; leave it out for the default.")
+
+
+def check_is_tokenizer(processing_class: PreTrainedTokenizerBase) -> None:
+    """Raise `ValueError` unless it is a tokenizer, rather than a multimodal processor or something else."""
+    if not isinstance(processing_class, PreTrainedTokenizerBase):
+        raise ValueError(
+            "`processing_class` must be a tokenizer: token rewards are defined for text only. Got a "
+            f"`{type(processing_class).__name__}`; pass a tokenizer, or that of the processor, and a text dataset."
+        )
 
 
 def eos_token_ids(processing_class: PreTrainedTokenizerBase, model: PreTrainedModel | None = None) -> list[int]:
@@ -225,6 +244,20 @@ def _cut_after_eos(
     return completion_ids
 
 
+def _check_texts(example: dict) -> None:
+    pair = {name: example[name] for name in ("prompt", "chosen", "rejected") if name in example}
+    are_texts = all(isinstance(value, str) for value in pair.values())
+    if not (are_texts or all(map(_are_messages, pair.values()))):
+        raise ValueError(
+            "Prompt and completions must all be texts, or all lists of messages that have a role. Got "
+            f"{reprlib.repr(pair)}; mend the pair, leave it out, or pass `drop_unusable=True`."
+        )
+
+
+def _are_messages(value) -> bool:
+    return isinstance(value, list) and value and all(isinstance(x, dict) and x.get("role") for x in value)
+
+
 def _check_prompt(prompt_ids: list[int], max_length: int | None) -> None:
     if not prompt_ids:
         raise ValueError(
@@ -238,9 +271,24 @@ def _check_prompt(prompt_ids: list[int], max_length: int | None) -> None:
         )
 
 
+def columns_of(dataset: Dataset | IterableDataset) -> set[str]:
+    """Names of the columns, also of a streamed dataset. Raises `ValueError` where there is no row, or no dataset."""
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        raise ValueError(
+            "A dataset must be one of the library Datasets. Got a "
+            f"`{type(dataset).__name__}`; make one, with `Dataset.from_list(rows)` for instance."
+        )
+    columns = dataset.column_names or next(iter(dataset), None)
+    if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
+        raise ValueError(
+            "A dataset must have at least one row. Got none; look at the file and the split it came from."
+        )
+    return set(columns)
+
+
 def check_preference_columns(dataset: Dataset | IterableDataset) -> None:
     """Raise `ValueError` unless the dataset holds preference pairs of text."""
-    columns = set(dataset.column_names or next(iter(dataset)))
+    columns = columns_of(dataset)
     if columns & {"image", "images"}:
         raise ValueError(
             f"Token rewards are defined for text only. Got a vision dataset with {sorted(columns & {'image', 'images'})}; "

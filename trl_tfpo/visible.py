@@ -35,6 +35,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .atomic import written_whole
 from .functional import token_importance
+from .printable import printable
 from .trace import GuidanceTrace
 
 
@@ -69,15 +70,15 @@ class TokenMap:
         """For [rich](https://rich.readthedocs.io) consoles."""
         text = Text()
         for title, tokens, values, _ in self.rows:
-            text.append(f"{_printable(title)}: ", style="bold")
+            text.append(f"{printable(title)}: ", style="bold")
             for token, value in zip(tokens, values, strict=True):
                 strength = self._strength(value)
                 color = GREEN if strength > 0 else RED
                 shade = [round(255 + (channel - 255) * abs(strength)) for channel in color]
                 style = f"black on rgb({shade[0]},{shade[1]},{shade[2]})" if strength else ""
-                text.append(_printable(token) + _sign(strength), style=style)
+                text.append(printable(token) + _sign(strength), style=style)
             text.append("\n")
-        return text.append(_printable(self.legend), style="dim")
+        return text.append(printable(self.legend), style="dim")
 
     def __str__(self) -> str:
         console = Console(soft_wrap=True)
@@ -89,10 +90,10 @@ class TokenMap:
         """All tokens with their figures, a line each."""
         lines = []
         for title, tokens, _, notes in self.rows:
-            width = max((len(_printable(token)) for token in tokens), default=0)
+            width = max((len(printable(token)) for token in tokens), default=0)
             lines += [
-                _printable(title),
-                *(f"  {_printable(x):<{width}}  {_printable(note)}" for x, note in zip(tokens, notes, strict=True)),
+                printable(title),
+                *(f"  {printable(x):<{width}}  {printable(note)}" for x, note in zip(tokens, notes, strict=True)),
             ]
         return "\n".join(lines)
 
@@ -106,22 +107,17 @@ class TokenMap:
                 color = GREEN if strength > 0 else RED
                 background = f"rgba({color[0]},{color[1]},{color[2]},{abs(strength):.2f})"
                 spans.append(
-                    f'<span style="background:{background}" title="{html.escape(_printable(note))}">'
-                    f"{html.escape(_printable(token))}<sup>{_sign(strength)}</sup></span>"
+                    f'<span style="background:{background}" title="{html.escape(printable(note))}">'
+                    f"{html.escape(printable(token))}<sup>{_sign(strength)}</sup></span>"
                 )
             lines.append(
-                f'<p><b>{html.escape(_printable(title))}</b> <span style="white-space:pre-wrap">{"".join(spans)}</span></p>'
+                f'<p><b>{html.escape(printable(title))}</b> <span style="white-space:pre-wrap">{"".join(spans)}</span></p>'
             )
         return f'<div class="trl-tfpo">{"".join(lines)}<p><small>{html.escape(self.legend)}</small></p></div>'
 
 
 def _sign(strength: float) -> str:
     return "⁺" if strength > 0 else "⁻" if strength < 0 else ""
-
-
-def _printable(text: str) -> str:
-    """The text without anything that moves a cursor or colors a terminal."""
-    return "".join(x if x.isprintable() else "⏎" if x == "\n" else f"\\x{ord(x):02x}" for x in text)
 
 
 def _tokens(ids: Sequence[int], processing_class: PreTrainedTokenizerBase) -> list[str]:
@@ -309,7 +305,7 @@ def _plot(report: dict, path: Path) -> None:
     ends = report["most_rewarded"] + report["most_punished"][::-1]
     colors = ["#008844" if total > 0 else "#cc3333" for _, total in ends]
     right.barh(range(len(ends)), [total for _, total in ends], color=colors)
-    labels = [_printable(token).replace("$", r"\$") for token, _ in ends]
+    labels = [printable(token).replace("$", r"\$") for token, _ in ends]
     right.set_yticks(range(len(ends)), labels, fontsize="x-small")
     right.invert_yaxis()
     right.set(xlabel="sum of rewards")
@@ -323,7 +319,7 @@ def _plot(report: dict, path: Path) -> None:
 def _write_page(report: dict, examples: Sequence[TokenMap], folder: Path) -> None:
     """A page that needs nothing but the picture next to it."""
     cells = "".join(
-        f"<tr><td>{html.escape(_printable(token))}</td><td>{total:+.2f}</td></tr>"
+        f"<tr><td>{html.escape(printable(token))}</td><td>{total:+.2f}</td></tr>"
         for token, total in report["most_rewarded"] + report["most_punished"][::-1]
     )
     page = (

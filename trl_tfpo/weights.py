@@ -30,7 +30,12 @@ def check_weight(name: str, value: Weight) -> Weight:
     """A finite float, a finite tensor (B,), or a schedule of either."""
     if callable(value):
         return lambda step: check_weight(name, value(step))
-    value = value if isinstance(value, torch.Tensor) and value.dim() == 1 else float(value)
+    try:
+        value = value if isinstance(value, torch.Tensor) and value.dim() == 1 else float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`{name}` must be a number, a tensor with one for each prompt, or a schedule. Got {value!r}; try 0.5."
+        ) from error
     if not torch.as_tensor(value).isfinite().all():
         raise ValueError(f"`{name}` must be finite. Got {value}; try 0.5.")
     return value

@@ -25,6 +25,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from ..printable import printable
+
 
 VERBS = {  # each is a module
     "annotate": "give every token of a preference dataset a reward",
@@ -95,7 +97,7 @@ def overview() -> str:
 
 def complain(verb: str, message: str) -> int:
     """One line on standard error."""
-    print(f"trl-tfpo{verb}: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"trl-tfpo{verb}: error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return USAGE_ERROR
 
 

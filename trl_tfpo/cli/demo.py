@@ -18,8 +18,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..tokenization import check_counts
 from .models import load_models
 from .parser import Parser
+from .serve import check_port
 
 
 @dataclass
@@ -50,6 +52,9 @@ def run(arguments: Sequence[str]) -> int:
         raise ValueError("`--doctor` needs `--patient`. Pass both, or none for the controlled world")
     if args.patient is not None and not args.doctor:
         raise ValueError("`--patient` needs at least one `--doctor NAME=PATH` to play with")
+    check_counts(max_steps=args.max_steps, max_new_tokens=args.max_new_tokens)
+    if args.port is not None:
+        check_port(args.port)
     try:
         from ..playground import launch, make_playground, world_playground
         from ..server import Engine, Limits

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..evaluation import RewardModel, evaluate_completions
+from ..printable import printable
 from .files import read_split
 from .parser import Parser
 
@@ -53,7 +54,11 @@ def read_completions(path: str) -> dict[str, list[str]]:
         )
     for row in rows:
         completion = row["completion"]
-        text = completion if isinstance(completion, str) else completion[-1]["content"]
+        text = completion[-1].get("content") if isinstance(completion, list) and completion else completion
+        if not isinstance(text, str):
+            raise ValueError(
+                f"A completion must be a text, or messages. Got {completion!r} in {path!r}; mend the file"
+            )
         grouped.setdefault(json.dumps(row["prompt"]), []).append(text)
     return grouped
 
@@ -98,5 +103,6 @@ def run(arguments: Sequence[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     report.save(folder / "report.json")
     report.plot(folder / "report.png")
-    print(f"{report.table()}\n\nReport: {folder / 'report.json'}. Picture: {folder / 'report.png'}.")
+    table = "\n".join(map(printable, report.table().splitlines()))
+    print(f"{table}\n\nReport: {folder / 'report.json'}. Picture: {folder / 'report.png'}.")
     return 0

@@ -25,6 +25,7 @@ from datasets.exceptions import DatasetGenerationError
 from ..atomic import written_whole
 from ..hub import annotation_card
 from ..token_rewards import annotation_settings
+from ..tokenization import columns_of
 
 
 def read_dataset(
@@ -41,10 +42,10 @@ def read_dataset(
         builder = "parquet" if ".parquet" in path.suffixes else "json"
         try:
             return load_dataset(builder, data_files={"train": str(path)}, streaming=streaming)
-        except DatasetGenerationError as error:
+        except (DatasetGenerationError, StopIteration) as error:  # the latter where there is nothing
             raise ValueError(
                 f"A file must be JSON lines, or Parquet with the suffix `.parquet`. Got {name!r}, which cannot be read: "
-                f"{error.__cause__ or error}; mend it."
+                f"{error.__cause__ or str(error) or 'it is empty'}; mend it."
             ) from error
     if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
         dataset = load_from_disk(path)
@@ -61,11 +62,21 @@ def read_split(name: str, split: str, config: str | None = None) -> Dataset:
     A split of [`read_dataset`].
 
     Raises:
-        `ValueError`: when there is no such split.
+        `ValueError`: when there is no such split, or nothing in it.
     """
-    dataset = read_dataset(name, config)
+    return take_split(read_dataset(name, config), split, name)
+
+
+def take_split(dataset: DatasetDict, split: str, name: str) -> Dataset:
+    """
+    A split of a dataset, which a message calls by its name.
+
+    Raises:
+        `ValueError`: when there is no such split, or nothing in it.
+    """
     if split not in dataset:
         raise ValueError(f"The split must be one of {sorted(dataset)}. Got {split!r} of {name!r}; pass another.")
+    columns_of(dataset[split])
     return dataset[split]
 
 

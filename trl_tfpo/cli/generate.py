@@ -19,8 +19,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from transformers import AutoTokenizer
+
 from ..evaluation import generate_completions
 from ..logits_processor import DoctorGuidedLogitsProcessor
+from ..printable import printable
+from ..tokenizer_identity import check_same_tokenizer
 from .files import read_split, write_rows
 from .models import load_patient
 from .parser import Parser
@@ -93,12 +97,18 @@ def load_policy(args: GenerateArguments) -> tuple:
         guide = DoctorGuidedLogitsProcessor.from_pretrained(
             args.doctor, args.alpha, args.beta or None, model_init_kwargs={"device_map": {"": patient.device}}
         )
+        for path in args.doctor:
+            check_same_tokenizer(
+                tokenizer, AutoTokenizer.from_pretrained(path, trust_remote_code=False), names=("patient", path)
+            )
     return patient, tokenizer, guide, prompts
 
 
 def run(arguments: Sequence[str]) -> int:
     """Print or write completions."""
     (args,) = Parser(GenerateArguments, "generate", "Let doctors guide a patient.").parse(arguments)
+    if args.output is not None and Path(args.output).is_dir():
+        raise ValueError(f"`--output` must be a file. Got the folder {args.output!r}; name a file in it")
     patient, tokenizer, guide, prompts = load_policy(args)
     completions = generate_completions(
         patient,
@@ -120,5 +130,5 @@ def run(arguments: Sequence[str]) -> int:
         print(f"{len(completions)} completions: {Path(args.output)}")
     for completion in completions if args.output is None else []:
         shown = completion.prompt if isinstance(completion.prompt, str) else completion.prompt[-1]["content"]
-        print(f"{json.dumps(shown, ensure_ascii=False)}\n  {completion.text}")
+        print(f"{printable(json.dumps(shown, ensure_ascii=False))}\n  {printable(completion.text)}")
     return 0

@@ -25,6 +25,8 @@ from ..tokenizer_identity import check_same_tokenizer
 
 def quantization(in_4bit: bool, in_8bit: bool = False) -> BitsAndBytesConfig | None:
     """How a patient is loaded in fewer bits, if it is."""
+    if in_4bit and in_8bit:
+        raise ValueError("A patient is loaded in 4 bits or in 8. Got both; leave out one of the options")
     if in_4bit:
         return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16")
     return BitsAndBytesConfig(load_in_8bit=True) if in_8bit else None
@@ -36,8 +38,8 @@ def name_patient(
     """A patient that is not loaded yet, and its tokenizer."""
     if quantized := quantization(in_4bit, in_8bit):
         settings["quantization_config"] = quantized
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    return NamedModel(name, dtype="auto", trust_remote_code=trust_remote_code, **settings), tokenizer
+    patient = NamedModel(name, dtype="auto", trust_remote_code=trust_remote_code, **settings)
+    return patient, AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
 def load_patient(name: str | None, **settings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -60,5 +62,7 @@ def load_models(name: str | None, given: Sequence[str], *, in_4bit: bool, trust_
         if not separator or not label or label in doctors:
             raise ValueError(f"`--doctor` must be NAME=PATH, each name once. Got {text!r}; write it so")
         doctors[label] = load_doctor(path, with_value_head=False, device_map={"": patient.device}).eval()
-        check_same_tokenizer(tokenizer, AutoTokenizer.from_pretrained(path), names=("patient", label))
+        check_same_tokenizer(
+            tokenizer, AutoTokenizer.from_pretrained(path, trust_remote_code=False), names=("patient", label)
+        )
     return patient, tokenizer, doctors

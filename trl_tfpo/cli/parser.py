@@ -15,11 +15,12 @@
 """Options of a verb: TRL's parser, with errors of one line, and those of `accelerate launch`."""
 
 import os
-import subprocess
+import subprocess  # nosec B404
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
 from trl import TrlParser
 
 from . import did_you_mean
@@ -72,16 +73,21 @@ class Parser(TrlParser):
             else:
                 rest.append(argument)
         command = [sys.executable, "-m", "accelerate.commands.launch", *with_config_file(launch)]
-        return subprocess.run([*command, "-m", "trl_tfpo", verb, *rest]).returncode
+        return subprocess.run([*command, "-m", "trl_tfpo", verb, *rest]).returncode  # nosec B603
 
     def _parse(self, arguments: Sequence[str]) -> tuple:
         if "--config" in arguments:
             config = [*arguments, ""][list(arguments).index("--config") + 1]
             if not Path(config).is_file():
                 raise ValueError(f"`--config` must be followed by a YAML file. Got {config!r}; check the path")
-        return self.parse_args_and_config(
-            list(arguments), return_remaining_strings=True, separate_remaining_strings=True
-        )
+        try:
+            return self.parse_args_and_config(
+                list(arguments), return_remaining_strings=True, separate_remaining_strings=True
+            )
+        except yaml.YAMLError as error:
+            raise ValueError(
+                f"`--config` must be a YAML file. Got {config!r}, which is not: {error}; mend it"
+            ) from error
 
     def _refuse(self, remaining: Sequence[str], known: Sequence[str]) -> None:
         """Complain of the first option that nobody knows."""

@@ -14,7 +14,9 @@
 
 """`trl-tfpo serve`: an OpenAI-compatible server."""
 
+import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,6 +42,12 @@ class ServeArguments:
     max_seconds: float = field(default=600.0, metadata={"help": "Longest time for a request."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Let the models run code of their own."})
     world: bool = field(default=False, metadata={"help": "The patient of the controlled world, to try it."})
+
+
+def check_port(port: int) -> None:
+    """Raise `ValueError` unless it is a port that can be listened at."""
+    if not 0 <= port <= 65535:
+        raise ValueError(f"`--port` must be from 0 to 65535. Got {port}; 0 is any that is free")
 
 
 def build(args: ServeArguments):
@@ -80,8 +88,19 @@ def build(args: ServeArguments):
 def run(arguments: Sequence[str]) -> int:
     """Serve until interrupted."""
     (args,) = Parser(ServeArguments, "serve", "Serve a patient and its doctors.").parse(arguments)
-    app = build(args)
-    import uvicorn
+    check_port(args.port)
+    family, *_, address = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family) as bound, suppress(KeyboardInterrupt):
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)  # before models are loaded: what is taken is better known now
+        app = build(args)
+        import uvicorn
 
-    uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            server_header=False,
+            limit_concurrency=2 * (args.max_rows + args.max_queue),  # connections, with those that are refused
+        )
+        uvicorn.Server(config).run(sockets=[bound])
     return 0

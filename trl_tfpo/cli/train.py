@@ -23,12 +23,14 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
+from ..checkpoints import resolve_checkpoint
 from ..logits_processor import DoctorGuidedLogitsProcessor
 from ..plan import training_plan
 from ..tfpo_config import TFPOConfig
 from ..tfpo_trainer import TFPOTrainer
+from ..tokenization import columns_of
 from .annotate import resolve_given_faces
-from .files import read_dataset
+from .files import read_dataset, take_split
 from .models import quantization
 from .parser import Parser
 
@@ -81,6 +83,12 @@ def run(arguments: Sequence[str]) -> int:
         return parsed
     if parsed[0].dataset_name is None:
         raise ValueError("`train` needs preferences. Pass `--dataset_name`: a Hub name, a folder or a file")
+    if parsed[0].doctor_model_name_or_path is None and parsed[2].model_name_or_path is None:
+        raise ValueError("`train` needs a doctor. Pass `--doctor_model_name_or_path`: a Hub name or a folder")
+    if parsed[0].dry_run < 0:
+        raise ValueError(
+            f"`--dry_run` must be a number of processes. Got {parsed[0].dry_run}; leave the number out for 1"
+        )
     train_doctor(*parsed)
     PartialState().destroy_process_group()  # its threads, alive at exit, may abort the process
     return 0
@@ -104,7 +112,7 @@ def train_doctor(script_args: TFPOScriptArguments, training_args: TFPOConfig, mo
         dataset = DatasetDict(
             {name: choose_responses(split, script_args.chosen_id_column) for name, split in dataset.items()}
         )
-    train_dataset = dataset[script_args.dataset_train_split]
+    train_dataset = take_split(dataset, script_args.dataset_train_split, script_args.dataset_name)
     faces = resolve_given_faces(script_args.faces, script_args.positive_face, script_args.negative_face)
     doctor = script_args.doctor_model_name_or_path or model_args.model_name_or_path
     settings = dict(
@@ -129,14 +137,18 @@ def train_doctor(script_args: TFPOScriptArguments, training_args: TFPOConfig, mo
             print(plan)
         return
 
+    eval_dataset = None
+    if training_args.eval_strategy != "no":
+        eval_dataset = take_split(dataset, script_args.dataset_test_split, script_args.dataset_name)
+    checkpoint = resolve_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
     trainer = TFPOTrainer(
         model=doctor,
         patient_model=script_args.patient_model_name_or_path,
         train_dataset=train_dataset,
-        eval_dataset=dataset[script_args.dataset_test_split] if training_args.eval_strategy != "no" else None,
+        eval_dataset=eval_dataset,
         **settings,
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Doctor saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
@@ -148,6 +160,9 @@ def train_doctor(script_args: TFPOScriptArguments, training_args: TFPOConfig, mo
 
 def choose_responses(dataset: Dataset | IterableDataset, chosen_id_column: str) -> Dataset | IterableDataset:
     """Preference pairs from a `prompt`, `response_0`, `response_1`, and the number of the one that is chosen."""
+    needed = {"prompt", "response_0", "response_1", chosen_id_column}
+    if missing := needed - columns_of(dataset):
+        raise ValueError(f"With `--chosen_id_column` a dataset needs {sorted(needed)}. Got none of {sorted(missing)}")
 
     def to_pair(row):
         chosen_id = int(row[chosen_id_column])
@@ -164,8 +179,9 @@ def choose_responses(dataset: Dataset | IterableDataset, chosen_id_column: str) 
 
 def show_guided_examples(script_args: TFPOScriptArguments, training_args: TFPOConfig, trainer: TFPOTrainer) -> None:
     """The saved doctor, loaded as any causal language model, guides the patient."""
-    doctor = AutoModelForCausalLM.from_pretrained(training_args.output_dir, dtype="auto")
-    patient = AutoModelForCausalLM.from_pretrained(script_args.patient_model_name_or_path, dtype="auto")
+    settings = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": training_args.trust_remote_code}
+    doctor = AutoModelForCausalLM.from_pretrained(training_args.output_dir, **settings)
+    patient = AutoModelForCausalLM.from_pretrained(script_args.patient_model_name_or_path, **settings)
     for row in trainer.train_dataset.select(range(script_args.num_guided_examples)):
         input_ids = torch.tensor([row["prompt_ids"]])
         attention_mask = torch.ones_like(input_ids)

@@ -70,11 +70,7 @@ def bootstrap_interval(
             "`values` must be finite, of shape (P,) or (S, P) with at least two prompts. Got shape "
             f"{tuple(values.shape)}, {int((~values.isfinite()).sum())} not finite; a single prompt says nothing of others."
         )
-    if not 0 < level < 1 or num_resamples < 1:
-        raise ValueError(
-            f"`level` must be between 0 and 1, and `num_resamples` at least 1. Got {level} and {num_resamples}; 0.95 "
-            "and 2000 are usual."
-        )
+    check_interval(level, num_resamples)
     values = values.view(-1, values.shape[-1])  # (S, P)
     num_seeds, num_prompts = values.shape
     generator = torch.Generator().manual_seed(seed)
@@ -92,6 +88,15 @@ def bootstrap_interval(
     return low, high
 
 
+def check_interval(level: float = 0.95, num_resamples: int = 2000, seed: int = 0) -> None:
+    """Raise `ValueError` unless the settings of [`bootstrap_interval`] are in range."""
+    if not 0 < level < 1 or num_resamples < 1:
+        raise ValueError(
+            f"`level` must be between 0 and 1, and `num_resamples` at least 1. Got {level} and {num_resamples}; 0.95 "
+            "and 2000 are usual."
+        )
+
+
 def mean_with_interval(values: torch.Tensor, **settings) -> dict[str, float | None]:
     """
     Mean and interval of samples.
@@ -106,6 +111,7 @@ def mean_with_interval(values: torch.Tensor, **settings) -> dict[str, float | No
         `dict`: `mean`, `low` and `high`. The interval is over prompts; over the samples if there is one prompt; `None`
         if there is one sample of it, or a value is not finite.
     """
+    check_interval(**settings)  # also where there is no interval
     units = values.mean(dim=2) if values.size(1) > 1 else values[:, 0]  # (S, P), or (S, N)
     mean = units.mean().item()
     is_known = units.size(1) > 1 and bool(units.isfinite().all())

@@ -16,6 +16,8 @@ r"""
 What a policy says to a set of prompts.
 """
 
+import math
+import reprlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,7 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..generation import guided_generate
 from ..logits_processor import DoctorGuidedLogitsProcessor
-from ..tokenization import eos_token_ids, tokenize_prompt
+from ..tokenization import check_counts, eos_token_ids, tokenize_prompt
 
 
 Prompt = str | list[dict[str, str]]
@@ -107,18 +109,28 @@ def generate_completions(
         `list[Completion]`: the samples of the first prompt, then those of the second, and so on.
 
     Raises:
-        `ValueError`: when there is no prompt, the patient is in training mode, or the guide has a weight for each row.
+        `ValueError`: when there is no prompt, or one without tokens, a setting is out of range, the patient is in training
+            mode, or the guide has a weight for each row.
     """
     check_policy(patient, guide)
-    if len(prompts) == 0 or num_samples_per_prompt < 1:
+    if isinstance(prompts, str) or len(prompts) == 0 or num_samples_per_prompt < 1:
         raise ValueError(
-            "There must be at least one prompt and one sample of each. Got "
-            f"{len(prompts)} prompts and `num_samples_per_prompt` {num_samples_per_prompt}."
+            "There must be a sequence of at least one prompt, and one sample of each. Got "
+            f"{reprlib.repr(prompts)} and `num_samples_per_prompt` {num_samples_per_prompt}; pass a list."
+        )
+    check_counts(batch_size=batch_size)
+    top_p = generate_kwargs.get("top_p", 1.0)
+    if not (0 <= temperature < math.inf and 0 < top_p <= 1):
+        raise ValueError(
+            f"`temperature` must be at least 0, and `top_p` in (0, 1]. Got {temperature} and {top_p}; 0 is greedy search."
         )
     eos_ids = eos_token_ids(processing_class, patient)
     pad_token_id = next(x for x in (processing_class.pad_token_id, *eos_ids, 0) if x is not None)
     sampling = dict(do_sample=True, temperature=temperature) if temperature > 0 else dict(do_sample=False)
     tokenized = [(prompt, tokenize_prompt(prompt, processing_class)) for prompt in prompts]
+    for prompt, prompt_ids in tokenized:
+        if not prompt_ids:
+            raise ValueError(f"A prompt must have at least one token. Got none for {prompt!r}; leave it out.")
     rows = [row for row in tokenized for _ in range(num_samples_per_prompt)]
     generate = patient.generate if guide is None else partial(guided_generate, patient, guide)
     completions = []

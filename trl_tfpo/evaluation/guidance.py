@@ -31,6 +31,7 @@ from ..doctors import NO_ADAPTER, Doctor
 from ..functional import next_token_entropy
 from ..generation import without_doctors
 from ..logits_processor import DoctorGuidedLogitsProcessor
+from ..tokenization import check_counts
 from .completions import Completion, Prompt, check_policy, generate_completions, pad
 from .diversity import distinct_n
 from .judges import score_texts
@@ -106,6 +107,7 @@ def next_token_statistics(
     """
     guide = policy if isinstance(policy, DoctorGuidedLogitsProcessor) else None
     check_policy(patient, guide)
+    check_counts(batch_size=batch_size)
     alone, others = patient, []
     if guide is not None:
         others = guide.doctors
@@ -334,7 +336,7 @@ def best_of_n(rewards: Sequence[Sequence[float]] | torch.Tensor, n: int) -> dict
         `dict`: mean `reward` and its standard error over prompts `reward_se`, and the upper bound of the `kl` in nats.
 
     Raises:
-        `ValueError`: when `n` is not between 1 and M.
+        `ValueError`: when `n` is not between 1 and M, or a reward is not finite.
 
     Examples:
 
@@ -347,9 +349,10 @@ def best_of_n(rewards: Sequence[Sequence[float]] | torch.Tensor, n: int) -> dict
     """
     rewards = torch.as_tensor(rewards, dtype=torch.float64)
     num_samples = rewards.shape[1] if rewards.dim() == 2 else 0
-    if not 1 <= n <= num_samples:
+    if not 1 <= n <= num_samples or not rewards.isfinite().all():
         raise ValueError(
-            f"`n` must be between 1 and the number of samples of a prompt, {num_samples}. Got {n}; sample more."
+            f"`n` must be between 1 and the number of samples of a prompt, {num_samples}, with finite rewards. Got {n}, "
+            f"{int((~rewards.isfinite()).sum())} rewards not finite; sample more."
         )
     odds = [math.comb(i, n - 1) / math.comb(num_samples, n) for i in range(num_samples)]
     best = rewards.sort(dim=1).values @ torch.tensor(odds, dtype=torch.float64)  # (P,)

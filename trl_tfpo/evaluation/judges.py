@@ -24,6 +24,7 @@ import http.client
 import json
 import os
 import re
+import reprlib
 import threading
 import urllib.error
 import urllib.request
@@ -35,6 +36,7 @@ from typing import Protocol
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..named_model import check_there
 from .completions import Prompt, pad
 
 
@@ -92,12 +94,15 @@ def score_texts(
     Raises:
         `ValueError`: when there is not one finite reward for each completion.
     """
-    rewards = torch.as_tensor(reward_fn(prompts=list(prompts), completions=list(completions)), dtype=torch.float64)
+    found = reward_fn(prompts=list(prompts), completions=list(completions))
+    try:
+        rewards = torch.as_tensor(found, dtype=torch.float64)
+    except (TypeError, ValueError):
+        rewards = torch.empty(0)
     if rewards.shape != (len(completions),) or not rewards.isfinite().all():
         raise ValueError(
             "`reward_fn` must return a finite number for each completion. Got "
-            f"{tuple(rewards.shape)} for {len(completions)} completions, {int(rewards.isfinite().sum())} finite; give "
-            "texts that cannot be judged a number, too."
+            f"{reprlib.repr(found)} for {len(completions)} completions; give texts that cannot be judged a number, too."
         )
     return rewards
 
@@ -144,10 +149,14 @@ class RewardModel:
         **model_kwargs,
     ):
         if isinstance(model, (str, os.PathLike)):
+            check_there(model)
+            defaults = {"device_map": "auto", "use_safetensors": True, "trust_remote_code": False}
             if processing_class is None:
-                processing_class = AutoTokenizer.from_pretrained(model)
+                processing_class = AutoTokenizer.from_pretrained(
+                    model, trust_remote_code=model_kwargs.get("trust_remote_code", False)
+                )
             model, loading = AutoModelForSequenceClassification.from_pretrained(
-                model, output_loading_info=True, **({"device_map": "auto", "use_safetensors": True} | model_kwargs)
+                model, output_loading_info=True, **(defaults | model_kwargs)
             )
             if loading["missing_keys"]:
                 raise ValueError(
@@ -254,7 +263,7 @@ class ChatJudge:
         num_answered (`int`): answers of the endpoint so far, without those that the file had.
 
     Raises:
-        `ValueError`: when the URL is not one of HTTP.
+        `ValueError`: when the URL is not one of HTTP, or a number is out of range.
     """
 
     def __init__(
@@ -274,6 +283,11 @@ class ChatJudge:
         if not base_url.startswith(("http://", "https://")):
             raise ValueError(
                 f"`base_url` must be the URL of an endpoint. Got {base_url!r}; for example 'http://localhost:8000/v1'."
+            )
+        if not (num_workers >= 1 and timeout > 0 and max_retries >= 0 and backoff >= 0):
+            raise ValueError(
+                "`num_workers` must be at least 1, `timeout` positive, `max_retries` and `backoff` at least 0. Got "
+                f"{num_workers}, {timeout}, {max_retries} and {backoff}; leave them out for the defaults."
             )
         self.url = base_url.rstrip("/") + "/chat/completions"
         self.headers = {"Content-Type": "application/json"}
@@ -369,7 +383,7 @@ class ChatJudge:
         for attempt in range(self.max_retries + 1):
             delay = min(self.backoff * 2**attempt, MAX_DELAY)
             try:
-                with urllib.request.urlopen(
+                with urllib.request.urlopen(  # nosec B310
                     urllib.request.Request(self.url, data=body, headers=self.headers), timeout=self.timeout
                 ) as response:
                     reply = json.load(response)

@@ -62,8 +62,13 @@ class Report:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Report":
-        """Read a report that was saved."""
-        return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+        """Read a report that was saved. Raises `ValueError` when the file holds something else."""
+        try:
+            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"A report must be a file that `Report.save` wrote. Got {str(path)!r}: {error}; make it again."
+            ) from error
 
     def table(self) -> str:
         """The report as a Markdown table: a row for each measure, a column for each method."""

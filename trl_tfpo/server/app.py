@@ -28,6 +28,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from jinja2 import TemplateError
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from ..tokenization import tokenize_prompt
 from .engine import Engine, Generation
@@ -55,7 +56,16 @@ def make_app(engine: Engine, *, model_name: str, api_key: str | None = None) -> 
 
     Returns:
         `fastapi.FastAPI`: with `/v1/models`, `/v1/chat/completions`, `/v1/completions`, `/health` and `/metrics`.
+
+    Raises:
+        `ValueError`: when the name or the key is empty.
     """
+
+    if not model_name or api_key == "":
+        raise ValueError(
+            f"The model must have a name, and a key characters. Got the name {model_name!r}"
+            f"{' and an empty key' if api_key == '' else ''}; leave out `api_key` if all may ask."
+        )
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -92,6 +102,13 @@ def make_app(engine: Engine, *, model_name: str, api_key: str | None = None) -> 
                 response = _error(
                     413, f"A request must have at most {engine.limits.max_bytes} bytes. Got {size}; shorten it."
                 )
+            else:
+                try:
+                    await asyncio.wait_for(request.body(), timeout=engine.limits.max_body_seconds)
+                except (TimeoutError, ClientDisconnect):
+                    response = _error(
+                        408, f"A request must arrive within {engine.limits.max_body_seconds} seconds; send it at once."
+                    )
         response = response or await call_next(request)
         route = request.scope.get("route")
         requests.labels(path=getattr(route, "path", "other"), status=response.status_code).inc()
@@ -139,9 +156,8 @@ def make_app(engine: Engine, *, model_name: str, api_key: str | None = None) -> 
     async def complete(body: TextRequest, request: Request):
         prompt_ids = tokenize_prompt(body.prompt, engine.processing_class)
         wanted = body.logprobs is not None
-        return await answer(
-            body, request, prompt_ids, body.max_tokens or 16, body.logprobs or 0, wanted, "text_completion"
-        )
+        limit = body.max_tokens or min(16, engine.limits.max_new_tokens)
+        return await answer(body, request, prompt_ids, limit, body.logprobs or 0, wanted, "text_completion")
 
     async def answer(body, request: Request, prompt_ids, limit, num_top: int, with_logps: bool, kind: str):
         """Hand the choices to the engine; stream their events, or collect them."""

@@ -20,6 +20,7 @@ all that others touch is the queue.
 """
 
 import logging
+import math
 import queue
 import threading
 import time
@@ -62,6 +63,11 @@ class Limits:
             Completions of one request.
         max_bytes (`int`, *optional*, defaults to `1_000_000`):
             Size of a request.
+        max_body_seconds (`float`, *optional*, defaults to `30.0`):
+            Until a request has arrived.
+
+    Raises:
+        `ValueError`: when a limit is not positive.
     """
 
     max_prompt_tokens: int = 4096
@@ -71,6 +77,12 @@ class Limits:
     max_seconds: float = 600.0
     max_choices: int = 8
     max_bytes: int = 1_000_000
+    max_body_seconds: float = 30.0
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if not (value > 0 or (name == "max_queue" and value == 0)):
+                raise ValueError(f"`{name}` must be positive. Got {value}; leave it out for the default.")
 
 
 @dataclass
@@ -125,7 +137,8 @@ class Row:
         generation = self.generation
         if generation.temperature == 0:
             return int(logps.argmax())
-        scores = logps[None] / generation.temperature
+        smallest = torch.finfo(logps.dtype).tiny  # below, the likeliest token would be divided by zero
+        scores = (logps - logps.max())[None] / max(generation.temperature, smallest)
         if generation.top_p < 1:
             scores = TopPLogitsWarper(generation.top_p)(None, scores)
         return int(scores.softmax(dim=-1).multinomial(1, generator=self.generator))
@@ -195,6 +208,10 @@ class Engine:
             raise ValueError(
                 f"`weights` must name doctors among {self.names}. Got {sorted(unknown)}; see `/v1/models`."
             )
+        if not all(map(math.isfinite, [*generation.weights.values(), generation.alpha or 0.0])):
+            raise ValueError(
+                f"Weights must be finite. Got `alpha` {generation.alpha} and {dict(generation.weights)}; try 0.5."
+            )
         betas = [float(generation.weights.get(name, self.default_weights[name])) for name in self.names]
         if generation.alpha is not None:
             return float(generation.alpha), betas
@@ -219,7 +236,13 @@ class Engine:
         if not 1 <= num_prompt <= longest:
             raise ValueError(f"The prompt must have 1 to {longest} tokens. Got {num_prompt}; shorten it.")
         generation.max_new_tokens = min(generation.max_new_tokens, self.max_positions - num_prompt)
-        if max(generation.prompt_ids) >= self.vocab_size:
+        sampling = (generation.temperature, generation.top_p, generation.max_new_tokens, generation.num_top)
+        if not (0 <= sampling[0] < math.inf and 0 < sampling[1] <= 1 and sampling[2] >= 1 and sampling[3] >= 0):
+            raise ValueError(
+                "`temperature` must be at least 0, `top_p` in (0, 1], `max_new_tokens` at least 1 and `num_top` at least "
+                f"0. Got {sampling}; leave them out for the defaults."
+            )
+        if not 0 <= min(generation.prompt_ids) <= max(generation.prompt_ids) < self.vocab_size:
             raise ValueError(
                 "The prompt must consist of tokens that all models know. Got one that is not; leave it out."
             )

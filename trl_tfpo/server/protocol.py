@@ -16,9 +16,17 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 
+def check_unicode(text: str) -> str:
+    """The text. Raises `ValueError` where it has half of a surrogate pair, which JSON can spell and no tokenizer can read."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("must not have lone surrogates; send whole characters")
+    return text
+
+
+Text = Annotated[str, AfterValidator(check_unicode)]
 Stops = Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=4)]
 
 
@@ -51,7 +59,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     role: Literal["system", "user", "assistant"]
-    content: str
+    content: Text
     name: str | None = None
 
 
@@ -67,5 +75,5 @@ class ChatRequest(Sampling):
 class TextRequest(Sampling):
     """Of `/v1/completions`."""
 
-    prompt: str
+    prompt: Text
     logprobs: int | None = Field(default=None, ge=0, le=5)

@@ -154,6 +154,7 @@ def reward_kl_frontier(rewards: torch.Tensor) -> Frontier:
 
     ```
     """
+    rewards = torch.as_tensor(rewards)
     if rewards.ndim != 2 or rewards.size(1) < MIN_EFFECTIVE_SAMPLES or not rewards.isfinite().all():
         raise ValueError(
             f"`rewards` must be a finite (P, N) matrix, with N at least {MIN_EFFECTIVE_SAMPLES}. Got shape "

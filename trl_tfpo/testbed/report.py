@@ -80,7 +80,7 @@ class Comparison:
         self, world: World, attribute: str, *, num_samples_per_prompt: int = 200, seed: int = 0, split: str = "test"
     ):
         self.world, self.seed = world, seed
-        self.oracle = world.attributes[attribute].oracle
+        self.oracle = world.attribute(attribute).oracle
         self.prompts = world.prompts(split)
         self.num_samples_per_prompt = num_samples_per_prompt
         patient = self._evaluate(None, num_samples_per_prompt=4 * num_samples_per_prompt)

@@ -60,6 +60,14 @@ class World:
         """
         return self.language.attributes
 
+    def attribute(self, name: str) -> Attribute:
+        """The attribute of this name. Raises `ValueError` where there is none."""
+        if name not in self.attributes:
+            raise ValueError(
+                f"`attribute` must be one of {sorted(self.attributes)}. Got {name!r}; see `world.attributes`."
+            )
+        return self.attributes[name]
+
     def prompts(self, split: str) -> list[list[dict[str, str]]]:
         """
         Conversations that end with a request; no place is in two splits.
@@ -106,10 +114,7 @@ class World:
         Raises:
             `ValueError`: on an unknown attribute or split, or a temperature that is not positive.
         """
-        if attribute not in self.attributes:
-            raise ValueError(
-                f"`attribute` must be one of {sorted(self.attributes)}. Got {attribute!r}; see `world.attributes`."
-            )
+        oracle = self.attribute(attribute).oracle
         if not noise_temperature > 0:
             raise ValueError(
                 f"`noise_temperature` must be positive. Got {noise_temperature}; try 1.0, or 0.01 for hardly any noise."
@@ -127,7 +132,7 @@ class World:
             for row, pair in zip(same, redrawn, strict=True):
                 pairs[row] = pair
 
-        oracle, rng = self.attributes[attribute].oracle, torch.Generator().manual_seed(seed)
+        rng = torch.Generator().manual_seed(seed)
         scores = torch.tensor([[oracle(text) for text in pair] for pair in pairs]).view(-1, 2)
         first_wins = (
             torch.rand(num_pairs, generator=rng) < ((scores[:, 0] - scores[:, 1]) / noise_temperature).sigmoid()
