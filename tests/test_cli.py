@@ -19,16 +19,18 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from conftest import conversational_rows, make_llama, make_tokenizer
+from conftest import WORDS, conversational_rows, make_llama, make_tokenizer
 from datasets import Dataset, load_dataset, load_from_disk
 
 from trl_tfpo import annotate_token_rewards
-from trl_tfpo.cli import main
+from trl_tfpo.cli import VERBS, main
 from trl_tfpo.testbed import load_world
 
 
@@ -48,9 +50,15 @@ def folder(tmp_path_factory):
     (folder / "list.yaml").write_text("- a\n")
     (folder / "config.yaml").write_text("num_pairs: 3\nworld: praise\n")
     (folder / "typo.yaml").write_text("nun_pairs: 3\nworld: praise\n")
+    (folder / "launch.yaml").write_text("num_processes: 1\ncpu: true\n")
+    (folder / "broken.yaml").write_text("a: [1, 2\n b: }")
+    (folder / "empty.jsonl").write_text("")
+    (folder / "numbers.jsonl").write_text('{"prompt": 3, "completion": 4}\n')
     for name, seed in (("patient", 1), ("doctor", 2)):
         make_llama(seed).save_pretrained(folder / name)
         make_tokenizer().save_pretrained(folder / name)
+    make_llama(3).save_pretrained(folder / "stranger")
+    make_tokenizer(" ".join(reversed(WORDS.split()))).save_pretrained(folder / "stranger")
     rows = {"a": ["kind", "rude"], "b": ["kind", "kind"]}
     for name, texts in rows.items():
         lines = [{"prompt": "you are", "completion": text} for text in texts]
@@ -74,6 +82,20 @@ def trl_tfpo(*arguments, cwd):
 # Help
 
 
+@pytest.mark.parametrize("verb", [name for name in VERBS if name != "train"])
+def test_help_of_a_verb_is_instant(verb, tmp_path):
+    """Nobody looks up an option twice when it takes ten seconds. `train` has those of transformers, which need torch."""
+    script = (
+        "import sys; from trl_tfpo.cli import main\n"
+        "try: main([sys.argv[1], '--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "assert 'torch' not in sys.modules"
+    )
+    result = subprocess.run([sys.executable, "-c", script, verb], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert f"usage: trl-tfpo {verb}" in result.stdout
+
+
 def test_help_needs_nothing(tmp_path):
     """Help that loads torch first takes seconds, every time somebody asks."""
     script = (
@@ -83,7 +105,7 @@ def test_help_needs_nothing(tmp_path):
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    for verb in ("annotate", "train", "generate", "evaluate", "env"):
+    for verb in VERBS:
         assert f"  {verb} " in result.stdout
 
 
@@ -115,6 +137,8 @@ def test_version_and_environment(capsys):
 
 WORLD = ["annotate", "--world", "praise", "--num_pairs", "2", "--output", "out.jsonl"]
 MODELS = ["--patient_model_name_or_path", "patient"]
+TRAIN = ["train", "--dataset_name", "pairs.jsonl", "--doctor_model_name_or_path", "doctor", *MODELS]
+GENERATE = ["generate", *MODELS, "--prompt", "you are"]
 MISTAKES = {
     "no verb": ([], None),
     "mistyped verb": (["anotate"], "unknown command 'anotate', did you mean 'annotate'?"),
@@ -162,15 +186,48 @@ MISTAKES = {
     "no such config": ([*WORLD, "--config", "absent.yaml"], "absent.yaml"),
     "config that is a list": ([*WORLD, "--config", "list.yaml"], "YAML mapping"),
     "mistyped key in a config": (["annotate", "--output", "out.jsonl", "--config", "typo.yaml"], "--num_pairs"),
+    "config that is no YAML": ([*WORLD, "--config=broken.yaml"], "must be a YAML file"),
+    "no word after --config": ([*WORLD, "--config"], "must be followed by a YAML file"),
+    "show less than nothing": ([*WORLD, "--show", "-1"], "must not be negative"),
+    "batches of nothing": ([*WORLD, "--scoring_batch_size", "0"], "at least 1"),
+    "launch option that is no number": ([*WORLD, "--num_processes", "two"], "--num_processes"),
+    "stray argument after a launch option": ([*WORLD, "--num_processes", "1", "stray"], "'stray'"),
+    "in 4 and in 8 bits": (
+        [*WORLD[:1], "--dataset_name", "pairs.jsonl", *MODELS, "--output", "out.jsonl"]
+        + ["--patient_load_in_4bit", "--patient_load_in_8bit"],
+        "Got both",
+    ),
+    "empty file": (["annotate", "--dataset_name", "empty.jsonl", *MODELS, "--output", "out.jsonl"], "it is empty"),
+    "no name": (["annotate", "--dataset_name", "", *MODELS, "--output", "out.jsonl"], "Got ''"),
+    "output below a file": ([*WORLD[:-1], "pairs.jsonl/out.jsonl"], "where one can write"),
     "no such accelerate config": ([*WORLD, "--accelerate_config", "zero33"], "did you mean 'zero3'?"),
     "train without data": (["train", "--output_dir", "run"], "needs preferences"),
+    "train without a doctor": (["train", "--dataset_name", "pairs.jsonl", *MODELS], "needs a doctor"),
+    "train on no such split": ([*TRAIN, "--dataset_train_split", "trian"], "Got 'trian'"),
+    "train, evaluating on no such split": ([*TRAIN, "--eval_strategy", "steps", "--eval_steps", "1"], "Got 'test'"),
+    "train on other columns": ([*TRAIN, "--chosen_id_column", "better"], "needs the columns"),
     "train out of range": (["train", "--dataset_name", "pairs.jsonl", "--subtb_lambda", "2"], "must be in [0, 1]"),
     "generate without a patient": (["generate", "--prompt", "hello"], "a patient is needed"),
     "generate without prompts": (["generate", *MODELS], "there are no prompts"),
     "generate with a beta too many": (["generate", "--world", "--beta", "0.5"], "a number for each doctor"),
     "generate without a column": (["generate", *MODELS, "--dataset_name", "other.jsonl"], "a column `prompt`"),
     "generate, no such doctor": (["generate", "--world", "--doctor", "./absent"], "absent"),
-    "evaluate without a name": (["evaluate", "--completions", "a.jsonl", "--output_dir", "report"], "NAME=FILE"),
+    "generate by a doctor of another family": ([*GENERATE, "--doctor", "stranger"], "must have the same tokenizer"),
+    "generate, colder than zero": ([*GENERATE, "--temperature", "-1"], "must not be negative"),
+    "generate from more than all": ([*GENERATE, "--top_p", "2"], "in (0, 1]"),
+    "generate in batches of nothing": ([*GENERATE, "--batch_size", "0"], "at least 1"),
+    "generate over a file": ([*GENERATE, "--output", "pairs.jsonl"], "must not exist"),
+    "generate from numbers": (["generate", *MODELS, "--dataset_name", "numbers.jsonl"], "Prompts must be texts"),
+    "evaluate numbers": (
+        ["evaluate", "--completions", "a=numbers.jsonl", "--output_dir", "report"],
+        "A completion must be a text",
+    ),
+    "evaluate, rewards of nobody": (
+        ["evaluate", "--completions", "a=a.jsonl", "--output_dir", "report", "--output", "rewards.jsonl"],
+        "are for rewards",
+    ),
+    "evaluate into a file": (["evaluate", "--completions", "a=a.jsonl", "--output_dir", "a.jsonl"], "can write"),
+    "evaluate without a name": (["evaluate", "--completions", "a.jsonl", "--output_dir", "report"], "NAME=DATASET"),
     "evaluate other prompts": (
         ["evaluate", "--completions", "a=a.jsonl", "b=short.jsonl", "--output_dir", "report"],
         "the same prompts",
@@ -218,6 +275,55 @@ def test_an_interruption_says_how_to_go_on(monkeypatch, capsys):
     monkeypatch.setattr("trl_tfpo.cli.annotate.run", interrupted)
     assert main(["annotate"]) == 130
     assert "finished shards are kept" in capsys.readouterr().err
+
+
+def test_what_nobody_foresaw_is_one_line_too(monkeypatch, capsys):
+    """Libraries raise what they like; the place is for those who ask for it."""
+
+    def broken(arguments):
+        raise KeyError("added_tokens")
+
+    monkeypatch.setattr("trl_tfpo.cli.annotate.run", broken)
+    assert main(["annotate"]) == 1
+    assert "KeyError: 'added_tokens' (TRL_TFPO_TRACEBACK=1" in capsys.readouterr().err
+    monkeypatch.setenv("TRL_TFPO_TRACEBACK", "1")
+    with pytest.raises(KeyError):
+        main(["annotate"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", [["--config", "launch.yaml"], ["--accelerate_config=cpu"]])
+def test_a_mistake_in_processes_that_were_launched(launch, folder):
+    """What goes wrong behind a launcher is said by the one it happened to, and its status is the command's."""
+    arguments = ["annotate", "--world", "prais", "--output", "out.jsonl"]
+    result = trl_tfpo(*arguments, *launch, cwd=folder)
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert "trl-tfpo annotate: error: `--world` must be one of" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", [[], ["--num_processes", "1", "--cpu"], ["--accelerate_config", "cpu"]])
+def test_ctrl_c_in_a_terminal(launch, tmp_path):
+    """A terminal interrupts every process of a command at once; one of them speaks, and none is left."""
+    command = [sys.executable, "-m", "trl_tfpo", "annotate", "--world", "praise", "--num_pairs", "100000"]
+    process = subprocess.Popen(
+        [*command, "--output", "out.jsonl", *launch],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    time.sleep(30 if launch else 20)  # 100,000 pairs take minutes to draw
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130, error
+    assert error.count("interrupted. To go on, run the same command again: finished shards are kept.") == 1
+    assert "Traceback" not in error, error
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 # The verbs

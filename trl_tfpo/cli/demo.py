@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .models import load_models
 from .parser import Parser
+from .serve import listen
 
 
 @dataclass
@@ -58,8 +58,17 @@ def run(arguments: Sequence[str]) -> int:
             f'the playground needs more packages ({error}). Install them: pip install "trl-tfpo[demo]"'
         ) from error
 
+    listen(args.host, args.port or 0).close()  # Gradio would find out last, and by a traceback
+    from .models import load_models
+
     if args.patient is None:
-        print("The first start trains two small doctors, which takes about a minute.", flush=True)
+        import torch
+
+        torch.set_num_threads(1)  # models so small that a second thread only waits for the first
+        print(
+            f"The first start trains two small doctors, about a minute, and keeps them in {args.cache_dir}.",
+            flush=True,
+        )
         page = world_playground(args.cache_dir, max_steps=args.max_steps)
     else:
         patient, tokenizer, doctors = load_models(

@@ -14,11 +14,11 @@
 
 """`trl-tfpo serve`: an OpenAI-compatible server."""
 
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .models import load_models
 from .parser import Parser
 
 
@@ -31,7 +31,7 @@ class ServeArguments:
     doctor: list[str] = field(default_factory=list, metadata={"help": "NAME=PATH for each doctor."})
     model_name: str | None = field(default=None, metadata={"help": "What clients call the patient."})
     host: str = field(default="127.0.0.1", metadata={"help": "Address to listen at; 0.0.0.0 is the whole network."})
-    port: int = field(default=8000, metadata={"help": "Port to listen at."})
+    port: int = field(default=8000, metadata={"help": "Port to listen at; 0 is any that is free."})
     api_key_file: str | None = field(default=None, metadata={"help": "File with the key that clients must send."})
     max_rows: int = field(default=32, metadata={"help": "Completions decoded at once."})
     max_prompt_tokens: int = field(default=4096, metadata={"help": "Longest prompt."})
@@ -50,6 +50,8 @@ def build(args: ServeArguments):
         raise ValueError(
             f'the server needs more packages ({error}). Install them: pip install "trl-tfpo[serve]"'
         ) from error
+
+    from .models import load_models
 
     key = None
     if args.api_key_file is not None:
@@ -77,11 +79,34 @@ def build(args: ServeArguments):
     )
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """
+    A socket at an address, before models are loaded, which takes long.
+
+    Raises:
+        `ValueError`: when there is no such address, or somebody else is there.
+    """
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise ValueError(
+            f"`--host` and `--port` must be an address of this machine that is free. Got {host!r} and {port}: {error}"
+        ) from error
+    return listener
+
+
 def run(arguments: Sequence[str]) -> int:
     """Serve until interrupted."""
     (args,) = Parser(ServeArguments, "serve", "Serve a patient and its doctors.").parse(arguments)
-    app = build(args)
-    import uvicorn
+    with listen(args.host, args.port) as listener:
+        app = build(args)
+        import uvicorn
 
-    uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
+        listener.listen()
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        print(f"Serving at http://{host}:{listener.getsockname()[1]}/v1 (Ctrl-C ends it)", flush=True)
+        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
     return 0

@@ -62,6 +62,9 @@ class Limits:
             Completions of one request.
         max_bytes (`int`, *optional*, defaults to `1_000_000`):
             Size of a request.
+
+    Raises:
+        `ValueError`: when one leaves nothing to ask for.
     """
 
     max_prompt_tokens: int = 4096
@@ -71,6 +74,12 @@ class Limits:
     max_seconds: float = 600.0
     max_choices: int = 8
     max_bytes: int = 1_000_000
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            least = 0 if name == "max_seconds" else 1
+            if not value >= least:
+                raise ValueError(f"`{name}` must be at least {least}. Got {value}; leave it out for the default.")
 
 
 @dataclass
@@ -267,12 +276,12 @@ class Engine:
 
     def _step(self) -> None:
         """Let rows join, sample a token for each, let rows leave, and read the tokens."""
-        while self._waiting and len(self._rows) + len(self._joining) < self.limits.max_rows:
-            row = self._waiting.popleft()
-            with self._lock:
-                self.num_waiting -= 1
-            if not self._is_over(row):
-                self._joining.append(row)
+        num_before = len(self._waiting)
+        waiting = [row for row in self._waiting if not self._is_over(row)]
+        num_free = self.limits.max_rows - len(self._rows)
+        self._joining, self._waiting = waiting[:num_free], deque(waiting[num_free:])
+        with self._lock:
+            self.num_waiting -= num_before - len(self._waiting)
         if self._joining:
             self._join(self._joining)
             self._joining = []
