@@ -477,6 +477,20 @@ def test_the_commands_for_large_models_are_understood():
     assert seen == set(types)
 
 
+def test_lists_may_be_given_word_by_word(tmp_path):
+    """Of `--doctor a --doctor b` argparse would keep b, and the server would have one doctor without a word."""
+    from trl_tfpo.cli.parser import Parser
+    from trl_tfpo.cli.serve import ServeArguments
+
+    (tmp_path / "serve.yaml").write_text("doctor: [c=x]\n")
+    for given in (["--doctor", "a=x", "--doctor", "b=y"], ["--doctor", "a=x", "b=y"]):
+        for config in ([], ["--config", str(tmp_path / "serve.yaml")]):
+            (args,) = Parser(ServeArguments, "serve", "").parse([*config, *given])
+            assert args.doctor == ["a=x", "b=y"]
+    assert Parser(ServeArguments, "serve", "").parse(config)[0].doctor == ["c=x"]
+    assert Parser(ServeArguments, "serve", "").parse([])[0].doctor == []
+
+
 def test_the_configs_of_the_package_are_those_of_the_examples():
     """Two copies would part ways."""
     root = Path(__file__).parents[1]

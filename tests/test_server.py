@@ -405,7 +405,7 @@ def test_serve_as_a_command(world, tmp_path):
         world.tokenizer.save_pretrained(tmp_path / name)
     command = [sys.executable, "-m", "trl_tfpo", "serve", "--world", "--port", "0"]
     process = subprocess.Popen(
-        [*command, "--doctor", f"helpful={tmp_path / 'helpful'}", f"harmless={tmp_path / 'harmless'}"],
+        [*command, "--doctor", f"helpful={tmp_path / 'helpful'}", "--doctor", f"harmless={tmp_path / 'harmless'}"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .parser import Parser
+from .parser import Parser, Repeated
 from .serve import listen
 
 
@@ -30,8 +30,12 @@ class DemoArguments:
         default=None, metadata={"help": "Hub name or path of the model that speaks. By default the controlled world."}
     )
     patient_load_in_4bit: bool = field(default=False, metadata={"help": "Load it in 4-bit NF4."})
-    doctor: list[str] = field(default_factory=list, metadata={"help": "NAME=PATH for each doctor."})
-    prompt: list[str] = field(default_factory=lambda: ["Hello!"], metadata={"help": "Prompts to offer."})
+    doctor: list[str] = field(
+        default_factory=list, metadata={"action": Repeated, "help": "NAME=PATH for each doctor."}
+    )
+    prompt: list[str] = field(
+        default_factory=lambda: ["Hello!"], metadata={"action": Repeated, "help": "Prompts to offer."}
+    )
     max_new_tokens: int = field(default=256, metadata={"help": "Longest answer."})
     host: str = field(default="127.0.0.1", metadata={"help": "Address to listen at."})
     port: int | None = field(default=None, metadata={"help": "Port to listen at; by default the first free one."})

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .parser import Parser
+from .parser import Parser, Repeated
 
 
 @dataclass
@@ -28,8 +28,9 @@ class EvaluateArguments:
 
     completions: list[str] = field(
         metadata={
+            "action": Repeated,
             "help": "NAME=DATASET for each method, a file, a folder or a Hub name: rows with `prompt` and `completion`, as "
-            "`trl-tfpo generate` writes them. All have the same prompts."
+            "`trl-tfpo generate` writes them. All have the same prompts.",
         }
     )
     output_dir: str = field(metadata={"help": "Folder for `report.json` and `report.png`."})

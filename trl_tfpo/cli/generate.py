@@ -18,7 +18,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .parser import Parser
+from .parser import Parser, Repeated
 
 
 @dataclass
@@ -27,15 +27,19 @@ class GenerateArguments:
 
     patient_model_name_or_path: str | None = field(default=None, metadata={"help": "The model that speaks."})
     patient_load_in_4bit: bool = field(default=False, metadata={"help": "Load it in 4-bit NF4."})
-    doctor: list[str] = field(default_factory=list, metadata={"help": "Folders or Hub names of doctors."})
+    doctor: list[str] = field(
+        default_factory=list, metadata={"action": Repeated, "help": "Folders or Hub names of doctors."}
+    )
     alpha: float | None = field(
         default=None, metadata={"help": "Exponent of the patient. By default what the doctors leave to it."}
     )
     beta: list[float] = field(
-        default_factory=list, metadata={"help": "Exponent of each doctor. By default that of its training, or 0.5."}
+        default_factory=list,
+        metadata={"action": Repeated, "help": "Exponent of each doctor. By default that of its training, or 0.5."},
     )
     prompt: list[str] = field(
-        default_factory=list, metadata={"help": "Prompts, as user messages if there is a chat template."}
+        default_factory=list,
+        metadata={"action": Repeated, "help": "Prompts, as user messages if there is a chat template."},
     )
     dataset_name: str | None = field(
         default=None, metadata={"help": "More prompts: the column `prompt` of a dataset (Hub name, folder or file)."}

@@ -18,7 +18,7 @@ import contextlib
 import os
 import signal
 import subprocess
-from argparse import Namespace
+from argparse import Action, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,6 +29,14 @@ from . import LAUNCHED, did_you_mean
 
 
 ACCELERATE_CONFIGS = Path(__file__).parents[1] / "accelerate_configs"
+
+
+class Repeated(Action):
+    """A list, in one go (`--doctor a b`) or word by word (`--doctor a --doctor b`), in place of that of a config."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if before is self.default else [*before, *values])
 
 
 class Parser(TrlParser):

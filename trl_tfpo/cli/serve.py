@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .parser import Parser
+from .parser import Parser, Repeated
 
 
 @dataclass
@@ -28,7 +28,9 @@ class ServeArguments:
 
     patient: str | None = field(default=None, metadata={"help": "Hub name or path of the model that speaks."})
     patient_load_in_4bit: bool = field(default=False, metadata={"help": "Load it in 4-bit NF4."})
-    doctor: list[str] = field(default_factory=list, metadata={"help": "NAME=PATH for each doctor."})
+    doctor: list[str] = field(
+        default_factory=list, metadata={"action": Repeated, "help": "NAME=PATH for each doctor."}
+    )
     model_name: str | None = field(default=None, metadata={"help": "What clients call the patient."})
     host: str = field(default="127.0.0.1", metadata={"help": "Address to listen at; 0.0.0.0 is the whole network."})
     port: int = field(default=8000, metadata={"help": "Port to listen at; 0 is any that is free."})
