@@ -303,11 +303,13 @@ def test_a_mistake_in_processes_that_were_launched(launch, folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launch", [[], ["--num_processes", "1", "--cpu"], ["--accelerate_config", "cpu"]])
-def test_ctrl_c_in_a_terminal(launch, tmp_path):
+def test_ctrl_c_in_a_terminal(launch, folder, tmp_path):
     """A terminal interrupts every process of a command at once; one of them speaks, and none is left."""
-    command = [sys.executable, "-m", "trl_tfpo", "annotate", "--world", "praise", "--num_pairs", "100000"]
+    rows = [json.dumps(row) + "\n" for row in conversational_rows(20_000)]
+    (tmp_path / "pairs.jsonl").write_text("".join(rows))
+    command = [sys.executable, "-m", "trl_tfpo", "annotate", "--dataset_name", "pairs.jsonl", "--output", "out.jsonl"]
     process = subprocess.Popen(
-        [*command, "--output", "out.jsonl", *launch],
+        [*command, "--patient_model_name_or_path", folder / "patient", "--reward_direction", "faces", *launch],
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")},
         stdout=subprocess.PIPE,
@@ -315,7 +317,9 @@ def test_ctrl_c_in_a_terminal(launch, tmp_path):
         text=True,
         start_new_session=True,
     )
-    time.sleep(30 if launch else 20)  # 100,000 pairs take minutes to draw
+    while not list(tmp_path.glob("cache/trl_tfpo/*/*.arrow")):  # of 157 shards
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 130, error
