@@ -375,6 +375,56 @@ def test_annotate_by_a_config_file(folder, tmp_path, capsys):
     capsys.readouterr()
 
 
+def test_a_dataset_of_the_hub_has_a_card(tmp_path, monkeypatch):
+    """A card that is pushed over that of the files hides the files, and one that is not leaves numbers."""
+    from huggingface_hub import DatasetCard
+
+    from trl_tfpo.cli.files import push_dataset
+
+    readme = tmp_path / "README.md"
+
+    def push_files(self, name):
+        readme.write_text("---\nconfigs:\n- config_name: default\n  data_files: data/*\n---\n", encoding="utf-8")
+
+    def push_card(self, name, repo_type):
+        assert (name, repo_type) == (str(readme), "dataset")
+        self.save(readme)
+
+    monkeypatch.setattr(Dataset, "push_to_hub", push_files)
+    monkeypatch.setattr(DatasetCard, "push_to_hub", push_card)
+    world = load_world()
+    pairs = world.preference_dataset("praise", num_pairs=4, seed=0)
+    faces = world.attributes["praise"].faces
+    push_dataset(annotate_token_rewards(pairs, world.patient, world.tokenizer, faces=faces), str(readme))
+    card = DatasetCard.load(readme)
+    assert card.data.to_dict()["configs"][0]["data_files"] == "data/*" and "trl-tfpo" in card.data.tags
+    assert faces.positive in card.text and "4 preference pairs" in card.text
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ""])
+def test_evaluate_reads_and_writes_what_generate_does(suffix, folder, tmp_path):
+    """One format that cannot be read back ends a pipeline in its last step."""
+    from trl_tfpo.cli.files import read_split, write_dataset
+
+    names = {name: str(tmp_path / f"{name}{suffix}") for name in "ab"}
+    for name, path in names.items():
+        write_dataset(read_split(str(folder / f"{name}.jsonl"), "train"), path)
+    rewards = str(tmp_path / f"rewards{suffix}")
+    files = [f"{name}={path}" for name, path in names.items()]
+    arguments = ["--world", "praise", "--output_dir", str(tmp_path / "report"), "--output", rewards]
+    assert main(["evaluate", "--completions", *files, *arguments]) == 0
+    rows = read_split(rewards, "train").to_list()
+    assert [(row["method"], row["completion"]) for row in rows] == [
+        ("a", "kind"),
+        ("a", "rude"),
+        ("b", "kind"),
+        ("b", "kind"),
+    ]
+    assert all(row["reward"] == load_world().attributes["praise"].oracle(row["completion"]) for row in rows)
+    assert main(["evaluate", "--completions", *files, *arguments]) == 2  # all is there
+    assert main(["evaluate", "--completions", *files, *arguments, "--overwrite"]) == 0
+
+
 @pytest.mark.slow
 def test_two_processes_annotate_what_one_does(tmp_path):
     """Processes that do not know of each other do all the work twice, and write the same file at the same time."""
@@ -439,14 +489,17 @@ def test_generate_in_the_world(tmp_path, capsys):
 def test_the_commands_of_the_documentation(tmp_path, monkeypatch, capsys):
     """The first thing that is tried is copied from the page."""
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(load_world().weights / "doctor", "my-doctor")
     page = (Path(__file__).parents[1] / "docs" / "cli.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)
     for line in block.splitlines():
         assert main(shlex.split(line)[1:]) == 0, line
     printed = capsys.readouterr().out
     assert "⁺" in printed and "| guided |" in printed
-    assert {"annotated.jsonl", "guided.jsonl", "patient.jsonl", "report"} <= set(os.listdir())
+    outputs = {"annotated", "guided.jsonl", "my-doctor", "patient.jsonl", "report", "reward-report"}
+    assert outputs <= set(os.listdir())
+    card = Path("my-doctor", "README.md").read_text(encoding="utf-8")
+    faces = load_world().attributes["praise"].faces
+    assert faces.positive in card and "| data | annotated, 300 preference pairs |" in card
 
 
 def test_the_commands_for_large_models_are_understood():

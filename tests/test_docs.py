@@ -120,7 +120,7 @@ def test_troubles_are_those_that_the_code_has():
     assert all(len(row) == 3 and all(cell.strip() for cell in row) for row in rows)  # symptom, cause, remedy
     quoted = [text for row in rows for text in re.findall(r'"([^"]+)"', row[0])]
     sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "trl_tfpo").rglob("*.py"))
-    joined = re.sub(r'"\s*\n\s*f?"', "", sources)  # a text that goes on in the next line
+    joined = re.sub(r"""["']\s*\n\s*f?["']""", "", sources)  # a text that goes on in the next line
     assert len(quoted) >= 10
     assert not [text for text in quoted if text not in joined]
 
