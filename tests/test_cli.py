@@ -550,5 +550,13 @@ def test_lists_may_be_given_word_by_word(tmp_path):
 
 def test_the_configs_of_the_package_are_those_of_the_examples():
     """Two copies would part ways."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
     root = Path(__file__).parents[1]
-    assert (root / "examples" / "accelerate_configs").resolve() == root / "trl_tfpo" / "accelerate_configs"
+    folder = root / "trl_tfpo" / "accelerate_configs"
+    assert (root / "examples" / "accelerate_configs").resolve() == folder
+    configs = {path.stem: load_config_from_file(str(path)) for path in folder.glob("*.yaml")}
+    assert configs.keys() == {"cpu", "single_gpu", "ddp", "zero1", "zero2", "zero3", "fsdp2"}
+    assert configs["single_gpu"].num_processes == 1 and configs["ddp"].num_processes == 2
+    page = (root / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in page for name in configs)

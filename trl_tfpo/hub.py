@@ -183,6 +183,6 @@ def _describe_annotation(dataset: Dataset | IterableDataset) -> dict[str, str]:
         "reward": ", ".join(f"`{name}={json.dumps(value)}`" for name, value in reward.items()) or UNKNOWN,
         "max_length": settings.get("max_length") or "any",
         "tokenizer": settings.get("tokenizer", UNKNOWN),
-        "num_pairs": f"{len(dataset):,}" if isinstance(dataset, Dataset) else UNKNOWN,
+        "num_pairs": f"{len(dataset):,}" if isinstance(dataset, Dataset) else "an unknown number of",
     }
     return {name: str(value).replace("|", "\\|").replace("\n", " ") for name, value in values.items()}

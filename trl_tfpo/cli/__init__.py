@@ -93,7 +93,7 @@ def overview() -> str:
     lines += [f"  {name:<{width}}{help_text}" for name, help_text in VERBS.items()]
     lines += [
         "",
-        "`trl-tfpo COMMAND --help` lists the options of a command; all take `--config FILE.yaml` and `--quiet`.",
+        "`trl-tfpo COMMAND --help` lists the options of a command; all but `env` take `--config FILE.yaml` and `--quiet`.",
     ]
     return "\n".join([*lines, "With TRL_TFPO_TRACEBACK=1 in the environment an error shows where it was raised."])
 
