@@ -22,7 +22,6 @@ verb reads its options before it imports what takes seconds, so that its help an
 
 import difflib
 import importlib
-import importlib.metadata
 import os
 import sys
 from collections.abc import Sequence
@@ -62,7 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(overview())
         return 0 if arguments else USAGE_ERROR
     if arguments[0] == "--version":
-        print(f"trl-tfpo {importlib.metadata.version('trl-tfpo')}")
+        from importlib.metadata import version  # takes as long to import as all the rest
+
+        print(f"trl-tfpo {version('trl-tfpo')}")
         return 0
     verb, *rest = arguments
     if verb not in VERBS:
