@@ -16,6 +16,7 @@
 
 import json
 import os
+import signal
 import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -104,6 +105,11 @@ def conversational_rows(num_pairs: int = 8) -> list[dict]:
 @pytest.fixture
 def preferences():
     return Dataset.from_list(conversational_rows())
+
+
+def hear_interruptions():
+    """For `preexec_fn`: what is started in the background of a shell is deaf to Ctrl-C, and so are its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import WORDS, conversational_rows, make_llama, make_tokenizer
+from conftest import WORDS, conversational_rows, hear_interruptions, make_llama, make_tokenizer
 from datasets import Dataset, load_dataset, load_from_disk
 
 from trl_tfpo import annotate_token_rewards
@@ -316,6 +316,7 @@ def test_ctrl_c_in_a_terminal(launch, folder, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=hear_interruptions,
     )
     while not list(tmp_path.glob("cache/trl_tfpo/*/*.arrow")):  # of 157 shards
         assert process.poll() is None, process.stderr.read()

@@ -22,6 +22,7 @@ import sys
 import urllib.request
 
 import pytest
+from conftest import hear_interruptions
 
 from trl_tfpo.cli import main
 from trl_tfpo.playground import Frontiers, _as_html, launch, train_world_doctors, world_playground
@@ -132,7 +133,13 @@ def test_in_a_browser(url, tmp_path):
 def test_demo_as_a_command(cache_dir, url):
     """The one command that everybody tries has to open a page, and to end."""
     command = [sys.executable, "-m", "trl_tfpo", "demo", "--cache_dir", cache_dir, "--max_steps", str(MAX_STEPS)]
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hear_interruptions,
+    )
     try:
         address = next((line.split()[1] for line in process.stdout if line.startswith("Open http")), None)
         assert address is not None, process.stderr.read()

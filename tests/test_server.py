@@ -29,6 +29,7 @@ import openai
 import pytest
 import torch
 import uvicorn
+from conftest import hear_interruptions
 from transformers import AutoModelForCausalLM
 
 from trl_tfpo import DoctorGuidedLogitsProcessor, guided_generate
@@ -409,6 +410,7 @@ def test_serve_as_a_command(world, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=hear_interruptions,
     )
     try:
         line = process.stdout.readline()
