@@ -17,6 +17,7 @@
 import inspect
 import json
 import os
+import signal
 import socket
 import tempfile
 import threading
@@ -109,6 +110,11 @@ def conversational_rows(num_pairs: int = 8) -> list[dict]:
 @pytest.fixture
 def preferences():
     return Dataset.from_list(conversational_rows())
+
+
+def hear_interruptions():
+    """For `preexec_fn`: what is started in the background of a shell is deaf to Ctrl-C, and so are its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

@@ -19,16 +19,18 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from conftest import conversational_rows, make_llama, make_tokenizer
+from conftest import WORDS, conversational_rows, hear_interruptions, make_llama, make_tokenizer
 from datasets import Dataset, load_dataset, load_from_disk
 
 from trl_tfpo import annotate_token_rewards
-from trl_tfpo.cli import main
+from trl_tfpo.cli import VERBS, main
 from trl_tfpo.testbed import load_world
 
 
@@ -44,9 +46,12 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in conversational_rows(8)))
     (folder / "config.yaml").write_text("num_pairs: 3\nworld: praise\n")
+    (folder / "launch.yaml").write_text("num_processes: 1\ncpu: true\n")
     for name, seed in (("patient", 1), ("doctor", 2)):
         make_llama(seed).save_pretrained(folder / name)
         make_tokenizer().save_pretrained(folder / name)
+    make_llama(3).save_pretrained(folder / "stranger")
+    make_tokenizer(" ".join(reversed(WORDS.split()))).save_pretrained(folder / "stranger")
     rows = {"a": ["kind", "rude"], "b": ["kind", "kind"]}
     for name, texts in rows.items():
         lines = [{"prompt": "you are", "completion": text} for text in texts]
@@ -69,6 +74,20 @@ def trl_tfpo(*arguments, cwd):
 # Help
 
 
+@pytest.mark.parametrize("verb", [name for name in VERBS if name != "train"])
+def test_help_of_a_verb_is_instant(verb, tmp_path):
+    """Nobody looks up an option twice when it takes ten seconds. `train` has those of transformers, which need torch."""
+    script = (
+        "import sys; from trl_tfpo.cli import main\n"
+        "try: main([sys.argv[1], '--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "assert 'torch' not in sys.modules"
+    )
+    result = subprocess.run([sys.executable, "-c", script, verb], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert f"usage: trl-tfpo {verb}" in result.stdout
+
+
 def test_help_needs_nothing(tmp_path):
     """Help that loads torch first takes seconds, every time somebody asks."""
     script = (
@@ -78,7 +97,7 @@ def test_help_needs_nothing(tmp_path):
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    for verb in ("annotate", "train", "generate", "evaluate", "env"):
+    for verb in VERBS:
         assert f"  {verb} " in result.stdout
 
 
@@ -127,6 +146,60 @@ def test_an_interruption_says_how_to_go_on(monkeypatch, capsys):
     assert "finished shards are kept" in capsys.readouterr().err
 
 
+def test_what_nobody_foresaw_is_one_line_too(monkeypatch, capsys):
+    """Libraries raise what they like; the place is for those who ask for it."""
+
+    def broken(arguments):
+        raise KeyError("added_tokens")
+
+    monkeypatch.setattr("trl_tfpo.cli.annotate.run", broken)
+    assert main(["annotate"]) == 1
+    assert "KeyError: 'added_tokens' (TRL_TFPO_TRACEBACK=1" in capsys.readouterr().err
+    monkeypatch.setenv("TRL_TFPO_TRACEBACK", "1")
+    with pytest.raises(KeyError):
+        main(["annotate"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", [["--config", "launch.yaml"], ["--accelerate_config=cpu"]])
+def test_a_mistake_in_processes_that_were_launched(launch, folder):
+    """What goes wrong behind a launcher is said by the one it happened to, and its status is the command's."""
+    arguments = ["annotate", "--world", "prais", "--output", "out.jsonl"]
+    result = trl_tfpo(*arguments, *launch, cwd=folder)
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert "trl-tfpo annotate: error: `--world` must be one of" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", [[], ["--num_processes", "1", "--cpu"], ["--accelerate_config", "cpu"]])
+def test_ctrl_c_in_a_terminal(launch, folder, tmp_path):
+    """A terminal interrupts every process of a command at once; one of them speaks, and none is left."""
+    rows = [json.dumps(row) + "\n" for row in conversational_rows(20_000)]
+    (tmp_path / "pairs.jsonl").write_text("".join(rows))
+    command = [sys.executable, "-m", "trl_tfpo", "annotate", "--dataset_name", "pairs.jsonl", "--output", "out.jsonl"]
+    process = subprocess.Popen(
+        [*command, "--patient_model_name_or_path", folder / "patient", "--reward_direction", "faces", *launch],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=hear_interruptions,
+    )
+    while not list(tmp_path.glob("cache/trl_tfpo/*/*.arrow")):  # of 157 shards
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130, error
+    assert error.count("interrupted. To go on, run the same command again: finished shards are kept.") == 1
+    assert "Traceback" not in error, error
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
 # The verbs
 
 
@@ -170,6 +243,56 @@ def test_annotate_by_a_config_file(folder, tmp_path, capsys):
     assert main(["annotate", *config, "--num_pairs", "2", "--output", str(tmp_path / "b.jsonl")]) == 0
     assert [len((tmp_path / f"{name}.jsonl").read_text().splitlines()) for name in "ab"] == [3, 2]
     capsys.readouterr()
+
+
+def test_a_dataset_of_the_hub_has_a_card(tmp_path, monkeypatch):
+    """A card that is pushed over that of the files hides the files, and one that is not leaves numbers."""
+    from huggingface_hub import DatasetCard
+
+    from trl_tfpo.cli.files import push_dataset
+
+    readme = tmp_path / "README.md"
+
+    def push_files(self, name):
+        readme.write_text("---\nconfigs:\n- config_name: default\n  data_files: data/*\n---\n", encoding="utf-8")
+
+    def push_card(self, name, repo_type):
+        assert (name, repo_type) == (str(readme), "dataset")
+        self.save(readme)
+
+    monkeypatch.setattr(Dataset, "push_to_hub", push_files)
+    monkeypatch.setattr(DatasetCard, "push_to_hub", push_card)
+    world = load_world()
+    pairs = world.preference_dataset("praise", num_pairs=4, seed=0)
+    faces = world.attributes["praise"].faces
+    push_dataset(annotate_token_rewards(pairs, world.patient, world.tokenizer, faces=faces), str(readme))
+    card = DatasetCard.load(readme)
+    assert card.data.to_dict()["configs"][0]["data_files"] == "data/*" and "trl-tfpo" in card.data.tags
+    assert faces.positive in card.text and "4 preference pairs" in card.text
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ""])
+def test_evaluate_reads_and_writes_what_generate_does(suffix, folder, tmp_path):
+    """One format that cannot be read back ends a pipeline in its last step."""
+    from trl_tfpo.cli.files import read_split, write_dataset
+
+    names = {name: str(tmp_path / f"{name}{suffix}") for name in "ab"}
+    for name, path in names.items():
+        write_dataset(read_split(str(folder / f"{name}.jsonl"), "train"), path)
+    rewards = str(tmp_path / f"rewards{suffix}")
+    files = [f"{name}={path}" for name, path in names.items()]
+    arguments = ["--world", "praise", "--output_dir", str(tmp_path / "report"), "--output", rewards]
+    assert main(["evaluate", "--completions", *files, *arguments]) == 0
+    rows = read_split(rewards, "train").to_list()
+    assert [(row["method"], row["completion"]) for row in rows] == [
+        ("a", "kind"),
+        ("a", "rude"),
+        ("b", "kind"),
+        ("b", "kind"),
+    ]
+    assert all(row["reward"] == load_world().attributes["praise"].oracle(row["completion"]) for row in rows)
+    assert main(["evaluate", "--completions", *files, *arguments]) == 2  # all is there
+    assert main(["evaluate", "--completions", *files, *arguments, "--overwrite"]) == 0
 
 
 @pytest.mark.slow
@@ -236,14 +359,17 @@ def test_generate_in_the_world(tmp_path, capsys):
 def test_the_commands_of_the_documentation(tmp_path, monkeypatch, capsys):
     """The first thing that is tried is copied from the page."""
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(load_world().weights / "doctor", "my-doctor")
     page = (Path(__file__).parents[1] / "docs" / "cli.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)
     for line in block.splitlines():
         assert main(shlex.split(line)[1:]) == 0, line
     printed = capsys.readouterr().out
     assert "⁺" in printed and "| guided |" in printed
-    assert {"annotated.jsonl", "guided.jsonl", "patient.jsonl", "report"} <= set(os.listdir())
+    outputs = {"annotated", "guided.jsonl", "my-doctor", "patient.jsonl", "report", "reward-report"}
+    assert outputs <= set(os.listdir())
+    card = Path("my-doctor", "README.md").read_text(encoding="utf-8")
+    faces = load_world().attributes["praise"].faces
+    assert faces.positive in card and "| data | annotated, 300 preference pairs |" in card
 
 
 def test_the_commands_for_large_models_are_understood():
@@ -278,7 +404,29 @@ def test_the_commands_for_large_models_are_understood():
     assert seen == set(types)
 
 
+def test_lists_may_be_given_word_by_word(tmp_path):
+    """Of `--doctor a --doctor b` argparse would keep b, and the server would have one doctor without a word."""
+    from trl_tfpo.cli.parser import Parser
+    from trl_tfpo.cli.serve import ServeArguments
+
+    (tmp_path / "serve.yaml").write_text("doctor: [c=x]\n")
+    for given in (["--doctor", "a=x", "--doctor", "b=y"], ["--doctor", "a=x", "b=y"]):
+        for config in ([], ["--config", str(tmp_path / "serve.yaml")]):
+            (args,) = Parser(ServeArguments, "serve", "").parse([*config, *given])
+            assert args.doctor == ["a=x", "b=y"]
+    assert Parser(ServeArguments, "serve", "").parse(config)[0].doctor == ["c=x"]
+    assert Parser(ServeArguments, "serve", "").parse([])[0].doctor == []
+
+
 def test_the_configs_of_the_package_are_those_of_the_examples():
     """Two copies would part ways."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
     root = Path(__file__).parents[1]
-    assert (root / "examples" / "accelerate_configs").resolve() == root / "trl_tfpo" / "accelerate_configs"
+    folder = root / "trl_tfpo" / "accelerate_configs"
+    assert (root / "examples" / "accelerate_configs").resolve() == folder
+    configs = {path.stem: load_config_from_file(str(path)) for path in folder.glob("*.yaml")}
+    assert configs.keys() == {"cpu", "single_gpu", "ddp", "zero1", "zero2", "zero3", "fsdp2"}
+    assert configs["single_gpu"].num_processes == 1 and configs["ddp"].num_processes == 2
+    page = (root / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in page for name in configs)

@@ -17,6 +17,7 @@
 import contextlib
 import doctest
 import importlib
+import inspect
 import os
 import pkgutil
 import re
@@ -28,6 +29,7 @@ import pytest
 from transformers import AutoModelForSequenceClassification
 
 import trl_tfpo
+from trl_tfpo import evaluation, functional, server, testbed
 from trl_tfpo.testbed import load_world
 
 
@@ -82,9 +84,45 @@ def test_the_site_builds_without_a_broken_link(tmp_path):
         build, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     )
     assert result.returncode == 0, result.stderr
-    reference = (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
-    missing = [name for name in trl_tfpo.__all__ if f'id="trl_tfpo.{name}"' not in reference]
-    assert not missing
+    reference = set(
+        re.findall(r'id="(trl_tfpo[\w.]*)"', (tmp_path / "api" / "index.html").read_text(encoding="utf-8"))
+    )
+    for module in (trl_tfpo, evaluation, functional, server, testbed):
+        for name, value in public_names(module):
+            assert {f"{module.__name__}.{name}", f"{value.__module__}.{name}"} & reference, name
+            assert inspect.getdoc(value), name
+    assert not [name for name in reference if re.search(r"\._(?!_)", name)]  # nothing private
+
+
+def public_names(module):
+    """What a module exports, or else what it defines."""
+    if hasattr(module, "__all__"):
+        return [(name, getattr(module, name)) for name in module.__all__]
+    return [
+        (name, value)
+        for name, value in vars(module).items()
+        if not name.startswith("_") and getattr(value, "__module__", None) == module.__name__
+    ]
+
+
+def test_every_page_is_in_the_navigation():
+    """A page that no menu leads to is read by nobody."""
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")[1].split("\nmarkdown_")[0]
+    assert sorted(re.findall(r"([\w/]+\.md)$", navigation, flags=re.MULTILINE)) == sorted(
+        str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")
+    )
+
+
+def test_troubles_are_those_that_the_code_has():
+    """Whoever searches the page for the words of an error must find them, and not those of last year."""
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1:-1] for line in page.splitlines() if line.startswith("|")][2:]
+    assert all(len(row) == 3 and all(cell.strip() for cell in row) for row in rows)  # symptom, cause, remedy
+    quoted = [text for row in rows for text in re.findall(r'"([^"]+)"', row[0])]
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "trl_tfpo").rglob("*.py"))
+    joined = re.sub(r"""["']\s*\n\s*f?["']""", "", sources)  # a text that goes on in the next line
+    assert len(quoted) >= 10
+    assert not [text for text in quoted if text not in joined]
 
 
 def test_make_targets_of_the_readme_exist():

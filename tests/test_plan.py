@@ -494,6 +494,36 @@ def test_memory_of_the_recipes_is_what_they_say(path, tmp_path):
     assert cells[-3:] == figures and str(num_processes) in cells[3]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["all weights", "LoRA", "QLoRA"])
+def test_memory_of_a_large_doctor_is_what_the_page_says(way, tmp_path):
+    """Whoever rents GPUs by a table wants one that the code still prints."""
+    page = (ROOT / "docs/scale.md").read_text(encoding="utf-8")
+    (line,) = re.findall(rf"^\| {way} \|.*$", page, re.MULTILINE)
+    row = {"prompt": "say " * 256, "chosen": "good " * 767, "rejected": "good " * 767}
+    plan = training_plan(
+        Dataset.from_list([row]),
+        make_tokenizer(),
+        doctor=PUBLISHED["Qwen/Qwen3-8B-Base"],
+        args=config(
+            tmp_path,
+            max_length=1024,
+            per_device_train_batch_size=2,
+            scoring_batch_size=8,
+            model_init_kwargs={"dtype": "bfloat16"},
+        ),
+        patient=PUBLISHED["Qwen/Qwen3-32B"],
+        faces="helpfulness",
+        quantization_config=BitsAndBytesConfig(**NF4) if way == "QLoRA" else None,
+        patient_quantization_config=BitsAndBytesConfig(**NF4),
+        peft_config=None if way == "all weights" else LoraConfig(target_modules="all-linear", r=16, lora_alpha=32),
+        num_processes=8,
+    )
+    totals = [f"{row.total / GIB:.1f}" for row in plan.memory if row.phase.startswith("training")]
+    shown = [cell.strip() for cell in line.split("|")[3:-1]]
+    assert shown == (totals[:3] + ["not shared out"] * 2 if way == "QLoRA" else totals)
+
+
 def test_numbered_responses_become_pairs():
     """The wrong way round a doctor learns to harm, and no metric shows it."""
     rows = [

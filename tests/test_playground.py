@@ -16,8 +16,13 @@
 
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import urllib.request
 
 import pytest
+from conftest import hear_interruptions
 
 from trl_tfpo.cli import main
 from trl_tfpo.playground import Frontiers, _as_html, launch, train_world_doctors, world_playground
@@ -109,7 +114,7 @@ def test_in_a_browser(url, tmp_path):
                 value,
             )
 
-        move("praise", "0.5")
+        move("praise", "0.3" if SCREENSHOT else "0.5")  # where the frontier is known; or as much as there is
         page.wait_for_function("before => document.querySelector('#guided p')?.innerText !== before", arg=guided)
         changed = settled("guided")
         assert changed != guided and settled("unguided") == unguided
@@ -122,6 +127,28 @@ def test_in_a_browser(url, tmp_path):
         assert os.path.getsize(shot) > 20_000
         browser.close()
     assert not errors
+
+
+@pytest.mark.slow
+def test_demo_as_a_command(cache_dir, url):
+    """The one command that everybody tries has to open a page, and to end."""
+    command = [sys.executable, "-m", "trl_tfpo", "demo", "--cache_dir", cache_dir, "--max_steps", str(MAX_STEPS)]
+    process = subprocess.Popen(
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hear_interruptions,
+    )
+    try:
+        address = next((line.split()[1] for line in process.stdout if line.startswith("Open http")), None)
+        assert address is not None, process.stderr.read()
+        with urllib.request.urlopen(address) as page:
+            assert b"trl-tfpo" in page.read()
+    finally:
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode in (0, 130) and "Traceback" not in error, error
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,9 @@
 """The server: every answer is the one that would have been given alone, whatever else is asked at the same time."""
 
 import json
+import signal
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -24,10 +27,11 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 import torch
-from conftest import serving
+from conftest import hear_interruptions, serving
 from transformers import AutoModelForCausalLM
 
 from trl_tfpo import DoctorGuidedLogitsProcessor, guided_generate
+from trl_tfpo.cli import main
 from trl_tfpo.server import Engine, Generation, Limits, make_app
 from trl_tfpo.server.engine import Row
 from trl_tfpo.testbed import load_world
@@ -53,7 +57,9 @@ def doctors(world):
 
 @pytest.fixture(scope="module")
 def engine(world, doctors):
-    limits = Limits(max_prompt_tokens=40, max_new_tokens=64, max_rows=8, max_queue=64, max_choices=4, max_bytes=20_000)
+    limits = Limits(
+        max_prompt_tokens=40, max_new_tokens=64, max_rows=32, max_queue=64, max_choices=4, max_bytes=20_000
+    )
     return Engine(world.patient, world.tokenizer, doctors, limits)
 
 
@@ -101,20 +107,32 @@ def test_answers_are_those_of_the_library(client, world, doctors):
     assert len(set(answers)) > 1
 
 
-def test_32_clients_get_what_each_would_get_alone(client, world, doctors):
+def test_32_clients_get_what_each_would_get_alone(client, engine, world, doctors, monkeypatch):
     """One batch with the weights or the caches of two requests mixed up gives a wrong answer that reads well."""
+    read, sizes = engine._read, []
+
+    def read_when_all_are_there(model, cache, ids, mask):
+        while not sizes and engine.num_waiting + len(engine._joining) < 32:
+            time.sleep(0.01)
+        sizes.append(len(ids))
+        return read(model, cache, ids, mask)
+
+    monkeypatch.setattr(engine, "_read", read_when_all_are_there)
     prompts = [*world.prompts("test"), *world.prompts("validation")]
     requests = [(prompts[i % len(prompts)], {"calm": 0.1 * (i % 5), "wild": 0.1 * (i % 4)}) for i in range(32)]
 
     def stream(request):
         prompt, weights = request
         chunks = ask(client, prompt, weights=weights, temperature=0, stream=True)
-        return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        pieces = [chunk.choices[0].delta.content or "" for chunk in chunks]
+        assert len(pieces) > 8  # as they come, and not at the end
+        return "".join(pieces)
 
     with ThreadPoolExecutor(32) as pool:
         answers = list(pool.map(stream, requests))
     for (prompt, weights), answer in zip(requests, answers, strict=True):
         assert answer == alone(world, doctors, prompt, weights)
+    assert max(sizes) == 32  # in one batch, not one after the other
 
 
 def test_samples_depend_on_their_seed_alone(client, world):
@@ -211,6 +229,33 @@ def test_time_and_queue_are_limited(world, doctors):
         engine.submit(Generation([1, 9], on_event))
 
 
+def test_who_leaves_the_queue_leaves_room(world, doctors, monkeypatch):
+    """Clients that gave up while they waited would fill the queue, and others be sent away from it."""
+    engine = Engine(world.patient, world.tokenizer, doctors, Limits(max_rows=1, max_queue=2, max_new_tokens=64))
+    read = engine._read
+    monkeypatch.setattr(engine, "_read", lambda *given: time.sleep(0.05) or read(*given))
+    ends, ended = [], threading.Event()
+
+    def on_event(event):
+        if "finish_reason" in event:
+            ends.append(event["finish_reason"])
+            ended.set()
+
+    running = Generation([1, 9], lambda event: None, max_new_tokens=64, seed=0)
+    engine.submit(running)
+    while engine.num_waiting:
+        time.sleep(0.01)
+    waiting = [Generation([1, 9], on_event) for _ in range(2)]
+    for generation in waiting:
+        engine.submit(generation)
+    with pytest.raises(OverflowError):
+        engine.submit(Generation([1, 9], on_event))
+    waiting[0].is_cancelled = True
+    assert ended.wait(20) and ends == ["cancelled"] and engine.num_rows == 1
+    engine.submit(Generation([1, 9], on_event))
+    engine.close()
+
+
 def test_a_failing_batch_answers_its_clients(world, doctors, monkeypatch):
     """An exception in the engine's thread would leave every client waiting for ever."""
     engine = Engine(world.patient, world.tokenizer, doctors)
@@ -274,6 +319,40 @@ def test_metrics_count(client, url, engine):
 
 
 # The command
+
+
+@pytest.mark.slow
+def test_serve_as_a_command(world, tmp_path):
+    """What the first page of the documentation promises: a command, a client, and another weight for the same prompt."""
+    for name, seed in (("helpful", 1), ("harmless", 2)):
+        torch.manual_seed(seed)
+        doctor = AutoModelForCausalLM.from_pretrained(world.weights / "doctor")
+        with torch.no_grad():
+            doctor.lm_head.weight.add_(torch.randn_like(doctor.lm_head.weight) / 4)
+        doctor.save_pretrained(tmp_path / name)
+        world.tokenizer.save_pretrained(tmp_path / name)
+    command = [sys.executable, "-m", "trl_tfpo", "serve", "--world", "--port", "0"]
+    process = subprocess.Popen(
+        [*command, "--doctor", f"helpful={tmp_path / 'helpful'}", "--doctor", f"harmless={tmp_path / 'harmless'}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hear_interruptions,
+    )
+    try:
+        line = process.stdout.readline()
+        assert line.startswith("Serving at http://127.0.0.1:"), line + process.stderr.read()
+        with openai.OpenAI(base_url=line.split()[2], api_key="none", max_retries=0) as client:
+            answers = [
+                ask(client, world.prompts("test")[0], weights=weights, temperature=0).choices[0].message.content
+                for weights in ({"helpful": 0.9, "harmless": 0.0}, {"helpful": 0.0, "harmless": 0.9})
+            ]
+        assert answers[0] != answers[1] and all(answers)
+        assert main(["serve", "--world", "--port", line.split(":")[-1].split("/")[0]]) == 2  # taken
+    finally:
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in error and "interrupted" in error
 
 
 def test_serve_builds_what_it_is_told(world, tmp_path):

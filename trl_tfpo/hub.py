@@ -16,6 +16,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 from datasets import Dataset, IterableDataset
@@ -27,8 +28,7 @@ from .tfpo_config import TFPOConfig
 from .token_rewards import annotation_settings
 
 
-DOCTOR_CARD = """
-
+DOCTOR_CARD = """\
 ## How it guides
 
 This model guides a larger one with the same tokenizer, the patient, at decoding time:
@@ -54,8 +54,9 @@ or, in one line, `patient.generate(**inputs, custom_generate="{doctor}", trust_r
 | positive face | {positive} |
 | negative face | {negative} |
 | token rewards | {reward} |
-| preference pairs | {num_pairs} |
+| data | {data}, {num_pairs} preference pairs |
 | training | {training} |
+
 """
 DATASET_CARD = """\
 ---
@@ -112,9 +113,12 @@ __all__ = ["generate"]
 '''
 
 
-def complete_model_card(args: TFPOConfig, *, doctor: str, dataset: Dataset | IterableDataset) -> None:
+def complete_model_card(
+    args: TFPOConfig, *, doctor: str, dataset: Dataset | IterableDataset, dataset_name: str | None = None
+) -> None:
     """
-    Add to the model card in the output folder how the doctor guides, and what it was trained for.
+    Say in the model card in the output folder how the doctor guides and what it was trained for, where TRL's quick start
+    would let it speak alone.
 
     Args:
         args ([`TFPOConfig`]):
@@ -123,6 +127,8 @@ def complete_model_card(args: TFPOConfig, *, doctor: str, dataset: Dataset | Ite
             Hub id or folder of the doctor.
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             What it was trained on; where [`annotate_token_rewards`] made it, it says from which patient and faces.
+        dataset_name (`str`, *optional*):
+            What it is called.
     """
     annotation = _describe_annotation(dataset)
     if annotation["patient"] == UNKNOWN:
@@ -136,9 +142,18 @@ def complete_model_card(args: TFPOConfig, *, doctor: str, dataset: Dataset | Ite
     literal = json.dumps(annotation["patient"])  # the name comes with the dataset, and this line will be run
     path = Path(args.output_dir) / "README.md"
     card = ModelCard.load(path)
-    card.text += DOCTOR_CARD.format(
-        doctor=doctor, weights=weights, training=training, patient_literal=literal, **annotation
+    how = DOCTOR_CARD.format(
+        doctor=doctor,
+        weights=weights,
+        training=training,
+        data=cell(dataset_name or UNKNOWN),
+        patient_literal=literal,
+        **annotation,
     )
+    text = card.text.replace("[None](https://huggingface.co/None)", "a model that has no name on the Hub")
+    card.text, is_there = re.subn(r"^## Quick start.*?(?=^## )", lambda _: how, text, count=1, flags=re.M | re.S)
+    if not is_there:
+        card.text = f"{text}\n\n{how}"
     card.save(path)
 
 
@@ -175,6 +190,6 @@ def _describe_annotation(dataset: Dataset | IterableDataset) -> dict[str, str]:
         "reward": ", ".join(f"`{name}={json.dumps(value)}`" for name, value in reward.items()) or UNKNOWN,
         "max_length": settings.get("max_length") or "any",
         "tokenizer": settings.get("tokenizer", UNKNOWN),
-        "num_pairs": f"{len(dataset):,}" if isinstance(dataset, Dataset) else UNKNOWN,
+        "num_pairs": f"{len(dataset):,}" if isinstance(dataset, Dataset) else "an unknown number of",
     }
     return {name: cell(str(value)) for name, value in values.items()}

@@ -510,11 +510,16 @@ class TFPOTrainer(_BaseTrainer):
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         """TRL's model card, and how the model is used: as a doctor, next to a patient."""
-        super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
-        if not self.is_world_process_zero():
-            return
-        doctor = self.hub_model_id or model_name or Path(self.args.output_dir).name
-        complete_model_card(self.args, doctor=doctor, dataset=self.train_dataset)
+        model_name = model_name or Path(self.args.output_dir).name
+        is_file = dataset_name is not None and Path(dataset_name).exists()  # to which there is no link
+        super().create_model_card(model_name=model_name, dataset_name=None if is_file else dataset_name, tags=tags)
+        if self.is_world_process_zero():
+            complete_model_card(
+                self.args,
+                doctor=self.hub_model_id or model_name,
+                dataset=self.train_dataset,
+                dataset_name=Path(dataset_name).name if is_file else dataset_name,
+            )
 
     def _save_checkpoint(self, model, trial):
         name = self.args.hub_model_id or Path(self.args.output_dir).name

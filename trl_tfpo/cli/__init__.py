@@ -15,12 +15,13 @@
 """
 The command line: `trl-tfpo VERB`, or `python -m trl_tfpo VERB`.
 
-Each verb is a module with `run(arguments)`, which is imported when it is asked for: `trl-tfpo --help` needs nothing else.
+Each verb is a module with `run(arguments)`, which is imported when it is asked for: `trl-tfpo --help` needs nothing else. A
+verb reads its options before it imports what takes seconds, so that its help and its complaints are instant as well; only
+`train` has options that cannot be known without.
 """
 
 import difflib
 import importlib
-import importlib.metadata
 import os
 import sys
 from collections.abc import Sequence
@@ -41,7 +42,8 @@ KEPT = {  # what an interruption leaves of a verb
     "annotate": ": finished shards are kept",
     "train": ": token rewards are kept; add `--resume_from_checkpoint True` to go on from the last checkpoint",
 }
-USAGE_ERROR, INTERRUPTED = 2, 130  # as shells have it
+FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130  # as shells have it
+LAUNCHED = "TRL_TFPO_LAUNCHED"  # set in the environment of processes that a verb launched
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,15 +55,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             The verb and what follows. Defaults to those of the process.
 
     Returns:
-        `int`: exit status: 0, 2 for what the user can mend (one line on standard error says how), 130 when
-        interrupted, or that of the processes that were launched.
+        `int`: exit status: 0, 2 for what the user can mend (one line on standard error says how), 1 for an error that
+        nobody foresaw, 130 when interrupted, or that of the processes that were launched.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(overview())
         return 0 if arguments else USAGE_ERROR
     if arguments[0] == "--version":
-        print(f"trl-tfpo {importlib.metadata.version('trl-tfpo')}")
+        from importlib.metadata import version  # takes as long to import as all the rest
+
+        print(f"trl-tfpo {version('trl-tfpo')}")
         return 0
     verb, *rest = arguments
     if verb not in VERBS:
@@ -72,15 +76,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return importlib.import_module(f".{verb}", __name__).run(rest) or 0
     except KeyboardInterrupt:
-        print(
-            f"\ntrl-tfpo {verb}: interrupted. To go on, run the same command again{KEPT.get(verb, '')}.",
-            file=sys.stderr,
-        )
+        if LAUNCHED not in os.environ:  # else it is for the one who launched to say
+            message = f"interrupted. To go on, run the same command again{KEPT.get(verb, '')}."
+            print(f"\ntrl-tfpo {verb}: {message}", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, OSError, ImportError) as error:
+    except Exception as error:
         if os.environ.get("TRL_TFPO_TRACEBACK"):
             raise
-        return complain(f" {verb}", str(error) or type(error).__name__)
+        if isinstance(error, (ValueError, OSError, ImportError)):
+            return complain(f" {verb}", str(error) or type(error).__name__)
+        complain(f" {verb}", f"{type(error).__name__}: {error} (TRL_TFPO_TRACEBACK=1 shows where it was raised)")
+        return FAILED
 
 
 def overview() -> str:
@@ -90,7 +96,7 @@ def overview() -> str:
     lines += [f"  {name:<{width}}{help_text}" for name, help_text in VERBS.items()]
     lines += [
         "",
-        "`trl-tfpo COMMAND --help` lists the options of a command; all take `--config FILE.yaml` and `--quiet`.",
+        "`trl-tfpo COMMAND --help` lists the options of a command; all but `env` take `--config FILE.yaml` and `--quiet`.",
     ]
     return "\n".join([*lines, "With TRL_TFPO_TRACEBACK=1 in the environment an error shows where it was raised."])
 

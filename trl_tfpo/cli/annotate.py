@@ -16,15 +16,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import torch
-from accelerate import PartialState
-
-from ..faces import Faces
-from ..token_rewards import annotate_token_rewards
-from .files import check_output, read_split, write_dataset
-from .models import name_patient
 from .parser import Parser
+
+
+if TYPE_CHECKING:
+    from ..faces import Faces
 
 
 @dataclass
@@ -54,18 +52,32 @@ class AnnotateArguments:
     gap_floor: float = field(default=0.05, metadata={"help": "epsilon in the paper, in nats."})
     sparsity_threshold: float = field(default=0.3, metadata={"help": "theta in the paper, in [0, 1)."})
     show: int = field(default=0, metadata={"help": "Print the rewards of this many pairs as a heat map."})
+    report: str | None = field(
+        default=None, metadata={"help": "Folder for a picture and a page that show what all rewards look like."}
+    )
+    push_to_hub: str | None = field(
+        default=None, metadata={"help": "Push the result, with its card, to this dataset repository as well."}
+    )
     overwrite: bool = field(default=False, metadata={"help": "Replace an output that exists."})
     world: str | None = field(
-        default=None, metadata={"help": "Annotate the controlled world: 'praise' or 'calm'. Needs no models or data."}
+        default=None,
+        metadata={
+            "help": "Annotate the controlled world: 'praise' or 'calm'. Needs no models or data, and has its own faces, "
+            "unless you give yours."
+        },
     )
     num_pairs: int = field(default=100, metadata={"help": "Pairs to draw in the controlled world."})
 
 
-def resolve_given_faces(faces: str, positive: str | None, negative: str | None) -> Faces | str:
+def resolve_given_faces(faces: str, positive: str | None, negative: str | None) -> "Faces | str":
     """Faces of one's own, or the name of a built-in pair."""
     if (positive is None) != (negative is None):
         raise ValueError("Faces are a pair. Got only one of `--positive_face` and `--negative_face`; give both.")
-    return faces if positive is None else Faces(positive=positive, negative=negative)
+    if positive is None:
+        return faces
+    from ..faces import Faces
+
+    return Faces(positive=positive, negative=negative)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -75,22 +87,37 @@ def run(arguments: Sequence[str]) -> int:
     if isinstance(parsed, int):
         return parsed
     (args,) = parsed
-    # Else processes on CPUs would not know of each other
-    state = PartialState(cpu=not torch.accelerator.is_available())
-    check_output(args.output, overwrite=args.overwrite)
+    if args.show < 0 or args.scoring_batch_size < 1:
+        raise ValueError(
+            "`--show` must not be negative, and `--scoring_batch_size` at least 1. Got "
+            f"{args.show} and {args.scoring_batch_size}; leave them out for the defaults"
+        )
     faces = resolve_given_faces(args.faces, args.positive_face, args.negative_face)
     if args.world is None and (args.dataset_name is None or args.patient_model_name_or_path is None):
         raise ValueError(
             "`annotate` needs preferences and a patient. Pass `--dataset_name` and `--patient_model_name_or_path`, or "
             "`--world praise` to try it"
         )
+
+    import torch
+    from accelerate import PartialState
+
+    from ..token_rewards import annotate_token_rewards
+    from .files import check_output, push_dataset, read_split, write_dataset
+    from .models import name_patient
+
+    # Else processes on CPUs would not know of each other
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    check_output(args.output, overwrite=args.overwrite)
     if args.world is not None:
         from ..testbed import load_world
 
         world = load_world()
+        if args.world not in world.attributes:
+            raise ValueError(f"`--world` must be one of {sorted(world.attributes)}. Got {args.world!r}")
         patient, tokenizer = world.patient.to(state.device), world.tokenizer
         dataset = world.preference_dataset(args.world, num_pairs=args.num_pairs, seed=0)
-        faces = world.attributes[args.world].faces
+        faces = world.attributes[args.world].faces if isinstance(faces, str) else faces
     else:
         dataset = read_split(args.dataset_name, args.dataset_split, args.dataset_config)
         patient, tokenizer = name_patient(
@@ -113,12 +140,15 @@ def run(arguments: Sequence[str]) -> int:
         sparsity_threshold=args.sparsity_threshold,
     )
     if state.is_main_process:
-        write_dataset(annotated, args.output)
-        if args.show:
-            from ..visible import show_token_rewards
+        from ..visible import reward_report, show_token_rewards
 
-            for row in annotated.select(range(min(args.show, len(annotated)))):
-                print(show_token_rewards(row, tokenizer))
+        write_dataset(annotated, args.output)
+        for row in annotated.select(range(min(args.show, len(annotated)))):
+            print(show_token_rewards(row, tokenizer))
+        if args.report is not None:
+            reward_report(annotated, tokenizer, args.report)
+        if args.push_to_hub is not None:
+            push_dataset(annotated, args.push_to_hub)
         print(f"{len(annotated)} pairs with token rewards: {args.output}")
     state.destroy_process_group()
     return 0

@@ -18,10 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..tokenization import check_counts
-from .models import load_models
-from .parser import Parser
-from .serve import check_port
+from .parser import Parser, Repeated
+from .serve import listen
 
 
 @dataclass
@@ -32,8 +30,12 @@ class DemoArguments:
         default=None, metadata={"help": "Hub name or path of the model that speaks. By default the controlled world."}
     )
     patient_load_in_4bit: bool = field(default=False, metadata={"help": "Load it in 4-bit NF4."})
-    doctor: list[str] = field(default_factory=list, metadata={"help": "NAME=PATH for each doctor."})
-    prompt: list[str] = field(default_factory=lambda: ["Hello!"], metadata={"help": "Prompts to offer."})
+    doctor: list[str] = field(
+        default_factory=list, metadata={"action": Repeated, "help": "NAME=PATH for each doctor."}
+    )
+    prompt: list[str] = field(
+        default_factory=lambda: ["Hello!"], metadata={"action": Repeated, "help": "Prompts to offer."}
+    )
     max_new_tokens: int = field(default=256, metadata={"help": "Longest answer."})
     host: str = field(default="127.0.0.1", metadata={"help": "Address to listen at."})
     port: int | None = field(default=None, metadata={"help": "Port to listen at; by default the first free one."})
@@ -52,9 +54,6 @@ def run(arguments: Sequence[str]) -> int:
         raise ValueError("`--doctor` needs `--patient`. Pass both, or none for the controlled world")
     if args.patient is not None and not args.doctor:
         raise ValueError("`--patient` needs at least one `--doctor NAME=PATH` to play with")
-    check_counts(max_steps=args.max_steps, max_new_tokens=args.max_new_tokens)
-    if args.port is not None:
-        check_port(args.port)
     try:
         from ..playground import launch, make_playground, world_playground
         from ..server import Engine, Limits
@@ -63,8 +62,20 @@ def run(arguments: Sequence[str]) -> int:
             f'the playground needs more packages ({error}). Install them: pip install "trl-tfpo[demo]"'
         ) from error
 
+    from ..tokenization import check_counts
+
+    check_counts(max_steps=args.max_steps, max_new_tokens=args.max_new_tokens)
+    listen(args.host, args.port or 0).close()  # Gradio would find out last, and by a traceback
+    from .models import load_models
+
     if args.patient is None:
-        print("The first start trains two small doctors, which takes about a minute.", flush=True)
+        import torch
+
+        torch.set_num_threads(1)  # models so small that a second thread only waits for the first
+        print(
+            f"The first start trains two small doctors, about a minute, and keeps them in {args.cache_dir}.",
+            flush=True,
+        )
         page = world_playground(args.cache_dir, max_steps=args.max_steps)
     else:
         patient, tokenizer, doctors = load_models(

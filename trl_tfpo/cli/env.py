@@ -28,7 +28,7 @@ PACKAGES = [
 
 def run(arguments: Sequence[str]) -> int:
     """Print versions, platform and accelerators."""
-    if arguments and set(arguments) != {"--help"}:
+    if not set(arguments) <= {"-h", "--help"}:
         raise ValueError(f"`env` takes no options. Got {list(arguments)}; leave them out")
     if arguments:
         print("usage: trl-tfpo env\n\nPrint versions, platform and accelerators.")

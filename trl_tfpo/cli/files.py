@@ -14,13 +14,12 @@
 
 """Datasets, prompts and completions, from wherever they are, and into files that are whole or not there."""
 
-import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
+from huggingface_hub import DatasetCard
 
 from ..atomic import written_whole
 from ..hub import annotation_card
@@ -42,7 +41,7 @@ def read_dataset(
         builder = "parquet" if ".parquet" in path.suffixes else "json"
         try:
             return load_dataset(builder, data_files={"train": str(path)}, streaming=streaming)
-        except (DatasetGenerationError, StopIteration) as error:  # the latter where there is nothing
+        except (DatasetGenerationError, StopIteration) as error:  # the latter on an empty file
             raise ValueError(
                 f"A file must be JSON lines, or Parquet with the suffix `.parquet`. Got {name!r}, which cannot be read: "
                 f"{error.__cause__ or str(error) or 'it is empty'}; mend it."
@@ -50,7 +49,11 @@ def read_dataset(
     if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
         dataset = load_from_disk(path)
         return dataset if isinstance(dataset, DatasetDict) else DatasetDict(train=dataset)
-    if not path.is_dir() and (path.suffix in (".json", ".jsonl", ".parquet") or name.startswith((".", "/", "~"))):
+    if (
+        not name
+        or not path.is_dir()
+        and (path.suffix in (".json", ".jsonl", ".parquet") or name.startswith((".", "/", "~")))
+    ):
         raise ValueError(
             f"A dataset must be a Hub name, a folder or a file. Got {name!r}, which is not there; check the path."
         )
@@ -85,9 +88,12 @@ def check_output(path: str | os.PathLike, *, overwrite: bool) -> None:
     Whether something can be written to a path; asked before the work begins.
 
     Raises:
-        `ValueError`: when there is something already, or the folder cannot be made.
+        `ValueError`: when there is something already, or the folder cannot be written to.
     """
     path = Path(path)
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"The output must be where one can write. Got {str(path)!r}; choose another place.")
     if path.exists() and not overwrite and (path.is_file() or any(path.iterdir())):
         raise ValueError(
             f"The output must not exist. Got {str(path)!r}, which does; choose another, or pass `--overwrite`."
@@ -96,14 +102,13 @@ def check_output(path: str | os.PathLike, *, overwrite: bool) -> None:
         raise ValueError(
             f"Only a dataset is overwritten. Got the folder {str(path)!r} of other files; choose another."
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def write_dataset(dataset: Dataset, path: str | os.PathLike) -> None:
     """Write JSON lines (`.jsonl`), Parquet (`.parquet`), or a folder for `load_from_disk`; in one stroke."""
     with written_whole(path) as part:
         if Path(path).suffix in (".json", ".jsonl"):
-            dataset.to_json(part)
+            dataset.to_json(part, force_ascii=False)
         elif Path(path).suffix == ".parquet":
             dataset.to_parquet(part)
         else:
@@ -112,7 +117,12 @@ def write_dataset(dataset: Dataset, path: str | os.PathLike) -> None:
                 annotation_card(dataset).save(part / "README.md")
 
 
-def write_rows(rows: Iterable[dict], path: str | os.PathLike) -> None:
-    """Write JSON lines, in one stroke."""
-    with written_whole(path) as part:
-        part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+def push_dataset(dataset: Dataset, name: str) -> None:
+    """Push to the Hub; an annotated dataset with its card."""
+    dataset.push_to_hub(name)
+    if annotation_settings(dataset):
+        card = annotation_card(dataset)
+        pushed = DatasetCard.load(name)  # has the features and the files
+        pushed.data.tags = card.data.tags
+        pushed.text = card.text
+        pushed.push_to_hub(name, repo_type="dataset")

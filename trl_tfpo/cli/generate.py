@@ -17,17 +17,9 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from transformers import AutoTokenizer
-
-from ..evaluation import generate_completions
-from ..logits_processor import DoctorGuidedLogitsProcessor
 from ..printable import printable
-from ..tokenizer_identity import check_same_tokenizer
-from .files import read_split, write_rows
-from .models import load_patient
-from .parser import Parser
+from .parser import Parser, Repeated
 
 
 @dataclass
@@ -36,15 +28,19 @@ class GenerateArguments:
 
     patient_model_name_or_path: str | None = field(default=None, metadata={"help": "The model that speaks."})
     patient_load_in_4bit: bool = field(default=False, metadata={"help": "Load it in 4-bit NF4."})
-    doctor: list[str] = field(default_factory=list, metadata={"help": "Folders or Hub names of doctors."})
+    doctor: list[str] = field(
+        default_factory=list, metadata={"action": Repeated, "help": "Folders or Hub names of doctors."}
+    )
     alpha: float | None = field(
         default=None, metadata={"help": "Exponent of the patient. By default what the doctors leave to it."}
     )
     beta: list[float] = field(
-        default_factory=list, metadata={"help": "Exponent of each doctor. By default that of its training, or 0.5."}
+        default_factory=list,
+        metadata={"action": Repeated, "help": "Exponent of each doctor. By default that of its training, or 0.5."},
     )
     prompt: list[str] = field(
-        default_factory=list, metadata={"help": "Prompts, as user messages if there is a chat template."}
+        default_factory=list,
+        metadata={"action": Repeated, "help": "Prompts, as user messages if there is a chat template."},
     )
     dataset_name: str | None = field(
         default=None, metadata={"help": "More prompts: the column `prompt` of a dataset (Hub name, folder or file)."}
@@ -58,13 +54,24 @@ class GenerateArguments:
     seed: int = field(default=0, metadata={"help": "Seed of the samples."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Let the models run code of their own."})
     output: str | None = field(
-        default=None, metadata={"help": "A JSON lines file for prompts and completions, instead of printing them."}
+        default=None,
+        metadata={
+            "help": "A `.jsonl` or `.parquet` file, or a folder, for prompts and completions, instead of printing them."
+        },
     )
+    overwrite: bool = field(default=False, metadata={"help": "Replace an output that exists."})
     world: bool = field(default=False, metadata={"help": "The patient and the test prompts of the controlled world."})
 
 
 def load_policy(args: GenerateArguments) -> tuple:
     """Patient, tokenizer, guide if there are doctors, and prompts."""
+    from transformers import AutoTokenizer
+
+    from ..logits_processor import DoctorGuidedLogitsProcessor
+    from ..tokenizer_identity import check_same_tokenizer
+    from .files import read_split
+    from .models import load_patient
+
     if not args.world and args.patient_model_name_or_path is None:
         raise ValueError("a patient is needed. Pass `--patient_model_name_or_path`, or `--world` to try it")
     patient, tokenizer = load_patient(
@@ -88,27 +95,46 @@ def load_policy(args: GenerateArguments) -> tuple:
         prompts += list(rows["prompt"])
     if not prompts:
         raise ValueError("there are no prompts. Pass `--prompt`, or a dataset with `--dataset_name`")
-    if args.beta and len(args.beta) != len(args.doctor):
-        raise ValueError(
-            f"`--beta` must have a number for each doctor. Got {len(args.beta)} for {len(args.doctor)}; give as many"
-        )
+    for prompt in prompts:
+        if not prompt or type(prompt) is not type(prompts[0]) or not isinstance(prompt, (str, list)):
+            raise ValueError(
+                f"Prompts must be texts, or conversations, and not empty. Got {prompt!r}, the first being {prompts[0]!r}; "
+                "mend or leave out"
+            )
     guide = None
     if args.doctor:
+        trust = {"trust_remote_code": args.trust_remote_code}
         guide = DoctorGuidedLogitsProcessor.from_pretrained(
-            args.doctor, args.alpha, args.beta or None, model_init_kwargs={"device_map": {"": patient.device}}
+            args.doctor,
+            args.alpha,
+            args.beta or None,
+            model_init_kwargs={"device_map": {"": patient.device}, **trust},
         )
-        for path in args.doctor:
-            check_same_tokenizer(
-                tokenizer, AutoTokenizer.from_pretrained(path, trust_remote_code=False), names=("patient", path)
-            )
+        for name in args.doctor:
+            check_same_tokenizer(tokenizer, AutoTokenizer.from_pretrained(name, **trust), names=("patient", name))
     return patient, tokenizer, guide, prompts
 
 
 def run(arguments: Sequence[str]) -> int:
     """Print or write completions."""
     (args,) = Parser(GenerateArguments, "generate", "Let doctors guide a patient.").parse(arguments)
-    if args.output is not None and Path(args.output).is_dir():
-        raise ValueError(f"`--output` must be a file. Got the folder {args.output!r}; name a file in it")
+    if not args.temperature >= 0 or not 0 < args.top_p <= 1 or args.batch_size < 1:
+        raise ValueError(
+            "`--temperature` must not be negative, `--top_p` be in (0, 1], and `--batch_size` at least 1. Got "
+            f"{args.temperature}, {args.top_p} and {args.batch_size}; leave them out for the defaults"
+        )
+    if args.beta and len(args.beta) != len(args.doctor):
+        raise ValueError(
+            f"`--beta` must have a number for each doctor. Got {len(args.beta)} for {len(args.doctor)}; give as many"
+        )
+
+    from datasets import Dataset
+
+    from ..evaluation import generate_completions
+    from .files import check_output, write_dataset
+
+    if args.output is not None:
+        check_output(args.output, overwrite=args.overwrite)
     patient, tokenizer, guide, prompts = load_policy(args)
     completions = generate_completions(
         patient,
@@ -123,11 +149,9 @@ def run(arguments: Sequence[str]) -> int:
         top_p=args.top_p,
     )
     if args.output is not None:
-        write_rows(
-            ({"prompt": x.prompt, "completion": x.text, "is_complete": x.is_complete} for x in completions),
-            args.output,
-        )
-        print(f"{len(completions)} completions: {Path(args.output)}")
+        rows = [{"prompt": x.prompt, "completion": x.text, "is_complete": x.is_complete} for x in completions]
+        write_dataset(Dataset.from_list(rows), args.output)
+        print(f"{len(completions)} completions: {args.output}")
     for completion in completions if args.output is None else []:
         shown = completion.prompt if isinstance(completion.prompt, str) else completion.prompt[-1]["content"]
         print(f"{printable(json.dumps(shown, ensure_ascii=False))}\n  {printable(completion.text)}")

@@ -26,7 +26,7 @@ from ..tokenizer_identity import check_same_tokenizer
 def quantization(in_4bit: bool, in_8bit: bool = False) -> BitsAndBytesConfig | None:
     """How a patient is loaded in fewer bits, if it is."""
     if in_4bit and in_8bit:
-        raise ValueError("A patient is loaded in 4 bits or in 8. Got both; leave out one of the options")
+        raise ValueError("A patient is loaded in 4 or in 8 bits. Got both options; leave one out")
     if in_4bit:
         return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16")
     return BitsAndBytesConfig(load_in_8bit=True) if in_8bit else None
@@ -61,8 +61,9 @@ def load_models(name: str | None, given: Sequence[str], *, in_4bit: bool, trust_
         label, separator, path = text.partition("=")
         if not separator or not label or label in doctors:
             raise ValueError(f"`--doctor` must be NAME=PATH, each name once. Got {text!r}; write it so")
-        doctors[label] = load_doctor(path, with_value_head=False, device_map={"": patient.device}).eval()
-        check_same_tokenizer(
-            tokenizer, AutoTokenizer.from_pretrained(path, trust_remote_code=False), names=("patient", label)
-        )
+        doctors[label] = load_doctor(
+            path, with_value_head=False, device_map={"": patient.device}, trust_remote_code=trust_remote_code
+        ).eval()
+        its_tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        check_same_tokenizer(tokenizer, its_tokenizer, names=("patient", f"doctor {label!r}"))
     return patient, tokenizer, doctors

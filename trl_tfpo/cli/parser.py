@@ -14,19 +14,29 @@
 
 """Options of a verb: TRL's parser, with errors of one line, and those of `accelerate launch`."""
 
+import contextlib
 import os
+import signal
 import subprocess  # nosec B404
-import sys
+from argparse import Action, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 from trl import TrlParser
 
-from . import did_you_mean
+from . import LAUNCHED, did_you_mean
 
 
 ACCELERATE_CONFIGS = Path(__file__).parents[1] / "accelerate_configs"
+
+
+class Repeated(Action):
+    """A list, in one go (`--doctor a b`) or word by word (`--doctor a --doctor b`), in place of that of a config."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if before is self.default else [*before, *values])
 
 
 class Parser(TrlParser):
@@ -51,43 +61,57 @@ class Parser(TrlParser):
 
     def parse_or_launch(self, arguments: Sequence[str], verb: str) -> tuple | int:
         """
-        The same where no option of `accelerate launch` is given, or in a process that it launched; else the exit status
-        of the launched processes.
+        The same where no option of `accelerate launch` is given, or in a process that was launched by them; else the exit
+        status of the launched processes.
 
         `--accelerate_config` is a file, or the name of a config of this package or of TRL.
         """
         *parsed, from_config, from_line = self._parse(arguments)
-        launch = from_config + from_line
-        if not launch:
+        if not from_config + from_line:
             return tuple(parsed)
         from accelerate.commands.launch import launch_command_parser
 
-        options = {name for action in launch_command_parser()._actions for name in action.option_strings}
+        launcher = launch_command_parser()
+        launcher.error = self.error
+        options = {name: action.nargs for action in launcher._actions for name in action.option_strings}
+        launch = []
+        for name, value in zip(from_config[::2], from_config[1::2], strict=True):
+            if options.get(name) != 0:
+                launch += [name, value]
+            elif value == "True":  # a switch, which is followed by nothing
+                launch.append(name)
+        launch += from_line
         self._refuse(launch, {"--accelerate_config", *options})
-        if "LOCAL_RANK" in os.environ:
+        if LAUNCHED in os.environ or "LOCAL_RANK" in os.environ:
             return tuple(parsed)
         rest, remaining = [], list(from_line)
-        for argument in arguments:  # `from_line` is a part of them, in order
+        for argument in split_names(arguments):  # `from_line` is a part of them, in order
             if remaining and argument == remaining[0]:
                 remaining.pop(0)
             else:
                 rest.append(argument)
-        command = [sys.executable, "-m", "accelerate.commands.launch", *with_config_file(launch)]
-        return subprocess.run([*command, "-m", "trl_tfpo", verb, *rest]).returncode  # nosec B603
+        launch_args = launcher.parse_args([*with_config_file(launch), "--module", "trl_tfpo", verb, *rest])
+        if launch_args.training_script != "trl_tfpo":
+            raise ValueError(f"unexpected argument {launch_args.training_script!r}. Options begin with `--`")
+        os.environ[LAUNCHED] = "1"
+        try:
+            return exit_status(launch_args)
+        finally:
+            del os.environ[LAUNCHED]
 
     def _parse(self, arguments: Sequence[str]) -> tuple:
+        arguments = split_names(arguments)
+        config = None
         if "--config" in arguments:
-            config = [*arguments, ""][list(arguments).index("--config") + 1]
+            config = [*arguments, ""][arguments.index("--config") + 1]
             if not Path(config).is_file():
                 raise ValueError(f"`--config` must be followed by a YAML file. Got {config!r}; check the path")
         try:
             return self.parse_args_and_config(
-                list(arguments), return_remaining_strings=True, separate_remaining_strings=True
+                arguments, return_remaining_strings=True, separate_remaining_strings=True
             )
-        except yaml.YAMLError as error:
-            raise ValueError(
-                f"`--config` must be a YAML file. Got {config!r}, which is not: {error}; mend it"
-            ) from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"`--config` must be a YAML file. Got {config!r}: {error}") from error
 
     def _refuse(self, remaining: Sequence[str], known: Sequence[str]) -> None:
         """Complain of the first option that nobody knows."""
@@ -98,6 +122,35 @@ class Parser(TrlParser):
                 raise ValueError(f"unknown option {name!r}{did_you_mean(name, names)}")
         if remaining and not remaining[0].startswith("--"):
             raise ValueError(f"unexpected argument {remaining[0]!r}. Options begin with `--`")
+
+
+def split_names(arguments: Sequence[str]) -> list[str]:
+    """Arguments with `--config=FILE` as two words, as those who look for the option expect it."""
+    names = ("--config=", "--accelerate_config=")
+    return [part for x in arguments for part in (x.split("=", 1) if x.startswith(names) else [x])]
+
+
+def exit_status(launch_args: Namespace) -> int:
+    """Launch, and the status of the first process that failed, which has said why; 0 if none did."""
+    from accelerate.commands.launch import launch_command
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        launch_command(launch_args)
+    except subprocess.CalledProcessError as error:
+        return error.returncode
+    except KeyboardInterrupt:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(-1, 0)  # the process was interrupted as well, and ends in a moment
+        raise
+    except ChildFailedError as error:
+        return error.get_first_failure()[1].exitcode
+    except SignalException as error:
+        if error.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from error
+        return 128 + error.sigval
+    return 0
 
 
 def with_config_file(launch: Sequence[str]) -> list[str]:

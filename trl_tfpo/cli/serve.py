@@ -16,12 +16,10 @@
 
 import socket
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .models import load_models
-from .parser import Parser
+from .parser import Parser, Repeated
 
 
 @dataclass
@@ -30,10 +28,12 @@ class ServeArguments:
 
     patient: str | None = field(default=None, metadata={"help": "Hub name or path of the model that speaks."})
     patient_load_in_4bit: bool = field(default=False, metadata={"help": "Load it in 4-bit NF4."})
-    doctor: list[str] = field(default_factory=list, metadata={"help": "NAME=PATH for each doctor."})
+    doctor: list[str] = field(
+        default_factory=list, metadata={"action": Repeated, "help": "NAME=PATH for each doctor."}
+    )
     model_name: str | None = field(default=None, metadata={"help": "What clients call the patient."})
     host: str = field(default="127.0.0.1", metadata={"help": "Address to listen at; 0.0.0.0 is the whole network."})
-    port: int = field(default=8000, metadata={"help": "Port to listen at."})
+    port: int = field(default=8000, metadata={"help": "Port to listen at; 0 is any that is free."})
     api_key_file: str | None = field(default=None, metadata={"help": "File with the key that clients must send."})
     max_rows: int = field(default=32, metadata={"help": "Completions decoded at once."})
     max_prompt_tokens: int = field(default=4096, metadata={"help": "Longest prompt."})
@@ -44,12 +44,6 @@ class ServeArguments:
     world: bool = field(default=False, metadata={"help": "The patient of the controlled world, to try it."})
 
 
-def check_port(port: int) -> None:
-    """Raise `ValueError` unless it is a port that can be listened at."""
-    if not 0 <= port <= 65535:
-        raise ValueError(f"`--port` must be from 0 to 65535. Got {port}; 0 is any that is free")
-
-
 def build(args: ServeArguments):
     """The app that the arguments ask for."""
     try:
@@ -58,6 +52,8 @@ def build(args: ServeArguments):
         raise ValueError(
             f'the server needs more packages ({error}). Install them: pip install "trl-tfpo[serve]"'
         ) from error
+
+    from .models import load_models
 
     key = None
     if args.api_key_file is not None:
@@ -85,22 +81,40 @@ def build(args: ServeArguments):
     )
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """
+    A socket at an address, before models are loaded, which takes long.
+
+    Raises:
+        `ValueError`: when there is no such address, or somebody else is there.
+    """
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise ValueError(
+            f"`--host` and `--port` must be an address of this machine that is free. Got {host!r} and {port}: {error}"
+        ) from error
+    return listener
+
+
 def run(arguments: Sequence[str]) -> int:
     """Serve until interrupted."""
     (args,) = Parser(ServeArguments, "serve", "Serve a patient and its doctors.").parse(arguments)
-    check_port(args.port)
-    family, *_, address = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)[0]
-    with socket.socket(family) as bound, suppress(KeyboardInterrupt):
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)  # before models are loaded: what is taken is better known now
+    with listen(args.host, args.port) as listener:
         app = build(args)
         import uvicorn
 
+        listener.listen()
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        print(f"Serving at http://{host}:{listener.getsockname()[1]}/v1 (Ctrl-C ends it)", flush=True)
         config = uvicorn.Config(
             app,
             log_level="warning",
             server_header=False,
             limit_concurrency=2 * (args.max_rows + args.max_queue),  # connections, with those that are refused
         )
-        uvicorn.Server(config).run(sockets=[bound])
+        uvicorn.Server(config).run(sockets=[listener])
     return 0

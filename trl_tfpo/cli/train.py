@@ -65,6 +65,9 @@ class TFPOScriptArguments(ScriptArguments):
             "accelerator is needed. A number plans for as many processes.",
         },
     )
+    world: bool = field(
+        default=False, metadata={"help": "Patient and doctor of the controlled world, where you name none."}
+    )
     faces: str = field(
         default="helpfulness", metadata={"help": "Built-in faces: 'helpfulness', 'harmlessness' or 'honesty'."}
     )
@@ -96,6 +99,15 @@ def run(arguments: Sequence[str]) -> int:
 
 def train_doctor(script_args: TFPOScriptArguments, training_args: TFPOConfig, model_args: ModelConfig) -> None:
     """Annotate, train and save; or, on a dry run, say what that would take."""
+    doctor = script_args.doctor_model_name_or_path or model_args.model_name_or_path
+    patient = script_args.patient_model_name_or_path
+    if script_args.world:
+        from ..testbed import load_world
+
+        weights = load_world().weights
+        doctor, patient = doctor or str(weights / "doctor"), patient or str(weights / "patient")
+    if doctor is None:
+        raise ValueError("`train` needs a doctor. Pass `--doctor_model_name_or_path`: a Hub name or a folder")
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -114,7 +126,6 @@ def train_doctor(script_args: TFPOScriptArguments, training_args: TFPOConfig, mo
         )
     train_dataset = take_split(dataset, script_args.dataset_train_split, script_args.dataset_name)
     faces = resolve_given_faces(script_args.faces, script_args.positive_face, script_args.negative_face)
-    doctor = script_args.doctor_model_name_or_path or model_args.model_name_or_path
     settings = dict(
         args=training_args,
         quantization_config=get_quantization_config(model_args),
@@ -127,7 +138,7 @@ def train_doctor(script_args: TFPOScriptArguments, training_args: TFPOConfig, mo
             train_dataset,
             AutoTokenizer.from_pretrained(doctor, trust_remote_code=training_args.trust_remote_code),
             doctor=doctor,
-            patient=script_args.patient_model_name_or_path,
+            patient=patient,
             num_processes=max(script_args.dry_run, training_args.world_size),
             # Where there is no accelerator, as by default on one
             mixed_precision=training_args.bf16 or training_args.fp16 or not torch.accelerator.is_available(),
@@ -143,18 +154,19 @@ def train_doctor(script_args: TFPOScriptArguments, training_args: TFPOConfig, mo
     checkpoint = resolve_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
     trainer = TFPOTrainer(
         model=doctor,
-        patient_model=script_args.patient_model_name_or_path,
+        patient_model=patient,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         **settings,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(training_args.output_dir)
+    trainer.create_model_card(dataset_name=script_args.dataset_name)
     trainer.accelerator.print(f"Doctor saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     if script_args.num_guided_examples and trainer.accelerator.is_main_process:
-        show_guided_examples(script_args, training_args, trainer)
+        show_guided_examples(script_args.num_guided_examples, patient, trainer)
     trainer.end()
 
 
@@ -177,12 +189,12 @@ def choose_responses(dataset: Dataset | IterableDataset, chosen_id_column: str) 
     return dataset.map(to_pair, remove_columns=dataset.column_names)
 
 
-def show_guided_examples(script_args: TFPOScriptArguments, training_args: TFPOConfig, trainer: TFPOTrainer) -> None:
+def show_guided_examples(num_examples: int, patient_name: str, trainer: TFPOTrainer) -> None:
     """The saved doctor, loaded as any causal language model, guides the patient."""
-    settings = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": training_args.trust_remote_code}
-    doctor = AutoModelForCausalLM.from_pretrained(training_args.output_dir, **settings)
-    patient = AutoModelForCausalLM.from_pretrained(script_args.patient_model_name_or_path, **settings)
-    for row in trainer.train_dataset.select(range(script_args.num_guided_examples)):
+    settings = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": trainer.args.trust_remote_code}
+    doctor = AutoModelForCausalLM.from_pretrained(trainer.args.output_dir, **settings)
+    patient = AutoModelForCausalLM.from_pretrained(patient_name, **settings)
+    for row in trainer.train_dataset.select(range(min(num_examples, len(trainer.train_dataset)))):
         input_ids = torch.tensor([row["prompt_ids"]])
         attention_mask = torch.ones_like(input_ids)
         processor = DoctorGuidedLogitsProcessor(doctor, attention_mask=attention_mask)

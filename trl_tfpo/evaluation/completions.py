@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from datasets.utils import tqdm
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -136,7 +137,8 @@ def generate_completions(
     completions = []
     with torch.random.fork_rng(devices=[patient.device] if patient.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for start in range(0, len(rows), batch_size):
+        starts = range(0, len(rows), batch_size)
+        for start in tqdm(starts, desc="Generating", unit=" batches", leave=False, disable=None):  # in a terminal
             batch = rows[start : start + batch_size]
             ids, mask = pad([ids for _, ids in batch], padding_side="left", device=patient.device)
             start_time = time.perf_counter()

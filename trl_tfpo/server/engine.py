@@ -290,12 +290,12 @@ class Engine:
 
     def _step(self) -> None:
         """Let rows join, sample a token for each, let rows leave, and read the tokens."""
-        while self._waiting and len(self._rows) + len(self._joining) < self.limits.max_rows:
-            row = self._waiting.popleft()
-            with self._lock:
-                self.num_waiting -= 1
-            if not self._is_over(row):
-                self._joining.append(row)
+        num_before = len(self._waiting)
+        waiting = [row for row in self._waiting if not self._is_over(row)]
+        num_free = self.limits.max_rows - len(self._rows)
+        self._joining, self._waiting = waiting[:num_free], deque(waiting[num_free:])
+        with self._lock:
+            self.num_waiting -= num_before - len(self._waiting)
         if self._joining:
             self._join(self._joining)
             self._joining = []
