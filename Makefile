@@ -26,7 +26,7 @@ quality: $(VENV)/.test
 
 # The documentation site, in `site`; a broken link is an error
 docs: $(VENV)/.docs
-	$(RUN)mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(RUN)mkdocs build --strict --quiet
 
 # The picture of the playground in the documentation; needs chromium
 screenshot: $(VENV)/.test
