@@ -207,7 +207,7 @@ ANNOTATION = {
     "not a tokenizer": (lambda _: annotate(tokenizer="words"), "must be a tokenizer.*Got a `str`"),
     "faces of a dict": (lambda _: annotate(faces={"positive": "a"}), "must be a `Faces` or one of"),
     "face that is no text": (lambda _: Faces(positive=3, negative="be rude"), "non-blank instruction. Got positive=3"),
-    "batches of nothing": (lambda _: annotate(batch_size=0), "`--scoring_batch_size` at least 1. Got 0 and 0"),
+    "batches of nothing": (lambda _: annotate(batch_size=0), "`batch_size` must be at least 1. Got 0"),
     "negative length": (lambda _: annotate(max_length=-1), "`max_length` must be at least 1. Got -1"),
     "mistyped setting": (lambda _: annotate(sparsity_treshold=0.3), r"Got \['sparsity_treshold'\] for `token_rewards`"),
     "reward function that is none": (lambda _: annotate(reward_fn=3), "`reward_fn` must be callable. Got 3"),
