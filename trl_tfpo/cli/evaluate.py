@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..atomic import check_writable
 from ..evaluation import RewardModel, evaluate_completions
 from .files import read_split
 from .parser import Parser
@@ -86,6 +87,7 @@ def run(arguments: Sequence[str]) -> int:
                 f"All methods must have the same prompts, and as many completions of each. Got {name!r} with "
                 f"{len(grouped)} prompts, {sorted(sizes)} completions, where the first has {len(prompts)} prompts"
             )
+    check_writable(args.output_dir)
     report = evaluate_completions(
         [json.loads(prompt) for prompt in prompts],
         {name: [text for prompt in prompts for text in grouped[prompt]] for name, grouped in methods.items()},
@@ -95,7 +97,6 @@ def run(arguments: Sequence[str]) -> int:
         seed=args.seed,
     )
     folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     report.save(folder / "report.json")
     report.plot(folder / "report.png")
     print(f"{report.table()}\n\nReport: {folder / 'report.json'}. Picture: {folder / 'report.png'}.")

@@ -22,7 +22,7 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
-from ..atomic import written_whole
+from ..atomic import check_writable, written_whole
 from ..hub import annotation_card
 from ..token_rewards import annotation_settings
 
@@ -74,7 +74,7 @@ def check_output(path: str | os.PathLike, *, overwrite: bool) -> None:
     Whether something can be written to a path; asked before the work begins.
 
     Raises:
-        `ValueError`: when there is something already, or the folder cannot be made.
+        `ValueError`: when there is something already, or the folder cannot be written to.
     """
     path = Path(path)
     if path.exists() and not overwrite and (path.is_file() or any(path.iterdir())):
@@ -85,7 +85,7 @@ def check_output(path: str | os.PathLike, *, overwrite: bool) -> None:
         raise ValueError(
             f"Only a dataset is overwritten. Got the folder {str(path)!r} of other files; choose another."
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(path.parent)
 
 
 def write_dataset(dataset: Dataset, path: str | os.PathLike) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..atomic import check_writable
 from ..evaluation import generate_completions
 from ..logits_processor import DoctorGuidedLogitsProcessor
 from .files import read_split, write_rows
@@ -99,6 +100,8 @@ def load_policy(args: GenerateArguments) -> tuple:
 def run(arguments: Sequence[str]) -> int:
     """Print or write completions."""
     (args,) = Parser(GenerateArguments, "generate", "Let doctors guide a patient.").parse(arguments)
+    if args.output is not None:
+        check_writable(Path(args.output).parent)
     patient, tokenizer, guide, prompts = load_policy(args)
     completions = generate_completions(
         patient,
