@@ -34,6 +34,7 @@ from injection import (
     finish,
     free_port,
     in_child,
+    kill,
     on_read_only,
     strike,
     without_room,
@@ -42,6 +43,7 @@ from matplotlib import figure  # noqa: F401  imported here once, and not in each
 
 from trl_tfpo import evaluation, testbed  # noqa: F401
 from trl_tfpo.cli import main
+from trl_tfpo.evaluation import ChatJudge
 
 
 COMMANDS = {
@@ -112,6 +114,29 @@ def test_a_command_without_room_leaves_nothing(verb, data, tmp_path, record_prop
     assert files(tmp_path)
     record_property("the disk is full", 1)
     record_property("the output folder is read-only", 1)
+
+
+def judge_pairs(endpoint, cache_file, num_workers):
+    pairs = [(f"good {index}", f"bad {index}") for index in range(200)]
+    judge = ChatJudge(
+        f"http://127.0.0.1:{endpoint.server_port}/v1", "a-judge", cache_file=cache_file, num_workers=num_workers
+    )
+    assert judge.judge(["one"] * 200, pairs) == [0.0] * 200
+
+
+def test_a_judge_that_is_killed_is_not_paid_twice(endpoint, tmp_path, record_property):
+    """Each verdict costs money; those that are there when a machine goes must be there for the next."""
+    draw, cache_file, num_workers = random.Random(0), tmp_path / "answers.jsonl", 2
+    for _ in range(NUM_FAULTS):
+        child, num_asked = in_child(judge_pairs, endpoint, cache_file, num_workers), len(endpoint.requests)
+        while len(endpoint.requests) < num_asked + draw.randint(5, 15):
+            time.sleep(0.001)
+        kill(child)
+    finish([in_child(judge_pairs, endpoint, cache_file, num_workers)])
+    time.sleep(0.1)  # for requests of the dead that are still under way
+    asked = [request["messages"][1]["content"] for _, _, request in endpoint.requests]
+    assert len(set(asked)) == 200 and len(asked) <= 200 + NUM_FAULTS * num_workers
+    record_property("a judge is killed", NUM_FAULTS)
 
 
 # Serving
