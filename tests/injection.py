@@ -30,7 +30,7 @@ import pytest
 
 
 NUM_FAULTS = int(os.environ.get("TRL_TFPO_FAULTS", 3))  # of each random test; `make test-reliability` asks for more
-PATIENCE = 60  # seconds after which something counts as hung
+PATIENCE = 300  # seconds after which something counts as hung: many times what it takes, for machines with other work
 
 
 def in_child(function, *args, said: str | int | None = None) -> int:
@@ -53,6 +53,15 @@ def in_child(function, *args, said: str | int | None = None) -> int:
         os._exit(status)
 
 
+def wait_for(paths: list[Path]) -> None:
+    """Until all of these files are there, within a bounded time."""
+    deadline = time.monotonic() + PATIENCE
+    while not all(path.exists() for path in paths):
+        if time.monotonic() > deadline:
+            pytest.fail(f"{paths} do not come")
+        time.sleep(0.001)
+
+
 def free_port() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -70,7 +79,7 @@ def end_of(child: int) -> int:
     while not (ended := os.waitpid(child, os.WNOHANG))[0]:
         if time.monotonic() > deadline:
             kill(child)
-            pytest.fail("a process hangs")
+            pytest.fail(f"a process hangs for {PATIENCE} seconds")
         time.sleep(0.02)
     return ended[1]
 

@@ -41,6 +41,7 @@ from injection import (
     kill,
     on_read_only,
     strike,
+    wait_for,
     without_room,
 )
 from safetensors.torch import load_file
@@ -246,8 +247,7 @@ def test_a_dataset_that_vanishes(annotated, undisturbed, tmp_path, record_proper
     data, run = tmp_path / "data", tmp_path / "run"
     annotated.save_to_disk(data)
     child = in_child(lambda: train(load_from_disk(data), run))
-    while not (run / "checkpoint-4").exists():
-        time.sleep(0.001)
+    wait_for([run / "checkpoint-4"])
     shutil.rmtree(data)
     finish([child])  # it had been opened
     assert_equal(outcome(run), outcome(undisturbed[0]))
@@ -295,6 +295,9 @@ def train_in_two(annotated, output_dir, rank, port):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState(cpu=True)
+    output_dir.mkdir(exist_ok=True)
+    (output_dir / f"met-{rank}").touch()
     train(annotated, output_dir, use_cpu=True)
     PartialState().destroy_process_group()
 
@@ -313,6 +316,7 @@ def test_a_rank_that_dies_ends_the_training_of_all(annotated, tmp_path, record_p
         folder = tmp_path / str(fault)
         children = start_two(annotated, folder)
         victim = children.pop(draw.randrange(2))
+        wait_for([folder / "met-0", folder / "met-1"])  # until then it is for the launcher to end the others
         time.sleep(draw.uniform(0, duration))
         os.kill(victim, signal.SIGKILL)
         num_killed += (was_killed := os.WIFSIGNALED(os.waitpid(victim, 0)[1]))

@@ -25,7 +25,7 @@ import torch
 from accelerate import PartialState
 from conftest import conversational_rows
 from datasets import Dataset
-from injection import NUM_FAULTS, end_of, finish, free_port, in_child, kill, without_room
+from injection import NUM_FAULTS, end_of, finish, free_port, in_child, kill, wait_for, without_room
 
 from trl_tfpo import annotate_token_rewards, shards
 from trl_tfpo.faces import Faces
@@ -58,6 +58,7 @@ def add_scores(folder, seconds: float, rank: int, num_processes: int, port: str)
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     PartialState._reset_state()
     PartialState(cpu=True)
+    (folder / f"met-{rank}").touch()
     scored = shards.add_scores(
         tokenized(), lambda batch: score(batch, folder / "log", seconds), key="test", columns=COLUMNS, desc="Scoring"
     )
@@ -135,6 +136,7 @@ def test_a_process_that_dies_does_not_leave_the_other_waiting(tmp_path, record_p
         folder.mkdir()
         children = start(folder, 0.02, num_processes=2)  # a second at least
         victim = children.pop(draw.randrange(2))
+        wait_for([folder / "met-0", folder / "met-1"])  # until then it is for the launcher to end the others
         time.sleep(draw.uniform(0.0, 0.8))
         kill(victim)
         assert end_of(children[0]) != 0  # and it does end

@@ -341,7 +341,7 @@ def train(annotated, output_dir: Path, num_steps: int) -> None:
         args=TFPOConfig(
             str(output_dir),
             max_steps=num_steps,
-            per_device_train_batch_size=8,
+            per_device_train_batch_size=2,
             learning_rate=1e-3,
             logging_steps=every // 2,
             save_steps=every,
