@@ -78,7 +78,8 @@ def end_of(child: int) -> int:
     deadline = time.monotonic() + PATIENCE
     while not (ended := os.waitpid(child, os.WNOHANG))[0]:
         if time.monotonic() > deadline:
-            kill(child)
+            os.kill(child, signal.SIGABRT)  # pytest's fault handler says where
+            os.waitpid(child, 0)
             pytest.fail(f"a process hangs for {PATIENCE} seconds")
         time.sleep(0.02)
     return ended[1]
