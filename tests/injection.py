@@ -21,12 +21,14 @@ import resource
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 
 NUM_FAULTS = int(os.environ.get("TRL_TFPO_FAULTS", 3))  # of each random test; `make test-reliability` asks for more
@@ -40,6 +42,7 @@ def in_child(function, *args, said: str | int | None = None) -> int:
         return child
     status = 1
     try:
+        tqdm.set_lock(threading.RLock())  # its own is shared with other children, which are killed while they hold it
         if said is not None:
             file = said if isinstance(said, int) else os.open(said, os.O_WRONLY)
             os.dup2(file, 1)
