@@ -6,7 +6,11 @@ export TOKENIZERS_PARALLELISM = false
 # The models here are so small that a second thread only waits for the first
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test style quality audit docs screenshot clean
+# What is tried when things go wrong; each of these files has more of it where the environment asks for it
+RELIABILITY = $(wildcard $(patsubst %,tests/test_%.py,\
+	atomic bad_input determinism fault* formats fuzz* numbers security server shards upstream))
+
+.PHONY: demo test test-reliability style quality audit docs screenshot clean
 
 # The main job in the controlled world: a table, a picture in runs/world, completions side by side
 demo: $(VENV)/.demo
@@ -15,6 +19,10 @@ demo: $(VENV)/.demo
 # The whole suite, two workers of one thread each
 test: $(VENV)/.test
 	$(RUN)python -m pytest -n 2 --dist worksteal
+
+# More than a hundred faults, ten thousand random batches: docs/reliability.md
+test-reliability: $(VENV)/.test
+	TRL_TFPO_FAULTS=12 TRL_TFPO_BATCHES=10000 $(RUN)python -m pytest -n 2 --dist worksteal $(RELIABILITY)
 
 style: $(VENV)/.test
 	$(RUN)ruff check --fix .

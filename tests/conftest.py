@@ -22,6 +22,7 @@ import socket
 import tempfile
 import threading
 import time
+from collections import Counter
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -191,3 +192,14 @@ def endpoint():
         server.wake.set()
         server.shutdown()
         thread.join()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How many faults were injected, of tests that say so."""
+    told = Counter()
+    for report in terminalreporter.stats.get("passed", []):
+        for name, number in report.user_properties if report.when == "call" else []:
+            told[name] += number
+    if told:
+        terminalreporter.section("tried")
+        terminalreporter.write_line("\n".join(f"{number:7,} {name}" for name, number in told.items()))

@@ -16,7 +16,7 @@
 
 import pytest
 
-from trl_tfpo.atomic import written_whole
+from trl_tfpo.atomic import check_writable, written_whole
 
 
 def test_a_file_is_replaced_whole_or_left_alone(tmp_path):
@@ -47,3 +47,13 @@ def test_a_folder_is_replaced_whole_or_left_alone(tmp_path):
         (part / "d").touch()
         raise RuntimeError
     assert [x.name for x in path.iterdir()] == ["c"] and [x.name for x in tmp_path.iterdir()] == ["folder"]
+
+
+def test_what_can_be_written_is_asked_before(tmp_path):
+    """A night of generation ends at a folder that somebody mistyped."""
+    check_writable(tmp_path / "new" / "newer")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "new", "/proc/new"):
+        with pytest.raises(ValueError, match=f"can be written to. Got '{folder}': .*; choose another"):
+            check_writable(folder)

@@ -535,7 +535,7 @@ COMMANDS = {
     "evaluate numbers": (f"{EVALUATE} a=numbers.jsonl", "must be a text or messages. Got 2"),
     "evaluate without a judge": (f"{EVALUATE} a=a.jsonl b=b.jsonl --baseline a", "somebody who judges"),
     "evaluate, rewards of nobody": (f"{EVALUATE} a=a.jsonl --output rewards.jsonl", "are for rewards"),
-    "evaluate into a file": ("evaluate --output_dir a.jsonl --completions a=a.jsonl", "can write"),
+    "evaluate into a file": ("evaluate --output_dir a.jsonl --completions a=a.jsonl", "can be written to"),
     "evaluate at no level": (f"{EVALUATE} a=a.jsonl --level 2", "`level` must be between 0 and 1"),
     "evaluate by no such oracle": (f"{EVALUATE} a=a.jsonl --world prais", "Got 'prais'"),
     "serve nothing": (SERVE, "a patient is needed"),

@@ -313,6 +313,29 @@ def test_serving(capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["server", "decoding", "training"])
+def test_soaks_are_sound(name, tmp_path, capsys):
+    """Each runs for seconds here, and must have seen what it is for: clients that leave, kept memory, kills."""
+    soak = load("soak")
+    figures = soak.main(["--quick", "--output", str(tmp_path / "figures.json"), name])
+    growth = {"growth": 0.0} if "growth" in figures else {}  # seconds are all warm-up
+    assert soak.is_sound(figures | growth), figures
+    assert json.loads((tmp_path / "figures.json").read_text()) == figures
+    seen = {"server": "walked out on, right so far", "decoding": "guided_generate, memory kept", "training": "kills"}
+    assert figures[seen[name]] > 0 and f"| {seen[name]} |" in capsys.readouterr().out
+
+
+def test_a_soak_sees_what_is_wrong(capsys):
+    """A soak that always ends well would be believed."""
+    soak = load("soak")
+    sound = {"wrong answers": 0, "lost answers": 0, "growth": 0.049}
+    assert soak.is_sound(sound)
+    for wrong in ({"lost answers": 1}, {"wrong answers": 1}, {"tensors that differ": 2}, {"growth": 0.051}):
+        assert not soak.is_sound(sound | wrong)
+    assert soak.growth([1.0, *[100.0] * 18, 200.0])["growth"] == 0.5  # the median of the last two is between them
+
+
+@pytest.mark.slow
 def test_two_objectives(tmp_path, capsys):
     """Every way to weigh two objectives is measured at every weighting."""
     objectives = load("objectives")

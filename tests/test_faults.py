@@ -20,28 +20,38 @@ Death, damage and a full disk, at random moments: the same command again ends as
 
 import os
 import random
-import resource
 import shutil
 import signal
-import sys
 import time
-import traceback
 
 import datasets
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from conftest import conversational_rows, make_llama, make_tokenizer
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
+from injection import (
+    NUM_FAULTS,
+    PATIENCE,
+    end_of,
+    fails,
+    finish,
+    free_port,
+    in_child,
+    kill,
+    on_read_only,
+    strike,
+    wait_for,
+    without_room,
+)
 from safetensors.torch import load_file
-from test_shards import finish, start
 
-from trl_tfpo import Faces, TFPOConfig, TFPOTrainer, annotate_token_rewards
+from trl_tfpo import Faces, TFPOConfig, TFPOTrainer, TokenRewardCollator, annotate_token_rewards
 from trl_tfpo.checkpoints import CONTENTS_FILE, check_checkpoint, mark_whole, resolve_checkpoint
+from trl_tfpo.cli import main
 
 
-NUM_FAULTS = int(os.environ.get("TRL_TFPO_FAULTS", 4))
 FACES = Faces(positive="you are kind", negative="you are rude")
-PATIENCE = 60  # seconds after which something counts as hung
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +60,11 @@ def annotated():
     return annotate_token_rewards(rows, make_llama(1, 32), make_tokenizer(), faces=FACES)
 
 
-def make_trainer(annotated, output_dir, **settings):
+def make_trainer(annotated, output_dir, data_collator=None, **settings):
     settings = dict(max_steps=12, save_strategy="steps", save_steps=2, save_total_limit=2) | settings
     return TFPOTrainer(
         model=make_llama(2),
+        data_collator=data_collator,
         args=TFPOConfig(
             str(output_dir),
             per_device_train_batch_size=4,
@@ -68,24 +79,9 @@ def make_trainer(annotated, output_dir, **settings):
     )
 
 
-def in_child(function, *args) -> int:
-    """Run in a process of its own, forked so that nothing has to be imported again. Returns its id."""
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        function(*args)
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(status)
-
-
-def train(annotated, output_dir):
+def train(annotated, output_dir, **settings):
     """What a command for a machine that may be taken away does: the same whether it begins or goes on."""
-    trainer = make_trainer(annotated, output_dir)
+    trainer = make_trainer(annotated, output_dir, **settings)
     trainer.train(resume_from_checkpoint=True)
     trainer.save_model()
 
@@ -112,35 +108,39 @@ def undisturbed(annotated, tmp_path_factory):
     return folder, time.monotonic() - begin
 
 
-def test_a_training_that_is_killed_ends_with_the_same_weights(annotated, undisturbed, tmp_path):
+def test_a_training_that_is_killed_ends_with_the_same_weights(annotated, undisturbed, tmp_path, record_property):
     """Machines are taken away: at any moment, also while a checkpoint is written, and more than once."""
     expected, duration = outcome(undisturbed[0]), undisturbed[1]
-    draw, num_resumed = random.Random(0), 0
+    largest = max(path.stat().st_size for path in undisturbed[0].rglob("*"))
+    draw, num_resumed, num_killed = random.Random(0), 0, 0
     for fault in range(NUM_FAULTS):
         folder = tmp_path / str(fault)
         for _ in range(1 + fault % 2):
-            child = in_child(train, annotated, folder)
-            if fault % 2:  # in the middle of a checkpoint
-                number = 2 * draw.randint(1, 6)
-                deadline = time.monotonic() + PATIENCE
-                while not (folder / f"checkpoint-{number}").exists() and time.monotonic() < deadline:
-                    if os.waitpid(child, os.WNOHANG)[0]:
-                        child = None  # ended before
-                        break
-                    time.sleep(0.001)
-                time.sleep(draw.uniform(0, 0.02))
+            if fault % 2:
+                num_killed += kill_in_a_checkpoint(draw, annotated, folder)
             else:
-                time.sleep(draw.uniform(0, duration))
-            if child is not None:
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
+                num_killed += strike(draw, duration, largest, train, annotated, folder)
         num_resumed += resolve_checkpoint(True, folder) is not None
         finish([in_child(train, annotated, folder)])
         assert_equal(outcome(folder), expected)
-    assert num_resumed >= 1  # or the test shows nothing
+    assert num_resumed >= 1 and num_killed >= NUM_FAULTS / 2  # or the test shows nothing
+    record_property("training is killed, half the time while a checkpoint is written", num_killed)
 
 
-def test_a_damaged_checkpoint_is_not_read(undisturbed, tmp_path):
+def kill_in_a_checkpoint(draw, annotated, folder) -> bool:
+    """Whether it died: at a random moment after a checkpoint has been begun."""
+    child, number = in_child(train, annotated, folder), 2 * draw.randint(1, 6)
+    deadline = time.monotonic() + PATIENCE
+    while not (folder / f"checkpoint-{number}").exists() and time.monotonic() < deadline:
+        if os.waitpid(child, os.WNOHANG)[0]:
+            return False  # ended before
+        time.sleep(0.001)
+    time.sleep(draw.uniform(0, 0.02))
+    os.kill(child, signal.SIGKILL)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def test_a_damaged_checkpoint_is_not_read(undisturbed, tmp_path, record_property):
     """Half an optimizer trains on without a word, and so does one of another step."""
     num_damaged = 0
     for name in [path.name for path in (undisturbed[0] / "checkpoint-12").iterdir()]:
@@ -161,6 +161,7 @@ def test_a_damaged_checkpoint_is_not_read(undisturbed, tmp_path):
             num_damaged += 1
             shutil.rmtree(folder)
     assert num_damaged >= 30
+    record_property("a file of a checkpoint is cut, emptied or gone", num_damaged)
 
 
 def test_checkpoints_of_later_versions_are_refused(undisturbed, tmp_path):
@@ -192,7 +193,7 @@ def annotate(cache):
     return annotate_token_rewards(rows, make_llama(1), make_tokenizer(), faces=FACES)
 
 
-def test_damaged_shards_are_scored_again(tmp_path, monkeypatch):
+def test_damaged_shards_are_scored_again(tmp_path, monkeypatch, record_property):
     """Half a shard would be rewards of other pairs, or the end of every later run."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     expected = annotate(tmp_path)["chosen_token_rewards"][:]
@@ -205,53 +206,122 @@ def test_damaged_shards_are_scored_again(tmp_path, monkeypatch):
             file.truncate(draw.randrange(victim.stat().st_size))
         assert annotate(tmp_path)["chosen_token_rewards"][:] == expected
         assert [shard.read_bytes() for shard in shards] == before
-
-
-def fill_the_disk(num_bytes, function, *args):
-    """Files cannot grow beyond so many bytes: to a program it is a full disk."""
-    reader, writer = os.pipe()
-    child = in_child(_without_room, writer, num_bytes, function, *args)
-    os.close(writer)
-    with open(reader) as said:
-        text = said.read()
-    assert os.waitpid(child, 0)[1] != 0
-    assert "File too large" in text, text[-2000:]
-
-
-def _without_room(writer, num_bytes, function, *args):
-    os.dup2(writer, 2)
-    sys.stderr = open(2, "w", buffering=1, closefd=False)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
-    function(*args)
+    record_property("a shard is cut at a random byte", NUM_FAULTS)
 
 
 @pytest.mark.parametrize("num_bytes", [10, 3_000])
-def test_a_full_disk_loses_nothing(annotated, undisturbed, tmp_path, num_bytes):
+def test_a_full_disk_loses_nothing(annotated, undisturbed, tmp_path, num_bytes, record_property):
     """It fails, says so, and goes on where it was once there is room."""
-    fill_the_disk(num_bytes, train, annotated, tmp_path / "run")
+    full = (without_room, signal.SIG_IGN, num_bytes)  # to a program a full disk: no file grows beyond so many bytes
+    assert "File too large" in fails(*full, train, annotated, tmp_path / "run")
     assert resolve_checkpoint(True, tmp_path / "run") is None
     finish([in_child(train, annotated, tmp_path / "run")])
     assert_equal(outcome(tmp_path / "run"), outcome(undisturbed[0]))
 
     (tmp_path / "cache").mkdir()
-    fill_the_disk(num_bytes, annotate, tmp_path / "cache")
+    assert "File too large" in fails(*full, annotate, tmp_path / "cache")
     assert not list((tmp_path / "cache").rglob("0*.arrow"))
     assert len(annotate(tmp_path / "cache")) == 300
+    record_property("the disk is full", 2)
 
 
-def test_a_process_that_dies_does_not_leave_the_other_waiting(tmp_path):
+def test_a_folder_that_cannot_be_written_is_noticed_before_the_work(annotated, undisturbed, tmp_path, record_property):
+    """A training that finds out at its first checkpoint has lost what led to it."""
+    run, cache = tmp_path / "run", tmp_path / "cache"
+    shutil.copytree(undisturbed[0] / "checkpoint-10", run / "checkpoint-10")
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert "can be written to. Got" in fails(on_read_only, run, train, annotated, run)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    run.chmod(0o755)  # a user other than root, who has no other means, has changed it
+    finish([in_child(train, annotated, run)])
+    assert_equal(outcome(run), outcome(undisturbed[0]))
+
+    cache.mkdir()
+    said = fails(on_read_only, cache, annotate, cache)
+    assert str(cache) in said and ("Read-only file system" in said or "Permission denied" in said)
+    record_property("the output folder is read-only", 2)
+
+
+def test_a_dataset_that_vanishes(annotated, undisturbed, tmp_path, record_property):
+    """A cleaned scratch disk must cost neither the run that goes on nor the checkpoints of the one that cannot."""
+    data, run = tmp_path / "data", tmp_path / "run"
+    annotated.save_to_disk(data)
+    child = in_child(lambda: train(load_from_disk(data), run))
+    wait_for([run / "checkpoint-4"])
+    shutil.rmtree(data)
+    finish([child])  # it had been opened
+    assert_equal(outcome(run), outcome(undisturbed[0]))
+
+    doctor, data, run = tmp_path / "doctor", tmp_path / "data.parquet", tmp_path / "again"
+    make_llama(2).save_pretrained(doctor)
+    make_tokenizer().save_pretrained(doctor)
+    annotated.to_parquet(data)
+    command = ["train", "--dataset_name", data, "--doctor_model_name_or_path", doctor, "--output_dir", run]
+    command += ["--max_steps", "4", "--save_steps", "2", "--report_to", "none", "--resume_from_checkpoint", "True"]
+    child = in_child(main, [str(argument) for argument in command], said=os.devnull)
+    while resolve_checkpoint(True, run) is None:
+        time.sleep(0.01)
+    kill(child)
+    data.rename(tmp_path / "elsewhere")
+    before = sorted(run.rglob("*"))
+    said = fails(main, [str(argument) for argument in command])
+    assert f"Got '{data}', which is not there; check the path." in said and "Traceback" not in said
+    assert sorted(run.rglob("*")) == before
+    (tmp_path / "elsewhere").rename(data)
+    finish([in_child(main, [str(argument) for argument in command], said=os.devnull)])
+    assert (run / "checkpoint-4").is_dir()
+    record_property("the dataset vanishes", 2)
+
+
+def test_a_worker_that_dies_ends_the_training(annotated, undisturbed, tmp_path, record_property):
+    """A training that waits for batches that nobody makes looks like one that is slow."""
+    collator, num_batches = TokenRewardCollator(make_tokenizer()), 0
+
+    def dies(rows):
+        nonlocal num_batches
+        num_batches += 1
+        if num_batches == 3:  # in the worker; the trainer's process has a counter of its own
+            os.kill(os.getpid(), signal.SIGKILL)
+        return collator(rows)
+
+    said = fails(lambda: train(annotated, tmp_path, data_collator=dies, dataloader_num_workers=1))
+    assert "DataLoader worker" in said and "Killed" in said
+    finish([in_child(train, annotated, tmp_path)])
+    assert_equal(outcome(tmp_path), outcome(undisturbed[0]))
+    record_property("a worker of the data loader is killed", 1)
+
+
+def train_in_two(annotated, output_dir, rank, port):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState(cpu=True)
+    output_dir.mkdir(exist_ok=True)
+    (output_dir / f"met-{rank}").touch()
+    train(annotated, output_dir, use_cpu=True)
+    PartialState().destroy_process_group()
+
+
+def start_two(annotated, output_dir) -> list[int]:
+    port = free_port()
+    return [in_child(train_in_two, annotated, output_dir, rank, port) for rank in range(2)]
+
+
+def test_a_rank_that_dies_ends_the_training_of_all(annotated, tmp_path, record_property):
     """A rank that waits for one that is dead holds eight GPUs until somebody looks."""
-    survivor, victim = start(tmp_path, 0.03, num_processes=2)
-    time.sleep(0.5)
-    os.kill(victim, signal.SIGKILL)
-    os.waitpid(victim, 0)
-    deadline = time.monotonic() + PATIENCE
-    while not (ended := os.waitpid(survivor, os.WNOHANG))[0]:
-        if time.monotonic() > deadline:
-            os.kill(survivor, signal.SIGKILL)
-            os.waitpid(survivor, 0)
-            pytest.fail("the other process hangs")
-        time.sleep(0.1)
-    assert ended[1] != 0
-    finish(start(tmp_path, 0.0, num_processes=2))
+    begin = time.monotonic()
+    finish(start_two(annotated, tmp_path / "calm"))
+    duration, draw, num_killed = time.monotonic() - begin, random.Random(0), 0
+    for fault in range(NUM_FAULTS):
+        folder = tmp_path / str(fault)
+        children = start_two(annotated, folder)
+        victim = children.pop(draw.randrange(2))
+        wait_for([folder / "met-0", folder / "met-1"])  # until then it is for the launcher to end the others
+        time.sleep(draw.uniform(0, duration))
+        os.kill(victim, signal.SIGKILL)
+        num_killed += (was_killed := os.WIFSIGNALED(os.waitpid(victim, 0)[1]))
+        assert (end_of(children[0]) != 0) or not was_killed or (folder / "checkpoint-12").is_dir()
+        finish(start_two(annotated, folder))
+        assert_equal(outcome(folder), outcome(tmp_path / "calm"))
+    assert num_killed >= 1
+    record_property("one of two processes of a training is killed", num_killed)

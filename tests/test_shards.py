@@ -17,9 +17,7 @@
 import os
 import random
 import signal
-import socket
 import time
-import traceback
 
 import datasets
 import pytest
@@ -27,6 +25,7 @@ import torch
 from accelerate import PartialState
 from conftest import conversational_rows
 from datasets import Dataset
+from injection import NUM_FAULTS, end_of, finish, free_port, in_child, kill, wait_for, without_room
 
 from trl_tfpo import annotate_token_rewards, shards
 from trl_tfpo.faces import Faces
@@ -50,44 +49,28 @@ def score(batch, log, seconds):
     return {"scores": [[sum(ids) / (position + 1) for position in range(len(ids))] for ids in batch["chosen_ids"]]}
 
 
+def add_scores(folder, seconds: float, rank: int, num_processes: int, port: str) -> None:
+    """What each process does."""
+    datasets.config.HF_DATASETS_CACHE = folder
+    shards.SHARD_SIZE = SHARD_SIZE
+    if num_processes > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    PartialState._reset_state()
+    PartialState(cpu=True)
+    (folder / f"met-{rank}").touch()
+    scored = shards.add_scores(
+        tokenized(), lambda batch: score(batch, folder / "log", seconds), key="test", columns=COLUMNS, desc="Scoring"
+    )
+    if rank == 0:
+        torch.save(scored["scores"][:], folder / "result.tmp")
+        os.replace(folder / "result.tmp", folder / "result.pt")
+
+
 def start(folder, seconds: float, num_processes: int = 1) -> list[int]:
-    """Processes that add scores, forked so that nothing has to be imported again. Returns their ids."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    children = []
-    for rank in range(num_processes):
-        child = os.fork()
-        if child:
-            children.append(child)
-            continue
-        try:
-            datasets.config.HF_DATASETS_CACHE = folder
-            shards.SHARD_SIZE = SHARD_SIZE
-            if num_processes > 1:
-                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
-                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            PartialState._reset_state()
-            PartialState(cpu=True)
-            scored = shards.add_scores(
-                tokenized(),
-                lambda batch: score(batch, folder / "log", seconds),
-                key="test",
-                columns=COLUMNS,
-                desc="Scoring",
-            )
-            if rank == 0:
-                torch.save(scored["scores"][:], folder / "result.tmp")
-                os.replace(folder / "result.tmp", folder / "result.pt")
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-    return children
-
-
-def finish(children: list[int]) -> None:
-    assert [os.waitpid(child, 0)[1] for child in children] == [0] * len(children)
+    """Processes that add scores."""
+    port = free_port()
+    return [in_child(add_scores, folder, seconds, rank, num_processes, port) for rank in range(num_processes)]
 
 
 def files(folder) -> dict[str, bytes]:
@@ -95,7 +78,7 @@ def files(folder) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
-def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_bytes(tmp_path, num_processes):
+def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_bytes(tmp_path, num_processes, record_property):
     """Else a night of annotation would be lost to a preempted machine, or end in a file that is half written."""
     num_shards = -(-NUM_ROWS // SHARD_SIZE)
     calm, seconds = tmp_path / "calm", 0.002
@@ -106,14 +89,14 @@ def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_bytes(tmp_path, 
     expected, result = files(calm), torch.load(calm / "result.pt")
     assert len(expected) == num_shards
     draw, num_unfinished = random.Random(num_processes), 0
-    for attempt in range(10):
+    num_faults = max(NUM_FAULTS, 10)
+    for attempt in range(num_faults):
         folder = tmp_path / str(attempt)
         folder.mkdir()
         children = start(folder, seconds, num_processes)
         time.sleep(draw.uniform(0, duration))
         for child in children:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+            kill(child)
         done = len(files(folder))
         num_unfinished += 0 < done < num_shards
         finish(start(folder, seconds, num_processes))
@@ -122,6 +105,44 @@ def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_bytes(tmp_path, 
         computed = len((folder / "log").read_text().split())
         assert computed <= num_shards + num_processes  # of each process, the shard it was at
     assert num_unfinished >= 1  # or the test shows nothing
+    record_property(f"annotation is killed, processes: {num_processes}", num_faults)
+
+
+def test_death_in_the_middle_of_a_shard(tmp_path, record_property):
+    """Half a shard that is taken for a whole one would be rewards of other pairs."""
+    (tmp_path / "calm").mkdir()
+    finish(start(tmp_path / "calm", 0.0))
+    expected, draw = files(tmp_path / "calm"), random.Random(0)
+    for fault in range(NUM_FAULTS):
+        folder = tmp_path / str(fault)
+        folder.mkdir()
+        num_bytes = draw.randrange(1, max(map(len, expected.values())))  # the largest does not fit
+        child = in_child(without_room, signal.SIG_DFL, num_bytes, add_scores, folder, 0.0, 0, 1, "", said=os.devnull)
+        assert os.WTERMSIG(end_of(child)) == signal.SIGXFSZ
+        assert files(folder).items() <= expected.items()
+        finish(start(folder, 0.0))
+        assert files(folder) == expected
+        assert len((folder / "log").read_text().split()) <= len(expected) + 1
+    record_property("death while a shard is written", NUM_FAULTS)
+
+
+def test_a_process_that_dies_does_not_leave_the_other_waiting(tmp_path, record_property):
+    """A rank that waits for one that is dead holds eight GPUs until somebody looks."""
+    (tmp_path / "calm").mkdir()
+    finish(start(tmp_path / "calm", 0.0, num_processes=2))
+    draw = random.Random(0)
+    for fault in range(NUM_FAULTS):
+        folder = tmp_path / str(fault)
+        folder.mkdir()
+        children = start(folder, 0.02, num_processes=2)  # a second at least
+        victim = children.pop(draw.randrange(2))
+        wait_for([folder / "met-0", folder / "met-1"])  # until then it is for the launcher to end the others
+        time.sleep(draw.uniform(0.0, 0.8))
+        kill(victim)
+        assert end_of(children[0]) != 0  # and it does end
+        finish(start(folder, 0.0, num_processes=2))
+        assert files(folder) == files(tmp_path / "calm")
+    record_property("one of two processes of an annotation is killed", NUM_FAULTS)
 
 
 def test_one_process_goes_on_where_two_were(tmp_path):
@@ -130,8 +151,7 @@ def test_one_process_goes_on_where_two_were(tmp_path):
     while len(files(tmp_path)) < 4:
         time.sleep(0.01)
     for child in children:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        kill(child)
     finish(start(tmp_path, 0.0))
     assert len((tmp_path / "log").read_text().split()) <= -(-NUM_ROWS // SHARD_SIZE) + 2
 

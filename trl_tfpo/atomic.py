@@ -16,6 +16,7 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,30 @@ def check_format(found: int, name: str) -> None:
         raise ValueError(
             f"{name} must have format {FORMAT}. Got format {found}; use the version of trl-tfpo that wrote it, or a later one."
         )
+
+
+def check_writable(folder: str | os.PathLike) -> None:
+    """
+    Check that there can be files in a folder, before the work that would be lost; nothing is left of the check.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            The folder. Where it does not exist yet, the nearest that does is looked at.
+
+    Raises:
+        `ValueError`: when nothing can be written there.
+    """
+    nearest = Path(folder)
+    while not nearest.exists():
+        nearest = nearest.parent
+    try:
+        with tempfile.TemporaryFile(dir=nearest) as file:
+            file.write(bytes(1024))
+    except OSError as error:
+        raise ValueError(
+            f"The output must be in a folder that can be written to. Got {str(folder)!r}: {error.strerror}; choose "
+            "another, or make room."
+        ) from error
 
 
 @contextmanager

@@ -43,6 +43,7 @@ from ._compat import (
     keep_differentiable,
     keep_output_precision,
 )
+from .atomic import check_writable
 from .checkpoints import check_loss, kept_whole, resolve_checkpoint
 from .data_collator import TokenRewardCollator
 from .faces import Faces
@@ -415,6 +416,8 @@ class TFPOTrainer(_BaseTrainer):
     # Loss
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        if self.args.should_save:
+            check_writable(self.args.output_dir)
         return super().train(resolve_checkpoint(resume_from_checkpoint, self.args.output_dir), **kwargs)
 
     def create_optimizer(self, model=None):

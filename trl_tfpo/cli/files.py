@@ -21,7 +21,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import DatasetCard
 
-from ..atomic import written_whole
+from ..atomic import check_writable, written_whole
 from ..hub import annotation_card
 from ..token_rewards import annotation_settings
 from ..tokenization import columns_of
@@ -91,9 +91,7 @@ def check_output(path: str | os.PathLike, *, overwrite: bool) -> None:
         `ValueError`: when there is something already, or the folder cannot be written to.
     """
     path = Path(path)
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"The output must be where one can write. Got {str(path)!r}; choose another place.")
+    check_writable(path.absolute().parent)
     if path.exists() and not overwrite and (path.is_file() or any(path.iterdir())):
         raise ValueError(
             f"The output must not exist. Got {str(path)!r}, which does; choose another, or pass `--overwrite`."

@@ -102,8 +102,8 @@ class Report:
         figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
         for index, panel in enumerate(panels):
             panel(figure.add_subplot(1, len(panels), index + 1))
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
+        with written_whole(path) as part:
+            figure.savefig(part, dpi=150, format=Path(path).suffix.removeprefix(".") or "png")
 
     def _plot_reward(self, axes) -> None:
         rows = {name: row["measures"] for name, row in self.methods.items()}

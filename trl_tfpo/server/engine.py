@@ -308,11 +308,11 @@ class Engine:
             alpha=torch.tensor([[row.alpha] for row in rows]),
             beta=[torch.tensor([[row.betas[i]] for row in rows]) for i in range(len(self.names))],
         )  # (B, V)
-        tokens = [row.sample(logps) for row, logps in zip(rows, guided, strict=True)]
+        is_broken = guided.isnan().any(dim=1).tolist()  # an overflow in one row is not the end of the others
         self.num_tokens += len(rows)
         stays = [
-            not self._take(row, token, logps, patient)
-            for row, token, logps, patient in zip(rows, tokens, guided, self._logits[0], strict=True)
+            not (self._finish(row, "error") if broken else self._take(row, row.sample(logps), logps, patient))
+            for row, broken, logps, patient in zip(rows, is_broken, guided, self._logits[0], strict=True)
         ]
         stays = [stay and not self._is_over(row) for row, stay in zip(rows, stays, strict=True)]
         if not all(stays):

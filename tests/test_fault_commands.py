@@ -1,0 +1,215 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Commands that are killed, or have no room: the same command again writes the same bytes; and a server that is killed."""
+
+import json
+import os
+import random
+import signal
+import threading
+import time
+import urllib.request
+from http.client import HTTPException
+
+import datasets
+import pytest
+from conftest import conversational_rows, make_llama, make_tokenizer
+from injection import (
+    NUM_FAULTS,
+    PATIENCE,
+    end_of,
+    fails,
+    finish,
+    free_port,
+    in_child,
+    kill,
+    on_read_only,
+    strike,
+    without_room,
+)
+from matplotlib import figure  # noqa: F401  imported here once, and not in each child
+
+from trl_tfpo import evaluation, testbed  # noqa: F401
+from trl_tfpo.cli import main
+from trl_tfpo.evaluation import ChatJudge
+
+
+COMMANDS = {
+    "annotate": "annotate --dataset_name {data}/preferences.jsonl --patient_model_name_or_path {data}/patient "
+    "--positive_face kind --negative_face rude --output {output}/annotated.parquet --overwrite",
+    "generate": "generate --world --doctor {data}/world --num_samples_per_prompt 2 --seed 3 --output {output}/texts.jsonl",
+    "evaluate": "evaluate --completions patient={data}/patient.jsonl doctor={data}/doctor.jsonl --world praise "
+    "--baseline patient --output_dir {output}",
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """What the commands read."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in conversational_rows(300)))
+    make_llama(1, 32).save_pretrained(folder / "patient")
+    make_tokenizer().save_pretrained(folder / "patient")
+    (folder / "world").symlink_to(testbed.load_world().weights / "doctor")
+    draw = random.Random(0)
+    for name in ("patient", "doctor"):
+        texts = [" ".join(draw.choices(["splendid", "awful", "the", "soup", "was"], k=9)) for _ in range(40)]
+        rows = [{"prompt": f"prompt {index // 4}", "completion": text} for index, text in enumerate(texts)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def run(verb, data, output):
+    datasets.config.HF_DATASETS_CACHE = output.with_suffix(".cache")
+    return main([argument.format(data=data, output=output) for argument in COMMANDS[verb].split()])
+
+
+def files(output) -> dict[str, bytes]:
+    """What a command wrote; beside it a death leaves parts, which nobody reads."""
+    return {path.name: path.read_bytes() for path in output.glob("*.*") if path.suffix != ".part"}
+
+
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_a_command_that_is_killed_ends_with_the_same_bytes(verb, data, tmp_path, record_property):
+    """A file that is half written reads like a short one: fewer pairs, fewer texts, another mean."""
+    (tmp_path / "calm").mkdir()
+    begin = time.monotonic()
+    finish([in_child(run, verb, data, tmp_path / "calm")])
+    duration, expected = time.monotonic() - begin, files(tmp_path / "calm")
+    assert expected
+    draw, num_killed = random.Random(0), 0
+    for fault in range(NUM_FAULTS):
+        output = tmp_path / str(fault)
+        output.mkdir()
+        num_killed += strike(draw, duration, max(map(len, expected.values())), run, verb, data, output)
+        assert files(output).items() <= expected.items()
+        finish([in_child(run, verb, data, output)])
+        assert files(output) == expected
+    assert num_killed >= 1
+    record_property(f"`trl-tfpo {verb}` is killed", num_killed)
+
+
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_a_command_without_room_leaves_nothing(verb, data, tmp_path, record_property):
+    """A full disk, or one that cannot be written, is said in one line; before the work where it can be known."""
+    said = fails(without_room, signal.SIG_IGN, 100, run, verb, data, tmp_path)
+    assert "File too large" in said and "Traceback" not in said
+    assert not files(tmp_path)
+    said = fails(on_read_only, tmp_path, run, verb, data, tmp_path)
+    assert f"error: The output must be in a folder that can be written to. Got '{tmp_path}'" in said
+    tmp_path.chmod(0o755)
+    finish([in_child(run, verb, data, tmp_path)])
+    assert files(tmp_path)
+    record_property("the disk is full", 1)
+    record_property("the output folder is read-only", 1)
+
+
+def judge_pairs(endpoint, cache_file, num_workers):
+    pairs = [(f"good {index}", f"bad {index}") for index in range(200)]
+    judge = ChatJudge(
+        f"http://127.0.0.1:{endpoint.server_port}/v1", "a-judge", cache_file=cache_file, num_workers=num_workers
+    )
+    assert judge.judge(["one"] * 200, pairs) == [0.0] * 200
+
+
+def test_a_judge_that_is_killed_is_not_paid_twice(endpoint, tmp_path, record_property):
+    """Each verdict costs money; those that are there when a machine goes must be there for the next."""
+    draw, cache_file, num_workers = random.Random(0), tmp_path / "answers.jsonl", 2
+    for _ in range(NUM_FAULTS):
+        child, num_asked = in_child(judge_pairs, endpoint, cache_file, num_workers), len(endpoint.requests)
+        while len(endpoint.requests) < num_asked + draw.randint(5, 15):
+            time.sleep(0.001)
+        kill(child)
+    finish([in_child(judge_pairs, endpoint, cache_file, num_workers)])
+    time.sleep(0.1)  # for requests of the dead that are still under way
+    asked = [request["messages"][1]["content"] for _, _, request in endpoint.requests]
+    assert len(set(asked)) == 200 and len(asked) <= 200 + NUM_FAULTS * num_workers
+    record_property("a judge is killed", NUM_FAULTS)
+
+
+# Serving
+
+
+def ask(port: str, seed: int) -> str:
+    body = {"model": "world", "messages": [{"role": "user", "content": "please review the park inn."}]}
+    body |= {"seed": seed, "stream": seed % 2 == 1, "max_tokens": 64}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=PATIENCE) as response:
+        text = response.read().decode()
+    if not body["stream"]:
+        return json.loads(text)["choices"][0]["message"]["content"]
+    events = [line.removeprefix("data: ") for line in text.splitlines() if line]
+    if events[-1] != "[DONE]":
+        raise OSError(events[-1])
+    return "".join(json.loads(event)["choices"][0]["delta"].get("content", "") for event in events[:-1])
+
+
+def serve(port: str) -> int:
+    """A server that has begun to listen."""
+    child = in_child(main, ["serve", "--world", "--port", port], said=os.devnull)
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
+            return child
+        except OSError:
+            time.sleep(0.05)
+    pytest.fail("the server does not start")
+
+
+def start_asking(port: str) -> tuple[list[threading.Thread], dict[int, str | Exception]]:
+    """Clients that ask at once, and what they have got so far."""
+    answers = {}
+
+    def be_a_client(seed):
+        try:
+            answers[seed] = ask(port, seed)
+        except (OSError, HTTPException) as error:
+            answers[seed] = error
+
+    clients = [threading.Thread(target=be_a_client, args=(seed,)) for seed in range(8)]
+    for client in clients:
+        client.start()
+    return clients, answers
+
+
+def test_a_server_that_is_killed_gives_whole_answers_or_errors(record_property):
+    """Half an answer that looks like a whole one, or a client that waits for ever, is worse than an error."""
+    port = free_port()
+    child, begin = serve(port), time.monotonic()
+    clients, expected = start_asking(port)
+    for client in clients:
+        client.join(PATIENCE)
+    duration, draw, num_errors = time.monotonic() - begin, random.Random(0), 0
+    for fault in range(NUM_FAULTS):
+        clients, answers = start_asking(port)
+        time.sleep(draw.uniform(0.0, duration / 2))
+        is_asked = fault % 3 == 2  # to end, which finishes what is under way
+        os.kill(child, signal.SIGTERM if is_asked else signal.SIGKILL)
+        end_of(child)
+        for client in clients:
+            client.join(PATIENCE)
+        assert answers.keys() == expected.keys()  # nobody waits
+        assert all(isinstance(answer, Exception) or answer == expected[seed] for seed, answer in answers.items())
+        assert not is_asked or not any(isinstance(answer, HTTPException) for answer in answers.values())
+        num_errors += sum(isinstance(answer, Exception) for answer in answers.values())
+        child = serve(port)
+        assert ask(port, fault % 8) == expected[fault % 8]
+    os.kill(child, signal.SIGTERM)
+    end_of(child)
+    assert num_errors >= 1  # or the test shows nothing
+    record_property("the server is killed, with 8 answers under way", NUM_FAULTS)
