@@ -50,7 +50,7 @@ COMMANDS = {
     "annotate": "annotate --dataset_name {data}/preferences.jsonl --patient_model_name_or_path {data}/patient "
     "--positive_face kind --negative_face rude --output {output}/annotated.parquet --overwrite",
     "generate": "generate --world --doctor {data}/world --num_samples_per_prompt 2 --seed 3 --output {output}/texts.jsonl",
-    "evaluate": "evaluate --completions patient={data}/patient.jsonl doctor={data}/doctor.jsonl --world praise "
+    "evaluate": "evaluate --overwrite --completions patient={data}/patient.jsonl doctor={data}/doctor.jsonl --world praise "
     "--baseline patient --output_dir {output}",
 }
 

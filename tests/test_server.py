@@ -214,7 +214,7 @@ def test_a_client_that_leaves_frees_its_row(client, engine, world):
 
 def test_time_and_queue_are_limited(world, doctors):
     """One client must not be able to keep the server from the others."""
-    limits = Limits(max_rows=1, max_queue=2, max_seconds=0.0, max_new_tokens=64)
+    limits = Limits(max_rows=1, max_queue=2, max_seconds=1e-9, max_new_tokens=64)
     engine = Engine(world.patient, world.tokenizer, doctors, limits)
     events, done = [], threading.Event()
 

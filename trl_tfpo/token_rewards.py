@@ -18,6 +18,7 @@ import inspect
 import json
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 
 import pyarrow.compute as pc
 import torch
@@ -201,7 +202,7 @@ def check_annotated_for(dataset: Dataset | IterableDataset, processing_class: Pr
             "tokenizer, or use a doctor of the patient's family."
         )
     largest = max(processing_class.get_vocab().values())
-    for row in dataset.take(1000):  # files keep the ids and lose the info
+    for row in islice(dataset, 1000):  # files keep the ids and lose the info
         for token_id in (token_id for name in ID_COLUMNS for token_id in row[name]):
             if not 0 <= token_id <= largest:
                 raise ValueError(

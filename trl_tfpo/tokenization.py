@@ -16,6 +16,7 @@
 
 import json
 import reprlib
+from itertools import islice
 
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
@@ -303,7 +304,7 @@ def check_preference_columns(dataset: Dataset | IterableDataset) -> None:
 
 def check_some_completion_ends(dataset: Dataset | IterableDataset, eos_token_ids: list[int]) -> None:
     """Raise `ValueError` when none of the first 1,000 pairs has a completion that ends in EOS."""
-    head = dataset.take(1000)
+    head = islice(dataset, 1000)
     if not any(row[name][-1:] and row[name][-1] in eos_token_ids for row in head for name in ID_COLUMNS[1:]):
         raise ValueError(
             "Some completions must end in EOS: without the boundary there every policy balances the flow, and "

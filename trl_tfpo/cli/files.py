@@ -41,7 +41,7 @@ def read_dataset(
         builder = "parquet" if ".parquet" in path.suffixes else "json"
         try:
             return load_dataset(builder, data_files={"train": str(path)}, streaming=streaming)
-        except (DatasetGenerationError, StopIteration) as error:  # the latter on an empty file
+        except (DatasetGenerationError, StopIteration, ValueError) as error:  # as the version of Datasets has it
             raise ValueError(
                 f"A file must be JSON lines, or Parquet with the suffix `.parquet`. Got {name!r}, which cannot be read: "
                 f"{error.__cause__ or str(error) or 'it is empty'}; mend it."
