@@ -86,8 +86,6 @@ def run(arguments: Sequence[str]) -> int:
         return parsed
     if parsed[0].dataset_name is None:
         raise ValueError("`train` needs preferences. Pass `--dataset_name`: a Hub name, a folder or a file")
-    if parsed[0].doctor_model_name_or_path is None and parsed[2].model_name_or_path is None:
-        raise ValueError("`train` needs a doctor. Pass `--doctor_model_name_or_path`: a Hub name or a folder")
     if parsed[0].dry_run < 0:
         raise ValueError(
             f"`--dry_run` must be a number of processes. Got {parsed[0].dry_run}; leave the number out for 1"
