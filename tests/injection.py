@@ -25,6 +25,7 @@ import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -50,8 +51,11 @@ def in_child(function, *args, said: str | int | None = None) -> int:
             sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)
         status = function(*args)
         status = status if isinstance(status, int) else 0
-    except BaseException:
-        traceback.print_exc()
+    except BaseException as error:
+        for _ in range(2):
+            with suppress(BaseException):  # where a worker died, its signal may raise once more, in the middle of this
+                traceback.print_exception(error)
+                break
     finally:
         os._exit(status)
 

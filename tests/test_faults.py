@@ -285,7 +285,7 @@ def test_a_worker_that_dies_ends_the_training(annotated, undisturbed, tmp_path, 
         return collator(rows)
 
     said = fails(lambda: train(annotated, tmp_path, data_collator=dies, dataloader_num_workers=1))
-    assert "DataLoader worker" in said and "Killed" in said
+    assert "DataLoader worker" in said
     finish([in_child(train, annotated, tmp_path)])
     assert_equal(outcome(tmp_path), outcome(undisturbed[0]))
     record_property("a worker of the data loader is killed", 1)
