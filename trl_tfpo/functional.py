@@ -88,7 +88,7 @@ def token_importance(
     if not (importance_temperature > 0 and gap_floor > 0):
         raise ValueError(
             f"`importance_temperature` and `gap_floor` must be positive. Got {importance_temperature} and {gap_floor}; "
-            "try 1.0 and 0.05."
+            "try 3.0 and 0.05."
         )
     size = gap.abs().masked_fill(~completion_mask, 0)  # (B, T)
     mean = size.sum(dim=1, keepdim=True) / completion_mask.sum(dim=1, keepdim=True).clamp(min=1)

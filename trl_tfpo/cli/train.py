@@ -100,10 +100,9 @@ def train_doctor(script_args: TFPOScriptArguments, training_args: TFPOConfig, mo
     doctor = script_args.doctor_model_name_or_path or model_args.model_name_or_path
     patient = script_args.patient_model_name_or_path
     if script_args.world:
-        from ..testbed import load_world
+        from ..testbed.world import SHIPPED
 
-        weights = load_world().weights
-        doctor, patient = doctor or str(weights / "doctor"), patient or str(weights / "patient")
+        doctor, patient = doctor or str(SHIPPED / "doctor"), patient or str(SHIPPED / "patient")
     if doctor is None:
         raise ValueError("`train` needs a doctor. Pass `--doctor_model_name_or_path`: a Hub name or a folder")
     training_args.model_init_kwargs = {

@@ -26,6 +26,7 @@ from .language import MAX_NEW_TOKENS, REVIEWS, Attribute, Language
 
 
 LANGUAGE_FILE = "language.json"
+SHIPPED = Path(__file__).parent / "weights"  # of the world in the package
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def load_world(weights: str | Path | None = None) -> World:
 
     ```
     """
-    weights = Path(__file__).parent / "weights" if weights is None else Path(weights)
+    weights = SHIPPED if weights is None else Path(weights)
     for name in ("patient", "doctor"):
         if not (weights / name / "config.json").is_file():
             raise ValueError(
