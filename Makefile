@@ -20,9 +20,9 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(RUN)python -m pytest -n 2 --dist worksteal
 
-# More than a hundred faults, ten thousand random batches: docs/reliability.md
+# Some three hundred faults, ten thousand random batches, five minutes of random requests: docs/reliability.md
 test-reliability: $(VENV)/.test
-	TRL_TFPO_FAULTS=12 TRL_TFPO_BATCHES=10000 $(RUN)python -m pytest -n 2 --dist worksteal $(RELIABILITY)
+	TRL_TFPO_FAULTS=24 TRL_TFPO_BATCHES=10000 TRL_TFPO_FUZZ=300 $(RUN)python -m pytest -n 2 --dist worksteal $(RELIABILITY)
 
 style: $(VENV)/.test
 	$(RUN)ruff check --fix .

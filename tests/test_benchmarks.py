@@ -18,11 +18,14 @@ import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from trl_tfpo import DoctorGuidedLogitsProcessor
+from trl_tfpo.functional import guided_logps
 from trl_tfpo.objective import tfpo_objective
 
 
@@ -236,18 +239,23 @@ def test_the_frontier_is_measured_once(frontier, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_one_command_measures_everything(frontier, tmp_path, monkeypatch, capsys):
-    """A page of results that takes six commands is not reproduced, and one that starts anew is not either."""
-    monkeypatch.setattr(frontier, "METHODS", {"TFPO": frontier.METHODS["TFPO"]})
-    monkeypatch.setattr(frontier, "LANGUAGE_SEEDS", (1,))
-    frontier.main(["--everything", "--quick", "--output", str(tmp_path / "methods.jsonl")])
+def test_one_command_measures_everything(frontier, tmp_path, capsys):
+    """A page of results that takes six commands is not reproduced."""
+    frontier.main(["--quick", "--methods", "TFPO", "--everything", str(tmp_path)])
     written = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.jsonl")}
-    parts = {f"{name}.jsonl" for name in ("methods", "objectives", "sweep", "world-1")}
+    parts = {f"{name}.jsonl" for name in ("methods-praise", "objectives", "sweep-praise", "worlds/1")}
     assert written == parts | {f"sizes/{patient}-24/praise-0.jsonl" for patient in (64, 128)}
-    assert (tmp_path / "world-1" / "language.json").is_file()
+    assert (tmp_path / "worlds/1/language.json").is_file() and (tmp_path / "methods.png").stat().st_size > 1000
     printed = capsys.readouterr().out
     assert printed.count("| TFPO |") >= 3  # among methods, and of two sizes
     assert printed.count("| nothing |") == 2  # among changes, and in the drawn world
+
+
+def test_a_part_that_fails_is_not_passed_over(frontier, tmp_path):
+    """A page with a table missing would look like one that was never asked for."""
+    with pytest.raises(RuntimeError, match="sweep failed, see .*sweep.log"):
+        frontier.run_parts({"sweep": ["sweep.py", "--changes", "everything"]}, tmp_path, ["--quick"])
+    assert "invalid choice: 'everything'" in (tmp_path / "sweep.log").read_text(encoding="utf-8")
 
 
 def test_settings_are_the_best_on_validation_prompts(frontier):
@@ -338,11 +346,14 @@ def test_a_soak_sees_what_is_wrong(capsys):
 @pytest.mark.slow
 def test_two_objectives(tmp_path, capsys):
     """Every way to weigh two objectives is measured at every weighting."""
-    objectives = load("objectives")
-    found = objectives.main(["--quick", "--kl", "0.05", "--output", str(tmp_path / "objectives.jsonl")])
+    objectives, output = load("objectives"), tmp_path / "objectives.jsonl"
+    arguments = ["--quick", "--kl", "0.05", "--output", str(output)]
+    found = objectives.main(arguments)
     assert set(found) == {"two doctors", "two doctors, guided flow", "MOD", "soup", "DPO for each weighting"}
-    assert len((tmp_path / "objectives.jsonl").read_text().splitlines()) == 2 * len(found)
+    written = output.read_bytes()
+    assert len(written.splitlines()) == 2 * len(found)
     assert capsys.readouterr().out.count("(") >= 2 * len(found)
+    assert objectives.main(arguments) == found and output.read_bytes() == written  # a run that ended trains nothing
 
 
 def test_hypervolume_by_hand():
@@ -381,24 +392,54 @@ def test_settings_are_swept_once(tmp_path, capsys):
 
 def test_a_policy_is_weighed_on_samples_of_the_patient():
     """The best policy must be found efficient, the patient nowhere, and one that is led astray must lose."""
-    sweep = load("sweep")
+    samples, frontier = load("patient_samples"), load("frontier")
     generator = torch.Generator().manual_seed(0)
-    patient_logits = torch.randn(1, 5, generator=generator)
+    patient_logits = torch.randn(1, 1, 5, generator=generator)
     prob = patient_logits.softmax(-1).flatten()
     first, second = torch.multinomial(prob, 8000, True, generator=generator).view(2, 2, 2000)  # (P, N) each
     worth = torch.tensor([1.0, 0.0, -1.0, 0.5, 0.0])  # the reward of a text is the sum over its two tokens
     ids = torch.stack([torch.zeros_like(first), first, second], dim=-1).view(4000, 3)
     mask = torch.tensor([[False, True, True]]).expand(4000, 3)
-    samples = sweep.Samples(ids, mask, {"worth": worth[first] + worth[second]})
-    everywhere = patient_logits.expand(8000, 5)
+    rewards = {"worth": worth[first] + worth[second]}
+    drawn = samples.PatientSamples(ids, mask, rewards, patient_logits[0].expand(8000, 5))
 
     def found(shift):
-        return sweep.efficiencies(samples, everywhere, everywhere + shift, "worth", "mixture")
+        def doctor(input_ids):
+            return SimpleNamespace(logits=(patient_logits + shift).expand(*input_ids.shape, 5))
 
-    near_one = pytest.approx(1.0, abs=0.02)
-    assert found(4 * worth) == [near_one, near_one, None, None]  # two tokens are worth no more than about a nat
-    assert found(0.0) == [None] * 4
-    assert all(x is None or x < 0 for x in found(-4 * worth)) and found(-4 * worth)[0] < -0.9
+        def guide(beta):
+            def mixture(patient_logits, doctor_logits):
+                return guided_logps(
+                    patient_logits=patient_logits, doctor_logits=doctor_logits, alpha=1 - beta, beta=[beta]
+                )
+
+            return SimpleNamespace(doctors=[doctor], combine=mixture)
+
+        return drawn.follow(guide, frontier.SHARES, attribute="worth")
+
+    best = [row["efficiency"] for row in found(4 * worth) if row["efficiency"] is not None]
+    assert len(best) > 3 and best == [pytest.approx(1.0, abs=0.02)] * len(best)
+    assert [row["efficiency"] for row in found(0.0)] == [None] * len(frontier.SHARES)
+    assert all(row["efficiency"] is None or row["efficiency"] < 0 for row in found(-4 * worth))
+    assert found(-4 * worth)[0]["efficiency"] < -0.9
+    assert [row["kl"] for row in found(4 * worth)] == sorted(row["kl"] for row in found(4 * worth))
+
+
+def test_what_is_weighed_is_what_is_sampled(frontier):
+    """Were the two ways to measure a policy to differ, the settings would be chosen by the wrong one."""
+    from methods import Task
+
+    task = Task("praise", 0, num_pairs=2, max_steps=1, num_samples_per_prompt=100)
+    world = task.world
+
+    def guide(beta):
+        return DoctorGuidedLogitsProcessor(world.doctor, beta=beta)
+
+    (row,) = task.patient_samples.follow(guide, [0.4], attribute="praise")
+    sampled = task.comparison("validation").add("doctor", guide(0.4), beta=0.4)
+    assert row["kl"] == pytest.approx(sampled["kl"], rel=0.1, abs=4 * sampled["kl_se"])
+    near = frontier.follow(task, guide, [row["kl"]], 1.0)
+    assert [x["beta"] for x in near] == [pytest.approx(0.4, abs=0.02)]
 
 
 @pytest.mark.slow

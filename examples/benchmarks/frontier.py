@@ -16,51 +16,55 @@
 Reward at equal distance from the patient: this method, and others that do the same job, in the controlled world.
 
 ```bash
-python examples/benchmarks/frontier.py --everything --attributes praise calm --seeds 0 1 2 --output runs/results/methods.jsonl
+python examples/benchmarks/frontier.py --everything runs/results --attributes praise calm --seeds 0 1 2
 python examples/benchmarks/frontier.py --attributes praise calm --seeds 0 1 2 --output runs/frontier.jsonl
 python examples/benchmarks/frontier.py --quick
 ```
 
 `--everything` is all that the page of results says of the controlled world: the methods, two objectives (`objectives.py`), sizes of
-patient and doctor (`weak_to_strong.py`), parts and settings (`sweep.py`), and worlds drawn from a seed.
+patient and doctor (`weak_to_strong.py`), parts and settings (`sweep.py`), and worlds drawn from a seed (`random_worlds.py`).
 
 All methods (`methods.py` says what they are) are given the same preference pairs, steps and batches. Where a method has
 several settings, the best is taken for each attribute, by its mean efficiency on validation prompts near the second and the
-third of the KLs, with the first seed; all seeds are trained with it and measured on test prompts. Strengths are looked for
-on validation prompts too, and efficiency is interpolated between those that were measured.
+third of the KLs, with the first seed; all seeds are trained with it and measured on samples for test prompts. Strengths are
+looked for on validation prompts too, on weighed samples of the patient (`patient_samples.py`), and efficiency is interpolated
+between those that were measured.
 
 What is measured is a line of the output at once: a run that was cut short goes on where it stopped, and several may share
 the work (`--methods`, `--attributes`), each with an output of its own, all of which `--report` reads together.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import math
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from methods import METHODS, Guide, Method, Policy, Task
+from methods import METHODS, Method, Policy, Task
+from patient_samples import Guide
 from tqdm import tqdm
 
-from trl_tfpo.atomic import written_whole
-from trl_tfpo.evaluation import bootstrap_interval, distinct_n, evaluate_guidance, self_similarity
-from trl_tfpo.testbed import Comparison, load_world, random_language
-from trl_tfpo.testbed.build import build
-from trl_tfpo.testbed.language import MAX_NEW_TOKENS
+from trl_tfpo.evaluation import bootstrap_interval, distinct_n, self_similarity
+from trl_tfpo.testbed import Comparison
 
 
 FULL = dict(num_pairs=3000, max_steps=500, num_samples_per_prompt=100)
 QUICK = dict(num_pairs=128, max_steps=10, num_samples_per_prompt=12)
 KLS = [0.3, 0.6, 1.2, 2.0]  # nats
 QUICK_KLS = [0.05, 0.1]
+SHARES = [0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0]  # of the strongest guide
 NUM_KEPT = 40  # samples of each prompt whose rewards are kept
 OURS = ("guided flow", "TFPO")
-LANGUAGE_SEEDS = (1, 2, 3)  # of worlds on which nothing was tuned
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -72,60 +76,79 @@ def main(arguments: list[str] | None = None) -> None:
         "--world", type=Path, help="folder of `trl_tfpo.testbed.build`; the one that ships unless given"
     )
     parser.add_argument("--output", type=Path, default=Path("runs/frontier.jsonl"))
-    parser.add_argument("--everything", action="store_true", help="what else is measured in this world, too")
+    parser.add_argument("--everything", type=Path, help="a folder for what else is measured in this world, too")
     parser.add_argument("--report", type=Path, nargs="+", help="measure nothing, report these outputs")
     parser.add_argument("--quick", action="store_true", help="few pairs, steps and samples: whether it runs")
     args = parser.parse_args(arguments)
-    if args.everything:
-        return everything(args)
     if unknown := set(args.methods or ()) - set(METHODS):
         parser.error(f"`--methods` must be among {list(METHODS)}. Got {sorted(unknown)}.")
-    names = args.methods or list(METHODS)
-    kls = QUICK_KLS if args.quick else KLS
+    if args.everything:
+        return everything(args)
     if not args.report:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        # The first seed of all comes first, as it chooses the settings
-        tasks = [
-            Task(attribute, seed, **(QUICK if args.quick else FULL), weights=args.world)
-            for seed in args.seeds
-            for attribute in args.attributes
-        ]
-        for task, name in tqdm(list(itertools.product(tasks, names)), desc="Methods"):
-            method = METHODS[name]
-            if args.quick:
-                method = replace(method, grid=method.grid[:2])
-            measure(name, method, task, kls, args.output, first_seed=args.seeds[0])
-    rows = [row for path in args.report or [args.output] for row in read(path) if row["method"] in names]
-    rows = [row for row in rows if row["attribute"] in args.attributes and row["seed"] in args.seeds]
-    print(f"\n{grids(rows)}\n\n{efficiencies(rows, kls)}\n\n{versus(rows, kls)}\n\n{diversity(rows)}\n")
-    plot(rows, args.output.with_suffix(".png"))
-    print(f"Picture: {args.output.with_suffix('.png')}")
+        measure_all(args)
+    report(args, args.report or [args.output], args.output.with_suffix(".png"))
 
 
 def everything(args: argparse.Namespace) -> None:
-    """All parts, one after another, next to the output of the methods."""
-    import objectives
-    import sweep
-    import weak_to_strong
-
-    folder, quick = args.output.parent, ["--quick"] * args.quick
-    attributes = ["--attributes", *args.attributes]
+    """All parts, next to one another in a folder."""
+    folder = args.everything
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = ["--methods", *args.methods] if args.methods else []
     seeds = ["--seeds", *map(str, args.seeds)]
-    first, first_seeds = ["--seed", str(args.seeds[0])], ["--seeds", str(args.seeds[0])]
-    main([*quick, *attributes, *seeds, "--output", str(args.output)])
-    objectives.main([*quick, *first, "--output", str(folder / "objectives.jsonl")])
-    weak_to_strong.main([*quick, *first, "--output_dir", str(folder / "sizes")])
-    sweep.main([*quick, *attributes, *seeds, "--output", str(folder / "sweep.jsonl")])
-    for seed in LANGUAGE_SEEDS:
-        world = folder / f"world-{seed}"
-        if not world.is_dir():
-            with written_whole(world) as part:
-                build(part, seed=seed, steps=2 if args.quick else 1200, language=random_language(seed))
-        drawn = ["--world", str(world), "--attributes", *load_world(world).attributes]
-        sweep.main([*quick, *drawn, *first_seeds, "--changes", "nothing", "--output", f"{world}.jsonl"])
+    first = ["--seed", str(args.seeds[0])]
+    parts, outputs = {}, [folder / f"methods-{attribute}.jsonl" for attribute in args.attributes]
+    for attribute, output in zip(args.attributes, outputs, strict=True):
+        given = [*chosen, "--attributes", attribute, *seeds]
+        parts[output.stem] = ["frontier.py", *given, "--output", output]
+    parts["weak_to_strong"] = ["weak_to_strong.py", *first, "--output_dir", folder / "sizes"]
+    parts["random_worlds"] = ["random_worlds.py", "--output_dir", folder / "worlds"]
+    parts["objectives"] = ["objectives.py", *first, "--output", folder / "objectives.jsonl"]
+    for attribute in args.attributes:
+        given = ["--attributes", attribute, *seeds]
+        parts[f"sweep-{attribute}"] = ["sweep.py", *given, "--output", folder / f"sweep-{attribute}.jsonl"]
+    run_parts(parts, folder, ["--quick"] * args.quick)
+    report(args, outputs, folder / "methods.png")
+    for name in parts:
+        if not name.startswith("methods"):
+            print(f"\n## {name}\n\n{(folder / f'{name}.md').read_text(encoding='utf-8')}")
+
+
+def run_parts(parts: dict[str, list], folder: Path, arguments: list[str]) -> None:
+    """Run scripts, as many at once as there are cores; what each prints is in the folder, under the name of the part."""
+
+    def run(name: str) -> None:
+        script, *others = parts[name]
+        command = [sys.executable, Path(__file__).with_name(script), *others, *arguments]
+        with (folder / f"{name}.md").open("w") as tables, (folder / f"{name}.log").open("w") as log:
+            if subprocess.run(command, stdout=tables, stderr=log).returncode:
+                raise RuntimeError(f"{name} failed, see {log.name}; what it has measured is kept for the next run.")
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        under_way = [pool.submit(run, name) for name in parts]
+        try:
+            for part in tqdm(as_completed(under_way), total=len(parts), desc="Parts"):
+                part.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 # Measurement
+
+
+def measure_all(args: argparse.Namespace) -> None:
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    # The first seed of all comes first, as it chooses the settings
+    tasks = [
+        Task(attribute, seed, **(QUICK if args.quick else FULL), weights=args.world)
+        for seed in args.seeds
+        for attribute in args.attributes
+    ]
+    for task, name in tqdm(list(itertools.product(tasks, args.methods or METHODS)), desc="Methods"):
+        method = METHODS[name]
+        if args.quick:
+            method = replace(method, grid=method.grid[:2])
+        kls = QUICK_KLS if args.quick else KLS
+        measure(name, method, task, kls, args.output, first_seed=args.seeds[0])
 
 
 def measure(name: str, method: Method, task: Task, kls: list[float], output: Path, *, first_seed: int) -> None:
@@ -143,42 +166,33 @@ def measure(name: str, method: Method, task: Task, kls: list[float], output: Pat
         _ = task.pairs  # drawn before the clock starts, and once for all settings of a task
         start = time.process_time()
         policy = method.policy(task, **settings)
-        seconds = time.process_time() - start
-        comparison = task.comparison(split)
+        key_of_run = key | {"train_seconds": time.process_time() - start}
         targets = kls if split == "test" else kls[1:3]
-        strengths = method.strengths
-        if strengths is None:
-            strengths = strengths_near(task, policy, targets, method.largest)
+        if method.strengths is None:
+            found = follow(task, policy, targets, method.largest)
+            strengths = [row["beta"] for row in found]
             policy = guided(policy)
-        lines = [key | {"train_seconds": seconds} | describe(policy(comparison, x), comparison) for x in strengths]
+        else:
+            found, strengths = None, method.strengths
+        if split == "test" or found is None:
+            comparison = task.comparison(split)
+            found = [describe(policy(comparison, x), comparison) for x in strengths]
+        lines = [json.dumps(key_of_run | row) + "\n" for row in found]
         with output.open("a", encoding="utf-8") as file:  # all of them or none
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
+            file.write("".join(lines))
 
 
 def guided(guide: Guide) -> Policy:
     return lambda comparison, strength: comparison.add("guided", guide(strength), beta=strength)
 
 
-def strengths_near(task: Task, guide: Guide, kls: list[float], largest: float) -> list[float]:
-    """Strengths at which the KL is near each of the wanted ones: its root is nearly linear in them."""
-    world, points = task.world, [(0.0, 0.0)]
-    for strength in (largest / 16, largest / 8, largest / 4, largest / 2, largest):
-        result = evaluate_guidance(
-            world.patient,
-            world.tokenizer,
-            world.prompts("validation"),
-            lambda prompts, completions: [0.0] * len(completions),
-            guide=guide(strength),
-            num_samples_per_prompt=max(task.num_samples_per_prompt // 8, 2),
-            max_new_tokens=MAX_NEW_TOKENS,
-            batch_size=144,
-            seed=task.seed + 1,
-        )
-        points.append((strength, max(result["kl"] ** 0.5, points[-1][1])))
-        if points[-1][1] > max(kls) ** 0.5:
-            break
-    strengths = [interpolate([(y, x) for x, y in points], kl**0.5) for kl in kls]
-    return sorted({points[-1][0] if strength is None else strength for strength in strengths})
+def follow(task: Task, guide: Guide, kls: list[float], largest: float) -> list[dict]:
+    """Where the KL is near each of the wanted ones, or as near as it comes: strength, KL and efficiency."""
+    samples = functools.partial(task.patient_samples.follow, guide, attribute=task.attribute, max_kl=max(kls))
+    points = [(row["kl"] ** 0.5, row["beta"]) for row in samples(strengths=[largest * share for share in SHARES])]
+    points = sorted([(0.0, 0.0), *points])
+    strengths = {interpolate(points, kl**0.5) for kl in kls}
+    return samples(strengths=sorted(points[-1][1] if x is None else x for x in strengths), max_kl=math.inf)
 
 
 def interpolate(points: list[tuple[float, float]], x: float, *, slack: float = 0.0) -> float | None:
@@ -217,6 +231,16 @@ def read(output: Path) -> list[dict]:
 
 
 # Report
+
+
+def report(args: argparse.Namespace, outputs: list[Path], picture: Path) -> None:
+    """Tables and a picture of what the outputs have of the methods, attributes and seeds that are asked for."""
+    kls, names = QUICK_KLS if args.quick else KLS, args.methods or list(METHODS)
+    rows = [row for path in outputs for row in read(path) if row["method"] in names]
+    rows = [row for row in rows if row["attribute"] in args.attributes and row["seed"] in args.seeds]
+    print(f"\n{grids(rows)}\n\n{efficiencies(rows, kls)}\n\n{versus(rows, kls)}\n\n{diversity(rows)}\n")
+    plot(rows, picture)
+    print(f"Picture: {picture}")
 
 
 def cells(rows: list[dict], value: str, at: str, x: float, scale: Callable[[float], float] = float) -> dict:

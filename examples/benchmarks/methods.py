@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from patient_samples import Guide, PatientSamples, draw
 from peft import LoraConfig
 from transformers import AutoModelForSequenceClassification, DynamicCache, PreTrainedModel, TrainerCallback
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
@@ -38,7 +39,6 @@ from trl_tfpo.testbed import Comparison, World, load_world
 from trl_tfpo.testbed.language import MAX_NEW_TOKENS
 
 
-Guide = Callable[[float], DoctorGuidedLogitsProcessor]  # of a strength
 Policy = Callable[[Comparison, float], dict]  # the row of a strength
 
 
@@ -64,6 +64,11 @@ class Task:
     def fresh(self, name: str) -> PreTrainedModel:
         """A copy of the patient or of the doctor, to be trained."""
         return getattr(load_world(self.weights), name)
+
+    @cached_property
+    def patient_samples(self) -> PatientSamples:
+        """As many as the frontier of a comparison rests on, on validation prompts, drawn once."""
+        return draw(self.world, 4 * self.num_samples_per_prompt, self.seed)
 
     @cached_property
     def _comparisons(self) -> dict[str, Comparison]:

@@ -27,7 +27,8 @@ python examples/benchmarks/objectives.py --seed 0
 
 The strength of each policy is matched to the KL on validation prompts, that of tuned patients by mixing them with the
 patient as it was. The hypervolume is the area between the front and the patient's own rewards, over that of the best
-possible policies: patient samples tilted by the weighted reward, at the KL that was reached.
+possible policies: patient samples tilted by the weighted reward, at the KL that was reached. What is measured is a line of the
+output at once, and a run that was cut short goes on where it stopped.
 """
 
 import argparse
@@ -38,8 +39,9 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from frontier import strengths_near
-from methods import RATE, Guide, Task, train_dpo, train_tfpo
+from frontier import follow, read
+from methods import RATE, Task, train_dpo, train_tfpo
+from patient_samples import Guide
 
 from trl_tfpo import DoctorGuidedLogitsProcessor
 from trl_tfpo.testbed import Attribute, Comparison, World
@@ -67,22 +69,29 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     found = {}
     print("| method | hypervolume | trainings | KL (nats) | praise and calm, by weighting |\n|---|---:|---:|---|---|")
     for method, (guides, num_trainings) in make_methods(tasks, num_weightings).items():
-        points, kls = [], []
+        key = {"method": method, "seed": args.seed, "target": args.kl}
         for index in range(num_weightings):
             weight = index / (num_weightings - 1)
+            if lines_of(args.output, key | {"weight": weight}):
+                continue
             guide = guides(weight)
-            (strength,) = strengths_near(tasks[NAMES[0]], guide, [args.kl], 4.0 if "flow" in method else 1.0)
-            row = comparison.add(method, guide(strength), beta=strength)
-            points.append(rewards_of(comparison.world, row["texts"]))
-            kls.append(row["kl"])
-            line = {"method": method, "seed": args.seed, "weight": weight, "kl": row["kl"], "rewards": points[-1]}
+            (near,) = follow(tasks[NAMES[0]], guide, [args.kl], 4.0 if "flow" in method else 1.0)
+            row = comparison.add(method, guide(near["beta"]), beta=near["beta"])
+            line = key | {"weight": weight, "kl": row["kl"], "rewards": rewards_of(comparison.world, row["texts"])}
             with args.output.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+        lines = sorted(lines_of(args.output, key), key=lambda line: line["weight"])
+        points, kls = [line["rewards"] for line in lines], [line["kl"] for line in lines]
         found[method] = hypervolume(points, origin) / hypervolume(tilted_front(comparison, kls), origin)
         shown = ", ".join(f"({praise:.2f}, {calm:.2f})" for praise, calm in points)
         kl = f"{min(kls):.2f} to {max(kls):.2f}"
         print(f"| {method} | {found[method]:.3f} | {num_trainings} | {kl} | {shown} |", flush=True)
     return found
+
+
+def lines_of(output: Path, key: dict) -> list[dict]:
+    """What was measured for a key."""
+    return [line for line in read(output) if all(line[field] == value for field, value in key.items())]
 
 
 def make_methods(tasks: dict[str, Task], num_weightings: int) -> dict[str, tuple[Callable[[float], Guide], int]]:
