@@ -63,6 +63,7 @@ QUICK = dict(num_pairs=128, max_steps=10, num_samples_per_prompt=12)
 KLS = [0.3, 0.6, 1.2, 2.0]  # nats
 QUICK_KLS = [0.05, 0.1]
 SHARES = [0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0]  # of the strongest guide
+REWARDS = [1.5, 2.0, 2.5]  # at which diversity is compared
 NUM_KEPT = 40  # samples of each prompt whose rewards are kept
 OURS = ("guided flow", "TFPO")
 
@@ -98,8 +99,7 @@ def everything(args: argparse.Namespace) -> None:
     first = ["--seed", str(args.seeds[0])]
     parts, outputs = {}, [folder / f"methods-{attribute}.jsonl" for attribute in args.attributes]
     for attribute, output in zip(args.attributes, outputs, strict=True):
-        given = [*chosen, "--attributes", attribute, *seeds]
-        parts[output.stem] = ["frontier.py", *given, "--output", output]
+        parts[output.stem] = ["frontier.py", *chosen, "--attributes", attribute, *seeds, "--output", output]
     parts["weak_to_strong"] = ["weak_to_strong.py", *first, "--output_dir", folder / "sizes"]
     parts["random_worlds"] = ["random_worlds.py", "--output_dir", folder / "worlds"]
     parts["objectives"] = ["objectives.py", *first, "--output", folder / "objectives.jsonl"]
@@ -119,7 +119,7 @@ def run_parts(parts: dict[str, list], folder: Path, arguments: list[str]) -> Non
     def run(name: str) -> None:
         script, *others = parts[name]
         command = [sys.executable, Path(__file__).with_name(script), *others, *arguments]
-        with (folder / f"{name}.md").open("w") as tables, (folder / f"{name}.log").open("w") as log:
+        with (folder / f"{name}.md").open("w", encoding="utf-8") as tables, (folder / f"{name}.log").open("w") as log:
             if subprocess.run(command, stdout=tables, stderr=log).returncode:
                 raise RuntimeError(f"{name} failed, see {log.name}; what it has measured is kept for the next run.")
 
@@ -238,7 +238,10 @@ def report(args: argparse.Namespace, outputs: list[Path], picture: Path) -> None
     kls, names = QUICK_KLS if args.quick else KLS, args.methods or list(METHODS)
     rows = [row for path in outputs for row in read(path) if row["method"] in names]
     rows = [row for row in rows if row["attribute"] in args.attributes and row["seed"] in args.seeds]
-    print(f"\n{grids(rows)}\n\n{efficiencies(rows, kls)}\n\n{versus(rows, kls)}\n\n{diversity(rows)}\n")
+    gains = {f"{kl} nats": cells(rows, "efficiency", "kl", kl, math.sqrt) for kl in kls}
+    more = {f"{field} at {x}": cells(rows, field, "reward", x) for field in ("distinct_4", "entropy") for x in REWARDS}
+    print(f"\n{grids(rows)}\n\n{efficiencies(rows, kls)}\n\n{versus(rows, gains, '.2f', wins_near=kls[1])}\n")
+    print(f"{diversity(rows)}\n\n{versus(rows, more, '.3f')}\n")
     plot(rows, picture)
     print(f"Picture: {picture}")
 
@@ -295,24 +298,24 @@ def efficiencies(rows: list[dict], kls: list[float]) -> str:
     return "\n".join(lines)
 
 
-def versus(rows: list[dict], kls: list[float]) -> str:
-    """Efficiency of ours minus that of others, over the same seeds and attributes, and head-to-head wins."""
+def versus(rows: list[dict], columns: dict[str, dict], form: str, *, wins_near: float | None = None) -> str:
+    """Values of ours minus those of others, over the same seeds and attributes, and head-to-head wins near a KL."""
     ours = [name for name in names_of(rows) if name in OURS]
-    lines = ["| ours | against | " + " | ".join(f"{kl} nats" for kl in kls) + " | win + half ties |"]
-    lines += ["|---|---" + "|---:" * (len(kls) + 1) + "|"]
-    at = {kl: cells(rows, "efficiency", "kl", kl, math.sqrt) for kl in kls}
+    lines = ["| ours | against | " + " | ".join(columns) + (" | win + half ties |" if wins_near else " |")]
+    lines += ["|---|---" + "|---:" * (len(columns) + bool(wins_near)) + "|"]
     for name, other in itertools.product(ours, names_of(rows)):
         if name == other:
             continue
         shown = []
-        for kl in kls:
-            mine, theirs = of(at[kl], name), of(at[kl], other)
-            shown.append(interval([mine[key] - theirs[key] for key in mine if key in theirs], ".2f", sign="+"))
-        lines.append(f"| {name} | {other} | " + " | ".join(shown) + f" | {wins(rows, name, other, kls)} |")
+        for column in columns.values():
+            mine, theirs = of(column, name), of(column, other)
+            shown.append(interval([mine[key] - theirs[key] for key in mine if key in theirs], form, sign="+"))
+        shown += [wins(rows, name, other, wins_near)] if wins_near else []
+        lines.append(f"| {name} | {other} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
-def wins(rows: list[dict], name: str, other: str, kls: list[float]) -> str:
+def wins(rows: list[dict], name: str, other: str, kl: float) -> str:
     """Share of pairs on the same prompt that the oracle gives to `name`, ties half, at the strengths nearest to a KL."""
     shares = []
     for attribute, seed in sorted({(row["attribute"], row["seed"]) for row in rows}):
@@ -323,8 +326,8 @@ def wins(rows: list[dict], name: str, other: str, kls: list[float]) -> str:
                 for x in rows
                 if (x["method"], x["attribute"], x["seed"], x["split"]) == (method, attribute, seed, "test")
             ]
-            sides.append(min(mine, key=lambda row: abs(row["kl"] - kls[1]), default=None))
-        if None in sides or abs(sides[1]["kl"] - sides[0]["kl"]) > 0.1 * kls[1]:
+            sides.append(min(mine, key=lambda row: abs(row["kl"] - kl), default=None))
+        if None in sides or abs(sides[1]["kl"] - sides[0]["kl"]) > 0.1 * kl:
             continue
         a, b = (torch.tensor(side["rewards"]) for side in sides)  # (P, N)
         margin = a[:, :, None] - b[:, None, :]
@@ -336,7 +339,7 @@ def diversity(rows: list[dict]) -> str:
     """Diversity at equal reward, mean over seeds and attributes."""
     fields = ["distinct_1", "distinct_2", "distinct_3", "distinct_4", "entropy", "self_similarity", "num_words", "kl"]
     lines = ["| method | reward | " + " | ".join(fields) + " |", "|---" + "|---:" * (len(fields) + 1) + "|"]
-    for reward, name in itertools.product((1.5, 2.0, 2.5), names_of(rows)):
+    for reward, name in itertools.product(REWARDS, names_of(rows)):
         shown = []
         for field in fields:
             values = of(cells(rows, field, "reward", reward), name).values()
