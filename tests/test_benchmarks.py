@@ -249,6 +249,7 @@ def test_one_command_measures_everything(frontier, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.count("| TFPO |") >= 3  # among methods, and of two sizes
     assert printed.count("| nothing |") == 2  # among changes, and in the drawn world
+    assert "loss" not in printed  # what trainers log is no part of a table
 
 
 def test_a_part_that_fails_is_not_passed_over(frontier, tmp_path):

@@ -18,8 +18,10 @@ What is compared in `frontier.py`: methods that do the same job from the same pr
 A method makes a *policy* of a task and settings: a function that adds a row to a comparison, at a given strength.
 """
 
+import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +31,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from patient_samples import Guide, PatientSamples, draw
 from peft import LoraConfig
-from transformers import AutoModelForSequenceClassification, DynamicCache, PreTrainedModel, TrainerCallback
+from transformers import AutoModelForSequenceClassification, DynamicCache, PreTrainedModel, Trainer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
 from trl_tfpo import DoctorGuidedLogitsProcessor, TFPOConfig, TFPOTrainer
@@ -113,13 +115,19 @@ class Method:
     strengths: list[float] | None = None
 
 
+def train(trainer: Trainer) -> None:
+    """What it logs goes to stderr: stdout is for tables."""
+    with redirect_stdout(sys.stderr):
+        trainer.train()
+
+
 # This package
 
 
 def train_tfpo(task: Task, objective=None, **settings) -> PreTrainedModel:
     doctor = task.fresh("doctor")
     with tempfile.TemporaryDirectory() as folder:
-        TFPOTrainer(
+        trainer = TFPOTrainer(
             model=doctor,
             patient_model=task.world.patient,
             args=TFPOConfig(**task.common(folder), scoring_batch_size=256, **settings),
@@ -127,7 +135,8 @@ def train_tfpo(task: Task, objective=None, **settings) -> PreTrainedModel:
             processing_class=task.world.tokenizer,
             faces=task.world.attributes[task.attribute].faces,
             objective=objective,
-        ).train()
+        )
+        train(trainer)
     return doctor.eval()
 
 
@@ -154,7 +163,7 @@ def train_dpo(task: Task, model: PreTrainedModel, callbacks=None, peft_config=No
             callbacks=callbacks,
             peft_config=peft_config,
         )
-        trainer.train()
+        train(trainer)
     return trainer.model.eval()
 
 
@@ -214,7 +223,7 @@ def train_reward_model(task: Task, **settings) -> PreTrainedModel:
         model.config.pad_token_id = task.world.tokenizer.pad_token_id
         args = RewardConfig(**task.common(folder), **settings)
         tokenizer = task.world.tokenizer
-        RewardTrainer(model=model, args=args, train_dataset=task.pairs, processing_class=tokenizer).train()
+        train(RewardTrainer(model=model, args=args, train_dataset=task.pairs, processing_class=tokenizer))
     return model.eval()
 
 

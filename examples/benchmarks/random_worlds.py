@@ -25,6 +25,8 @@ attribute that the world has. What the output folder already has is not made aga
 """
 
 import argparse
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import sweep
@@ -46,7 +48,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     for seed in args.seeds[:1] if args.quick else args.seeds:
         world = args.output_dir / str(seed)
         if not world.is_dir():
-            with written_whole(world) as part:
+            with written_whole(world) as part, redirect_stdout(sys.stderr):
                 build(part, seed=seed, steps=2 if args.quick else 1200, language=random_language(seed))
         print(f"\nWorld {seed}", flush=True)
         given = ["--world", str(world), "--output", f"{world}.jsonl", *["--quick"] * args.quick]

@@ -27,6 +27,8 @@ given, and measured as in `frontier.py`. What the output folder already has is n
 import argparse
 import itertools
 import shutil
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from frontier import KLS, QUICK_KLS, cells, measure, read
@@ -94,14 +96,15 @@ def learned(name: str, width: int, args: argparse.Namespace) -> Path:
     model = make_model(
         shipped.tokenizer, **recipe["size"] | dict(hidden_size=width, intermediate_size=width * 11 // 4)
     )
-    train_model(
-        model,
-        shipped.tokenizer,
-        instructions=instructions_of(shipped.language) if recipe["is_instructed"] else ("",),
-        steps=args.steps or (2 if args.quick else recipe["steps"]),
-        learning_rate=recipe["learning_rate"],
-        seed=args.seed,
-    )
+    with redirect_stdout(sys.stderr):  # stdout is for the table
+        train_model(
+            model,
+            shipped.tokenizer,
+            instructions=instructions_of(shipped.language) if recipe["is_instructed"] else ("",),
+            steps=args.steps or (2 if args.quick else recipe["steps"]),
+            learning_rate=recipe["learning_rate"],
+            seed=args.seed,
+        )
     with written_whole(folder) as part:
         model.save_pretrained(part)
         shipped.tokenizer.save_pretrained(part)
