@@ -402,7 +402,7 @@ def test_a_policy_is_weighed_on_samples_of_the_patient():
     ids = torch.stack([torch.zeros_like(first), first, second], dim=-1).view(4000, 3)
     mask = torch.tensor([[False, True, True]]).expand(4000, 3)
     rewards = {"worth": worth[first] + worth[second]}
-    drawn = samples.PatientSamples(ids, mask, rewards, patient_logits[0].expand(8000, 5))
+    drawn = samples.PatientSamples(ids, mask, rewards, patient_logits[0].log_softmax(dim=-1).expand(8000, 5))
 
     def found(shift):
         def doctor(input_ids):
@@ -416,7 +416,7 @@ def test_a_policy_is_weighed_on_samples_of_the_patient():
 
             return SimpleNamespace(doctors=[doctor], combine=mixture)
 
-        return drawn.follow(guide, frontier.SHARES, attribute="worth")
+        return drawn.follow(guide, drawn.heard(guide(1.0)), frontier.SHARES, attribute="worth")
 
     best = [row["efficiency"] for row in found(4 * worth) if row["efficiency"] is not None]
     assert len(best) > 3 and best == [pytest.approx(1.0, abs=0.02)] * len(best)
@@ -436,7 +436,7 @@ def test_what_is_weighed_is_what_is_sampled(frontier):
     def guide(beta):
         return DoctorGuidedLogitsProcessor(world.doctor, beta=beta)
 
-    (row,) = task.patient_samples.follow(guide, [0.4], attribute="praise")
+    (row,) = task.patient_samples.follow(guide, task.patient_samples.heard(guide(0.4)), [0.4], attribute="praise")
     sampled = task.comparison("validation").add("doctor", guide(0.4), beta=0.4)
     assert row["kl"] == pytest.approx(sampled["kl"], rel=0.1, abs=4 * sampled["kl_se"])
     near = frontier.follow(task, guide, [row["kl"]], 1.0)

@@ -85,11 +85,7 @@ def token_importance(
 
     ```
     """
-    if not (importance_temperature > 0 and gap_floor > 0):
-        raise ValueError(
-            f"`importance_temperature` and `gap_floor` must be positive. Got {importance_temperature} and {gap_floor}; "
-            "try 3.0 and 0.05."
-        )
+    _check_positive(importance_temperature, gap_floor)
     size = gap.abs().masked_fill(~completion_mask, 0)  # (B, T)
     mean = size.sum(dim=1, keepdim=True) / completion_mask.sum(dim=1, keepdim=True).clamp(min=1)
     return torch.tanh(size / (mean + gap_floor) / importance_temperature)
@@ -162,14 +158,19 @@ def check_reward_settings(
             f"`reward_direction` must be 'label', 'agreement' or 'faces'. Got {reward_direction!r}; the paper's is "
             "'label'."
         )
-    if not importance_temperature > 0:
-        raise ValueError(f"`importance_temperature` must be positive. Got {importance_temperature}; try 3.0.")
-    if not gap_floor > 0:
-        raise ValueError(f"`gap_floor` must be positive. Got {gap_floor}; try 0.05 nats.")
+    _check_positive(importance_temperature, gap_floor)
     if not 0 <= sparsity_threshold < 1:
         raise ValueError(
             f"`sparsity_threshold` must be in [0, 1). Got {sparsity_threshold}; importance never exceeds 1, so a "
             "larger threshold leaves no reward. Try 0.3."
+        )
+
+
+def _check_positive(importance_temperature: float, gap_floor: float) -> None:
+    if not (importance_temperature > 0 and gap_floor > 0):
+        raise ValueError(
+            f"`importance_temperature` and `gap_floor` must be positive. Got {importance_temperature} and {gap_floor}; "
+            "try 3.0 and 0.05 nats."
         )
 
 

@@ -17,15 +17,34 @@
 from contextlib import nullcontext
 from functools import partial
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel
 
-from ._compat import is_peft_model
+from ._compat import is_peft_model, is_sharded
 from .scoring import score_completions
 from .shards import add_scores
 
 
 REFERENCE_COLUMNS = ["chosen_ref_logps", "rejected_ref_logps"]
+
+
+def check_not_streamed(dataset: Dataset | IterableDataset, columns: set[str], reference_weight: float) -> None:
+    """Raise `ValueError` when a reference would have to score a streamed dataset, whose columns are these."""
+    if isinstance(dataset, IterableDataset) and not columns.issuperset(REFERENCE_COLUMNS):
+        raise ValueError(
+            f"With `reference_weight={reference_weight}` the reference scores the dataset before training, "
+            "which a streamed dataset does not allow. Load it with `streaming=False`, or set `reference_weight=0`."
+        )
+
+
+def check_untrained(doctor: PreTrainedModel, num_steps: int) -> None:
+    """Raise `ValueError` when the doctor is no longer what it was before training, or no longer whole."""
+    if num_steps > 0 or is_sharded(doctor):
+        raise ValueError(
+            "The reference is the doctor before training, whole in each process; this one has been trained or "
+            f"sharded. Got a new dataset without the columns {REFERENCE_COLUMNS}; pass it as `eval_dataset` when the "
+            "trainer is made, and a doctor for DeepSpeed ZeRO-3 by name."
+        )
 
 
 def add_reference_logps(dataset: Dataset, doctor: PreTrainedModel, *, fingerprint: str, batch_size: int) -> Dataset:

@@ -220,3 +220,13 @@ class TFPOConfig(_BaseConfig):
             self.ddp_backend = self.ddp_backend or "gloo"
             self.use_cpu = "ACCELERATE_USE_DEEPSPEED" not in os.environ  # DeepSpeed finds the CPU itself
         super().__post_init__()
+
+
+def resolve_args(args: TFPOConfig | None, model: object) -> TFPOConfig:
+    """The settings, by default those of a run that is named after the model. Raises `ValueError` for any other object."""
+    if args is None:
+        name = getattr(getattr(model, "config", None), "_name_or_path", model)
+        return TFPOConfig(f"{str(name).split('/')[-1]}-TFPO")
+    if not isinstance(args, TFPOConfig):
+        raise ValueError(f"`args` must be a `TFPOConfig`. Got a `{type(args).__name__}`; make one of the settings.")
+    return args

@@ -36,13 +36,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer import disable_dropout_in_model
 
 from . import functional
-from ._compat import (
-    _BaseTrainer,
-    is_peft_model,
-    is_sharded,
-    keep_differentiable,
-    keep_output_precision,
-)
+from ._compat import _BaseTrainer, is_peft_model, keep_differentiable, keep_output_precision
 from .atomic import check_writable
 from .checkpoints import check_loss, kept_whole, resolve_checkpoint
 from .data_collator import TokenRewardCollator
@@ -52,9 +46,9 @@ from .hub import complete_model_card, save_custom_generate
 from .modeling_doctor import make_doctor, set_head_learning_rate
 from .named_model import NamedModel, resolve_model
 from .objective import describe_batch, tfpo_objective
-from .reference import REFERENCE_COLUMNS, add_reference_logps
+from .reference import REFERENCE_COLUMNS, add_reference_logps, check_not_streamed, check_untrained
 from .scoring import model_fingerprint
-from .tfpo_config import TFPOConfig
+from .tfpo_config import TFPOConfig, resolve_args
 from .token_rewards import (
     GAP_COLUMNS,
     REWARD_COLUMNS,
@@ -186,13 +180,7 @@ class TFPOTrainer(_BaseTrainer):
         objective: Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]] | None = None,
     ):
         # Args
-        if args is None:
-            name = getattr(getattr(model, "config", None), "_name_or_path", model)
-            args = TFPOConfig(f"{str(name).split('/')[-1]}-TFPO")
-        if not isinstance(args, TFPOConfig):
-            raise ValueError(
-                f"`args` must be a `TFPOConfig`. Got a `{type(args).__name__}`; make one of the settings."
-            )
+        args = resolve_args(args, model)
         for name, function in (("reward_fn", reward_fn), ("objective", objective)):
             if function is not None and not callable(function):
                 raise ValueError(f"`{name}` must be callable. Got {function!r}; leave it out for that of the paper.")
@@ -324,16 +312,8 @@ class TFPOTrainer(_BaseTrainer):
         if isinstance(dataset, dict):
             return {name: self._annotate(split, processing_class, args) for name, split in dataset.items()}
         columns = columns_of(dataset)
-        if (
-            isinstance(dataset, IterableDataset)
-            and args.reference_weight
-            and args.policy == "doctor"
-            and not columns.issuperset(REFERENCE_COLUMNS)
-        ):
-            raise ValueError(
-                f"With `reference_weight={args.reference_weight}` the reference scores the dataset before training, "
-                "which a streamed dataset does not allow. Load it with `streaming=False`, or set `reference_weight=0`."
-            )
+        if args.reference_weight and args.policy == "doctor":
+            check_not_streamed(dataset, columns, args.reference_weight)
         if self._online_faces:
             if FACE_COLUMNS[0] in columns:
                 return dataset
@@ -378,12 +358,7 @@ class TFPOTrainer(_BaseTrainer):
             return {name: self._add_reference_logps(split) for name, split in dataset.items()}
         if set(REFERENCE_COLUMNS) <= set(dataset.column_names or next(iter(dataset))):
             return dataset
-        if self.state.global_step > 0 or is_sharded(self.model):
-            raise ValueError(
-                "The reference is the doctor before training, whole in each process; this one has been trained or "
-                f"sharded. Got a new dataset without the columns {REFERENCE_COLUMNS}; pass it as `eval_dataset` when the "
-                "trainer is made, and a doctor for DeepSpeed ZeRO-3 by name."
-            )
+        check_untrained(self.model, self.state.global_step)
         if self.args.world_size > 1 and not getattr(self.model, "is_quantized", False):
             self.model.to(self.args.device)  # an engine that shards it would do so later
         return add_reference_logps(
@@ -393,13 +368,7 @@ class TFPOTrainer(_BaseTrainer):
     def _set_signature_columns_if_needed(self):
         # What the collator reads, not what the model's forward takes
         if self._signature_columns is None:
-            self._signature_columns = [
-                *ID_COLUMNS,
-                *REWARD_COLUMNS,
-                *GAP_COLUMNS,
-                *FACE_COLUMNS,
-                *REFERENCE_COLUMNS,
-            ]
+            self._signature_columns = [*ID_COLUMNS, *REWARD_COLUMNS, *GAP_COLUMNS, *FACE_COLUMNS, *REFERENCE_COLUMNS]
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset

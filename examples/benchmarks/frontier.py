@@ -155,29 +155,26 @@ def measure(name: str, method: Method, task: Task, kls: list[float], output: Pat
     """Append the rows of a method that the output does not have yet."""
     key = {"method": name, "attribute": task.attribute, "seed": task.seed}
     for settings, split in [(settings, "validation") for settings in method.grid] + [(None, "test")]:
-        mine = [row for row in read(output) if row["method"] == name and row["attribute"] == task.attribute]
         if split == "validation" and (len(method.grid) == 1 or task.seed != first_seed):
             continue
         if split == "test":
-            settings = best(method.grid, [row for row in mine if row["split"] == "validation"])
+            settings = best(method.grid, read(output, method=name, attribute=task.attribute, split="validation"))
         key |= {"settings": settings, "split": split}
-        if any(all(row[field] == value for field, value in key.items()) for row in mine):
+        if read(output, **key):
             continue
         _ = task.pairs  # drawn before the clock starts, and once for all settings of a task
         start = time.process_time()
         policy = method.policy(task, **settings)
-        key_of_run = key | {"train_seconds": time.process_time() - start}
+        seconds = time.process_time() - start
         targets = kls if split == "test" else kls[1:3]
-        if method.strengths is None:
-            found = follow(task, policy, targets, method.largest)
-            strengths = [row["beta"] for row in found]
-            policy = guided(policy)
-        else:
-            found, strengths = None, method.strengths
-        if split == "test" or found is None:
+        strengths, rows = method.strengths, []
+        if strengths is None:
+            rows = follow(task, policy, targets, method.largest)
+            strengths, policy = [row["beta"] for row in rows], guided(policy)
+        if split == "test" or not rows:  # on validation prompts, what was weighed is enough
             comparison = task.comparison(split)
-            found = [describe(policy(comparison, x), comparison) for x in strengths]
-        lines = [json.dumps(key_of_run | row) + "\n" for row in found]
+            rows = [describe(policy(comparison, x), comparison) for x in strengths]
+        lines = [json.dumps(key | {"train_seconds": seconds} | row) + "\n" for row in rows]
         with output.open("a", encoding="utf-8") as file:  # all of them or none
             file.write("".join(lines))
 
@@ -188,11 +185,12 @@ def guided(guide: Guide) -> Policy:
 
 def follow(task: Task, guide: Guide, kls: list[float], largest: float) -> list[dict]:
     """Where the KL is near each of the wanted ones, or as near as it comes: strength, KL and efficiency."""
-    samples = functools.partial(task.patient_samples.follow, guide, attribute=task.attribute, max_kl=max(kls))
-    points = [(row["kl"] ** 0.5, row["beta"]) for row in samples(strengths=[largest * share for share in SHARES])]
+    samples, doctor_logits = task.patient_samples, task.patient_samples.heard(guide(largest))
+    follow = functools.partial(samples.follow, guide, doctor_logits, attribute=task.attribute)
+    points = [(row["kl"] ** 0.5, row["beta"]) for row in follow([largest * x for x in SHARES], max_kl=max(kls))]
     points = sorted([(0.0, 0.0), *points])
     strengths = {interpolate(points, kl**0.5) for kl in kls}
-    return samples(strengths=sorted(points[-1][1] if x is None else x for x in strengths), max_kl=math.inf)
+    return follow(sorted(points[-1][1] if x is None else x for x in strengths))
 
 
 def interpolate(points: list[tuple[float, float]], x: float, *, slack: float = 0.0) -> float | None:
@@ -226,8 +224,11 @@ def best(grid: list[dict], rows: list[dict]) -> dict:
     return max(grid, key=score)
 
 
-def read(output: Path) -> list[dict]:
-    return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()] if output.is_file() else []
+def read(output: Path, **key) -> list[dict]:
+    """The lines of an output, if it is there, that have these values."""
+    lines = output.read_text(encoding="utf-8").splitlines() if output.is_file() else []
+    rows = [json.loads(line) for line in lines]
+    return [row for row in rows if all(row[field] == value for field, value in key.items())]
 
 
 # Report

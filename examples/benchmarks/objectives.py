@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         key = {"method": method, "seed": args.seed, "target": args.kl}
         for index in range(num_weightings):
             weight = index / (num_weightings - 1)
-            if lines_of(args.output, key | {"weight": weight}):
+            if read(args.output, **key, weight=weight):
                 continue
             guide = guides(weight)
             (near,) = follow(tasks[NAMES[0]], guide, [args.kl], 4.0 if "flow" in method else 1.0)
@@ -80,18 +80,13 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
             line = key | {"weight": weight, "kl": row["kl"], "rewards": rewards_of(comparison.world, row["texts"])}
             with args.output.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-        lines = sorted(lines_of(args.output, key), key=lambda line: line["weight"])
+        lines = sorted(read(args.output, **key), key=lambda line: line["weight"])
         points, kls = [line["rewards"] for line in lines], [line["kl"] for line in lines]
         found[method] = hypervolume(points, origin) / hypervolume(tilted_front(comparison, kls), origin)
         shown = ", ".join(f"({praise:.2f}, {calm:.2f})" for praise, calm in points)
         kl = f"{min(kls):.2f} to {max(kls):.2f}"
         print(f"| {method} | {found[method]:.3f} | {num_trainings} | {kl} | {shown} |", flush=True)
     return found
-
-
-def lines_of(output: Path, key: dict) -> list[dict]:
-    """What was measured for a key."""
-    return [line for line in read(output) if all(line[field] == value for field, value in key.items())]
 
 
 def make_methods(tasks: dict[str, Task], num_weightings: int) -> dict[str, tuple[Callable[[float], Guide], int]]:

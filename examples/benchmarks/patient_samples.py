@@ -28,8 +28,9 @@ import torch
 from transformers import PreTrainedModel
 
 from trl_tfpo import DoctorGuidedLogitsProcessor
+from trl_tfpo.evaluation import generate_completions
 from trl_tfpo.testbed import World, reward_kl_frontier
-from trl_tfpo.testbed.world import sample_completions
+from trl_tfpo.testbed.language import MAX_NEW_TOKENS
 
 
 Guide = Callable[[float], DoctorGuidedLogitsProcessor]  # of a strength; always with the same models
@@ -47,26 +48,37 @@ class PatientSamples:
             Which of them are completion.
         rewards (`dict[str, torch.Tensor]` of shape `(P, N)`):
             Of each attribute.
-        patient_logits (`torch.Tensor` of shape `(tokens, V)`):
-            What the patient says where completion tokens are predicted.
+        patient_logps (`torch.Tensor` of shape `(tokens, V)`):
+            Log-probabilities of the patient where completion tokens are predicted, in nats.
     """
 
     ids: torch.Tensor
     completion_mask: torch.Tensor
     rewards: dict[str, torch.Tensor]
-    patient_logits: torch.Tensor
+    patient_logps: torch.Tensor
+
+    def heard(self, guide: DoctorGuidedLogitsProcessor) -> list[torch.Tensor]:
+        """What each doctor of a guide says where completion tokens are predicted, (tokens, V)."""
+        return [logits_of(doctor, self.ids, self.completion_mask) for doctor in guide.doctors]
 
     def follow(
-        self, guide: Guide, strengths: Sequence[float], *, attribute: str, max_kl: float = math.inf
+        self,
+        guide: Guide,
+        doctor_logits: Sequence[torch.Tensor],
+        strengths: Sequence[float],
+        *,
+        attribute: str,
+        max_kl: float = math.inf,
     ) -> list[dict]:
-        """Strength, KL in nats and efficiency of guided policies, up to the first that is `max_kl` away."""
+        """
+        Strength, KL in nats and efficiency of guided policies, up to the first that is `max_kl` away; `doctor_logits` is what
+        was [`heard`] from the guide's doctors, whatever the strength.
+        """
         rewards, rows = self.rewards[attribute], []
-        frontier, patient_logps = reward_kl_frontier(rewards), self.patient_logits.log_softmax(dim=-1)
-        tokens = self.ids[self.completion_mask][:, None]
-        doctor_logits = [logits_of(doctor, self.ids, self.completion_mask) for doctor in guide(strengths[-1]).doctors]
+        frontier, tokens = reward_kl_frontier(rewards), self.ids[self.completion_mask][:, None]
         for strength in strengths:
-            guided = guide(strength).combine(self.patient_logits, doctor_logits)  # (tokens, V)
-            shift = guided - patient_logps
+            guided = guide(strength).combine(self.patient_logps, doctor_logits)  # (tokens, V)
+            shift = guided - self.patient_logps
             weights = self._sums(shift.gather(1, tokens).squeeze(1)).double().softmax(dim=1)  # (P, N)
             kl = (weights * self._sums((guided.exp() * shift).sum(dim=1))).sum(dim=1).mean().item()
             reward = (weights * rewards).sum(dim=1).mean().item()
@@ -93,23 +105,24 @@ def logits_of(model: PreTrainedModel, ids: torch.Tensor, completion_mask: torch.
 
 def draw(world: World, num_samples_per_prompt: int, seed: int) -> PatientSamples:
     """Samples of the patient on validation prompts."""
-    prompts, tokenizer = world.prompts("validation"), world.tokenizer
-    texts = sample_completions(
-        world.patient, tokenizer, prompts, num_samples_per_prompt=num_samples_per_prompt, seed=seed
+    prompts = world.prompts("validation")
+    completions = generate_completions(
+        world.patient,
+        world.tokenizer,
+        prompts,
+        num_samples_per_prompt=num_samples_per_prompt,
+        max_new_tokens=MAX_NEW_TOKENS,
+        batch_size=128,
+        seed=seed,
     )
-    starts, rows = [], []
-    for prompt, samples in zip(prompts, texts, strict=True):
-        start = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-        for text in samples:
-            answered = [*prompt, {"role": "assistant", "content": text}]
-            rows.append(tokenizer.apply_chat_template(answered, return_dict=False))
-            starts.append(len(start))
-    batch = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
-    position = torch.arange(batch["input_ids"].size(1))
-    completion_mask = batch["attention_mask"].bool() & (position >= torch.tensor(starts)[:, None])
+    rows = [completion.prompt_ids + completion.completion_ids for completion in completions]
+    batch = world.tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
+    ids, position = batch["input_ids"], torch.arange(batch["input_ids"].size(1))
+    starts = torch.tensor([len(completion.prompt_ids) for completion in completions])[:, None]
+    completion_mask = batch["attention_mask"].bool() & (position >= starts)
     rewards = {
-        name: torch.tensor([[attribute.oracle(text) for text in samples] for samples in texts])
+        name: torch.tensor([attribute.oracle(completion.text) for completion in completions]).view(len(prompts), -1)
         for name, attribute in world.attributes.items()
     }
-    patient_logits = logits_of(world.patient, batch["input_ids"], completion_mask)
-    return PatientSamples(batch["input_ids"], completion_mask, rewards, patient_logits)
+    patient_logps = logits_of(world.patient, ids, completion_mask).log_softmax(dim=-1)
+    return PatientSamples(ids, completion_mask, rewards, patient_logps)

@@ -33,7 +33,7 @@ import statistics
 from pathlib import Path
 
 from frontier import FULL, KLS, SHARES, interpolate, read, spread
-from methods import PUBLISHED, Task, fine_tuning, full_trajectory, no_boundary, train_tfpo
+from methods import PUBLISHED, RATE, Task, fine_tuning, full_trajectory, no_boundary, train_tfpo
 from patient_samples import PatientSamples
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -42,7 +42,6 @@ from trl_tfpo import DoctorGuidedLogitsProcessor
 
 
 QUICK = dict(num_pairs=16, max_steps=2, num_samples_per_prompt=8)
-BASE = dict(learning_rate=3e-3)
 SETTINGS = {
     "reward_direction": ["label", "faces"],
     "importance_temperature": [1.0, 2.0, 5.0],
@@ -63,22 +62,22 @@ CHANGES = {
     "no boundary": dict(objective=no_boundary),
     "no flow: fine-tuned on the chosen": dict(objective=fine_tuning),
 } | {f"{name}={value}": {name: value} for name, values in SETTINGS.items() for value in values}
-FORMS = {
-    "mixture": 1.0,
-    "between": 0.75,
-    "product": 0.0,
-}  # for each unit of beta, what is taken from the patient's exponent
+# What is taken from the patient's exponent for each unit of beta
+FORMS = {"mixture": 1.0, "between": 0.75, "product": 0.0}
 
 
-def efficiencies(samples: PatientSamples, doctor: PreTrainedModel, attribute: str, form: str) -> list[float | None]:
-    """Efficiency at each of `KLS`; None where no strength leads there."""
+def efficiencies(samples: PatientSamples, doctor: PreTrainedModel, attribute: str) -> dict[str, list[float | None]]:
+    """Efficiency of each form at each of `KLS`; None where no strength leads there."""
+    found, doctor_logits = {}, samples.heard(DoctorGuidedLogitsProcessor(doctor, beta=1.0))
+    for form, taken in FORMS.items():
 
-    def guide(beta: float) -> DoctorGuidedLogitsProcessor:
-        return DoctorGuidedLogitsProcessor(doctor, alpha=1 - FORMS[form] * beta, beta=beta)
+        def guide(beta: float, taken: float = taken) -> DoctorGuidedLogitsProcessor:
+            return DoctorGuidedLogitsProcessor(doctor, alpha=1 - taken * beta, beta=beta)
 
-    rows = samples.follow(guide, SHARES, attribute=attribute, max_kl=max(KLS))
-    points = [(row["kl"] ** 0.5, row["efficiency"]) for row in rows if row["efficiency"] is not None]
-    return [interpolate(points, kl**0.5) for kl in KLS]
+        rows = samples.follow(guide, doctor_logits, SHARES, attribute=attribute, max_kl=max(KLS))
+        points = [(row["kl"] ** 0.5, row["efficiency"]) for row in rows if row["efficiency"] is not None]
+        found[form] = [interpolate(points, kl**0.5) for kl in KLS]
+    return found
 
 
 def main(arguments: list[str] | None = None) -> list[dict]:
@@ -97,10 +96,9 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         task = Task(attribute, seed, **(QUICK if args.quick else FULL), weights=args.world)
         for change in changes:
             key = {"attribute": attribute, "seed": seed, "change": change}
-            if any(all(row[field] == value for field, value in key.items()) for row in read(args.output)):
+            if read(args.output, **key):
                 continue
-            doctor = train_tfpo(task, **BASE | CHANGES[change])
-            found = {form: efficiencies(task.patient_samples, doctor, attribute, form) for form in FORMS}
+            found = efficiencies(task.patient_samples, train_tfpo(task, **RATE | CHANGES[change]), attribute)
             with args.output.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(key | found) + "\n")
     rows = [row for row in read(args.output) if (row["seed"], row["attribute"]) in cases]
