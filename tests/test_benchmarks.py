@@ -436,7 +436,8 @@ def test_what_is_weighed_is_what_is_sampled(frontier):
     def guide(beta):
         return DoctorGuidedLogitsProcessor(world.doctor, beta=beta)
 
-    (row,) = task.patient_samples.follow(guide, task.patient_samples.heard(guide(0.4)), [0.4], attribute="praise")
+    samples = task.samples("validation")
+    (row,) = samples.follow(guide, samples.heard(guide(0.4)), [0.4], attribute="praise")
     sampled = task.comparison("validation").add("doctor", guide(0.4), beta=0.4)
     assert row["kl"] == pytest.approx(sampled["kl"], rel=0.1, abs=4 * sampled["kl_se"])
     near = frontier.follow(task, guide, [row["kl"]], 1.0)

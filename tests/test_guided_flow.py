@@ -91,6 +91,7 @@ def test_training_starts_at_the_patient(tied, tmp_path):
     assert again.get_input_embeddings().weight.equal(embeddings)
 
 
+@pytest.mark.parametrize("policy", ["ratio", "guided"])
 @pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
 class TestTraining:
     @pytest.fixture
@@ -98,14 +99,14 @@ class TestTraining:
         return annotate_token_rewards(preferences, patient, tokenizer, faces=FACES)
 
     @pytest.fixture
-    def run(self, annotated, patient, tokenizer, tmp_path, peft_config):
+    def run(self, annotated, patient, tokenizer, tmp_path, peft_config, policy):
         make_llama(2).save_pretrained(tmp_path / "base")
 
         def run(name, resume_from_checkpoint=None, **settings):
             trainer = TFPOTrainer(
                 model=str(tmp_path / "base"),
-                patient_model=patient,
-                args=config(tmp_path / name, policy="guided", **settings),
+                patient_model=patient if policy == "guided" else None,
+                args=config(tmp_path / name, policy=policy, **settings),
                 train_dataset=annotated,
                 processing_class=tokenizer,
                 peft_config=peft_config,
@@ -116,10 +117,13 @@ class TestTraining:
 
         return run
 
-    def test_what_is_decoded_is_what_was_trained(self, run, patient):
+    def test_what_is_decoded_is_what_was_trained(self, run, patient, policy):
         """Else the strength at which a doctor is right is anybody's guess, and the checkpoint's word is worth nothing."""
         trainer = run("run", max_steps=8, per_device_train_batch_size=8)
         assert losses(trainer)[-1] < losses(trainer)[0]
+        before = patient if policy == "guided" else make_llama(2)
+        for name, parameter in before.named_parameters():  # what is guided in training stays as it was
+            assert parameter.equal(trainer.guided_model.get_parameter(name))
         batch = {name: tensor for name, tensor in next(iter(trainer.get_train_dataloader())).items() if name in BATCH}
         trainer.model.eval()
         output = trainer.model(**batch, patient_logits=read_patient(patient, **batch)[0])
@@ -133,7 +137,7 @@ class TestTraining:
                 decoded = guide(prefix, patient(prefix).logits[:, -1])[0, ids[start + t]]
                 torch.testing.assert_close(output.doctor_logps[row, t], decoded, atol=1e-4, rtol=1e-4)
 
-    def test_accumulation_and_resumption_change_nothing(self, run):
+    def test_accumulation_and_resumption_change_nothing(self, run, policy):
         """The patient's part of the policy must be there in every part of a step, and after every restart."""
         whole = run("whole", save_strategy="steps", save_steps=2)
         split = run("split", per_device_train_batch_size=1, gradient_accumulation_steps=4)
@@ -142,9 +146,9 @@ class TestTraining:
         resumed = run("whole", resume_from_checkpoint=checkpoint, save_strategy="no")
         assert losses(resumed)[-2:] == losses(whole)[-2:]
 
-    def test_a_trained_doctor_goes_on(self, run, annotated, patient, tokenizer, tmp_path):
+    def test_a_trained_doctor_goes_on(self, run, annotated, patient, tokenizer, tmp_path, policy):
         """Were its head set to zero again, a second dataset would wipe out the first."""
-        first = run("first")
+        first = run("first", max_steps=1)
         doctor = load_doctor(first.args.output_dir)
         before = plain_logits(doctor)
         settings = dict(args=config(tmp_path / "second", policy="guided", max_steps=1), processing_class=tokenizer)
@@ -167,6 +171,29 @@ def test_a_mixture_and_a_product_stand_side_by_side(tmp_path):
     assert DoctorGuidedLogitsProcessor(doctor, beta=0.3).alpha == 1.0  # however it was loaded
     guide = DoctorGuidedLogitsProcessor.from_pretrained(names[1], alpha=1.0, beta=0.3, min_patient_prob=0.1)
     assert (guide.alpha, guide.betas, guide.min_patient_prob) == (1.0, [0.3], 0.1)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_ratio_starts_at_the_doctor_before_training(preferences, patient, tokenizer, tmp_path, by_name):
+    """A start elsewhere, or a reference that moves along, is another policy than the one that the rewards ask for."""
+    annotated = annotate_token_rewards(preferences, patient, tokenizer, faces=FACES)
+    make_llama(2).save_pretrained(tmp_path / "base")
+    settings = dict(args=config(tmp_path / "run", policy="ratio"), train_dataset=annotated, processing_class=tokenizer)
+    trainer = TFPOTrainer(model=str(tmp_path / "base") if by_name else make_llama(2), **settings)
+    batch = {name: tensor for name, tensor in next(iter(trainer.get_train_dataloader())).items() if name in BATCH}
+    logits, reference_logps = read_patient(trainer.guided_model, **batch)
+    output = trainer.model(**batch, patient_logits=logits)
+    mask = output.completion_mask
+    torch.testing.assert_close(output.doctor_logps[mask], reference_logps[mask], atol=1e-5, rtol=1e-5)
+    expected = make_llama(2)(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    expected = expected.log_softmax(-1).gather(2, batch["input_ids"][:, 1:, None])[..., 0]
+    expected = expected[batch["completion_mask"][:, 1:]]
+    torch.testing.assert_close(reference_logps[mask], expected, atol=1e-5, rtol=1e-5)
+    trainer.train()
+    again, _ = read_patient(trainer.guided_model, **batch)
+    torch.testing.assert_close(again, logits)
+    with pytest.raises(ValueError, match="already learned to guide"):
+        TFPOTrainer(model=trainer.model, **settings)
 
 
 def test_the_patient_is_needed_to_the_end(preferences, patient, tokenizer, tmp_path):

@@ -13,15 +13,18 @@
 # limitations under the License.
 
 r"""
-Guided flow: the flow is balanced under the policy that is decoded, the patient times the doctor, not the doctor's own.
+Guided flow: the flow is balanced under a language model that the doctor guides, not under the doctor's own policy.
 
-$$\log \pi(y \mid s) = \log \operatorname{softmax}\big( \log \pi_{\text{patient}} + \log \pi_{\text{doctor}} \big)$$
+$$\log \pi(y \mid s) = \log \operatorname{softmax}\big( \log \pi_{\text{guided}} + \log \pi_{\text{doctor}} \big)$$
 
-takes the place of $\log \pi_{\text{doctor}}$ in the balance, and the patient that of the reference. The doctor starts
-with a language model head of zeros, so that training starts exactly at the patient, and the doctor learns nothing but
-how to change it. It says so in its config, and is otherwise a causal language model like any other.
+takes the place of $\log \pi_{\text{doctor}}$ in the balance, and $\pi_{\text{guided}}$ that of the reference: the doctor
+before training (`policy="ratio"`), or the patient itself (`policy="guided"`). The doctor starts with a language model head
+of zeros, so that training starts exactly at what is guided, and the doctor learns nothing but how to change it: the ratio of
+the best policy to the reference, by which any patient can be multiplied. It says so in its config, and is otherwise a causal
+language model like any other.
 """
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -73,9 +76,30 @@ def is_guidance(model: "PreTrainedModel | PeftModel") -> bool:
     return bool(getattr(unwrap_peft(model).config, "guidance", None))
 
 
+def former_doctor(doctor: "PreTrainedModel | PeftModel | NamedModel") -> PreTrainedModel | NamedModel:
+    """
+    A frozen copy of the doctor as it is before training, to be guided in training in the patient's stead.
+
+    Args:
+        doctor ([`~transformers.PreTrainedModel`] or [`~trl_tfpo.named_model.NamedModel`]):
+            The language model. One that is given by name is loaded a second time, when it is first read.
+
+    Raises:
+        `ValueError`: when the doctor has an adapter, or knows nothing but how to guide.
+    """
+    if isinstance(doctor, NamedModel):
+        return NamedModel(doctor.name, **doctor.init_kwargs)
+    if is_guidance(doctor):
+        raise ValueError(
+            "With `policy='ratio'` the doctor starts as a language model, which is guided in training. Got one that has "
+            "already learned to guide; start from what it was before, or train it for its patient with `policy='guided'`."
+        )
+    return copy.deepcopy(doctor)
+
+
 def keep_patient(patient: PreTrainedModel | NamedModel, accelerator: Accelerator) -> torch.nn.Module:
     """
-    The patient next to the doctor: shared out between the processes where the engine shares out the doctor (ZeRO-3,
+    What the doctor guides, next to it: shared out between the processes where the engine shares out the doctor (ZeRO-3,
     FSDP2), otherwise whole in each. Quantized, or spread over devices, it stays as it is.
 
     Args:
@@ -109,7 +133,7 @@ def read_patient(
     completion_mask: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    What the patient says of completions, under no instruction but the prompt.
+    What the patient, or its stand-in, says of completions, under no instruction but the prompt.
 
     Args:
         patient ([`~transformers.PreTrainedModel`]):

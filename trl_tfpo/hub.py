@@ -135,7 +135,7 @@ def complete_model_card(
         annotation["patient"] = "<the patient>"
     weights = (
         f"`alpha={GUIDANCE['alpha']}`, `beta={GUIDANCE['beta']}` (product); a smaller `beta` guides less"
-        if args.policy == "guided"
+        if args.policy != "doctor"
         else "`beta=0.5`, `alpha=1 - beta` (mixture), between 0.2 and 0.8"
     )
     training = ", ".join(f"`{name}={getattr(args, name)}`" for name in TRAINING_SETTINGS)

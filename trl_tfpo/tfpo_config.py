@@ -73,9 +73,10 @@ class TFPOConfig(_BaseConfig):
         > Parameters that control the objective
 
         policy (`str`, *optional*, defaults to `"doctor"`):
-            Whose flow is balanced: `"doctor"`, the doctor alone, for which the patient is not needed once the data are
-            annotated; or `"guided"`, *guided flow*, the product of patient and doctor, which is what will be decoded.
-            The patient is then kept beside the doctor, is read once for each batch, and is the reference.
+            Whose flow is balanced: `"doctor"`, the doctor alone, which stays a language model of its own (the paper); or, by
+            *guided flow*, a language model times the doctor, which learns nothing but how to guide. With `"ratio"` that
+            model is the doctor before training, with `"guided"` the patient; it is kept beside the doctor, is read once for
+            each batch, and is the reference.
         reward_temperature (`float`, *optional*, defaults to `0.125`):
             A reward of 1 is worth `1 / reward_temperature` nats.
         reference_weight (`float`, *optional*, defaults to `1.0`):
@@ -159,8 +160,8 @@ class TFPOConfig(_BaseConfig):
     policy: str = field(
         default="doctor",
         metadata={
-            "help": "Whose flow is balanced: 'doctor', the doctor alone, or 'guided', patient times doctor, for which "
-            "the patient stays loaded."
+            "help": "Whose flow is balanced: 'doctor', the doctor alone; 'ratio', the doctor before training times the "
+            "doctor; or 'guided', patient times doctor, for which the patient stays loaded."
         },
     )
     reward_temperature: float = field(
@@ -190,8 +191,8 @@ class TFPOConfig(_BaseConfig):
         check_reward_settings(
             self.reward_direction, self.importance_temperature, self.gap_floor, self.sparsity_threshold
         )
-        if self.policy not in ("doctor", "guided"):
-            raise ValueError(f"`policy` must be 'doctor' or 'guided'. Got {self.policy!r}; try the default.")
+        if self.policy not in ("doctor", "ratio", "guided"):
+            raise ValueError(f"`policy` must be 'doctor', 'ratio' or 'guided'. Got {self.policy!r}; try 'ratio'.")
         check_flow_settings(self.reward_temperature, self.reference_weight)
         if not 0 <= self.subtb_lambda <= 1:
             raise ValueError(

@@ -41,7 +41,7 @@ from .atomic import check_writable
 from .checkpoints import check_loss, kept_whole, resolve_checkpoint
 from .data_collator import TokenRewardCollator
 from .faces import Faces
-from .guided_flow import keep_patient, read_patient, save_guidance
+from .guided_flow import former_doctor, keep_patient, read_patient, save_guidance
 from .hub import complete_model_card, save_custom_generate
 from .modeling_doctor import make_doctor, set_head_learning_rate
 from .named_model import NamedModel, resolve_model
@@ -194,6 +194,7 @@ class TFPOTrainer(_BaseTrainer):
         defaults = {"device_map": None} if args.distributed_state.num_processes > 1 else {}  # the engine places it
         defaults["trust_remote_code"] = args.trust_remote_code
         model = resolve_model(model, "model", quantization_config, **defaults | (args.model_init_kwargs or {}))
+        former = former_doctor(model) if args.policy == "ratio" else None
         model = model.loaded if isinstance(model, NamedModel) else model
         if model.config.is_encoder_decoder:
             raise ValueError(
@@ -208,7 +209,7 @@ class TFPOTrainer(_BaseTrainer):
         check_embeddings("doctor", model, processing_class)
 
         # Value head and PEFT
-        model = make_doctor(model, peft_config, guides=args.policy == "guided")
+        model = make_doctor(model, peft_config, guides=args.policy != "doctor")
         keep_differentiable(model)
         if is_peft_model(model) and args.gradient_checkpointing:
             model.enable_input_require_grads()
@@ -286,12 +287,15 @@ class TFPOTrainer(_BaseTrainer):
             )
 
         keep_output_precision(self.accelerator)
+        self.guided_model = former
         if args.policy == "guided":
             check_patient(self.patient_model, processing_class)
-            self.patient_model = keep_patient(self.patient_model, self.accelerator)
+            self.guided_model = self.patient_model
+        if self.guided_model is not None:
+            self.guided_model = keep_patient(self.guided_model, self.accelerator)
 
         # Reference log-probabilities
-        self._has_reference = args.reference_weight > 0 and args.policy == "doctor"  # otherwise the patient, if any
+        self._has_reference = args.reference_weight > 0 and args.policy == "doctor"  # otherwise what is guided
         self._reference_fingerprint = model_fingerprint(self.model) if self._has_reference else None
         self.train_dataset = self._add_reference_logps(self.train_dataset)
         self.eval_dataset = self._add_reference_logps(self.eval_dataset)
@@ -398,11 +402,11 @@ class TFPOTrainer(_BaseTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         tokens = {name: inputs[name] for name in ("input_ids", "attention_mask", "completion_mask")}
-        if self.args.policy == "guided":
-            patient_logits, reference_logps = read_patient(self.patient_model, **tokens)
-            outputs = model(**tokens, patient_logits=patient_logits)
-        else:
+        if self.guided_model is None:
             outputs, reference_logps = model(**tokens), inputs.get("reference_logps")
+        else:
+            patient_logits, reference_logps = read_patient(self.guided_model, **tokens)
+            outputs = model(**tokens, patient_logits=patient_logits)
         loss, metrics = self.objective(
             **outputs,
             token_rewards=inputs["token_rewards"],

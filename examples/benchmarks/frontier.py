@@ -28,7 +28,8 @@ All methods (`methods.py` says what they are) are given the same preference pair
 several settings, the best is taken for each attribute, by its mean efficiency on validation prompts near the second and the
 third of the KLs, with the first seed; all seeds are trained with it and measured on samples for test prompts. Strengths are
 looked for on validation prompts too, on weighed samples of the patient (`patient_samples.py`), and efficiency is interpolated
-between those that were measured.
+between those that were measured. KL and efficiency of what guides are weighed on test prompts as well: all such methods, and the
+frontier, then rest on the same texts. Everything else is of texts sampled from each policy.
 
 What is measured is a line of the output at once: a run that was cut short goes on where it stopped, and several may share
 the work (`--methods`, `--attributes`), each with an output of its own, all of which `--report` reads together.
@@ -50,7 +51,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from methods import METHODS, Method, Policy, Task
+from methods import METHODS, Method, Task
 from patient_samples import Guide
 from tqdm import tqdm
 
@@ -154,6 +155,7 @@ def measure_all(args: argparse.Namespace) -> None:
 def measure(name: str, method: Method, task: Task, kls: list[float], output: Path, *, first_seed: int) -> None:
     """Append the rows of a method that the output does not have yet."""
     key = {"method": name, "attribute": task.attribute, "seed": task.seed}
+    trained = {}  # by settings, as the best of those that were tried is measured afterwards
     for settings, split in [(settings, "validation") for settings in method.grid] + [(None, "test")]:
         if split == "validation" and (len(method.grid) == 1 or task.seed != first_seed):
             continue
@@ -162,30 +164,35 @@ def measure(name: str, method: Method, task: Task, kls: list[float], output: Pat
         key |= {"settings": settings, "split": split}
         if read(output, **key):
             continue
-        _ = task.pairs  # drawn before the clock starts, and once for all settings of a task
-        start = time.process_time()
-        policy = method.policy(task, **settings)
-        seconds = time.process_time() - start
+        if (shown := json.dumps(settings)) not in trained:
+            _ = task.gaps  # read before the clock starts, and once for all settings of a task
+            start = time.process_time()
+            trained[shown] = method.policy(task, **settings), time.process_time() - start
+        policy, seconds = trained[shown]
         targets = kls if split == "test" else kls[1:3]
-        strengths, rows = method.strengths, []
-        if strengths is None:
+        if method.strengths is None:
             rows = follow(task, policy, targets, method.largest)
-            strengths, policy = [row["beta"] for row in rows], guided(policy)
-        if split == "test" or not rows:  # on validation prompts, what was weighed is enough
+            if split == "test":  # on validation prompts, what was weighed is enough
+                rows = sample(task, policy, [row["beta"] for row in rows], method.largest)
+        else:
             comparison = task.comparison(split)
-            rows = [describe(policy(comparison, x), comparison) for x in strengths]
+            rows = [describe(policy(comparison, x), comparison) for x in method.strengths]
         lines = [json.dumps(key | {"train_seconds": seconds} | row) + "\n" for row in rows]
         with output.open("a", encoding="utf-8") as file:  # all of them or none
             file.write("".join(lines))
 
 
-def guided(guide: Guide) -> Policy:
-    return lambda comparison, strength: comparison.add("guided", guide(strength), beta=strength)
+def sample(task: Task, guide: Guide, strengths: list[float], largest: float) -> list[dict]:
+    """On test prompts: what is said at each strength; KL and efficiency are weighed, as noise is then shared with others."""
+    samples, comparison = task.samples("test"), task.comparison("test")
+    weighed = samples.follow(guide, samples.heard(guide(largest)), strengths, attribute=task.attribute)
+    rows = [comparison.add("guided", guide(strength), beta=strength) for strength in strengths]
+    return [describe(row | near, comparison) for row, near in zip(rows, weighed, strict=True)]
 
 
 def follow(task: Task, guide: Guide, kls: list[float], largest: float) -> list[dict]:
     """Where the KL is near each of the wanted ones, or as near as it comes: strength, KL and efficiency."""
-    samples, doctor_logits = task.patient_samples, task.patient_samples.heard(guide(largest))
+    samples, doctor_logits = task.samples("validation"), task.samples("validation").heard(guide(largest))
     follow = functools.partial(samples.follow, guide, doctor_logits, attribute=task.attribute)
     points = [(row["kl"] ** 0.5, row["beta"]) for row in follow([largest * x for x in SHARES], max_kl=max(kls))]
     points = sorted([(0.0, 0.0), *points])

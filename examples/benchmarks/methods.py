@@ -34,8 +34,9 @@ from peft import LoraConfig
 from transformers import AutoModelForSequenceClassification, DynamicCache, PreTrainedModel, Trainer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
-from trl_tfpo import DoctorGuidedLogitsProcessor, TFPOConfig, TFPOTrainer
+from trl_tfpo import DoctorGuidedLogitsProcessor, TFPOConfig, TFPOTrainer, annotate_token_rewards
 from trl_tfpo.evaluation import RewardModel, best_of_n
+from trl_tfpo.functional import token_rewards
 from trl_tfpo.objective import tfpo_objective
 from trl_tfpo.testbed import Comparison, World, load_world
 from trl_tfpo.testbed.language import MAX_NEW_TOKENS
@@ -63,14 +64,42 @@ class Task:
     def pairs(self) -> Dataset:
         return self.world.preference_dataset(self.attribute, num_pairs=self.num_pairs, seed=self.seed)
 
+    @cached_property
+    def gaps(self) -> Dataset:
+        """The pairs, and the gap of the patient's faces at each token: read once, whatever is made of it."""
+        faces, settings = self.world.attributes[self.attribute].faces, dict(batch_size=256, sparsity_threshold=0.0)
+        return annotate_token_rewards(self.pairs, self.world.patient, self.world.tokenizer, faces=faces, **settings)
+
+    def rewarded(self, settings: dict) -> Dataset:
+        """The pairs with token rewards, as `annotate_token_rewards` would give them."""
+        names = ("reward_direction", "importance_temperature", "gap_floor", "sparsity_threshold")
+        chosen = {name: settings[name] for name in names if name in settings}
+
+        def add_rewards(pair: dict) -> dict:
+            rewards = {}
+            for side, sign in (("chosen", 1.0), ("rejected", -1.0)):
+                gap = torch.tensor([pair[f"{side}_gaps"]])
+                mask, zero = torch.ones_like(gap, dtype=torch.bool), torch.zeros_like(gap)
+                logps = dict(positive_logps=gap, negative_logps=zero, completion_mask=mask)
+                found = token_rewards(**logps, preference_sign=torch.tensor([sign]), **chosen)
+                rewards[f"{side}_token_rewards"] = found[0].tolist()
+            return rewards
+
+        return self.gaps.map(add_rewards)
+
     def fresh(self, name: str) -> PreTrainedModel:
         """A copy of the patient or of the doctor, to be trained."""
         return getattr(load_world(self.weights), name)
 
     @cached_property
-    def patient_samples(self) -> PatientSamples:
-        """As many as the frontier of a comparison rests on, on validation prompts, drawn once."""
-        return draw(self.world, 4 * self.num_samples_per_prompt, self.seed)
+    def _samples(self) -> dict[str, PatientSamples]:
+        return {}
+
+    def samples(self, split: str) -> PatientSamples:
+        """As many as the frontier of a comparison rests on, on the prompts of a split, drawn once."""
+        if split not in self._samples:
+            self._samples[split] = draw(self.world, 4 * self.num_samples_per_prompt, self.seed, split)
+        return self._samples[split]
 
     @cached_property
     def _comparisons(self) -> dict[str, Comparison]:
@@ -131,9 +160,8 @@ def train_tfpo(task: Task, objective=None, **settings) -> PreTrainedModel:
             model=doctor,
             patient_model=task.world.patient,
             args=TFPOConfig(**task.common(folder), scoring_batch_size=256, **settings),
-            train_dataset=task.pairs,
+            train_dataset=task.rewarded(settings),
             processing_class=task.world.tokenizer,
-            faces=task.world.attributes[task.attribute].faces,
             objective=objective,
         )
         train(trainer)

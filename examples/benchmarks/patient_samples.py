@@ -103,9 +103,9 @@ def logits_of(model: PreTrainedModel, ids: torch.Tensor, completion_mask: torch.
     return torch.cat([model(input_ids=ids).logits[:, :-1][mask[:, 1:]] for ids, mask in parts])
 
 
-def draw(world: World, num_samples_per_prompt: int, seed: int) -> PatientSamples:
-    """Samples of the patient on validation prompts."""
-    prompts = world.prompts("validation")
+def draw(world: World, num_samples_per_prompt: int, seed: int, split: str) -> PatientSamples:
+    """Samples of the patient on the prompts of a split."""
+    prompts = world.prompts(split)
     completions = generate_completions(
         world.patient,
         world.tokenizer,

@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
             key = {"attribute": attribute, "seed": seed, "change": change}
             if read(args.output, **key):
                 continue
-            found = efficiencies(task.patient_samples, train_tfpo(task, **RATE | CHANGES[change]), attribute)
+            found = efficiencies(task.samples("validation"), train_tfpo(task, **RATE | CHANGES[change]), attribute)
             with args.output.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(key | found) + "\n")
     rows = [row for row in read(args.output) if (row["seed"], row["attribute"]) in cases]
