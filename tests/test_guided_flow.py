@@ -42,14 +42,16 @@ def tokens_of(output):
     return output.doctor_logps[output.completion_mask]  # (N,), row by row
 
 
+@pytest.mark.parametrize("scale", [{}, {"logit_scale": 2.0}], ids=["fused", "of logits"])
 @pytest.mark.parametrize("patient_vocab", [22, 30, 20], ids=["same", "padded patient", "padded doctor"])
-def test_log_probabilities_and_gradients_are_those_of_the_product(patient_vocab):
+def test_log_probabilities_and_gradients_are_those_of_the_product(patient_vocab, scale):
     """The normaliser runs over the vocabulary and depends on the doctor: without its gradient another policy is trained."""
     size = min(22, patient_vocab)
-    doctor, twin, patient = make_llama(3), make_llama(3), make_llama(1, vocab_size=patient_vocab)
+    doctor, twin, patient = make_llama(3), make_llama(3), make_llama(1, vocab_size=patient_vocab, hidden_size=24)
+    vars(patient.config).update(scale)  # one that Llama does not look at, but others do: then the logits are asked
     add_value_head(doctor)
-    patient_logits, reference_logps = read_patient(patient, **BATCH)
-    found = tokens_of(doctor(**BATCH, patient_logits=patient_logits))
+    guided, reference_logps = read_patient(patient, **BATCH)
+    found = tokens_of(doctor(**BATCH, guided=guided))
     found.square().sum().backward()
 
     patient_logps = plain_logits(patient).log_softmax(-1).detach()
@@ -126,7 +128,7 @@ class TestTraining:
             assert parameter.equal(trainer.guided_model.get_parameter(name))
         batch = {name: tensor for name, tensor in next(iter(trainer.get_train_dataloader())).items() if name in BATCH}
         trainer.model.eval()
-        output = trainer.model(**batch, patient_logits=read_patient(patient, **batch)[0])
+        output = trainer.model(**batch, guided=read_patient(patient, **batch)[0])
         guide = DoctorGuidedLogitsProcessor.from_pretrained(trainer.args.output_dir)
         assert (guide.alpha, guide.betas) == (1.0, [1.0])
         for row, ids in enumerate(batch["input_ids"]):
@@ -181,8 +183,8 @@ def test_a_ratio_starts_at_the_doctor_before_training(preferences, patient, toke
     settings = dict(args=config(tmp_path / "run", policy="ratio"), train_dataset=annotated, processing_class=tokenizer)
     trainer = TFPOTrainer(model=str(tmp_path / "base") if by_name else make_llama(2), **settings)
     batch = {name: tensor for name, tensor in next(iter(trainer.get_train_dataloader())).items() if name in BATCH}
-    logits, reference_logps = read_patient(trainer.guided_model, **batch)
-    output = trainer.model(**batch, patient_logits=logits)
+    guided, reference_logps = read_patient(trainer.guided_model, **batch)
+    output = trainer.model(**batch, guided=guided)
     mask = output.completion_mask
     torch.testing.assert_close(output.doctor_logps[mask], reference_logps[mask], atol=1e-5, rtol=1e-5)
     expected = make_llama(2)(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
@@ -191,7 +193,7 @@ def test_a_ratio_starts_at_the_doctor_before_training(preferences, patient, toke
     torch.testing.assert_close(reference_logps[mask], expected, atol=1e-5, rtol=1e-5)
     trainer.train()
     again, _ = read_patient(trainer.guided_model, **batch)
-    torch.testing.assert_close(again, logits)
+    torch.testing.assert_close(again.logits(), guided.logits())
     with pytest.raises(ValueError, match="already learned to guide"):
         TFPOTrainer(model=trainer.model, **settings)
 

@@ -23,6 +23,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -44,6 +46,7 @@ from trl.trainer.utils import create_model_from_path  # dtype and device rules f
 
 __all__ = [
     "FakeTensorMode",
+    "LabelledStates",
     "TorchDispatchMode",
     "_BaseConfig",
     "_BaseTrainer",
@@ -51,6 +54,7 @@ __all__ = [
     "adapter_layers",
     "fused_lm_head",
     "fused_logps",
+    "has_plain_head",
     "inference",
     "is_peft_model",
     "is_sharded",
@@ -216,27 +220,61 @@ def fused_lm_head(model: PreTrainedModel) -> Iterator[None]:
             base.forward = patched
 
 
-def fused_logps(
-    forward: Callable[..., ModelOutput], model: PreTrainedModel, labels: torch.LongTensor, /, **inputs
-) -> torch.Tensor:
+class LabelledStates(NamedTuple):
     """
-    Log-probabilities (B, L - 1) of `labels` (B, L) after their first column, zero where a label is -100.
+    Hidden states (N, H) of a model where N labels are predicted, and its head: weights (V, H) and a bias (V,) or None.
+
+    They stand for the logits (N, V), which are never held.
+    """
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def logits(self) -> torch.Tensor:
+        """The logits (N, V), float32, after all."""
+        return torch.nn.functional.linear(self.hidden, self.weight, self.bias).float()
+
+
+def has_plain_head(model: PreTrainedModel) -> bool:
+    """Whether logits are the head's product with the last hidden states, nothing more, and the head is whole, in floats."""
+    config, weight = unwrap_peft(model).config.get_text_config(), model.get_output_embeddings().weight
+    scales = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+    is_plain = all(getattr(config, name, None) in (None, 1) for name in scales)
+    return is_plain and weight.is_floating_point() and weight.dim() == 2 and not is_sharded(model)
+
+
+def fused_logps(
+    forward: Callable[..., ModelOutput],
+    model: PreTrainedModel,
+    labels: torch.LongTensor,
+    /,
+    guided: LabelledStates | None = None,
+    **inputs,
+) -> tuple[torch.Tensor, LabelledStates]:
+    """
+    Log-probabilities (B, L - 1) of `labels` (B, L) after their first column, zero where a label is -100, and what they were
+    made of, without gradients.
 
     `forward` is the model's, with TRL's fused head. That projects every position to the vocabulary where there is no
     Triton, prompts and padding included; here only those that predict a label reach it. Nor do its tiles, made for
     Triton, fit a processor's cache: there smaller ones take a third of the time, and little memory.
+
+    With `guided` they are those of the product of two models: the sum of their logits is one product as well, of their
+    hidden states side by side with a head as wide as both, over the ids that both have.
     """
     has_label = labels[:, 1:] != -100
     tile_width = trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
     try:
         if not trl_utils._use_triton(model.get_output_embeddings().weight.device):
             trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = TILE_WIDTH
-        with _only_labelled(model, has_label):
+        with _only_labelled(model, has_label, guided) as kept, _wide_head(model, guided):
             outputs = forward(**inputs, shift_labels=labels[:, 1:][has_label][None], fused_lm_head=True)
     finally:
         trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = tile_width
-    log_probs = outputs.log_probs[0]
-    return log_probs.new_zeros(has_label.shape).masked_scatter(has_label.to(log_probs.device), log_probs)
+    log_probs, head = outputs.log_probs[0], model.get_output_embeddings()
+    states = LabelledStates(kept[0].detach(), head.weight.detach(), None if head.bias is None else head.bias.detach())
+    return log_probs.new_zeros(has_label.shape).masked_scatter(has_label.to(log_probs.device), log_probs), states
 
 
 def labelled_logits(
@@ -248,19 +286,45 @@ def labelled_logits(
 
 
 @contextmanager
-def _only_labelled(model: PreTrainedModel, has_label: torch.Tensor) -> Iterator[None]:
-    """Within the context the language model head is given one row: the positions (B, L - 1) that predict a label."""
+def _only_labelled(
+    model: PreTrainedModel, has_label: torch.Tensor, guided: LabelledStates | None = None
+) -> Iterator[list[torch.Tensor]]:
+    """
+    Within the context the language model head is given one row: the positions (B, L - 1) that predict a label, with the
+    states of what is guided beside them. The list that it yields will hold the hidden states (N, H) of the model itself.
+    """
+    kept = []
 
     def keep_labelled(_, args, output):
         hidden_states = output.last_hidden_state
-        output.last_hidden_state = hidden_states[:, :-1][has_label.to(hidden_states.device)][None]
+        kept[:] = [hidden_states[:, :-1][has_label.to(hidden_states.device)]]
+        beside = [] if guided is None else [guided.hidden.to(kept[0])]
+        output.last_hidden_state = torch.cat([*kept, *beside], dim=-1)[None]
         return output
 
     hook = unwrap_peft(model).base_model.register_forward_hook(keep_labelled)
     try:
-        yield
+        yield kept
     finally:
         hook.remove()
+
+
+@contextmanager
+def _wide_head(model: PreTrainedModel, guided: LabelledStates | None) -> Iterator[None]:
+    """Within the context the head that TRL looks up is that of the model and that of what is guided, side by side."""
+    if guided is None:
+        yield
+        return
+    base, head = unwrap_peft(model), model.get_output_embeddings()
+    size = min(len(head.weight), len(guided.weight))
+    weight = torch.cat([head.weight[:size], guided.weight[:size].to(head.weight)], dim=1)
+    biases = [bias[:size].to(weight) for bias in (head.bias, guided.bias) if bias is not None]
+    wide = SimpleNamespace(weight=weight, bias=sum(biases) if biases else None)
+    base.get_output_embeddings = lambda: wide
+    try:
+        yield
+    finally:
+        del base.get_output_embeddings
 
 
 @contextmanager

@@ -35,7 +35,18 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from ._compat import inference, labelled_logits, load_shared_out, share_out, shares_out, unwrap_peft
+from ._compat import (
+    LabelledStates,
+    fused_lm_head,
+    fused_logps,
+    has_plain_head,
+    inference,
+    labelled_logits,
+    load_shared_out,
+    share_out,
+    shares_out,
+    unwrap_peft,
+)
 from .atomic import FORMAT, check_format
 from .named_model import NamedModel, check_there
 
@@ -131,7 +142,7 @@ def read_patient(
     input_ids: torch.LongTensor,
     attention_mask: torch.Tensor,
     completion_mask: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[LabelledStates | torch.Tensor, torch.Tensor]:
     """
     What the patient, or its stand-in, says of completions, under no instruction but the prompt.
 
@@ -146,19 +157,25 @@ def read_patient(
             One run of N completion tokens in all rows together, boolean.
 
     Returns:
-        `torch.Tensor` of shape `(N, V)`: logits where completion tokens are predicted, row by row, float32; and
+        [`~trl_tfpo._compat.LabelledStates`] or `torch.Tensor` of shape `(N, V)`: what stands for the logits where completion
+        tokens are predicted, row by row, or the logits themselves, float32, of a model for which that is not enough; and
         `torch.Tensor` of shape `(B, T)`: log-probabilities of the completion tokens in nats, left-aligned, zero after.
     """
-    labels = input_ids.masked_fill(~completion_mask, -100)
+    labels, inputs = (
+        input_ids.masked_fill(~completion_mask, -100),
+        dict(input_ids=input_ids, attention_mask=attention_mask),
+    )
     with inference(patient):
-        logits = labelled_logits(
-            patient, patient, labels, input_ids=input_ids, attention_mask=attention_mask
-        )  # (N, V)
-    logits = logits.to(input_ids.device)
-    logps = logits.log_softmax(dim=-1).gather(1, input_ids[completion_mask][:, None]).squeeze(1)  # (N,)
+        if has_plain_head(patient):
+            with fused_lm_head(patient):
+                log_probs, guided = fused_logps(patient, patient, labels, **inputs)
+            logps = log_probs.float().to(input_ids.device)[completion_mask[:, 1:]]  # (N,)
+        else:
+            guided = labelled_logits(patient, patient, labels, **inputs).to(input_ids.device)  # (N, V)
+            logps = guided.log_softmax(dim=-1).gather(1, input_ids[completion_mask][:, None]).squeeze(1)  # (N,)
     num_tokens = completion_mask.sum(dim=1)  # (B,)
     is_token = torch.arange(int(num_tokens.max()), device=logps.device) < num_tokens[:, None]  # (B, T)
-    return logits, logps.new_zeros(is_token.shape).masked_scatter(is_token, logps)
+    return guided, logps.new_zeros(is_token.shape).masked_scatter(is_token, logps)
 
 
 def save_guidance(model: "PreTrainedModel | PeftModel", output_dir: str | os.PathLike) -> None:

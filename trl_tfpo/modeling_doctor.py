@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput, cached_file
 from trl.trainer import add_fused_lm_head
 
-from ._compat import fused_logps, is_peft_model, labelled_logits, unwrap_peft
+from ._compat import LabelledStates, fused_logps, has_plain_head, is_peft_model, labelled_logits, unwrap_peft
 from .functional import guided_logps
 from .guided_flow import is_guidance, load_guidance, start_guidance
 
@@ -91,8 +91,8 @@ def add_value_head(model: PreTrainedModel) -> None:
 
     `model(input_ids, attention_mask, completion_mask=mask)` then returns a [`DoctorOutput`], where `mask` of shape
     `(B, L)` marks the completion in each row (one run of tokens, at least one token after the start of the row).
-    Given `patient_logits` of shape `(N, V)` as well, from [`~trl_tfpo.guided_flow.read_patient`], its log-probabilities
-    are those of the patient that it guides, patient times doctor.
+    Given `guided` as well, from [`~trl_tfpo.guided_flow.read_patient`], its log-probabilities are those of what it guides,
+    patient times doctor.
     Without `completion_mask` the forward is the original one, so `generate` is unchanged. The head is the submodule
     `value_head`: it is saved with the model, and ignored when the folder is loaded as a plain causal language model.
 
@@ -115,7 +115,7 @@ def add_value_head(model: PreTrainedModel) -> None:
     fused_forward = base.forward
 
     @functools.wraps(type(base).forward)
-    def forward(self, *args, completion_mask=None, patient_logits=None, **kwargs):
+    def forward(self, *args, completion_mask=None, guided=None, **kwargs):
         if completion_mask is None:
             return fused_forward(*args, **kwargs)
         captured = []
@@ -123,11 +123,12 @@ def add_value_head(model: PreTrainedModel) -> None:
         try:
             labels = kwargs["input_ids"].masked_fill(~completion_mask, -100)
             one_forward = functools.partial(fused_forward, *args)
-            if patient_logits is None:
-                log_probs = fused_logps(one_forward, self, labels, **kwargs)  # (B, L - 1)
+            if guided is None or (isinstance(guided, LabelledStates) and has_plain_head(self)):
+                log_probs, _ = fused_logps(one_forward, self, labels, guided=guided, **kwargs)  # (B, L - 1)
             else:
                 logits = labelled_logits(one_forward, self, labels, **kwargs)  # (N, V)
-                log_probs = guided_token_logps(logits, patient_logits, labels)
+                guided_logits = guided.logits() if isinstance(guided, LabelledStates) else guided
+                log_probs = guided_token_logps(logits, guided_logits, labels)
         finally:
             hook.remove()
         log_values = getattr(self, VALUE_HEAD)(captured[0]).to(log_probs.device)  # (B, L)

@@ -164,9 +164,9 @@ def _score_rows(model: PreTrainedModel, rows: list[tuple[list[int], list[list[in
     inputs = {"attention_mask": (branch != PADDING_BRANCH).long()}
     if branch.max() > 1:
         inputs = {"attention_mask": _branch_mask(branch, model), "position_ids": pad(positions, 0)}
-    log_probs = fused_logps(model, model, pad(labels, -100), input_ids=pad(ids, 0), **inputs).float()  # (B, L - 1)
+    log_probs, _ = fused_logps(model, model, pad(labels, -100), input_ids=pad(ids, 0), **inputs)  # (B, L - 1)
     scored = []
-    for row, (prompt, completions) in zip(log_probs.cpu(), rows, strict=True):
+    for row, (prompt, completions) in zip(log_probs.float().cpu(), rows, strict=True):
         ends = torch.tensor([len(completion) + 1 for completion in completions]).cumsum(0) + len(prompt) - 2
         scored.append([row[end - len(one) : end] for end, one in zip(ends.tolist(), completions, strict=True)])
     return scored

@@ -405,8 +405,8 @@ class TFPOTrainer(_BaseTrainer):
         if self.guided_model is None:
             outputs, reference_logps = model(**tokens), inputs.get("reference_logps")
         else:
-            patient_logits, reference_logps = read_patient(self.guided_model, **tokens)
-            outputs = model(**tokens, patient_logits=patient_logits)
+            guided, reference_logps = read_patient(self.guided_model, **tokens)
+            outputs = model(**tokens, guided=guided)
         loss, metrics = self.objective(
             **outputs,
             token_rewards=inputs["token_rewards"],
