@@ -72,7 +72,14 @@ WORLD_SETTINGS = dict(
     dataloader_pin_memory=False,
 )
 # Decoded with alpha=1.0
-PUBLISHED = dict(reward_direction="label", importance_temperature=1.0, gap_floor=1e-6, reference_weight=0.0)
+PUBLISHED = dict(
+    reward_direction="label",
+    importance_temperature=1.0,
+    gap_floor=1e-6,
+    policy="doctor",
+    reward_temperature=0.125,
+    reference_weight=0.0,
+)
 
 
 @dataclass

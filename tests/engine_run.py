@@ -17,7 +17,7 @@ What `test_engines.py` launches: raw preferences, a patient and a doctor by name
 
     accelerate launch --config_file ENGINE.yaml engine_run.py FOLDER OUTPUT JOB [JOB ...]
 
-A job is `full`, `lora` or `guided`, with `-undivided` to take each step without accumulation, or with `-resumed` to go on from
+A job is `full`, `lora`, `ratio` or `guided`, with `-undivided` to take each step without accumulation, or with `-resumed` to go on from
 the second checkpoint of the job before it. FOLDER has `preferences.jsonl`, `patient` and `doctor`. OUTPUT/JOB becomes the saved
 doctor, OUTPUT/JOB.json what was seen.
 """
@@ -48,7 +48,7 @@ def run(folder: Path, output: Path, job: str) -> None:
     accumulation = 2 if num_processes > 1 and how != "undivided" else 1
     args = TFPOConfig(
         str(output / method),
-        policy="guided" if method == "guided" else "doctor",
+        policy=method if method in ("ratio", "guided") else "doctor",
         max_steps=3,
         per_device_train_batch_size=GLOBAL_BATCH // num_processes // accumulation,
         gradient_accumulation_steps=accumulation,
@@ -101,7 +101,7 @@ def run(folder: Path, output: Path, job: str) -> None:
             "seen": seen,
             "engine": trainer.accelerator.distributed_type.value,
             "is_sharded": is_sharded(trainer.model),
-            "patient_is_sharded": method == "guided" and is_sharded(trainer.patient_model),
+            "guided_is_sharded": trainer.guided_model is not None and is_sharded(trainer.guided_model),
         }
         (output / f"{job}.json").write_text(json.dumps(report), encoding="utf-8")
 

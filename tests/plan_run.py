@@ -43,6 +43,7 @@ def run(folder: Path) -> None:
     """Two steps, then bytes of weights and of the optimizer, next to those of the plan."""
     args = TFPOConfig(
         str(folder / "run"),
+        policy="doctor",
         max_steps=2,
         per_device_train_batch_size=2,
         report_to="none",

@@ -40,8 +40,10 @@ pytest.importorskip("bitsandbytes")
 ROOT = Path(__file__).parents[1]
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="float32")
 JOBS = ["full-undivided", "full", "full-resumed", "lora", "lora-resumed"]
-GUIDED = ["guided", "guided-resumed"]
-WEIGHTS = dict(full="model.safetensors", guided="model.safetensors", lora="adapter_model.safetensors")
+GUIDED = ["ratio", "guided", "guided-resumed"]
+WEIGHTS = dict(
+    full="model.safetensors", guided="model.safetensors", ratio="model.safetensors", lora="adapter_model.safetensors"
+)
 
 pytestmark = pytest.mark.slow
 
@@ -110,7 +112,7 @@ def test_engine_equals_one_process(one_process, tmp_path, engine, jobs):
         seen = report(tmp_path, job)
         assert seen["engine"] == {"d": "MULTI_CPU", "z": "DEEPSPEED", "f": "FSDP"}[engine[0]]
         assert seen["is_sharded"] == (engine in ("zero3", "fsdp2"))
-        assert seen["patient_is_sharded"] == (seen["is_sharded"] and method == "guided")
+        assert seen["guided_is_sharded"] == (seen["is_sharded"] and method in ("ratio", "guided"))
 
         found, expected = steps(tmp_path, job), steps(one_process / "one", method)
         assert len(found) == len(expected) == 3

@@ -164,13 +164,14 @@ def test_parameters_and_bytes_are_those_of_the_loaded_doctor(tmp_path, is_tied, 
         peft_config=peft_config,
     )
     loaded = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, quantization_config=quantization)
+    former = loaded_bytes(loaded)  # a copy is guided in training
     if quantization is None:
-        sizes = [parameter.numel() for parameter in make_doctor(loaded, peft_config).parameters()]
+        sizes = [parameter.numel() for parameter in make_doctor(loaded, peft_config, guides=True).parameters()]
         assert plan.doctor_parameters == sum(sizes)
     else:
-        make_doctor(loaded, peft_config)
+        make_doctor(loaded, peft_config, guides=True)
     assert plan.trainable_parameters == sum(p.numel() for p in loaded.parameters() if p.requires_grad)
-    assert plan.memory[-1].weights == loaded_bytes(loaded)
+    assert plan.memory[-1].weights == loaded_bytes(loaded) + former
     assert plan.memory[-1].gradients == sum(p.nbytes for p in loaded.parameters() if p.requires_grad)
 
 
@@ -198,7 +199,7 @@ def test_engines_share_out_what_they_say(tmp_path):
     model = make_doctor(make_llama(2))
     size = sum(parameter.numel() for parameter in model.parameters())
     layer = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
-    plan = plan_of(tmp_path, make_llama(2).config, num_processes=4)
+    plan = plan_of(tmp_path, make_llama(2).config, num_processes=4, args=config(tmp_path, policy="doctor"))
     found = {row.phase.removeprefix("training, "): (row.weights, row.gradients, row.optimizer) for row in plan.memory}
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     expected = {
@@ -211,6 +212,15 @@ def test_engines_share_out_what_they_say(tmp_path):
     assert list(found) == ["annotation", "reference", *expected]
     for engine, (weights, gradients, optimizer) in expected.items():
         assert found[engine] == pytest.approx((weights + buffers, gradients, optimizer), abs=1), engine
+
+    # A ratio has a head of its own, of as many parameters as the doctor's was, and a copy of the doctor beside it
+    ratio = plan_of(tmp_path, make_llama(2).config, num_processes=4)
+    copied = 4 * make_llama(2).num_parameters() + buffers
+    for row in ratio.memory[1:]:
+        engine = row.phase.removeprefix("training, ")
+        beside = copied / 4 if engine in ("ZeRO-3", "FSDP2") else copied
+        assert row.weights == pytest.approx(found[engine][0] + beside, abs=1), engine
+    assert [row.phase for row in ratio.memory[:2]] == ["annotation", "training, DDP"]
 
 
 @pytest.mark.slow
@@ -345,8 +355,8 @@ def count_tokens(model, counts, name):
     model.get_input_embeddings().register_forward_pre_hook(hook)
 
 
-@pytest.mark.parametrize("sliding_window", [None, 16])
-def test_counts_are_what_the_trainer_does(tmp_path, monkeypatch, sliding_window):
+@pytest.mark.parametrize(("sliding_window", "policy"), [(None, "doctor"), (16, "ratio")])
+def test_counts_are_what_the_trainer_does(tmp_path, monkeypatch, sliding_window, policy):
     """Someone rents by the token and by the step."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     sizes = make_llama(1, 32).config.to_dict()
@@ -360,6 +370,7 @@ def test_counts_are_what_the_trainer_does(tmp_path, monkeypatch, sliding_window)
     rows = conversational_rows(130)
     args = config(
         tmp_path,
+        policy=policy,
         num_train_epochs=2,
         per_device_train_batch_size=8,
         gradient_accumulation_steps=3,
@@ -380,14 +391,17 @@ def test_counts_are_what_the_trainer_does(tmp_path, monkeypatch, sliding_window)
         processing_class=make_tokenizer(),
         faces=FACES,
     )
-    reference_tokens = counts["doctor"]
+    reference_tokens = counts.get("doctor", 0)
     trainer.train()
     assert plan.annotation_tokens == counts["annotation"]
     assert plan.reference_tokens == reference_tokens
-    assert 2 * plan.training_tokens == counts["doctor"] - reference_tokens
+    num_readers = 2 if policy == "ratio" else 1  # the copy of a ratio's doctor reads what it reads, and is counted too
+    assert 2 * plan.training_tokens * num_readers == counts["doctor"] - reference_tokens
     assert plan.num_update_steps == trainer.state.global_step == 12
     assert len(trainer.train_dataset) == plan.num_pairs == 130
-    assert 2 * plan.num_shards == len(list((tmp_path / "cache" / "trl_tfpo").rglob("*.arrow"))) == 4
+    num_scores = 1 if policy == "ratio" else 2  # rewards, and the reference
+    assert num_scores * plan.num_shards == len(list((tmp_path / "cache" / "trl_tfpo").rglob("*.arrow")))
+    assert plan.num_shards == 2
     lengths = [len(r["prompt_ids"]) + len(r[n]) for r in trainer.train_dataset for n in ("chosen_ids", "rejected_ids")]
     assert plan.longest_row == max(lengths)
 
@@ -494,11 +508,11 @@ def test_memory_of_the_recipes_is_what_they_say(path, tmp_path):
     )
     assert plan.longest_row == args.max_length
     totals = {row.phase: f"{row.total / GIB:.1f}" for row in plan.memory}
-    figures = [totals["annotation"], totals["reference"], totals[f"training, {engine}"]]
-    assert "annotation {} GiB, reference {} GiB, training {} GiB".format(*figures) in head.replace("\n# ", " ")
+    figures = [totals["annotation"], totals[f"training, {engine}"]]
+    assert "annotation {} GiB, training {} GiB".format(*figures) in head.replace("\n# ", " ")
     (line,) = re.findall(rf"^\| `{path.name}` .*$", (ROOT / "docs/scale.md").read_text(encoding="utf-8"), re.MULTILINE)
     cells = [cell.strip() for cell in line.split("|")[1:-1]]
-    assert cells[-3:] == figures and str(num_processes) in cells[3]
+    assert cells[-2:] == figures and str(num_processes) in cells[3]
 
 
 @pytest.mark.slow

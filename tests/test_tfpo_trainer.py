@@ -284,10 +284,9 @@ class TestReference:
     def test_adapter_is_off_in_the_reference(self, annotated, tokenizer, tmp_path):
         """A trained adapter must not be its own reference."""
         doctor = get_peft_model(make_llama(2), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-        trainer = TFPOTrainer(model=doctor, args=config(tmp_path), train_dataset=annotated, processing_class=tokenizer)
-        plain = TFPOTrainer(
-            model=make_llama(2), args=config(tmp_path), train_dataset=annotated, processing_class=tokenizer
-        )
+        settings = dict(args=config(tmp_path, policy="doctor"), train_dataset=annotated, processing_class=tokenizer)
+        trainer = TFPOTrainer(model=doctor, **settings)
+        plain = TFPOTrainer(model=make_llama(2), **settings)
         for one, other in zip(
             trainer.train_dataset["chosen_ref_logps"], plain.train_dataset["chosen_ref_logps"], strict=True
         ):
@@ -295,9 +294,8 @@ class TestReference:
 
     def test_a_new_dataset_after_training_has_no_reference(self, annotated, doctor, tokenizer, tmp_path):
         """Scored by the trained doctor, the reference would be the policy itself."""
-        trainer = TFPOTrainer(
-            model=doctor, args=config(tmp_path, max_steps=1), train_dataset=annotated, processing_class=tokenizer
-        )
+        args = config(tmp_path, max_steps=1, policy="doctor")
+        trainer = TFPOTrainer(model=doctor, args=args, train_dataset=annotated, processing_class=tokenizer)
         trainer.train()
         with pytest.raises(ValueError, match="before training"):
             trainer.evaluate(annotated)
@@ -390,7 +388,7 @@ class TestCheckpoints:
 
     @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
     def test_adapter_folder(self, annotated, patient, tokenizer, tmp_path, use_dora):
-        """An adapter checkpoint holds the adapter and the head, nothing else, and guides."""
+        """An adapter checkpoint holds the adapter and the heads, nothing else, and guides."""
         make_llama(2).save_pretrained(tmp_path / "base")
         trainer = TFPOTrainer(
             model=str(tmp_path / "base"),
@@ -402,7 +400,7 @@ class TestCheckpoints:
         trainer.train()
         trainer.save_model()
         saved = load_file(tmp_path / "run" / "adapter_model.safetensors")
-        assert all("lora_" in name or "value_head" in name for name in saved)
+        assert all(any(part in name for part in ("lora_", "value_head", "lm_head")) for name in saved)
         assert any("value_head" in name for name in saved)
         assert not (tmp_path / "run" / "model.safetensors").exists()
         self.assert_guides(AutoModelForCausalLM.from_pretrained(tmp_path / "run"), patient)
@@ -436,9 +434,10 @@ class TestCheckpoints:
         for told in (
             FACES.positive,
             FACES.negative,
-            "`beta=0.5`",
+            "`beta=1.0`",
             '`reward_direction="agreement"`',
-            "`reward_temperature=0.125`",
+            "`policy=ratio`",
+            "`reward_temperature=0.25`",
         ):
             assert told in card, told
         assert json.loads((tmp_path / "checkpoint-4" / "config.json").read_text())["architectures"] == [
@@ -463,7 +462,8 @@ class TestPeft:
         """The base of a `PeftModel` is frozen, the value head is new and must not be."""
         doctor = get_peft_model(make_llama(2), LoraConfig(r=2, target_modules=["q_proj"]))
         before = {name: parameter.detach().clone() for name, parameter in doctor.named_parameters()}
-        trainer = TFPOTrainer(model=doctor, args=config(tmp_path), train_dataset=annotated, processing_class=tokenizer)
+        args = config(tmp_path, policy="doctor")  # others need a new head, thus a `peft_config`
+        trainer = TFPOTrainer(model=doctor, args=args, train_dataset=annotated, processing_class=tokenizer)
         trainer.train()
         for name, parameter in doctor.named_parameters():
             if name in before:

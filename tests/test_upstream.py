@@ -35,6 +35,8 @@ from trl_tfpo._compat import (
     active_adapters,
     adapter_layers,
     fused_lm_head,
+    fused_logps,
+    has_plain_head,
     is_sharded,
     keep_differentiable,
     unsharded,
@@ -89,6 +91,26 @@ def test_fused_head_gives_log_probabilities():
     assert found.shape == (1, 3)
     torch.testing.assert_close(found[0, 1:], expected)
     assert "forward" not in vars(model)
+
+
+def test_fused_head_is_looked_up_and_takes_what_the_backbone_gives():
+    """Two models that are multiplied are one with a wide head: TRL must take the head and the states that it is shown.
+
+    Change: `_compat.fused_logps` with `guided`, and `_compat.has_plain_head`.
+    """
+    model, other = make_llama(1), make_llama(2, hidden_size=24)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    labels = torch.tensor([[-100, -100, 7, 8]])
+    both = (model(ids).logits + other(ids).logits)[0, 1:3]
+    assert has_plain_head(model) and has_plain_head(other)
+    with torch.no_grad(), fused_lm_head(model), fused_lm_head(other):
+        _, guided = fused_logps(other, other, labels, input_ids=ids)
+        found, _ = fused_logps(model, model, labels, guided=guided, input_ids=ids)
+    torch.testing.assert_close(guided.logits(), other(ids).logits[0, 1:3])
+    torch.testing.assert_close(found[0, 1:], both.log_softmax(-1).gather(1, ids[0, 2:, None])[:, 0])
+    assert "get_output_embeddings" not in vars(model) and model.get_output_embeddings() is model.lm_head
+    other.config.final_logit_softcapping = 30.0
+    assert not has_plain_head(other)
 
 
 def test_prompts_are_extracted_as_before():

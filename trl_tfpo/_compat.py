@@ -238,10 +238,12 @@ class LabelledStates(NamedTuple):
 
 def has_plain_head(model: PreTrainedModel) -> bool:
     """Whether logits are the head's product with the last hidden states, nothing more, and the head is whole, in floats."""
+    if is_sharded(model):
+        return False
     config, weight = unwrap_peft(model).config.get_text_config(), model.get_output_embeddings().weight
     scales = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
     is_plain = all(getattr(config, name, None) in (None, 1) for name in scales)
-    return is_plain and weight.is_floating_point() and weight.dim() == 2 and not is_sharded(model)
+    return is_plain and weight.is_floating_point() and weight.dim() == 2
 
 
 def fused_logps(

@@ -31,7 +31,7 @@ Deviations from the paper, each chosen by a function argument unless said otherw
 6. Squared residuals are averaged, not summed, over the sub-trajectories of a completion, in $O(T)$.
 7. Value discrimination compares $\log V$ at the first token at which chosen and rejected part ways.
 8. $\epsilon$ in the importance is large enough to matter (`gap_floor`): where the faces agree, their noise is no signal.
-9. The policy whose flow is balanced may be patient times doctor, [`guided_logps`], rather than the doctor (`policy`).
+9. The policy whose flow is balanced is a language model times the doctor, [`guided_logps`], or the doctor (`policy`).
 """
 
 import math
@@ -227,7 +227,7 @@ def log_prefix_scores(
 def check_flow_settings(reward_temperature: float, reference_weight: float) -> None:
     """Raise `ValueError` unless the settings of [`log_prefix_scores`] are in range."""
     if not reward_temperature > 0:
-        raise ValueError(f"`reward_temperature` must be positive. Got {reward_temperature}; try 0.125.")
+        raise ValueError(f"`reward_temperature` must be positive. Got {reward_temperature}; try 0.25.")
     if not reference_weight >= 0:
         raise ValueError(f"`reference_weight` must be at least 0. Got {reference_weight}; the paper's is 0.")
 

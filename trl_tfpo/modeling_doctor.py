@@ -190,7 +190,7 @@ def make_doctor(
     if guides and is_peft_model(model) and not is_guidance(model):
         raise ValueError(
             "A doctor of guided flow starts with a new head. Got a `PeftModel` that was not trained by guided flow; pass "
-            "its base model and a `peft_config`, or load a trained one with `load_doctor`."
+            "its base model and a `peft_config`, or set `policy='doctor'`."
         )
     if guides:
         start_guidance(unwrap_peft(model))

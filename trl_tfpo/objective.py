@@ -35,7 +35,7 @@ def tfpo_objective(
     completion_mask: torch.Tensor,
     is_complete: torch.Tensor,
     reference_logps: torch.Tensor | None = None,
-    reward_temperature: float = 0.125,
+    reward_temperature: float = 0.25,
     reference_weight: float = 1.0,
     subtb_lambda: float = 1.0,
     value_loss_weight: float = 0.1,
@@ -64,7 +64,7 @@ def tfpo_objective(
             Whether the completion ends in EOS, rather than being cut.
         reference_logps (`torch.Tensor` of shape `(B, T)`, *optional*):
             Log-probability of each token under the doctor before training, in nats.
-        reward_temperature (`float`, *optional*, defaults to `0.125`):
+        reward_temperature (`float`, *optional*, defaults to `0.25`):
             Rewards are divided by it, see [`~trl_tfpo.functional.log_prefix_scores`].
         reference_weight (`float`, *optional*, defaults to `1.0`):
             Exponent of the reference in the target; 0 is the paper.

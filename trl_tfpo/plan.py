@@ -14,6 +14,7 @@
 
 """What a training will read, do and hold in memory, worked out from configs and data: no weights, no accelerator."""
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -264,19 +265,29 @@ def training_plan(
             "A dataset without token rewards needs a patient and faces. Got "
             f"`patient={patient!r}` and `faces={faces!r}`; pass both, or an annotated dataset."
         )
+    if args.policy == "guided" and patient is None:
+        raise ValueError(
+            "`policy='guided'` needs the patient in training. Got `patient=None`; pass its name or config."
+        )
     compute_dtype = torch.bfloat16 if mixed_precision else torch.float32
 
     # Models
     model = _empty_model(doctor, args.model_init_kwargs, "float32", args)
     quantized = _quantized(model, quantization_config)
-    model = make_doctor(model, peft_config)
+    if patient is not None:
+        frozen = _empty_model(patient, args.patient_model_init_kwargs, "auto", args)
+    guided, width = 0, 0  # bytes of what the doctor guides in training, and the size of its hidden states
+    if args.policy != "doctor":
+        is_ratio = args.policy == "ratio"
+        beside, its_config = (model, quantization_config) if is_ratio else (frozen, patient_quantization_config)
+        guided = _weight_bytes(beside, _quantized(beside, its_config), its_config)
+        width = beside.config.get_text_config().hidden_size
+    model = make_doctor(model, peft_config, guides=args.policy != "doctor")
     if args.disable_dropout:
         disable_dropout_in_model(model)
     parameters = list(model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     weights = _weight_bytes(model, quantized, quantization_config)
-    if not is_annotated:
-        frozen = _empty_model(patient, args.patient_model_init_kwargs, "auto", args)
 
     # Data
     pairs = dataset if len(dataset) <= max_pairs else dataset.shuffle(seed=0).select(range(max_pairs))
@@ -312,7 +323,7 @@ def training_plan(
             beside=weights if num_processes == 1 or quantized else 0,
         )
         memory.append(memory_of_patient)
-    if args.reference_weight and not set(REFERENCE_COLUMNS) <= set(dataset.column_names):
+    if args.reference_weight and args.policy == "doctor" and not set(REFERENCE_COLUMNS) <= set(dataset.column_names):
         reference_tokens, memory_of_reference = _plan_scoring(
             "reference", model, quantized, quantization_config, [(prompts, chosen, rejected)], args
         )
@@ -320,11 +331,13 @@ def training_plan(
 
     # Training
     num_rows = 2 * args.per_device_train_batch_size
-    hidden_size = unwrap_peft(model).config.get_text_config().hidden_size
+    hidden_size = unwrap_peft(model).config.get_text_config().hidden_size + width
     head = model.get_output_embeddings().weight
     logps = _logps_bytes(num_rows * longest_completion, hidden_size, compute_dtype) + (
-        num_rows * longest_completion * hidden_size * 4 + (head.numel() * 4 if head.requires_grad else 0)
+        num_rows * longest_completion * hidden_size * 4 + (len(head) * hidden_size * 4 if head.requires_grad else 0)
     )
+    if guided:  # the head that is as wide as both
+        logps += len(head) * hidden_size * head.itemsize
     activations = {}
     for casts_weights in (False, True) if num_processes > 1 else (False,):  # DDP autocasts, the others cast
         for checkpoints in (False, True) if args.activation_checkpointing else (False,):
@@ -341,10 +354,13 @@ def training_plan(
     for engine, casts_weights, *states in _engine_states(
         model, parameters, trained, quantized, weights, compute_dtype.itemsize, num_processes
     ):
+        held, *others = states
+        is_shared_out = engine.endswith(("ZeRO-3", "FSDP2"))
         memory.append(
             Memory(
                 engine,
-                *states,
+                held + (guided // num_processes if is_shared_out else guided),
+                *others,
                 logps,
                 activations[casts_weights, bool(args.activation_checkpointing)],
                 activations[casts_weights, False],
@@ -379,14 +395,14 @@ def training_plan(
 def _empty_model(
     source: str | PreTrainedConfig, init_kwargs: dict | None, default_dtype: str, args: TFPOConfig
 ) -> PreTrainedModel:
-    """The model that would be loaded, on the meta device."""
+    """The model that would be loaded, on the meta device, with a config of its own."""
     init_kwargs = init_kwargs or {}
     if isinstance(source, str):
         source = AutoConfig.from_pretrained(
             source, revision=init_kwargs.get("revision"), trust_remote_code=args.trust_remote_code
         )
     dtype = init_kwargs.get("dtype", default_dtype)
-    return model_without_weights(source, dtype, trust_remote_code=args.trust_remote_code)
+    return model_without_weights(copy.deepcopy(source), dtype, trust_remote_code=args.trust_remote_code)
 
 
 def _quantized(model: PreTrainedModel, config: BitsAndBytesConfig | None) -> set[int]:

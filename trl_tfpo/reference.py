@@ -33,7 +33,7 @@ def check_not_streamed(dataset: Dataset | IterableDataset, columns: set[str], re
     if isinstance(dataset, IterableDataset) and not columns.issuperset(REFERENCE_COLUMNS):
         raise ValueError(
             f"With `reference_weight={reference_weight}` the reference scores the dataset before training, "
-            "which a streamed dataset does not allow. Load it with `streaming=False`, or set `reference_weight=0`."
+            "which a streamed dataset does not allow. Load it with `streaming=False`, or use `policy='ratio'`."
         )
 
 

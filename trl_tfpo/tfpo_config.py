@@ -29,8 +29,8 @@ class TFPOConfig(_BaseConfig):
     r"""
     Settings of the [`TFPOTrainer`], on top of those of [`~transformers.TrainingArguments`].
 
-    The published method is `TFPOConfig(reward_direction="label", importance_temperature=1.0, gap_floor=1e-6, reference_weight=0.0)`,
-    decoded with `alpha=1.0`.
+    The published method is `TFPOConfig(reward_direction="label", importance_temperature=1.0, gap_floor=1e-6, policy="doctor",
+    reference_weight=0.0)`, decoded with `alpha=1.0`.
 
     Parameters:
         > Parameters that control the models
@@ -72,16 +72,16 @@ class TFPOConfig(_BaseConfig):
 
         > Parameters that control the objective
 
-        policy (`str`, *optional*, defaults to `"doctor"`):
-            Whose flow is balanced: `"doctor"`, the doctor alone, which stays a language model of its own (the paper); or, by
-            *guided flow*, a language model times the doctor, which learns nothing but how to guide. With `"ratio"` that
-            model is the doctor before training, with `"guided"` the patient; it is kept beside the doctor, is read once for
-            each batch, and is the reference.
-        reward_temperature (`float`, *optional*, defaults to `0.125`):
+        policy (`str`, *optional*, defaults to `"ratio"`):
+            Whose flow is balanced. By *guided flow* it is that of a language model times the doctor, which learns nothing but
+            how to guide: of the doctor before training (`"ratio"`), or of the patient (`"guided"`). That model is kept beside
+            the doctor, is read once for each batch, and is the reference. With `"doctor"` (the paper) it is that of the doctor
+            alone, which stays a language model of its own, and can draft for the patient.
+        reward_temperature (`float`, *optional*, defaults to `0.25`):
             A reward of 1 is worth `1 / reward_temperature` nats.
         reference_weight (`float`, *optional*, defaults to `1.0`):
-            Exponent of the reference (the doctor before training) in what the doctor learns; 0 is the paper. When
-            positive, the reference scores the dataset once before training.
+            Exponent of the reference in what is learned; 0 is the paper. With `policy="doctor"` the reference is the doctor
+            before training, and scores the dataset once beforehand.
         subtb_lambda (`float`, *optional*, defaults to `1.0`):
             Sub-trajectories of n tokens weigh `subtb_lambda ** n`, in `[0, 1]`.
         value_loss_weight (`float`, *optional*, defaults to `0.1`):
@@ -158,20 +158,20 @@ class TFPOConfig(_BaseConfig):
         default=0.3, metadata={"help": "theta in the paper, in [0, 1). Less important tokens have no reward."}
     )
     policy: str = field(
-        default="doctor",
+        default="ratio",
         metadata={
-            "help": "Whose flow is balanced: 'doctor', the doctor alone; 'ratio', the doctor before training times the "
-            "doctor; or 'guided', patient times doctor, for which the patient stays loaded."
+            "help": "Whose flow is balanced: 'ratio', the doctor before training times the doctor; 'guided', patient times "
+            "doctor, for which the patient stays loaded; or 'doctor', the doctor alone."
         },
     )
     reward_temperature: float = field(
-        default=0.125, metadata={"help": "A token reward of 1 is worth 1 / reward_temperature nats."}
+        default=0.25, metadata={"help": "A token reward of 1 is worth 1 / reward_temperature nats."}
     )
     reference_weight: float = field(
         default=1.0,
         metadata={
-            "help": "Exponent of the reference (the doctor before training) in what the doctor learns; 0 is the "
-            "paper. When positive, the reference scores the dataset once before training."
+            "help": "Exponent of the reference in what is learned; 0 is the paper. With `policy='doctor'` it is the doctor "
+            "before training, and scores the dataset once beforehand."
         },
     )
     subtb_lambda: float = field(

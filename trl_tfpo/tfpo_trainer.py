@@ -96,7 +96,7 @@ class TFPOTrainer(_BaseTrainer):
             batch instead, and no dataset is annotated.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Preference dataset of any of TRL's formats, or one annotated by [`annotate_token_rewards`], which is used
-            as it is. A streamed one must be annotated, and needs `reference_weight=0`.
+            as it is. A streamed one must be annotated; with `policy="doctor"` it needs `reference_weight=0`.
         eval_dataset ([`~datasets.Dataset`], or `dict` of them, *optional*):
             The same, for evaluation.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):

@@ -168,7 +168,8 @@ def train_tfpo(task: Task, objective=None, **settings) -> PreTrainedModel:
     return doctor.eval()
 
 
-def mixture(task: Task, **settings) -> Guide:
+def tfpo(task: Task, **settings) -> Guide:
+    """Decoded by default: as a product where the doctor has learned to guide, as a mixture where it speaks alone."""
     doctor = train_tfpo(task, **settings)
     return lambda beta: DoctorGuidedLogitsProcessor(doctor, beta=beta)
 
@@ -200,7 +201,7 @@ def genarm(task: Task, reward_scale: float, **settings) -> Guide:
         chosen, rejected = doctor_logps.masked_fill(~completion_mask, 0).sum(dim=1).chunk(2)
         return -F.logsigmoid(reward_scale * (chosen - rejected)).mean(), {}
 
-    return product(task, objective=bradley_terry, reference_weight=0.0, **settings)
+    return product(task, objective=bradley_terry, policy="doctor", reference_weight=0.0, **settings)
 
 
 def dpo_doctor(task: Task, **settings) -> Guide:
@@ -342,7 +343,14 @@ def fine_tuning(*, doctor_logps, completion_mask, **_):
 
 
 STOPS = [0.2, 0.4, 0.7, 1.0]  # shares of the steps
-PUBLISHED = dict(reward_direction="label", importance_temperature=1.0, gap_floor=1e-6, reference_weight=0.0)
+PUBLISHED = dict(
+    reward_direction="label",
+    importance_temperature=1.0,
+    gap_floor=1e-6,
+    policy="doctor",
+    reward_temperature=0.125,
+    reference_weight=0.0,
+)
 RATE = dict(learning_rate=3e-3)
 
 
@@ -353,7 +361,7 @@ def over(*names: str, values: list[tuple]) -> list[dict]:
 DPO_GRID = over("beta", "learning_rate", values=[(0.1, 3e-5), (0.1, 1e-4), (0.3, 1e-4), (1.0, 1e-4), (1.0, 3e-4)])
 METHODS = {
     "guided flow": Method(
-        product,
+        tfpo,
         "1 of the doctor",
         [
             RATE | dict(policy="guided", reward_direction=direction, reward_temperature=x)
@@ -361,7 +369,10 @@ METHODS = {
         ],
         largest=4.0,
     ),
-    "TFPO": Method(mixture, "1 of the doctor", [RATE]),
+    "TFPO": Method(tfpo, "1 of the doctor", [RATE], largest=2.0),
+    "TFPO, the doctor alone": Method(
+        tfpo, "1 of the doctor", [RATE | dict(policy="doctor", reward_temperature=0.125)]
+    ),
     "TFPO as published": Method(
         product,
         "1 of the doctor",

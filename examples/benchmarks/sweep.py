@@ -36,18 +36,19 @@ from frontier import FULL, KLS, SHARES, interpolate, read, spread
 from methods import PUBLISHED, RATE, Task, fine_tuning, full_trajectory, no_boundary, train_tfpo
 from patient_samples import PatientSamples
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from trl_tfpo import DoctorGuidedLogitsProcessor
+from trl_tfpo.guided_flow import is_guidance
 
 
 QUICK = dict(num_pairs=16, max_steps=2, num_samples_per_prompt=8)
 SETTINGS = {
+    "policy": ["guided"],
     "reward_direction": ["label", "faces"],
     "importance_temperature": [1.0, 2.0, 5.0],
     "gap_floor": [1e-6, 0.2],
     "sparsity_threshold": [0.0, 0.6],
-    "reward_temperature": [0.0625, 0.25],
+    "reward_temperature": [0.125, 0.35, 0.5],
     "reference_weight": [0.0, 0.5],
     "subtb_lambda": [0.0, 0.9],
     "value_loss_weight": [0.0, 1.0],
@@ -55,29 +56,32 @@ SETTINGS = {
     "value_head_learning_rate": [3e-4, 3e-2],
     "learning_rate": [1e-3],
 }
+ALONE = dict(policy="doctor", reward_temperature=0.125)
 CHANGES = {
     "nothing": {},
-    "as published": PUBLISHED,
+    "the doctor alone, as a mixture": ALONE,
+    "the doctor alone, as a product": ALONE | dict(alpha=1.0),
+    "as published": PUBLISHED | dict(alpha=1.0),
+    "by the faces, `reward_temperature=0.35`": dict(reward_direction="faces", reward_temperature=0.35),
     "whole trajectory only": dict(objective=full_trajectory),
     "no boundary": dict(objective=no_boundary),
     "no flow: fine-tuned on the chosen": dict(objective=fine_tuning),
 } | {f"{name}={value}": {name: value} for name, values in SETTINGS.items() for value in values}
-# What is taken from the patient's exponent for each unit of beta
-FORMS = {"mixture": 1.0, "between": 0.75, "product": 0.0}
+LARGEST = 2.0  # the strongest guide that is tried, where it is not a mixture
 
 
-def efficiencies(samples: PatientSamples, doctor: PreTrainedModel, attribute: str) -> dict[str, list[float | None]]:
-    """Efficiency of each form at each of `KLS`; None where no strength leads there."""
-    found, doctor_logits = {}, samples.heard(DoctorGuidedLogitsProcessor(doctor, beta=1.0))
-    for form, taken in FORMS.items():
+def efficiencies(samples: PatientSamples, task: Task, alpha: float | None = None, **settings) -> list[float | None]:
+    """Efficiency at each of `KLS` of a doctor trained with these settings; None where no strength leads there."""
+    doctor = train_tfpo(task, **RATE | settings)
 
-        def guide(beta: float, taken: float = taken) -> DoctorGuidedLogitsProcessor:
-            return DoctorGuidedLogitsProcessor(doctor, alpha=1 - taken * beta, beta=beta)
+    def guide(beta: float) -> DoctorGuidedLogitsProcessor:
+        return DoctorGuidedLogitsProcessor(doctor, alpha=alpha, beta=beta)
 
-        rows = samples.follow(guide, doctor_logits, SHARES, attribute=attribute, max_kl=max(KLS))
-        points = [(row["kl"] ** 0.5, row["efficiency"]) for row in rows if row["efficiency"] is not None]
-        found[form] = [interpolate(points, kl**0.5) for kl in KLS]
-    return found
+    largest = LARGEST if alpha or is_guidance(doctor) else 1.0
+    strengths = [largest * share for share in SHARES]
+    rows = samples.follow(guide, samples.heard(guide(1.0)), strengths, attribute=task.attribute, max_kl=max(KLS))
+    points = [(row["kl"] ** 0.5, row["efficiency"]) for row in rows if row["efficiency"] is not None]
+    return [interpolate(points, kl**0.5, slack=0.1 * kl**0.5) for kl in KLS]
 
 
 def main(arguments: list[str] | None = None) -> list[dict]:
@@ -98,7 +102,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
             key = {"attribute": attribute, "seed": seed, "change": change}
             if read(args.output, **key):
                 continue
-            found = efficiencies(task.samples("validation"), train_tfpo(task, **RATE | CHANGES[change]), attribute)
+            found = {"efficiencies": efficiencies(task.samples("validation"), task, **CHANGES[change])}
             with args.output.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(key | found) + "\n")
     rows = [row for row in read(args.output) if (row["seed"], row["attribute"]) in cases]
@@ -107,22 +111,14 @@ def main(arguments: list[str] | None = None) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """Mean and deviation over seeds and attributes of each change, as a mixture; and the mean of each form."""
-    lines = ["| changed | " + " | ".join([f"{kl} nats" for kl in KLS] + [f"mean, {form}" for form in FORMS]) + " |"]
-    lines += ["|---" + "|---:" * (len(KLS) + len(FORMS)) + "|"]
+    """Mean and deviation of each change over seeds and attributes, at each KL and over all."""
+    lines = ["| changed | " + " | ".join([f"{kl} nats" for kl in KLS] + ["mean"]) + " |", "|---" + "|---:" * 5 + "|"]
     for change in dict.fromkeys(row["change"] for row in rows):
-        mine = [row for row in rows if row["change"] == change]
-        columns = [list(column) for column in zip(*(row["mixture"] for row in mine), strict=True)]
-        columns += [[mean_of(row[form]) for row in mine] for form in FORMS]
-        shown = [spread([value for value in column if value is not None]) for column in columns]
-        lines.append(f"| {change} | " + " | ".join(shown) + " |")
+        mine = [row["efficiencies"] for row in rows if row["change"] == change]
+        columns = [[value for value in column if value is not None] for column in zip(*mine, strict=True)]
+        means = [statistics.mean(there) for row in mine if (there := [value for value in row if value is not None])]
+        lines.append(f"| {change} | " + " | ".join(map(spread, [*columns, means])) + " |")
     return "\n".join(lines)
-
-
-def mean_of(values: list[float | None]) -> float | None:
-    """Of those that are there, if any."""
-    there = [value for value in values if value is not None]
-    return statistics.mean(there) if there else None
 
 
 if __name__ == "__main__":
