@@ -96,7 +96,7 @@ def former_doctor(doctor: "PreTrainedModel | PeftModel | NamedModel") -> PreTrai
             The language model. One that is given by name is loaded a second time, when it is first read.
 
     Raises:
-        `ValueError`: when the doctor has an adapter, or knows nothing but how to guide.
+        `ValueError`: when the doctor knows nothing but how to guide.
     """
     if isinstance(doctor, NamedModel):
         return NamedModel(doctor.name, **doctor.init_kwargs)
@@ -161,10 +161,8 @@ def read_patient(
         tokens are predicted, row by row, or the logits themselves, float32, of a model for which that is not enough; and
         `torch.Tensor` of shape `(B, T)`: log-probabilities of the completion tokens in nats, left-aligned, zero after.
     """
-    labels, inputs = (
-        input_ids.masked_fill(~completion_mask, -100),
-        dict(input_ids=input_ids, attention_mask=attention_mask),
-    )
+    labels = input_ids.masked_fill(~completion_mask, -100)
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     with inference(patient):
         if has_plain_head(patient):
             with fused_lm_head(patient):
