@@ -199,7 +199,16 @@ def trained_pair(args: argparse.Namespace, sizes: dict) -> tuple[PreTrainedModel
         TFPOTrainer(
             model=world.doctor,
             patient_model=world.patient,
-            args=TFPOConfig(output_dir, use_cpu=args.device == "cpu", seed=args.seed, **training, **quiet),
+            # A language model of its own: one of guided flow does not draft
+            args=TFPOConfig(
+                output_dir,
+                policy="doctor",
+                reward_temperature=0.125,
+                use_cpu=args.device == "cpu",
+                seed=args.seed,
+                **training,
+                **quiet,
+            ),
             train_dataset=world.preference_dataset("praise", num_pairs=sizes["num_pairs"], seed=args.seed),
             processing_class=world.tokenizer,
             faces=world.attributes["praise"].faces,
