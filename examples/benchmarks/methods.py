@@ -343,15 +343,9 @@ def fine_tuning(*, doctor_logps, completion_mask, **_):
 
 
 STOPS = [0.2, 0.4, 0.7, 1.0]  # shares of the steps
-PUBLISHED = dict(
-    reward_direction="label",
-    importance_temperature=1.0,
-    gap_floor=1e-6,
-    policy="doctor",
-    reward_temperature=0.125,
-    reference_weight=0.0,
-)
 RATE = dict(learning_rate=3e-3)
+ALONE = dict(policy="doctor", reward_temperature=0.125)  # a language model of its own
+PUBLISHED = ALONE | dict(reward_direction="label", importance_temperature=1.0, gap_floor=1e-6, reference_weight=0.0)
 
 
 def over(*names: str, values: list[tuple]) -> list[dict]:
@@ -370,9 +364,7 @@ METHODS = {
         largest=4.0,
     ),
     "TFPO": Method(tfpo, "1 of the doctor", [RATE], largest=2.0),
-    "TFPO, the doctor alone": Method(
-        tfpo, "1 of the doctor", [RATE | dict(policy="doctor", reward_temperature=0.125)]
-    ),
+    "TFPO, the doctor alone": Method(tfpo, "1 of the doctor", [RATE | ALONE]),
     "TFPO as published": Method(
         product,
         "1 of the doctor",

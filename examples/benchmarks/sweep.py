@@ -33,7 +33,7 @@ import statistics
 from pathlib import Path
 
 from frontier import FULL, KLS, SHARES, interpolate, read, spread
-from methods import PUBLISHED, RATE, Task, fine_tuning, full_trajectory, no_boundary, train_tfpo
+from methods import ALONE, PUBLISHED, RATE, Task, fine_tuning, full_trajectory, no_boundary, train_tfpo
 from patient_samples import PatientSamples
 from tqdm import tqdm
 
@@ -56,7 +56,6 @@ SETTINGS = {
     "value_head_learning_rate": [3e-4, 3e-2],
     "learning_rate": [1e-3],
 }
-ALONE = dict(policy="doctor", reward_temperature=0.125)
 CHANGES = {
     "nothing": {},
     "the doctor alone, as a mixture": ALONE,
