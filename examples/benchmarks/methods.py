@@ -23,13 +23,13 @@ import tempfile
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from patient_samples import Guide, PatientSamples, draw
+from patient_samples import Guide, PatientSamples
 from peft import LoraConfig
 from transformers import AutoModelForSequenceClassification, DynamicCache, PreTrainedModel, Trainer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
@@ -54,6 +54,7 @@ class Task:
     num_pairs: int
     max_steps: int
     num_samples_per_prompt: int
+    num_patient_samples_per_prompt: int | None = None  # four times as many unless given
     weights: Path | None = None  # of another world than the one that ships
 
     @cached_property
@@ -92,25 +93,24 @@ class Task:
         return getattr(load_world(self.weights), name)
 
     @cached_property
-    def _samples(self) -> dict[str, PatientSamples]:
-        return {}
-
-    def samples(self, split: str) -> PatientSamples:
-        """As many as the frontier of a comparison rests on, on the prompts of a split, drawn once."""
-        if split not in self._samples:
-            self._samples[split] = draw(self.world, 4 * self.num_samples_per_prompt, self.seed, split)
-        return self._samples[split]
-
-    @cached_property
-    def _comparisons(self) -> dict[str, Comparison]:
+    def _drawn(self) -> dict[str, tuple[Comparison, PatientSamples]]:
         return {}
 
     def comparison(self, split: str) -> Comparison:
         """Patient samples and frontier on the prompts of a split, drawn once."""
-        if split not in self._comparisons:
-            settings = dict(num_samples_per_prompt=self.num_samples_per_prompt, seed=self.seed, split=split)
-            self._comparisons[split] = Comparison(self.world, self.attribute, **settings)
-        return self._comparisons[split]
+        return self._draw(split)[0]
+
+    def samples(self, split: str) -> PatientSamples:
+        """The patient samples of the comparison, to weigh policies on."""
+        return self._draw(split)[1]
+
+    def _draw(self, split: str) -> tuple[Comparison, PatientSamples]:
+        if split not in self._drawn:
+            names = ("num_samples_per_prompt", "num_patient_samples_per_prompt", "seed")
+            settings = {name: getattr(self, name) for name in names}
+            comparison = Comparison(self.world, self.attribute, split=split, **settings)
+            self._drawn[split] = comparison, PatientSamples.of(comparison)
+        return self._drawn[split]
 
     def common(self, output_dir: str) -> dict:
         """Settings of all trainers."""
@@ -135,6 +135,8 @@ class Method:
             The strongest guide that is tried.
         strengths (`list[float]`, *optional*):
             For a policy: its strengths, as there is no KL to match.
+        num_seeds (`int`, *optional*):
+            How many of the seeds are measured; all unless given. Fewer where nobody doubts what comes out.
     """
 
     policy: Callable[..., Guide | Policy]
@@ -142,6 +144,7 @@ class Method:
     grid: list[dict] = field(default_factory=lambda: [{}])
     largest: float = 1.0
     strengths: list[float] | None = None
+    num_seeds: int | None = None
 
 
 def train(trainer: Trainer) -> None:
@@ -209,9 +212,35 @@ def dpo_doctor(task: Task, **settings) -> Guide:
     return lambda beta: DoctorGuidedLogitsProcessor(doctor, beta=beta, reference=reference)
 
 
+@lru_cache(maxsize=8)
+def tuned_patient(task: Task, **settings) -> tuple[PreTrainedModel, dict[float, dict[str, torch.Tensor]]]:
+    """The patient tuned by DPO, and its weights after each of the `STOPS`."""
+    saved = {}
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            for share in STOPS:
+                if state.global_step == round(share * args.max_steps):
+                    saved[share] = {name: x.detach().clone() for name, x in model.state_dict().items()}
+
+    return train_dpo(task, task.fresh("patient"), callbacks=[Keep()], **settings), saved
+
+
 def dpo_patient(task: Task, **settings) -> Guide:
-    tuned = train_dpo(task, task.fresh("patient"), **settings)
+    tuned, _ = tuned_patient(task, **settings)
     return lambda beta: DoctorGuidedLogitsProcessor(tuned, beta=beta)
+
+
+def dpo_patient_stopped(task: Task, **settings) -> Policy:
+    """The tuned patient itself, after a share of the steps."""
+    _, saved = tuned_patient(task, **settings)
+    stopped = task.fresh("patient")
+
+    def policy(comparison: Comparison, share: float) -> dict:
+        stopped.load_state_dict(saved[share])
+        return comparison.add("stopped", DoctorGuidedLogitsProcessor(stopped, beta=1.0), beta=share)
+
+    return policy
 
 
 def dpo_patient_lora(task: Task, **settings) -> Guide:
@@ -220,30 +249,13 @@ def dpo_patient_lora(task: Task, **settings) -> Guide:
     return lambda beta: DoctorGuidedLogitsProcessor(tuned, beta=beta)
 
 
-def dpo_patient_stopped(task: Task, **settings) -> Policy:
-    """The tuned patient itself, after a share of the steps."""
-    saved = {}
-
-    class Keep(TrainerCallback):
-        def on_step_end(self, args, state, control, model, **kwargs):
-            if state.global_step in [round(share * args.max_steps) for share in STOPS]:
-                saved[state.global_step] = {name: x.detach().clone() for name, x in model.state_dict().items()}
-
-    tuned = train_dpo(task, task.fresh("patient"), callbacks=[Keep()], **settings)
-
-    def policy(comparison: Comparison, share: float) -> dict:
-        tuned.load_state_dict(saved[round(share * task.max_steps)])
-        return comparison.add("stopped", DoctorGuidedLogitsProcessor(tuned, beta=1.0), beta=share)
-
-    return policy
-
-
 def temperature(task: Task) -> Policy:
     return lambda comparison, value: comparison.add(
         "temperature", DoctorGuidedLogitsProcessor(task.world.patient, alpha=0.0, beta=1 / value), beta=value
     )
 
 
+@lru_cache(maxsize=4)
 def train_reward_model(task: Task, **settings) -> PreTrainedModel:
     """The doctor with a head for one number, trained by TRL's `RewardTrainer`."""
     with tempfile.TemporaryDirectory() as folder:
@@ -254,6 +266,11 @@ def train_reward_model(task: Task, **settings) -> PreTrainedModel:
         tokenizer = task.world.tokenizer
         train(RewardTrainer(model=model, args=args, train_dataset=task.pairs, processing_class=tokenizer))
     return model.eval()
+
+
+def best_policy(task: Task) -> Policy:
+    """What every other method falls short of; a strength is the reward that it has."""
+    return lambda comparison, reward: task.samples("test").best(task.attribute, reward)
 
 
 def best_by_oracle(task: Task) -> Policy:
@@ -343,6 +360,7 @@ def fine_tuning(*, doctor_logps, completion_mask, **_):
 
 
 STOPS = [0.2, 0.4, 0.7, 1.0]  # shares of the steps
+REWARDS = [2.0, 2.5]  # at which diversity is compared
 RATE = dict(learning_rate=3e-3)
 ALONE = dict(policy="doctor", reward_temperature=0.125)  # a language model of its own
 PUBLISHED = ALONE | dict(reward_direction="label", importance_temperature=1.0, gap_floor=1e-6, reference_weight=0.0)
@@ -352,60 +370,54 @@ def over(*names: str, values: list[tuple]) -> list[dict]:
     return [dict(zip(names, row, strict=True)) for row in values]
 
 
-DPO_GRID = over("beta", "learning_rate", values=[(0.1, 3e-5), (0.1, 1e-4), (0.3, 1e-4), (1.0, 1e-4), (1.0, 3e-4)])
+DPO_GRID = over("beta", "learning_rate", values=[(0.1, 1e-4), (0.3, 1e-4), (1.0, 1e-4)])
 METHODS = {
     "guided flow": Method(
         tfpo,
         "1 of the doctor",
-        [
-            RATE | dict(policy="guided", reward_direction=direction, reward_temperature=x)
-            for direction, x in (("faces", 0.5), ("faces", 0.35), ("agreement", 0.25))
-        ],
+        [RATE | dict(policy="guided", reward_direction="faces", reward_temperature=x) for x in (0.5, 0.35)],
         largest=4.0,
     ),
     "TFPO": Method(tfpo, "1 of the doctor", [RATE], largest=2.0),
-    "TFPO, the doctor alone": Method(tfpo, "1 of the doctor", [RATE | ALONE]),
+    "TFPO, the doctor alone": Method(tfpo, "1 of the doctor", [RATE | ALONE], num_seeds=1),
     "TFPO as published": Method(
         product,
         "1 of the doctor",
         [PUBLISHED | row for row in over("learning_rate", "reward_temperature", values=[(3e-3, 0.125), (6e-3, 0.06)])],
         largest=2.0,
+        num_seeds=1,
     ),
     "GenARM": Method(
         genarm,
         "1 of the doctor",
-        over(
-            "reward_scale",
-            "learning_rate",
-            values=[(0.01, 1e-3), (0.02, 1e-3), (0.05, 1e-3), (0.02, 3e-3), (0.1, 3e-4)],
-        ),
-        largest=1.0,
+        over("reward_scale", "learning_rate", values=[(0.02, 1e-3), (0.05, 1e-3), (0.02, 3e-3)]),
+        num_seeds=1,
     ),
     "DPO doctor": Method(
         dpo_doctor,
         "2 of the doctor",
-        over("beta", "learning_rate", values=[(0.1, 1e-4), (0.1, 3e-4), (0.1, 1e-3), (0.3, 3e-4), (0.03, 3e-4)]),
+        over("beta", "learning_rate", values=[(0.1, 3e-4), (0.1, 1e-3), (0.3, 3e-4)]),
         largest=4.0,
     ),
     "ARGS": Method(
         args_decoding,
         "as many as candidates, of the reward model",
-        over("top_k", "learning_rate", values=[(10, 1e-3), (40, 1e-3), (40, 3e-3)]),
-        strengths=[0.25, 0.5, 1.0, 2.0],
+        over("top_k", "learning_rate", values=[(40, 1e-3), (40, 3e-3)]),
+        strengths=[0.5, 1.0],
+        num_seeds=1,
     ),
     "best of n by a reward model": Method(
         best_by_reward_model,
         "n - 1 of the patient",
-        over("learning_rate", values=[(3e-4,), (1e-3,), (3e-3,)]),
+        over("learning_rate", values=[(1e-3,), (3e-3,)]),
         strengths=[2, 4, 8, 16, 32],
     ),
     "DPO patient": Method(dpo_patient, "1 of a patient", DPO_GRID),
+    "DPO patient, stopped": Method(dpo_patient_stopped, "0", DPO_GRID, strengths=STOPS),
     "DPO patient, LoRA": Method(
-        dpo_patient_lora,
-        "1 of a patient",
-        over("beta", "learning_rate", values=[(0.1, 3e-4), (0.1, 1e-3), (0.3, 1e-3), (1.0, 3e-3)]),
+        dpo_patient_lora, "1 of a patient", over("beta", "learning_rate", values=[(0.1, 3e-4), (0.3, 1e-3)])
     ),
-    "DPO patient, stopped": Method(dpo_patient_stopped, "0", DPO_GRID[:3], strengths=STOPS),
     "best of n by the oracle": Method(best_by_oracle, "n - 1 of the patient", strengths=[2, 4, 8, 16, 32]),
-    "temperature": Method(temperature, "0", strengths=[0.5, 0.85, 1.2]),
+    "temperature": Method(temperature, "0", strengths=[0.5, 0.85, 1.2], num_seeds=1),
+    "the best possible": Method(best_policy, "", strengths=REWARDS),
 }

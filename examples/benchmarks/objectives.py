@@ -26,9 +26,9 @@ python examples/benchmarks/objectives.py --seed 0
 - *DPO for each weighting*: a patient tuned on labels of the weighted oracle, seven times.
 
 The strength of each policy is matched to the KL on validation prompts, that of tuned patients by mixing them with the
-patient as it was. The hypervolume is the area between the front and the patient's own rewards, over that of the best
-possible policies: patient samples tilted by the weighted reward, at the KL that was reached. What is measured is a line of the
-output at once, and a run that was cut short goes on where it stopped.
+patient as it was; rewards and KL are weighed on patient samples for test prompts. The hypervolume is the area between the front
+and the patient's own rewards, over that of the best possible policies: the same samples tilted by the weighted reward, at the KL
+that was reached. What is measured is a line of the output at once, and a run that was cut short goes on where it stopped.
 """
 
 import argparse
@@ -38,20 +38,20 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-import torch
 from frontier import follow, read
-from methods import RATE, Task, train_dpo, train_tfpo
-from patient_samples import Guide
+from methods import METHODS, RATE, Task, train_dpo, train_tfpo
+from patient_samples import Guide, PatientSamples
 
 from trl_tfpo import DoctorGuidedLogitsProcessor
-from trl_tfpo.testbed import Attribute, Comparison, World
+from trl_tfpo.testbed import Attribute
 
 
 NAMES = ("praise", "calm")
-FULL = dict(num_pairs=3000, max_steps=500, num_samples_per_prompt=50)
+FULL = dict(num_pairs=3000, max_steps=500, num_samples_per_prompt=50, num_patient_samples_per_prompt=400)
 QUICK = dict(num_pairs=32, max_steps=2, num_samples_per_prompt=8)
 DPO = dict(beta=0.1, learning_rate=1e-4)
-GUIDED = RATE | dict(policy="guided", reward_direction="faces", reward_temperature=0.5)
+GUIDED = METHODS["guided flow"].grid[0]
+LARGEST = {"two doctors": 4.0, "two doctors, guided flow": 4.0}  # strengths that are tried; a mixture has at most 1
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
@@ -63,8 +63,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     args = parser.parse_args(arguments)
     sizes, num_weightings = (QUICK, 2) if args.quick else (FULL, 7)
     tasks = {name: Task(name, args.seed, **sizes) for name in NAMES}
-    comparison = tasks[NAMES[0]].comparison("test")
-    origin = rewards_of(comparison.world, comparison.rows[0]["texts"])
+    task = tasks[NAMES[0]]
+    samples = task.samples("test")  # with the rewards of both
+    origin = tuple(samples.rewards[name].mean().item() for name in NAMES)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     found = {}
     print("| method | hypervolume | trainings | KL (nats) | praise and calm, by weighting |\n|---|---:|---:|---|---|")
@@ -75,14 +76,15 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
             if read(args.output, **key, weight=weight):
                 continue
             guide = guides(weight)
-            (near,) = follow(tasks[NAMES[0]], guide, [args.kl], 4.0 if "flow" in method else 1.0)
-            row = comparison.add(method, guide(near["beta"]), beta=near["beta"])
-            line = key | {"weight": weight, "kl": row["kl"], "rewards": rewards_of(comparison.world, row["texts"])}
+            (near,) = follow(task, guide, [args.kl], LARGEST.get(method, 1.0))
+            reached = samples.weigh(guide(near["beta"]), samples.heard(guide(near["beta"])))
+            rewards = [reached.rewards[name].mean().item() for name in NAMES]
+            line = key | {"weight": weight, "rewards": rewards} | reached.row(beta=near["beta"])
             with args.output.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         lines = sorted(read(args.output, **key), key=lambda line: line["weight"])
         points, kls = [line["rewards"] for line in lines], [line["kl"] for line in lines]
-        found[method] = hypervolume(points, origin) / hypervolume(tilted_front(comparison, kls), origin)
+        found[method] = hypervolume(points, origin) / hypervolume(tilted_front(samples, kls), origin)
         shown = ", ".join(f"({praise:.2f}, {calm:.2f})" for praise, calm in points)
         kl = f"{min(kls):.2f} to {max(kls):.2f}"
         print(f"| {method} | {found[method]:.3f} | {num_trainings} | {kl} | {shown} |", flush=True)
@@ -119,7 +121,8 @@ def make_methods(tasks: dict[str, Task], num_weightings: int) -> dict[str, tuple
 
     def retrained(weight: float) -> Guide:
         task = mixed_task(tasks[NAMES[0]], weight)
-        model = train_dpo(task, task.fresh("patient"), **DPO)
+        ends = {1.0: NAMES[0], 0.0: NAMES[1]}  # labels of one alone
+        model = tuned(ends[weight]) if weight in ends else train_dpo(task, task.fresh("patient"), **DPO)
         return lambda s: DoctorGuidedLogitsProcessor(model, beta=s)
 
     return {
@@ -147,17 +150,9 @@ def mixed_task(task: Task, weight: float) -> Task:
     return new
 
 
-def rewards_of(world: World, texts: list[str]) -> tuple[float, ...]:
-    """Mean of each oracle."""
-    return tuple(sum(map(world.attributes[name].oracle, texts)) / len(texts) for name in NAMES)
-
-
-def tilted_front(comparison: Comparison, kls: list[float]) -> list[tuple[float, ...]]:
+def tilted_front(samples: PatientSamples, kls: list[float]) -> list[tuple[float, ...]]:
     """Rewards of the best policies, one for each weighting, at the KL that a method had there: patient samples, tilted."""
-    texts, world = comparison.rows[0]["texts"], comparison.world
-    rewards = torch.tensor([[world.attributes[name].oracle(text) for text in texts] for name in NAMES])
-    rewards = rewards.view(len(NAMES), len(comparison.prompts), -1).double()  # (2, P, N)
-    front = []
+    rewards, front = [samples.rewards[name] for name in NAMES], []  # (P, N) each
     for index, kl in enumerate(kls):
         weight = index / (len(kls) - 1)
         mixed = weight * rewards[0] + (1 - weight) * rewards[1]

@@ -17,7 +17,7 @@
 Policies measured on samples of the patient, weighed by how much likelier a policy makes each of them.
 
 Nothing is sampled but the patient, once: all settings and strengths are compared on the same texts, and so is the frontier. The
-KL of each token is exact.
+KL and the entropy at each token are exact.
 """
 
 import math
@@ -28,12 +28,34 @@ import torch
 from transformers import PreTrainedModel
 
 from trl_tfpo import DoctorGuidedLogitsProcessor
-from trl_tfpo.evaluation import generate_completions
-from trl_tfpo.testbed import World, reward_kl_frontier
-from trl_tfpo.testbed.language import MAX_NEW_TOKENS
+from trl_tfpo.testbed import Comparison
+from trl_tfpo.testbed.frontier import Frontier, reward_kl_frontier
 
 
 Guide = Callable[[float], DoctorGuidedLogitsProcessor]  # of a strength; always with the same models
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """
+    A policy on patient samples: its expectations for each of P prompts.
+
+    Args:
+        kl, entropy, num_tokens (`torch.Tensor` of shape `(P,)`):
+            Of whole completions: nats, nats, tokens.
+        rewards (`dict[str, torch.Tensor]` of shape `(P,)`):
+            Of each attribute.
+    """
+
+    kl: torch.Tensor
+    entropy: torch.Tensor
+    num_tokens: torch.Tensor
+    rewards: dict[str, torch.Tensor]
+
+    def row(self, **more) -> dict:
+        """Numbers over all prompts, as they stand in an output; the entropy is in nats per token."""
+        entropy = (self.entropy.mean() / self.num_tokens.mean()).item()
+        return {"kl": max(self.kl.mean().item(), 0.0), "entropy": entropy} | more
 
 
 @dataclass(frozen=True)
@@ -57,9 +79,46 @@ class PatientSamples:
     rewards: dict[str, torch.Tensor]
     patient_logps: torch.Tensor
 
+    @classmethod
+    def of(cls, comparison: Comparison) -> "PatientSamples":
+        """Those that a comparison rests on."""
+        world, completions = comparison.world, comparison.patient_completions
+        rows = [completion.prompt_ids + completion.completion_ids for completion in completions]
+        batch = world.tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
+        ids, position = batch["input_ids"], torch.arange(batch["input_ids"].size(1))
+        starts = torch.tensor([len(completion.prompt_ids) for completion in completions])[:, None]
+        completion_mask = batch["attention_mask"].bool() & (position >= starts)
+        rewards = {
+            name: torch.tensor([attribute.oracle(completion.text) for completion in completions])
+            for name, attribute in world.attributes.items()
+        }
+        shaped = {name: values.view(len(comparison.prompts), -1).double() for name, values in rewards.items()}
+        return cls(ids, completion_mask, shaped, logits_of(world.patient, ids, completion_mask).log_softmax(dim=-1))
+
     def heard(self, guide: DoctorGuidedLogitsProcessor) -> list[torch.Tensor]:
         """What each doctor of a guide says where completion tokens are predicted, (tokens, V)."""
         return [logits_of(doctor, self.ids, self.completion_mask) for doctor in guide.doctors]
+
+    def weigh(self, guide: DoctorGuidedLogitsProcessor, doctor_logits: Sequence[torch.Tensor]) -> Weighed:
+        """A guided policy, given what was [`heard`] from the guide's doctors."""
+        guided = guide.combine(self.patient_logps, doctor_logits)  # (tokens, V)
+        shift, probs = guided - self.patient_logps, guided.exp()
+        weights = self._sums(shift.gather(1, self._tokens()).squeeze(1)).softmax(dim=1)  # (P, N)
+        return self._expected(weights, kl=(probs * shift).sum(dim=1), entropy=-(probs * guided).sum(dim=1))
+
+    def best(self, attribute: str, reward: float) -> dict:
+        """The row of the policy that has a reward at the least KL there is: samples, tilted by their rewards."""
+        rewards, (low, high) = self.rewards[attribute], (0.0, 100.0)
+        for _ in range(60):  # the reward grows with the tilt
+            tilt = (low + high) / 2
+            weights = (tilt * rewards).softmax(dim=1)  # (P, N)
+            low, high = (tilt, high) if (weights * rewards).sum(dim=1).mean() < reward else (low, tilt)
+        surprise = -self.patient_logps.gather(1, self._tokens()).squeeze(1)
+        found = self._expected(weights, kl=torch.zeros_like(surprise), entropy=surprise)
+        kl = (weights * (weights * weights.size(1)).clamp(min=1e-300).log()).sum(dim=1)
+        entropy = found.entropy - kl  # the surprise of the patient is entropy and KL of the policy together
+        row = Weighed(kl, entropy, found.num_tokens, found.rewards).row(beta=tilt, reward=reward)
+        return row | {"efficiency": None}
 
     def follow(
         self,
@@ -71,29 +130,52 @@ class PatientSamples:
         max_kl: float = math.inf,
     ) -> list[dict]:
         """
-        Strength, KL in nats and efficiency of guided policies, up to the first that is `max_kl` away; `doctor_logits` is what
-        was [`heard`] from the guide's doctors, whatever the strength.
+        A row for each strength, up to the first that is `max_kl` away: KL in nats, reward, entropy in nats per token,
+        efficiency, and what each prompt has of it; `doctor_logits` is what was [`heard`], whatever the strength.
         """
-        rewards, rows = self.rewards[attribute], []
-        frontier, tokens = reward_kl_frontier(rewards), self.ids[self.completion_mask][:, None]
+        frontier, rows = reward_kl_frontier(self.rewards[attribute]), []
         for strength in strengths:
-            guided = guide(strength).combine(self.patient_logps, doctor_logits)  # (tokens, V)
-            shift = guided - self.patient_logps
-            weights = self._sums(shift.gather(1, tokens).squeeze(1)).double().softmax(dim=1)  # (P, N)
-            kl = (weights * self._sums((guided.exp() * shift).sum(dim=1))).sum(dim=1).mean().item()
-            reward = (weights * rewards).sum(dim=1).mean().item()
-            is_known = 1e-6 < kl <= frontier.max_kl  # the patient itself gains nothing
-            efficiency = frontier.efficiency(reward, kl) if is_known else None
-            rows.append({"beta": strength, "kl": max(kl, 0.0), "efficiency": efficiency})
-            if kl >= max_kl:
+            found = self.weigh(guide(strength), doctor_logits)
+            reward, gain = found.rewards[attribute], found.rewards[attribute] - self.rewards[attribute].mean(dim=1)
+            row = found.row(beta=strength, reward=reward.mean().item(), **shares(frontier, gain, found.kl))
+            rows.append(row)
+            if row["kl"] >= max_kl:
                 break
         return rows
+
+    def _tokens(self) -> torch.Tensor:
+        return self.ids[self.completion_mask][:, None]
+
+    def _expected(self, weights: torch.Tensor, **per_token: torch.Tensor) -> Weighed:
+        """Expectations under weights (P, N) that sum to 1 for each prompt."""
+        per_token |= {"num_tokens": torch.ones(len(self.patient_logps))}
+        sums = {name: (weights * self._sums(values)).sum(dim=1) for name, values in per_token.items()}
+        rewards = {name: (weights * values).sum(dim=1) for name, values in self.rewards.items()}
+        return Weighed(**sums, rewards=rewards)
 
     def _sums(self, values: torch.Tensor) -> torch.Tensor:
         """Sums of a value of each token (tokens,) over each completion, (P, N)."""
         row = self.completion_mask.nonzero()[:, 0]
         shape = next(iter(self.rewards.values())).shape
-        return values.new_zeros(len(self.ids)).index_add(0, row, values).view(shape)
+        return torch.zeros(len(self.ids), dtype=torch.double).index_add(0, row, values.double()).view(shape)
+
+
+def shares(frontier: Frontier, gain: torch.Tensor, kl: torch.Tensor) -> dict:
+    """
+    Efficiency, and each prompt's part in it, from gains and KLs (P,); None where the frontier is not known.
+
+    The mean of the parts is the efficiency. A prompt that moves further than others has its gain lowered by what the
+    frontier gains on that way, so that parts can be drawn anew for an interval.
+    """
+    mean_kl, mean_gain = kl.mean().item(), gain.mean().item()
+    if not 1e-6 < mean_kl <= frontier.max_kl:  # the patient itself gains nothing
+        return {"efficiency": None, "by_prompt": None}
+    efficiency = frontier.efficiency(frontier.patient_reward + mean_gain, mean_kl)
+    possible = frontier.best_reward(mean_kl) - frontier.patient_reward
+    nearer, further = 0.98 * mean_kl, min(1.02 * mean_kl, frontier.max_kl)
+    slope = (frontier.best_reward(further) - frontier.best_reward(nearer)) / (further - nearer)
+    parts = (gain - efficiency * slope * (kl - mean_kl)) / possible
+    return {"efficiency": efficiency, "by_prompt": [round(part, 5) for part in parts.tolist()]}
 
 
 @torch.no_grad()
@@ -101,28 +183,3 @@ def logits_of(model: PreTrainedModel, ids: torch.Tensor, completion_mask: torch.
     """What a model says where completion tokens are predicted, (tokens, V)."""
     parts = zip(ids.split(256), completion_mask.split(256), strict=True)
     return torch.cat([model(input_ids=ids).logits[:, :-1][mask[:, 1:]] for ids, mask in parts])
-
-
-def draw(world: World, num_samples_per_prompt: int, seed: int, split: str) -> PatientSamples:
-    """Samples of the patient on the prompts of a split."""
-    prompts = world.prompts(split)
-    completions = generate_completions(
-        world.patient,
-        world.tokenizer,
-        prompts,
-        num_samples_per_prompt=num_samples_per_prompt,
-        max_new_tokens=MAX_NEW_TOKENS,
-        batch_size=128,
-        seed=seed,
-    )
-    rows = [completion.prompt_ids + completion.completion_ids for completion in completions]
-    batch = world.tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
-    ids, position = batch["input_ids"], torch.arange(batch["input_ids"].size(1))
-    starts = torch.tensor([len(completion.prompt_ids) for completion in completions])[:, None]
-    completion_mask = batch["attention_mask"].bool() & (position >= starts)
-    rewards = {
-        name: torch.tensor([attribute.oracle(completion.text) for completion in completions]).view(len(prompts), -1)
-        for name, attribute in world.attributes.items()
-    }
-    patient_logps = logits_of(world.patient, ids, completion_mask).log_softmax(dim=-1)
-    return PatientSamples(ids, completion_mask, rewards, patient_logps)

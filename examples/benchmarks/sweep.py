@@ -33,51 +33,42 @@ import statistics
 from pathlib import Path
 
 from frontier import FULL, KLS, SHARES, interpolate, read, spread
-from methods import ALONE, PUBLISHED, RATE, Task, fine_tuning, full_trajectory, no_boundary, train_tfpo
-from patient_samples import PatientSamples
+from methods import RATE, Task, fine_tuning, full_trajectory, no_boundary, tfpo
 from tqdm import tqdm
-
-from trl_tfpo import DoctorGuidedLogitsProcessor
-from trl_tfpo.guided_flow import is_guidance
 
 
 QUICK = dict(num_pairs=16, max_steps=2, num_samples_per_prompt=8)
+PARTS = {
+    "nothing": {},
+    "whole trajectory only": dict(objective=full_trajectory),
+    "no value discrimination": dict(value_loss_weight=0.0),
+    "no sparsity": dict(sparsity_threshold=0.0),
+    "no boundary": dict(objective=no_boundary),
+    "no reference": dict(reference_weight=0.0),
+    "no agreement: by the label": dict(reward_direction="label"),
+    "no agreement: by the faces, `reward_temperature=0.35`": dict(reward_direction="faces", reward_temperature=0.35),
+    "no flow: fine-tuned on the chosen": dict(objective=fine_tuning),
+}
 SETTINGS = {
     "policy": ["guided"],
-    "reward_direction": ["label", "faces"],
-    "importance_temperature": [1.0, 2.0, 5.0],
-    "gap_floor": [1e-6, 0.2],
-    "sparsity_threshold": [0.0, 0.6],
-    "reward_temperature": [0.125, 0.35, 0.5],
-    "reference_weight": [0.0, 0.5],
-    "subtb_lambda": [0.0, 0.9],
-    "value_loss_weight": [0.0, 1.0],
+    "importance_temperature": [1.0],
+    "gap_floor": [1e-6],
+    "sparsity_threshold": [0.6],
+    "reward_temperature": [0.125, 0.5],
+    "reference_weight": [0.5],
+    "subtb_lambda": [0.9],
+    "value_loss_weight": [1.0],
     "value_margin": [1.0],
-    "value_head_learning_rate": [3e-4, 3e-2],
-    "learning_rate": [1e-3],
+    "value_head_learning_rate": [3e-4],
 }
-CHANGES = {
-    "nothing": {},
-    "the doctor alone, as a mixture": ALONE,
-    "the doctor alone, as a product": ALONE | dict(alpha=1.0),
-    "as published": PUBLISHED | dict(alpha=1.0),
-    "by the faces, `reward_temperature=0.35`": dict(reward_direction="faces", reward_temperature=0.35),
-    "whole trajectory only": dict(objective=full_trajectory),
-    "no boundary": dict(objective=no_boundary),
-    "no flow: fine-tuned on the chosen": dict(objective=fine_tuning),
-} | {f"{name}={value}": {name: value} for name, values in SETTINGS.items() for value in values}
-LARGEST = 2.0  # the strongest guide that is tried, where it is not a mixture
+CHANGES = PARTS | {f"{name}={value}": {name: value} for name, values in SETTINGS.items() for value in values}
+LARGEST = 4.0  # the strongest guide that is tried
 
 
-def efficiencies(samples: PatientSamples, task: Task, alpha: float | None = None, **settings) -> list[float | None]:
+def efficiencies(task: Task, **settings) -> list[float | None]:
     """Efficiency at each of `KLS` of a doctor trained with these settings; None where no strength leads there."""
-    doctor = train_tfpo(task, **RATE | settings)
-
-    def guide(beta: float) -> DoctorGuidedLogitsProcessor:
-        return DoctorGuidedLogitsProcessor(doctor, alpha=alpha, beta=beta)
-
-    largest = LARGEST if alpha or is_guidance(doctor) else 1.0
-    strengths = [largest * share for share in SHARES]
+    samples, guide = task.samples("validation"), tfpo(task, **RATE | settings)
+    strengths = [LARGEST * share for share in SHARES]
     rows = samples.follow(guide, samples.heard(guide(1.0)), strengths, attribute=task.attribute, max_kl=max(KLS))
     points = [(row["kl"] ** 0.5, row["efficiency"]) for row in rows if row["efficiency"] is not None]
     return [interpolate(points, kl**0.5, slack=0.1 * kl**0.5) for kl in KLS]
@@ -95,15 +86,14 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     changes = args.changes[:3] if args.quick else args.changes
     args.output.parent.mkdir(parents=True, exist_ok=True)
     cases = list(itertools.product(args.seeds, args.attributes))
-    for seed, attribute in tqdm(cases, desc="Seeds and attributes"):
-        task = Task(attribute, seed, **(QUICK if args.quick else FULL), weights=args.world)
-        for change in changes:
-            key = {"attribute": attribute, "seed": seed, "change": change}
-            if read(args.output, **key):
-                continue
-            found = {"efficiencies": efficiencies(task.samples("validation"), task, **CHANGES[change])}
-            with args.output.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(key | found) + "\n")
+    tasks = [Task(attribute, seed, **(QUICK if args.quick else FULL), weights=args.world) for seed, attribute in cases]
+    for task, change in tqdm(list(itertools.product(tasks, changes)), desc="Changes"):
+        key = {"attribute": task.attribute, "seed": task.seed, "change": change}
+        if read(args.output, **key):
+            continue
+        found = {"efficiencies": efficiencies(task, **CHANGES[change])}
+        with args.output.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(key | found) + "\n")
     rows = [row for row in read(args.output) if (row["seed"], row["attribute"]) in cases]
     print("\n" + table(rows))
     return rows

@@ -20,8 +20,8 @@ python examples/benchmarks/weak_to_strong.py --output_dir runs/weak_to_strong
 ```
 
 Patients and doctors of several widths learn the language by the recipe of `trl_tfpo.testbed.build`, unless they are those
-that ship; each doctor is then aligned for each patient, on pairs that this patient has sampled and with rewards that it has
-given, and measured as in `frontier.py`. What the output folder already has is not made again.
+that ship; each doctor is then aligned by the defaults for each patient, on pairs that this patient has sampled and with rewards
+that it has given, and measured as in `sweep.py`. What the output folder already has is not made again.
 """
 
 import argparse
@@ -31,8 +31,7 @@ import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from frontier import KLS, QUICK_KLS, cells, measure, read
-from methods import METHODS, Task
+import sweep
 from transformers import set_seed
 
 from trl_tfpo.atomic import written_whole
@@ -40,12 +39,7 @@ from trl_tfpo.testbed import load_world
 from trl_tfpo.testbed.build import RECIPES, instructions_of, make_model, train_model
 
 
-FULL = dict(num_pairs=3000, max_steps=500, num_samples_per_prompt=100)
-QUICK = dict(num_pairs=16, max_steps=2, num_samples_per_prompt=12)
-NAMES = ("TFPO", "guided flow")
-
-
-def main(arguments: list[str] | None = None) -> dict[tuple[int, int], list[dict]]:
+def main(arguments: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--patients", type=int, nargs="+", default=[64, 128, 192], help="widths, multiples of 8")
     parser.add_argument("--doctors", type=int, nargs="+", default=[24, 48], help="the same")
@@ -55,25 +49,18 @@ def main(arguments: list[str] | None = None) -> dict[tuple[int, int], list[dict]
     parser.add_argument("--output_dir", type=Path, default=Path("runs/weak_to_strong"))
     parser.add_argument("--quick", action="store_true", help="few sizes, pairs, steps and samples: whether it runs")
     args = parser.parse_args(arguments)
-    kls = QUICK_KLS if args.quick else KLS[1:3]
     if args.quick:
         args.patients, args.doctors = args.patients[:2], args.doctors[:1]
-    print("| patient | doctor | patient's grammar | method | " + " | ".join(f"{kl} nats" for kl in kls) + " |")
-    print("|---:|---:|---:|---" + "|---:" * len(kls) + "|")
-    found = {}
-    for widths in itertools.product(args.patients, args.doctors):
-        task = Task(args.attribute, args.seed, **(QUICK if args.quick else FULL), weights=make_world(*widths, args))
-        output = task.weights / f"{args.attribute}-{args.seed}.jsonl"
-        for name in NAMES:
-            measure(name, METHODS[name], task, kls, output, first_seed=None)
-        found[widths] = read(output)
-        sizes = [f"{getattr(task.world, name).num_parameters() / 1e6:.2f}M" for name in ("patient", "doctor")]
-        for name in NAMES:
-            mine = [row for row in found[widths] if row["method"] == name]
-            shown = [next(iter(cells(mine, "efficiency", "kl", kl).values()), None) for kl in kls]
-            row = [*sizes, f"{task.comparison('test').rows[0]['grammar']:.2f}", name]
-            print("| " + " | ".join(row + ["" if x is None else f"{x:.3f}" for x in shown]) + " |", flush=True)
-    return found
+    rows = []
+    for patient, doctor in itertools.product(args.patients, args.doctors):
+        folder = make_world(patient, doctor, args)
+        world = load_world(folder)
+        sizes = [f"{name} {getattr(world, name).num_parameters() / 1e6:.2f}M" for name in ("patient", "doctor")]
+        print("\n" + ", ".join(sizes), flush=True)
+        given = ["--world", str(folder), "--output", f"{folder}.jsonl", *["--quick"] * args.quick]
+        given += ["--attributes", args.attribute, "--seeds", str(args.seed), "--changes", "nothing"]
+        rows += sweep.main(given)
+    return rows
 
 
 def make_world(patient: int, doctor: int, args: argparse.Namespace) -> Path:

@@ -49,8 +49,10 @@ class Comparison:
         attribute (`str`):
             Name of the attribute whose oracle is the reward.
         num_samples_per_prompt (`int`, *optional*, defaults to `200`):
-            Samples of a guided policy for each test prompt. The patient gets four times as many: the frontier and the
-            gain of every other row rest on them.
+            Samples of a guided policy for each test prompt.
+        num_patient_samples_per_prompt (`int`, *optional*):
+            Samples of the patient, on which the frontier and the gain of every other row rest. Defaults to four times as
+            many.
         seed (`int`, *optional*, defaults to `0`):
             Seed of all samples.
         split (`str`, *optional*, defaults to `"test"`):
@@ -59,6 +61,7 @@ class Comparison:
     Attributes:
         rows (`list[dict]`): one for each policy added, with the keys of `COLUMNS`, `reward_se`, `kl_se`, `entropy` (nats per
             token) and `texts`; the efficiency is None where the frontier is not known, the entropy where it is not.
+        patient_completions (`list[Completion]`): what the patient said, with its token ids.
         frontier ([`Frontier`]): best reward at each KL.
 
     Examples:
@@ -77,13 +80,22 @@ class Comparison:
     """
 
     def __init__(
-        self, world: World, attribute: str, *, num_samples_per_prompt: int = 200, seed: int = 0, split: str = "test"
+        self,
+        world: World,
+        attribute: str,
+        *,
+        num_samples_per_prompt: int = 200,
+        num_patient_samples_per_prompt: int | None = None,
+        seed: int = 0,
+        split: str = "test",
     ):
         self.world, self.seed = world, seed
         self.oracle = world.attribute(attribute).oracle
         self.prompts = world.prompts(split)
         self.num_samples_per_prompt = num_samples_per_prompt
-        patient = self._evaluate(None, num_samples_per_prompt=4 * num_samples_per_prompt)
+        num_patient_samples = num_patient_samples_per_prompt or 4 * num_samples_per_prompt
+        patient = self._evaluate(None, num_samples_per_prompt=num_patient_samples)
+        self.patient_completions = patient["completions"]
         self.patient_rewards = torch.tensor(patient["rewards"]).view(len(self.prompts), -1)  # (P, N)
         self.frontier: Frontier = reward_kl_frontier(self.patient_rewards)
         self.rows: list[dict] = []
