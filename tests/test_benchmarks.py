@@ -16,10 +16,12 @@
 
 import importlib.util
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -392,23 +394,26 @@ def test_settings_are_swept_once(tmp_path, capsys):
     assert all(printed.count(f"| {name} |") == 2 for name in names)
 
 
-def test_a_policy_is_weighed_on_samples_of_the_patient():
-    """The best policy must be found efficient, the patient nowhere, and one that is led astray must lose."""
-    samples, frontier = load("patient_samples"), load("frontier")
+@pytest.fixture
+def two_tokens():
+    """Samples of a patient that draws two tokens of five, apart from one another; the reward of a text is a sum over them."""
     generator = torch.Generator().manual_seed(0)
-    patient_logits = torch.randn(1, 1, 5, generator=generator)
-    prob = patient_logits.softmax(-1).flatten()
-    first, second = torch.multinomial(prob, 8000, True, generator=generator).view(2, 2, 2000)  # (P, N) each
-    worth = torch.tensor([1.0, 0.0, -1.0, 0.5, 0.0])  # the reward of a text is the sum over its two tokens
+    logps = torch.randn(5, generator=generator).log_softmax(dim=-1)
+    first, second = torch.multinomial(logps.exp(), 8000, True, generator=generator).view(2, 2, 2000)  # (P, N) each
+    worth = torch.tensor([1.0, 0.0, -1.0, 0.5, 0.0])
     ids = torch.stack([torch.zeros_like(first), first, second], dim=-1).view(4000, 3)
     mask = torch.tensor([[False, True, True]]).expand(4000, 3)
-    rewards = {"worth": worth[first] + worth[second]}
-    rewards = {name: values.double() for name, values in rewards.items()}
-    drawn = samples.PatientSamples(ids, mask, rewards, patient_logits[0].log_softmax(dim=-1).expand(8000, 5))
+    rewards = {"worth": (worth[first] + worth[second]).double()}
+    drawn = load("patient_samples").PatientSamples(ids, mask, rewards, logps.expand(8000, 5))
+    return SimpleNamespace(logps=logps, worth=worth, drawn=drawn)
+
+
+def test_a_policy_is_weighed_on_samples_of_the_patient(two_tokens, frontier):
+    """The best policy must be found efficient, the patient nowhere, and one that is led astray must lose."""
 
     def found(shift):
         def doctor(input_ids):
-            return SimpleNamespace(logits=(patient_logits + shift).expand(*input_ids.shape, 5))
+            return SimpleNamespace(logits=(two_tokens.logps + shift).expand(*input_ids.shape, 5))
 
         def guide(beta):
             def mixture(patient_logits, doctor_logits):
@@ -418,14 +423,40 @@ def test_a_policy_is_weighed_on_samples_of_the_patient():
 
             return SimpleNamespace(doctors=[doctor], combine=mixture)
 
+        drawn = two_tokens.drawn
         return drawn.follow(guide, drawn.heard(guide(1.0)), frontier.SHARES, attribute="worth")
 
-    best = [row["efficiency"] for row in found(4 * worth) if row["efficiency"] is not None]
-    assert len(best) > 3 and best == [pytest.approx(1.0, abs=0.02)] * len(best)
+    good = [row for row in found(4 * two_tokens.worth) if row["efficiency"] is not None]
+    assert len(good) > 3 and [row["efficiency"] for row in good] == [pytest.approx(1.0, abs=0.02)] * len(good)
+    for row in good:
+        assert row["efficiency"] == pytest.approx(sum(row["by_prompt"]) / 2, abs=1e-4)  # of two prompts
     assert [row["efficiency"] for row in found(0.0)] == [None] * len(frontier.SHARES)
-    assert all(row["efficiency"] is None or row["efficiency"] < 0 for row in found(-4 * worth))
-    assert found(-4 * worth)[0]["efficiency"] < -0.9
-    assert [row["kl"] for row in found(4 * worth)] == sorted(row["kl"] for row in found(4 * worth))
+    bad = found(-4 * two_tokens.worth)
+    assert all(row["efficiency"] is None or row["efficiency"] < 0 for row in bad) and bad[0]["efficiency"] < -0.9
+    assert [row["kl"] for row in good] == sorted(row["kl"] for row in good)
+
+
+def test_the_best_policy_of_a_reward(two_tokens):
+    """What no policy can have, distance and diversity at once, is no fault of a method that has not both."""
+    row = two_tokens.drawn.best("worth", reward=1.7)
+    best = (two_tokens.logps + row["beta"] * two_tokens.worth).log_softmax(dim=-1)  # each token is tilted alike
+    assert 2 * (best.exp() * two_tokens.worth).sum().item() == pytest.approx(1.7, abs=0.02)
+    assert row["kl"] == pytest.approx(2 * (best.exp() * (best - two_tokens.logps)).sum().item(), rel=0.1)
+    assert row["entropy"] == pytest.approx(-(best.exp() * best).sum().item(), rel=0.02)
+
+
+def test_intervals_draw_seeds_and_prompts_but_no_attributes(frontier):
+    """That one attribute is harder than another says nothing of what another seed, or another prompt, would bring."""
+    sure = {(attribute, seed): np.full(12, gain) for attribute, gain in (("a", 0.0), ("b", 1.0)) for seed in (0, 1, 2)}
+    assert frontier.interval(sure, ".2f") == "0.50 (0.50 to 0.50)"
+    assert (
+        frontier.interval(sure | {("a", 3): np.zeros(12)}, ".2f") == "0.50 (0.50 to 0.50)"
+    )  # one attribute is missing
+    prompts, seeds = np.arange(12) / 6, [0.9, 1.0, 1.1]
+    for found in ({("a", 0): prompts}, {("a", seed): np.full(12, gain) for seed, gain in enumerate(seeds)}):
+        mean, low, high = map(float, re.findall(r"[\d.]+", frontier.interval(found, ".3f")))
+        assert low < mean < high
+    assert frontier.interval({}, ".2f") == ""
 
 
 def test_what_is_weighed_is_what_is_sampled(frontier):
