@@ -99,16 +99,16 @@ def everything(args: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     chosen = ["--methods", *args.methods] if args.methods else []
     seeds = ["--seeds", *map(str, args.seeds)]
-    first = ["--seed", str(args.seeds[0])]
+    first = str(args.seeds[0])
     parts, outputs = {}, [folder / f"methods-{attribute}.jsonl" for attribute in args.attributes]
     for attribute, output in zip(args.attributes, outputs, strict=True):
         parts[output.stem] = ["frontier.py", *chosen, "--attributes", attribute, *seeds, "--output", output]
-    parts["objectives"] = ["objectives.py", *first, "--output", folder / "objectives.jsonl"]
+    parts["objectives"] = ["objectives.py", "--seed", first, "--output", folder / "objectives.jsonl"]
     for attribute in args.attributes:
-        given = ["--attributes", attribute, *seeds]
-        parts[f"sweep-{attribute}"] = ["sweep.py", *given, "--output", folder / f"sweep-{attribute}.jsonl"]
+        given = ["--attributes", attribute, "--seeds", first, "--output", folder / f"sweep-{attribute}.jsonl"]
+        parts[f"sweep-{attribute}"] = ["sweep.py", *given]
     parts["random_worlds"] = ["random_worlds.py", "--output_dir", folder / "worlds"]
-    parts["weak_to_strong"] = ["weak_to_strong.py", *first, "--output_dir", folder / "sizes"]
+    parts["weak_to_strong"] = ["weak_to_strong.py", "--seed", first, "--output_dir", folder / "sizes"]
     run_parts(parts, folder, ["--quick"] * args.quick)
     report(args, outputs, folder / "methods.png")
     for name in parts:

@@ -370,7 +370,7 @@ def over(*names: str, values: list[tuple]) -> list[dict]:
     return [dict(zip(names, row, strict=True)) for row in values]
 
 
-DPO_GRID = over("beta", "learning_rate", values=[(0.1, 1e-4), (0.3, 1e-4), (1.0, 1e-4)])
+DPO_GRID = over("beta", "learning_rate", values=[(0.1, 1e-4), (0.3, 1e-4)])
 METHODS = {
     "guided flow": Method(
         tfpo,
@@ -390,19 +390,20 @@ METHODS = {
     "GenARM": Method(
         genarm,
         "1 of the doctor",
-        over("reward_scale", "learning_rate", values=[(0.02, 1e-3), (0.05, 1e-3), (0.02, 3e-3)]),
+        over("reward_scale", "learning_rate", values=[(0.02, 1e-3), (0.05, 1e-3)]),
         num_seeds=1,
     ),
     "DPO doctor": Method(
         dpo_doctor,
         "2 of the doctor",
-        over("beta", "learning_rate", values=[(0.1, 3e-4), (0.1, 1e-3), (0.3, 3e-4)]),
+        over("beta", "learning_rate", values=[(0.1, 1e-3), (0.3, 3e-4)]),
         largest=4.0,
+        num_seeds=2,
     ),
     "ARGS": Method(
         args_decoding,
         "as many as candidates, of the reward model",
-        over("top_k", "learning_rate", values=[(40, 1e-3), (40, 3e-3)]),
+        over("top_k", "learning_rate", values=[(40, 3e-3)]),
         strengths=[0.5, 1.0],
         num_seeds=1,
     ),
@@ -411,13 +412,19 @@ METHODS = {
         "n - 1 of the patient",
         over("learning_rate", values=[(1e-3,), (3e-3,)]),
         strengths=[2, 4, 8, 16, 32],
+        num_seeds=2,
     ),
     "DPO patient": Method(dpo_patient, "1 of a patient", DPO_GRID),
-    "DPO patient, stopped": Method(dpo_patient_stopped, "0", DPO_GRID, strengths=STOPS),
+    "DPO patient, stopped": Method(dpo_patient_stopped, "0", DPO_GRID, strengths=STOPS, num_seeds=1),
     "DPO patient, LoRA": Method(
-        dpo_patient_lora, "1 of a patient", over("beta", "learning_rate", values=[(0.1, 3e-4), (0.3, 1e-3)])
+        dpo_patient_lora,
+        "1 of a patient",
+        over("beta", "learning_rate", values=[(0.1, 3e-4), (0.3, 1e-3)]),
+        num_seeds=1,
     ),
-    "best of n by the oracle": Method(best_by_oracle, "n - 1 of the patient", strengths=[2, 4, 8, 16, 32]),
+    "best of n by the oracle": Method(
+        best_by_oracle, "n - 1 of the patient", strengths=[2, 4, 8, 16, 32], num_seeds=2
+    ),
     "temperature": Method(temperature, "0", strengths=[0.5, 0.85, 1.2], num_seeds=1),
     "the best possible": Method(best_policy, "", strengths=REWARDS),
 }

@@ -53,13 +53,9 @@ SETTINGS = {
     "policy": ["guided"],
     "importance_temperature": [1.0],
     "gap_floor": [1e-6],
-    "sparsity_threshold": [0.6],
     "reward_temperature": [0.125, 0.5],
-    "reference_weight": [0.5],
     "subtb_lambda": [0.9],
-    "value_loss_weight": [1.0],
     "value_margin": [1.0],
-    "value_head_learning_rate": [3e-4],
 }
 CHANGES = PARTS | {f"{name}={value}": {name: value} for name, values in SETTINGS.items() for value in values}
 LARGEST = 4.0  # the strongest guide that is tried

@@ -41,7 +41,7 @@ from trl_tfpo.testbed.build import RECIPES, instructions_of, make_model, train_m
 
 def main(arguments: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--patients", type=int, nargs="+", default=[64, 128, 192], help="widths, multiples of 8")
+    parser.add_argument("--patients", type=int, nargs="+", default=[64, 96, 128], help="widths, multiples of 8")
     parser.add_argument("--doctors", type=int, nargs="+", default=[24, 48], help="the same")
     parser.add_argument("--steps", type=int, help="in which each model learns the language, instead of the recipe's")
     parser.add_argument("--attribute", default="praise")
