@@ -362,7 +362,7 @@ def fine_tuning(*, doctor_logps, completion_mask, **_):
 STOPS = [0.2, 0.4, 0.7, 1.0]  # shares of the steps
 REWARDS = [2.0, 2.5]  # at which diversity is compared
 RATE = dict(learning_rate=3e-3)
-ALONE = dict(policy="doctor", reward_temperature=0.125)  # a language model of its own
+ALONE = dict(policy="doctor", reward_temperature=0.125, reference_weight=1.0)  # a language model of its own
 PUBLISHED = ALONE | dict(reward_direction="label", importance_temperature=1.0, gap_floor=1e-6, reference_weight=0.0)
 
 
