@@ -347,7 +347,8 @@ def _args_samples(task, reward_model, ids, weight, top_k, generator) -> tuple[li
 
 def full_trajectory(*, doctor_logps, log_values, token_rewards, completion_mask, is_complete, reference_logps, **_):
     """Balance of the whole trajectory alone, as in trajectory balance with a start that depends on the prompt."""
-    gain = token_rewards / TFPOConfig.reward_temperature + reference_logps - doctor_logps  # (B, T)
+    score = token_rewards / TFPOConfig.reward_temperature + TFPOConfig.reference_weight * reference_logps  # (B, T)
+    gain = score - doctor_logps
     return (log_values[:, 0] - gain.masked_fill(~completion_mask, 0).sum(dim=1))[is_complete].square().mean(), {}
 
 
