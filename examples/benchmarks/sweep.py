@@ -30,10 +30,11 @@ import argparse
 import itertools
 import json
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 
 from frontier import FULL, KLS, SHARES, interpolate, read, spread
-from methods import RATE, Task, fine_tuning, full_trajectory, no_boundary, tfpo
+from methods import RATE, REWARDS, Task, fine_tuning, full_trajectory, no_boundary, tfpo
 from tqdm import tqdm
 
 
@@ -62,13 +63,19 @@ CHANGES = PARTS | {f"{name}={value}": {name: value} for name, values in SETTINGS
 LARGEST = 4.0  # the strongest guide that is tried
 
 
-def efficiencies(task: Task, **settings) -> list[float | None]:
-    """Efficiency at each of `KLS` of a doctor trained with these settings; None where no strength leads there."""
+def measure(task: Task, **settings) -> dict:
+    """
+    Of a doctor trained with these settings: efficiency at each of `KLS`, and entropy at the first of `REWARDS`, in nats per token;
+    None where no strength leads there.
+    """
     samples, guide = task.samples("validation"), tfpo(task, **RATE | settings)
     strengths = [LARGEST * share for share in SHARES]
     rows = samples.follow(guide, samples.heard(guide(1.0)), strengths, attribute=task.attribute, max_kl=max(KLS))
     points = [(row["kl"] ** 0.5, row["efficiency"]) for row in rows if row["efficiency"] is not None]
-    return [interpolate(points, kl**0.5, slack=0.1 * kl**0.5) for kl in KLS]
+    return {
+        "efficiencies": [interpolate(points, kl**0.5, slack=0.1 * kl**0.5) for kl in KLS],
+        "entropy": interpolate([(row["reward"], row["entropy"]) for row in rows], REWARDS[0]),
+    }
 
 
 def main(arguments: list[str] | None = None) -> list[dict]:
@@ -88,7 +95,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         key = {"attribute": task.attribute, "seed": task.seed, "change": change}
         if read(args.output, **key):
             continue
-        found = {"efficiencies": efficiencies(task, **CHANGES[change])}
+        found = measure(task, **CHANGES[change])
         with args.output.open("a", encoding="utf-8") as file:
             file.write(json.dumps(key | found) + "\n")
     rows = [row for row in read(args.output) if (row["seed"], row["attribute"]) in cases]
@@ -97,14 +104,20 @@ def main(arguments: list[str] | None = None) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """Mean and deviation of each change over seeds and attributes, at each KL and over all."""
-    lines = ["| changed | " + " | ".join([f"{kl} nats" for kl in KLS] + ["mean"]) + " |", "|---" + "|---:" * 5 + "|"]
+    """Mean and deviation of each change over seeds and attributes, at each KL and over all; and its entropy."""
+    columns = [*(f"{kl} nats" for kl in KLS), "mean", f"entropy at reward {REWARDS[0]}"]
+    lines = ["| changed | " + " | ".join(columns) + " |", "|---" + "|---:" * len(columns) + "|"]
     for change in dict.fromkeys(row["change"] for row in rows):
-        mine = [row["efficiencies"] for row in rows if row["change"] == change]
-        columns = [[value for value in column if value is not None] for column in zip(*mine, strict=True)]
-        means = [statistics.mean(there) for row in mine if (there := [value for value in row if value is not None])]
-        lines.append(f"| {change} | " + " | ".join(map(spread, [*columns, means])) + " |")
+        mine = [row for row in rows if row["change"] == change]
+        found = list(zip(*(row["efficiencies"] for row in mine), strict=True))
+        found += [[statistics.mean(known) for row in mine if (known := without_none(row["efficiencies"]))]]
+        found += [[row["entropy"] for row in mine]]
+        lines.append(f"| {change} | " + " | ".join(spread(without_none(values)) for values in found) + " |")
     return "\n".join(lines)
+
+
+def without_none(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
 
 
 if __name__ == "__main__":
