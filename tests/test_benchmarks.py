@@ -246,7 +246,7 @@ def test_one_command_measures_everything(frontier, tmp_path, capsys):
     frontier.main(["--quick", "--methods", "TFPO", "--everything", str(tmp_path)])
     written = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.jsonl")}
     parts = {f"{name}.jsonl" for name in ("methods-praise", "objectives", "sweep-praise", "worlds/1")}
-    assert written == parts | {f"sizes/{patient}-24.jsonl" for patient in (64, 128)}
+    assert written == parts | {f"sizes/{patient}-24.jsonl" for patient in (64, 96)}
     assert (tmp_path / "worlds/1/language.json").is_file() and (tmp_path / "methods.png").stat().st_size > 1000
     printed = capsys.readouterr().out
     assert printed.count("| TFPO |") >= 1

@@ -194,7 +194,8 @@ def test_ctrl_c_in_a_terminal(launch, folder, tmp_path):
     _, error = process.communicate(timeout=120)
     assert process.returncode == 130, error
     assert error.count("interrupted. To go on, run the same command again: finished shards are kept.") == 1
-    assert "Traceback" not in error, error
+    ignored = re.compile(r"Exception ignored in.*?KeyboardInterrupt: ?\n", re.DOTALL)  # Python's, of a destructor
+    assert "Traceback" not in ignored.sub("", error), error
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
     assert not (tmp_path / "out.jsonl").exists()

@@ -220,14 +220,14 @@ def test_float32_is_enough_for_4096_tokens(subtb_lambda):
 
 
 def test_without_rewards_a_doctor_stays_what_it_was():
-    """Rewards of zero are no reason to move: balance is the reference itself."""
+    """Rewards of zero are no reason to move: with the whole reference, balance is the reference itself."""
     batch = random_batch(torch.Generator().manual_seed(1), num_tokens=7)
     batch |= dict(
         token_rewards=torch.zeros_like(batch["token_rewards"]), reference_logps=batch["doctor_logps"].clone()
     )
     batch["log_values"].zero_()
     batch["doctor_logps"].requires_grad_()
-    loss, metrics = tfpo_objective(**batch, value_loss_weight=0.0)
+    loss, metrics = tfpo_objective(**batch, reference_weight=1.0, value_loss_weight=0.0)
     (gradient,) = torch.autograd.grad(loss, batch["doctor_logps"])
     assert metrics["loss/subtb"] < 1e-6 and gradient.abs().max() < 1e-3
 

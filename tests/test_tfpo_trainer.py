@@ -274,7 +274,7 @@ class TestReference:
         )
         trainer = TFPOTrainer(
             model=make_llama(2),
-            args=config(tmp_path, max_steps=1, value_loss_weight=0.0),
+            args=config(tmp_path, max_steps=1, reference_weight=1.0, value_loss_weight=0.0),
             train_dataset=silent,
             processing_class=tokenizer,
         )
