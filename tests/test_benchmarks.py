@@ -309,8 +309,8 @@ def test_what_is_left_of_an_objective(frontier):
         is_complete=torch.tensor([True, True]),
         reference_logps=torch.tensor([[-2.0, -2.0], [-2.0, -7.0]]),
     )
-    # log V(s_0) - (r / 0.25 + 0.95 log reference - log doctor), over real tokens: 0 - (2 - 3.8 + 3) and 2 - (0 - 1.9 + 3)
-    assert full_trajectory(**tensors)[0].item() == pytest.approx((1.2**2 + 0.9**2) / 2)
+    # log V(s_0) - (r / 0.25 + log reference - log doctor), over real tokens: 0 - (2 - 1) and 2 - (0 + 1)
+    assert full_trajectory(**tensors)[0].item() == pytest.approx((1 + 1) / 2)
     assert fine_tuning(**tensors)[0].item() == pytest.approx(3)  # of the chosen completion alone
     moved = tensors | dict(log_values=tensors["log_values"] + torch.tensor([0.0, 0.0, 3.0]))  # the last state of row 0
     assert no_boundary(**tensors)[0] != no_boundary(**moved)[0]

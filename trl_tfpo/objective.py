@@ -36,7 +36,7 @@ def tfpo_objective(
     is_complete: torch.Tensor,
     reference_logps: torch.Tensor | None = None,
     reward_temperature: float = 0.25,
-    reference_weight: float = 0.95,
+    reference_weight: float = 1.0,
     subtb_lambda: float = 1.0,
     value_loss_weight: float = 0.1,
     value_margin: float = 0.1,
@@ -66,7 +66,7 @@ def tfpo_objective(
             Log-probability of each token under the doctor before training, in nats.
         reward_temperature (`float`, *optional*, defaults to `0.25`):
             Rewards are divided by it, see [`~trl_tfpo.functional.log_prefix_scores`].
-        reference_weight (`float`, *optional*, defaults to `0.95`):
+        reference_weight (`float`, *optional*, defaults to `1.0`):
             Exponent of the reference in the target; 0 is the paper.
         subtb_lambda (`float`, *optional*, defaults to `1.0`):
             Decay of the weight of long sub-trajectories, see [`~trl_tfpo.functional.subtb_loss`].

@@ -79,10 +79,10 @@ class TFPOConfig(_BaseConfig):
             alone, which stays a language model of its own, and can draft for the patient.
         reward_temperature (`float`, *optional*, defaults to `0.25`):
             A reward of 1 is worth `1 / reward_temperature` nats.
-        reference_weight (`float`, *optional*, defaults to `0.95`):
-            Exponent of the reference in what is learned; 0 is the paper. A little below 1, what the reference finds unlikely
-            is worth a little, and texts are more diverse for it. With `policy="doctor"` the reference is the doctor before
-            training, and scores the dataset once beforehand.
+        reference_weight (`float`, *optional*, defaults to `1.0`):
+            Exponent of the reference in what is learned; 0 is the paper. A little below 1, such as 0.95, what the reference
+            finds unlikely is worth a little, and texts are more diverse. With `policy="doctor"` the reference is the doctor
+            before training, and scores the dataset once beforehand.
         subtb_lambda (`float`, *optional*, defaults to `1.0`):
             Sub-trajectories of n tokens weigh `subtb_lambda ** n`, in `[0, 1]`.
         value_loss_weight (`float`, *optional*, defaults to `0.1`):
@@ -169,7 +169,7 @@ class TFPOConfig(_BaseConfig):
         default=0.25, metadata={"help": "A token reward of 1 is worth 1 / reward_temperature nats."}
     )
     reference_weight: float = field(
-        default=0.95,
+        default=1.0,
         metadata={
             "help": "Exponent of the reference in what is learned; 0 is the paper. With `policy='doctor'` it is the doctor "
             "before training, and scores the dataset once beforehand."

@@ -204,7 +204,6 @@ def trained_pair(args: argparse.Namespace, sizes: dict) -> tuple[PreTrainedModel
                 output_dir,
                 policy="doctor",
                 reward_temperature=0.125,
-                reference_weight=1.0,
                 use_cpu=args.device == "cpu",
                 seed=args.seed,
                 **training,

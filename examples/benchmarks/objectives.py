@@ -39,7 +39,7 @@ from functools import cache
 from pathlib import Path
 
 from frontier import follow, read
-from methods import METHODS, RATE, Task, train_dpo, train_tfpo
+from methods import GUIDED, RATE, Task, train_dpo, train_tfpo
 from patient_samples import Guide, PatientSamples
 
 from trl_tfpo import DoctorGuidedLogitsProcessor
@@ -50,7 +50,6 @@ NAMES = ("praise", "calm")
 FULL = dict(num_pairs=3000, max_steps=500, num_samples_per_prompt=50, num_patient_samples_per_prompt=400)
 QUICK = dict(num_pairs=32, max_steps=2, num_samples_per_prompt=8)
 DPO = dict(beta=0.1, learning_rate=1e-4)
-GUIDED = METHODS["guided flow"].grid[0]
 LARGEST = {"two doctors": 4.0, "two doctors, guided flow": 4.0}  # strengths that are tried; a mixture has at most 1
 
 

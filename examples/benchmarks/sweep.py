@@ -55,7 +55,7 @@ SETTINGS = {
     "importance_temperature": [1.0],
     "gap_floor": [1e-6],
     "reward_temperature": [0.125, 0.5],
-    "reference_weight": [1.0, 0.9],
+    "reference_weight": [0.95, 0.9],
     "subtb_lambda": [0.9],
     "value_margin": [1.0],
 }
