@@ -449,9 +449,8 @@ def test_intervals_draw_seeds_and_prompts_but_no_attributes(frontier):
     """That one attribute is harder than another says nothing of what another seed, or another prompt, would bring."""
     sure = {(attribute, seed): np.full(12, gain) for attribute, gain in (("a", 0.0), ("b", 1.0)) for seed in (0, 1, 2)}
     assert frontier.interval(sure, ".2f") == "0.50 (0.50 to 0.50)"
-    assert (
-        frontier.interval(sure | {("a", 3): np.zeros(12)}, ".2f") == "0.50 (0.50 to 0.50)"
-    )  # one attribute is missing
+    in_one_attribute = sure | {("a", 3): np.zeros(12)}
+    assert frontier.interval(in_one_attribute, ".2f") == "0.50 (0.50 to 0.50)"
     prompts, seeds = np.arange(12) / 6, [0.9, 1.0, 1.1]
     for found in ({("a", 0): prompts}, {("a", seed): np.full(12, gain) for seed, gain in enumerate(seeds)}):
         mean, low, high = map(float, re.findall(r"[\d.]+", frontier.interval(found, ".3f")))
@@ -483,7 +482,7 @@ def test_a_grid_of_sizes(tmp_path, capsys):
     sizes = load("weak_to_strong")
     arguments = ["--quick", "--patients", "16", "24", "--doctors", "8", "--steps", "2", "--output_dir", str(tmp_path)]
     found = sizes.main(arguments)
-    assert len(found) == 2
+    assert [row["change"] for row in found] == ["nothing", "nothing"]
     assert (tmp_path / "16-8/doctor/model.safetensors").read_bytes() == (
         tmp_path / "24-8/doctor/model.safetensors"
     ).read_bytes()

@@ -151,7 +151,7 @@ def measure_all(args: argparse.Namespace) -> None:
     ]
     for task, name in tqdm(list(itertools.product(tasks, args.methods or METHODS)), desc="Methods"):
         method = METHODS[name]
-        if task.seed in args.seeds[method.num_seeds :] and method.num_seeds:
+        if task.seed not in args.seeds[: method.num_seeds]:
             continue
         if args.quick:
             method = replace(method, grid=method.grid[:2])
@@ -313,7 +313,8 @@ def efficiencies(rows: list[dict], kls: list[float]) -> str:
         shown = [spread(list(of(at[kl], name).values())) for kl in kls]
         grammar = [row["grammar"] for row in mine if "grammar" in row]
         shown += [f"{statistics.mean(grammar):.2f}" if grammar else "", METHODS[name].passes]
-        shown += [f"{statistics.median(row['train_seconds'] for row in mine):.0f}" if mine else ""]
+        seconds = statistics.median(row["train_seconds"] for row in mine) if mine else 0
+        shown += [f"{seconds:.0f}" if seconds >= 1 else ""]  # nothing is trained, or what another method has trained
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 

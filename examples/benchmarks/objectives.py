@@ -40,7 +40,7 @@ from pathlib import Path
 
 from frontier import follow, read
 from methods import GUIDED, RATE, Task, train_dpo, train_tfpo
-from patient_samples import Guide, PatientSamples
+from patient_samples import Guide, PatientSamples, kl_of, tilted
 
 from trl_tfpo import DoctorGuidedLogitsProcessor
 from trl_tfpo.testbed import Attribute
@@ -155,12 +155,7 @@ def tilted_front(samples: PatientSamples, kls: list[float]) -> list[tuple[float,
     for index, kl in enumerate(kls):
         weight = index / (len(kls) - 1)
         mixed = weight * rewards[0] + (1 - weight) * rewards[1]
-        low, high = 0.0, 20.0
-        for _ in range(60):  # the KL grows with the tilt
-            tilt = (low + high) / 2
-            policy = (tilt * mixed).softmax(dim=1)
-            distance = (policy * (policy * mixed.size(1)).clamp(min=1e-300).log()).sum(dim=1).mean()
-            low, high = (tilt, high) if distance < kl else (low, tilt)
+        _, policy = tilted(mixed, lambda weights: kl_of(weights).mean(), kl)
         front.append(tuple((policy * reward).sum(dim=1).mean().item() for reward in rewards))
     return front
 

@@ -108,14 +108,11 @@ class PatientSamples:
 
     def best(self, attribute: str, reward: float) -> dict:
         """The row of the policy that has a reward at the least KL there is: samples, tilted by their rewards."""
-        rewards, (low, high) = self.rewards[attribute], (0.0, 100.0)
-        for _ in range(60):  # the reward grows with the tilt
-            tilt = (low + high) / 2
-            weights = (tilt * rewards).softmax(dim=1)  # (P, N)
-            low, high = (tilt, high) if (weights * rewards).sum(dim=1).mean() < reward else (low, tilt)
+        rewards = self.rewards[attribute]
+        tilt, weights = tilted(rewards, lambda weights: (weights * rewards).sum(dim=1).mean(), reward)
         surprise = -self.patient_logps.gather(1, self._tokens()).squeeze(1)
         found = self._expected(weights, kl=torch.zeros_like(surprise), entropy=surprise)
-        kl = (weights * (weights * weights.size(1)).clamp(min=1e-300).log()).sum(dim=1)
+        kl = kl_of(weights)
         entropy = found.entropy - kl  # the surprise of the patient is entropy and KL of the policy together
         row = Weighed(kl, entropy, found.num_tokens, found.rewards).row(beta=tilt, reward=reward)
         return row | {"efficiency": None}
@@ -158,6 +155,23 @@ class PatientSamples:
         row = self.completion_mask.nonzero()[:, 0]
         shape = next(iter(self.rewards.values())).shape
         return torch.zeros(len(self.ids), dtype=torch.double).index_add(0, row, values.double()).view(shape)
+
+
+def tilted(
+    rewards: torch.Tensor, grows: Callable[[torch.Tensor], torch.Tensor], wanted: float
+) -> tuple[float, torch.Tensor]:
+    """The tilt by rewards (P, N), and the weights (P, N) that it gives, at which what grows with it is as large as wanted."""
+    low, high = 0.0, 100.0
+    for _ in range(60):
+        tilt = (low + high) / 2
+        weights = (tilt * rewards).softmax(dim=1)
+        low, high = (tilt, high) if grows(weights) < wanted else (low, tilt)
+    return tilt, weights
+
+
+def kl_of(weights: torch.Tensor) -> torch.Tensor:
+    """KL (P,) in nats from samples that all count alike, of weights (P, N) that sum to 1."""
+    return (weights * (weights * weights.size(1)).clamp(min=1e-300).log()).sum(dim=1)
 
 
 def shares(frontier: Frontier, gain: torch.Tensor, kl: torch.Tensor) -> dict:
