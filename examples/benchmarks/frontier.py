@@ -68,7 +68,7 @@ QUICK_KLS = [0.05, 0.1]
 SHARES = [0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0]  # of the strongest guide
 NUM_KEPT = 25  # samples of each prompt whose rewards are kept
 POOL = 512  # texts over which diversity is taken
-OURS = ("guided flow", "TFPO")
+OURS = ("guided flow", "TFPO", "guided flow, more diverse", "TFPO, more diverse")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -303,14 +303,14 @@ def grids(rows: list[dict]) -> str:
 
 def efficiencies(rows: list[dict], kls: list[float]) -> str:
     """Efficiency at each KL, mean and standard deviation over seeds and attributes, and what it took."""
-    lines = [
-        "| method | " + " | ".join(f"{kl} nats" for kl in kls) + " | grammar | passes for a token | training (s) |"
-    ]
-    lines += ["|---" + "|---:" * (len(kls) + 1) + "|---|---:|"]
+    shown = " | ".join(f"{kl} nats" for kl in kls)
+    lines = [f"| method | seeds | {shown} | grammar | passes for a token | training (s) |"]
+    lines += ["|---" + "|---:" * (len(kls) + 2) + "|---|---:|"]
     at = {kl: cells(rows, "efficiency", "kl", kl, math.sqrt) for kl in kls}
     for name in names_of(rows):
         mine = [row for row in rows if row["method"] == name and row["split"] == "test"]
-        shown = [spread(list(of(at[kl], name).values())) for kl in kls]
+        shown = [str(len({row["seed"] for row in mine}))]
+        shown += [spread(list(of(at[kl], name).values())) for kl in kls]
         grammar = [row["grammar"] for row in mine if "grammar" in row]
         shown += [f"{statistics.mean(grammar):.2f}" if grammar else "", METHODS[name].passes]
         seconds = statistics.median(row["train_seconds"] for row in mine) if mine else 0
@@ -325,14 +325,15 @@ def versus(rows: list[dict], columns: dict[str, dict], form: str, *, wins_near: 
     lines = ["| ours | against | " + " | ".join(columns) + (" | win + half ties |" if wins_near else " |")]
     lines += ["|---|---" + "|---:" * (len(columns) + bool(wins_near)) + "|"]
     for name, other in itertools.product(ours, names_of(rows)):
-        if name == other:
-            continue
+        if other in ours and ours.index(other) <= ours.index(name):
+            continue  # that pair is there already
         shown = []
         for column in columns.values():
             mine, theirs = of(column, name), of(column, other)
             shown.append(interval({key: mine[key] - theirs[key] for key in mine if key in theirs}, form, sign="+"))
         shown += [interval(wins(rows, name, other, wins_near), ".2f")] if wins_near else []
-        lines.append(f"| {name} | {other} | " + " | ".join(shown) + " |")
+        if any(shown):
+            lines.append(f"| {name} | {other} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 

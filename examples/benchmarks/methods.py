@@ -177,6 +177,12 @@ def tfpo(task: Task, **settings) -> Guide:
     return lambda beta: DoctorGuidedLogitsProcessor(doctor, beta=beta)
 
 
+def tempered(task: Task, **settings) -> Guide:
+    """The stronger the doctor, the less the patient insists on what it finds likely."""
+    doctor = train_tfpo(task, **settings)
+    return lambda beta: DoctorGuidedLogitsProcessor(doctor, alpha=1 - beta / 10, beta=beta)
+
+
 def product(task: Task, **settings) -> Guide:
     doctor = train_tfpo(task, **settings)
     return lambda beta: DoctorGuidedLogitsProcessor(doctor, alpha=1.0, beta=beta)
@@ -382,8 +388,8 @@ METHODS = {
         largest=4.0,
     ),
     "TFPO": Method(tfpo, "1 of the doctor", [RATE], largest=2.0),
-    "guided flow, more diverse": Method(tfpo, "1 of the doctor", [GUIDED | DIVERSE], largest=4.0, num_seeds=1),
-    "TFPO, more diverse": Method(tfpo, "1 of the doctor", [RATE | DIVERSE], largest=2.0, num_seeds=1),
+    "guided flow, more diverse": Method(tfpo, "1 of the doctor", [GUIDED | DIVERSE], largest=4.0),
+    "TFPO, more diverse": Method(tempered, "1 of the doctor", [RATE | DIVERSE], largest=2.0),
     "TFPO, the doctor alone": Method(tfpo, "1 of the doctor", [RATE | ALONE], num_seeds=1),
     "TFPO as published": Method(
         product,

@@ -38,7 +38,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from frontier import follow, read
+from frontier import FULL, follow, read
 from methods import GUIDED, RATE, Task, train_dpo, train_tfpo
 from patient_samples import Guide, PatientSamples, kl_of, tilted
 
@@ -47,7 +47,6 @@ from trl_tfpo.testbed import Attribute
 
 
 NAMES = ("praise", "calm")
-FULL = dict(num_pairs=3000, max_steps=500, num_samples_per_prompt=50, num_patient_samples_per_prompt=400)
 QUICK = dict(num_pairs=32, max_steps=2, num_samples_per_prompt=8)
 DPO = dict(beta=0.1, learning_rate=1e-4)
 LARGEST = {"two doctors": 4.0, "two doctors, guided flow": 4.0}  # strengths that are tried; a mixture has at most 1
