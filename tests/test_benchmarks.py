@@ -448,14 +448,39 @@ def test_the_best_policy_of_a_reward(two_tokens):
 def test_intervals_draw_seeds_and_prompts_but_no_attributes(frontier):
     """That one attribute is harder than another says nothing of what another seed, or another prompt, would bring."""
     sure = {(attribute, seed): np.full(12, gain) for attribute, gain in (("a", 0.0), ("b", 1.0)) for seed in (0, 1, 2)}
-    assert frontier.interval(sure, ".2f") == "0.50 (0.50 to 0.50)"
+    both = {"a", "b"}
+    assert frontier.interval(sure, both, ".2f") == "0.50 (0.50 to 0.50)"
     in_one_attribute = sure | {("a", 3): np.zeros(12)}
-    assert frontier.interval(in_one_attribute, ".2f") == "0.50 (0.50 to 0.50)"
+    assert frontier.interval(in_one_attribute, both, ".2f") == "0.50 (0.50 to 0.50)"
     prompts, seeds = np.arange(12) / 6, [0.9, 1.0, 1.1]
     for found in ({("a", 0): prompts}, {("a", seed): np.full(12, gain) for seed, gain in enumerate(seeds)}):
-        mean, low, high = map(float, re.findall(r"[\d.]+", frontier.interval(found, ".3f")))
+        mean, low, high = map(float, re.findall(r"[\d.]+", frontier.interval(found, {"a"}, ".3f")))
         assert low < mean < high
-    assert frontier.interval({}, ".2f") == ""
+    assert frontier.interval({}, both, ".2f") == frontier.interval({("a", 0): prompts}, both, ".2f") == ""
+    numbers = {("a", seed): gain for seed, gain in enumerate(seeds)}  # of a seed, with nothing of its prompts
+    assert frontier.interval(numbers, {"a"}, ".1f") == "1.0 (0.9 to 1.1)"
+
+
+def test_a_method_that_was_measured_in_two_ways_is_not_reported(frontier):
+    """Efficiency interpolated between rows of two settings would be that of neither."""
+    row = {"method": "a", "attribute": "b", "seed": 0, "split": "test", "settings": {"rate": 1}, "max_steps": 500}
+    frontier.check_is_one_run([row, row | {"split": "validation", "settings": {"rate": 2}}, row | {"seed": 1}])
+    for other in ({"settings": {"rate": 2}}, {"max_steps": 10}):
+        with pytest.raises(ValueError, match="in one way"):
+            frontier.check_is_one_run([row, row | other])
+
+
+def test_faces_that_nobody_trained(frontier):
+    """The rival that costs no training must be what it says: the patient, between what it says under either face."""
+    from methods import Task, faces_alone
+
+    task = Task("praise", 0, num_pairs=2, max_steps=1, num_samples_per_prompt=8)
+    samples, comparison = task.samples("test"), task.comparison("test")
+    prompts = [completion.prompt_ids for completion in comparison.patient_completions[:: 4 * 8]]
+    as_it_was = samples.heard_after(prompts, task.world.patient).log_softmax(dim=-1)
+    torch.testing.assert_close(as_it_was, samples.patient_logps, atol=1e-4, rtol=1e-4)
+    weak, strong = (faces_alone(task)(comparison, strength) for strength in (0.1, 0.3))
+    assert 0 < weak["kl"] < strong["kl"] and comparison.rows[0]["reward"] < weak["reward"] < strong["reward"]
 
 
 def test_what_is_weighed_is_what_is_sampled(frontier):

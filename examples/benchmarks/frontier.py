@@ -26,14 +26,15 @@ patient and doctor (`weak_to_strong.py`), parts and settings (`sweep.py`), and w
 
 All methods (`methods.py` says what they are) are given the same preference pairs, steps and batches. Where a method has
 several settings, the best is taken for each attribute, by its mean efficiency on validation prompts near the second and the
-third of the KLs, with the first seed; all seeds are trained with it and measured on test prompts. Strengths are looked for on
-validation prompts too, and efficiency is interpolated between those that were measured. What guides is weighed on samples of
+third of the KLs (at all strengths where there is no KL to match), with the first seed; all seeds are trained with it and measured
+on test prompts. Strengths are looked for on validation prompts too, and efficiency is interpolated between those that were
+measured, or that of the nearest where the KL is within a fifth of it. What guides is weighed on samples of
 the patient (`patient_samples.py`), so that all such methods and the frontier rest on the same texts; other methods, diversity,
 grammar and wins are of texts sampled from each policy.
 
 What is measured is a line of the output at once: a run that was cut short goes on where it stopped, and several may share
 the work (`--methods`, `--attributes`), each with an output of its own, all of which `--report` reads together. Intervals are by
-bootstrap over seeds and test prompts, the attributes as given.
+bootstrap over seeds and test prompts, the attributes as given; those of diversity are the range over seeds.
 """
 
 import argparse
@@ -59,6 +60,7 @@ from tqdm import tqdm
 
 from trl_tfpo.evaluation import bootstrap_interval, distinct_n, self_similarity
 from trl_tfpo.testbed import Comparison
+from trl_tfpo.testbed.report import POOL, evenly_chosen
 
 
 FULL = dict(num_pairs=3000, max_steps=500, num_samples_per_prompt=50, num_patient_samples_per_prompt=400)
@@ -68,7 +70,6 @@ FAR = 2.6  # about where a patient tuned by DPO is, taken as it is
 QUICK_KLS = [0.05, 0.1]
 SHARES = [0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0]  # of the strongest guide
 NUM_KEPT = 25  # samples of each prompt whose rewards are kept
-POOL = 512  # texts over which diversity is taken
 OURS = ("guided flow", "TFPO", "guided flow, more diverse", "TFPO, more diverse")
 
 
@@ -87,6 +88,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if unknown := set(args.methods or ()) - set(METHODS):
         parser.error(f"`--methods` must be among {list(METHODS)}. Got {sorted(unknown)}.")
+    if args.everything and args.world:
+        parser.error("`--everything` is of the world that ships. Leave out `--world`, or `--everything`.")
     if args.everything:
         return everything(args)
     if not args.report:
@@ -162,13 +165,14 @@ def measure_all(args: argparse.Namespace) -> None:
 
 def measure(name: str, method: Method, task: Task, kls: list[float], output: Path, *, first_seed: int) -> None:
     """Append the rows of a method that the output does not have yet."""
-    key = {"method": name, "attribute": task.attribute, "seed": task.seed}
+    key = {"method": name, **task.key}
     trained = {}  # by settings, as the best of those that were tried is measured afterwards
     for settings, split in [(settings, "validation") for settings in method.grid] + [(None, "test")]:
         if split == "validation" and (len(method.grid) == 1 or task.seed != first_seed):
             continue
         if split == "test":
-            settings = best(method.grid, read(output, method=name, attribute=task.attribute, split="validation"))
+            tried = read(output, **key | {"seed": first_seed, "split": "validation"})
+            settings = best(method.grid, tried)
         key |= {"settings": settings, "split": split}
         if read(output, **key):
             continue
@@ -191,11 +195,15 @@ def measure(name: str, method: Method, task: Task, kls: list[float], output: Pat
 
 
 def sample(task: Task, guide: Guide, strengths: list[float], largest: float) -> list[dict]:
-    """On test prompts: what is weighed, and at the second and the third strength what is said, too."""
+    """
+    On test prompts: what is weighed; at the second and the third strength what is said, too; and at the last one, where few samples
+    of the patient count, what is said alone.
+    """
     samples, comparison = task.samples("test"), task.comparison("test")
     rows = samples.follow(guide, samples.heard(guide(largest)), strengths, attribute=task.attribute)
-    for row in rows[1:3]:
-        row |= describe(comparison.add("guided", guide(row["beta"]), beta=row["beta"]), comparison) | row
+    for index in sorted({1, 2, len(rows) - 1} & set(range(len(rows)))):
+        weighed, said = rows[index], comparison.add("guided", guide(rows[index]["beta"]), beta=rows[index]["beta"])
+        rows[index] = weighed | describe(said, comparison) | (weighed if index < 3 else {})
     return rows
 
 
@@ -226,10 +234,10 @@ def describe(row: dict, comparison: Comparison) -> dict:
     groups = [list(group) for group in zip(*[iter(row["texts"])] * num_samples, strict=True)]
     rewards = [[comparison.oracle(text) for text in group] for group in groups]
     gain = torch.tensor([statistics.mean(group) for group in rewards]) - comparison.patient_rewards.mean(dim=1)
-    pool = row["texts"][:: max(len(row["texts"]) // POOL, 1)][:POOL]
+    pool = evenly_chosen(row["texts"], POOL)
     kept = {name: value for name, value in row.items() if name not in ("method", "texts")}
     kept |= shares(comparison.frontier, gain, torch.full_like(gain, row["kl"]))
-    kept |= {f"distinct_{n}": distinct_n(pool, n=n) for n in (1, 2, 3, 4)}
+    kept |= {f"distinct_{n}": distinct_n(pool, n=n) for n in (1, 2, 3)}
     kept |= {"self_similarity": self_similarity([group[:NUM_KEPT] for group in groups]).mean().item()}
     kept |= {"num_words": statistics.mean(len(text.split()) for text in row["texts"])}
     return kept | {"rewards": [group[:NUM_KEPT] for group in rewards]}
@@ -249,7 +257,7 @@ def read(output: Path, **key) -> list[dict]:
     """The lines of an output, if it is there, that have these values."""
     lines = output.read_text(encoding="utf-8").splitlines() if output.is_file() else []
     rows = [json.loads(line) for line in lines]
-    return [row for row in rows if all(row[field] == value for field, value in key.items())]
+    return [row for row in rows if all(row.get(field) == value for field, value in key.items())]
 
 
 # Report
@@ -260,12 +268,26 @@ def report(args: argparse.Namespace, outputs: list[Path], picture: Path) -> None
     kls, names = QUICK_KLS if args.quick else [*KLS, FAR], args.methods or list(METHODS)
     rows = [row for path in outputs for row in read(path) if row["method"] in names]
     rows = [row for row in rows if row["attribute"] in args.attributes and row["seed"] in args.seeds]
+    check_is_one_run(rows)
     gains = {f"{kl} nats": cells(rows, "by_prompt", "kl", kl, math.sqrt) for kl in kls}
     more = {f"{field} at {x}": cells(rows, field, "reward", x) for field in ("distinct_4", "entropy") for x in REWARDS}
     print(f"\n{grids(rows)}\n\n{efficiencies(rows, kls)}\n\n{versus(rows, gains, '.3f', wins_near=kls[1])}\n")
     print(f"{diversity(rows)}\n\n{versus(rows, more, '.3f')}\n")
     plot(rows, picture)
     print(f"Picture: {picture}")
+
+
+def check_is_one_run(rows: list[dict]) -> None:
+    """Raise `ValueError` if a method has rows on test prompts of several settings or sizes, among which it would be interpolated."""
+    sizes, measured = ("settings", "num_pairs", "max_steps", "num_patient_samples_per_prompt"), {}
+    for row in (row for row in rows if row["split"] == "test"):
+        found = [row.get(name) for name in sizes]
+        known = measured.setdefault((row["method"], row["attribute"], row["seed"]), found)
+        if known != found:
+            raise ValueError(
+                f"A method must have been measured in one way. Got {known} and {found} of {row['method']!r}; take the "
+                "rows of one of them out of the output, or give another output."
+            )
 
 
 def cells(rows: list[dict], value: str, at: str, x: float, scale: Callable[[float], float] = float) -> dict:
@@ -302,7 +324,10 @@ def grids(rows: list[dict]) -> str:
 
 
 def efficiencies(rows: list[dict], kls: list[float]) -> str:
-    """Efficiency at each KL, mean and standard deviation over seeds and attributes, and what it took."""
+    """
+    Efficiency at each KL, mean and standard deviation over seeds and attributes, and what it took; where some of them never come
+    near that KL, over how many it is.
+    """
     shown = " | ".join(f"{kl} nats" for kl in kls)
     lines = [f"| method | seeds | {shown} | grammar | passes for a token | training (s) |"]
     lines += ["|---" + "|---:" * (len(kls) + 2) + "|---|---:|"]
@@ -310,7 +335,9 @@ def efficiencies(rows: list[dict], kls: list[float]) -> str:
     for name in names_of(rows):
         mine = [row for row in rows if row["method"] == name and row["split"] == "test"]
         shown = [str(len({row["seed"] for row in mine}))]
-        shown += [spread(list(of(at[kl], name).values())) for kl in kls]
+        num = len({(row["attribute"], row["seed"]) for row in mine})
+        for found in (of(at[kl], name) for kl in kls):
+            shown += [spread(list(found.values())) + (f" ({len(found)} of {num})" if 0 < len(found) < num else "")]
         grammar = [row["grammar"] for row in mine if "grammar" in row]
         shown += [f"{statistics.mean(grammar):.2f}" if grammar else "", METHODS[name].passes]
         seconds = statistics.median(row["train_seconds"] for row in mine) if mine else 0
@@ -321,7 +348,7 @@ def efficiencies(rows: list[dict], kls: list[float]) -> str:
 
 def versus(rows: list[dict], columns: dict[str, dict], form: str, *, wins_near: float | None = None) -> str:
     """Values of ours minus those of others, over the same seeds and attributes, and head-to-head wins near a KL."""
-    ours = [name for name in names_of(rows) if name in OURS]
+    ours, attributes = [name for name in names_of(rows) if name in OURS], {row["attribute"] for row in rows}
     lines = ["| ours | against | " + " | ".join(columns) + (" | win + half ties |" if wins_near else " |")]
     lines += ["|---|---" + "|---:" * (len(columns) + bool(wins_near)) + "|"]
     for name, other in itertools.product(ours, names_of(rows)):
@@ -330,8 +357,9 @@ def versus(rows: list[dict], columns: dict[str, dict], form: str, *, wins_near: 
         shown = []
         for column in columns.values():
             mine, theirs = of(column, name), of(column, other)
-            shown.append(interval({key: mine[key] - theirs[key] for key in mine if key in theirs}, form, sign="+"))
-        shown += [interval(wins(rows, name, other, wins_near), ".2f")] if wins_near else []
+            differences = {key: mine[key] - theirs[key] for key in mine if key in theirs}
+            shown.append(interval(differences, attributes, form, sign="+"))
+        shown += [interval(wins(rows, name, other, wins_near), attributes, ".2f")] if wins_near else []
         if any(shown):
             lines.append(f"| {name} | {other} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
@@ -374,12 +402,11 @@ def spread(values: list[float]) -> str:
     return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
 
 
-def interval(found: dict, form: str, sign: str = "") -> str:
+def interval(found: dict, attributes: set[str], form: str, sign: str = "") -> str:
     """
-    Mean over attributes and seeds, with a bootstrap interval over seeds, and over prompts where there is a value for each;
-    attributes are not drawn, as the claim is of these.
+    Mean over attributes and the seeds that have all of them. Where there is a value for each prompt with a bootstrap interval over
+    prompts and seeds, prompts alone if there is one seed; attributes are not drawn, as the claim is of these. Else with the range.
     """
-    attributes = {attribute for attribute, _ in found}
     seeds = [seed for seed in sorted({seed for _, seed in found}) if all((x, seed) in found for x in attributes)]
     if not seeds:
         return ""
@@ -387,7 +414,7 @@ def interval(found: dict, form: str, sign: str = "") -> str:
     mean = f"{by_seed.mean().item():{sign}{form}}"
     if by_seed.numel() < 2:
         return mean
-    low, high = bootstrap_interval(by_seed)  # (S, P), or (S,)
+    low, high = bootstrap_interval(by_seed) if by_seed.dim() == 2 else map(float, by_seed.aminmax())  # (S, P), or (S,)
     return f"{mean} ({low:{sign}{form}} to {high:{sign}{form}})"
 
 

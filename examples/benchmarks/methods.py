@@ -15,14 +15,17 @@
 """
 What is compared in `frontier.py`: methods that do the same job from the same preference pairs, steps and batches.
 
-A method makes a *policy* of a task and settings: a function that adds a row to a comparison, at a given strength.
+Ours have the patient's two faces besides, which no rival has but "the faces alone".
+
+A method makes a *guide* of a task and settings, or, where it does not guide, a *policy*: a function that makes a row of a comparison
+and a strength.
 """
 
 import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -36,10 +39,12 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
 from trl_tfpo import DoctorGuidedLogitsProcessor, TFPOConfig, TFPOTrainer, annotate_token_rewards
 from trl_tfpo.evaluation import RewardModel, best_of_n
+from trl_tfpo.faces import apply_face
 from trl_tfpo.functional import token_rewards
 from trl_tfpo.objective import tfpo_objective
 from trl_tfpo.testbed import Comparison, World, load_world
 from trl_tfpo.testbed.language import MAX_NEW_TOKENS
+from trl_tfpo.tokenization import tokenize_prompt
 
 
 Policy = Callable[[Comparison, float], dict]  # the row of a strength
@@ -103,6 +108,11 @@ class Task:
     def samples(self, split: str) -> PatientSamples:
         """The patient samples of the comparison, to weigh policies on."""
         return self._draw(split)[1]
+
+    @property
+    def key(self) -> dict:
+        """What tells its rows from those of other tasks in an output."""
+        return asdict(self) | {"weights": self.weights and str(self.weights)}
 
     def _draw(self, split: str) -> tuple[Comparison, PatientSamples]:
         if split not in self._drawn:
@@ -268,6 +278,26 @@ def train_reward_model(task: Task, **settings) -> PreTrainedModel:
     return model.eval()
 
 
+def faces_alone(task: Task) -> Policy:
+    """Nothing is trained: the patient, times how much likelier each token is under the positive face than under the negative."""
+    patient, again = task.world.patient, task.fresh("patient")
+    faces = task.world.attributes[task.attribute].faces
+    samples, prompts = task.samples("test"), task.comparison("test").prompts
+    heard = []
+    for face in (faces.positive, faces.negative):
+        asked = [tokenize_prompt(apply_face(prompt, face), task.world.tokenizer) for prompt in prompts]
+        heard.append(samples.heard_after(asked, patient))
+
+    def policy(comparison: Comparison, strength: float) -> dict:
+        def guide(beta: float) -> DoctorGuidedLogitsProcessor:
+            return DoctorGuidedLogitsProcessor(patient, beta=beta, reference=again)
+
+        (row,) = samples.follow(guide, heard, [strength], attribute=task.attribute)
+        return row
+
+    return policy
+
+
 def best_policy(task: Task) -> Policy:
     """What every other method falls short of; a strength is the reward that it has."""
     return lambda comparison, reward: task.samples("test").best(task.attribute, reward)
@@ -364,7 +394,7 @@ STOPS = [0.2, 0.4, 0.7, 1.0]  # shares of the steps
 REWARDS = [2.0, 2.5]  # at which diversity is compared
 RATE = dict(learning_rate=3e-3)
 GUIDED = RATE | dict(policy="guided", reward_direction="faces", reward_temperature=0.5)
-DIVERSE = dict(reference_weight=0.93)
+DIVERSE = dict(reference_weight=0.95)
 ALONE = dict(policy="doctor", reward_temperature=0.125)  # a language model of its own
 PUBLISHED = ALONE | dict(reward_direction="label", importance_temperature=1.0, gap_floor=1e-6, reference_weight=0.0)
 
@@ -395,13 +425,14 @@ METHODS = {
     "GenARM": Method(
         genarm,
         "1 of the doctor",
-        over("reward_scale", "learning_rate", values=[(0.02, 1e-3), (0.05, 1e-3)]),
+        over("reward_scale", "learning_rate", values=[(0.02, 1e-3), (0.05, 1e-3), (0.1, 1e-3)]),
         num_seeds=1,
     ),
+    "the faces alone": Method(faces_alone, "2 of the patient", strengths=[0.2, 0.4, 0.6, 1.0, 1.5, 2.0, 3.0]),
     "DPO doctor": Method(
         dpo_doctor,
         "2 of the doctor",
-        over("beta", "learning_rate", values=[(0.1, 1e-3), (0.3, 3e-4)]),
+        over("beta", "learning_rate", values=[(0.1, 1e-3), (0.3, 3e-4), (0.3, 1e-3)]),
         largest=4.0,
         num_seeds=2,
     ),

@@ -39,7 +39,7 @@ from functools import cache
 from pathlib import Path
 
 from frontier import FULL, follow, read
-from methods import GUIDED, RATE, Task, train_dpo, train_tfpo
+from methods import DPO_GRID, GUIDED, RATE, Task, train_dpo, train_tfpo
 from patient_samples import Guide, PatientSamples, kl_of, tilted
 
 from trl_tfpo import DoctorGuidedLogitsProcessor
@@ -48,7 +48,7 @@ from trl_tfpo.testbed import Attribute
 
 NAMES = ("praise", "calm")
 QUICK = dict(num_pairs=32, max_steps=2, num_samples_per_prompt=8)
-DPO = dict(beta=0.1, learning_rate=1e-4)
+DPO = DPO_GRID[1]  # what is best for either alone
 LARGEST = {"two doctors": 4.0, "two doctors, guided flow": 4.0}  # strengths that are tried; a mixture has at most 1
 
 
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     found = {}
     print("| method | hypervolume | trainings | KL (nats) | praise and calm, by weighting |\n|---|---:|---:|---|---|")
     for method, (guides, num_trainings) in make_methods(tasks, num_weightings).items():
-        key = {"method": method, "seed": args.seed, "target": args.kl}
+        key = task.key | {"attribute": "both", "method": method, "target": args.kl}
         for index in range(num_weightings):
             weight = index / (num_weightings - 1)
             if read(args.output, **key, weight=weight):

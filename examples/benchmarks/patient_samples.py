@@ -22,9 +22,10 @@ KL and the entropy at each token are exact.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from trl_tfpo import DoctorGuidedLogitsProcessor
@@ -43,6 +44,8 @@ class Weighed:
     Args:
         kl, entropy, num_tokens (`torch.Tensor` of shape `(P,)`):
             Of whole completions: nats, nats, tokens.
+        num_effective (`torch.Tensor` of shape `(P,)`):
+            As many samples that all count alike would say as much.
         rewards (`dict[str, torch.Tensor]` of shape `(P,)`):
             Of each attribute.
     """
@@ -50,12 +53,14 @@ class Weighed:
     kl: torch.Tensor
     entropy: torch.Tensor
     num_tokens: torch.Tensor
+    num_effective: torch.Tensor
     rewards: dict[str, torch.Tensor]
 
     def row(self, **more) -> dict:
         """Numbers over all prompts, as they stand in an output; the entropy is in nats per token."""
         entropy = (self.entropy.mean() / self.num_tokens.mean()).item()
-        return {"kl": max(self.kl.mean().item(), 0.0), "entropy": entropy} | more
+        numbers = {"kl": max(self.kl.mean().item(), 0.0), "entropy": entropy}
+        return numbers | {"num_effective": round(self.num_effective.mean().item(), 1)} | more
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,15 @@ class PatientSamples:
         """What each doctor of a guide says where completion tokens are predicted, (tokens, V)."""
         return [logits_of(doctor, self.ids, self.completion_mask) for doctor in guide.doctors]
 
+    def heard_after(self, prompts: list[list[int]], model: PreTrainedModel) -> torch.Tensor:
+        """What a model says where completion tokens are predicted, (tokens, V), after other ids for each of the P prompts."""
+        num_samples = len(self.ids) // len(prompts)
+        starts = [torch.tensor(prompt) for prompt in prompts for _ in range(num_samples)]
+        texts = [ids[mask] for ids, mask in zip(self.ids, self.completion_mask, strict=True)]
+        rows = [torch.cat(row) for row in zip(starts, texts, strict=True)]
+        is_text = [torch.arange(len(row)) >= len(start) for row, start in zip(rows, starts, strict=True)]
+        return logits_of(model, *(pad_sequence(x, batch_first=True) for x in (rows, is_text)))
+
     def weigh(self, guide: DoctorGuidedLogitsProcessor, doctor_logits: Sequence[torch.Tensor]) -> Weighed:
         """A guided policy, given what was [`heard`] from the guide's doctors."""
         guided = guide.combine(self.patient_logps, doctor_logits)  # (tokens, V)
@@ -114,7 +128,7 @@ class PatientSamples:
         found = self._expected(weights, kl=torch.zeros_like(surprise), entropy=surprise)
         kl = kl_of(weights)
         entropy = found.entropy - kl  # the surprise of the patient is entropy and KL of the policy together
-        row = Weighed(kl, entropy, found.num_tokens, found.rewards).row(beta=tilt, reward=reward)
+        row = replace(found, kl=kl, entropy=entropy).row(beta=tilt, reward=reward)
         return row | {"efficiency": None}
 
     def follow(
@@ -148,7 +162,7 @@ class PatientSamples:
         per_token |= {"num_tokens": torch.ones(len(self.patient_logps))}
         sums = {name: (weights * self._sums(values)).sum(dim=1) for name, values in per_token.items()}
         rewards = {name: (weights * values).sum(dim=1) for name, values in self.rewards.items()}
-        return Weighed(**sums, rewards=rewards)
+        return Weighed(**sums, num_effective=1 / weights.square().sum(dim=1), rewards=rewards)
 
     def _sums(self, values: torch.Tensor) -> torch.Tensor:
         """Sums of a value of each token (tokens,) over each completion, (P, N)."""

@@ -89,16 +89,17 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     args = parser.parse_args(arguments)
     changes = args.changes[:3] if args.quick else args.changes
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    cases = list(itertools.product(args.seeds, args.attributes))
-    tasks = [Task(attribute, seed, **(QUICK if args.quick else FULL), weights=args.world) for seed, attribute in cases]
+    sizes = QUICK if args.quick else FULL
+    cases = itertools.product(args.seeds, args.attributes)
+    tasks = [Task(attribute, seed, **sizes, weights=args.world) for seed, attribute in cases]
     for task, change in tqdm(list(itertools.product(tasks, changes)), desc="Changes"):
-        key = {"attribute": task.attribute, "seed": task.seed, "change": change}
+        key = task.key | {"change": change}
         if read(args.output, **key):
             continue
         found = measure(task, **CHANGES[change])
         with args.output.open("a", encoding="utf-8") as file:
             file.write(json.dumps(key | found) + "\n")
-    rows = [row for row in read(args.output) if (row["seed"], row["attribute"]) in cases]
+    rows = [row for task in tasks for row in read(args.output, **task.key)]
     print("\n" + table(rows))
     return rows
 

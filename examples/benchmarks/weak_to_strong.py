@@ -68,7 +68,8 @@ def make_world(patient: int, doctor: int, args: argparse.Namespace) -> Path:
     world = args.output_dir / f"{patient}-{doctor}"
     for name, width in (("patient", patient), ("doctor", doctor)):
         if not (world / name).is_dir():
-            shutil.copytree(learned(name, width, args), world / name)
+            with written_whole(world / name) as part:
+                shutil.copytree(learned(name, width, args), part, dirs_exist_ok=True)
     return world
 
 

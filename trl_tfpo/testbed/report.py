@@ -36,7 +36,7 @@ COLUMNS = {
     "grammar": "grammar",
     "distinct_4": "distinct-4",
 }
-POOL = 512  # completions over which distinct-4 is taken, the same number for every method
+POOL = 512  # completions over which distinct-4 is taken, the same number for every method that has as many
 
 
 class Comparison:
@@ -234,14 +234,14 @@ class Comparison:
             "entropy": result.get("entropy"),
             "efficiency": self.frontier.efficiency(result["reward"], result["kl"]) if is_on_frontier else None,
             "grammar": sum(map(self.world.is_grammatical, texts)) / len(texts),
-            "distinct_4": distinct_n(_spread(texts, POOL)),
+            "distinct_4": distinct_n(evenly_chosen(texts, POOL)),
             "texts": texts,
         }
         self.rows.append(row)
         return row
 
 
-def _spread(texts: Sequence[str], num: int) -> list[str]:
-    """`num` of the texts, evenly spread over all of them, so that every prompt is there."""
-    step = max(len(texts) // num, 1)
-    return list(texts[::step])[:num]
+def evenly_chosen(texts: Sequence[str], num: int) -> list[str]:
+    """`num` of the texts, evenly spread over all of them so that every prompt is there; all where there are fewer."""
+    num = min(num, len(texts))
+    return [texts[index * len(texts) // num] for index in range(num)]
