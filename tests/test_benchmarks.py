@@ -226,6 +226,9 @@ def test_the_frontier_is_measured_once(frontier, tmp_path, monkeypatch, capsys):
     assert {row["method"] for row in rows if row["split"] == "test"} == set(methods)
     assert {row["method"] for row in rows if row["split"] == "validation"} <= {"guided flow"}
     assert all(row["kl"] > 0 for row in rows)
+    compared = [row for row in rows if row["method"] == "guided flow"]
+    chosen = frontier.best(methods["guided flow"].grid, [row for row in compared if row["split"] == "validation"])
+    assert all(row["settings"] == chosen for row in compared if row["split"] == "test")
     printed = capsys.readouterr().out
     assert all(f"| {name} |" in printed for name in methods)
     assert (tmp_path / "frontier.png").stat().st_size > 1000

@@ -165,14 +165,14 @@ def measure_all(args: argparse.Namespace) -> None:
 
 def measure(name: str, method: Method, task: Task, kls: list[float], output: Path, *, first_seed: int) -> None:
     """Append the rows of a method that the output does not have yet."""
-    key = {"method": name, **task.key}
+    key = {"method": name} | task.key
+    tried = key | {"seed": first_seed, "split": "validation"}
     trained = {}  # by settings, as the best of those that were tried is measured afterwards
     for settings, split in [(settings, "validation") for settings in method.grid] + [(None, "test")]:
         if split == "validation" and (len(method.grid) == 1 or task.seed != first_seed):
             continue
         if split == "test":
-            tried = read(output, **key | {"seed": first_seed, "split": "validation"})
-            settings = best(method.grid, tried)
+            settings = best(method.grid, read(output, **tried))
         key |= {"settings": settings, "split": split}
         if read(output, **key):
             continue
