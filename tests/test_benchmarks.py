@@ -289,7 +289,7 @@ def test_the_kl_of_a_reward_guided_search(frontier):
     """A search without reward is the patient but for the tokens it leaves out; its KL must say so, and grow with the reward."""
     from methods import Task, args_decoding
 
-    task = Task("praise", 0, num_pairs=16, max_steps=2, num_samples_per_prompt=16)
+    task = Task("praise", 0, num_pairs=16, max_steps=2, num_samples_per_prompt=8)
     comparison, policy = task.comparison("validation"), args_decoding(task, learning_rate=1e-3, top_k=160)
     alone, guided = (policy(comparison, weight) for weight in (0.0, 4.0))
     assert alone["kl"] == pytest.approx(0, abs=1e-2)
