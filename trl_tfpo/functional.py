@@ -62,8 +62,7 @@ def token_importance(
         completion_mask (`torch.Tensor` of shape `(B, T)`):
             Tokens that count; the mean runs over them.
         importance_temperature (`float`, *optional*, defaults to `3.0`):
-            $\tau > 0$. At 1 a token with the mean gap is already at 0.76; at 3 it is at 0.32, and the difference to one with
-            several times that gap is kept.
+            $\tau > 0$. At 1 a token with the mean gap is already at 0.76; at 3 it is at 0.32, well below larger ones.
         gap_floor (`float`, *optional*, defaults to `0.05`):
             $\epsilon > 0$, in nats. Where the faces differ by much less on average, they differ by noise, and no token
             is important.
@@ -111,10 +110,8 @@ def token_rewards(
     the gap agrees with it and zero elsewhere (`"agreement"`).
 
     Args:
-        positive_logps (`torch.Tensor` of shape `(B, T)`):
-            Log-probability of each token under the positive face, in nats.
-        negative_logps (`torch.Tensor` of shape `(B, T)`):
-            The same under the negative face.
+        positive_logps, negative_logps (`torch.Tensor` of shape `(B, T)`):
+            Log-probability of each token under either face, in nats.
         preference_sign (`torch.Tensor` of shape `(B,)`):
             +1 for a chosen completion, -1 for a rejected one.
         completion_mask (`torch.Tensor` of shape `(B, T)`):
@@ -124,7 +121,7 @@ def token_rewards(
         importance_temperature (`float`, *optional*, defaults to `3.0`):
             $\tau > 0$ of [`token_importance`].
         gap_floor (`float`, *optional*, defaults to `0.05`):
-            $\epsilon > 0$ of [`token_importance`], in nats; 1e-6 is hardly any.
+            $\epsilon > 0$ of [`token_importance`], in nats.
         sparsity_threshold (`float`, *optional*, defaults to `0.3`):
             $\theta$ in `[0, 1)`. Tokens of lower importance get no reward.
 
@@ -132,8 +129,7 @@ def token_rewards(
         `torch.Tensor` of shape `(B, T)`: rewards in `[-1, 1]`, zero outside the mask.
 
     Raises:
-        `ValueError`: on an unknown direction, a temperature or floor that is not positive, or a threshold outside
-        `[0, 1)`.
+        `ValueError`: on an unknown direction, or a setting out of range.
     """
     check_reward_settings(reward_direction, importance_temperature, gap_floor, sparsity_threshold)
     gap = positive_logps - negative_logps  # (B, T)
@@ -339,9 +335,8 @@ def subtb_loss(*, potential: torch.Tensor, completion_mask: torch.Tensor, subtb_
     step = potential.diff(dim=1).masked_fill(~state_mask.gather(1, order)[:, 1:], 0)  # (B, T), d_n
     age = torch.arange(1, step.size(1) + 1, device=step.device)  # (T,), n
     # Sums of the first powers of lambda, from none of them to all; in float64, for lambda close to 1
-    geometric = ((1 - subtb_lambda ** torch.arange(state_mask.size(1), dtype=torch.float64)) / (1 - subtb_lambda)).to(
-        step
-    )
+    powers = subtb_lambda ** torch.arange(state_mask.size(1), dtype=torch.float64)
+    geometric = ((1 - powers) / (1 - subtb_lambda)).to(step)
     weight = geometric[1:]  # (T,), A_n
     discounted = _discounted_cumsum(weight * step, subtb_lambda)  # (B, T), G_n
     inherited = geometric[(num_states[:, None] - age).clamp(min=0)]  # (B, T), x_n lives on in R_n, R_{n+1}, ...
@@ -361,14 +356,10 @@ def first_divergence(
     Index of the first token at which chosen and rejected differ: until then they share every prefix.
 
     Args:
-        chosen_ids (`torch.Tensor` of shape `(B, T)`):
-            Token ids of the chosen completions, left-aligned.
-        rejected_ids (`torch.Tensor` of shape `(B, T)`):
-            The same for the rejected ones.
-        chosen_mask (`torch.Tensor` of shape `(B, T)`):
+        chosen_ids, rejected_ids (`torch.Tensor` of shape `(B, T)`):
+            Token ids of the completions, left-aligned.
+        chosen_mask, rejected_mask (`torch.Tensor` of shape `(B, T)`):
             Tokens that count, a leading run.
-        rejected_mask (`torch.Tensor` of shape `(B, T)`):
-            The same for the rejected ones.
 
     Returns:
         `torch.Tensor` of shape `(B,)`: index in `[0, T)`, or -1 where one completion is a prefix of the other.
@@ -390,10 +381,8 @@ def value_discrimination_loss(
     $$\max\big(0,\ \gamma - (\log V(s_t \cdot y_w) - \log V(s_t \cdot y_l))\big)$$
 
     Args:
-        chosen_log_values (`torch.Tensor` of shape `(B, S)`):
-            $\log V$ along the chosen completions, in nats.
-        rejected_log_values (`torch.Tensor` of shape `(B, S)`):
-            The same along the rejected ones.
+        chosen_log_values, rejected_log_values (`torch.Tensor` of shape `(B, S)`):
+            $\log V$ along the completions, in nats.
         divergence (`torch.Tensor` of shape `(B,)`):
             $t$ from [`first_divergence`]; -1 where there is none, and the loss is zero.
         value_margin (`float`, *optional*, defaults to `0.1`):

@@ -49,7 +49,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -201,9 +201,14 @@ def sample(task: Task, guide: Guide, strengths: list[float], largest: float) -> 
     """
     samples, comparison = task.samples("test"), task.comparison("test")
     rows = samples.follow(guide, samples.heard(guide(largest)), strengths, attribute=task.attribute)
-    for index in sorted({1, 2, len(rows) - 1} & set(range(len(rows)))):
-        weighed, said = rows[index], comparison.add("guided", guide(rows[index]["beta"]), beta=rows[index]["beta"])
-        rows[index] = weighed | describe(said, comparison) | (weighed if index < 3 else {})
+
+    def said(row: dict) -> dict:
+        return describe(comparison.add("guided", guide(row["beta"]), beta=row["beta"]), comparison)
+
+    for row in rows[1:3]:
+        row |= said(row) | row
+    for row in rows[3:][-1:]:
+        row |= said(row)
     return rows
 
 
@@ -279,9 +284,9 @@ def report(args: argparse.Namespace, outputs: list[Path], picture: Path) -> None
 
 def check_is_one_run(rows: list[dict]) -> None:
     """Raise `ValueError` if a method has rows on test prompts of several settings or sizes, among which it would be interpolated."""
-    sizes, measured = ("settings", "num_pairs", "max_steps", "num_patient_samples_per_prompt"), {}
+    names, measured = ["settings", *(field.name for field in fields(Task))], {}
     for row in (row for row in rows if row["split"] == "test"):
-        found = [row.get(name) for name in sizes]
+        found = [row.get(name) for name in names]
         known = measured.setdefault((row["method"], row["attribute"], row["seed"]), found)
         if known != found:
             raise ValueError(
