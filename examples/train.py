@@ -79,6 +79,7 @@ PUBLISHED = dict(
     policy="doctor",
     reward_temperature=0.125,
     reference_weight=0.0,
+    subtb_lambda=1.0,
 )
 
 

@@ -22,11 +22,12 @@ def importance(gaps, temperature=1.0, floor=0.05):
     return [math.tanh(abs(gap) / (mean + floor) / temperature) for gap in gaps]
 
 
-def rewards(gaps, sign, direction, temperature, threshold):
+def rewards(gaps, sign, direction, temperature, threshold, disagreement_weight=0.5):
     found = []
     for gap, size in zip(gaps, importance(gaps, temperature), strict=True):
         face = (gap > 0) - (gap < 0)
-        value = {"label": sign, "faces": face, "agreement": sign if face == sign else 0}[direction]
+        agreement = face if face == sign else disagreement_weight * face
+        value = {"label": sign, "faces": face, "agreement": agreement}[direction]
         found.append(value * size if size > threshold else 0.0)
     return found
 

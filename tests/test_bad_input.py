@@ -191,6 +191,7 @@ ANNOTATION = {
     "vision dataset": (lambda _: annotate(Dataset.from_list(ROWS).add_column("images", [[]] * 4)), "vision"),
     "encoder-decoder patient": (lambda _: annotate(patient=tiny_t5()), "causal language model"),
     "unknown direction": (lambda _: annotate(reward_direction="up"), "'label', 'agreement' or 'faces'"),
+    "disagreement above one": (lambda _: annotate(disagreement_weight=1.5), r"`disagreement_weight` must be in \[0, 1\]. Got 1.5"),
     "threshold of one": (lambda _: annotate(sparsity_threshold=1.0), r"\[0, 1\)"),
     "negative threshold": (lambda _: annotate(sparsity_threshold=-0.1), r"\[0, 1\)"),
     "rewards of another shape": (lambda _: annotate(reward_fn=lambda positive_logps, **_: positive_logps[:, :1]), "one finite reward"),
@@ -253,6 +254,7 @@ SETTINGS = {
     "threshold of one": (lambda _: TFPOConfig("run", **{"sparsity_threshold": 1.0}), r"\[0, 1\)"),
     "unknown policy": (lambda _: TFPOConfig("run", **{"policy": "patient"}), "`policy` must be 'doctor', 'ratio' or 'guided'"),
     "unknown direction": (lambda _: TFPOConfig("run", **{"reward_direction": "labels"}), "'label', 'agreement' or 'faces'"),
+    "negative disagreement": (lambda _: TFPOConfig("run", **{"disagreement_weight": -0.5}), "`disagreement_weight` must be in"),
     "gap floor of zero": (lambda _: TFPOConfig("run", **{"gap_floor": 0.0}), "`gap_floor` must be positive"),
     "importance temperature of zero": (lambda _: TFPOConfig("run", **{"importance_temperature": 0.0}), "must be positive"),
     "lambda above one": (lambda _: TFPOConfig("run", **{"subtb_lambda": 1.5}), r"\[0, 1\]"),
@@ -279,6 +281,8 @@ COLLATOR = {
 }  # fmt: skip
 FUNCTIONAL = {
     "unknown direction": (lambda _: rewards(reward_direction="up"), "'label', 'agreement' or 'faces'.*Got 'up'"),
+    "disagreement above one": (lambda _: rewards(disagreement_weight=1.5), r"`disagreement_weight` must be in \[0, 1\]. Got 1.5"),
+    "NaN disagreement": (lambda _: rewards(disagreement_weight=float("nan")), "`disagreement_weight` must be in"),
     "threshold of one": (lambda _: rewards(sparsity_threshold=1.0), r"\[0, 1\)"),
     "negative threshold": (lambda _: rewards(sparsity_threshold=-0.1), r"\[0, 1\)"),
     "importance temperature of zero": (lambda _: rewards(importance_temperature=0.0), "must be positive. Got 0.0"),

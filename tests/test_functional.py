@@ -61,8 +61,14 @@ class TestTokenRewards:
             completion_mask=torch.ones(1, 4, dtype=torch.bool),
         )
         t = math.tanh(2 / 1.05 / 3)
-        for direction, expected in {"label": [0, t, t, 0], "agreement": [0, t, 0, 0], "faces": [0, t, -t, 0]}.items():
-            found = token_rewards(**common, reward_direction=direction)
+        for direction, weight, expected in [
+            ("label", 0.5, [0, t, t, 0]),
+            ("faces", 0.5, [0, t, -t, 0]),
+            ("agreement", 0.5, [0, t, -t / 2, 0]),
+            ("agreement", 0.0, [0, t, 0, 0]),
+            ("agreement", 1.0, [0, t, -t, 0]),
+        ]:
+            found = token_rewards(**common, reward_direction=direction, disagreement_weight=weight)
             torch.testing.assert_close(found, torch.tensor([expected]), rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize("direction", ["label", "agreement", "faces"])

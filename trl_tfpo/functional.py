@@ -22,7 +22,8 @@ token is a deleted token. `docs/paper_map.md` names the test of every function.
 
 Deviations from the paper, each chosen by a function argument unless said otherwise:
 
-1. The direction of a token reward may follow the faces (`reward_direction`), not the label alone.
+1. The direction of a token reward may follow the faces (`reward_direction`), not the label alone, and a reward that the
+   label contradicts may count for less (`disagreement_weight`).
 2. The residual of sub-trajectory balance is $\log F(s_n) - \log F(s_m) - \sum \log \pi$. The public reference code has
    the sign of the flows reversed, which is not zero at balance. (Not an option.)
 3. $\log V$ is zero at the end of a completed text, [`terminal_boundary`]. Without it every policy is balanced.
@@ -97,6 +98,7 @@ def token_rewards(
     preference_sign: torch.Tensor,
     completion_mask: torch.Tensor,
     reward_direction: str = "agreement",
+    disagreement_weight: float = 0.5,
     importance_temperature: float = 3.0,
     gap_floor: float = 0.05,
     sparsity_threshold: float = 0.3,
@@ -106,8 +108,8 @@ def token_rewards(
 
     $$r_t = \operatorname{sign} \cdot S_t \cdot 1[S_t > \theta]$$
 
-    where the sign is that of the label (`"label"`, the paper), of the gap $\Delta_t$ (`"faces"`), or of the label where
-    the gap agrees with it and zero elsewhere (`"agreement"`).
+    where the sign is that of the label (`"label"`, the paper) or of the gap $\Delta_t$ (`"faces"`). By `"agreement"` it is
+    that of the gap, times $w$ where the label is another.
 
     Args:
         positive_logps, negative_logps (`torch.Tensor` of shape `(B, T)`):
@@ -118,6 +120,8 @@ def token_rewards(
             Tokens that count.
         reward_direction (`str`, *optional*, defaults to `"agreement"`):
             `"label"`, `"agreement"` or `"faces"`.
+        disagreement_weight (`float`, *optional*, defaults to `0.5`):
+            $w$ in `[0, 1]`, by `"agreement"`. At 0 a reward that the label contradicts is none; 1 is `"faces"`.
         importance_temperature (`float`, *optional*, defaults to `3.0`):
             $\tau > 0$ of [`token_importance`].
         gap_floor (`float`, *optional*, defaults to `0.05`):
@@ -131,7 +135,7 @@ def token_rewards(
     Raises:
         `ValueError`: on an unknown direction, or a setting out of range.
     """
-    check_reward_settings(reward_direction, importance_temperature, gap_floor, sparsity_threshold)
+    check_reward_settings(reward_direction, disagreement_weight, importance_temperature, gap_floor, sparsity_threshold)
     gap = positive_logps - negative_logps  # (B, T)
     importance = token_importance(
         gap=gap,
@@ -141,18 +145,27 @@ def token_rewards(
     )
     label = preference_sign[:, None].to(gap.dtype).expand_as(gap)  # (B, T)
     faces = gap.sign()  # (B, T)
-    direction = {"label": label, "faces": faces, "agreement": label.masked_fill(faces != label, 0)}[reward_direction]
+    agreement = faces.where(faces == label, disagreement_weight * faces)  # (B, T)
+    direction = {"label": label, "faces": faces, "agreement": agreement}[reward_direction]
     return (direction * importance).masked_fill((importance <= sparsity_threshold) | ~completion_mask, 0)
 
 
 def check_reward_settings(
-    reward_direction: str, importance_temperature: float, gap_floor: float, sparsity_threshold: float
+    reward_direction: str,
+    disagreement_weight: float,
+    importance_temperature: float,
+    gap_floor: float,
+    sparsity_threshold: float,
 ) -> None:
     """Raise `ValueError` unless the settings of [`token_rewards`] are in range."""
     if reward_direction not in ("label", "agreement", "faces"):
         raise ValueError(
             f"`reward_direction` must be 'label', 'agreement' or 'faces'. Got {reward_direction!r}; the paper's is "
             "'label'."
+        )
+    if not 0 <= disagreement_weight <= 1:
+        raise ValueError(
+            f"`disagreement_weight` must be in [0, 1]. Got {disagreement_weight}; 0 ignores what the label contradicts."
         )
     _check_positive(importance_temperature, gap_floor)
     if not 0 <= sparsity_threshold < 1:

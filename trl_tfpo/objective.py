@@ -37,7 +37,7 @@ def tfpo_objective(
     reference_logps: torch.Tensor | None = None,
     reward_temperature: float = 0.25,
     reference_weight: float = 1.0,
-    subtb_lambda: float = 1.0,
+    subtb_lambda: float = 0.95,
     value_loss_weight: float = 0.1,
     value_margin: float = 0.1,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -68,7 +68,7 @@ def tfpo_objective(
             Rewards are divided by it, see [`~trl_tfpo.functional.log_prefix_scores`].
         reference_weight (`float`, *optional*, defaults to `1.0`):
             Exponent of the reference in the target; 0 is the paper.
-        subtb_lambda (`float`, *optional*, defaults to `1.0`):
+        subtb_lambda (`float`, *optional*, defaults to `0.95`):
             Decay of the weight of long sub-trajectories, see [`~trl_tfpo.functional.subtb_loss`].
         value_loss_weight (`float`, *optional*, defaults to `0.1`):
             $\lambda$, weight of the value discrimination loss.

@@ -30,7 +30,7 @@ class TFPOConfig(_BaseConfig):
     Settings of the [`TFPOTrainer`], on top of those of [`~transformers.TrainingArguments`].
 
     The published method is `TFPOConfig(reward_direction="label", importance_temperature=1.0, gap_floor=1e-6, policy="doctor",
-    reference_weight=0.0)`, decoded with `alpha=1.0`.
+    reference_weight=0.0, subtb_lambda=1.0)`, decoded with `alpha=1.0`.
 
     Parameters:
         > Parameters that control the models
@@ -59,8 +59,10 @@ class TFPOConfig(_BaseConfig):
         > Parameters that control the token rewards
 
         reward_direction (`str`, *optional*, defaults to `"agreement"`):
-            Sign of a token reward: `"label"` (the paper), `"faces"`, or `"agreement"`, the label where the faces agree
-            with it and zero elsewhere.
+            Sign of a token reward: that of the label (`"label"`, the paper) or of the faces (`"faces"`, `"agreement"`). By
+            `"agreement"` a reward counts in full only where the label has the same sign.
+        disagreement_weight (`float`, *optional*, defaults to `0.5`):
+            What is left, in `[0, 1]`, of a reward that the label contradicts, by `"agreement"`.
         importance_temperature (`float`, *optional*, defaults to `3.0`):
             $\tau > 0$. Smaller makes tokens that the faces see a little differently as important as those that they see very
             differently.
@@ -83,14 +85,16 @@ class TFPOConfig(_BaseConfig):
             Exponent of the reference in what is learned; 0 is the paper. A little below 1, such as 0.95, what the reference
             finds unlikely is worth a little, and texts are more diverse. With `policy="doctor"` the reference is the doctor
             before training, and scores the dataset once beforehand.
-        subtb_lambda (`float`, *optional*, defaults to `1.0`):
-            Sub-trajectories of n tokens weigh `subtb_lambda ** n`, in `[0, 1]`.
+        subtb_lambda (`float`, *optional*, defaults to `0.95`):
+            Sub-trajectories of n tokens weigh `subtb_lambda ** n`, in `[0, 1]`. At 1 all weigh alike, so that those about as
+            long as the completion have the most to say.
         value_loss_weight (`float`, *optional*, defaults to `0.1`):
             $\lambda \ge 0$, weight of the value discrimination loss.
         value_margin (`float`, *optional*, defaults to `0.1`):
             $\gamma \ge 0$, its margin in nats.
         value_head_learning_rate (`float`, *optional*):
-            Learning rate of the value head at the start of the schedule, at least 0. By default that of the rest.
+            Learning rate of the value head at the start of the schedule, at least 0. By default ten times `learning_rate`: the
+            head is new, and what it says spans many nats.
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
@@ -139,9 +143,13 @@ class TFPOConfig(_BaseConfig):
     reward_direction: str = field(
         default="agreement",
         metadata={
-            "help": "Sign of a token reward: 'label' (the paper), 'faces', or 'agreement', the label where the faces "
-            "agree with it and zero elsewhere."
+            "help": "Sign of a token reward: that of the 'label' (the paper), of the 'faces', or 'agreement', of the faces, "
+            "in full where the label agrees."
         },
+    )
+    disagreement_weight: float = field(
+        default=0.5,
+        metadata={"help": "What is left, in [0, 1], of a reward that the label contradicts, by 'agreement'."},
     )
     importance_temperature: float = field(
         default=3.0,
@@ -176,7 +184,7 @@ class TFPOConfig(_BaseConfig):
         },
     )
     subtb_lambda: float = field(
-        default=1.0, metadata={"help": "Sub-trajectories of n tokens weigh subtb_lambda ** n, in [0, 1]."}
+        default=0.95, metadata={"help": "Sub-trajectories of n tokens weigh subtb_lambda ** n, in [0, 1]."}
     )
     value_loss_weight: float = field(
         default=0.1, metadata={"help": "lambda in the paper, weight of the value discrimination loss."}
@@ -185,12 +193,16 @@ class TFPOConfig(_BaseConfig):
         default=0.1, metadata={"help": "gamma in the paper, margin of the value discrimination loss in nats."}
     )
     value_head_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the value head. By default that of the rest."}
+        default=None, metadata={"help": "Learning rate of the value head. By default ten times that of the rest."}
     )
 
     def __post_init__(self):
         check_reward_settings(
-            self.reward_direction, self.importance_temperature, self.gap_floor, self.sparsity_threshold
+            self.reward_direction,
+            self.disagreement_weight,
+            self.importance_temperature,
+            self.gap_floor,
+            self.sparsity_threshold,
         )
         if self.policy not in ("doctor", "ratio", "guided"):
             raise ValueError(f"`policy` must be 'doctor', 'ratio' or 'guided'. Got {self.policy!r}; try 'ratio'.")
@@ -205,7 +217,7 @@ class TFPOConfig(_BaseConfig):
         if self.value_head_learning_rate is not None and not self.value_head_learning_rate >= 0:
             raise ValueError(
                 f"`value_head_learning_rate` must be at least 0. Got {self.value_head_learning_rate}; leave it out for "
-                "that of the rest."
+                "ten times that of the rest."
             )
         if not self.learning_rate >= 0:
             raise ValueError(f"`learning_rate` must be at least 0. Got {self.learning_rate}; try 1e-4.")

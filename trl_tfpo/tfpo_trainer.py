@@ -221,6 +221,7 @@ class TFPOTrainer(_BaseTrainer):
         self.reward_fn = reward_fn or partial(
             functional.token_rewards,
             reward_direction=args.reward_direction,
+            disagreement_weight=args.disagreement_weight,
             importance_temperature=args.importance_temperature,
             gap_floor=args.gap_floor,
             sparsity_threshold=args.sparsity_threshold,
@@ -396,8 +397,10 @@ class TFPOTrainer(_BaseTrainer):
     def create_optimizer(self, model=None):
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        if is_new and self.args.value_head_learning_rate is not None:
-            set_head_learning_rate(optimizer, model or self.model, self.args.value_head_learning_rate)
+        if is_new:
+            rate = self.args.value_head_learning_rate
+            rate = 10 * self.args.learning_rate if rate is None else rate
+            set_head_learning_rate(optimizer, model or self.model, rate)
         return optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -21,6 +21,7 @@ A method makes a *guide* of a task and settings, or, where it does not guide, a 
 and a strength.
 """
 
+import inspect
 import sys
 import tempfile
 from collections.abc import Callable
@@ -78,8 +79,8 @@ class Task:
 
     def rewarded(self, settings: dict) -> Dataset:
         """The pairs with token rewards, as `annotate_token_rewards` would give them."""
-        names = ("reward_direction", "importance_temperature", "gap_floor", "sparsity_threshold")
-        chosen = {name: settings[name] for name in names if name in settings}
+        names = inspect.signature(token_rewards).parameters
+        chosen = {name: value for name, value in settings.items() if name in names}
 
         def add_rewards(pair: dict) -> dict:
             rewards = {}
@@ -396,7 +397,9 @@ RATE = dict(learning_rate=3e-3)
 GUIDED = RATE | dict(policy="guided", reward_direction="faces", reward_temperature=0.5)
 DIVERSE = dict(reference_weight=0.95)
 ALONE = dict(policy="doctor", reward_temperature=0.125)  # a language model of its own
-PUBLISHED = ALONE | dict(reward_direction="label", importance_temperature=1.0, gap_floor=1e-6, reference_weight=0.0)
+PUBLISHED = ALONE | dict(
+    reward_direction="label", importance_temperature=1.0, gap_floor=1e-6, reference_weight=0.0, subtb_lambda=1.0
+)
 
 
 def over(*names: str, values: list[tuple]) -> list[dict]:

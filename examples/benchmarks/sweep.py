@@ -52,11 +52,13 @@ PARTS = {
 }
 SETTINGS = {
     "policy": ["guided"],
+    "disagreement_weight": [0.0],
     "importance_temperature": [1.0],
     "gap_floor": [1e-6],
     "reward_temperature": [0.125, 0.5],
     "reference_weight": [0.95, 0.9],
-    "subtb_lambda": [0.9],
+    "subtb_lambda": [1.0, 0.9],
+    "value_head_learning_rate": [3e-3],
     "value_margin": [1.0],
 }
 CHANGES = PARTS | {f"{name}={value}": {name: value} for name, values in SETTINGS.items() for value in values}

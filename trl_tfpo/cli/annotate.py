@@ -48,6 +48,9 @@ class AnnotateArguments:
     drop_unusable: bool = field(default=False, metadata={"help": "Leave out pairs that cannot be used."})
     scoring_batch_size: int = field(default=16, metadata={"help": "Sequences in one forward of the patient."})
     reward_direction: str = field(default="agreement", metadata={"help": "'label', 'agreement' or 'faces'."})
+    disagreement_weight: float = field(
+        default=0.5, metadata={"help": "What is left of a reward that the label contradicts, by 'agreement'."}
+    )
     importance_temperature: float = field(default=3.0, metadata={"help": "tau in the paper."})
     gap_floor: float = field(default=0.05, metadata={"help": "epsilon in the paper, in nats."})
     sparsity_threshold: float = field(default=0.3, metadata={"help": "theta in the paper, in [0, 1)."})
@@ -135,6 +138,7 @@ def run(arguments: Sequence[str]) -> int:
         drop_unusable=args.drop_unusable,
         batch_size=args.scoring_batch_size,
         reward_direction=args.reward_direction,
+        disagreement_weight=args.disagreement_weight,
         importance_temperature=args.importance_temperature,
         gap_floor=args.gap_floor,
         sparsity_threshold=args.sparsity_threshold,
