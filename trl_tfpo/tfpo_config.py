@@ -86,8 +86,8 @@ class TFPOConfig(_BaseConfig):
             finds unlikely is worth a little, and texts are more diverse. With `policy="doctor"` the reference is the doctor
             before training, and scores the dataset once beforehand.
         subtb_lambda (`float`, *optional*, defaults to `0.95`):
-            Sub-trajectories of n tokens weigh `subtb_lambda ** n`, in `[0, 1]`. At 1 all weigh alike, so that those about as
-            long as the completion have the most to say.
+            Sub-trajectories of n tokens weigh `subtb_lambda ** n`, in `[0, 1]`: at 0.95 those of up to 20 tokens or so
+            count, at 1 all of them alike.
         value_loss_weight (`float`, *optional*, defaults to `0.1`):
             $\lambda \ge 0$, weight of the value discrimination loss.
         value_margin (`float`, *optional*, defaults to `0.1`):
