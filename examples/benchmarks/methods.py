@@ -395,7 +395,6 @@ STOPS = [0.2, 0.4, 0.7, 1.0]  # shares of the steps
 REWARDS = [2.0, 2.5]  # at which diversity is compared
 RATE = dict(learning_rate=3e-3)
 GUIDED = RATE | dict(policy="guided", reward_direction="faces", reward_temperature=0.5)
-DIVERSE = dict(reference_weight=0.95)
 ALONE = dict(policy="doctor", reward_temperature=0.125)  # a language model of its own
 PUBLISHED = ALONE | dict(
     reward_direction="label", importance_temperature=1.0, gap_floor=1e-6, reference_weight=0.0, subtb_lambda=1.0
@@ -415,8 +414,8 @@ METHODS = {
         largest=4.0,
     ),
     "TFPO": Method(tfpo, "1 of the doctor", [RATE], largest=2.0),
-    "guided flow, more diverse": Method(tfpo, "1 of the doctor", [GUIDED | DIVERSE], largest=4.0),
-    "TFPO, more diverse": Method(tfpo, "1 of the doctor", [RATE | DIVERSE], largest=2.0),
+    "guided flow, more diverse": Method(tfpo, "1 of the doctor", [GUIDED | dict(reference_weight=0.95)], largest=4.0),
+    "TFPO, more diverse": Method(tfpo, "1 of the doctor", [RATE | dict(reference_weight=0.9)], largest=2.0),
     "TFPO, the doctor alone": Method(tfpo, "1 of the doctor", [RATE | ALONE], num_seeds=1),
     "TFPO as published": Method(
         product,
