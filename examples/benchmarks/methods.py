@@ -420,7 +420,10 @@ METHODS = {
     "TFPO as published": Method(
         product,
         "1 of the doctor",
-        [PUBLISHED | row for row in over("learning_rate", "reward_temperature", values=[(3e-3, 0.125), (6e-3, 0.06)])],
+        [
+            PUBLISHED | dict(learning_rate=3e-3),
+            PUBLISHED | dict(learning_rate=6e-3, value_head_learning_rate=6e-3, reward_temperature=0.06),
+        ],
         largest=2.0,
         num_seeds=1,
     ),
