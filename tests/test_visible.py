@@ -82,7 +82,8 @@ def test_a_pair_shows_its_rewards(world, annotated):
         for note, gap, reward in zip(notes, row[f"{name}_gaps"], values, strict=True):
             assert note.startswith(f"gap {gap:+.2f} nats, importance ") and note.endswith(f"reward {reward:+.2f}")
             if reward:
-                assert f"importance {abs(reward):.2f}" in note
+                is_contradicted = (gap > 0) != (name == "chosen")  # by the label, which leaves half of the reward
+                assert f"importance {abs(reward) * (1 + is_contradicted):.2f}" in note
     with pytest.raises(ValueError, match="annotate_token_rewards"):
         show_token_rewards({"chosen": "a", "rejected": "b"}, world.tokenizer)
 
