@@ -80,7 +80,7 @@ PUBLISHED = dict(
     reward_temperature=0.125,
     reference_weight=0.0,
     subtb_lambda=1.0,
-    value_head_learning_rate=3e-3,  # that of the rest, with which it does better
+    value_head_learning_rate=WORLD_SETTINGS["learning_rate"],  # as the rest, with which it does better
 )
 
 

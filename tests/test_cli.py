@@ -32,6 +32,7 @@ from datasets import Dataset, load_dataset, load_from_disk
 from trl_tfpo import annotate_token_rewards
 from trl_tfpo.cli import VERBS, main
 from trl_tfpo.testbed import load_world
+from trl_tfpo.token_rewards import annotation_settings
 
 
 @pytest.fixture(autouse=True)
@@ -235,6 +236,16 @@ def test_annotate_writes_what_the_library_returns(suffix, folder, tmp_path, caps
     for mine, theirs in zip(written["rejected_token_rewards"], expected["rejected_token_rewards"], strict=True):
         assert mine == pytest.approx(theirs, abs=1e-5)
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_annotate_passes_on_how_tokens_are_rewarded(tmp_path, capsys):
+    """An option that is read and then dropped gives other rewards than those asked for, without a word."""
+    settings = dict(disagreement_weight=0.25, importance_temperature=2.0, gap_floor=0.1, sparsity_threshold=0.2)
+    options = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    output = tmp_path / "annotated"
+    assert main(["annotate", "--world", "praise", "--num_pairs", "2", *options, "--output", str(output)]) == 0
+    assert annotation_settings(load_from_disk(output))["reward"].items() >= settings.items()
+    capsys.readouterr()
 
 
 def test_annotate_by_a_config_file(folder, tmp_path, capsys):

@@ -35,6 +35,7 @@ from trl_tfpo import (
     load_doctor,
 )
 from trl_tfpo.scoring import model_fingerprint
+from trl_tfpo.token_rewards import annotation_settings
 
 
 FACES = Faces(positive="you are kind", negative="you are rude")
@@ -104,6 +105,19 @@ class TestTraining:
         for split in ("one", "two"):
             assert {f"eval_{split}_{name}" for name in METRICS} <= evaluated.keys()
             assert evaluated[f"eval_{split}_loss"] == pytest.approx(evaluated["eval_one_loss"])
+
+    def test_how_tokens_are_rewarded_is_passed_on(self, preferences, patient, doctor, tokenizer, tmp_path):
+        """A setting that is read and then dropped gives other rewards than those asked for, without a word."""
+        settings = dict(disagreement_weight=0.25, importance_temperature=2.0, gap_floor=0.1, sparsity_threshold=0.2)
+        trainer = TFPOTrainer(
+            model=doctor,
+            patient_model=patient,
+            args=config(tmp_path, **settings),
+            train_dataset=preferences,
+            processing_class=tokenizer,
+            faces=FACES,
+        )
+        assert annotation_settings(trainer.train_dataset)["reward"].items() >= settings.items()
 
     def test_annotated_datasets_need_no_patient(self, annotated, doctor, tokenizer, tmp_path):
         """Annotate once, train often, on a machine that could never hold the patient."""

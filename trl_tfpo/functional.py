@@ -22,8 +22,8 @@ token is a deleted token. `docs/paper_map.md` names the test of every function.
 
 Deviations from the paper, each chosen by a function argument unless said otherwise:
 
-1. The direction of a token reward may follow the faces (`reward_direction`), not the label alone, and a reward that the
-   label contradicts may count for less (`disagreement_weight`).
+1. A token reward may follow the faces (`reward_direction`), with less of it where the label says otherwise
+   (`disagreement_weight`).
 2. The residual of sub-trajectory balance is $\log F(s_n) - \log F(s_m) - \sum \log \pi$. The public reference code has
    the sign of the flows reversed, which is not zero at balance. (Not an option.)
 3. $\log V$ is zero at the end of a completed text, [`terminal_boundary`]. Without it every policy is balanced.
@@ -63,7 +63,7 @@ def token_importance(
         completion_mask (`torch.Tensor` of shape `(B, T)`):
             Tokens that count; the mean runs over them.
         importance_temperature (`float`, *optional*, defaults to `3.0`):
-            $\tau > 0$. At 1 a token with the mean gap is already at 0.76; at 3 it is at 0.32, well below larger ones.
+            $\tau > 0$. At 1 a token with the mean gap is already at 0.76; at 3 it is at 0.32.
         gap_floor (`float`, *optional*, defaults to `0.05`):
             $\epsilon > 0$, in nats. Where the faces differ by much less on average, they differ by noise, and no token
             is important.
@@ -122,10 +122,8 @@ def token_rewards(
             `"label"`, `"agreement"` or `"faces"`.
         disagreement_weight (`float`, *optional*, defaults to `0.5`):
             $w$ in `[0, 1]`, by `"agreement"`. At 0 a reward that the label contradicts is none; 1 is `"faces"`.
-        importance_temperature (`float`, *optional*, defaults to `3.0`):
-            $\tau > 0$ of [`token_importance`].
-        gap_floor (`float`, *optional*, defaults to `0.05`):
-            $\epsilon > 0$ of [`token_importance`], in nats.
+        importance_temperature, gap_floor (`float`, *optional*, default to `3.0` and `0.05`):
+            $\tau$ and $\epsilon$ of [`token_importance`].
         sparsity_threshold (`float`, *optional*, defaults to `0.3`):
             $\theta$ in `[0, 1)`. Tokens of lower importance get no reward.
 
@@ -143,8 +141,7 @@ def token_rewards(
         importance_temperature=importance_temperature,
         gap_floor=gap_floor,
     )
-    label = preference_sign[:, None].to(gap.dtype).expand_as(gap)  # (B, T)
-    faces = gap.sign()  # (B, T)
+    label, faces = preference_sign[:, None].to(gap.dtype), gap.sign()  # (B, 1), (B, T)
     agreement = faces.where(faces == label, disagreement_weight * faces)  # (B, T)
     direction = {"label": label, "faces": faces, "agreement": agreement}[reward_direction]
     return (direction * importance).masked_fill((importance <= sparsity_threshold) | ~completion_mask, 0)
@@ -170,8 +167,8 @@ def check_reward_settings(
     _check_positive(importance_temperature, gap_floor)
     if not 0 <= sparsity_threshold < 1:
         raise ValueError(
-            f"`sparsity_threshold` must be in [0, 1). Got {sparsity_threshold}; importance never exceeds 1, so a "
-            "larger threshold leaves no reward. Try 0.3."
+            f"`sparsity_threshold` must be in [0, 1). Got {sparsity_threshold}; from 1 on it leaves no reward. "
+            "Try 0.3."
         )
 
 
@@ -203,10 +200,8 @@ def log_prefix_scores(
     reference tilted by the exponential of the reward.
 
     Args:
-        token_rewards (`torch.Tensor` of shape `(B, T)`):
-            $r_k$.
-        completion_mask (`torch.Tensor` of shape `(B, T)`):
-            Tokens that count.
+        token_rewards, completion_mask (`torch.Tensor` of shape `(B, T)`):
+            $r_k$, and the tokens that count.
         reference_logps (`torch.Tensor` of shape `(B, T)`, *optional*):
             $\log \pi_{\text{ref}}$, in nats. Needed when `reference_weight` is not zero.
         reward_temperature (`float`, *optional*, defaults to `1.0`):
@@ -218,8 +213,7 @@ def log_prefix_scores(
         `torch.Tensor` of shape `(B, S)`: $\log Q$ in nats, zero at $s_0$.
 
     Raises:
-        `ValueError`: when the temperature is not positive, the weight is negative, or reference log-probabilities are
-        missing.
+        `ValueError`: on a setting out of range, or when reference log-probabilities are missing.
     """
     check_flow_settings(reward_temperature, reference_weight)
     scores = token_rewards / reward_temperature
@@ -282,14 +276,10 @@ def flow_potential(
     potential is flat.
 
     Args:
-        log_values (`torch.Tensor` of shape `(B, S)`):
-            $\log V$, after [`terminal_boundary`].
-        log_prefix_scores (`torch.Tensor` of shape `(B, S)`):
-            $\log Q$, from [`log_prefix_scores`].
-        policy_logps (`torch.Tensor` of shape `(B, T)`):
-            $\log \pi$ of each token under the policy that is trained, in nats.
-        completion_mask (`torch.Tensor` of shape `(B, T)`):
-            Tokens that count.
+        log_values, log_prefix_scores (`torch.Tensor` of shape `(B, S)`):
+            $\log V$ after [`terminal_boundary`], and $\log Q$ from [`log_prefix_scores`], in nats.
+        policy_logps, completion_mask (`torch.Tensor` of shape `(B, T)`):
+            $\log \pi$ under the policy that is trained, in nats, and the tokens that count.
 
     Returns:
         `torch.Tensor` of shape `(B, S)`: $p_t$, in nats.
@@ -347,7 +337,7 @@ def subtb_loss(*, potential: torch.Tensor, completion_mask: torch.Tensor, subtb_
     potential = potential.masked_fill(~state_mask, 0).gather(1, order)
     step = potential.diff(dim=1).masked_fill(~state_mask.gather(1, order)[:, 1:], 0)  # (B, T), d_n
     age = torch.arange(1, step.size(1) + 1, device=step.device)  # (T,), n
-    # Sums of the first powers of lambda, from none of them to all; in float64, for lambda close to 1
+    # Sums of the first 0, 1, ... powers of lambda; in float64, for lambda close to 1
     powers = subtb_lambda ** torch.arange(state_mask.size(1), dtype=torch.float64)
     geometric = ((1 - powers) / (1 - subtb_lambda)).to(step)
     weight = geometric[1:]  # (T,), A_n
@@ -437,14 +427,10 @@ def guided_logps(
     out tokens with a positive $\beta$ only.
 
     Args:
-        patient_logits (`torch.Tensor` of shape `(..., V)`):
-            Logits or log-probabilities of the patient.
-        doctor_logits (sequence of `torch.Tensor` of shape `(..., V)`):
-            The same of each doctor, over the same tokens.
-        alpha (`float` or `torch.Tensor`, *optional*, defaults to `1.0`):
-            Exponent of the patient; a tensor has the shape `(..., 1)`.
-        beta (sequence of `float` or `torch.Tensor`):
-            Exponent of each doctor, likewise.
+        patient_logits, doctor_logits (`torch.Tensor` of shape `(..., V)`, and a sequence of these):
+            Logits or log-probabilities of the patient and of each doctor.
+        alpha (`float` or `torch.Tensor` of shape `(..., 1)`, *optional*, defaults to `1.0`), beta (sequence of these):
+            Exponents of the patient and of each doctor.
 
     Returns:
         `torch.Tensor` of shape `(..., V)`: log-probabilities, in nats.
@@ -563,9 +549,9 @@ def _prefix_sums(values: torch.Tensor, completion_mask: torch.Tensor) -> torch.T
 
 def _discounted_cumsum(values: torch.Tensor, discount: float, block: int = 128) -> torch.Tensor:
     """
-    `y[n] = discount * y[n - 1] + values[n]` along the last dimension of a (B, T) tensor, in O(T).
+    `y[n] = discount * y[n - 1] + values[n]` along the rows of (B, T), in O(T).
 
-    Blocks of fixed length are a product with a triangular matrix each; only the carry from block to block is serial.
+    Each block is a product with a triangular matrix; only the carry between blocks is serial.
     """
     length = values.size(1)
     blocks = F.pad(values, (0, -length % block)).unfold(1, block, block)  # (B, T / block, block)
