@@ -14,12 +14,17 @@
 
 """Token ids: the same for patient and doctor, whatever the format of the dataset."""
 
+from itertools import islice
+
 import pytest
 from conftest import CHAT_TEMPLATE, make_tokenizer
 from datasets import Dataset
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from trl_tfpo.faces import BUILT_IN_FACES, Faces, apply_face, has_system_role, resolve_faces
-from trl_tfpo.tokenization import split_prompt, tokenize_pair, tokenize_preferences
+from trl_tfpo.tokenization import MASK_COLUMNS, tokenize_pair, tokenize_preferences
 
 
 FACES = Faces(positive="you are kind", negative="you are rude")
@@ -30,9 +35,9 @@ PAIR = {
 }
 
 
-def tokenize(example, tokenizer, **settings):
+def tokenize(example, tokenizer, **options):
     defaults = dict(faces=FACES, system_role=True, eos_token_ids=[tokenizer.eos_token_id], max_length=None)
-    return tokenize_pair(example, tokenizer, **(defaults | settings))
+    return tokenize_pair(example, tokenizer, **(defaults | options))
 
 
 def text(tokenizer, ids):
@@ -41,8 +46,10 @@ def text(tokenizer, ids):
 
 def test_conversational_pair_by_hand(tokenizer):
     """Prompt, completions and both faces exactly as the template prints them."""
-    row = {name: text(tokenizer, ids) for name, ids in tokenize(PAIR, tokenizer).items()}
-    assert row == {
+    row = tokenize(PAIR, tokenizer)
+    masks = {name: row.pop(name) for name in MASK_COLUMNS}
+    assert masks == {"chosen_mask": [1, 1, 1, 1], "rejected_mask": [1, 1]}
+    assert {name: text(tokenizer, ids) for name, ids in row.items()} == {
         "prompt_ids": "<s> <user> say soup <assistant>",
         "chosen_ids": "soup is good </s>",
         "rejected_ids": "bad </s>",
@@ -71,27 +78,6 @@ def test_implicit_prompt_is_the_shared_start(tokenizer, conversational):
         row = tokenize(pair, tokenizer)
         assert text(tokenizer, row["prompt_ids"]) == "say soup"
         assert text(tokenizer, row["rejected_ids"]) == "bad </s>"
-
-
-def test_transcripts_are_cut_after_the_last_shared_turn():
-    """HH-RLHF replies often start alike; a prompt cut inside the reply is one nobody will ever send."""
-    pair = {
-        "chosen": "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: soup?\n\nAssistant: I like it.",
-        "rejected": "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: soup?\n\nAssistant: I hate it.",
-    }
-    assert split_prompt(pair) == {
-        "prompt": "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: soup?\n\nAssistant:",
-        "chosen": " I like it.",
-        "rejected": " I hate it.",
-    }
-
-
-def test_a_faced_prompt_loses_the_tokens_the_completion_took_over(tokenizer):
-    """A template that renders the prompt alone differently must not shift the faces against the completion."""
-    tokenizer.chat_template = CHAT_TEMPLATE.replace("' <assistant>' }}{% endif %}", "' <assistant> not' }}{% endif %}")
-    row = {name: text(tokenizer, ids) for name, ids in tokenize(PAIR, tokenizer).items()}
-    assert row["prompt_ids"] == "<s> <user> say soup <assistant>"
-    assert row["positive_prompt_ids"] == "<s> <system> you are kind <user> say soup <assistant>"
 
 
 def test_what_a_template_prints_after_eos_is_left_out(tokenizer):
@@ -152,7 +138,202 @@ def test_unusable_rows_are_dropped_on_request(tokenizer):
     """One bad row in sixty thousand must not stop a run, if the user says so."""
     bad = {**PAIR, "rejected": [{"role": "assistant", "content": ""}]}
     dataset = Dataset.from_list([PAIR, bad, PAIR])
-    settings = dict(faces=FACES, eos_token_ids=[tokenizer.eos_token_id])
+    options = dict(faces=FACES, eos_token_ids=[tokenizer.eos_token_id])
     with pytest.raises(ValueError, match="Row 1 .*at least one token before EOS"):
-        tokenize_preferences(dataset, tokenizer, **settings)
-    assert len(tokenize_preferences(dataset, tokenizer, drop_unusable=True, **settings)) == 2
+        tokenize_preferences(dataset, tokenizer, **options)
+    assert len(tokenize_preferences(dataset, tokenizer, drop_unusable=True, **options)) == 2
+
+
+def test_a_completion_ends_at_the_first_eos(tokenizer):
+    """Generation stops there: what a template or a text has after it would never be seen again."""
+    tokenizer.chat_template = CHAT_TEMPLATE.replace(
+        "{% endfor %}", "{% endfor %}{% if not add_generation_prompt %} </s>{% endif %}"
+    )
+    assert text(tokenizer, tokenize(PAIR, tokenizer)["chosen_ids"]) == "soup is good </s>"
+    pair = {"prompt": "say soup ", "chosen": "soup is good </s> \n", "rejected": "bad </s> not"}
+    row = tokenize(pair, tokenizer)
+    assert text(tokenizer, row["chosen_ids"]) == "soup is good </s>"
+    assert text(tokenizer, row["rejected_ids"]) == "bad </s>"
+
+
+def test_special_tokens_of_the_tokenizer_come_once(tokenizer):
+    """A second BOS is a position that the model has never seen, an EOS in the prompt ends it before it starts."""
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A $B </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    for prompt in ("say soup", "<s> say soup"):
+        row = tokenize({"prompt": prompt, "chosen": " good", "rejected": " bad </s>"}, tokenizer)
+        assert text(tokenizer, row["prompt_ids"]) == "<s> say soup"
+        assert text(tokenizer, row["positive_prompt_ids"]) == "<s> you are kind say soup"
+        assert text(tokenizer, row["chosen_ids"]) == "good </s>"
+        assert text(tokenizer, row["rejected_ids"]) == "bad </s>"
+
+
+def test_a_prompt_that_the_answer_changes_is_refused(tokenizer):
+    """Where the border is not certain, words of the user may be scored as if the assistant had said them."""
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("' <assistant>' }}{% endif %}", "' <assistant> not' }}{% endif %}")
+    with pytest.raises(
+        ValueError, match="render a prompt in the same way .* Got 'not' before .* and 'soup is good </s>'"
+    ):
+        tokenize(PAIR, tokenizer)
+
+
+def test_only_turns_of_the_assistant_count(tokenizer):
+    """The words of users and tools between its turns are read, but not rewarded."""
+    more = [
+        {"role": "user", "content": "is the bread good"},
+        {"role": "assistant", "content": "very"},
+        {"role": "user", "content": "and"},
+    ]
+    pair = {**PAIR, "chosen": PAIR["chosen"] + more}
+    row = tokenize(pair, tokenizer)
+    assert text(tokenizer, row["chosen_ids"]) == "soup is good </s> <user> is the bread good <assistant> very </s>"
+    assert row["chosen_mask"] == 4 * [1] + 6 * [0] + 2 * [1]
+    rendered = tokenizer.apply_chat_template(pair["prompt"] + pair["chosen"][:3], tokenize=False)
+    prompt = tokenizer.apply_chat_template(pair["prompt"], tokenize=False, add_generation_prompt=True)
+    as_text = {"prompt": prompt, "chosen": rendered.removeprefix(prompt), "rejected": " bad"}
+    assert tokenize(as_text, tokenizer)["chosen_mask"] == row["chosen_mask"]
+    assert tokenize(as_text, tokenizer)["chosen_ids"] == row["chosen_ids"]
+
+
+def test_turns_of_a_transcript_that_others_say_do_not_count(tokenizer):
+    """HH-RLHF pairs may differ in an earlier reply, so that questions stand between the replies."""
+    start = "\n\nHuman: soup?\n\nAssistant:"
+    row = tokenize(
+        {"chosen": start + " good\n\nHuman: bread?\n\nAssistant: bad", "rejected": start + " bad"}, tokenizer
+    )
+    assert row["chosen_mask"] == [1, 0, 0, 0, 1, 1]  # good, Human:, bread?, Assistant:, bad, EOS
+    assert row["rejected_mask"] == [1, 1]
+
+
+def test_an_answer_that_was_started_is_continued(tokenizer):
+    """A prompt may put words into the assistant's mouth; they are not its own, nor is what closes and opens turns."""
+    prefilled = [*PAIR["prompt"], {"role": "assistant", "content": "soup is"}]
+    pair = {
+        name: [{"role": "assistant", "content": content}]
+        for name, content in (("chosen", " good"), ("rejected", " bad"))
+    }
+    row = tokenize({"prompt": prefilled, **pair}, tokenizer)
+    assert text(tokenizer, row["prompt_ids"]) == "<s> <user> say soup <assistant> soup is"
+    assert text(tokenizer, row["chosen_ids"]) == "good </s>"
+
+
+def test_template_errors_name_the_row(tokenizer):
+    """An exception of Jinja says neither which row nor what to do, and `drop_unusable` would not drop it."""
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'assistant' %}{{ raise_exception('roles must alternate') }}{% endif %}"
+        + CHAT_TEMPLATE
+    )
+    bad = {**PAIR, "prompt": [{"role": "assistant", "content": "soup"}, *PAIR["prompt"]]}
+    dataset = Dataset.from_list([PAIR, bad])
+    options = dict(faces=FACES, eos_token_ids=[tokenizer.eos_token_id])
+    with pytest.raises(
+        ValueError, match="Row 1 .* able to render the messages. Got TemplateError: roles must alternate"
+    ):
+        tokenize_preferences(dataset, tokenizer, **options)
+    assert len(tokenize_preferences(dataset, tokenizer, drop_unusable=True, **options)) == 1
+
+
+def test_schemas_of_other_rows_stay_out(tokenizer):
+    """Arrow gives all rows the same keys: the parameters of one tool would be nulls of another."""
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for tool in tools or [] %} {{ tool.keys() | join(' ') }}{% endfor %}" + CHAT_TEMPLATE[15:]
+    )
+    rows = [{**PAIR, "tools": [{name: "x"}]} for name in ("soup", "bread")]
+    tokenized = tokenize_preferences(Dataset.from_list(rows), tokenizer, faces=None, eos_token_ids=[2])
+    assert [text(tokenizer, row["prompt_ids"]).split()[1] for row in tokenized] == ["soup", "bread"]
+    with pytest.raises(ValueError, match=r"variables of the chat template. Got \['add_generation_prompt'\]"):
+        tokenize({**PAIR, "chat_template_kwargs": {"add_generation_prompt": False}}, tokenizer)
+
+
+def test_transcripts_with_a_chat_model_are_noticed(tokenizer):
+    """The model would be trained on a format in which nobody will ask it."""
+    start = "\n\nHuman: say soup\n\nAssistant:"
+    dataset = Dataset.from_list([{"chosen": start + " soup is good", "rejected": start + " bad"}])
+    options = dict(faces=FACES, eos_token_ids=[tokenizer.eos_token_id])
+    with pytest.warns(UserWarning, match="convert_transcripts=True"):
+        tokenize_preferences(dataset, tokenizer, **options)
+    converted = tokenize_preferences(dataset, tokenizer, convert_transcripts=True, **options)
+    expected = tokenize(PAIR, tokenizer)
+    assert {name: converted[0][name] for name in expected} == expected
+
+
+# The invariant: whatever a template prints, only words of the assistant's answers are scored, and all of them
+
+
+ROLES = ("system", "user", "assistant", "tool")
+SAID = {role: [f"{role[0]}{number}" for number in range(6)] for role in ROLES}
+MARKERS = "<sys> <usr> <asst> <tool> <think> </think> <end> <last> <reminder>"
+VOCABULARY = " ".join(["<pad> <s> </s> <unk> \n", MARKERS, *(word for words in SAID.values() for word in words)])
+
+
+@st.composite
+def templates(draw):
+    """Chat templates that differ in what they do with system messages, ends of turns, last messages and thinking."""
+    end = {role: draw(st.sampled_from(["", " <end>", " </s>"])) for role in ("user", "tool")}
+    end["system"] = ""
+    end["assistant"] = draw(st.sampled_from([" </s>", " </s> \n", " <end>"]))
+    thinking = draw(st.sampled_from(["", "always", "last"]))
+    system = draw(st.sampled_from(["print", "drop", "raise"]))
+    parts = ["{{ bos_token }}{% for m in messages %}"]
+    if system == "raise":
+        parts.append("{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}")
+    for role, marker in zip(ROLES, ("<sys>", "<usr>", "<asst>", "<tool>"), strict=True):
+        body = "{{ m.content }}"
+        if role == "system" and system != "print":
+            continue
+        if role == "assistant" and thinking:
+            shown = "{{ '<think> </think> ' if loop.last else '' }}" if thinking == "last" else "<think> </think> "
+            body = shown + body
+        if role == "user" and draw(st.booleans()):
+            body = "{{ '<last> ' if loop.last else '' }}" + body  # the last message is rendered differently
+        parts.append("{% if m.role == '" + role + "' %} " + marker + " " + body + end[role] + "{% endif %}")
+    parts.append("{% endfor %}")
+    if draw(st.booleans()):
+        parts.append("{% if not add_generation_prompt %} </s>{% endif %}")
+    opening = " <asst>" + (" <think>" if thinking and draw(st.booleans()) else "")
+    parts.append("{% if add_generation_prompt %}" + opening + "{% endif %}")
+    return "".join(parts)
+
+
+@st.composite
+def conversations(draw):
+    """A prompt and an answer of one or more turns, in which no word occurs twice."""
+    words = {role: iter(names) for role, names in SAID.items()}
+
+    def message(role):
+        return {"role": role, "content": " ".join(islice(words[role], draw(st.integers(1, 2))))}
+
+    prompt = [message("system")] * draw(st.booleans()) + [message("user")]
+    if draw(st.booleans()):
+        prompt += [message("assistant"), message(draw(st.sampled_from(["user", "tool"])))]
+    answer = [message("assistant")]
+    if draw(st.booleans()):
+        answer += [message(draw(st.sampled_from(["user", "tool"]))), message("assistant")]
+    return prompt, answer
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(templates(), conversations())
+def test_only_what_the_assistant_answers_is_scored(template, conversation):
+    """The user's question, a tool's result or a role marker among the rewarded tokens: the loss falls, the doctor is wrong."""
+    tokenizer = make_tokenizer(VOCABULARY)
+    tokenizer.chat_template = template
+    prompt, answer = conversation
+    pair = {"prompt": prompt, "chosen": answer, "rejected": [{"role": "assistant", "content": "a5"}]}
+    try:
+        row = tokenize(pair, tokenizer, system_role=has_system_role(tokenizer))
+    except ValueError as error:
+        event(f"refused: {str(error)[:40]}")
+        return
+    event(f"{len(answer)} messages accepted")
+    tokens = tokenizer.convert_ids_to_tokens(row["chosen_ids"])
+    scored = [token for token, spoken in zip(tokens, row["chosen_mask"], strict=True) if spoken]
+    said = [word for m in answer if m["role"] == "assistant" for word in m["content"].split()]
+    assert [token for token in scored if token in sum(SAID.values(), [])] == said
+    assert set(scored) - set(said) <= {"<think>", "</think>", "</s>", "<end>"}
+    assert scored.count("</s>") <= sum(m["role"] == "assistant" for m in answer)
+    assert "</s>" not in scored or scored[-1] == "</s>" == tokens[-1]
+    asked = [word for m in prompt for word in m["content"].split() if m["role"] != "system"]
+    shown = tokenizer.convert_ids_to_tokens(row["prompt_ids"])
+    assert [token for token in shown if token in sum((SAID[role] for role in ROLES[1:]), [])] == asked

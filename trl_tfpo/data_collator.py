@@ -27,7 +27,15 @@ from transformers.data.data_collator import DataCollatorMixin
 from . import functional
 from .faces import Faces, has_system_role, resolve_faces
 from .token_rewards import REWARD_COLUMNS, check_patient, score_token_rewards
-from .tokenization import FACE_COLUMNS, ID_COLUMNS, check_counts, eos_token_ids, tokenize_pair
+from .tokenization import (
+    FACE_COLUMNS,
+    ID_COLUMNS,
+    MASK_COLUMNS,
+    check_counts,
+    eos_token_ids,
+    is_complete,
+    tokenize_pair,
+)
 
 
 @dataclass
@@ -37,7 +45,7 @@ class TokenRewardCollator(DataCollatorMixin):
 
     It reads the rewards from the columns that [`annotate_token_rewards`] wrote or, given a patient, asks the patient
     as each batch is formed: the same numbers, at the price of keeping the patient loaded during training. P pairs make
-    2P rows, the chosen ones first, padded on the right; L tokens in a row, T in a completion.
+    2P rows, the chosen ones first, padded on the right; L tokens in a row, T that the assistant says in a completion.
 
     Args:
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -54,10 +62,15 @@ class TokenRewardCollator(DataCollatorMixin):
             Pad L to a multiple of this.
         batch_size (`int`, *optional*, defaults to `16`):
             Sequences in one forward of the patient.
+        eos_token_ids (`list[int]`, *optional*):
+            Ids that end a completion. Defaults to those of the tokenizer and, if there is one, of the patient's generation
+            config. [`TFPOTrainer`] adds those of the doctor, and of the patient that annotated the dataset.
+        convert_transcripts (`bool`, *optional*, defaults to `False`):
+            Only with a patient, see [`annotate_token_rewards`].
 
     Returns, when called with a list of P examples, a `dict` of `torch.Tensor`:
-        - `input_ids`, `attention_mask` (2P, L), and `completion_mask` (2P, L), boolean;
-        - `token_rewards` (2P, T), left-aligned on the completion, float32;
+        - `input_ids`, `attention_mask` (2P, L), and `completion_mask` (2P, L), boolean: what the assistant says;
+        - `token_rewards` (2P, T), left-aligned on the tokens of that mask, float32;
         - `is_complete` (2P,), boolean: whether the completion ends in EOS;
         - `gaps` (2P, T): positive minus negative log-probability, in nats, if the examples have them;
         - `reference_logps` (2P, T), in nats, if the examples have `chosen_ref_logps` and `rejected_ref_logps`.
@@ -97,6 +110,8 @@ class TokenRewardCollator(DataCollatorMixin):
     max_length: int | None = None
     pad_to_multiple_of: int | None = None
     batch_size: int = 16
+    eos_token_ids: list[int] | None = None
+    convert_transcripts: bool = False
     return_tensors: str = "pt"
 
     def __post_init__(self):
@@ -121,7 +136,8 @@ class TokenRewardCollator(DataCollatorMixin):
                 )
             check_patient(self.patient, self.processing_class)
             self.has_system_role = has_system_role(self.processing_class)
-        self.eos_token_ids = eos_token_ids(self.processing_class, self.patient)
+        if self.eos_token_ids is None:
+            self.eos_token_ids = eos_token_ids(self.processing_class, self.patient)
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         if self.patient is not None:
@@ -139,17 +155,22 @@ class TokenRewardCollator(DataCollatorMixin):
         if self.pad_to_multiple_of:
             length += -length % self.pad_to_multiple_of
         position = torch.arange(length)
-        prompt_lengths = torch.tensor([len(row["prompt_ids"]) for row in rows])
         lengths = torch.tensor([len(ids) for ids in input_ids])
         attention_mask = position < lengths[:, None]  # (2P, L)
         pad_token_id = self.processing_class.pad_token_id
         padded = torch.full(attention_mask.shape, self.eos_token_ids[0] if pad_token_id is None else pad_token_id)
         padded[attention_mask] = torch.tensor([token_id for ids in input_ids for token_id in ids])
+        completion_mask = torch.zeros_like(attention_mask)
+        completion_mask[attention_mask] = torch.tensor(
+            [bool(spoken) for row in rows for spoken in [0] * len(row["prompt_ids"]) + row["mask"]]
+        )
         batch = {
             "input_ids": padded,
             "attention_mask": attention_mask.long(),
-            "completion_mask": attention_mask & (position >= prompt_lengths[:, None]),
-            "is_complete": torch.tensor([row["completion_ids"][-1] in self.eos_token_ids for row in rows]),
+            "completion_mask": completion_mask,
+            "is_complete": torch.tensor(
+                [is_complete(row["completion_ids"], row["mask"], self.eos_token_ids) for row in rows]
+            ),
         }
         for name in ("token_rewards", "gaps", "reference_logps"):
             values = [torch.as_tensor(row[name], dtype=torch.float32) for row in rows if name in row]
@@ -178,7 +199,15 @@ class TokenRewardCollator(DataCollatorMixin):
                 f"{len(prompt_ids)} of the prompt and {len(completion_ids)} of the {name} one; leave the pair out."
             )
         room = slice(None if self.max_length is None else self.max_length - len(prompt_ids))
-        row = {"prompt_ids": prompt_ids, "completion_ids": completion_ids[room]}
+        mask = example.get(f"{name}_mask")
+        mask = [1] * len(completion_ids) if mask is None else list(mask)
+        if len(mask) != len(completion_ids) or not any(mask[room]):
+            raise ValueError(
+                f"`{name}_mask` must have one entry for each completion token, and one that is not 0. Got {len(mask)} for "
+                f"{len(completion_ids)} tokens, {sum(mask[room])} of them not 0 within `max_length`={self.max_length}; "
+                "annotate the dataset again, or leave the pair out."
+            )
+        row = {"prompt_ids": prompt_ids, "completion_ids": completion_ids[room], "mask": mask[room]}
         columns = {"token_rewards": "token_rewards", "gaps": "gaps", "reference_logps": "ref_logps"}
         for key, column in columns.items():
             values = example.get(f"{name}_{column}")
@@ -189,7 +218,7 @@ class TokenRewardCollator(DataCollatorMixin):
                     f"`{name}_{column}` must have one entry for each completion token. Got {len(values)} for "
                     f"{len(completion_ids)} tokens; was the dataset annotated with another tokenizer?"
                 )
-            row[key] = values[room]
+            row[key] = [value for value, spoken in zip(values[room], row["mask"], strict=True) if spoken]
         return row
 
     def _ask_patient(self, examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -203,9 +232,8 @@ class TokenRewardCollator(DataCollatorMixin):
         examples = [
             example if FACE_COLUMNS[0] in example else {**example, **self._tokenize(example)} for example in examples
         ]
-        columns = {
-            name: [example[name] for example in examples] for name in ["chosen_ids", "rejected_ids", *FACE_COLUMNS]
-        }
+        names = ["chosen_ids", "rejected_ids", *FACE_COLUMNS, *(name for name in MASK_COLUMNS if name in examples[0])]
+        columns = {name: [example[name] for example in examples] for name in names}
         rewards, gaps = score_token_rewards(
             columns, patient=self.patient, reward_fn=self.reward_fn, batch_size=self.batch_size
         )
@@ -229,4 +257,5 @@ class TokenRewardCollator(DataCollatorMixin):
             system_role=self.has_system_role,
             eos_token_ids=self.eos_token_ids,
             max_length=self.max_length,
+            convert_transcripts=self.convert_transcripts,
         )

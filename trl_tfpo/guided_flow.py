@@ -154,7 +154,7 @@ def read_patient(
         attention_mask (`torch.Tensor` of shape `(B, L)`):
             Which tokens are real.
         completion_mask (`torch.Tensor` of shape `(B, L)`):
-            One run of N completion tokens in all rows together, boolean.
+            The tokens of the assistant, N in all rows together, boolean.
 
     Returns:
         [`~trl_tfpo._compat.LabelledStates`] or `torch.Tensor` of shape `(N, V)`: what stands for the logits where completion

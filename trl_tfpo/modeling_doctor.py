@@ -90,7 +90,7 @@ def add_value_head(model: PreTrainedModel) -> None:
     Turn a causal language model, or a `PeftModel` of one, into a doctor, in place.
 
     `model(input_ids, attention_mask, completion_mask=mask)` then returns a [`DoctorOutput`], where `mask` of shape
-    `(B, L)` marks the completion in each row (one run of tokens, at least one token after the start of the row).
+    `(B, L)` marks what the assistant says in each row (at least one token, not the first of the row).
     Given `guided` as well, from [`~trl_tfpo.guided_flow.read_patient`], its log-probabilities are those of what it guides,
     patient times doctor.
     Without `completion_mask` the forward is the original one, so `generate` is unchanged. The head is the submodule
@@ -132,11 +132,11 @@ def add_value_head(model: PreTrainedModel) -> None:
         finally:
             hook.remove()
         log_values = getattr(self, VALUE_HEAD)(captured[0]).to(log_probs.device)  # (B, L)
-        states, token_mask = locate_completions(completion_mask)
+        states, tokens, token_mask = locate_completions(completion_mask)
         return DoctorOutput(
             doctor_logps=log_probs.float().gather(1, states[:, :-1].clamp(max=log_probs.size(1) - 1)),
             log_values=log_values.gather(1, states),
-            completion_ids=kwargs["input_ids"].gather(1, states[:, 1:]),
+            completion_ids=kwargs["input_ids"].gather(1, tokens),
             completion_mask=token_mask,
         )
 
@@ -246,23 +246,27 @@ def set_head_learning_rate(optimizer: torch.optim.Optimizer, model: torch.nn.Mod
             optimizer.add_param_group({**group, "params": parameters, "lr": learning_rate})
 
 
-def locate_completions(completion_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def locate_completions(completion_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Where in each row the states of its completion are read.
+    Where in each row the states of its completion are read, and where its tokens are.
+
+    A state comes before each token of the assistant, and one after the last. What a user or a tool says between two of its
+    turns belongs to the state before the second: tokens that are masked are as good as deleted.
 
     Args:
         completion_mask (`torch.Tensor` of shape `(B, L)`):
-            One run of completion tokens in each row, not at its start.
+            The tokens of the assistant in each row, boolean. At least one, and not the first of the row.
 
     Returns:
-        `torch.Tensor` of shape `(B, S)`: position of the last token of each state, clamped to the row; and
-        `torch.Tensor` of shape `(B, T)`: which completion tokens are real.
+        `torch.Tensor` of shape `(B, S)`: position of the last token of each state; `torch.Tensor` of shape `(B, T)`:
+        positions of the tokens; and `torch.Tensor` of shape `(B, T)`: which of these are real. The others are arbitrary.
     """
-    num_tokens = completion_mask.sum(dim=1)  # (B,)
-    start = completion_mask.int().argmax(dim=1)  # (B,)
-    step = torch.arange(int(num_tokens.max()) + 1, device=completion_mask.device)  # (S,)
-    positions = start[:, None] - 1 + step  # (B, S)
-    return positions.clamp(min=0, max=completion_mask.size(1) - 1), step[:-1] < num_tokens[:, None]
+    num_tokens = completion_mask.sum(dim=1, keepdim=True)  # (B, 1)
+    is_token = torch.arange(int(num_tokens.max()), device=completion_mask.device) < num_tokens  # (B, T)
+    tokens = (~completion_mask).int().argsort(dim=1, stable=True)[:, : is_token.size(1)]  # (B, T)
+    last = tokens.gather(1, num_tokens - 1)  # (B, 1)
+    before = torch.where(is_token, tokens - 1, last)  # (B, T)
+    return torch.cat([before, last], dim=1), tokens, is_token
 
 
 def load_doctor(path: str | os.PathLike, with_value_head: bool = True, **kwargs) -> PreTrainedModel:

@@ -49,8 +49,10 @@ class TFPOConfig(_BaseConfig):
         max_length (`int`, *optional*, defaults to `1024`):
             Longest sequence of prompt and completion, in tokens; completions are cut at the end. `None`: no limit.
         drop_unusable (`bool`, *optional*, defaults to `False`):
-            Whether to leave out pairs with an empty prompt or completion, or a prompt of `max_length` or more tokens,
-            rather than to raise.
+            Whether to leave out unusable pairs rather than to raise: those with an empty prompt or completion, with a
+            prompt of `max_length` or more tokens, or that the chat template cannot render.
+        convert_transcripts (`bool`, *optional*, defaults to `False`):
+            Whether texts with turns of `"\n\nHuman:"` and `"\n\nAssistant:"` (HH-RLHF) are read as messages.
         pad_to_multiple_of (`int`, *optional*):
             Pad batches to a multiple of this many tokens.
         scoring_batch_size (`int`, *optional*, defaults to `16`):
@@ -129,8 +131,14 @@ class TFPOConfig(_BaseConfig):
     drop_unusable: bool = field(
         default=False,
         metadata={
-            "help": "Whether to leave out pairs with an empty prompt or completion, or a prompt of `max_length` or "
-            "more tokens, rather than to raise."
+            "help": "Whether to leave out pairs that are empty, too long, or that the chat template cannot render, rather "
+            "than to raise."
+        },
+    )
+    convert_transcripts: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether transcripts with turns of 'Human:' and 'Assistant:' (HH-RLHF) are read as messages."
         },
     )
     pad_to_multiple_of: int | None = field(

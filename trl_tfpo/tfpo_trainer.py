@@ -44,7 +44,7 @@ from .faces import Faces
 from .guided_flow import former_doctor, keep_patient, read_patient, save_guidance
 from .hub import complete_model_card, save_custom_generate
 from .modeling_doctor import make_doctor, set_head_learning_rate
-from .named_model import NamedModel, resolve_model
+from .named_model import NamedModel, outline_of, resolve_model
 from .objective import describe_batch, tfpo_objective
 from .reference import REFERENCE_COLUMNS, add_reference_logps, check_not_streamed, check_untrained
 from .scoring import model_fingerprint
@@ -53,6 +53,7 @@ from .token_rewards import (
     GAP_COLUMNS,
     REWARD_COLUMNS,
     annotate_token_rewards,
+    annotation_settings,
     check_annotated_for,
     check_given,
     check_patient,
@@ -60,6 +61,7 @@ from .token_rewards import (
 from .tokenization import (
     FACE_COLUMNS,
     ID_COLUMNS,
+    MASK_COLUMNS,
     check_some_completion_ends,
     columns_of,
     eos_token_ids,
@@ -238,7 +240,10 @@ class TFPOTrainer(_BaseTrainer):
         # Data collator
         if data_collator is None:
             data_collator = TokenRewardCollator(
-                processing_class, max_length=args.max_length, pad_to_multiple_of=args.pad_to_multiple_of
+                processing_class,
+                max_length=args.max_length,
+                pad_to_multiple_of=args.pad_to_multiple_of,
+                convert_transcripts=args.convert_transcripts,
             )
         self._online_faces = data_collator.faces if isinstance(data_collator, TokenRewardCollator) else None
         if self._online_faces and args.dataloader_num_workers > 0:
@@ -258,10 +263,17 @@ class TFPOTrainer(_BaseTrainer):
                 patient_quantization_config,
                 **defaults | (args.patient_model_init_kwargs or {}),
             )
-        self._eos_token_ids = eos_token_ids(processing_class, model)
+        patient = None if self.patient_model is None else outline_of(self.patient_model)
+        self._eos_token_ids = eos_token_ids(processing_class, model, patient)
         train_dataset = self._annotate(train_dataset, processing_class, args)
         eval_dataset = self._annotate(eval_dataset, processing_class, args)
-        check_some_completion_ends(train_dataset, self._eos_token_ids)
+        max_length = args.max_length
+        if isinstance(data_collator, TokenRewardCollator):
+            annotated_with = (annotation_settings(train_dataset) or {}).get("eos_token_ids", [])
+            self._eos_token_ids = sorted({*self._eos_token_ids, *data_collator.eos_token_ids, *annotated_with})
+            data_collator.eos_token_ids = self._eos_token_ids
+            max_length = data_collator.max_length
+        check_some_completion_ends(train_dataset, self._eos_token_ids, max_length)
         if args.policy == "guided":
             check_given(self.patient_model)
         elif isinstance(self.patient_model, NamedModel):
@@ -329,6 +341,7 @@ class TFPOTrainer(_BaseTrainer):
                 eos_token_ids=self._eos_token_ids,
                 max_length=args.max_length,
                 drop_unusable=args.drop_unusable,
+                convert_transcripts=args.convert_transcripts,
             )
         if columns.issuperset(ID_COLUMNS + REWARD_COLUMNS):
             check_annotated_for(dataset, processing_class)
@@ -353,6 +366,7 @@ class TFPOTrainer(_BaseTrainer):
             max_length=args.max_length,
             drop_unusable=args.drop_unusable,
             batch_size=args.scoring_batch_size,
+            convert_transcripts=args.convert_transcripts,
         )
 
     def _add_reference_logps(self, dataset: AnyDataset | None) -> AnyDataset | None:
@@ -373,7 +387,8 @@ class TFPOTrainer(_BaseTrainer):
     def _set_signature_columns_if_needed(self):
         # What the collator reads, not what the model's forward takes
         if self._signature_columns is None:
-            self._signature_columns = [*ID_COLUMNS, *REWARD_COLUMNS, *GAP_COLUMNS, *FACE_COLUMNS, *REFERENCE_COLUMNS]
+            scores = [*REWARD_COLUMNS, *GAP_COLUMNS, *REFERENCE_COLUMNS]
+            self._signature_columns = [*ID_COLUMNS, *MASK_COLUMNS, *FACE_COLUMNS, *scores]
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset

@@ -34,6 +34,7 @@ from .shards import SHARD_SIZE, add_scores
 from .tokenization import (
     FACE_COLUMNS,
     ID_COLUMNS,
+    MASK_COLUMNS,
     check_counts,
     check_is_tokenizer,
     eos_token_ids,
@@ -57,6 +58,7 @@ def annotate_token_rewards(
     max_length: int | None = None,
     drop_unusable: bool = False,
     batch_size: int = 16,
+    convert_transcripts: bool = False,
     **reward_settings,
 ) -> Dataset | IterableDataset | DatasetDict | IterableDatasetDict:
     """
@@ -86,19 +88,24 @@ def annotate_token_rewards(
         max_length (`int`, *optional*):
             Completions are cut so that prompt and completion have at most this many tokens. By default nothing is cut.
         drop_unusable (`bool`, *optional*, defaults to `False`):
-            Whether to leave out pairs with an empty completion, an empty prompt, or a prompt of `max_length` tokens or
-            more, rather than to raise.
+            Whether to leave out unusable pairs rather than to raise: those with an empty completion or prompt, with a
+            prompt of `max_length` tokens or more, or that the chat template cannot render. See
+            [`~trl_tfpo.tokenization.tokenize_pair`].
         batch_size (`int`, *optional*, defaults to `16`):
             Sequences in one forward of the patient, of the longest; of shorter ones as many as take no more tokens. A
             pair makes four.
+        convert_transcripts (`bool`, *optional*, defaults to `False`):
+            Whether texts with turns of `"\n\nHuman:"` and `"\n\nAssistant:"` (HH-RLHF) are read as messages, as a chat
+            model expects.
         reward_settings:
             Further keyword arguments of `reward_fn`, such as `reward_direction` and `sparsity_threshold`.
 
     Returns:
-        the same type as `dataset`: the dataset with `prompt_ids`, `chosen_ids`, `rejected_ids`, `chosen_token_rewards`,
-        `rejected_token_rewards` (one reward for each token of the completion) and `chosen_gaps`, `rejected_gaps`
-        (positive minus negative log-probability, in nats). The settings are kept in its info, see
-        [`annotation_settings`].
+        the same type as `dataset`: the dataset with `prompt_ids`, `chosen_ids`, `rejected_ids`; `chosen_mask`,
+        `rejected_mask` (1 where the assistant speaks, 0 where a user or a tool does between its turns);
+        `chosen_token_rewards`, `rejected_token_rewards` (one reward for each token of the completion) and `chosen_gaps`,
+        `rejected_gaps` (positive minus negative log-probability, in nats), both 0 where the mask is. The settings are kept
+        in its info, see [`annotation_settings`].
 
     Raises:
         `ValueError`: when the dataset has images or lacks the columns; when a pair is unusable; when the patient's
@@ -127,14 +134,15 @@ def annotate_token_rewards(
         raise ValueError(
             f"`reward_fn` must be callable. Got {reward_fn!r}; leave it out for `functional.token_rewards`."
         )
-    outline = outline_of(patient)
+    eos_ids = eos_token_ids(processing_class, outline_of(patient))
     settings = {
         "format": FORMAT,
         "faces": vars(resolve_faces(faces)),
         "reward": describe(partial(reward_fn, **reward_settings)),
         "max_length": max_length,
-        "patient": outline.config._name_or_path,
+        "patient": outline_of(patient).config._name_or_path,
         "tokenizer": tokenizer_fingerprint(processing_class),
+        "eos_token_ids": eos_ids,
     }
     if isinstance(dataset, dict):
         annotate = partial(
@@ -146,6 +154,7 @@ def annotate_token_rewards(
             max_length=max_length,
             drop_unusable=drop_unusable,
             batch_size=batch_size,
+            convert_transcripts=convert_transcripts,
             **reward_settings,
         )
         return type(dataset)({name: annotate(split) for name, split in dataset.items()})
@@ -155,9 +164,10 @@ def annotate_token_rewards(
         dataset,
         processing_class,
         faces=resolve_faces(faces),
-        eos_token_ids=eos_token_ids(processing_class, outline),
+        eos_token_ids=eos_ids,
         max_length=max_length,
         drop_unusable=drop_unusable,
+        convert_transcripts=convert_transcripts,
     )
     score = partial(_score_pairs, patient=patient, reward_fn=reward_fn, batch_size=batch_size)
     if isinstance(dataset, IterableDataset):
@@ -284,7 +294,8 @@ def score_token_rewards(
 
     Args:
         batch (`dict[str, list]`):
-            `chosen_ids`, `rejected_ids`, `positive_prompt_ids` and `negative_prompt_ids` of P pairs.
+            `chosen_ids`, `rejected_ids`, `positive_prompt_ids` and `negative_prompt_ids` of P pairs, and optionally
+            `chosen_mask` and `rejected_mask`.
         patient ([`~transformers.PreTrainedModel`]):
             The frozen model that is read.
         reward_fn (`Callable`):
@@ -293,7 +304,7 @@ def score_token_rewards(
             Sequences in one forward.
 
     Returns:
-        two lists of 2P `torch.Tensor` of shape `(T_i,)`, the chosen first: rewards, and gaps in nats.
+        two lists of 2P `torch.Tensor` of shape `(T_i,)`, the chosen first: rewards, and gaps in nats; zero where a mask is.
 
     Raises:
         `ValueError`: when a log-probability is not finite, or `reward_fn` returns another shape or values not finite.
@@ -310,6 +321,9 @@ def score_token_rewards(
     positive_logps, negative_logps = padded.chunk(2)  # (2P, T)
     lengths = torch.tensor([len(ids) for ids in completions])
     completion_mask = torch.arange(padded.size(1)) < lengths[:, None]
+    if MASK_COLUMNS[0] in batch:
+        masks = [torch.tensor(mask, dtype=torch.bool) for name in MASK_COLUMNS for mask in batch[name]]
+        completion_mask = torch.nn.utils.rnn.pad_sequence(masks, batch_first=True)
     preference_sign = torch.ones(num_rows).masked_fill(torch.arange(num_rows) >= num_rows // 2, -1)
     rewards = reward_fn(
         positive_logps=positive_logps,
@@ -323,7 +337,8 @@ def score_token_rewards(
             "`reward_fn` must return one finite reward for each token, in a tensor of shape "
             f"{tuple(completion_mask.shape)}. Got {shape}, or values that are not finite; correct it."
         )
-    gaps = positive_logps - negative_logps
+    rewards = rewards.masked_fill(~completion_mask, 0)
+    gaps = (positive_logps - negative_logps).masked_fill(~completion_mask, 0)
     return (
         [row[:length].float() for row, length in zip(rewards, lengths, strict=True)],
         [row[:length] for row, length in zip(gaps, lengths, strict=True)],
