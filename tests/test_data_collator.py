@@ -77,6 +77,29 @@ def test_truncation_cuts_rewards_with_the_same_slice(tokenizer):
     assert batch["is_complete"].tolist() == [False] * 4
 
 
+def test_what_others_say_is_no_completion(tokenizer):
+    """A user's turn between two of the assistant's is read, but has no reward, and its EOS completes nothing."""
+    pair = {
+        "prompt_ids": [5, 6],
+        "chosen_ids": [7, 2, 5, 2, 8, 2],
+        "chosen_mask": [1, 1, 0, 0, 1, 1],
+        "chosen_token_rewards": [0.1, 0.2, 0.0, 0.0, 0.3, 0.4],
+        "rejected_ids": [9, 2],
+        "rejected_mask": [1, 1],
+        "rejected_token_rewards": [-0.4, -0.5],
+    }
+    batch = TokenRewardCollator(tokenizer)([pair])
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 2, 5, 2, 8, 2], [5, 6, 9, 2, 0, 0, 0, 0]]
+    assert batch["completion_mask"].int().tolist() == [[0, 0, 1, 1, 0, 0, 1, 1], [0, 0, 1, 1, 0, 0, 0, 0]]
+    torch.testing.assert_close(batch["token_rewards"], torch.tensor([[0.1, 0.2, 0.3, 0.4], [-0.4, -0.5, 0.0, 0.0]]))
+    assert batch["is_complete"].tolist() == [True, True]
+    cut = TokenRewardCollator(tokenizer, max_length=6)([pair])
+    assert cut["token_rewards"].shape == (2, 2)
+    assert cut["is_complete"].tolist() == [False, True]  # the last token kept is the user's EOS
+    with pytest.raises(ValueError, match="`chosen_mask` must have one entry for each completion token.* Got 1 for 6"):
+        TokenRewardCollator(tokenizer)([pair | {"chosen_mask": [1]}])
+
+
 def test_pad_to_multiple_of(tokenizer):
     """Only the width of the ids grows."""
     batch = TokenRewardCollator(tokenizer, pad_to_multiple_of=8)(PAIRS)

@@ -56,6 +56,26 @@ def test_output_is_left_aligned_on_the_completion(make):
             torch.testing.assert_close(output.log_values[row, t], wanted, atol=1e-5, rtol=1e-5)
 
 
+def test_what_others_say_is_in_the_state_before_the_next_turn():
+    """A state of its own for each token of a user would let flow leak into words that nobody chose."""
+    doctor = make_llama(3)
+    add_value_head(doctor)
+    torch.nn.init.normal_(doctor.value_head.weight)
+    ids, mask = (
+        torch.tensor([[5, 6, 7, 2, 8, 9], [5, 6, 7, 2, 0, 0]]),
+        torch.tensor([[0, 1, 0, 0, 1, 1], [0, 1, 1, 1, 0, 0]]),
+    )
+    with torch.no_grad():
+        plain = doctor(ids, output_hidden_states=True)
+        output = doctor(input_ids=ids, attention_mask=(ids > 0).long(), completion_mask=mask.bool())
+    assert output.completion_ids.tolist() == [[6, 8, 9], [6, 7, 2]]
+    assert output.completion_mask.all()
+    values = doctor.value_head(plain.hidden_states[-1])
+    torch.testing.assert_close(output.log_values, values.gather(1, torch.tensor([[0, 3, 4, 5], [0, 1, 2, 3]])))
+    logps = plain.logits.log_softmax(-1)[0, [0, 3, 4], [6, 8, 9]]
+    torch.testing.assert_close(output.doctor_logps[0], logps, atol=1e-5, rtol=1e-5)
+
+
 def test_gradients_match_the_plain_forward():
     """The fused head computes its own backward; the doctor learns from it."""
     doctor, twin = make_llama(3), make_llama(3)

@@ -106,6 +106,42 @@ class TestTraining:
             assert {f"eval_{split}_{name}" for name in METRICS} <= evaluated.keys()
             assert evaluated[f"eval_{split}_loss"] == pytest.approx(evaluated["eval_one_loss"])
 
+    def test_all_parts_know_the_same_ends(self, preferences, patient, doctor, tokenizer, tmp_path):
+        """Gemma ends turns with a token that only its generation config names: without it no flow is bounded, in silence."""
+        tokenizer.chat_template = tokenizer.chat_template.replace("' ' + eos_token", "' <unk>'")
+        patient.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.unk_token_id]
+        options = dict(train_dataset=preferences, processing_class=tokenizer, faces=FACES)
+        trainer = TFPOTrainer(model=doctor, patient_model=patient, args=config(tmp_path), **options)
+        assert next(iter(trainer.get_train_dataloader()))["is_complete"].all()
+        options["train_dataset"] = trainer.train_dataset  # and without the patient, from what the annotation recorded
+        trainer = TFPOTrainer(
+            model=make_llama(2), args=config(tmp_path), data_collator=TokenRewardCollator(tokenizer), **options
+        )
+        assert next(iter(trainer.get_train_dataloader()))["is_complete"].all()
+
+    def test_some_completion_is_whole_within_max_length(self, annotated, doctor, tokenizer, tmp_path):
+        """Where all are cut there is no boundary, and rewards do not reach the doctor."""
+        with pytest.raises(ValueError, match="must end in EOS.*within `max_length`=9"):
+            TFPOTrainer(
+                model=doctor, args=config(tmp_path, max_length=9), train_dataset=annotated, processing_class=tokenizer
+            )
+
+    def test_several_turns(self, preferences, patient, doctor, tokenizer, tmp_path):
+        """Answers of several turns: the doctor trains on its own, after what it guides and the reference scored the same."""
+        more = [{"role": "user", "content": "and the bread"}, {"role": "assistant", "content": "very good"}]
+        dataset = preferences.map(lambda row: {"chosen": row["chosen"] + more})
+        for policy in ("ratio", "doctor"):
+            trainer = TFPOTrainer(
+                model=copy.deepcopy(doctor),
+                patient_model=patient,
+                args=config(tmp_path, max_steps=8, policy=policy),
+                train_dataset=dataset,
+                processing_class=tokenizer,
+                faces=FACES,
+            )
+            trainer.train()
+            assert losses(trainer)[-1] < losses(trainer)[0]
+
     def test_how_tokens_are_rewarded_is_passed_on(self, preferences, patient, doctor, tokenizer, tmp_path):
         """A setting that is read and then dropped gives other rewards than those asked for, without a word."""
         settings = dict(disagreement_weight=0.25, importance_temperature=2.0, gap_floor=0.1, sparsity_threshold=0.2)

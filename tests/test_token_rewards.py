@@ -61,6 +61,19 @@ def test_rewards_are_what_the_two_faces_say(preferences, patient, tokenizer):
             assert row[f"{name}_token_rewards"] == pytest.approx(expected, abs=1e-4)
 
 
+def test_only_the_assistant_is_rewarded(patient, tokenizer):
+    """A user's words between two turns of the assistant must not get a reward, nor change what the others get."""
+    (row,) = conversational_rows(1)
+    more = [{"role": "user", "content": "and the bread"}, {"role": "assistant", "content": "very good"}]
+    row["chosen"] = row["chosen"] + more
+    (row,) = annotate_token_rewards(Dataset.from_list([row]), patient, tokenizer, faces=FACES, sparsity_threshold=0.0)
+    mask = torch.tensor(row["chosen_mask"]).bool()
+    gaps, rewards = (torch.tensor(row[f"chosen_{name}"]) for name in ("gaps", "token_rewards"))
+    assert (~mask).sum() == 5 and not gaps[~mask].any() and not rewards[~mask].any()
+    expected = oracles.rewards(gaps[mask].tolist(), 1, "agreement", 3.0, 0.0)
+    assert rewards[mask].tolist() == pytest.approx(expected, abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("settings", "similarity"),
     [
