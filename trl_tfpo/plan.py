@@ -300,6 +300,7 @@ def training_plan(
             eos_token_ids=eos_token_ids(processing_class, frozen),
             max_length=args.max_length,
             drop_unusable=args.drop_unusable,
+            convert_transcripts=args.convert_transcripts,
         )
     lengths = {name: [len(ids) for ids in pairs[name]] for name in pairs.column_names if name.endswith("_ids")}
     prompts, chosen, rejected = (lengths[name] for name in ID_COLUMNS)

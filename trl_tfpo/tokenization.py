@@ -19,21 +19,19 @@ A completion is what follows the prompt, to the end of the last thing that the a
 assistant says; those of users and tools between its turns are read, but never scored or rewarded.
 """
 
-import json
 import os
 import warnings
+from bisect import bisect_right
 from collections.abc import Sequence
-from functools import partial
 from itertools import islice
 
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
-from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from trl.trainer.utils import remove_none_values
 
 from .faces import Faces, apply_face, has_system_role
 from .preferences import OTHER_TURN, REMEDY, TRANSCRIPT_TURN, clean_messages, is_transcript, read_pair
+from .rendering import assistant_opening, complete_messages, complete_text, render_prompt, template_arguments
 
 
 ID_COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids"]
@@ -113,8 +111,9 @@ def tokenize_pair(
     """
     Token ids of one preference pair.
 
-    The completion starts at the first token that is not whole in the prompt, and ends with the EOS that ends the
-    assistant's last turn: what a chat template prints after it is never generated.
+    Prompt and completion are tokenized together. The completion ends with the EOS that ends the assistant's last turn: what a
+    chat template prints after it is never generated. Where the end of the prompt becomes other tokens once an answer
+    follows, these are the first of the completion; those that are whole in the prompt are masked.
 
     Args:
         example (`dict`):
@@ -143,21 +142,20 @@ def tokenize_pair(
         completion has no token but EOS.
     """
     is_text = isinstance(example.get("prompt", example["chosen"]), str) and isinstance(example["chosen"], str)
-    openings = (_assistant_opening(processing_class),) if is_text else ()
+    openings = (assistant_opening(processing_class),) if is_text else ()
     pair = read_pair(example, openings=openings, convert_transcripts=convert_transcripts)
-    prompt, template = pair["prompt"], _template_arguments(example)
+    prompt, template = pair["prompt"], template_arguments(example)
     if isinstance(prompt, str):
-        opened, complete = prompt, _complete_text
-        prompt_ids = _encode_text(prompt, processing_class)
+        opened, leading = prompt, _leading_ids(prompt, processing_class)
+        rendered = [complete_text(prompt, pair[name], processing_class) for name in ("chosen", "rejected")]
     else:
-        opened, complete = (
-            _render_prompt(prompt, processing_class, **template),
-            partial(_complete_messages, **template),
-        )
-        prompt_ids = _encode(opened, processing_class)
-    completed = [
-        complete(prompt, pair[name], opened, processing_class, eos_token_ids) for name in ("chosen", "rejected")
-    ]
+        opened, leading = render_prompt(prompt, processing_class, **template), []
+        rendered = [
+            complete_messages(prompt, pair[name], opened, processing_class, eos_token_ids, **template)
+            for name in ("chosen", "rejected")
+        ]
+    prompt_ids = leading + _encode(opened, processing_class)
+    completed = [_read_turns(text, turns, leading, processing_class, eos_token_ids) for text, turns in rendered]
     prompt_length = min(_common_prefix_length(prompt_ids, ids) for ids, _ in completed)
     merged = prompt_ids[prompt_length:]  # with the first characters of a completion
     row = {"prompt_ids": prompt_ids[:prompt_length]}
@@ -198,181 +196,65 @@ def tokenize_prompt(prompt: str | list[dict], processing_class: PreTrainedTokeni
         `ValueError`: when it is neither, or the chat template fails on it.
     """
     if isinstance(prompt, str):
-        return _encode_text(prompt, processing_class)
-    return _encode(_render_prompt(clean_messages(prompt), processing_class, **template), processing_class)
-
-
-# Where the assistant speaks: token ids of prompt and completion, and for each of them whether the assistant says it
-
-
-def _complete_text(
-    prompt: str, completion: str, _: str, processing_class: PreTrainedTokenizerBase, eos_token_ids: list[int]
-) -> tuple[list[int], list[bool]]:
-    text = prompt + completion
-    ids = _encode_text(text, processing_class)
-    if processing_class.eos_token_id is not None:
-        ids = [*ids, processing_class.eos_token_id]
-    turns, end = [], len(prompt)
-    while end < len(text):
-        start, end = end, len(text)
-        if is_transcript(prompt) and OTHER_TURN in text[start:]:
-            end = text.index(OTHER_TURN, start)
-        turns.append((start, end))
-        end = text.find(TRANSCRIPT_TURN, end)
-        end = len(text) if end < 0 else end + len(TRANSCRIPT_TURN)
-
-    def border(end: int) -> int:
-        return len(ids) if end == len(text) else _common_prefix_length(_encode_text(text[:end], processing_class), ids)
-
-    return ids, _spoken(ids, [(border(start), border(end)) for start, end in turns], processing_class, eos_token_ids)
-
-
-def _complete_messages(
-    prompt: list[dict],
-    completion: list[dict],
-    opened: str,
-    processing_class: PreTrainedTokenizerBase,
-    eos_token_ids: list[int],
-    **template,
-) -> tuple[list[int], list[bool]]:
-    if not completion:
-        ids = _encode(opened, processing_class)
-        return ids, [False] * len(ids)
-    conversation = [*prompt, *completion]
-    first = len(prompt)
-    if prompt[-1]["role"] == "assistant":  # it is continued
-        first -= 1
-        continued = {**completion[0], "content": prompt[-1]["content"] + completion[0]["content"]}
-        conversation = [*prompt[:-1], continued, *completion[1:]]
-    text = _render(conversation, processing_class, **template)
-    ids = _encode(text, processing_class)
-    turns = []
-    for index in range(first, len(conversation)):
-        if conversation[index]["role"] != "assistant":
-            continue
-        before = opened if index == first else _render_prompt(conversation[:index], processing_class, **template)
-        if not text.startswith(before):
-            raise ValueError(
-                "A chat template must render a prompt in the same way once the answer follows. Got "
-                f"{_ending(before, text)}; give the answers the thinking that the template expects, set "
-                "`chat_template_kwargs` of the row, use another template, or " + REMEDY
-            )
-        start, end = _common_prefix_length(_encode(before, processing_class), ids), len(ids)
-        if index + 1 < len(conversation):
-            upto = _render(conversation[: index + 1], processing_class, **template)
-            if not text.startswith(upto):  # the last message is rendered differently: up to the content of the next
-                following = conversation[index + 1]
-                other = {**following, "content": "1" if following["content"].strip().startswith("0") else "0"}
-                others = _render(
-                    [*conversation[: index + 1], other, *conversation[index + 2 :]], processing_class, **template
-                )
-                upto = os.path.commonprefix([text, others])
-                closed = _common_prefix_length(_encode(upto, processing_class), ids)
-                if not any(token_id in eos_token_ids for token_id in ids[start:closed]):
-                    raise ValueError(
-                        "It must be clear where a turn of the assistant ends. Got a chat template that renders message "
-                        f"{index} differently once others follow, and closes it with none of the ids {eos_token_ids}; use "
-                        f"a completion of one message, or {REMEDY}"
-                    )
-            end = _common_prefix_length(_encode(upto, processing_class), ids)
-        turns.append((start, end))
-    return ids, _spoken(ids, turns, processing_class, eos_token_ids)
-
-
-def _spoken(
-    ids: list[int],
-    turns: list[tuple[int, int]],
-    processing_class: PreTrainedTokenizerBase,
-    eos_token_ids: list[int],
-) -> list[bool]:
-    """
-    Which tokens the assistant says in its turns, from the first of the tokens to the end.
-
-    It stops at EOS. Where a text holds more turns after that, as one that was rendered before, it goes on after what opens
-    its turn in the chat template.
-    """
-    is_spoken = [False] * len(ids)
-    for start, end in turns:
-        opening, speaks = None, True
-        for at in range(start, end):
-            if not speaks:
-                if opening is None:
-                    opening = _encode(_assistant_opening(processing_class), processing_class)
-                speaks = len(opening) > 0 and ids[max(start, at - len(opening)) : at] == opening
-            is_spoken[at] = speaks
-            speaks = speaks and ids[at] not in eos_token_ids
-    return is_spoken
-
-
-def _assistant_opening(processing_class: PreTrainedTokenizerBase) -> str:
-    """What the chat template prints to open the assistant's turn. Empty where there is none, or no template."""
-    if processing_class.chat_template is None:
-        return ""
-    question = [{"role": "user", "content": "x"}]
-    try:
-        closed, opened = (_render(question, processing_class, add_generation_prompt=flag) for flag in (False, True))
-    except ValueError:
-        return ""
-    return opened.removeprefix(closed) if opened.startswith(closed) else ""
-
-
-def _ending(before: str, text: str) -> str:
-    """Where two renderings part ways, for an error."""
-    at = len(os.path.commonprefix([before, text]))
-    return f"{before[at : at + 40]!r} before an answer and {text[at : at + 40]!r} with it, after {before[:at][-40:]!r}"
+        return _leading_ids(prompt, processing_class) + _encode(prompt, processing_class)
+    return _encode(render_prompt(clean_messages(prompt), processing_class, **template), processing_class)
 
 
 # Texts and ids
 
 
-def _render_prompt(messages: list[dict], processing_class: PreTrainedTokenizerBase, **template) -> str:
-    is_continued = messages[-1]["role"] == "assistant"
-    return _render(
-        messages,
-        processing_class,
-        add_generation_prompt=not is_continued,
-        continue_final_message=is_continued,
-        **template,
-    )
+def _read_turns(
+    text: str,
+    turns: list[tuple[int, int]],
+    leading: list[int],
+    processing_class: PreTrainedTokenizerBase,
+    eos_token_ids: list[int],
+) -> tuple[list[int], list[bool]]:
+    """
+    Token ids of a text, after some that lead it, and for each of them whether the assistant says it.
 
+    In its turns the assistant speaks up to EOS. Where a text holds more turns after that, as one that was rendered before,
+    it goes on after what opens its turn in the chat template. A token that begins in the prompt counts where it ends.
+    """
+    encoded = processing_class(text, add_special_tokens=False, return_offsets_mapping=processing_class.is_fast)
+    ids = leading + encoded["input_ids"]
+    if processing_class.is_fast:
+        ends = [0] * len(leading) + [end for _, end in encoded["offset_mapping"]]
 
-def _render(messages: list[dict], processing_class: PreTrainedTokenizerBase, **template) -> str:
-    try:
-        return processing_class.apply_chat_template(messages, tokenize=False, **template)
-    except (TemplateError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"The chat template must be able to render the messages. Got {type(error).__name__}: {error}; {REMEDY}"
-        ) from error
+    def border(end: int) -> int:
+        """Number of tokens that end there or before."""
+        if processing_class.is_fast:
+            return bisect_right(ends, end)
+        return _common_prefix_length(leading + _encode(text[:end], processing_class), ids)
+
+    is_spoken = [False] * len(ids)
+    for start, end in turns:
+        start, end = border(start), border(end)
+        opening, speaks = None, True
+        for at in range(start, end):
+            if not speaks:
+                if opening is None:
+                    opening = _encode(assistant_opening(processing_class), processing_class)
+                speaks = len(opening) > 0 and ids[max(start, at - len(opening)) : at] == opening
+            is_spoken[at] = speaks
+            speaks = speaks and ids[at] not in eos_token_ids
+    return ids, is_spoken
 
 
 def _encode(text: str, processing_class: PreTrainedTokenizerBase) -> list[int]:
     return processing_class(text, add_special_tokens=False)["input_ids"]
 
 
-def _encode_text(text: str, processing_class: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of a text, after the special tokens with which the tokenizer starts one, unless the text has them already."""
+def _leading_ids(text: str, processing_class: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens with which the tokenizer starts a text, unless the text has them already."""
     ids, probe = _encode(text, processing_class), _encode("a", processing_class)
     leading = processing_class("a")["input_ids"]
     leading = leading[: leading.index(probe[0])]
-    return ids if ids[: len(leading)] == leading else leading + ids
+    return [] if ids[: len(leading)] == leading else leading
 
 
 def _common_prefix_length(first: list[int], second: list[int]) -> int:
     return len(os.path.commonprefix([first, second]))
-
-
-def _template_arguments(example: dict) -> dict:
-    """`tools` and `chat_template_kwargs` of a row, without the keys that Arrow filled in from other rows."""
-    tools = example.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else remove_none_values(tools or [])
-    arguments = remove_none_values(example.get("chat_template_kwargs") or {})
-    taken = {"tools", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict"} & arguments.keys()
-    if taken:
-        raise ValueError(
-            f"`chat_template_kwargs` must hold variables of the chat template. Got {sorted(taken)}, which tokenization sets "
-            f"itself; remove them, or {REMEDY}"
-        )
-    return {"tools": tools or None, **arguments}
 
 
 # Checks

@@ -46,6 +46,9 @@ class AnnotateArguments:
     negative_face: str | None = field(default=None, metadata={"help": "Your own faces: its opposite."})
     max_length: int | None = field(default=None, metadata={"help": "Cut completions to this many tokens with prompt."})
     drop_unusable: bool = field(default=False, metadata={"help": "Leave out pairs that cannot be used."})
+    convert_transcripts: bool = field(
+        default=False, metadata={"help": "Read transcripts with turns of 'Human:' and 'Assistant:' as messages."}
+    )
     scoring_batch_size: int = field(default=16, metadata={"help": "Sequences in one forward of the patient."})
     reward_direction: str = field(default="agreement", metadata={"help": "'label', 'agreement' or 'faces'."})
     disagreement_weight: float = field(
@@ -136,6 +139,7 @@ def run(arguments: Sequence[str]) -> int:
         faces=faces,
         max_length=args.max_length,
         drop_unusable=args.drop_unusable,
+        convert_transcripts=args.convert_transcripts,
         batch_size=args.scoring_batch_size,
         reward_direction=args.reward_direction,
         disagreement_weight=args.disagreement_weight,
