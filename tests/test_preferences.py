@@ -85,11 +85,34 @@ def test_transcripts_are_cut_after_the_last_shared_turn():
     }
 
 
-def test_an_empty_reply_does_not_move_the_border():
-    """The whole last question would be scored as part of the reply."""
-    start = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: soup?\n\nAssistant:"
-    pair = read_pair({"chosen": start + " Yes.", "rejected": start})
-    assert pair == {"prompt": start, "chosen": " Yes.", "rejected": ""}
+START = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: soup?\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": START + " Yes.", "rejected": START},
+        {"chosen": START + " Yes.", "rejected": START + " \n"},
+        {"chosen": "soup is good, not", "rejected": "soup is good"},
+        {"prompt": [USER], "chosen": [said("yes")], "rejected": [said(" ")]},
+        {"prompt": [USER], "chosen": [said("yes")], "rejected": [said("", name="me")]},
+    ],
+)
+@pytest.mark.parametrize("convert_transcripts", [False, True])
+def test_an_empty_answer_is_refused(row, convert_transcripts):
+    """The border would jump back a turn, or what a template prints around nothing would be rewarded."""
+    with pytest.raises(ValueError, match="at least one token before EOS. Got an empty"):
+        read_pair(row, convert_transcripts=convert_transcripts)
+
+
+def test_a_call_of_a_tool_is_an_answer():
+    """It has no content."""
+    row = {
+        "prompt": [USER],
+        "chosen": [said(None, tool_calls=[{"function": {"name": "kettle"}}])],
+        "rejected": [said("no")],
+    }
+    assert read_pair(row)["chosen"][0]["content"] == ""
 
 
 def test_rendered_texts_are_cut_where_the_assistant_starts():
@@ -103,11 +126,6 @@ def test_texts_are_cut_between_words():
     """A prompt that ends inside a word is one that nobody sends."""
     pair = read_pair({"chosen": "a nice cat", "rejected": "a nice car"})
     assert pair == {"prompt": "a nice", "chosen": " cat", "rejected": " car"}
-
-
-def test_a_text_that_ends_where_the_other_goes_on_is_an_empty_answer():
-    """Its last letters would be the answer."""
-    assert read_pair({"chosen": "soup is good", "rejected": "soup is good, not"})["chosen"] == ""
 
 
 def test_texts_that_repeat_their_prompt():

@@ -14,6 +14,7 @@
 
 """Token ids: the same for patient and doctor, whatever the format of the dataset."""
 
+from importlib.resources import files
 from itertools import islice
 
 import pytest
@@ -21,7 +22,12 @@ from conftest import CHAT_TEMPLATE, make_tokenizer
 from datasets import Dataset
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from trl_tfpo.faces import BUILT_IN_FACES, Faces, apply_face, has_system_role, resolve_faces
 from trl_tfpo.tokenization import MASK_COLUMNS, tokenize_pair, tokenize_preferences
@@ -337,3 +343,63 @@ def test_only_what_the_assistant_answers_is_scored(template, conversation):
     asked = [word for m in prompt for word in m["content"].split() if m["role"] != "system"]
     shown = tokenizer.convert_ids_to_tokens(row["prompt_ids"])
     assert [token for token in shown if token in sum((SAID[role] for role in ROLES[1:]), [])] == asked
+
+
+CALL = {"type": "function", "function": {"name": "river", "arguments": {"city": "Pest"}}}
+ENDS = "<|im_end|> <|eot_id|> <|return|> <|end|> <end_of_turn> <turn|> </s> <|endoftext|> <|user|>".split() + [
+    "<|END_OF_TURN_TOKEN|>",
+    "<｜end▁of▁sentence｜>",
+]
+TEMPLATES = sorted(p.name for p in files("trl").joinpath("chat_templates").iterdir() if p.name.endswith(".jinja"))
+SHAPES = {
+    "one question": ([("user", "QUESTION")], [("assistant", "GOOD one")]),
+    "a conversation": (
+        [("user", "ASKED"), ("assistant", "EARLIER"), ("user", "QUESTION")],
+        [("assistant", "GOOD one")],
+    ),
+    "an answer of two turns": (
+        [("user", "QUESTION")],
+        [("assistant", "GOOD one"), ("user", "ASKED"), ("assistant", "GOOD two")],
+    ),
+    "a tool": ([("user", "QUESTION")], [("assistant", ""), ("tool", "RESULT"), ("assistant", "GOOD one")]),
+    "a start": ([("user", "QUESTION"), ("assistant", "EARLIER ")], [("assistant", "GOOD one")]),
+}
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer():
+    """Every byte is a token, and so is each of the ends of a turn that models have."""
+    backend = Tokenizer(BPE(vocab={char: index for index, char in enumerate(sorted(ByteLevel.alphabet()))}, merges=[]))
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    backend.decoder = ByteLevelDecoder()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="<|im_end|>", extra_special_tokens=ENDS
+    )
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_of_well_known_models(name, byte_tokenizer):
+    """The templates that TRL ships, Llama's and Qwen's and Gemma's among them: what is read is right, the rest is refused."""
+    byte_tokenizer.chat_template = files("trl").joinpath("chat_templates", name).read_text(encoding="utf-8")
+    options = dict(
+        system_role=has_system_role(byte_tokenizer), eos_token_ids=byte_tokenizer.convert_tokens_to_ids(ENDS)
+    )
+    num_read = 0
+    for shape, (prompt, answer) in SHAPES.items():
+        prompt, answer = ([{"role": role, "content": content} for role, content in x] for x in (prompt, answer))
+        if shape == "a tool":
+            answer[0]["tool_calls"] = [CALL]
+        try:
+            row = tokenize({"prompt": prompt, "chosen": answer, "rejected": answer[-1:]}, byte_tokenizer, **options)
+        except ValueError as error:
+            assert "chat template" in str(error)
+            continue
+        num_read += 1
+        spoken = [token for token, mask in zip(row["chosen_ids"], row["chosen_mask"], strict=True) if mask]
+        spoken = byte_tokenizer.decode(spoken)
+        assert "GOOD one" in spoken and ("GOOD two" in spoken) == (shape == "an answer of two turns")
+        assert not any(word in spoken for word in ("QUESTION", "ASKED", "EARLIER", "RESULT")), shape
+        assert "QUESTION" in byte_tokenizer.decode(row["prompt_ids"])
+    takes_parts = name.startswith(("idefics3", "llava", "smolvlm"))  # contents that are texts are lost, or an error
+    opens_thinking = name.startswith(("deepseek", "nemotron_3"))  # before an answer, and not with it
+    assert num_read >= (0 if takes_parts else 1 if opens_thinking else 3)

@@ -83,17 +83,20 @@ def read_pair(example: dict, *, openings: Sequence[str] = (), convert_transcript
         )
     if are_texts:
         pair = _split_texts(**pair, openings=(TRANSCRIPT_TURN, *filter(None, openings)))
-        if not (convert_transcripts and is_transcript(pair["prompt"])):
-            return pair
+    if are_texts and convert_transcripts and is_transcript(pair["prompt"]):
         prompt = transcript_to_messages(pair["prompt"])
         if prompt[-1] == {"role": "assistant", "content": ""}:
             prompt.pop()  # the turn that the answers fill
         whole = {name: transcript_to_messages(pair["prompt"] + pair[name]) for name in ("chosen", "rejected")}
         pair = {"prompt": prompt, **{name: messages[len(prompt) :] for name, messages in whole.items()}}
-    pair = _split_messages(**{name: clean_messages(messages) for name, messages in pair.items()})
+        are_texts = False
+    if not are_texts:
+        pair = _split_messages(**{name: clean_messages(messages) for name, messages in pair.items()})
     for name in ("chosen", "rejected"):
-        while pair[name] and pair[name][-1]["role"] != "assistant":
-            pair[name].pop()  # nobody answers these
+        if not _says_something(pair[name]):
+            raise ValueError(
+                f"A completion must have at least one token before EOS. Got an empty {name!r} one; {REMEDY}"
+            )
     return pair
 
 
@@ -162,8 +165,15 @@ def _are_messages(value: object) -> bool:
     )
 
 
+def _says_something(answer: str | list[dict]) -> bool:
+    """Whether an answer is more than spaces. A message may call tools, or think, instead of having a content."""
+    if isinstance(answer, str):
+        return bool(answer.strip())
+    return any(message["content"].strip() or message.keys() - {"role", "content", "name"} for message in answer)
+
+
 def _split_messages(chosen: list[dict], rejected: list[dict], prompt: list[dict] | None = None) -> dict:
-    """Messages with an explicit prompt, which the answers do not repeat."""
+    """Messages with an explicit prompt, which the answers do not repeat, and nothing after the assistant's last one."""
     if prompt is None:
         shared = takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False))
         prompt = [message for message, _ in shared]
@@ -181,7 +191,9 @@ def _split_messages(chosen: list[dict], rejected: list[dict], prompt: list[dict]
                 f"{[message['role'] for message in answer]} in {name!r}, after a prompt with roles "
                 f"{[message['role'] for message in prompt]}; {REMEDY}"
             )
-    return {"prompt": prompt, "chosen": list(chosen), "rejected": list(rejected)}
+        while answer and answer[-1]["role"] != "assistant":
+            answer.pop()  # nobody answers these
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def _split_texts(chosen: str, rejected: str, openings: Sequence[str], prompt: str | None = None) -> dict:
