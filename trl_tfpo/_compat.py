@@ -31,8 +31,9 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import fsdp2_prepare_model
 from torch._subclasses.fake_tensor import FakeTensorMode  # tensors without values; public only inside torch.compile
 from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode  # documented under this name only
-from torch.utils._pytree import tree_leaves  # the same
+from torch.utils._pytree import tree_leaves, tree_map  # the same
 from transformers import PreTrainedModel
 from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.utils import ModelOutput
@@ -55,6 +56,7 @@ __all__ = [
     "fused_lm_head",
     "fused_logps",
     "has_plain_head",
+    "in_float32",
     "inference",
     "is_peft_model",
     "is_sharded",
@@ -72,6 +74,7 @@ __all__ = [
 ]
 
 
+HALVES = (torch.bfloat16, torch.float16)
 TILE_WIDTH = 1024  # ids in a tile of logits where there is no Triton
 
 
@@ -339,3 +342,43 @@ def inference(model: torch.nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(training)
+
+
+@contextmanager
+def in_float32() -> Iterator[None]:
+    """
+    Within the context models in bfloat16 or float16 compute in float32, with the weights that they have.
+
+    Each weight is converted where it is used, so the model needs no more memory than before and one weight. That is slow,
+    and kernels that take nothing but halves raise.
+    """
+    with _Float32(), _Float32Convolutions():
+        yield
+
+
+def _widened(x):
+    if isinstance(x, torch.dtype):
+        return torch.float32 if x in HALVES else x
+    return x.float() if isinstance(x, torch.Tensor) and x.dtype in HALVES else x
+
+
+class _Float32(TorchDispatchMode):
+    """Operations on halves are done in float32. What is written in place keeps its type."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.embedding.default:  # a row of the table, not all of it
+            return _widened(func(*args, **kwargs))
+        written = {id(args[0])} if func._schema.is_mutable and args else set()
+        args, kwargs = tree_map(lambda x: x if id(x) in written else _widened(x), (args, kwargs))
+        return func(*args, **kwargs)
+
+
+class _Float32Convolutions(TorchFunctionMode):
+    """These compare the types of their arguments before they are dispatched."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (torch.conv1d, torch.conv2d):
+            args, kwargs = tree_map(_widened, (args, kwargs))
+        return func(*args, **kwargs)
