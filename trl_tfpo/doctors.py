@@ -20,6 +20,7 @@ Shapes: B rows, L tokens so far (padding included), V vocabulary.
 
 import math
 import reprlib
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -168,7 +169,14 @@ class DoctorMemory:
                     return self.recent[-1 - num_after]
                 num_known -= 1  # logits come from reading at least one token
             num_known = self._crop(num_known)
-        if num_known and not self._can("token by token" if num_known == tokens.size(1) - 1 else "in pieces"):
+        how = "token by token" if num_known == tokens.size(1) - 1 else "in pieces"
+        if num_known and not self._can(how):
+            if how == "token by token":
+                warnings.warn(
+                    f"The doctor {type(unwrap_peft(self.doctor.model)).__name__} reads the whole text for each token, as it "
+                    f"cannot go on from its cache: {self._fault(how)}",
+                    stacklevel=2,
+                )
             self.forget()
             num_known = 0
         self._check_readable(tokens)
@@ -191,6 +199,10 @@ class DoctorMemory:
                 f"{type(unwrap_peft(self.doctor.model)).__name__}: {self._fault('with padding')}. Decode prompts one by "
                 "one (`batch_size=1`), or those of one length together."
             )
+
+    def faults(self) -> dict[str, str]:
+        """What is wrong with each way of reading the doctor, empty where nothing is."""
+        return {how: self._fault(how) for how in _TRIALS}
 
     def _can(self, how: str) -> bool:
         return self.is_trial or not self._fault(how)

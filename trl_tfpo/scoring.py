@@ -32,7 +32,16 @@ from datasets.fingerprint import Hasher
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from ._compat import fused_lm_head, fused_logps, inference, is_sharded, unsharded, unwrap_peft
+from ._compat import (
+    fused_lm_head,
+    fused_logps,
+    has_fused_head,
+    inference,
+    is_sharded,
+    plain_logps,
+    unsharded,
+    unwrap_peft,
+)
 
 
 PADDING_BRANCH = -1
@@ -67,7 +76,7 @@ def score_completions(
     """
     check_whole(model)
     logps: list[torch.Tensor | None] = [None] * len(completion_ids)
-    with inference(model), unsharded(), fused_lm_head(model):
+    with inference(model), unsharded(), fused_lm_head(model, in_float32=True):
         rows = _rows(prompt_ids, max_branches=2)
         if max(map(len, rows), default=1) > 1 and not _reads_branches(model):
             rows = _rows(prompt_ids, max_branches=1)
@@ -164,7 +173,11 @@ def _score_rows(model: PreTrainedModel, rows: list[tuple[list[int], list[list[in
     inputs = {"attention_mask": (branch != PADDING_BRANCH).long()}
     if branch.max() > 1:
         inputs = {"attention_mask": _branch_mask(branch, model), "position_ids": pad(positions, 0)}
-    log_probs, _ = fused_logps(model, model, pad(labels, -100), input_ids=pad(ids, 0), **inputs)  # (B, L - 1)
+    inputs["input_ids"] = pad(ids, 0)
+    if has_fused_head(model):
+        log_probs, _ = fused_logps(model, model, pad(labels, -100), **inputs)  # (B, L - 1)
+    else:
+        log_probs = plain_logps(model, pad(labels, -100), **inputs)
     scored = []
     for row, (prompt, completions) in zip(log_probs.float().cpu(), rows, strict=True):
         ends = torch.tensor([len(completion) + 1 for completion in completions]).cumsum(0) + len(prompt) - 2
