@@ -118,18 +118,21 @@ def reading_fault(
     text, is_quantized = _probe_ids(base), getattr(base, "is_quantized", False)
     is_half = is_quantized or base.dtype.itemsize < 4
     for context in (in_float32, nullcontext) if is_half else (nullcontext,):
+        errors = None
         try:
             with torch.no_grad(), context():
                 whole = (forward or model)(input_ids=text[None], use_cache=False).logits[0].float().log_softmax(dim=-1)
                 spread = _rms(_centred(whole) - _centred(whole).mean(dim=0)).item()
                 if spread == 0:  # a head of zeros, before training: it will say something later
                     return ""
-                errors = [
-                    _error(x, whole[i]) / spread for logits, at in read(text) for x, i in zip(logits, at, strict=True)
-                ]
+                errors = []
+                for logits, places in read(text):
+                    errors += [_error(x, whole[place]) / spread for x, place in zip(logits, places, strict=True)]
         except Exception as error:  # whatever a model, or a kernel, raises on inputs that it does not take
             if isinstance(error, torch.OutOfMemoryError) and context is nullcontext:
                 raise
+            if errors is None and context is nullcontext:  # fewer positions than the text has tokens, say
+                return ""
             fault = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}" if errors_count else ""
             continue
         is_exact = not is_quantized and (context is in_float32 or not is_half)
@@ -145,14 +148,14 @@ def reading_fault(
 
 def _probe_ids(base: PreTrainedModel) -> torch.LongTensor:
     """Ids from the middle of the vocabulary, none of which begins, ends or pads texts."""
-    size = base.get_input_embeddings().num_embeddings
+    size = base.config.get_text_config().vocab_size
     configs = (getattr(base, "generation_config", None), base.config.get_text_config())
     named = [getattr(config, f"{name}_token_id", None) for config in configs for name in ("bos", "eos", "pad")]
     special = {i for value in named if value is not None for i in (value if isinstance(value, list) else [value])}
     ids = [i for i in range(size) if i not in special][size // 4 :] or [0]
     step = max(1, len(ids) * 2 // 3 // NUM_PROBE_TOKENS)
     text = [ids[index * step % len(ids)] for index in range(NUM_PROBE_TOKENS)]
-    return torch.tensor(text, device=base.get_input_embeddings().weight.device)
+    return torch.tensor(text, device=base.device)
 
 
 def _error(found: torch.Tensor, whole: torch.Tensor) -> float:
