@@ -56,6 +56,7 @@ __all__ = [
     "active_adapters",
     "adapter_layers",
     "backbone_of",
+    "default_dtype",
     "fused_lm_head",
     "fused_logps",
     "has_fused_head",
@@ -144,6 +145,16 @@ def keep_output_precision(accelerator: Accelerator) -> None:
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+
+
+def default_dtype() -> str:
+    """
+    The dtype to load a model in where none is asked for: `"auto"`, that of its checkpoint, or `"float32"` on a CPU without
+    bfloat16 instructions, which would be several times slower in halves.
+    """
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    has_bfloat16 = any(value for name, value in capabilities.items() if "bf16" in name)
+    return "auto" if torch.accelerator.is_available() or has_bfloat16 else "float32"
 
 
 def load_model(name: str, **init_kwargs) -> PreTrainedModel:
