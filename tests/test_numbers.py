@@ -18,6 +18,7 @@ Numbers at their edges: what is not finite is said or has no effect, and what is
 `TRL_TFPO_BATCHES` says through how many random batches gradients are followed.
 """
 
+import copy
 import math
 import os
 import threading
@@ -37,7 +38,10 @@ from trl_tfpo import (
     tfpo_objective,
 )
 from trl_tfpo.functional import guided_logps
+from trl_tfpo.scoring import score_completions
 from trl_tfpo.server import Engine, Generation
+from trl_tfpo.token_rewards import annotation_settings
+from trl_tfpo.visible import reward_report
 
 
 NUM_BATCHES = int(os.environ.get("TRL_TFPO_BATCHES", 300))
@@ -294,3 +298,40 @@ def test_gradients_of_guided_flow_are_finite(record_property):
         (gradient,) = torch.autograd.grad(guided.gather(1, token).square().sum(), doctor)
         assert gradient.isfinite().all() and (gradient[banned] == 0).all(), number
     record_property("random batches through guided flow, gradients finite", NUM_BATCHES)
+
+
+def test_the_rounding_of_a_patient_in_halves_is_measured(monkeypatch, caplog, tmp_path):
+    """Else nobody would know how many rewards are those of the dtype, and not of the data."""
+    rows, tokenizer = Dataset.from_list(conversational_rows()), make_tokenizer()
+    half = make_llama(1, 32).bfloat16()
+    annotated = annotate_token_rewards(rows, half, tokenizer, faces=FACES)
+    exact = annotate_token_rewards(rows, copy.deepcopy(half).float(), tokenizer, faces=FACES)
+    assert "rounding" not in annotation_settings(exact)
+    columns = [f"{name}_{kind}" for kind in ("gaps", "token_rewards") for name in ("chosen", "rejected")]
+    gaps, rewards = (
+        [torch.tensor([x for name in names for row in data[name] for x in row]) for data in (annotated, exact)]
+        for names in (columns[:2], columns[2:])
+    )
+    rewarded = [x != 0 for x in rewards]
+    found = annotation_settings(annotated)["rounding"]
+    assert found["mean"] == pytest.approx((gaps[0] - gaps[1]).abs().mean().item(), abs=1e-4) and found["mean"] > 0
+    share = (rewarded[0] ^ rewarded[1]).sum() / (rewarded[0] | rewarded[1]).sum()
+    assert found["flipped"] == pytest.approx(share.item(), abs=0.02)
+    with pytest.warns(UserWarning, match="do not separate"):
+        assert reward_report(annotated, tokenizer, tmp_path)["rounding"] == found
+    assert "gaps are off by" in (tmp_path / "rewards.html").read_text(encoding="utf-8")
+    monkeypatch.setattr("trl_tfpo.token_rewards.MAX_FLIPPED", -1.0)
+    annotate_token_rewards(rows, half, tokenizer, faces=FACES)
+    assert "Load it in float32" in caplog.text
+
+
+def test_a_head_in_halves_is_multiplied_in_float32():
+    """A logit of 20 in bfloat16 is off by up to 0.06 nats, as much as many a gap."""
+    half = make_llama(1, 32).bfloat16()
+    half.lm_head.weight.data.mul_(40)
+    prompt, completion = [3, 4, 5], [6, 7, 8, 9, 10]
+    (found,) = score_completions(half, [prompt], [completion], batch_size=1)
+    with torch.no_grad():
+        hidden = half.model(torch.tensor([prompt + completion])).last_hidden_state[0, 2:-1].float()
+    logps = (hidden @ half.lm_head.weight.float().T).log_softmax(dim=-1)
+    torch.testing.assert_close(found, logps.gather(1, torch.tensor(completion)[:, None])[:, 0], atol=1e-3, rtol=0)

@@ -89,6 +89,16 @@ class NamedModel:
             pass
         return outline
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it is loaded in, told without loading it."""
+        if "loaded" in vars(self):
+            return self.loaded.dtype
+        dtype = self.init_kwargs.get("dtype", torch.float32)
+        if dtype == "auto":
+            dtype = self.outline.dtype
+        return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
     @cached_property
     def loaded(self) -> PreTrainedModel:
         """The model itself, whole in each process."""
