@@ -37,7 +37,9 @@ from trl_tfpo import (
     guided_generate,
     tfpo_objective,
 )
+from trl_tfpo.cli.models import load_models
 from trl_tfpo.functional import guided_logps
+from trl_tfpo.named_model import NamedModel
 from trl_tfpo.scoring import score_completions
 from trl_tfpo.server import Engine, Generation
 from trl_tfpo.token_rewards import annotation_settings
@@ -335,3 +337,27 @@ def test_a_head_in_halves_is_multiplied_in_float32():
         hidden = half.model(torch.tensor([prompt + completion])).last_hidden_state[0, 2:-1].float()
     logps = (hidden @ half.lm_head.weight.float().T).log_softmax(dim=-1)
     torch.testing.assert_close(found, logps.gather(1, torch.tensor(completion)[:, None])[:, 0], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("has_bfloat16, expected", [(False, torch.float32), (True, torch.bfloat16)])
+def test_a_named_model_has_a_dtype_that_the_cpu_computes_in(monkeypatch, tmp_path, has_bfloat16, expected):
+    """Else a patient in bfloat16 would be read at a sixth of the speed, and rounded, on most CPUs."""
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": has_bfloat16, "avx2": True})
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    make_llama(1).bfloat16().save_pretrained(tmp_path)
+    model = NamedModel(str(tmp_path), dtype="auto")
+    assert model.dtype == expected  # told before it is loaded
+    assert model.loaded.dtype == expected
+    assert NamedModel(str(tmp_path), dtype="bfloat16").loaded.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_verb_loads_models_in_the_dtype_that_is_asked_for(tmp_path, dtype):
+    """Else the only way to a patient in float32 would be to convert its files."""
+    make_llama(1).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    path = str(tmp_path / "model")
+    patient, _, doctors = load_models(path, [f"kind={path}"], in_4bit=False, trust_remote_code=False, dtype=dtype)
+    assert patient.dtype == doctors["kind"].dtype == getattr(torch, dtype)
+    with pytest.raises(ValueError, match="`--dtype` must be one of"):
+        load_models(path, [], in_4bit=False, trust_remote_code=False, dtype="fp8")
