@@ -327,16 +327,19 @@ def test_the_rounding_of_a_patient_in_halves_is_measured(monkeypatch, caplog, tm
     assert "Load it in float32" in caplog.text
 
 
-def test_a_head_in_halves_is_multiplied_in_float32():
+def test_scores_in_halves_are_nearer_to_float32_than_logits_in_halves():
     """A logit of 20 in bfloat16 is off by up to 0.06 nats, as much as many a gap."""
-    half = make_llama(1, 32).bfloat16()
-    half.lm_head.weight.data.mul_(40)
-    prompt, completion = [3, 4, 5], [6, 7, 8, 9, 10]
-    (found,) = score_completions(half, [prompt], [completion], batch_size=1)
+    half = make_llama(1, 64).bfloat16()
+    half.lm_head.weight.data.mul_(10)
+    exact = copy.deepcopy(half).float()
+    prompt, completion = [3, 4, 5], [*range(3, 22), *range(3, 22)]
+    ids = torch.tensor([prompt + completion])
+    found, expected = (score_completions(model, [prompt], [completion], batch_size=1)[0] for model in (half, exact))
     with torch.no_grad():
-        hidden = half.model(torch.tensor([prompt + completion])).last_hidden_state[0, 2:-1].float()
-    logps = (hidden @ half.lm_head.weight.float().T).log_softmax(dim=-1)
-    torch.testing.assert_close(found, logps.gather(1, torch.tensor(completion)[:, None])[:, 0], atol=1e-3, rtol=0)
+        logps = half(ids).logits[0, 2:-1].float().log_softmax(dim=-1)
+    rounded = logps.gather(1, ids[0, 3:, None])[:, 0]
+    assert (found - expected).abs().mean() < 0.9 * (rounded - expected).abs().mean()
+    assert half.dtype == torch.bfloat16 and not half.get_input_embeddings()._forward_hooks
 
 
 @pytest.mark.parametrize("has_bfloat16, expected", [(False, torch.float32), (True, torch.bfloat16)])

@@ -57,6 +57,7 @@ __all__ = [
     "adapter_layers",
     "backbone_of",
     "default_dtype",
+    "float32_residuals",
     "fused_lm_head",
     "fused_logps",
     "has_fused_head",
@@ -264,8 +265,11 @@ class LabelledStates(NamedTuple):
 
 
 def has_plain_head(model: PreTrainedModel) -> bool:
-    """Whether logits are the head's product with the last hidden states, nothing more, and the head is whole, in floats."""
-    return not is_sharded(model) and _has_float_head(model) and prove_head(model).is_plain
+    """
+    Whether logits are the head's product with the last hidden states, nothing more, to TRL as well, and the head is whole,
+    in floats.
+    """
+    return not is_sharded(model) and _has_float_head(model) and all(prove_head(model))
 
 
 def has_fused_head(model: PreTrainedModel) -> bool:
@@ -397,6 +401,20 @@ def fused_logps(
     log_probs, head = outputs.log_probs[0], model.get_output_embeddings()
     states = LabelledStates(kept[0].detach(), head.weight.detach(), None if head.bias is None else head.bias.detach())
     return log_probs.new_zeros(has_label.shape).masked_scatter(has_label.to(log_probs.device), log_probs), states
+
+
+@contextmanager
+def float32_residuals(model: PreTrainedModel) -> Iterator[None]:
+    """
+    Within the context a model in halves keeps its residual stream, and so its norms, in float32; matrices are multiplied in
+    halves as before. Autocast does it, once the embeddings are float32.
+    """
+    hook = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.float())
+    try:
+        with torch.autocast(model.device.type, dtype=model.dtype):
+            yield
+    finally:
+        hook.remove()
 
 
 def plain_logps(model: PreTrainedModel, labels: torch.LongTensor, /, **inputs) -> torch.Tensor:
