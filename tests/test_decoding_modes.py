@@ -33,6 +33,7 @@ from plain_guidance import BOS, VOCABULARY, PlainGuidance, batch, generate, gpt2
 from transformers import GenerationConfig
 
 from trl_tfpo import Doctor, DoctorGuidedLogitsProcessor, guided_generate
+from trl_tfpo.doctors import DoctorMemory
 
 
 ARCHITECTURES = {"RoPE": llama, "GPT-2 positions": gpt2}
@@ -433,6 +434,7 @@ def test_an_entropy_gate_leaves_the_patient_alone_where_it_is_sure():
     assert torch.equal(run(patient, guide, "sample", inputs).sequences, expected)
     one, gates[:], reads = PROMPTS["1 prompt"], [], []
     expected = run(patient, Gated([doctor], [0.8], 1.0, one["attention_mask"]), "sample", one).sequences
+    assert not any(DoctorMemory(Doctor(doctor)).faults().values())  # tried out once, and not counted
     doctor.register_forward_pre_hook(lambda *_: reads.append(1))
     assert torch.equal(run(patient, guide, "sample", one).sequences, expected)
     assert len(reads) == (~torch.cat(gates)).sum() < len(gates)  # it was not read where the patient was sure

@@ -23,6 +23,7 @@ from plain_guidance import BOS, ONE, PAD, PADDED, batch, generate, llama, mistra
 from transformers import DynamicCache, GenerationConfig, T5Config, T5ForConditionalGeneration
 
 from trl_tfpo import Doctor, DoctorGuidedLogitsProcessor, guided_generate
+from trl_tfpo.doctors import DoctorMemory
 
 
 SETTINGS = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=PAD)
@@ -46,6 +47,7 @@ def test_it_is_generate_with_a_guide(patient):
 def test_a_conversation_is_not_read_again(patient):
     """Else every turn would cost the doctor the whole history."""
     doctor, reads = llama(1), []
+    assert not any(DoctorMemory(Doctor(doctor)).faults().values())  # tried out once, and not counted
     doctor.register_forward_pre_hook(
         lambda _, args, kwargs: reads.append(kwargs["input_ids"].size(1)), with_kwargs=True
     )

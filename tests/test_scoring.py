@@ -20,6 +20,7 @@ from conftest import make_llama
 from plain_guidance import gpt2, llama, mistral
 from transformers import MambaConfig, MambaForCausalLM
 
+from trl_tfpo._compat import prove_head
 from trl_tfpo.scoring import score_completions
 
 
@@ -68,6 +69,7 @@ def test_a_prompt_is_read_once_where_attention_allows_it(name, shares):
     """Else most of the time on long prompts would be spent on reading them again."""
     model, generator, num_tokens = MODELS[name](1), torch.Generator().manual_seed(0), []
     prompt, completions = draw(generator, 30), [draw(generator, 5), draw(generator, 5)]
+    assert prove_head(model).is_fused  # asked once, and not counted
     backbone = model.base_model
     backbone.register_forward_pre_hook(
         lambda _, args, kwargs: num_tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
@@ -79,6 +81,7 @@ def test_a_prompt_is_read_once_where_attention_allows_it(name, shares):
 def test_short_completions_share_a_pass_in_greater_numbers():
     """Else a device that holds 2 long texts at once would be left idle by short ones."""
     model, generator, shapes = MODELS["window"](1), torch.Generator().manual_seed(0), []
+    assert prove_head(model).is_fused  # asked once, and not counted
     model.base_model.register_forward_pre_hook(
         lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )

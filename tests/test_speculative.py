@@ -39,6 +39,7 @@ from transformers import (
 )
 
 from trl_tfpo import DoctorGuidedLogitsProcessor, guided_generate, speculative, speculative_guided_generate
+from trl_tfpo.doctors import Doctor, DoctorMemory
 
 
 GREEDY = dict(max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=PAD)
@@ -107,6 +108,8 @@ def test_the_patient_is_asked_less_often_and_every_token_once(patient):
     """Else nothing would be gained."""
     reads = {"patient": [], "doctor": []}
     patient, doctor = llama(0), llama(1)
+    guided_generate(patient, DoctorGuidedLogitsProcessor(doctor), **ONE, **GREEDY, speculative=True)
+    assert not any(DoctorMemory(Doctor(doctor)).faults().values())  # both are tried out once, which is not counted
     for name, model in (("patient", patient), ("doctor", doctor)):
         model.register_forward_pre_hook(
             lambda _, args, kwargs, reads=reads[name]: reads.append(kwargs["input_ids"].size(1)), with_kwargs=True

@@ -19,20 +19,23 @@ needed.
 `tests/test_upstream.py` checks that every one of them still behaves as the package relies on.
 """
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import fsdp2_prepare_model
 from torch._subclasses.fake_tensor import FakeTensorMode  # tensors without values; public only inside torch.compile
 from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode  # documented under this name only
-from torch.utils._pytree import tree_leaves  # the same
+from torch.utils._pytree import tree_leaves, tree_map  # the same
 from transformers import PreTrainedModel
 from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.utils import ModelOutput
@@ -52,9 +55,14 @@ __all__ = [
     "_BaseTrainer",
     "active_adapters",
     "adapter_layers",
+    "backbone_of",
+    "default_dtype",
+    "float32_residuals",
     "fused_lm_head",
     "fused_logps",
+    "has_fused_head",
     "has_plain_head",
+    "in_float32",
     "inference",
     "is_peft_model",
     "is_sharded",
@@ -63,6 +71,8 @@ __all__ = [
     "labelled_logits",
     "load_model",
     "load_shared_out",
+    "plain_logps",
+    "prove_head",
     "share_out",
     "shares_out",
     "tree_leaves",
@@ -72,6 +82,9 @@ __all__ = [
 ]
 
 
+logger = logging.getLogger(__name__)
+HALVES = (torch.bfloat16, torch.float16)
+NUM_POSITIONS = 256  # whose logits are held at once where the head is the model's own
 TILE_WIDTH = 1024  # ids in a tile of logits where there is no Triton
 
 
@@ -83,6 +96,13 @@ def is_peft_model(model: torch.nn.Module) -> bool:
 def unwrap_peft(model: PreTrainedModel) -> PreTrainedModel:
     """The transformers model inside a `PeftModel`, or the model itself."""
     return model.get_base_model() if is_peft_model(model) else model
+
+
+def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
+    """What gives the last hidden states to the language model head. Of OPT it is a part of the base model."""
+    base = unwrap_peft(model)
+    decoder = base.get_decoder()
+    return base.base_model if decoder is base else decoder
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
@@ -126,6 +146,16 @@ def keep_output_precision(accelerator: Accelerator) -> None:
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+
+
+def default_dtype() -> str:
+    """
+    The dtype to load a model in where none is asked for: `"auto"`, that of its checkpoint, or `"float32"` on a CPU without
+    bfloat16 instructions, which would be several times slower in halves.
+    """
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    has_bfloat16 = any(value for name, value in capabilities.items() if "bf16" in name)
+    return "auto" if torch.accelerator.is_available() or has_bfloat16 else "float32"
 
 
 def load_model(name: str, **init_kwargs) -> PreTrainedModel:
@@ -203,21 +233,19 @@ def using_adapters(layers: Sequence[torch.nn.Module], names: Sequence[str]) -> I
 
 
 @contextmanager
-def fused_lm_head(model: PreTrainedModel) -> Iterator[None]:
+def fused_lm_head(model: PreTrainedModel, in_float32: bool = False) -> Iterator[None]:
     """
     Within the context `model(..., labels=labels, fused_lm_head=True).log_probs` gives per-token log-probabilities
-    without ever holding the (tokens, vocabulary) logits. TRL's helper patches for good; this one takes it back.
+    without ever holding the (tokens, vocabulary) logits, with the product in float32 if asked for. TRL's helper patches
+    for good; this one takes it back.
     """
     base = unwrap_peft(model)
-    patched = base.__dict__.get("forward")
-    add_fused_lm_head(base)
+    patched = vars(base).get("forward")
+    add_fused_lm_head(base, cast_lm_head_to_fp32=in_float32)
     try:
         yield
     finally:
-        if patched is None:
-            del base.forward
-        else:
-            base.forward = patched
+        _restore_forward(base, patched)
 
 
 class LabelledStates(NamedTuple):
@@ -237,13 +265,109 @@ class LabelledStates(NamedTuple):
 
 
 def has_plain_head(model: PreTrainedModel) -> bool:
-    """Whether logits are the head's product with the last hidden states, nothing more, and the head is whole, in floats."""
-    if is_sharded(model):
-        return False
-    config, weight = unwrap_peft(model).config.get_text_config(), model.get_output_embeddings().weight
-    scales = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-    is_plain = all(getattr(config, name, None) in (None, 1) for name in scales)
-    return is_plain and weight.is_floating_point() and weight.dim() == 2
+    """
+    Whether logits are the head's product with the last hidden states, nothing more, to TRL as well, and the head is whole,
+    in floats.
+    """
+    return not is_sharded(model) and _has_float_head(model) and all(prove_head(model))
+
+
+def has_fused_head(model: PreTrainedModel) -> bool:
+    """Whether TRL's fused head gives what the model's own would give."""
+    return _has_float_head(model) and prove_head(model).is_fused
+
+
+def _has_float_head(model: PreTrainedModel) -> bool:
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    return weight is not None and weight.is_floating_point()
+
+
+class HeadProof(NamedTuple):
+    """Whether logits are hidden states times the head, and whether they are what TRL's fused head makes of the two."""
+
+    is_plain: bool
+    is_fused: bool
+
+
+_PROOFS: WeakKeyDictionary[PreTrainedModel, HeadProof] = WeakKeyDictionary()
+
+
+def prove_head(model: PreTrainedModel) -> HeadProof:
+    """
+    What a model does to hidden states: scales and caps go by many names in configs, so it is tried out.
+
+    Made-up hidden states and a made-up head take the place of the model's, so no weight is read: this may be asked of a
+    model that is sharded or quantized, or whose head is zero. The answer is kept for the model.
+    """
+    base = unwrap_peft(model)
+    if base in _PROOFS:
+        return _PROOFS[base]
+    head, device = base.get_output_embeddings(), base.get_input_embeddings().weight.device
+    size = getattr(head, "in_features", None) or head.weight.size(-1)
+    num_tokens = min(8, size)
+    ints = torch.randint(-64, 65, (64, size), generator=torch.Generator().manual_seed(0))  # exact in halves, too
+    weight = ints.to(device, base.dtype)
+    hidden = torch.eye(num_tokens, size, device=device, dtype=base.dtype)[None]
+    labels = torch.arange(num_tokens, device=device)[None]
+    own_forward = vars(head).get("forward")
+    proof = HeadProof(is_plain=False, is_fused=False)
+    try:
+        with torch.no_grad(), fused_lm_head(base), _backbone_says(base, hidden), _head_is(base, weight, None):
+            head.forward = lambda states: torch.nn.functional.linear(states, weight.to(states))
+            logits = base.forward(input_ids=labels, use_cache=False).logits.float()
+            fused = base.forward(input_ids=labels, shift_labels=labels, fused_lm_head=True).log_probs
+        tolerance = 0.5 if base.dtype.itemsize < 4 else 1e-3  # nats; the logits are up to 64
+        logps = logits.log_softmax(dim=-1).gather(-1, labels[..., None])[..., 0]
+        is_plain = torch.equal(logits[0], (hidden[0] @ weight.T).float())
+        proof = HeadProof(is_plain=is_plain, is_fused=bool((fused - logps).abs().max() <= tolerance))
+    except Exception as error:  # a forward that needs more than hidden states: its own logits are always right
+        logger.info("The head of %s could not be tried out: %r", type(base).__name__, error)
+    finally:
+        _restore_forward(head, own_forward)
+    _PROOFS[base] = proof
+    return proof
+
+
+class _Said:
+    """In place of what a backbone returns: hidden states, and nothing else."""
+
+    def __init__(self, hidden: torch.Tensor):
+        self.last_hidden_state = hidden
+
+    def __getattr__(self, name):
+        return None
+
+    def __getitem__(self, index):
+        return (self.last_hidden_state,)[index]
+
+
+@contextmanager
+def _backbone_says(base: PreTrainedModel, hidden: torch.Tensor) -> Iterator[None]:
+    """Within the context the model's forward is that of its head, on hidden states (1, N, H) that are given."""
+    backbone = backbone_of(base)
+    forward = vars(backbone).get("forward")
+    backbone.forward = lambda *_, **__: _Said(hidden)
+    try:
+        yield
+    finally:
+        _restore_forward(backbone, forward)
+
+
+@contextmanager
+def _head_is(base: PreTrainedModel, weight: torch.Tensor, bias: torch.Tensor | None) -> Iterator[None]:
+    """Within the context TRL finds a head of these weights where it looks for the model's."""
+    base.get_output_embeddings = lambda: SimpleNamespace(weight=weight, bias=bias)
+    try:
+        yield
+    finally:
+        del base.get_output_embeddings
+
+
+def _restore_forward(module: torch.nn.Module, forward: Callable | None) -> None:
+    if forward is not None:
+        module.forward = forward
+    else:
+        vars(module).pop("forward", None)
 
 
 def fused_logps(
@@ -279,6 +403,37 @@ def fused_logps(
     return log_probs.new_zeros(has_label.shape).masked_scatter(has_label.to(log_probs.device), log_probs), states
 
 
+@contextmanager
+def float32_residuals(model: PreTrainedModel) -> Iterator[None]:
+    """
+    Within the context a model in halves keeps its residual stream, and so its norms, in float32; matrices are multiplied in
+    halves as before. Autocast does it, once the embeddings are float32.
+    """
+    hook = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.float())
+    try:
+        with torch.autocast(model.device.type, dtype=model.dtype):
+            yield
+    finally:
+        hook.remove()
+
+
+def plain_logps(model: PreTrainedModel, labels: torch.LongTensor, /, **inputs) -> torch.Tensor:
+    """
+    The log-probabilities (B, L - 1) of [`fused_logps`] by the model's own head, for those that TRL's does not fit: some
+    positions at a time, without gradients, in float32.
+    """
+    base, has_label = unwrap_peft(model), labels[:, 1:] != -100
+    with _only_labelled(model, has_label, num_shown=1) as kept:
+        model(**inputs, use_cache=False)
+    targets, logps = labels[:, 1:][has_label].to(kept[0].device), []
+    for some, ids in zip(kept[0].split(NUM_POSITIONS), targets.split(NUM_POSITIONS), strict=True):
+        with _backbone_says(base, some[None]), in_float32():
+            logits = base.forward(input_ids=ids[None], use_cache=False).logits[0].float()
+        logps.append(logits.log_softmax(dim=-1).gather(1, ids[:, None].to(logits.device))[:, 0])
+    logps = torch.cat(logps)
+    return logps.new_zeros(has_label.shape).masked_scatter(has_label.to(logps.device), logps)
+
+
 def labelled_logits(
     forward: Callable[..., ModelOutput], model: PreTrainedModel, labels: torch.LongTensor, /, **inputs
 ) -> torch.Tensor:
@@ -289,11 +444,15 @@ def labelled_logits(
 
 @contextmanager
 def _only_labelled(
-    model: PreTrainedModel, has_label: torch.Tensor, guided: LabelledStates | None = None
+    model: PreTrainedModel,
+    has_label: torch.Tensor,
+    guided: LabelledStates | None = None,
+    num_shown: int | None = None,
 ) -> Iterator[list[torch.Tensor]]:
     """
-    Within the context the language model head is given one row: the positions (B, L - 1) that predict a label, with the
-    states of what is guided beside them. The list that it yields will hold the hidden states (N, H) of the model itself.
+    Within the context the language model head is given one row: the positions (B, L - 1) that predict a label, or the
+    first of them, with the states of what is guided beside them. The list that it yields will hold the hidden states
+    (N, H) of the model itself.
     """
     kept = []
 
@@ -301,32 +460,25 @@ def _only_labelled(
         hidden_states = output.last_hidden_state
         kept[:] = [hidden_states[:, :-1][has_label.to(hidden_states.device)]]
         beside = [] if guided is None else [guided.hidden.to(kept[0])]
-        output.last_hidden_state = torch.cat([*kept, *beside], dim=-1)[None]
+        output.last_hidden_state = torch.cat([*kept, *beside], dim=-1)[None, :num_shown]
         return output
 
-    hook = unwrap_peft(model).base_model.register_forward_hook(keep_labelled)
+    hook = backbone_of(model).register_forward_hook(keep_labelled)
     try:
         yield kept
     finally:
         hook.remove()
 
 
-@contextmanager
-def _wide_head(model: PreTrainedModel, guided: LabelledStates | None) -> Iterator[None]:
+def _wide_head(model: PreTrainedModel, guided: LabelledStates | None) -> AbstractContextManager[None]:
     """Within the context the head that TRL looks up is that of the model and that of what is guided, side by side."""
     if guided is None:
-        yield
-        return
+        return nullcontext()
     base, head = unwrap_peft(model), model.get_output_embeddings()
     size = min(len(head.weight), len(guided.weight))
     weight = torch.cat([head.weight[:size], guided.weight[:size].to(head.weight)], dim=1)
     biases = [bias[:size].to(weight) for bias in (head.bias, guided.bias) if bias is not None]
-    wide = SimpleNamespace(weight=weight, bias=sum(biases) if biases else None)
-    base.get_output_embeddings = lambda: wide
-    try:
-        yield
-    finally:
-        del base.get_output_embeddings
+    return _head_is(base, weight, sum(biases) if biases else None)
 
 
 @contextmanager
@@ -339,3 +491,43 @@ def inference(model: torch.nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(training)
+
+
+@contextmanager
+def in_float32() -> Iterator[None]:
+    """
+    Within the context models in bfloat16 or float16 compute in float32, with the weights that they have.
+
+    Each weight is converted where it is used, so the model needs no more memory than before and one weight. That is slow,
+    and kernels that take nothing but halves raise.
+    """
+    with _Float32(), _Float32Convolutions():
+        yield
+
+
+def _widened(x):
+    if isinstance(x, torch.dtype):
+        return torch.float32 if x in HALVES else x
+    return x.float() if isinstance(x, torch.Tensor) and x.dtype in HALVES else x
+
+
+class _Float32(TorchDispatchMode):
+    """Operations on halves are done in float32. What is written in place keeps its type."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.embedding.default:  # a row of the table, not all of it
+            return _widened(func(*args, **kwargs))
+        written = {id(args[0])} if func._schema.is_mutable and args else set()
+        args, kwargs = tree_map(lambda x: x if id(x) in written else _widened(x), (args, kwargs))
+        return func(*args, **kwargs)
+
+
+class _Float32Convolutions(TorchFunctionMode):
+    """These compare the types of their arguments before they are dispatched."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (torch.conv1d, torch.conv2d):
+            args, kwargs = tree_map(_widened, (args, kwargs))
+        return func(*args, **kwargs)

@@ -18,17 +18,19 @@ A doctor, and what it says next, remembered: a KV cache addressed by the tokens 
 Shapes: B rows, L tokens so far (padding included), V vocabulary.
 """
 
-import inspect
 import math
 import reprlib
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 from transformers import DynamicCache, DynamicLayer, PreTrainedModel
 
 from ._compat import active_adapters, adapter_layers, unwrap_peft, using_adapters
+from .reading import accepted_inputs, next_inputs, reading_fault
 
 
 PADDING = -1  # stands for a padding token in `tokens`, whatever id pads the batch
@@ -124,17 +126,21 @@ class DoctorMemory:
 
     Every call compares its tokens with those that the KV cache holds. Rows with new tokens are read on from there;
     rows permuted, repeated or dropped are looked up; beyond a common prefix the cache is cut; else all is read anew.
+    What of this a model allows is tried out on a short text, [`~trl_tfpo.reading.reading_fault`].
+
+    Args:
+        doctor ([`Doctor`]):
+            The doctor.
+        is_trial (`bool`, *optional*, defaults to `False`):
+            Whether this is the memory that is tried out.
     """
 
     num_recent = 32  # logits kept, for the prefixes that assisted decoding comes back to
 
-    def __init__(self, doctor: Doctor):
-        self.doctor = doctor
+    def __init__(self, doctor: Doctor, is_trial: bool = False):
+        self.doctor, self.is_trial = doctor, is_trial
         model = doctor.model
-        self.accepted = {
-            *inspect.signature(model.forward).parameters,
-            *inspect.signature(type(unwrap_peft(model)).forward).parameters,
-        }
+        self.accepted = accepted_inputs(model)
         self.max_positions = _num_absolute_positions(model)
         self.num_embeddings = getattr(model.get_input_embeddings(), "num_embeddings", math.inf)
         self.weights_version = None
@@ -163,8 +169,20 @@ class DoctorMemory:
                     return self.recent[-1 - num_after]
                 num_known -= 1  # logits come from reading at least one token
             num_known = self._crop(num_known)
+        how = "token by token" if num_known == tokens.size(1) - 1 else "in pieces"
+        if num_known and not self._can(how):
+            if how == "token by token":
+                warnings.warn(
+                    f"The doctor {type(unwrap_peft(self.doctor.model)).__name__} reads the whole text for each token, as it "
+                    f"cannot go on from its cache: {self._fault(how)}",
+                    stacklevel=2,
+                )
+            self.forget()
+            num_known = 0
         self._check_readable(tokens)
         has_padding = self.has_padding if num_known else bool((tokens == PADDING).any())
+        if has_padding and not num_known:
+            self.check_padding()
         self.tokens = None  # until it has read on, lest an interrupted call leave a half-true memory
         logits = self._read(tokens, num_known, has_padding)
         self.tokens, self.has_padding = tokens, has_padding
@@ -172,6 +190,26 @@ class DoctorMemory:
             self.recent = []  # only one text is decoded speculatively; logits between are not known
         self.recent = [*self.recent, logits][-self.num_recent :]
         return logits
+
+    def check_padding(self) -> None:
+        """Raise `ValueError` when padding on the left changes what the doctor says."""
+        if not self._can("with padding"):
+            raise ValueError(
+                "A doctor must read prompts that are padded on the left as it reads them alone. Got "
+                f"{type(unwrap_peft(self.doctor.model)).__name__}: {self._fault('with padding')}. Decode prompts one by "
+                "one (`batch_size=1`), or those of one length together."
+            )
+
+    def faults(self) -> dict[str, str]:
+        """What is wrong with each way of reading the doctor, empty where nothing is."""
+        return {how: self._fault(how) for how in _TRIALS}
+
+    def _can(self, how: str) -> bool:
+        return self.is_trial or not self._fault(how)
+
+    def _fault(self, how: str) -> str:
+        trial = partial(_TRIALS[how], DoctorMemory(self.doctor, is_trial=True))
+        return reading_fault(self.doctor.model, f"doctor, {how}", trial, forward=self.doctor)
 
     def _look_up(self, tokens: torch.LongTensor) -> int:
         """How many leading columns of `tokens` the cache holds, with its rows reordered if that helps."""
@@ -198,7 +236,7 @@ class DoctorMemory:
         if num_extra == 0:
             return num_known
         layers = getattr(self.cache, "layers", [None])
-        if num_known == 0 or any(type(layer) is not DynamicLayer for layer in layers):
+        if num_known == 0 or any(type(layer) is not DynamicLayer for layer in layers) or not self._can("cut back"):
             self.forget()
             return 0
         self.cache.crop(-num_extra)
@@ -222,14 +260,10 @@ class DoctorMemory:
             if getattr(model.config.get_text_config(), "sliding_window", None) is not None:
                 cache = DynamicCache()  # told of no window, it keeps all states and can be cut anywhere
         tokens = tokens.to(model.device)
-        inputs = {"input_ids": tokens[:, num_known:].clamp(min=0), "use_cache": True}
+        mask = tokens != PADDING if has_padding else None
+        inputs = next_inputs(tokens.clamp(min=0), self.accepted, num_read=num_known, mask=mask) | {"use_cache": True}
         if cache is not None:
             inputs["past_key_values"] = cache
-        if has_padding:
-            mask = tokens != PADDING
-            inputs["attention_mask"] = mask.long()
-            if "position_ids" in self.accepted:
-                inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, num_known:]
         if "logits_to_keep" in self.accepted:
             inputs["logits_to_keep"] = 1
         with using_adapters(self.layers, self.doctor.adapters):
@@ -247,6 +281,40 @@ class DoctorMemory:
         values = [weight.reshape(-1)[weight.numel() // 2].to(self.doctor.device, torch.float64) for weight in weights]
         counters = [0.0 if weight.is_inference() else float(weight._version) for weight in weights]
         return torch.cat([torch.stack(values).cpu(), torch.tensor(counters, dtype=torch.float64)])
+
+
+def _token_by_token(memory: DoctorMemory, text: torch.LongTensor) -> Iterator[tuple[torch.Tensor, list[int]]]:
+    for length in range(6, 10):
+        yield memory.logits(text[None, :length]), [length - 1]
+
+
+def _in_pieces(memory: DoctorMemory, text: torch.LongTensor) -> Iterator[tuple[torch.Tensor, list[int]]]:
+    for length in (5, 9, 14):
+        yield memory.logits(text[None, :length]), [length - 1]
+
+
+def _cut_back(memory: DoctorMemory, text: torch.LongTensor) -> Iterator[tuple[torch.Tensor, list[int]]]:
+    for length in (12, 6, 7):
+        yield memory.logits(text[None, :length]), [length - 1]
+
+
+def _with_padding(memory: DoctorMemory, text: torch.LongTensor) -> Iterator[tuple[torch.Tensor, list[int]]]:
+    """Two rows, one of them mostly padding, which change places."""
+    padding = text.new_full((10,), PADDING)
+    for num_more in range(3):
+        rows = [text[: 12 + num_more], torch.cat([padding, text[: 2 + num_more]])]
+        places = [11 + num_more, 1 + num_more]
+        if num_more == 2:
+            rows, places = rows[::-1], places[::-1]
+        yield memory.logits(torch.stack(rows)), places
+
+
+_TRIALS = {
+    "token by token": _token_by_token,
+    "in pieces": _in_pieces,
+    "cut back": _cut_back,
+    "with padding": _with_padding,
+}
 
 
 def check_is_doctor(model: PreTrainedModel) -> None:

@@ -18,16 +18,19 @@ The front door of guided decoding: `generate` of the patient, with what it would
 Shapes: B rows, L tokens of the prompt (padding included).
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
 from transformers.generation import BaseStreamer
 from transformers.utils import ModelOutput
 
 from ._compat import adapter_layers, unwrap_peft, using_adapters
 from .logits_processor import DoctorGuidedLogitsProcessor
+from .reading import reading_fault
 from .shared_forward import can_share, patient_adapters, shared_forward
 from .speculative import speculative_guided_generate
 
@@ -110,6 +113,11 @@ def guided_generate(
             f"{tuple(attention_mask.shape)} for ids {tuple(input_ids.shape)}; pass what the tokenizer returned together."
         )
     guide.reset(attention_mask=attention_mask, keep_memory=keep_memory)
+    with without_doctors(patient, guide):
+        check_reads(patient, attention_mask, prefill_chunk_size=_setting(patient, kwargs, "prefill_chunk_size"))
+    if not attention_mask.all():
+        for memory in guide.memories:
+            memory.check_padding()
     if speculative:
         kwargs["custom_generate"] = speculative_guided_generate
         if streamer is not None:
@@ -141,6 +149,63 @@ def guided_generate(
             f"the arguments that change how `generate` works. Got {sorted(kwargs)}."
         )
     return output
+
+
+def check_reads(
+    patient: PreTrainedModel, attention_mask: torch.Tensor, *, prefill_chunk_size: int | None = None
+) -> None:
+    """
+    Raise `ValueError` when `patient.generate` would read prompts otherwise than as whole texts: upstream, some models
+    take padding into their state, or lose it between pieces of a prompt.
+
+    Args:
+        patient ([`~transformers.PreTrainedModel`]):
+            The patient, in eval mode.
+        attention_mask (`torch.Tensor` of shape `(B, L)`):
+            Mask of the prompts.
+        prefill_chunk_size (`int`, *optional*):
+            Tokens of a prompt that `generate` reads at once. By default all.
+    """
+    settings = {"is_padded": not attention_mask.all(), "in_pieces": bool(prefill_chunk_size)}
+    how = " and ".join(["generate", *(name for name, value in settings.items() if value)])
+    if fault := reading_fault(patient, how, partial(_generate_along, patient, **settings), errors_count=False):
+        raise ValueError(
+            "`generate` must read prompts as it reads them alone and whole. Got "
+            f"{type(unwrap_peft(patient)).__name__}: {fault}. Decode prompts one by one (`batch_size=1`), or those of one "
+            "length together, without `prefill_chunk_size`."
+        )
+
+
+class _Dictated(LogitsProcessor):
+    """Lets each row be continued by the ids (B, L) of a text."""
+
+    def __init__(self, ids: torch.LongTensor):
+        self.ids = ids
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        following = self.ids[:, input_ids.size(1)][:, None]
+        return torch.full_like(scores, -math.inf).scatter(1, following, 0.0)
+
+
+def _generate_along(
+    patient: PreTrainedModel, text: torch.LongTensor, *, is_padded: bool, in_pieces: bool
+) -> Iterator[tuple[torch.Tensor, list[int]]]:
+    """The logits of `generate` along a text: of its first 12 tokens on, and with padding of its first 2 on as well."""
+    missing = torch.tensor([0, 10] if is_padded else [0], device=text.device)[:, None]  # (B, 1)
+    places = torch.arange(len(text), device=text.device) - missing  # (B, 16)
+    ids = text[places.clamp(min=0)]
+    output = patient.generate(
+        input_ids=ids[:, :12],
+        attention_mask=(places >= 0)[:, :12].long(),
+        logits_processor=[_Dictated(ids)],
+        generation_config=GenerationConfig(
+            **{"max_new_tokens": 3, "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "temperature": 1.0},
+            **{"top_p": 1.0, "top_k": 50, "prefill_chunk_size": 5 if in_pieces else None},
+            **{"output_logits": True, "return_dict_in_generate": True},
+        ),
+    )
+    for step, logits in enumerate(output.logits):
+        yield logits, places[:, 11 + step].tolist()
 
 
 def _after_prompt(streamer: BaseStreamer, input_ids: torch.LongTensor) -> Callable[[torch.LongTensor], None]:

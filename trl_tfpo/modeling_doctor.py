@@ -29,7 +29,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput, cached_file
 from trl.trainer import add_fused_lm_head
 
-from ._compat import LabelledStates, fused_logps, has_plain_head, is_peft_model, labelled_logits, unwrap_peft
+from ._compat import (
+    LabelledStates,
+    backbone_of,
+    fused_logps,
+    has_plain_head,
+    is_peft_model,
+    labelled_logits,
+    prove_head,
+    unwrap_peft,
+)
 from .functional import guided_logps
 from .guided_flow import is_guidance, load_guidance, start_guidance
 
@@ -113,17 +122,19 @@ def add_value_head(model: PreTrainedModel) -> None:
         setattr(base, VALUE_HEAD, head)
     add_fused_lm_head(base)
     fused_forward = base.forward
+    is_fused = prove_head(base).is_fused
 
     @functools.wraps(type(base).forward)
     def forward(self, *args, completion_mask=None, guided=None, **kwargs):
         if completion_mask is None:
             return fused_forward(*args, **kwargs)
         captured = []
-        hook = self.base_model.register_forward_hook(lambda _, __, output: captured.append(output.last_hidden_state))
+        hook = backbone_of(self).register_forward_hook(lambda _, __, output: captured.append(output.last_hidden_state))
         try:
             labels = kwargs["input_ids"].masked_fill(~completion_mask, -100)
             one_forward = functools.partial(fused_forward, *args)
-            if guided is None or (isinstance(guided, LabelledStates) and has_plain_head(self)):
+            can_fuse = is_fused if guided is None else isinstance(guided, LabelledStates) and has_plain_head(self)
+            if can_fuse:
                 log_probs, _ = fused_logps(one_forward, self, labels, guided=guided, **kwargs)  # (B, L - 1)
             else:
                 logits = labelled_logits(one_forward, self, labels, **kwargs)  # (N, V)
@@ -143,14 +154,16 @@ def add_value_head(model: PreTrainedModel) -> None:
     base.forward = types.MethodType(forward, base)
 
 
-def guided_token_logps(logits: torch.Tensor, patient_logits: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
+def guided_token_logps(
+    logits: torch.Tensor, patient_logits: torch.Tensor | None, labels: torch.LongTensor
+) -> torch.Tensor:
     """
-    Log-probabilities of tokens under the product of patient and doctor.
+    Log-probabilities of tokens under the product of patient and doctor, or under the doctor alone.
 
     Args:
         logits (`torch.Tensor` of shape `(N, V)`):
             The doctor's, where the N labels are predicted.
-        patient_logits (`torch.Tensor` of shape `(N, V')`):
+        patient_logits (`torch.Tensor` of shape `(N, V')`, *optional*):
             The patient's. Ids that only one of them has, beyond the tokenizer's, take no part.
         labels (`torch.LongTensor` of shape `(B, L)`):
             Token ids, -100 where nothing is predicted.
@@ -159,8 +172,11 @@ def guided_token_logps(logits: torch.Tensor, patient_logits: torch.Tensor, label
         `torch.Tensor` of shape `(B, L - 1)`: in nats, zero where there is no label.
     """
     has_label = labels[:, 1:] != -100
-    size = min(logits.size(-1), patient_logits.size(-1))
-    guided = guided_logps(patient_logits=patient_logits[:, :size], doctor_logits=[logits[:, :size]], beta=[1.0])
+    if patient_logits is None:
+        guided = logits.log_softmax(dim=-1)
+    else:
+        size = min(logits.size(-1), patient_logits.size(-1))
+        guided = guided_logps(patient_logits=patient_logits[:, :size], doctor_logits=[logits[:, :size]], beta=[1.0])
     log_probs = guided.gather(1, labels[:, 1:][has_label][:, None]).squeeze(1)  # (N,)
     return log_probs.new_zeros(has_label.shape).masked_scatter(has_label, log_probs)
 

@@ -35,7 +35,7 @@ from transformers import (
 from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
-from ._compat import load_model, unsharded
+from ._compat import default_dtype, load_model, unsharded
 from .scoring import model_fingerprint
 
 
@@ -50,7 +50,8 @@ class NamedModel:
         name (`str`):
             Hub id or folder.
         init_kwargs:
-            Keyword arguments of `from_pretrained`, such as `quantization_config`.
+            Keyword arguments of `from_pretrained`, such as `quantization_config`. A `dtype` of `"auto"` is that of the
+            checkpoint, or float32 on a CPU without bfloat16 instructions.
 
     Raises:
         `ValueError`: when a path is meant, and there is no folder.
@@ -58,6 +59,8 @@ class NamedModel:
 
     def __init__(self, name: str, **init_kwargs):
         check_there(name)
+        if init_kwargs.get("dtype") == "auto" and "quantization_config" not in init_kwargs:
+            init_kwargs["dtype"] = default_dtype()
         self.name = name
         self.init_kwargs = init_kwargs
 
@@ -85,6 +88,16 @@ class NamedModel:
         except OSError:  # many models have none
             pass
         return outline
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it is loaded in, told without loading it."""
+        if "loaded" in vars(self):
+            return self.loaded.dtype
+        dtype = self.init_kwargs.get("dtype", torch.float32)
+        if dtype == "auto":
+            dtype = self.outline.dtype
+        return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
     @cached_property
     def loaded(self) -> PreTrainedModel:

@@ -24,6 +24,8 @@ from which its first token is predicted.
 """
 
 import inspect
+import logging
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from accelerate import PartialState
@@ -32,8 +34,21 @@ from datasets.fingerprint import Hasher
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from ._compat import fused_lm_head, fused_logps, inference, is_sharded, unsharded, unwrap_peft
+from ._compat import (
+    HALVES,
+    float32_residuals,
+    fused_lm_head,
+    fused_logps,
+    has_fused_head,
+    inference,
+    is_sharded,
+    plain_logps,
+    unsharded,
+    unwrap_peft,
+)
 
+
+logger = logging.getLogger(__name__)
 
 PADDING_BRANCH = -1
 PROMPT_BRANCH = 0
@@ -47,7 +62,7 @@ def score_completions(
 
     Completions of one prompt share a row, so that the prompt is read once, where the model's attention takes a mask of
     that form; rows of similar length share a forward pass, the more the shorter they are; the (tokens, vocabulary)
-    logits are never held.
+    logits are never held. Of a model in halves the residual stream, the norms and the head are computed in float32.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -67,7 +82,7 @@ def score_completions(
     """
     check_whole(model)
     logps: list[torch.Tensor | None] = [None] * len(completion_ids)
-    with inference(model), unsharded(), fused_lm_head(model):
+    with inference(model), unsharded(), _precisely(model), fused_lm_head(model, in_float32=True):
         rows = _rows(prompt_ids, max_branches=2)
         if max(map(len, rows), default=1) > 1 and not _reads_branches(model):
             rows = _rows(prompt_ids, max_branches=1)
@@ -164,7 +179,11 @@ def _score_rows(model: PreTrainedModel, rows: list[tuple[list[int], list[list[in
     inputs = {"attention_mask": (branch != PADDING_BRANCH).long()}
     if branch.max() > 1:
         inputs = {"attention_mask": _branch_mask(branch, model), "position_ids": pad(positions, 0)}
-    log_probs, _ = fused_logps(model, model, pad(labels, -100), input_ids=pad(ids, 0), **inputs)  # (B, L - 1)
+    inputs["input_ids"] = pad(ids, 0)
+    if has_fused_head(model):
+        log_probs, _ = fused_logps(model, model, pad(labels, -100), **inputs)  # (B, L - 1)
+    else:
+        log_probs = plain_logps(model, pad(labels, -100), **inputs)
     scored = []
     for row, (prompt, completions) in zip(log_probs.float().cpu(), rows, strict=True):
         ends = torch.tensor([len(completion) + 1 for completion in completions]).cumsum(0) + len(prompt) - 2
@@ -180,6 +199,20 @@ def _branch_mask(branch: torch.LongTensor, model: PreTrainedModel) -> torch.Tens
     if unwrap_peft(model).config._attn_implementation == "sdpa":
         return mask
     return torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
+
+
+def _precisely(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """[`float32_residuals`] for a model in halves whose layers take them, which is tried out. Within [`inference`]."""
+    if model.dtype not in HALVES or getattr(unwrap_peft(model), "is_quantized", False):
+        return nullcontext()
+    tokens = torch.arange(1, 5, device=model.device)[None] % unwrap_peft(model).config.get_text_config().vocab_size
+    try:
+        with float32_residuals(model):
+            is_finite = model(input_ids=tokens, use_cache=False).logits.isfinite().all()
+    except Exception as error:  # whatever a kernel raises on another dtype
+        logger.info("%s is read in %s throughout: %r", type(model).__name__, model.dtype, error)
+        return nullcontext()
+    return float32_residuals(model) if is_finite else nullcontext()
 
 
 def _reads_branches(model: PreTrainedModel) -> bool:

@@ -23,7 +23,8 @@ exactly (speculative sampling, https://huggingface.co/papers/2211.17192; greedy 
 Shapes: one row, L tokens so far, k drafted tokens, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Literal
 
 import torch
@@ -40,6 +41,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from ._compat import unwrap_peft
 from .logits_processor import DoctorGuidedLogitsProcessor
+from .reading import accepted_inputs, next_inputs, reading_fault
 
 
 MAX_DRAFT_TOKENS = 8
@@ -122,6 +124,11 @@ def speculative_guided_generate(
     if num_draft_tokens != "auto" and not (isinstance(num_draft_tokens, int) and 0 <= num_draft_tokens < 32):
         raise ValueError(f"`num_draft_tokens` must be 'auto' or from 0 to 31. Got {num_draft_tokens!r}; try 4.")
     patient = _Reader(model, **model_kwargs)
+    if fault := reading_fault(model, "speculation", partial(_read_drafts, model)):
+        raise ValueError(
+            "Speculative decoding reads several tokens at once and cuts the patient's cache back. Got "
+            f"{type(unwrap_peft(model)).__name__}, which cannot be read so ({fault}); decode without speculation."
+        )
     pace = None
     if num_draft_tokens == "auto":
         pace = _Pace(
@@ -207,18 +214,17 @@ class _Reader:
         self.model, self.cache = model, past_key_values
         self.cache.activate_past_recording()  # of layers with a window, so that they can be cut back
         self.num_read = self.cache.get_seq_length()
+        self.accepted = accepted_inputs(model)
         if attention_mask is not None and attention_mask.all():
             attention_mask = None
         self.attention_mask = attention_mask
 
     def logits(self, ids: torch.LongTensor, num_logits: int) -> torch.Tensor:
         """Logits (num_logits, V) after the last prefixes of `ids` (1, L)."""
-        inputs = {"input_ids": ids[:, self.num_read :]}
-        if self.attention_mask is not None:
-            num_new = ids.size(1) - self.attention_mask.size(1)
-            mask = torch.nn.functional.pad(self.attention_mask, (0, num_new), value=1)
-            positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-            inputs |= {"attention_mask": mask, "position_ids": positions[:, self.num_read :]}
+        mask = self.attention_mask
+        if mask is not None:
+            mask = torch.nn.functional.pad(mask, (0, ids.size(1) - mask.size(1)), value=1)
+        inputs = next_inputs(ids, self.accepted, num_read=self.num_read, mask=mask)
         output = self.model(
             **inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=num_logits, return_dict=True
         )
@@ -229,12 +235,18 @@ class _Reader:
         """Forget all but the first tokens."""
         num_extra = max(0, self.num_read - num_tokens)
         if num_extra and not self.cache.is_croppable:
-            raise ValueError(
-                f"Speculative decoding must cut the patient's cache back. Got {type(self.model).__name__}, whose cache "
-                "cannot be cut; decode without speculation."
-            )
+            raise ValueError(f"A {type(self.cache).__name__} cannot be cut.")
         self.cache.crop(-num_extra)  # also with nothing to cut, so that windows shrink
         self.num_read -= num_extra
+
+
+def _read_drafts(model: PreTrainedModel, text: torch.LongTensor) -> Iterator[tuple[torch.Tensor, list[int]]]:
+    """A prompt, drafts of which some are taken back, and more drafts."""
+    reader = _Reader(model, past_key_values=DynamicCache(config=model.config))
+    yield reader.logits(text[None, :6], 1), [5]
+    yield reader.logits(text[None, :10], 4), [*range(6, 10)]
+    reader.keep(8)
+    yield reader.logits(text[None, :13], 5), [*range(8, 13)]
 
 
 class _sample:

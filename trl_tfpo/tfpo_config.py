@@ -38,7 +38,8 @@ class TFPOConfig(_BaseConfig):
         model_init_kwargs (`dict` or `str`, *optional*):
             Keyword arguments of `from_pretrained` when the doctor is given by name.
         patient_model_init_kwargs (`dict` or `str`, *optional*):
-            The same for the patient. Its `dtype` is `"auto"` unless given.
+            The same for the patient. Its `dtype` is `"auto"` unless given: that of the checkpoint, or float32 on a CPU
+            without bfloat16 instructions.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether models given by name may run code of their own.
         disable_dropout (`bool`, *optional*, defaults to `True`):

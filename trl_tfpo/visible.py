@@ -36,6 +36,7 @@ from transformers import PreTrainedTokenizerBase
 from .atomic import written_whole
 from .functional import token_importance
 from .printable import printable
+from .token_rewards import annotation_settings
 from .trace import GuidanceTrace
 
 
@@ -241,7 +242,7 @@ def reward_report(
         `dict`: `sparsity`, the share of tokens without a reward; `agreement`, the share of pairs whose chosen completion
         the positive face prefers by more than the rejected one, with its standard error `agreement_se`; `by_position`,
         the mean magnitude of the reward in each tenth of a completion; `most_rewarded` and `most_punished`, tokens with
-        the sum of their rewards.
+        the sum of their rewards; `rounding`, of a patient in halves, as in [`annotation_settings`], otherwise `None`.
 
     Raises:
         `ValueError`: when the dataset has no token rewards and gaps.
@@ -277,6 +278,7 @@ def reward_report(
         "by_position": [sum(tenths[i]) / len(tenths[i]) if tenths[i] else math.nan for i in range(10)],
         "most_rewarded": [(token, total) for token, total in ordered[:10] if total > 0],
         "most_punished": [(token, total) for token, total in ordered[:-11:-1] if total < 0],
+        "rounding": (annotation_settings(dataset) or {}).get("rounding"),
     }
     if agreement < 0.5 + 2 * error:
         warnings.warn(
@@ -322,11 +324,15 @@ def _write_page(report: dict, examples: Sequence[TokenMap], folder: Path) -> Non
         f"<tr><td>{html.escape(printable(token))}</td><td>{total:+.2f}</td></tr>"
         for token, total in report["most_rewarded"] + report["most_punished"][::-1]
     )
+    rounding = report["rounding"] and (
+        f"<p>The patient computed in halves: gaps are off by {report['rounding']['mean']:.3f} nats on average, and rounding "
+        f"decides about {report['rounding']['flipped']:.0%} of the rewards.</p>"
+    )
     page = (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Token rewards</title>'
         f"<h1>Token rewards of {report['num_pairs']} pairs</h1>"
         f"<p>{report['sparsity']:.1%} of tokens have no reward. The faces prefer the chosen completion of "
-        f"{report['agreement']:.1%} of pairs (standard error {report['agreement_se']:.1%}).</p>"
+        f"{report['agreement']:.1%} of pairs (standard error {report['agreement_se']:.1%}).</p>{rounding or ''}"
         '<img src="rewards.png" alt="rewards by position, and tokens with the most reward" style="max-width:100%">'
         f"<table><tr><th>token</th><th>sum of rewards</th></tr>{cells}</table>"
         f"{''.join(example._repr_html_() for example in examples)}</html>\n"

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .parser import Parser
+from .parser import DTYPE_HELP, Parser
 
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class AnnotateArguments:
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset of the Hub."})
     dataset_split: str = field(default="train", metadata={"help": "Split to annotate."})
     patient_model_name_or_path: str | None = field(default=None, metadata={"help": "The model that is asked."})
+    dtype: str = field(default="auto", metadata=DTYPE_HELP)
     patient_load_in_4bit: bool = field(default=False, metadata={"help": "Load it in 4-bit NF4."})
     patient_load_in_8bit: bool = field(default=False, metadata={"help": "Load it in 8 bits."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Let the model run code of its own."})
@@ -128,6 +129,7 @@ def run(arguments: Sequence[str]) -> int:
         dataset = read_split(args.dataset_name, args.dataset_split, args.dataset_config)
         patient, tokenizer = name_patient(
             args.patient_model_name_or_path,
+            dtype=args.dtype,
             in_4bit=args.patient_load_in_4bit,
             in_8bit=args.patient_load_in_8bit,
             trust_remote_code=args.trust_remote_code,

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .parser import Parser, Repeated
+from .parser import DTYPE_HELP, Parser, Repeated
 from .serve import listen
 
 
@@ -29,6 +29,7 @@ class DemoArguments:
     patient: str | None = field(
         default=None, metadata={"help": "Hub name or path of the model that speaks. By default the controlled world."}
     )
+    dtype: str = field(default="auto", metadata=DTYPE_HELP)
     patient_load_in_4bit: bool = field(default=False, metadata={"help": "Load it in 4-bit NF4."})
     doctor: list[str] = field(
         default_factory=list, metadata={"action": Repeated, "help": "NAME=PATH for each doctor."}
@@ -79,7 +80,11 @@ def run(arguments: Sequence[str]) -> int:
         page = world_playground(args.cache_dir, max_steps=args.max_steps)
     else:
         patient, tokenizer, doctors = load_models(
-            args.patient, args.doctor, in_4bit=args.patient_load_in_4bit, trust_remote_code=args.trust_remote_code
+            args.patient,
+            args.doctor,
+            dtype=args.dtype,
+            in_4bit=args.patient_load_in_4bit,
+            trust_remote_code=args.trust_remote_code,
         )
         engine = Engine(patient, tokenizer, doctors, Limits(max_new_tokens=args.max_new_tokens))
         page = make_playground(engine, example_prompts=args.prompt, max_new_tokens=args.max_new_tokens)

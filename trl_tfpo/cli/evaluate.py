@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..printable import printable
-from .parser import Parser, Repeated
+from .parser import DTYPE_HELP, Parser, Repeated
 
 
 @dataclass
@@ -36,6 +36,7 @@ class EvaluateArguments:
     )
     output_dir: str = field(metadata={"help": "Folder for `report.json` and `report.png`."})
     reward_model: str | None = field(default=None, metadata={"help": "Hub name or path of a reward model."})
+    dtype: str = field(default="auto", metadata=DTYPE_HELP)
     world: str | None = field(
         default=None, metadata={"help": "The oracle of the controlled world instead: 'praise' or 'calm'."}
     )
@@ -80,12 +81,13 @@ def run(arguments: Sequence[str]) -> int:
 
     from ..evaluation import RewardModel, evaluate_completions
     from .files import check_output, push_dataset, write_dataset
+    from .models import check_dtype
 
     folder = Path(args.output_dir)
     for output in (folder / "report.json", folder / "report.png", args.output):
         if output is not None:
             check_output(output, overwrite=args.overwrite)
-    reward_fn = RewardModel(args.reward_model) if args.reward_model else None
+    reward_fn = RewardModel(args.reward_model, dtype=check_dtype(args.dtype)) if args.reward_model else None
     if args.world is not None:
         from ..testbed.language import REVIEWS
 

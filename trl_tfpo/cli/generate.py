@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..printable import printable
-from .parser import Parser, Repeated
+from .parser import DTYPE_HELP, Parser, Repeated
 
 
 @dataclass
@@ -27,6 +27,7 @@ class GenerateArguments:
     """Models, prompts, weights and sampling."""
 
     patient_model_name_or_path: str | None = field(default=None, metadata={"help": "The model that speaks."})
+    dtype: str = field(default="auto", metadata=DTYPE_HELP)
     patient_load_in_4bit: bool = field(default=False, metadata={"help": "Load it in 4-bit NF4."})
     doctor: list[str] = field(
         default_factory=list, metadata={"action": Repeated, "help": "Folders or Hub names of doctors."}
@@ -70,12 +71,13 @@ def load_policy(args: GenerateArguments) -> tuple:
     from ..logits_processor import DoctorGuidedLogitsProcessor
     from ..tokenizer_identity import check_same_tokenizer
     from .files import read_split
-    from .models import load_patient
+    from .models import check_dtype, load_patient
 
     if not args.world and args.patient_model_name_or_path is None:
         raise ValueError("a patient is needed. Pass `--patient_model_name_or_path`, or `--world` to try it")
     patient, tokenizer = load_patient(
         None if args.world else args.patient_model_name_or_path,
+        dtype=args.dtype,
         in_4bit=args.patient_load_in_4bit,
         trust_remote_code=args.trust_remote_code,
         device_map="auto",
@@ -108,7 +110,7 @@ def load_policy(args: GenerateArguments) -> tuple:
             args.doctor,
             args.alpha,
             args.beta or None,
-            model_init_kwargs={"device_map": {"": patient.device}, **trust},
+            model_init_kwargs={"device_map": {"": patient.device}, "dtype": check_dtype(args.dtype), **trust},
         )
         for name in args.doctor:
             check_same_tokenizer(tokenizer, AutoTokenizer.from_pretrained(name, **trust), names=("patient", name))

@@ -18,9 +18,23 @@ from collections.abc import Sequence
 
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from .._compat import default_dtype
 from ..modeling_doctor import load_doctor
 from ..named_model import NamedModel
 from ..tokenizer_identity import check_same_tokenizer
+from .parser import DTYPES
+
+
+def check_dtype(dtype: str) -> str:
+    """
+    A dtype for `from_pretrained`.
+
+    Raises:
+        `ValueError`: when it is none.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"`--dtype` must be one of {DTYPES}. Got {dtype!r}; leave it out for 'auto'")
+    return default_dtype() if dtype == "auto" else dtype
 
 
 def quantization(in_4bit: bool, in_8bit: bool = False) -> BitsAndBytesConfig | None:
@@ -33,12 +47,19 @@ def quantization(in_4bit: bool, in_8bit: bool = False) -> BitsAndBytesConfig | N
 
 
 def name_patient(
-    name: str, *, in_4bit: bool = False, in_8bit: bool = False, trust_remote_code: bool = False, **settings
+    name: str,
+    *,
+    dtype: str = "auto",
+    in_4bit: bool = False,
+    in_8bit: bool = False,
+    trust_remote_code: bool = False,
+    **settings,
 ) -> tuple[NamedModel, PreTrainedTokenizerBase]:
     """A patient that is not loaded yet, and its tokenizer."""
+    check_dtype(dtype)
     if quantized := quantization(in_4bit, in_8bit):
         settings["quantization_config"] = quantized
-    patient = NamedModel(name, dtype="auto", trust_remote_code=trust_remote_code, **settings)
+    patient = NamedModel(name, dtype=dtype, trust_remote_code=trust_remote_code, **settings)
     return patient, AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
@@ -53,16 +74,23 @@ def load_patient(name: str | None, **settings) -> tuple[PreTrainedModel, PreTrai
     return patient.loaded.eval(), tokenizer
 
 
-def load_models(name: str | None, given: Sequence[str], *, in_4bit: bool, trust_remote_code: bool) -> tuple:
+def load_models(
+    name: str | None, given: Sequence[str], *, in_4bit: bool, trust_remote_code: bool, dtype: str = "auto"
+) -> tuple:
     """Patient (`None` is that of the controlled world), tokenizer, and doctors by name, from NAME=PATH each."""
-    patient, tokenizer = load_patient(name, in_4bit=in_4bit, trust_remote_code=trust_remote_code, device_map="auto")
+    settings = {"dtype": dtype, "in_4bit": in_4bit, "trust_remote_code": trust_remote_code}
+    patient, tokenizer = load_patient(name, device_map="auto", **settings)
     doctors = {}
     for text in given:
         label, separator, path = text.partition("=")
         if not separator or not label or label in doctors:
             raise ValueError(f"`--doctor` must be NAME=PATH, each name once. Got {text!r}; write it so")
         doctors[label] = load_doctor(
-            path, with_value_head=False, device_map={"": patient.device}, trust_remote_code=trust_remote_code
+            path,
+            with_value_head=False,
+            device_map={"": patient.device},
+            dtype=check_dtype(dtype),
+            trust_remote_code=trust_remote_code,
         ).eval()
         its_tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         check_same_tokenizer(tokenizer, its_tokenizer, names=("patient", f"doctor {label!r}"))

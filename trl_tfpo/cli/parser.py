@@ -29,6 +29,11 @@ from . import LAUNCHED, did_you_mean
 
 
 ACCELERATE_CONFIGS = Path(__file__).parents[1] / "accelerate_configs"
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+DTYPE_HELP = {
+    "help": "Dtype of the models: 'bfloat16', 'float16', 'float32', or 'auto', that of each checkpoint, but float32 on a CPU "
+    "without bfloat16 instructions."
+}
 
 
 class Repeated(Action):

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .parser import Parser, Repeated
+from .parser import DTYPE_HELP, Parser, Repeated
 
 
 @dataclass
@@ -27,6 +27,7 @@ class ServeArguments:
     """Models, address and limits."""
 
     patient: str | None = field(default=None, metadata={"help": "Hub name or path of the model that speaks."})
+    dtype: str = field(default="auto", metadata=DTYPE_HELP)
     patient_load_in_4bit: bool = field(default=False, metadata={"help": "Load it in 4-bit NF4."})
     doctor: list[str] = field(
         default_factory=list, metadata={"action": Repeated, "help": "NAME=PATH for each doctor."}
@@ -65,6 +66,7 @@ def build(args: ServeArguments):
     patient, tokenizer, doctors = load_models(
         None if args.world else args.patient,
         args.doctor,
+        dtype=args.dtype,
         in_4bit=args.patient_load_in_4bit,
         trust_remote_code=args.trust_remote_code,
     )

@@ -23,6 +23,7 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
+from .._compat import default_dtype
 from ..checkpoints import resolve_checkpoint
 from ..logits_processor import DoctorGuidedLogitsProcessor
 from ..plan import training_plan
@@ -31,8 +32,8 @@ from ..tfpo_trainer import TFPOTrainer
 from ..tokenization import columns_of
 from .annotate import resolve_given_faces
 from .files import read_dataset, take_split
-from .models import quantization
-from .parser import Parser
+from .models import check_dtype, quantization
+from .parser import DTYPE_HELP, Parser
 
 
 @dataclass
@@ -43,6 +44,7 @@ class TFPOScriptArguments(ScriptArguments):
         default=None, metadata={"help": "The frozen model to align. Not needed for an annotated dataset."}
     )
     patient_load_in_4bit: bool = field(default=False, metadata={"help": "Load the patient in 4-bit NF4."})
+    patient_dtype: str = field(default="auto", metadata=DTYPE_HELP)
     doctor_model_name_or_path: str | None = field(
         default=None, metadata={"help": "The small model to train, with the patient's tokenizer."}
     )
@@ -110,6 +112,11 @@ def train_doctor(script_args: TFPOScriptArguments, training_args: TFPOConfig, mo
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
+    }
+    check_dtype(script_args.patient_dtype)
+    training_args.patient_model_init_kwargs = {
+        "dtype": script_args.patient_dtype,
+        **(training_args.patient_model_init_kwargs or {}),
     }
     dataset = read_dataset(
         script_args.dataset_name,
@@ -188,7 +195,7 @@ def choose_responses(dataset: Dataset | IterableDataset, chosen_id_column: str) 
 
 def show_guided_examples(num_examples: int, patient_name: str, trainer: TFPOTrainer) -> None:
     """The saved doctor, loaded as any causal language model, guides the patient."""
-    settings = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": trainer.args.trust_remote_code}
+    settings = {"dtype": default_dtype(), "use_safetensors": True, "trust_remote_code": trainer.args.trust_remote_code}
     doctor = AutoModelForCausalLM.from_pretrained(trainer.args.output_dir, **settings)
     patient = AutoModelForCausalLM.from_pretrained(patient_name, **settings)
     for row in trainer.train_dataset.select(range(min(num_examples, len(trainer.train_dataset)))):

@@ -28,7 +28,7 @@ from datasets.utils import tqdm
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..generation import guided_generate
+from ..generation import check_reads, guided_generate
 from ..logits_processor import DoctorGuidedLogitsProcessor
 from ..tokenization import check_counts, eos_token_ids, tokenize_prompt
 
@@ -141,6 +141,8 @@ def generate_completions(
         for start in tqdm(starts, desc="Generating", unit=" batches", leave=False, disable=None):  # in a terminal
             batch = rows[start : start + batch_size]
             ids, mask = pad([ids for _, ids in batch], padding_side="left", device=patient.device)
+            if guide is None:
+                check_reads(patient, mask)
             start_time = time.perf_counter()
             output = generate(
                 input_ids=ids.masked_fill(mask == 0, pad_token_id),

@@ -25,18 +25,19 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicLayer
 from transformers.generation import TopPLogitsWarper
 
 from ..doctors import check_is_doctor
 from ..evaluation.completions import pad
 from ..functional import guided_logps
 from ..guided_flow import GUIDANCE, is_guidance
+from ..reading import reading_fault
 from ..tokenization import eos_token_ids
 
 
@@ -416,14 +417,24 @@ class Engine:
 
     def _check_caches(self) -> None:
         for name, model in zip(["the patient", *self.names], self.models, strict=True):
-            cache = DynamicCache()
-            with torch.inference_mode():
-                self._read(model, cache, torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.long))
-            if not cache.layers or any(type(layer) is not DynamicLayer for layer in cache.layers):
+            if fault := reading_fault(model, "rows", partial(self._read_rows, model)):
                 raise ValueError(
-                    f"Models must keep keys and values of all tokens, so that requests can share a batch. Got {name}, a "
-                    f"{type(model).__name__}, which does not; serve a transformer with full attention."
+                    "Models must keep keys and values of all tokens, so that requests can share a batch. Got "
+                    f"{name}, a {type(model).__name__}, which does not ({fault}); serve a transformer."
                 )
+
+    def _read_rows(self, model: PreTrainedModel, text: torch.LongTensor) -> Iterator[tuple[torch.Tensor, list[int]]]:
+        """Two requests, of which one joins the other."""
+        text, caches, places = text.cpu(), [DynamicCache(), DynamicCache()], [8, 2]
+        for cache, last in zip(caches, places, strict=True):
+            ids = text[None, : last + 1]
+            yield self._read(model, cache, ids, torch.ones_like(ids)), [last]
+        cache, mask = _stack(*caches, size=9), _widen(torch.ones(1, 3, dtype=torch.long), 9, dim=1)
+        mask = torch.cat([torch.ones_like(mask), mask])
+        for _ in range(2):
+            places = [place + 1 for place in places]
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+            yield self._read(model, cache, text[places][:, None], mask), places
 
 
 def _map(cache: DynamicCache, function: Callable[[torch.Tensor], torch.Tensor]) -> DynamicCache:
