@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "trl_tfpo"
 ROWS = [  # a module may import only from strictly earlier rows
     {"_compat", "atomic", "faces", "functional", "printable", "tokenizer_identity", "weights"},
+    {"adapters"},
     {
         "activation_memory",
         "checkpoints",

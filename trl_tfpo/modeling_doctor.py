@@ -30,15 +30,13 @@ from transformers.utils import ModelOutput, cached_file
 from trl.trainer import add_fused_lm_head
 
 from ._compat import LabelledStates, fused_logps, has_plain_head, is_peft_model, labelled_logits, unwrap_peft
+from .adapters import VALUE_HEAD, check_adapters, record_exponents, trained_exponents
 from .functional import guided_logps
-from .guided_flow import is_guidance, load_guidance, start_guidance
+from .guided_flow import GUIDANCE, is_guidance, load_guidance, start_guidance, untie_head
 
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
-
-
-VALUE_HEAD = "value_head"
 
 
 @dataclass
@@ -184,16 +182,28 @@ def make_doctor(
         [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]: the doctor.
 
     Raises:
-        `ValueError`: on a second adapter, prompt learning, an adapter on the language modelling head, or a `PeftModel`
-        that is not a doctor of guided flow but is to become one.
+        `ValueError`: on a second adapter, prompt learning, an activated LoRA, an adapter on the language modelling head,
+        a `PeftModel` that is not a doctor of guided flow but is to become one, or the reverse.
     """
+    check_adapters(model, "The doctor")
+    if getattr(model, "peft_config", None) and not is_peft_model(model):
+        raise ValueError(
+            "A doctor with adapters must be a `PeftModel`, which saves them. Got a "
+            f"{type(model).__name__} with the adapters {sorted(model.peft_config)}; load it with `load_doctor` or "
+            "`PeftModel.from_pretrained`, or pass the model without adapters."
+        )
     if guides and is_peft_model(model) and not is_guidance(model):
         raise ValueError(
             "A doctor of guided flow starts with a new head. Got a `PeftModel` that was not trained by guided flow; pass "
             "its base model and a `peft_config`, or set `policy='doctor'`."
         )
-    if guides:
-        start_guidance(unwrap_peft(model))
+    if not guides and is_guidance(model):
+        raise ValueError(
+            "With `policy='doctor'` the doctor is a language model. Got one of guided flow, which is a ratio of two "
+            "policies; start from what it was before, or train it on with `policy='guided'`."
+        )
+    if guides and not is_guidance(model):
+        start_guidance(model)
     if peft_config is not None:
         from peft import get_peft_model
 
@@ -213,9 +223,11 @@ def make_doctor(
         heads = [name.split(".")[-1] for name, module in model.named_modules() if guides and module is head]
         peft_config.modules_to_save = [*(peft_config.modules_to_save or []), VALUE_HEAD, *heads]
         model = get_peft_model(model, peft_config)
+        check_adapters(model, "The doctor")
     else:
         add_value_head(model)
     if is_peft_model(model):
+        record_exponents(model, GUIDANCE if guides else {})
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         if isinstance(model.get_output_embeddings(), BaseTunerLayer):
@@ -269,7 +281,8 @@ def load_doctor(path: str | os.PathLike, with_value_head: bool = True, **kwargs)
     """
     Load a trained doctor together with its value head, to go on training or to inspect the flow.
 
-    For decoding the head is not needed: `AutoModelForCausalLM.from_pretrained(path)` does.
+    For decoding the head is not needed: `AutoModelForCausalLM.from_pretrained(path)` does, or for an adapter
+    `PeftModel.from_pretrained(base, path)`.
 
     Args:
         path (`str`):
@@ -301,15 +314,22 @@ def load_doctor(path: str | os.PathLike, with_value_head: bool = True, **kwargs)
         with open(adapter_config, encoding="utf-8") as file:
             config = json.load(file)
         base = AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"], **kwargs)
+        if set(config.get("modules_to_save") or ()) - {VALUE_HEAD}:
+            untie_head(base)
         if with_value_head:
             if VALUE_HEAD not in (config.get("modules_to_save") or []):
                 raise _no_value_head(path)
             add_value_head(base)
-        if guidance:
-            base.config.guidance = guidance
-        return PeftModel.from_pretrained(base, path)
+        model = PeftModel.from_pretrained(base, path)
+        if guidance is not None:
+            record_exponents(model, guidance)  # the adapter may be older than its record
+        if exponents := trained_exponents(model):
+            base.config.guidance = exponents | {"adapter": model.active_adapter}  # it stays when the adapter is merged
+        return model
 
     model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    if guidance:
+        model.config.guidance = guidance
     if with_value_head:
         add_value_head(model)
         getattr(model, VALUE_HEAD).load_state_dict(_read_value_head(path))
