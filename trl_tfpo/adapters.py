@@ -127,7 +127,7 @@ def trained_exponents(model: PreTrainedModel, adapters: Sequence[str] | None = N
             )
         return first
     guidance = getattr(base.config, "guidance", None)
-    if guidance and guidance.get("adapter") not in configs:  # else it is about that adapter, once it is merged
+    if guidance and getattr(base, "guiding_adapter", None) not in configs:  # else it is about that adapter alone
         return {name: guidance[name] for name in ("alpha", "beta")}
     if _rows_add_up_to_zero(base, adapters):
         raise ValueError(
@@ -170,7 +170,8 @@ def center_head(model: PreTrainedModel) -> None:
         return
     weight = _head_weight(unwrap_peft(model), active_adapters(adapter_layers(model)))
     if weight is not None:
-        weight.sub_(weight.mean(dim=0, dtype=torch.float32).to(weight.dtype))
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        weight.sub_(weight.mean(dim=0, dtype=dtype).to(weight.dtype))
 
 
 def _exponents_of_adapter(model: PreTrainedModel, name: str) -> dict[str, float] | None:
@@ -207,8 +208,8 @@ def _head_weight(base: PreTrainedModel, adapters: Sequence[str]) -> torch.Tensor
     own = getattr(head, "modules_to_save", {})
     head = next((own[name] for name in adapters if name in own), getattr(head, "original_module", head))
     weight = getattr(head, "weight", None)
-    is_matrix = weight is not None and weight.dim() == 2 and weight.is_floating_point() and weight.numel() > 0
-    return weight if is_matrix and weight.device.type != "meta" else None
+    is_matrix = weight is not None and weight.dim() == 2 and weight.numel() > 0 and weight.device.type != "meta"
+    return weight if is_matrix and weight.is_floating_point() and weight.dtype.itemsize > 1 else None
 
 
 @torch.no_grad()
@@ -216,7 +217,7 @@ def _rows_add_up_to_zero(base: PreTrainedModel, adapters: Sequence[str]) -> bool
     """Whether the mean row of the head is far shorter than it would be were the rows independent."""
     if is_sharded(base) or (weight := _head_weight(base, adapters)) is None:
         return False
-    num_rows = len(weight)
-    mean_length = weight.mean(dim=0, dtype=torch.float32).norm()
-    root_mean_square = torch.linalg.vector_norm(weight, dtype=torch.float32) / num_rows**0.5
+    num_rows, dtype = len(weight), torch.promote_types(weight.dtype, torch.float32)
+    mean_length = weight.mean(dim=0, dtype=dtype).norm()
+    root_mean_square = torch.linalg.vector_norm(weight, dtype=dtype) / num_rows**0.5
     return bool(mean_length * num_rows**0.5 <= ZERO_SUM * root_mean_square)

@@ -324,7 +324,7 @@ def load_doctor(path: str | os.PathLike, with_value_head: bool = True, **kwargs)
         if guidance is not None:
             record_exponents(model, guidance)  # the adapter may be older than its record
         if exponents := trained_exponents(model):
-            base.config.guidance = exponents | {"adapter": model.active_adapter}  # it stays when the adapter is merged
+            base.config.guidance, base.guiding_adapter = exponents, model.active_adapter  # what merging leaves
         return model
 
     model = AutoModelForCausalLM.from_pretrained(path, **kwargs)

@@ -33,6 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from ._compat import fused_lm_head, fused_logps, inference, is_sharded, unsharded, unwrap_peft
+from .adapters import check_speaks
 
 
 PADDING_BRANCH = -1
@@ -63,9 +64,11 @@ def score_completions(
         `list[torch.Tensor]` of shape `(T_i,)`: log-probabilities in nats, float32, on the CPU, in the given order.
 
     Raises:
-        `ValueError`: when the model is sharded, or a log-probability is not finite.
+        `ValueError`: when the model is sharded, is a doctor of guided flow or has adapters that add tokens, or a
+            log-probability is not finite.
     """
     check_whole(model)
+    check_speaks(model)
     logps: list[torch.Tensor | None] = [None] * len(completion_ids)
     with inference(model), unsharded(), fused_lm_head(model):
         rows = _rows(prompt_ids, max_branches=2)
