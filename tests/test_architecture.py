@@ -45,6 +45,7 @@ ROWS = [  # a module may import only from strictly earlier rows
     {"guided_flow", "token_rewards"},
     {"modeling_doctor"},
     {"data_collator", "hub", "logits_processor", "plan", "visible"},
+    {"doctor_files"},
     {"shared_forward", "speculative", "tfpo_trainer"},
     {"generation"},
     {"custom_generate"},

@@ -20,23 +20,29 @@ import json
 import os
 import types
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput, cached_file
 from trl.trainer import add_fused_lm_head
 
 from ._compat import LabelledStates, fused_logps, has_plain_head, is_peft_model, labelled_logits, unwrap_peft
 from .adapters import VALUE_HEAD, check_adapters, record_exponents, trained_exponents
+from .atomic import written_whole
 from .functional import guided_logps
 from .guided_flow import GUIDANCE, is_guidance, load_guidance, start_guidance, untie_head
 
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
+
+
+VALUE_HEAD_FILE = "value_head.safetensors"  # of a full model
 
 
 @dataclass
@@ -336,8 +342,23 @@ def load_doctor(path: str | os.PathLike, with_value_head: bool = True, **kwargs)
     return model.eval()
 
 
+def save_value_head(state: dict[str, torch.Tensor], folder: str | os.PathLike) -> None:
+    """Write the tensors of a full model's value head into its folder, next to the other weights."""
+    with written_whole(Path(folder) / VALUE_HEAD_FILE) as part:
+        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}, part)
+
+
+def load_value_head(model: PreTrainedModel, folder: str | os.PathLike) -> None:
+    """Read the value head of a full model from its folder, in place; from one that keeps it elsewhere nothing."""
+    path = Path(folder) / VALUE_HEAD_FILE
+    if path.is_file():
+        getattr(model, VALUE_HEAD).load_state_dict(load_file(path))
+
+
 def _read_value_head(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """The tensors of the value head in a saved full model, sharded or not."""
+    """The tensors of the value head in a saved full model: in their own file, or among its weights, sharded or not."""
+    if own := cached_file(path, VALUE_HEAD_FILE, _raise_exceptions_for_missing_entries=False):
+        return load_file(own)
     file_names = ["model.safetensors"]
     index = cached_file(path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
     if index is not None:

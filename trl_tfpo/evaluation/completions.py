@@ -49,7 +49,7 @@ WITHOUT_EFFECT = {
     "statistics",
     "use_cache",
 }
-NEUTRAL = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "num_beams": 1}
+NEUTRAL = {"do_sample": True, "temperature": 1, "top_k": 0, "top_p": 1, "repetition_penalty": 1, "num_beams": 1}
 # What is kept of a patient's generation config: how it computes, nothing of what it says
 COMPUTATION = ("use_cache", "cache_implementation", "cache_config", "compile_config", "disable_compile")
 

@@ -377,7 +377,7 @@ def best_of_n(rewards: Sequence[Sequence[float]] | torch.Tensor, n: int) -> dict
 
 def _check_is_of_policy(altered_by: Mapping) -> None:
     if altered_by:
-        rules = [f"`{name}` must be {NEUTRAL[name]:g}" if name in NEUTRAL else f"no `{name}`" for name in altered_by]
+        rules = [f"`{name}` must be {NEUTRAL[name]}" if name in NEUTRAL else f"no `{name}`" for name in altered_by]
         raise ValueError(
             f"The KL of a policy is measured on its own samples, drawn from all tokens: {', '.join(rules)}. Got "
             f"{', '.join(map(reprlib.repr, altered_by.values()))}, which makes another policy; leave it out, or compare "
