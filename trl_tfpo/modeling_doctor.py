@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import ModelOutput, cached_file
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import CONFIG_NAME, ModelOutput, cached_file
 from trl.trainer import add_fused_lm_head
 
 from ._compat import LabelledStates, fused_logps, has_plain_head, is_peft_model, labelled_logits, unwrap_peft
@@ -233,6 +234,7 @@ def make_doctor(
     else:
         add_value_head(model)
     if is_peft_model(model):
+        model.set_adapter(model.active_adapter)  # one that was loaded to be read is frozen
         record_exponents(model, GUIDANCE if guides else {})
         from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -303,11 +305,13 @@ def load_doctor(path: str | os.PathLike, with_value_head: bool = True, **kwargs)
         [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]: the doctor, in eval mode.
 
     Raises:
-        `ValueError`: when there is no value head at `path`, or an adapter that is not in safetensors.
+        `ValueError`: when there is no value head at `path`, several adapters or one that is not in safetensors, or an
+            adapter that does not say for which exponents it was trained.
     """
     kwargs.setdefault("use_safetensors", True)  # a pickle could do anything
     kwargs.setdefault("trust_remote_code", False)  # otherwise transformers asks, and so could code of the folder
     guidance = load_guidance(path)
+    path = _adapter_folder(path)
     adapter_config = cached_file(path, "adapter_config.json", _raise_exceptions_for_missing_entries=False)
     if adapter_config is not None:
         from peft import PeftModel
@@ -342,6 +346,19 @@ def load_doctor(path: str | os.PathLike, with_value_head: bool = True, **kwargs)
     return model.eval()
 
 
+def _adapter_folder(path: str | os.PathLike) -> str | os.PathLike:
+    """Where PEFT saved the adapter of a doctor: an adapter that is not called "default" has a folder of its own."""
+    if not Path(path).is_dir() or any((Path(path) / name).exists() for name in ("adapter_config.json", CONFIG_NAME)):
+        return path
+    named = sorted(file.parent for file in Path(path).glob("*/adapter_config.json"))
+    named = [folder for folder in named if not folder.name.startswith(PREFIX_CHECKPOINT_DIR)]
+    if len(named) > 1:
+        raise ValueError(
+            f"A doctor is one adapter. Got {str(path)!r} with {[folder.name for folder in named]}; pass the folder of one."
+        )
+    return named[0] if named else path
+
+
 def save_value_head(state: dict[str, torch.Tensor], folder: str | os.PathLike) -> None:
     """Write the tensors of a full model's value head into its folder, next to the other weights."""
     with written_whole(Path(folder) / VALUE_HEAD_FILE) as part:
@@ -356,9 +373,7 @@ def load_value_head(model: PreTrainedModel, folder: str | os.PathLike) -> None:
 
 
 def _read_value_head(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """The tensors of the value head in a saved full model: in their own file, or among its weights, sharded or not."""
-    if own := cached_file(path, VALUE_HEAD_FILE, _raise_exceptions_for_missing_entries=False):
-        return load_file(own)
+    """The tensors of the value head in a saved full model: among its weights, sharded or not, or in their own file."""
     file_names = ["model.safetensors"]
     index = cached_file(path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
     if index is not None:
@@ -370,9 +385,10 @@ def _read_value_head(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         with safe_open(cached_file(path, name), framework="pt") as tensors:
             keys = [key for key in tensors.keys() if key.startswith(f"{VALUE_HEAD}.")]
             state.update({key.removeprefix(f"{VALUE_HEAD}."): tensors.get_tensor(key) for key in keys})
-    if not state:
+    own = cached_file(path, VALUE_HEAD_FILE, _raise_exceptions_for_missing_entries=False)
+    if not state and not own:
         raise _no_value_head(path)
-    return state
+    return state or load_file(own)
 
 
 def _no_value_head(path: str | os.PathLike) -> ValueError:
