@@ -25,6 +25,7 @@ each place that survives loading:
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
@@ -32,6 +33,9 @@ from transformers import PreTrainedModel
 from ._compat import active_adapters, adapter_layers, is_sharded, unwrap_peft
 from .atomic import FORMAT, check_format
 
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 VALUE_HEAD = "value_head"
 RECORD = "trl_tfpo"  # key of our record in the `auto_mapping` of an adapter's config
@@ -60,19 +64,23 @@ def check_adapters(model: PreTrainedModel, name: str = "A doctor") -> None:
         for adapter in getattr(layer, attribute).keys()
     }
     for adapter, config in configs.items():
-        reason = None
-        if getattr(config, "alora_invocation_tokens", None):
-            reason = "it is on only after its invocation tokens, which are not looked for token by token"
-        elif getattr(config, "is_prompt_learning", False):
-            reason = "it adds tokens that the other models do not read"
-        elif adapter not in switchable:
-            reason = "it is not in layers that can be switched on and off"
+        reason = why_unreadable(config)
+        if reason is None and adapter not in switchable:
+            reason = "Its layers cannot be switched on and off"
         if reason:
-            kind = getattr(config.peft_type, "value", config.peft_type)
             raise ValueError(
                 f"{name} may have adapters of its weights only, such as LoRA. Got the adapter {adapter!r}, a "
-                f"{type(config).__name__} of type {kind}: {reason}. Load the model without it."
+                f"{type(config).__name__}. {reason}; load the model without it."
             )
+
+
+def why_unreadable(config: "PeftConfig") -> str | None:
+    """Why an adapter with this config cannot be part of a doctor or a patient; `None` where it can."""
+    if config.is_prompt_learning or config.is_adaption_prompt:
+        return "Prompt learning adds tokens that patient and decoding do not see"
+    if getattr(config, "alora_invocation_tokens", None):
+        return "Activated LoRA is on only after its invocation tokens, which are not looked for when single tokens are read"
+    return None
 
 
 def check_speaks(model: PreTrainedModel, adapters: Sequence[str] | None = None) -> None:

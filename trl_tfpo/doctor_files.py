@@ -23,11 +23,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-
 from ._compat import _BaseTrainer, is_peft_model
 from .adapters import VALUE_HEAD, center_head
-from .checkpoints import kept_whole
 from .guided_flow import save_guidance
 from .hub import complete_model_card, save_custom_generate
 from .modeling_doctor import load_value_head, save_value_head
@@ -74,11 +71,6 @@ class DoctorFiles(_BaseTrainer):
                 dataset_name=Path(dataset_name).name if is_file else dataset_name,
                 is_adapter=is_peft_model(self.model),
             )
-
-    def _save_checkpoint(self, model, trial):
-        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with kept_whole(self, folder):
-            super()._save_checkpoint(model, trial)
 
     # Value heads of full models, which are not in the files that Trainer reads. Engines that shard keep their own.
 

@@ -33,7 +33,7 @@ from transformers.utils import CONFIG_NAME, ModelOutput, cached_file
 from trl.trainer import add_fused_lm_head
 
 from ._compat import LabelledStates, fused_logps, has_plain_head, is_peft_model, labelled_logits, unwrap_peft
-from .adapters import VALUE_HEAD, check_adapters, record_exponents, trained_exponents
+from .adapters import VALUE_HEAD, check_adapters, record_exponents, trained_exponents, why_unreadable
 from .atomic import written_whole
 from .functional import guided_logps
 from .guided_flow import GUIDANCE, is_guidance, load_guidance, start_guidance, untie_head
@@ -219,10 +219,12 @@ def make_doctor(
                 "`peft_config` makes a new adapter. Got a `PeftModel` as well; pass one or the other, or merge the "
                 "adapter with `merge_and_unload()` first."
             )
-        if peft_config.is_prompt_learning:
+        reason = why_unreadable(peft_config)
+        if reason is None and not hasattr(peft_config, "modules_to_save"):
+            reason = "The value head is saved with the adapter, by `modules_to_save`"
+        if reason:
             raise ValueError(
-                "Prompt learning adds tokens that patient and decoding do not see. Got "
-                f"{type(peft_config).__name__}; use an adapter of the weights, such as `LoraConfig`."
+                f"{reason}. Got {type(peft_config).__name__}; use an adapter of the weights, such as `LoraConfig`."
             )
         add_value_head(model)
         peft_config = copy.deepcopy(peft_config)  # the caller's stays as it is
@@ -230,7 +232,6 @@ def make_doctor(
         heads = [name.split(".")[-1] for name, module in model.named_modules() if guides and module is head]
         peft_config.modules_to_save = [*(peft_config.modules_to_save or []), VALUE_HEAD, *heads]
         model = get_peft_model(model, peft_config)
-        check_adapters(model, "The doctor")
     else:
         add_value_head(model)
     if is_peft_model(model):

@@ -18,6 +18,7 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,12 +32,13 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.data.data_collator import DataCollator
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer import disable_dropout_in_model
 
 from . import functional
 from ._compat import is_peft_model, keep_differentiable, keep_output_precision
 from .atomic import check_writable
-from .checkpoints import check_loss, resolve_checkpoint
+from .checkpoints import check_loss, kept_whole, resolve_checkpoint
 from .data_collator import TokenRewardCollator
 from .doctor_files import DoctorFiles
 from .faces import Faces
@@ -474,3 +476,10 @@ class TFPOTrainer(DoctorFiles):
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
         return loss.detach(), None, None
+
+    # Saving, see also `DoctorFiles`
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with kept_whole(self, folder):
+            super()._save_checkpoint(model, trial)
