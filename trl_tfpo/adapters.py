@@ -164,22 +164,28 @@ def record_exponents(model: PreTrainedModel, exponents: dict[str, float]) -> Non
 
 
 @torch.no_grad()
-def center_head(model: PreTrainedModel) -> None:
+def center_head(model: PreTrainedModel, state_dict: dict[str, torch.Tensor] | None = None) -> None:
     """
-    Shift the language model head of a doctor of guided flow, in place, so that its rows add up to zero.
+    Shift the language model head of a doctor of guided flow, so that its rows add up to zero, in place.
 
-    All logits of a position change by one number, so no probability changes. A head that is sharded is left alone.
+    All logits of a position change by one number, so no probability changes.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The doctor.
+            The doctor. Where it is sharded nothing is done without a `state_dict`.
+        state_dict (`dict[str, torch.Tensor]`, *optional*):
+            Its weights, gathered. The head in it is replaced, and not that of the model.
     """
-    if is_sharded(model) or not trained_exponents(model):
+    if not trained_exponents(model) or (state_dict is None and is_sharded(model)):
         return
-    weight = _head_weight(unwrap_peft(model), active_adapters(adapter_layers(model)))
-    if weight is not None:
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        weight.sub_(weight.mean(dim=0, dtype=dtype).to(weight.dtype))
+    head = _read_head(unwrap_peft(model), active_adapters(adapter_layers(model)))
+    if state_dict is not None:
+        names = [f"{name}.weight" for name, module in model.named_modules() if module is head]
+        state_dict.update(
+            {name: state_dict[name] - _mean_row(state_dict[name]) for name in names if name in state_dict}
+        )
+    elif (weight := _float_weight(head)) is not None:
+        weight.sub_(_mean_row(weight))
 
 
 def _exponents_of_adapter(model: PreTrainedModel, name: str) -> dict[str, float] | None:
@@ -210,20 +216,29 @@ def _exponents_of_adapter(model: PreTrainedModel, name: str) -> dict[str, float]
     return record
 
 
-def _head_weight(base: PreTrainedModel, adapters: Sequence[str]) -> torch.Tensor | None:
-    """Weights (V, H) of the language model head that is read with these adapters; `None` where they are not floats."""
+def _read_head(base: PreTrainedModel, adapters: Sequence[str]) -> torch.nn.Module:
+    """The language model head that is read with these adapters."""
     head = base.get_output_embeddings()
     own = getattr(head, "modules_to_save", {})
-    head = next((own[name] for name in adapters if name in own), getattr(head, "original_module", head))
+    return next((own[name] for name in adapters if name in own), getattr(head, "original_module", head))
+
+
+def _float_weight(head: torch.nn.Module) -> torch.Tensor | None:
+    """Weights (V, H) of a head; `None` where they are not floats, or not there."""
     weight = getattr(head, "weight", None)
     is_matrix = weight is not None and weight.dim() == 2 and weight.numel() > 0 and weight.device.type != "meta"
     return weight if is_matrix and weight.is_floating_point() and weight.dtype.itemsize > 1 else None
 
 
+def _mean_row(weight: torch.Tensor) -> torch.Tensor:
+    """Mean (H,) of the rows of a matrix, added up in float32 or float64."""
+    return weight.mean(dim=0, dtype=torch.promote_types(weight.dtype, torch.float32)).to(weight.dtype)
+
+
 @torch.no_grad()
 def _rows_add_up_to_zero(base: PreTrainedModel, adapters: Sequence[str]) -> bool:
     """Whether the mean row of the head is far shorter than it would be were the rows independent."""
-    if is_sharded(base) or (weight := _head_weight(base, adapters)) is None:
+    if is_sharded(base) or (weight := _float_weight(_read_head(base, adapters))) is None:
         return False
     num_rows, dtype = len(weight), torch.promote_types(weight.dtype, torch.float32)
     mean_length = weight.mean(dim=0, dtype=dtype).norm()

@@ -23,7 +23,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ._compat import _BaseTrainer, is_peft_model
+from ._compat import _BaseTrainer, is_peft_model, is_sharded
 from .adapters import VALUE_HEAD, center_head
 from .guided_flow import save_guidance
 from .hub import complete_model_card, save_custom_generate
@@ -44,6 +44,8 @@ class DoctorFiles(_BaseTrainer):
         if not is_peft_model(model):
             state_dict = dict(model.state_dict() if state_dict is None else state_dict)
             head = {name: state_dict.pop(name) for name in list(state_dict) if VALUE_HEAD in name.split(".")}
+        if state_dict is not None and is_sharded(model):
+            center_head(model, state_dict)
         super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
