@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "trl_tfpo"
 ROWS = [  # a module may import only from strictly earlier rows
     {"_compat", "atomic", "faces", "functional", "preferences", "printable", "tokenizer_identity", "weights"},
-    {"reading"},
+    {"adapters", "reading"},
     {
         "activation_memory",
         "checkpoints",
@@ -46,6 +46,7 @@ ROWS = [  # a module may import only from strictly earlier rows
     {"guided_flow", "token_rewards"},
     {"modeling_doctor"},
     {"data_collator", "hub", "logits_processor", "plan", "visible"},
+    {"doctor_files"},
     {"shared_forward", "speculative", "tfpo_trainer"},
     {"generation"},
     {"custom_generate"},

@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trl_tfpo import DoctorGuidedLogitsProcessor, TFPOConfig, TFPOTrainer, annotate_token_rewards, load_doctor
-from trl_tfpo.modeling_doctor import VALUE_HEAD
+from trl_tfpo.modeling_doctor import VALUE_HEAD, VALUE_HEAD_FILE
 
 
 pytest.importorskip("deepspeed")
@@ -133,7 +133,12 @@ def test_engine_equals_one_process(one_process, tmp_path, engine, jobs):
 def assert_usable(path, patient, **kwargs):
     """The folder is an ordinary model that guides, and a doctor with the value head that was trained."""
     (file,) = path.glob("*model.safetensors")
-    (saved,) = (tensor for name, tensor in load_file(file).items() if name.endswith(f"{VALUE_HEAD}.weight"))
+    (head_file,) = [file] if "adapter" in file.name else path.glob(VALUE_HEAD_FILE)
+    (saved,) = (
+        tensor
+        for name, tensor in load_file(head_file).items()
+        if name.endswith("weight") and (head_file != file or VALUE_HEAD in name)
+    )
     doctor = load_doctor(path, **kwargs)
     (head,) = (
         tensor

@@ -221,6 +221,77 @@ def test_samples_are_of_the_policy_itself(tokenizer):
     assert generate_completions(patient, tokenizer, PROMPTS, top_k=1, **kwargs) != plain
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"min_p": 0.9},
+        {"suppress_tokens": [2]},
+        {"no_repeat_ngram_size": 1},
+        {"min_new_tokens": 5},
+        {"num_beams": 3},
+        {"typical_p": 0.2},
+        {"sequence_bias": [[[3], 9.0]]},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_what_a_patient_says_of_generation_does_not_apply(tokenizer, settings):
+    """Many models come with settings of their own: their samples would be of another policy than that which is measured."""
+    plain = llama(0)
+    kwargs = dict(num_samples_per_prompt=5, max_new_tokens=5, seed=3)
+    expected = generate_completions(plain, tokenizer, PROMPTS, **kwargs)
+    config = GenerationConfig(eos_token_id=EOS, **settings)
+    plain.generation_config = config
+    assert generate_completions(plain, tokenizer, PROMPTS, **kwargs) == expected
+    assert plain.generation_config is config  # and is left as it was
+    with_adapter = get_peft_model(plain, LoraConfig(target_modules=["q_proj"]))  # which does nothing yet
+    assert generate_completions(with_adapter.double().eval(), tokenizer, PROMPTS, **kwargs) == expected
+
+
+ALTERING = [
+    {"top_k": 1},
+    {"top_p": 0.5},
+    {"do_sample": False},
+    {"temperature": 0.0},
+    {"temperature": 1.5},
+    {"repetition_penalty": 1.2},
+    {"num_beams": 2},
+    {"min_p": 0.1},
+    {"suppress_tokens": [2]},
+    {"eos_token_id": 2},
+    {"generation_config": GenerationConfig(top_k=1)},
+    {"logits_processor": []},
+    {"a_setting_of_the_future": True},
+]
+
+
+@pytest.mark.parametrize("settings", ALTERING, ids=lambda settings: "-".join(f"{k}" for k in settings))
+def test_the_kl_is_of_the_policy_that_was_sampled(patient, tokenizer, guide, settings):
+    """Rewards of truncated samples beside the KL of the whole policy look like more for less."""
+    call = dict(max_new_tokens=3, batch_size=3, **settings)
+    with pytest.raises(ValueError, match="measured on its own samples"):
+        evaluate_guidance(patient, tokenizer, PROMPTS, lambda **_: [0.0] * 3, guide=guide, **call)
+    with pytest.raises(ValueError, match="measured on its own samples"):
+        match_kl(patient, tokenizer, PROMPTS, lambda beta: guide, 0.1, **call)
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 1}, {"temperature": 0.0}, {"num_beams": 2}])
+def test_completions_know_of_which_policy_they_are(patient, tokenizer, guide, settings):
+    """They are often measured later, by somebody who did not sample them."""
+    altered = generate_completions(patient, tokenizer, PROMPTS, guide=guide, max_new_tokens=3, **settings)
+    for policy in (guide, None):
+        with pytest.raises(ValueError, match="measured on its own samples"):
+            next_token_statistics(patient, policy, altered)
+
+
+def test_settings_that_change_nothing_are_taken(patient, tokenizer, guide):
+    """A rule that is too strict would make people copy settings out of their calls."""
+    neutral = dict(top_k=0, top_p=1.0, repetition_penalty=1.0, do_sample=True, num_beams=1, use_cache=True, min_p=None)
+    call = dict(guide=guide, max_new_tokens=3, temperature=1)
+    found = evaluate_guidance(patient, tokenizer, PROMPTS, lambda **_: [0.0] * 3, **call, **neutral)
+    plain = evaluate_guidance(patient, tokenizer, PROMPTS, lambda **_: [0.0] * 3, guide=guide, max_new_tokens=3)
+    assert found["completions"] == plain["completions"] and found["kls"] == plain["kls"]
+
+
 def test_the_seed_decides_and_the_callers_random_state_is_left_alone(patient, tokenizer):
     """Else evaluating during a run would change the run."""
     kwargs = dict(num_samples_per_prompt=10, max_new_tokens=5)

@@ -22,8 +22,8 @@ import pytest
 import torch
 from accelerate import FullyShardedDataParallelPlugin
 from conftest import make_llama
-from peft import LoraConfig, get_peft_model
-from transformers import DynamicCache, LogitsProcessor, Trainer, TrainingArguments
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Trainer, TrainingArguments
 from transformers.distributed.fsdp import is_fsdp_enabled
 from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 from transformers.trainer_utils import rotate_checkpoints
@@ -42,6 +42,7 @@ from trl_tfpo._compat import (
     unsharded,
     using_adapters,
 )
+from trl_tfpo.doctor_files import DoctorFiles
 
 
 def test_constructor_follows_trl():
@@ -63,6 +64,8 @@ def test_the_trainer_calls_what_is_overridden():
     """
     for name in ("_set_signature_columns_if_needed", "_get_train_sampler", "_save_checkpoint", "get_batch_samples"):
         assert name in vars(TFPOTrainer) and f"self.{name}" in inspect.getsource(Trainer), name
+    for name in ("save_model", "_save", "_load_from_checkpoint", "_load_best_model", "_issue_warnings_after_load"):
+        assert name in vars(DoctorFiles) and f"self.{name}" in inspect.getsource(Trainer), name
     assert list(inspect.signature(Trainer._save_checkpoint).parameters) == ["self", "model", "trial"]
     assert "activation_checkpointing" in {field.name for field in fields(TrainingArguments)}
     assert {"output_dir", "save_total_limit", "use_mtime"} <= set(inspect.signature(rotate_checkpoints).parameters)
@@ -239,3 +242,30 @@ def test_four_bit_weights_stay_differentiable():
     inputs = torch.randn(3, 64, requires_grad=True)
     layer.train()(inputs).sum().backward()
     torch.testing.assert_close(inputs.grad, weight.sum(dim=0).expand(3, -1))
+
+
+def test_adapter_configs_carry_what_they_are_given(tmp_path):
+    """
+    The exponents of an adapter's training travel in its config, where transformers and PEFT have a free mapping.
+
+    Change: `adapters.record_exponents`.
+    """
+    model = get_peft_model(make_llama(2), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.peft_config["default"].auto_mapping = {"ours": {"alpha": 1.0}}
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(make_llama(2), tmp_path, adapter_name="other")
+    assert again.peft_config["other"].auto_mapping == {"ours": {"alpha": 1.0}}
+    for layer in adapter_layers(again):  # whose names tell which adapters there are
+        assert any("other" in getattr(layer, name).keys() for name in layer.adapter_layer_names)
+
+
+def test_the_generation_config_of_the_base_is_what_counts():
+    """
+    Samples set aside what a model says of sampling, also inside a `PeftModel`.
+
+    Change: `_own_policy` in `evaluation/completions.py`.
+    """
+    model = get_peft_model(make_llama(2), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).eval()
+    ids = torch.tensor([[1, 5]])
+    model.get_base_model().generation_config = GenerationConfig(max_new_tokens=3, eos_token_id=None)
+    assert model.generate(input_ids=ids).shape == (1, 5)

@@ -22,8 +22,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from .adapters import trained_exponents
 from .generation import guided_generate
-from .guided_flow import load_guidance
 from .logits_processor import DEFAULT_BETA, DoctorGuidedLogitsProcessor, Weight
 from .modeling_doctor import load_doctor
 
@@ -81,4 +81,4 @@ def generate(
 def _load(doctor: str, device: torch.device, written: int | None) -> tuple[PreTrainedModel, float]:
     """The doctor, and its weight; loaded again when its folder was `written` again."""
     model = load_doctor(doctor, with_value_head=False, device_map={"": device}).eval()
-    return model, load_guidance(doctor).get("beta", DEFAULT_BETA)
+    return model, trained_exponents(model).get("beta", DEFAULT_BETA)

@@ -30,6 +30,7 @@ from torch import nn
 from transformers import DynamicCache, DynamicLayer, PreTrainedModel
 
 from ._compat import active_adapters, adapter_layers, unwrap_peft, using_adapters
+from .adapters import check_adapters, trained_exponents
 from .reading import accepted_inputs, next_inputs, reading_fault
 
 
@@ -57,8 +58,9 @@ class Doctor:
         adapters (`tuple[str]`): names of the adapters that it is read with.
 
     Raises:
-        `ValueError`: for an encoder-decoder, a model in training mode, an adapter that the model does not have,
-            adapters merged into its weights, a prompt that is not left-padded.
+        `ValueError`: for an encoder-decoder, a model in training mode, an adapter that the model does not have or that
+            cannot be switched off (prompt learning, activated LoRA), adapters merged into its weights, a prompt that is
+            not left-padded.
     """
 
     model: PreTrainedModel
@@ -106,6 +108,11 @@ class Doctor:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def exponents(self) -> dict[str, float]:
+        """`alpha` and `beta` of its training, see [`~trl_tfpo.adapters.trained_exponents`]; empty for a language model."""
+        return trained_exponents(self.model, self.adapters)
 
     def is_on(self, model: PreTrainedModel) -> bool:
         """Whether it shares the weights of a model."""
@@ -155,7 +162,7 @@ class DoctorMemory:
     @torch.no_grad()
     def logits(self, tokens: torch.LongTensor) -> torch.Tensor:
         """Logits (B, V) after `tokens` (B, L)."""
-        check_is_doctor(self.doctor.model)
+        _check_mode(self.doctor.model)
         num_known = tokens.size(1) - 1
         if self.tokens is None or not torch.equal(tokens[:, :-1], self.tokens):  # else the plain step, one token more
             weights_version = self._weights_version()
@@ -318,7 +325,7 @@ _TRIALS = {
 
 
 def check_is_doctor(model: PreTrainedModel) -> None:
-    """Raise `ValueError` unless the model is a causal language model in eval mode."""
+    """Raise `ValueError` unless the model is a causal language model in eval mode, with adapters of its weights only."""
     if not isinstance(model, nn.Module):
         raise ValueError(
             f"A doctor must be a language model. Got {reprlib.repr(model)}; load one with `load_doctor`, or name it to "
@@ -329,6 +336,11 @@ def check_is_doctor(model: PreTrainedModel) -> None:
             f"A doctor must be a causal language model. Got {type(model).__name__}, an encoder-decoder, which cannot "
             "read a prompt and its completion as one text."
         )
+    check_adapters(model)
+    _check_mode(model)
+
+
+def _check_mode(model: PreTrainedModel) -> None:
     if model.training:
         raise ValueError("A doctor must be in eval mode, as dropout is random. Got training mode; call `.eval()`.")
 
@@ -385,7 +397,7 @@ def guess_mask(input_ids: torch.LongTensor, model: PreTrainedModel) -> tuple[tor
 
 
 def check_reference(doctor: Doctor, reference: Doctor | None) -> None:
-    """Raise `ValueError` when the reference of a doctor is the doctor itself."""
+    """Raise `ValueError` when the reference of a doctor is the doctor itself, or the doctor has one in its weights."""
     is_the_doctor = (
         reference is not None
         and reference.is_on(doctor.model)
@@ -397,4 +409,9 @@ def check_reference(doctor: Doctor, reference: Doctor | None) -> None:
             "`reference` must be the doctor before training. Got the module of the doctor itself (an adapter changes "
             "its base model in place), which undoes the guidance; load the reference separately, or for a doctor that "
             f"is an adapter pass `reference=Doctor(model, adapter={NO_ADAPTER!r})`."
+        )
+    if reference is not None and doctor.exponents and not reference.exponents:
+        raise ValueError(
+            "`reference` is for a doctor that is a language model. Got one for a doctor of guided flow, which is the ratio "
+            "to its reference already; leave it out."
         )

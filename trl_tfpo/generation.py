@@ -29,6 +29,7 @@ from transformers.generation import BaseStreamer
 from transformers.utils import ModelOutput
 
 from ._compat import adapter_layers, unwrap_peft, using_adapters
+from .adapters import check_speaks
 from .logits_processor import DoctorGuidedLogitsProcessor
 from .reading import reading_fault
 from .shared_forward import can_share, patient_adapters, shared_forward
@@ -77,7 +78,7 @@ def guided_generate(
         What `patient.generate` returns: `(B, L + T)` ids, or an output object.
 
     Raises:
-        `ValueError`: on an encoder-decoder, padding without a mask, a cache of part of the text alone, a second guide,
+        `ValueError`: on an encoder-decoder, a patient that is a doctor of guided flow or has adapters that add tokens, padding without a mask, a cache of part of the text alone, a second guide,
             a mode that would leave out the guide, and whatever `generate` and the guide refuse.
 
     Examples:
@@ -243,6 +244,7 @@ def _check_mode(patient, guide, input_ids, speculative, kwargs) -> None:
             f"The patient must be a causal language model. Got {type(patient).__name__}, an encoder-decoder: a doctor "
             "cannot read what its encoder has read."
         )
+    check_speaks(patient, patient_adapters(patient, guide))
     if _setting(patient, kwargs, "cache_implementation") == "paged":
         raise ValueError(
             "Guidance needs `generate` to ask its processors. Got `cache_implementation='paged'`, which does not; "

@@ -45,8 +45,8 @@ from ._compat import (
     load_shared_out,
     share_out,
     shares_out,
-    unwrap_peft,
 )
+from .adapters import trained_exponents
 from .atomic import FORMAT, check_format
 from .named_model import NamedModel, check_there
 
@@ -72,19 +72,24 @@ def start_guidance(model: PreTrainedModel) -> None:
     """
     if getattr(model.config, "guidance", None):
         return
+    untie_head(model)
     head = model.get_output_embeddings()
-    if head.weight is model.get_input_embeddings().weight:
-        model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
-        model.tie_weights()  # forgets that they were
     head.weight = torch.nn.Parameter(torch.zeros_like(head.weight))
     if head.bias is not None:
         torch.nn.init.zeros_(head.bias)
     model.config.guidance = GUIDANCE
 
 
+def untie_head(model: PreTrainedModel) -> None:
+    """Let the language model head have weights of its own, in place: it will be replaced, and the embeddings will not."""
+    if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
+        model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
+        model.tie_weights()  # forgets that they were
+
+
 def is_guidance(model: "PreTrainedModel | PeftModel") -> bool:
     """Whether the model is a doctor of guided flow, trained or about to be."""
-    return bool(getattr(unwrap_peft(model).config, "guidance", None))
+    return bool(trained_exponents(model))
 
 
 def former_doctor(doctor: "PreTrainedModel | PeftModel | NamedModel") -> PreTrainedModel | NamedModel:
@@ -178,19 +183,22 @@ def read_patient(
 
 def save_guidance(model: "PreTrainedModel | PeftModel", output_dir: str | os.PathLike) -> None:
     """Write down the exponents that the doctor was trained for, if there are any, and its format, next to its weights."""
-    contents = {"format": FORMAT} | (unwrap_peft(model).config.guidance if is_guidance(model) else {})
+    contents = {"format": FORMAT} | trained_exponents(model)
     (Path(output_dir) / GUIDANCE_FILE).write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
 
 
-def load_guidance(path: str | os.PathLike) -> dict[str, float]:
+def load_guidance(path: str | os.PathLike) -> dict[str, float] | None:
     """
-    The exponents `alpha` and `beta` that the doctor in a folder, or on the Hub, was trained for; empty without any.
+    The exponents `alpha` and `beta` that the doctor in a folder, or on the Hub, was trained for; empty for a doctor with a
+    policy of its own, `None` where nothing is written down.
 
     Raises:
         `ValueError`: when there is no such folder, or a later version of this package wrote it, in another format.
     """
     check_there(path)
     file = cached_file(path, GUIDANCE_FILE, _raise_exceptions_for_missing_entries=False)
-    contents = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
+    if file is None:
+        return None
+    contents = json.loads(Path(file).read_text(encoding="utf-8"))
     check_format(contents.pop("format", FORMAT), f"The doctor in {str(path)!r}")
     return contents

@@ -114,7 +114,12 @@ __all__ = ["generate"]
 
 
 def complete_model_card(
-    args: TFPOConfig, *, doctor: str, dataset: Dataset | IterableDataset, dataset_name: str | None = None
+    args: TFPOConfig,
+    *,
+    doctor: str,
+    dataset: Dataset | IterableDataset,
+    dataset_name: str | None = None,
+    is_adapter: bool = False,
 ) -> None:
     """
     Say in the model card in the output folder how the doctor guides and what it was trained for, where TRL's quick start
@@ -129,6 +134,8 @@ def complete_model_card(
             What it was trained on; where [`annotate_token_rewards`] made it, it says from which patient and faces.
         dataset_name (`str`, *optional*):
             What it is called.
+        is_adapter (`bool`, *optional*, defaults to `False`):
+            Whether the doctor is an adapter, which PEFT loads.
     """
     annotation = _describe_annotation(dataset)
     if annotation["patient"] == UNKNOWN:
@@ -154,6 +161,8 @@ def complete_model_card(
     card.text, is_there = re.subn(r"^## Quick start.*?(?=^## )", lambda _: how, text, count=1, flags=re.M | re.S)
     if not is_there:
         card.text = f"{text}\n\n{how}"
+    if is_adapter:
+        card.data.library_name = "peft"
     card.save(path)
 
 

@@ -33,7 +33,6 @@ from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBa
 
 from .doctors import PADDING, Doctor, DoctorMemory, check_left_padded, check_reference, guess_mask
 from .functional import guided_logps, next_token_entropy, plausible_mask
-from .guided_flow import is_guidance, load_guidance
 from .modeling_doctor import load_doctor
 from .tokenizer_identity import check_all_same
 from .trace import GuidanceTrace, TraceRecorder
@@ -90,8 +89,8 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
 
     Raises:
         `ValueError`: at construction, on exponents that are not finite or of the wrong number, a mixture whose `alpha`
-            would be negative, thresholds out of range, a doctor that is an encoder-decoder or in training mode,
-            different tokenizers, a mask that is not left-padded. At a call, on prompts that the mask is not for,
+            would be negative, thresholds out of range, what [`Doctor`] refuses, a doctor of guided flow without a record
+            of it (unless `alpha` is given) or with a `reference`, different tokenizers, a mask that is not left-padded. At a call, on prompts that the mask is not for,
             `inputs_embeds` without ids, ids or positions that a doctor does not have, NaN.
 
     Examples:
@@ -143,7 +142,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         betas = [check_weight("beta", beta) for beta in betas]
         if alpha is None:
             rows = zip(doctors, betas, references, strict=True)
-            alpha = remaining_weight([beta for one, beta, ref in rows if ref is None and not is_guidance(one.model)])
+            alpha = remaining_weight([beta for one, beta, ref in rows if ref is None and not one.exponents])
         if not (0 <= min_patient_prob <= 1 and 0 <= min_patient_entropy < math.inf):
             raise ValueError(
                 "`min_patient_prob` must be in [0, 1] and `min_patient_entropy` a number of nats, at least 0. Got "
@@ -195,9 +194,11 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
             [`DoctorGuidedLogitsProcessor`]: with the doctors in eval mode.
         """
         names = [doctor] if isinstance(doctor, (str, os.PathLike)) else list(doctor)
+        doctors = [
+            Doctor(load_doctor(name, with_value_head=False, **(model_init_kwargs or {})).eval()) for name in names
+        ]
         if beta is None:
-            beta = [load_guidance(name).get("beta", DEFAULT_BETA) for name in names]
-        doctors = [load_doctor(name, with_value_head=False, **(model_init_kwargs or {})).eval() for name in names]
+            beta = [doctor.exponents.get("beta", DEFAULT_BETA) for doctor in doctors]
         return cls(doctors, alpha, beta, **settings)
 
     def reset(self, attention_mask: torch.Tensor | None = None, *, keep_memory: bool = False) -> None:

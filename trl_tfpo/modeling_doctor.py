@@ -20,13 +20,16 @@ import json
 import os
 import types
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import ModelOutput, cached_file
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import CONFIG_NAME, ModelOutput, cached_file
 from trl.trainer import add_fused_lm_head
 
 from ._compat import (
@@ -39,15 +42,17 @@ from ._compat import (
     prove_head,
     unwrap_peft,
 )
+from .adapters import VALUE_HEAD, check_adapters, record_exponents, trained_exponents, why_unreadable
+from .atomic import written_whole
 from .functional import guided_logps
-from .guided_flow import is_guidance, load_guidance, start_guidance
+from .guided_flow import GUIDANCE, is_guidance, load_guidance, start_guidance, untie_head
 
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
 
-VALUE_HEAD = "value_head"
+VALUE_HEAD_FILE = "value_head.safetensors"  # of a full model
 
 
 @dataclass
@@ -200,16 +205,28 @@ def make_doctor(
         [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]: the doctor.
 
     Raises:
-        `ValueError`: on a second adapter, prompt learning, an adapter on the language modelling head, or a `PeftModel`
-        that is not a doctor of guided flow but is to become one.
+        `ValueError`: on a second adapter, prompt learning, an activated LoRA, an adapter on the language modelling head,
+        a `PeftModel` that is not a doctor of guided flow but is to become one, or the reverse.
     """
+    check_adapters(model, "The doctor")
+    if getattr(model, "peft_config", None) and not is_peft_model(model):
+        raise ValueError(
+            "A doctor with adapters must be a `PeftModel`, which saves them. Got a "
+            f"{type(model).__name__} with the adapters {sorted(model.peft_config)}; load it with `load_doctor` or "
+            "`PeftModel.from_pretrained`, or pass the model without adapters."
+        )
     if guides and is_peft_model(model) and not is_guidance(model):
         raise ValueError(
             "A doctor of guided flow starts with a new head. Got a `PeftModel` that was not trained by guided flow; pass "
             "its base model and a `peft_config`, or set `policy='doctor'`."
         )
-    if guides:
-        start_guidance(unwrap_peft(model))
+    if not guides and is_guidance(model):
+        raise ValueError(
+            "With `policy='doctor'` the doctor is a language model. Got one of guided flow, which is a ratio of two "
+            "policies; start from what it was before, or train it on with `policy='guided'`."
+        )
+    if guides and not is_guidance(model):
+        start_guidance(model)
     if peft_config is not None:
         from peft import get_peft_model
 
@@ -218,10 +235,12 @@ def make_doctor(
                 "`peft_config` makes a new adapter. Got a `PeftModel` as well; pass one or the other, or merge the "
                 "adapter with `merge_and_unload()` first."
             )
-        if peft_config.is_prompt_learning:
+        reason = why_unreadable(peft_config)
+        if reason is None and not hasattr(peft_config, "modules_to_save"):
+            reason = "The value head is saved with the adapter, by `modules_to_save`"
+        if reason:
             raise ValueError(
-                "Prompt learning adds tokens that patient and decoding do not see. Got "
-                f"{type(peft_config).__name__}; use an adapter of the weights, such as `LoraConfig`."
+                f"{reason}. Got {type(peft_config).__name__}; use an adapter of the weights, such as `LoraConfig`."
             )
         add_value_head(model)
         peft_config = copy.deepcopy(peft_config)  # the caller's stays as it is
@@ -232,6 +251,8 @@ def make_doctor(
     else:
         add_value_head(model)
     if is_peft_model(model):
+        model.set_adapter(model.active_adapter)  # one that was loaded to be read is frozen
+        record_exponents(model, GUIDANCE if guides else {})
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         if isinstance(model.get_output_embeddings(), BaseTunerLayer):
@@ -289,7 +310,8 @@ def load_doctor(path: str | os.PathLike, with_value_head: bool = True, **kwargs)
     """
     Load a trained doctor together with its value head, to go on training or to inspect the flow.
 
-    For decoding the head is not needed: `AutoModelForCausalLM.from_pretrained(path)` does.
+    For decoding the head is not needed: `AutoModelForCausalLM.from_pretrained(path)` does, or for an adapter
+    `PeftModel.from_pretrained(base, path)`.
 
     Args:
         path (`str`):
@@ -304,11 +326,13 @@ def load_doctor(path: str | os.PathLike, with_value_head: bool = True, **kwargs)
         [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]: the doctor, in eval mode.
 
     Raises:
-        `ValueError`: when there is no value head at `path`, or an adapter that is not in safetensors.
+        `ValueError`: when there is no value head at `path`, several adapters or one that is not in safetensors, or an
+            adapter that does not say for which exponents it was trained.
     """
     kwargs.setdefault("use_safetensors", True)  # a pickle could do anything
     kwargs.setdefault("trust_remote_code", False)  # otherwise transformers asks, and so could code of the folder
     guidance = load_guidance(path)
+    path = _adapter_folder(path)
     adapter_config = cached_file(path, "adapter_config.json", _raise_exceptions_for_missing_entries=False)
     if adapter_config is not None:
         from peft import PeftModel
@@ -321,23 +345,56 @@ def load_doctor(path: str | os.PathLike, with_value_head: bool = True, **kwargs)
         with open(adapter_config, encoding="utf-8") as file:
             config = json.load(file)
         base = AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"], **kwargs)
+        if set(config.get("modules_to_save") or ()) - {VALUE_HEAD}:
+            untie_head(base)
         if with_value_head:
             if VALUE_HEAD not in (config.get("modules_to_save") or []):
                 raise _no_value_head(path)
             add_value_head(base)
-        if guidance:
-            base.config.guidance = guidance
-        return PeftModel.from_pretrained(base, path)
+        model = PeftModel.from_pretrained(base, path)
+        if guidance is not None:
+            record_exponents(model, guidance)  # the adapter may be older than its record
+        if exponents := trained_exponents(model):
+            base.config.guidance, base.guiding_adapter = exponents, model.active_adapter  # what merging leaves
+        return model
 
     model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    if guidance:
+        model.config.guidance = guidance
     if with_value_head:
         add_value_head(model)
         getattr(model, VALUE_HEAD).load_state_dict(_read_value_head(path))
     return model.eval()
 
 
+def _adapter_folder(path: str | os.PathLike) -> str | os.PathLike:
+    """Where PEFT saved the adapter of a doctor: an adapter that is not called "default" has a folder of its own."""
+    if not Path(path).is_dir() or any((Path(path) / name).exists() for name in ("adapter_config.json", CONFIG_NAME)):
+        return path
+    named = sorted(file.parent for file in Path(path).glob("*/adapter_config.json"))
+    named = [folder for folder in named if not folder.name.startswith(PREFIX_CHECKPOINT_DIR)]
+    if len(named) > 1:
+        raise ValueError(
+            f"A doctor is one adapter. Got {str(path)!r} with {[folder.name for folder in named]}; pass the folder of one."
+        )
+    return named[0] if named else path
+
+
+def save_value_head(state: dict[str, torch.Tensor], folder: str | os.PathLike) -> None:
+    """Write the tensors of a full model's value head into its folder, next to the other weights."""
+    with written_whole(Path(folder) / VALUE_HEAD_FILE) as part:
+        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}, part)
+
+
+def load_value_head(model: PreTrainedModel, folder: str | os.PathLike) -> None:
+    """Read the value head of a full model from its folder, in place; from one that keeps it elsewhere nothing."""
+    path = Path(folder) / VALUE_HEAD_FILE
+    if path.is_file():
+        getattr(model, VALUE_HEAD).load_state_dict(load_file(path))
+
+
 def _read_value_head(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """The tensors of the value head in a saved full model, sharded or not."""
+    """The tensors of the value head in a saved full model: among its weights, sharded or not, or in their own file."""
     file_names = ["model.safetensors"]
     index = cached_file(path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
     if index is not None:
@@ -349,9 +406,10 @@ def _read_value_head(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         with safe_open(cached_file(path, name), framework="pt") as tensors:
             keys = [key for key in tensors.keys() if key.startswith(f"{VALUE_HEAD}.")]
             state.update({key.removeprefix(f"{VALUE_HEAD}."): tensors.get_tensor(key) for key in keys})
-    if not state:
+    own = cached_file(path, VALUE_HEAD_FILE, _raise_exceptions_for_missing_entries=False)
+    if not state and not own:
         raise _no_value_head(path)
-    return state
+    return state or load_file(own)
 
 
 def _no_value_head(path: str | os.PathLike) -> ValueError:

@@ -46,6 +46,7 @@ from ._compat import (
     unsharded,
     unwrap_peft,
 )
+from .adapters import check_speaks
 
 
 logger = logging.getLogger(__name__)
@@ -78,9 +79,11 @@ def score_completions(
         `list[torch.Tensor]` of shape `(T_i,)`: log-probabilities in nats, float32, on the CPU, in the given order.
 
     Raises:
-        `ValueError`: when the model is sharded, or a log-probability is not finite.
+        `ValueError`: when the model is sharded, is a doctor of guided flow or has adapters that add tokens, or a
+            log-probability is not finite.
     """
     check_whole(model)
+    check_speaks(model)
     logps: list[torch.Tensor | None] = [None] * len(completion_ids)
     with inference(model), unsharded(), _precisely(model), fused_lm_head(model, in_float32=True):
         rows = _rows(prompt_ids, max_branches=2)

@@ -36,13 +36,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer import disable_dropout_in_model
 
 from . import functional
-from ._compat import _BaseTrainer, is_peft_model, keep_differentiable, keep_output_precision
+from ._compat import is_peft_model, keep_differentiable, keep_output_precision
 from .atomic import check_writable
 from .checkpoints import check_loss, kept_whole, resolve_checkpoint
 from .data_collator import TokenRewardCollator
+from .doctor_files import DoctorFiles
 from .faces import Faces
-from .guided_flow import former_doctor, keep_patient, read_patient, save_guidance
-from .hub import complete_model_card, save_custom_generate
+from .guided_flow import former_doctor, keep_patient, read_patient
 from .modeling_doctor import make_doctor, set_head_learning_rate
 from .named_model import NamedModel, outline_of, resolve_model
 from .objective import describe_batch, tfpo_objective
@@ -80,7 +80,7 @@ NUM_PAIRS = "num_pairs"
 AnyDataset = Dataset | IterableDataset | DatasetDict | IterableDatasetDict | dict
 
 
-class TFPOTrainer(_BaseTrainer):
+class TFPOTrainer(DoctorFiles):
     """
     Trainer for token-level flow-guided preference optimization, the method of the paper
     [LLMdoctor](https://huggingface.co/papers/2601.10416).
@@ -492,32 +492,9 @@ class TFPOTrainer(_BaseTrainer):
             loss = self.compute_loss(model, inputs)
         return loss.detach(), None, None
 
-    # Saving
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            save_guidance(self.model, output_dir or self.args.output_dir)
-            save_custom_generate(output_dir or self.args.output_dir)
-
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """TRL's model card, and how the model is used: as a doctor, next to a patient."""
-        model_name = model_name or Path(self.args.output_dir).name
-        is_file = dataset_name is not None and Path(dataset_name).exists()  # to which there is no link
-        super().create_model_card(model_name=model_name, dataset_name=None if is_file else dataset_name, tags=tags)
-        if self.is_world_process_zero():
-            complete_model_card(
-                self.args,
-                doctor=self.hub_model_id or model_name,
-                dataset=self.train_dataset,
-                dataset_name=Path(dataset_name).name if is_file else dataset_name,
-            )
+    # Saving, see also `DoctorFiles`
 
     def _save_checkpoint(self, model, trial):
-        name = self.args.hub_model_id or Path(self.args.output_dir).name
-        self.create_model_card(model_name=name.split("/")[-1])
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with kept_whole(self, folder):
             super()._save_checkpoint(model, trial)

@@ -29,6 +29,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import functional
 from ._compat import HALVES, in_float32
+from .adapters import check_speaks
 from .atomic import FORMAT, check_format
 from .faces import Faces, resolve_faces
 from .named_model import NamedModel, outline_of, resolve_model
@@ -239,7 +240,7 @@ def check_given(patient: PreTrainedModel | NamedModel | None) -> None:
 
 
 def check_patient(patient: PreTrainedModel | NamedModel, processing_class: PreTrainedTokenizerBase) -> None:
-    """Raise `ValueError` unless the patient is a whole causal language model for this tokenizer."""
+    """Raise `ValueError` unless the patient is a whole causal language model for this tokenizer, and no ratio."""
     check_is_tokenizer(processing_class)
     patient = outline_of(patient)
     if patient.config.is_encoder_decoder:
@@ -248,6 +249,7 @@ def check_patient(patient: PreTrainedModel | NamedModel, processing_class: PreTr
             f"{type(patient).__name__}; use a decoder-only model."
         )
     check_whole(patient)
+    check_speaks(patient)
     own_tokenizer = _tokenizer_of(patient)
     if own_tokenizer is not None:
         check_same_tokenizer(own_tokenizer, processing_class)

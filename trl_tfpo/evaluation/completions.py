@@ -19,21 +19,39 @@ What a policy says to a set of prompts.
 import math
 import reprlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from datasets.utils import tqdm
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from .._compat import unwrap_peft
+from ..adapters import check_speaks
 from ..generation import check_reads, guided_generate
 from ..logits_processor import DoctorGuidedLogitsProcessor
+from ..shared_forward import patient_adapters
 from ..tokenization import check_counts, eos_token_ids, tokenize_prompt
 
 
 Prompt = str | list[dict[str, str]]
+
+# What leaves the policy as it is: these settings of `generate` at any value, and those below at this one or None
+WITHOUT_EFFECT = {
+    "keep_memory",
+    "speculative",
+    "num_draft_tokens",
+    "draft_cost",
+    "verify_cost",
+    "statistics",
+    "use_cache",
+}
+NEUTRAL = {"do_sample": True, "temperature": 1, "top_k": 0, "top_p": 1, "repetition_penalty": 1, "num_beams": 1}
+# What is kept of a patient's generation config: how it computes, nothing of what it says
+COMPUTATION = ("use_cache", "cache_implementation", "cache_config", "compile_config", "disable_compile")
 
 
 @dataclass(frozen=True)
@@ -54,6 +72,9 @@ class Completion:
             Whether it ends in EOS, rather than at `max_new_tokens`.
         seconds (`float`, *optional*):
             Its share of the time that its batch took. Does not count when completions are compared.
+        altered_by (`Mapping`, *optional*):
+            Settings of `generate` that made its policy another than that of patient and guide, such as `{"top_k": 1}`.
+            Does not count when completions are compared.
     """
 
     prompt: Prompt
@@ -62,6 +83,7 @@ class Completion:
     text: str
     is_complete: bool
     seconds: float | None = field(default=None, compare=False)
+    altered_by: Mapping = field(default_factory=dict, compare=False)
 
 
 @torch.no_grad()
@@ -81,8 +103,8 @@ def generate_completions(
     """
     What the patient says, guided or alone.
 
-    Top-k, top-p and repetition penalty are off, whatever the patient's generation config says: these are samples of
-    the policy itself. The random state of the caller is left as it was.
+    These are samples of the policy itself, unless an argument says otherwise: what the patient's generation config says
+    of sampling, penalties or forbidden tokens does not apply. The random state of the caller is left as it was.
 
     Args:
         patient ([`~transformers.PreTrainedModel`]):
@@ -104,14 +126,14 @@ def generate_completions(
         seed (`int`, *optional*, defaults to `0`):
             Seed of the samples.
         **generate_kwargs:
-            Anything else for `patient.generate`.
+            Anything else for `patient.generate`. What makes another policy, such as `top_k`, is noted in each completion.
 
     Returns:
         `list[Completion]`: the samples of the first prompt, then those of the second, and so on.
 
     Raises:
         `ValueError`: when there is no prompt, or one without tokens, a setting is out of range, the patient is in training
-            mode, or the guide has a weight for each row.
+            mode, is a doctor of guided flow or has adapters that add tokens, or the guide has a weight for each row.
     """
     check_policy(patient, guide)
     if isinstance(prompts, str) or len(prompts) == 0 or num_samples_per_prompt < 1:
@@ -134,8 +156,12 @@ def generate_completions(
             raise ValueError(f"A prompt must have at least one token. Got none for {prompt!r}; leave it out.")
     rows = [row for row in tokenized for _ in range(num_samples_per_prompt)]
     generate = patient.generate if guide is None else partial(guided_generate, patient, guide)
+    altered_by = altering_settings({"temperature": temperature, **generate_kwargs})
     completions = []
-    with torch.random.fork_rng(devices=[patient.device] if patient.device.type == "cuda" else []):
+    with (
+        _own_policy(patient),
+        torch.random.fork_rng(devices=[patient.device] if patient.device.type == "cuda" else []),
+    ):
         torch.manual_seed(seed)
         starts = range(0, len(rows), batch_size)
         for start in tqdm(starts, desc="Generating", unit=" batches", leave=False, disable=None):  # in a terminal
@@ -159,10 +185,50 @@ def generate_completions(
             for (prompt, prompt_ids), generated in zip(batch, rows_of_ids, strict=True):
                 end = next((i + 1 for i, x in enumerate(generated) if x in eos_ids), None)
                 text = processing_class.decode(generated[:end], skip_special_tokens=True)
-                completions.append(Completion(prompt, prompt_ids, generated[:end], text, end is not None, seconds))
+                sample = Completion(prompt, prompt_ids, generated[:end], text, end is not None, seconds, altered_by)
+                completions.append(sample)
     if guide is not None:
         guide.reset()
     return completions
+
+
+def altering_settings(settings: Mapping) -> dict:
+    """
+    Those settings of `generate` by which samples are not of the policy itself.
+
+    Args:
+        settings (`Mapping`):
+            Keyword arguments of `generate`. One that is not known to leave the policy as it is counts.
+
+    Returns:
+        `dict`: empty where the KL of the policy is that of its samples.
+
+    Examples:
+
+    ```python
+    >>> from trl_tfpo.evaluation.completions import altering_settings
+    >>> altering_settings({"top_p": 1.0, "top_k": 50, "use_cache": False, "min_p": None})
+    {'top_k': 50}
+
+    ```
+    """
+    return {
+        name: value
+        for name, value in settings.items()
+        if name not in WITHOUT_EFFECT and value is not None and (name not in NEUTRAL or value != NEUTRAL[name])
+    }
+
+
+@contextmanager
+def _own_policy(patient: PreTrainedModel) -> Iterator[None]:
+    """Within the context the generation config of the patient says nothing about which tokens it samples."""
+    base = unwrap_peft(patient)
+    config = base.generation_config
+    base.generation_config = GenerationConfig(**{name: getattr(config, name, None) for name in COMPUTATION})
+    try:
+        yield
+    finally:
+        base.generation_config = config
 
 
 def by_prompt(
@@ -217,8 +283,9 @@ def pad(rows: Sequence[list[int]], *, padding_side: str, device: torch.device) -
 
 
 def check_policy(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor | None) -> None:
-    """Raise `ValueError` when a model is in training mode, or the guide has a weight for each row."""
+    """Raise `ValueError` when a model is in training mode or no policy, or the guide has a weight for each row."""
     doctors = guide.doctors if guide else []
+    check_speaks(patient, patient_adapters(patient, guide) if guide else None)
     if any(model.training for model in (patient, *(doctor.model for doctor in doctors))):
         raise ValueError(
             "Patient and doctors must be in eval mode, as dropout is random. Got training mode; call `.eval()`."

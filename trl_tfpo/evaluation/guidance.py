@@ -21,7 +21,8 @@ Methods are comparable at the same KL from the patient, [`match_kl`]: any reward
 """
 
 import math
-from collections.abc import Callable, Sequence
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -32,7 +33,7 @@ from ..functional import next_token_entropy
 from ..generation import without_doctors
 from ..logits_processor import DoctorGuidedLogitsProcessor
 from ..tokenization import check_counts
-from .completions import Completion, Prompt, check_policy, generate_completions, pad
+from .completions import NEUTRAL, Completion, Prompt, altering_settings, check_policy, generate_completions, pad
 from .diversity import distinct_n
 from .judges import score_texts
 
@@ -70,7 +71,8 @@ def guided_kl(
         Its mean is the estimate.
 
     Raises:
-        `ValueError`: when the patient is in training mode, or the guide has a weight for each row.
+        `ValueError`: when the patient is in training mode, the guide has a weight for each row, or completions were
+            sampled with settings such as `top_k`, which make another policy.
     """
     return next_token_statistics(patient, guide, completions, batch_size=batch_size)["kl"]
 
@@ -103,16 +105,25 @@ def next_token_statistics(
         next token in nats, averaged over the tokens of each completion.
 
     Raises:
-        `ValueError`: when a model is in training mode, or the guide has a weight for each row.
+        `ValueError`: when a model is in training mode, the policy is a doctor of guided flow without its guide, the guide
+            has a weight for each row, or completions were sampled with settings such as `top_k`, which make another
+            policy.
     """
     guide = policy if isinstance(policy, DoctorGuidedLogitsProcessor) else None
     check_policy(patient, guide)
     check_counts(batch_size=batch_size)
+    for completion in completions:
+        _check_is_of_policy(completion.altered_by)
     alone, others = patient, []
     if guide is not None:
         others = guide.doctors
     elif policy is not None:
         others = [policy if isinstance(policy, Doctor) else Doctor(policy)]
+        if others[0].exponents:
+            raise ValueError(
+                "A policy must be a language model, or a guide. Got a doctor of guided flow, which is a ratio of two "
+                "policies; pass `DoctorGuidedLogitsProcessor(doctor)`."
+            )
         if others[0].is_on(patient) and others[0].adapters:
             alone = Doctor(patient, adapter=NO_ADAPTER)
     kls, entropies = [], []
@@ -212,13 +223,14 @@ def evaluate_guidance(
         not independent of one another; over the samples, if there is one prompt.
 
     Raises:
-        `ValueError`: when there is not one finite reward for each completion, or the temperature is not 1.
+        `ValueError`: when there is not one finite reward for each completion, or a setting of `generate` makes another
+            policy than that whose KL is measured: another temperature, greedy search, beams, `top_k`, `top_p`,
+            penalties, or anything that is not known to leave the policy as it is.
     """
-    if generate_kwargs.get("temperature", 1.0) != 1.0:
-        raise ValueError(
-            "The KL of a guided policy is estimated from its own samples, so `temperature` must be 1. Got "
-            f"{generate_kwargs['temperature']}; use `generate_completions` for other temperatures."
-        )
+    own = ("num_samples_per_prompt", "max_new_tokens", "seed")
+    _check_is_of_policy(
+        altering_settings({name: generate_kwargs[name] for name in generate_kwargs if name not in own})
+    )
     completions = generate_completions(
         patient, processing_class, prompts, guide=guide, batch_size=batch_size, **generate_kwargs
     )
@@ -361,6 +373,16 @@ def best_of_n(rewards: Sequence[Sequence[float]] | torch.Tensor, n: int) -> dict
         "reward_se": _standard_error(best, len(best)),
         "kl": math.log(n) - (n - 1) / n,
     }
+
+
+def _check_is_of_policy(altered_by: Mapping) -> None:
+    if altered_by:
+        rules = [f"`{name}` must be {NEUTRAL[name]}" if name in NEUTRAL else f"no `{name}`" for name in altered_by]
+        raise ValueError(
+            f"The KL of a policy is measured on its own samples, drawn from all tokens: {', '.join(rules)}. Got "
+            f"{', '.join(map(reprlib.repr, altered_by.values()))}, which makes another policy; leave it out, or compare "
+            "rewards alone, of samples from `generate_completions`."
+        )
 
 
 def _standard_error(values: torch.Tensor, num_prompts: int) -> float:

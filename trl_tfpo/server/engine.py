@@ -33,6 +33,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import TopPLogitsWarper
 
+from ..adapters import check_speaks
 from ..doctors import check_is_doctor
 from ..evaluation.completions import pad
 from ..functional import guided_logps
@@ -160,7 +161,7 @@ class Engine:
             What a client may ask for.
 
     Raises:
-        `ValueError`: when a model is in training mode, or has a state that rows cannot leave and join.
+        `ValueError`: when a model is in training mode, the patient is a doctor of guided flow, or one has a state that rows cannot leave and join.
     """
 
     def __init__(
@@ -173,6 +174,7 @@ class Engine:
         self.names, self.models = list(doctors), [patient, *doctors.values()]
         for model in self.models:
             check_is_doctor(model)
+        check_speaks(patient)
         self.processing_class, self.limits = processing_class, limits or Limits()
         self.eos = set(eos_token_ids(processing_class, patient))
         self.vocab_size = min(model.get_input_embeddings().num_embeddings for model in self.models)
