@@ -133,10 +133,10 @@ def pytest_runtest_makereport(item, call):
 
 
 @contextmanager
-def serving(app):
+def serving(app, **settings):
     """The address of a real server of the app, on a free port."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", **settings))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         while not server.started:

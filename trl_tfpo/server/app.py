@@ -366,7 +366,6 @@ def _check_template_kwargs(given: dict, processing_class) -> dict:
 
 
 def _error_body(message: str, kind: str) -> dict:
-    message = message.encode(errors="backslashreplace").decode()  # of a client's lone surrogates
     return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
 

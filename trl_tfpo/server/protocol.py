@@ -179,7 +179,7 @@ class Message(NeutralMessage):
 
     def to_template(self) -> dict[str, str]:
         """The message as chat templates know it: with one text, and `system` for `developer`, its older name."""
-        content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         message = {"role": "system" if self.role == "developer" else self.role, "content": content}
         return message | ({} if self.name is None else {"name": self.name})
 
