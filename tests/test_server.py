@@ -27,52 +27,14 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 import torch
-from conftest import hear_interruptions, serving
+from conftest import KEY, hear_interruptions
 from transformers import AutoModelForCausalLM
 
 from trl_tfpo import DoctorGuidedLogitsProcessor, guided_generate
 from trl_tfpo.cli import main
-from trl_tfpo.server import Engine, Generation, Limits, make_app
+from trl_tfpo.server import Engine, Generation, Limits
 from trl_tfpo.server.engine import Row
 from trl_tfpo.testbed import load_world
-
-
-KEY = "a-key-for-tests"
-
-
-@pytest.fixture(scope="module")
-def world():
-    return load_world()
-
-
-@pytest.fixture(scope="module")
-def doctors(world):
-    """Two doctors that differ: the world's, and one that has been shaken."""
-    torch.manual_seed(0)
-    shaken = AutoModelForCausalLM.from_pretrained(world.weights / "doctor").eval()
-    with torch.no_grad():
-        shaken.lm_head.weight.add_(torch.randn_like(shaken.lm_head.weight) / 4)
-    return {"calm": world.doctor, "wild": shaken}
-
-
-@pytest.fixture(scope="module")
-def engine(world, doctors):
-    limits = Limits(
-        max_prompt_tokens=40, max_new_tokens=64, max_rows=32, max_queue=64, max_choices=4, max_bytes=20_000
-    )
-    return Engine(world.patient, world.tokenizer, doctors, limits)
-
-
-@pytest.fixture(scope="module")
-def url(engine):
-    with serving(make_app(engine, model_name="world", api_key=KEY)) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def client(url):
-    with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client:
-        yield client
 
 
 def ask(client, prompt, *, weights=None, alpha=None, **settings):
@@ -305,7 +267,7 @@ def test_a_key_is_needed(url):
             with pytest.raises(openai.AuthenticationError):
                 client.models.list()
     with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY) as client:
-        (model,) = client.models.list().data
+        model = client.models.list().data[0]
     assert model.id == "world" and model.doctors == {"calm": 0.25, "wild": 0.25}
     assert json.load(urllib.request.urlopen(f"{url}/health")) == {"status": "ok"}
 

@@ -34,6 +34,7 @@ from ..tokenization import tokenize_prompt
 from .engine import Engine, Generation
 from .protocol import NOT_SUPPORTED, ChatRequest, Sampling, TextRequest
 from .responses import Answer, server_sent
+from .text import BROKEN
 
 
 class ApiError(Exception):
@@ -197,7 +198,9 @@ def make_app(
         echoes = None
         if body.echo:
             given = zip(body.prompts, prompts, strict=True)
-            echoes = [text if isinstance(text, str) else engine.texts.decode(ids) for text, ids in given]
+            echoes = [
+                text if isinstance(text, str) else engine.texts.decode(ids).rstrip(BROKEN) for text, ids in given
+            ]
         limit = min(16, engine.limits.max_new_tokens) if body.max_tokens is None else body.max_tokens
         with_logps = body.logprobs is not None
         return await answer(body, request, prompts, limit, body.logprobs or 0, with_logps=with_logps, echoes=echoes)

@@ -131,7 +131,7 @@ class Engine:
         self._check_caches()
         self._waiting: deque[Row] = deque()
         self._arrivals: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()  # of `num_waiting`
+        self._lock = threading.RLock()  # of `num_waiting`; a listener may submit
         self.num_waiting = self.num_rows = self.num_tokens = 0
         self._rows: list[Row] = []
         self._joining: list[Row] = []
@@ -234,11 +234,11 @@ class Engine:
 
     def _step(self) -> None:
         """Let rows join, sample a token for each, let rows leave, and read the tokens."""
-        num_before = len(self._waiting)
-        waiting = [row for row in self._waiting if not self._is_over(row)]
-        num_free = self.limits.max_rows - len(self._rows)
-        self._joining, self._waiting = waiting[:num_free], deque(waiting[num_free:])
-        with self._lock:
+        with self._lock:  # whoever hears that a row has left the queue finds room there
+            num_before = len(self._waiting)
+            waiting = [row for row in self._waiting if not self._is_over(row)]
+            num_free = self.limits.max_rows - len(self._rows)
+            self._joining, self._waiting = waiting[:num_free], deque(waiting[num_free:])
             self.num_waiting -= num_before - len(self._waiting)
         if self._joining:
             self._join(self._joining)

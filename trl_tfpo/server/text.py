@@ -50,11 +50,12 @@ class TokenTexts:
         return self.processing_class.decode(ids, skip_special_tokens=True)
 
     def continuation(self, before: list[int], ids: list[int]) -> str:
-        """The text of tokens that follow others: with the space between them, if there is one."""
-        if not before:
-            return self.decode(ids)
-        lead = self.decode(before[-8:]).rstrip(BROKEN)
-        whole = self.decode([*before[-8:], *ids])
+        """The text of tokens that follow others: with the space between them, and the end of a character begun there."""
+        size = 8
+        while size < len(before) and self.decode(before[-size:]).startswith(BROKEN):
+            size *= 2  # until it begins with a whole character
+        lead = self.decode(before[-size:]).rstrip(BROKEN) if before else ""
+        whole = self.decode([*before[-size:], *ids])
         return whole[len(lead) :] if whole.startswith(lead) else self.decode(ids)
 
     def spell(self, token_id: int, before: int | None = None) -> tuple[str, bytes]:
