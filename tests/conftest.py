@@ -31,6 +31,7 @@ os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp(prefix="datasets-"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import openai
 import pytest
 import torch
 import uvicorn
@@ -38,7 +39,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 
 WORDS = (
@@ -133,10 +134,10 @@ def pytest_runtest_makereport(item, call):
 
 
 @contextmanager
-def serving(app):
+def serving(app, **settings):
     """The address of a real server of the app, on a free port."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", **settings))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         while not server.started:
@@ -144,6 +145,57 @@ def serving(app):
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         server.should_exit = True
         thread.join(timeout=20)
+
+
+# A server of the controlled world
+
+KEY = "a-key-for-tests"
+
+
+@pytest.fixture(scope="session")
+def world():
+    """The controlled world."""
+    from trl_tfpo.testbed import load_world
+
+    return load_world()
+
+
+@pytest.fixture(scope="session")
+def doctors(world):
+    """Two doctors that differ: the world's, and one that has been shaken."""
+    torch.manual_seed(0)
+    shaken = AutoModelForCausalLM.from_pretrained(world.weights / "doctor").eval()
+    with torch.no_grad():
+        shaken.lm_head.weight.add_(torch.randn_like(shaken.lm_head.weight) / 4)
+    return {"calm": world.doctor, "wild": shaken}
+
+
+@pytest.fixture(scope="session")
+def engine(world, doctors):
+    """An engine with both doctors."""
+    from trl_tfpo.server import Engine, Limits
+
+    limits = Limits(
+        max_prompt_tokens=40, max_new_tokens=64, max_rows=32, max_queue=64, max_choices=4, max_bytes=20_000
+    )
+    return Engine(world.patient, world.tokenizer, doctors, limits)
+
+
+@pytest.fixture(scope="session")
+def url(engine):
+    """A server of it, which asks for the key."""
+    from trl_tfpo.server import make_app
+
+    aliases = {"mild": {"calm": 0.1, "wild": 0.0}, "wild": {"wild": 0.9, "calm": 0.0}}
+    with serving(make_app(engine, model_name="world", api_key=KEY, aliases=aliases)) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def client(url):
+    """The client that most people use."""
+    with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client:
+        yield client
 
 
 class Endpoint(BaseHTTPRequestHandler):

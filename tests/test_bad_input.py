@@ -168,6 +168,14 @@ def submit(prompt_ids, **settings):
         engine.close()
 
 
+def serve_aliases(**aliases):
+    engine = Engine(make_llama(1), make_tokenizer(), {})
+    try:
+        make_app(engine, model_name="tiny", aliases=aliases)
+    finally:
+        engine.close()
+
+
 def write(path, text):
     path.write_text(text)
     return path
@@ -413,7 +421,7 @@ SERVING = {
     "time that is no number": (lambda _: Limits(max_seconds=float("nan")), "`max_seconds` must be positive. Got nan"),
     "patient in training mode": (lambda _: Engine(make_llama(1).train(), make_tokenizer(), {}), "eval mode"),
     "empty key": (lambda _: make_app(None, model_name="world", api_key=""), "an empty key; leave out `api_key`"),
-    "model without a name": (lambda _: make_app(None, model_name=""), "must have a name"),
+    "model without a name": (lambda _: make_app(None, model_name=""), "must have names"),
     "weight that is not finite": (lambda _: submit([1], alpha=float("nan")), "Weights must be finite. Got `alpha` nan"),
     "unknown doctor": (lambda _: submit([1], weights={"kind": 1.0}), r"among \[\]. Got \['kind'\]"),
     "negative temperature": (lambda _: submit([1], temperature=-1.0), r"`temperature` must be at least 0.* Got \(-1.0"),
@@ -422,6 +430,16 @@ SERVING = {
     "prompt beyond the positions": (lambda _: submit([1] * 128), "must have 1 to 127 tokens. Got 128"),
     "negative id": (lambda _: submit([-4]), "tokens that all models know"),
     "id beyond the vocabulary": (lambda _: submit([99]), "tokens that all models know"),
+    "top_k below zero": (lambda _: submit([1], top_k=-1), r"`top_k` must be at least 0.* Got \(-1"),
+    "min_p above one": (lambda _: submit([1], min_p=1.5), r"`min_p` in \[0, 1\]"),
+    "repetition penalty of zero": (lambda _: submit([1], repetition_penalty=0.0), "`repetition_penalty` above 0"),
+    "penalty that is not finite": (lambda _: submit([1], presence_penalty=float("inf")), "must be finite"),
+    "bias for a token that is not there": (lambda _: submit([1], logit_bias={22: 1.0}), "from 0 to 21. Got 22"),
+    "bias against all tokens": (lambda _: submit([1], logit_bias=dict.fromkeys(range(22), -100.0)), "must leave a token"),
+    "bias for a patient without a say": (lambda _: submit([1], alpha=0.0, logit_bias={5: 1.0}), "its exponent must be above 0"),
+    "alias of the patient's name": (lambda _: serve_aliases(tiny={}), "a name of its own. Got 'tiny'"),
+    "alias without a name": (lambda _: serve_aliases(**{"": {}}), r"must have names.*\['tiny', ''\]"),
+    "alias of an unknown doctor": (lambda _: serve_aliases(mild={"kind": 0.1}), r"Alias 'mild': `weights` must name doctors"),
 }  # fmt: skip
 TABLES = {
     "annotation": ANNOTATION,
@@ -550,6 +568,14 @@ COMMANDS = {
     "serve a doctor of another family": (f"{SERVE} --world --doctor a=doctor", "must have the same tokenizer"),
     "serve with a key that is not there": (f"{SERVE} --world --api_key_file absent.txt", "absent.txt"),
     "serve with an empty key": (f"{SERVE} --world --api_key_file empty.jsonl", "must hold a key"),
+    "serve an alias without weights": (f"{SERVE} --world --alias mild", "NAME=DOCTOR:WEIGHT"),
+    "serve an alias with half a weight": (f"{SERVE} --world --alias mild=kind", "Got 'mild=kind'"),
+    "serve an alias of nobody": (
+        f"{SERVE} --world --alias mild=kind:0.5",
+        "Alias 'mild': `weights` must name doctors",
+    ),
+    "serve an alias twice": (f"{SERVE} --world --alias mild=kind:0.5 mild=kind:0.1", "each name and each doctor once"),
+    "serve no choices": (f"{SERVE} --world --max_choices 0", "`max_choices` must be positive. Got 0"),
     "serve nobody": (f"{SERVE} --world --max_rows 0", "`max_rows` must be positive. Got 0"),
     "serve for no time": (f"{SERVE} --world --max_seconds nan", "`max_seconds` must be positive. Got nan"),
     "play without a patient": ("demo --doctor a=doctor", "`--doctor` needs `--patient`"),
@@ -618,9 +644,33 @@ REQUESTS = {
     "no messages": ("POST", "/v1/chat/completions", CHAT | {"messages": []}, 400, "messages"),
     "no prompt": ("POST", "/v1/completions", {"model": "world"}, 400, "prompt"),
     "empty prompt": ("POST", "/v1/completions", TEXT | {"prompt": ""}, 400, "1 to 40 tokens. Got 0"),
-    "several prompts": ("POST", "/v1/completions", TEXT | {"prompt": ["a", "b"]}, 400, "prompt"),
+    "too many prompts": ("POST", "/v1/completions", TEXT | {"prompt": ["a"] * 5}, 400, "number of prompts must be at most 4. Got 5"),
+    "too many choices of prompts": ("POST", "/v1/completions", TEXT | {"prompt": ["a", "b"], "n": 3}, 400, "at most 4. Got 6"),
+    "a list of no prompts": ("POST", "/v1/completions", TEXT | {"prompt": []}, 400, "prompt.texts: List should have at least 1"),
+    "one empty prompt of two": ("POST", "/v1/completions", TEXT | {"prompt": [[5], []]}, 400, "prompt.lists of ids.1"),
+    "prompts of two kinds": ("POST", "/v1/completions", TEXT | {"prompt": ["a", 5]}, 400, "prompt.texts.1"),
+    "ids that are no numbers": ("POST", "/v1/completions", TEXT | {"prompt": [5, True]}, 400, "prompt.ids.1"),
+    "an id beyond the vocabulary": ("POST", "/v1/completions", TEXT | {"prompt": [10**30]}, 400, "tokens that all models know"),
+    "a negative id": ("POST", "/v1/completions", TEXT | {"prompt": [[5], [-1]]}, 400, "prompt.lists of ids.1.0"),
     "unknown role": ("POST", "/v1/chat/completions", CHAT | {"messages": [{"role": "doctor", "content": "a"}]}, 400, "role"),
-    "message of parts": ("POST", "/v1/chat/completions", CHAT | {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}, 400, "content"),
+    "message of an image": ("POST", "/v1/chat/completions", CHAT | {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a"}}]}]}, 400, "content.parts.0.type: Input should be 'text'"),
+    "message of no parts": ("POST", "/v1/chat/completions", CHAT | {"messages": [{"role": "user", "content": []}]}, 400, "content.parts"),
+    "message of nothing": ("POST", "/v1/chat/completions", CHAT | {"messages": [{"role": "assistant", "content": None}]}, 400, "content: Field required"),
+    "message that calls a tool": ("POST", "/v1/chat/completions", CHAT | {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, 400, "tool_calls: List should have at most 0 items"),
+    "message that refuses": ("POST", "/v1/chat/completions", CHAT | {"messages": [{"role": "assistant", "content": "a", "refusal": "no"}]}, 400, "refusal"),
+    "tools": ("POST", "/v1/chat/completions", CHAT | {"tools": [{"type": "function"}]}, 400, "this is not supported otherwise, leave it out"),
+    "a tool that must be used": ("POST", "/v1/chat/completions", CHAT | {"tool_choice": "required"}, 400, "tool_choice"),
+    "an answer in JSON": ("POST", "/v1/chat/completions", CHAT | {"response_format": {"type": "json_object"}}, 400, "response_format.type: Input should be 'text'; this is not supported otherwise"),
+    "spoken answers": ("POST", "/v1/chat/completions", CHAT | {"modalities": ["text", "audio"]}, 400, "modalities"),
+    "answers that are stored": ("POST", "/v1/chat/completions", CHAT | {"store": True}, 400, "store: Input should be False; this is not"),
+    "effort": ("POST", "/v1/chat/completions", CHAT | {"reasoning_effort": "high"}, 400, "reasoning_effort"),
+    "the best of two": ("POST", "/v1/completions", TEXT | {"best_of": 2}, 400, "best_of"),
+    "a suffix": ("POST", "/v1/completions", TEXT | {"suffix": "b"}, 400, "suffix"),
+    "a variable that the template lacks": ("POST", "/v1/chat/completions", CHAT | {"chat_template_kwargs": {"enable_thinking": True}}, 400, "variables of the chat template. Got 'enable_thinking'"),
+    "a template of one's own": ("POST", "/v1/chat/completions", CHAT | {"chat_template_kwargs": {"chat_template": "a"}}, 400, "variables of the chat template. Got 'chat_template'"),
+    "an argument as a variable": ("POST", "/v1/chat/completions", CHAT | {"chat_template_kwargs": {"tokenize": False}}, 400, "Got 'tokenize'"),
+    "half a character in a variable": ("POST", "/v1/chat/completions", CHAT | {"chat_template_kwargs": {"bos_token": "\ud800"}}, 400, "chat_template_kwargs"),
+    "half a character in a field": ("POST", "/v1/completions", TEXT | {"\ud800": 1}, 400, "valid string"),
     "half a character": ("POST", "/v1/completions", TEXT | {"prompt": "a \ud800"}, 400, "lone surrogates"),
     "half a character in a message": ("POST", "/v1/chat/completions", CHAT | {"messages": [{"role": "user", "content": "\udfff"}]}, 400, "lone surrogates"),
     "half a character in a name": ("POST", "/v1/completions", TEXT | {"weights": {"\ud800": 1.0}}, 400, "must name doctors"),
@@ -629,13 +679,20 @@ REQUESTS = {
     "too many choices": ("POST", "/v1/chat/completions", CHAT | {"n": 5}, 400, "at most 4"),
     "no choices": ("POST", "/v1/completions", TEXT | {"n": 0}, 400, "n:"),
     "too many tokens": ("POST", "/v1/chat/completions", CHAT | {"max_tokens": 65}, 400, "at most 64"),
-    "no tokens": ("POST", "/v1/completions", TEXT | {"max_tokens": 0}, 400, "max_tokens"),
+    "no tokens": ("POST", "/v1/completions", TEXT | {"max_tokens": 0}, 400, "`max_tokens` must be at least 1 without `echo`"),
+    "no tokens of a conversation": ("POST", "/v1/chat/completions", CHAT | {"max_tokens": 0}, 400, "max_tokens"),
+    "likeliest tokens without the rest": ("POST", "/v1/chat/completions", CHAT | {"top_logprobs": 2}, 400, "`top_logprobs` needs `logprobs`"),
+    "usage of a stream that is none": ("POST", "/v1/completions", TEXT | {"stream_options": {"include_usage": True}}, 400, "`stream_options` is for streams"),
+    "a penalty out of range": ("POST", "/v1/completions", TEXT | {"presence_penalty": 2.5}, 400, "presence_penalty"),
+    "a bias for an unknown token": ("POST", "/v1/completions", TEXT | {"logit_bias": {"174": 1}}, 400, "`logit_bias` must be for token ids from 0 to 173. Got 174"),
+    "a bias for a word": ("POST", "/v1/completions", TEXT | {"logit_bias": {"park": 1}}, 400, "logit_bias.park"),
+    "a penalty for a patient without a say": ("POST", "/v1/completions", TEXT | {"alpha": 0, "frequency_penalty": 1}, 400, "its exponent must be above 0. Got 0"),
     "too many log-probabilities": ("POST", "/v1/completions", TEXT | {"logprobs": 6}, 400, "logprobs"),
     "negative seed": ("POST", "/v1/completions", TEXT | {"seed": -1}, 400, "seed"),
     "long prompt": ("POST", "/v1/chat/completions", CHAT | {"messages": [{"role": "user", "content": "the park inn " * 50}]}, 400, "1 to 40 tokens"),
     "large request": ("POST", "/v1/chat/completions", CHAT | {"user": "a" * 30_000}, 413, "at most 20000 bytes"),
     "empty stop": ("POST", "/v1/chat/completions", CHAT | {"stop": [""]}, 400, "stop"),
-    "five stops": ("POST", "/v1/completions", TEXT | {"stop": list("abcde")}, 400, "stop"),
+    "too many stops": ("POST", "/v1/completions", TEXT | {"stop": ["a"] * 65}, 400, "stop"),
     "not JSON": ("POST", "/v1/chat/completions", b"{", 400, "JSON"),
     "not text": ("POST", "/v1/chat/completions", b"\xff\xfe", 400, "JSON"),
     "a list": ("POST", "/v1/chat/completions", b"[]", 400, "body"),
@@ -647,6 +704,8 @@ REQUESTS = {
     "write to health": ("DELETE", "/health", None, 405, "Method Not Allowed"),
     "write to metrics": ("PUT", "/metrics", None, 405, "Method Not Allowed"),
     "ask as a page of another site would": ("OPTIONS", "/v1/chat/completions", None, 405, "Method Not Allowed"),
+    "no such model by its name": ("GET", "/v1/models/etc/passwd", None, 404, "must be 'world'"),
+    "a path with a slash too many": ("GET", "/v1/models/", None, 404, "must be 'world'"),
     "no such path": ("GET", "/v1/engines", None, 404, "Not Found"),
     "a path to a file": ("GET", "/../../etc/passwd", None, 404, "Not Found"),
     "pages of documentation": ("GET", "/docs", None, 404, "Not Found"),

@@ -21,6 +21,7 @@ import pickle
 import re
 import shutil
 import socket
+from importlib.util import find_spec
 from pathlib import Path
 
 import httpx
@@ -273,6 +274,111 @@ def test_pages_of_other_sites_read_nothing(url):
     for answer in (ask(url), ask(url, n=0), httpx.get(f"{url}/health", headers={"origin": "http://elsewhere"})):
         assert not [name for name in answer.headers if name.startswith("access-control")]
         assert answer.headers["content-type"] == "application/json"  # never HTML
+
+
+HTTP = ["h11", *(["httptools"] if find_spec("httptools") else [])]  # the parsers that uvicorn may use
+
+
+def send(url, line, *headers, body=b""):
+    """Status and body of the answer to a request, sent as it is."""
+    host, port = url.removeprefix("http://").split(":")
+    head = "\r\n".join([f"{line} HTTP/1.1", *headers, "connection: close", "", ""])
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(head.encode("latin-1") + body)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return int(head.split()[1]), body
+
+
+@pytest.fixture(params=HTTP)
+def raw_url(engine, request):
+    with serving(make_app(engine, model_name="tiny", api_key=KEY), http=request.param, lifespan="off") as url:
+        yield url
+
+
+BODY = json.dumps({"model": "tiny", "prompt": SECRET}).encode()
+HOSTS = [
+    "x",
+    "x/health",
+    "x/health?",
+    "127.0.0.1/health#",
+    "x/health?a=",
+    "x@y/health?",
+    "[::1]/health?",
+    "health",
+    "",
+]
+TARGETS = """
+    /v1/completions /v1/models /metrics /openapi.json /docs / * //health /health/ /health/../v1/models /health;/v1/models
+    /health%2f..%2fv1/models /./health /v1/../health /HEALTH /health%00 /%2fhealth http://x/v1/models http://x/health/
+    http://health?/v1/models
+""".split()
+HEADERS = [
+    [],
+    ["x-forwarded-prefix: /health", "x-forwarded-for: 127.0.0.1", "x-forwarded-host: x/health?"],
+    ["x-original-url: /health", "x-rewrite-url: /health", "x-http-method-override: GET"],
+    ["authorization: ", "authorization: Bearer"],
+    ["authorization: Bearer x", f"authorization: Basic {KEY}"],
+    [f"authorisation: Bearer {KEY}", f"proxy-authorization: Bearer {KEY}", f"cookie: authorization=Bearer {KEY}"],
+]
+
+
+def test_no_host_opens_the_server(raw_url, engine):
+    """With some versions of Starlette the path of a request's URL has the Host header in it, which anybody can write."""
+    before = engine.num_tokens
+    for host in HOSTS:
+        for line, body in (("POST /v1/completions", BODY), ("GET /v1/models", b""), ("GET /metrics", b"")):
+            length = [f"content-length: {len(body)}"] if body else []
+            status, text = send(raw_url, line, f"host: {host}", *length, body=body)
+            assert status in (400, 401) and b"tiny" not in text, (host, line, text)
+    assert engine.num_tokens == before
+    assert send(raw_url, "GET /health", "host: elsewhere")[0] == 200
+
+
+@pytest.mark.parametrize("headers", HEADERS, ids=range(len(HEADERS)))
+def test_no_path_and_no_header_opens_the_server(headers, raw_url, engine):
+    """A path that is checked in one form and routed in another, or a header for proxies, is a way around the key."""
+    before = engine.num_tokens
+    for method in ("GET", "HEAD", "POST", "OPTIONS", "PUT", "get"):
+        for target in TARGETS:
+            status, text = send(raw_url, f"{method} {target}", "host: x", *headers, "content-length: 0")
+            assert status in (400, 401), (method, target, status, text)
+    for method in ("HEAD", "POST", "OPTIONS", "DELETE"):  # only to be read
+        assert send(raw_url, f"{method} /health", "host: x", "content-length: 0")[0] == 401
+    for target in ("/health", "/health?a=/v1/models", "/%68ealth"):
+        assert send(raw_url, f"GET {target}", "host: x", *headers) == (200, b'{"status":"ok"}')
+    assert engine.num_tokens == before
+
+
+def test_the_key_opens_the_server_however_it_is_spelled(engine, raw_url):
+    """A right key that is refused makes people run their server without one."""
+    for header in (f"authorization: Bearer {KEY}", f"AUTHORIZATION: bearer  {KEY} "):
+        assert send(raw_url, "GET /v1/models", "host: x", header)[0] == 200
+    with serving(make_app(engine, model_name="tiny", api_key="ключ"), lifespan="off") as url:
+        header = "authorization: Bearer ключ".encode().decode("latin-1")
+        assert send(url, "GET /v1/models", "host: x", header)[0] == 200
+        assert send(url, "GET /v1/models", "host: x", "authorization: Bearer ???")[0] == 401
+
+
+def test_no_request_is_larger_than_it_says(raw_url):
+    """With two lengths the smaller would be checked and the larger be read, until memory is full."""
+    body = json.dumps({"model": "tiny", "prompt": SECRET, "user": "a" * 2_000_000}).encode()
+    chunked = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+    key, form = f"authorization: Bearer {KEY}", "content-type: application/json"
+    lengths = ["content-length: 5", "transfer-encoding: chunked"]
+    for given in (lengths, lengths[::-1], lengths[1:]):
+        try:
+            status, _ = send(raw_url, "POST /v1/completions", "host: x", key, form, *given, body=chunked)
+        except ConnectionError:  # it was closed while we spoke
+            continue
+        assert status in (400, 411)
+
+
+def test_nobody_is_sent_to_a_host_that_a_client_named(raw_url):
+    """Behind a proxy with TLS the client would send its key again, to the same path by HTTP."""
+    for path in ("/v1/models/", "/v1/completions/", "/health/"):
+        status, _ = send(raw_url, f"GET {path}", "host: elsewhere", f"authorization: Bearer {KEY}")
+        assert status == 404
 
 
 def test_a_request_that_does_not_arrive_is_let_go(url):

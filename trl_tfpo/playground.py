@@ -193,7 +193,7 @@ def make_playground(
             while num_open:
                 side, event = events.get()
                 num_open -= "finish_reason" in event
-                if "text" in event:
+                if event.get("text"):
                     shift = sum(token["logp"] - token["patient_logp"] for token in event["tokens"])
                     pieces[side].append((event["text"], shift if side else 0.0))
                     yield tuple(map(_as_html, pieces))

@@ -32,11 +32,16 @@ class ServeArguments:
     doctor: list[str] = field(
         default_factory=list, metadata={"action": Repeated, "help": "NAME=PATH for each doctor."}
     )
+    alias: list[str] = field(
+        default_factory=list,
+        metadata={"action": Repeated, "help": "NAME=DOCTOR:WEIGHT,...: a further model name, with these weights."},
+    )
     model_name: str | None = field(default=None, metadata={"help": "What clients call the patient."})
     host: str = field(default="127.0.0.1", metadata={"help": "Address to listen at; 0.0.0.0 is the whole network."})
     port: int = field(default=8000, metadata={"help": "Port to listen at; 0 is any that is free."})
     api_key_file: str | None = field(default=None, metadata={"help": "File with the key that clients must send."})
     max_rows: int = field(default=32, metadata={"help": "Completions decoded at once."})
+    max_choices: int = field(default=8, metadata={"help": "Completions of one request, over all its prompts."})
     max_prompt_tokens: int = field(default=4096, metadata={"help": "Longest prompt."})
     max_new_tokens: int = field(default=2048, metadata={"help": "Longest completion."})
     max_queue: int = field(default=256, metadata={"help": "Completions that may wait."})
@@ -56,6 +61,7 @@ def build(args: ServeArguments):
 
     from .models import load_models
 
+    aliases = read_aliases(args.alias)
     key = None
     if args.api_key_file is not None:
         key = Path(args.api_key_file).read_text(encoding="utf-8").strip()
@@ -74,13 +80,41 @@ def build(args: ServeArguments):
         max_prompt_tokens=args.max_prompt_tokens,
         max_new_tokens=args.max_new_tokens,
         max_rows=args.max_rows,
+        max_choices=args.max_choices,
         max_queue=args.max_queue,
         max_seconds=args.max_seconds,
     )
     default_name = "world" if args.world else Path(args.patient).name
-    return make_app(
-        Engine(patient, tokenizer, doctors, limits), model_name=args.model_name or default_name, api_key=key
-    )
+    engine = Engine(patient, tokenizer, doctors, limits)
+    return make_app(engine, model_name=args.model_name or default_name, api_key=key, aliases=aliases)
+
+
+def read_aliases(given: Sequence[str]) -> dict[str, dict[str, float]]:
+    """
+    Weights of doctors by the name of a model, from NAME=DOCTOR:WEIGHT,... each.
+
+    Raises:
+        `ValueError`: when one is not of this form, or a name is given twice.
+    """
+    aliases = {}
+    for text in given:
+        name, _, pairs = text.partition("=")
+        try:
+            weights = {}
+            for pair in pairs.split(","):
+                doctor, weight = pair.rsplit(":", 1)
+                if not doctor or doctor in weights:
+                    raise ValueError
+                weights[doctor] = float(weight)
+            if not name or name in aliases:
+                raise ValueError
+        except ValueError as error:
+            raise ValueError(
+                "`--alias` must be NAME=DOCTOR:WEIGHT,DOCTOR:WEIGHT, each name and each doctor once. Got "
+                f"{text!r}; write for example `mild=helpful:0.2`"
+            ) from error
+        aliases[name] = weights
+    return aliases
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -25,13 +25,12 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation import TopPLogitsWarper
 
 from ..adapters import check_speaks
 from ..doctors import check_is_doctor
@@ -40,9 +39,12 @@ from ..functional import guided_logps
 from ..guided_flow import GUIDANCE, is_guidance
 from ..reading import reading_fault
 from ..tokenization import eos_token_ids
+from .sampling import Generation, Row
+from .text import TokenTexts
 
 
 logger = logging.getLogger(__name__)
+NUM_SCORED = 1024  # tokens of prompts whose logits over the vocabulary are held at once
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Limits:
         max_seconds (`float`, *optional*, defaults to `600.0`):
             From the request to the last token.
         max_choices (`int`, *optional*, defaults to `8`):
-            Completions of one request.
+            Completions of one request, over all its prompts.
         max_bytes (`int`, *optional*, defaults to `1_000_000`):
             Size of a request.
         max_body_seconds (`float`, *optional*, defaults to `30.0`):
@@ -85,65 +87,6 @@ class Limits:
         for name, value in vars(self).items():
             if not (value > 0 or (name == "max_queue" and value == 0)):
                 raise ValueError(f"`{name}` must be positive. Got {value}; leave it out for the default.")
-
-
-@dataclass
-class Generation:
-    """
-    A completion to be made.
-
-    Args:
-        prompt_ids (`list[int]`):
-            Token ids of the prompt.
-        on_event (`Callable[[dict], None]`):
-            Called from the engine's thread for each piece of text, `{"text", "tokens"}`, with `id`, `logp` and `top` of
-            each token; and at last with `{"finish_reason"}`: `"stop"`, `"length"`, `"timeout"`, `"cancelled"` or
-            `"error"`.
-        alpha (`float`, *optional*):
-            Exponent of the patient; by default what the weights leave to it.
-        weights (`Mapping[str, float]`, *optional*):
-            Exponent of each doctor, by name; the server's default for those that are not there.
-        max_new_tokens, temperature, top_p, stop, seed, num_top:
-            Sampling, as in OpenAI's interface; temperature 0 is greedy search.
-        with_patient (`bool`, *optional*, defaults to `False`):
-            Whether events have the `patient_logp` of each token, too.
-    """
-
-    prompt_ids: list[int]
-    on_event: Callable[[dict], None]
-    alpha: float | None = None
-    weights: Mapping[str, float] = field(default_factory=dict)
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    top_p: float = 1.0
-    stop: Sequence[str] = ()
-    seed: int | None = None
-    num_top: int = 0
-    with_patient: bool = False
-    is_cancelled: bool = False
-    started: float = field(default_factory=time.monotonic)
-
-
-class Row:
-    """A generation in progress: its tokens, and the text that may already be shown."""
-
-    def __init__(self, generation: Generation, alpha: float, betas: list[float]):
-        self.generation, self.alpha, self.betas = generation, alpha, betas
-        self.ids: list[int] = []
-        self.num_shown, self.held = 0, []  # characters sent, tokens not yet sent
-        self.generator = torch.Generator()
-        self.generator.manual_seed(generation.seed) if generation.seed is not None else self.generator.seed()
-
-    def sample(self, logps: torch.Tensor) -> int:
-        """The next token, given the log-probabilities (V,) of the guided policy."""
-        generation = self.generation
-        if generation.temperature == 0:
-            return int(logps.argmax())
-        smallest = torch.finfo(logps.dtype).tiny  # below, the likeliest token would be divided by zero
-        scores = (logps - logps.max())[None] / max(generation.temperature, smallest)
-        if generation.top_p < 1:
-            scores = TopPLogitsWarper(generation.top_p)(None, scores)
-        return int(scores.softmax(dim=-1).multinomial(1, generator=self.generator))
 
 
 class Engine:
@@ -176,6 +119,7 @@ class Engine:
             check_is_doctor(model)
         check_speaks(patient)
         self.processing_class, self.limits = processing_class, limits or Limits()
+        self.texts = TokenTexts(processing_class)
         self.eos = set(eos_token_ids(processing_class, patient))
         self.vocab_size = min(model.get_input_embeddings().num_embeddings for model in self.models)
         # A doctor of guided flow is made for a product; others share half of the weight, which they take from the patient
@@ -190,7 +134,7 @@ class Engine:
         self._check_caches()
         self._waiting: deque[Row] = deque()
         self._arrivals: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()  # of `num_waiting`
+        self._lock = threading.RLock()  # of `num_waiting`; a listener may submit
         self.num_waiting = self.num_rows = self.num_tokens = 0
         self._rows: list[Row] = []
         self._joining: list[Row] = []
@@ -205,7 +149,8 @@ class Engine:
         Exponents of the patient and of each doctor.
 
         Raises:
-            `ValueError`: on an unknown doctor, or weights that leave the patient less than nothing.
+            `ValueError`: on an unknown doctor, weights that leave the patient less than nothing, or penalties where the
+                patient has no say.
         """
         if unknown := set(generation.weights) - set(self.names):
             raise ValueError(
@@ -216,22 +161,26 @@ class Engine:
                 f"Weights must be finite. Got `alpha` {generation.alpha} and {dict(generation.weights)}; try 0.5."
             )
         betas = [float(generation.weights.get(name, self.default_weights[name])) for name in self.names]
-        if generation.alpha is not None:
-            return float(generation.alpha), betas
         rest = 1 - sum(beta for beta, product in zip(betas, self.is_product, strict=True) if not product)
-        if rest < -1e-9:
+        if generation.alpha is None and rest < -1e-9:
             raise ValueError(
                 f"`weights` must add up to at most 1, as the patient has the rest. Got {1 - rest:.3g}; lower them, or "
                 "pass `alpha`, the exponent of the patient, as well."
             )
-        return max(rest, 0.0), betas
+        alpha = max(rest, 0.0) if generation.alpha is None else float(generation.alpha)
+        if alpha <= 0 and generation.changes_patient:
+            raise ValueError(
+                "Penalties and `logit_bias` act on the patient, so its exponent must be above 0. Got "
+                f"{alpha:.3g}; lower `weights`, raise `alpha`, or leave the penalties out."
+            )
+        return alpha, betas
 
     def submit(self, generation: Generation) -> None:
         """
         Take a generation; its events follow.
 
         Raises:
-            `ValueError`: on weights that make no sense, or a prompt that is empty or too long.
+            `ValueError`: on weights or sampling out of range, or a prompt that is empty or too long.
             `OverflowError`: when too many wait already.
         """
         limits, num_prompt = self.limits, len(generation.prompt_ids)
@@ -239,12 +188,7 @@ class Engine:
         if not 1 <= num_prompt <= longest:
             raise ValueError(f"The prompt must have 1 to {longest} tokens. Got {num_prompt}; shorten it.")
         generation.max_new_tokens = min(generation.max_new_tokens, self.max_positions - num_prompt)
-        sampling = (generation.temperature, generation.top_p, generation.max_new_tokens, generation.num_top)
-        if not (0 <= sampling[0] < math.inf and 0 < sampling[1] <= 1 and sampling[2] >= 1 and sampling[3] >= 0):
-            raise ValueError(
-                "`temperature` must be at least 0, `top_p` in (0, 1], `max_new_tokens` at least 1 and `num_top` at least "
-                f"0. Got {sampling}; leave them out for the defaults."
-            )
+        generation.check(self.vocab_size)
         if not 0 <= min(generation.prompt_ids) <= max(generation.prompt_ids) < self.vocab_size:
             raise ValueError(
                 "The prompt must consist of tokens that all models know. Got one that is not; leave it out."
@@ -293,29 +237,28 @@ class Engine:
 
     def _step(self) -> None:
         """Let rows join, sample a token for each, let rows leave, and read the tokens."""
-        num_before = len(self._waiting)
-        waiting = [row for row in self._waiting if not self._is_over(row)]
-        num_free = self.limits.max_rows - len(self._rows)
-        self._joining, self._waiting = waiting[:num_free], deque(waiting[num_free:])
-        with self._lock:
+        with self._lock:  # whoever hears that a row has left the queue finds room there
+            num_before = len(self._waiting)
+            waiting = [row for row in self._waiting if not self._is_over(row)]
+            num_free = self.limits.max_rows - len(self._rows)
+            self._joining, self._waiting = waiting[:num_free], deque(waiting[num_free:])
             self.num_waiting -= num_before - len(self._waiting)
         if self._joining:
             self._join(self._joining)
             self._joining = []
+            self._send_prompts()
         if not self._rows:
             return
         rows = self._rows
-        guided = guided_logps(
-            patient_logits=self._logits[0],
-            doctor_logits=self._logits[1:],
-            alpha=torch.tensor([[row.alpha] for row in rows]),
-            beta=[torch.tensor([[row.betas[i]] for row in rows]) for i in range(len(self.names))],
-        )  # (B, V)
-        is_broken = guided.isnan().any(dim=1).tolist()  # an overflow in one row is not the end of the others
+        guided = self._guide(rows, self._logits)  # (B, V)
+        decoded = self._with_changes(rows, guided)
+        is_broken = decoded.isnan().any(dim=1).tolist()  # an overflow in one row is not the end of the others
         self.num_tokens += len(rows)
         stays = [
-            not (self._finish(row, "error") if broken else self._take(row, row.sample(logps), logps, patient))
-            for row, broken, logps, patient in zip(rows, is_broken, guided, self._logits[0], strict=True)
+            not (self._finish(row, "error") if broken else self._take(row, row.sample(choice), logps, patient))
+            for row, broken, choice, logps, patient in zip(
+                rows, is_broken, decoded, guided, self._logits[0], strict=True
+            )
         ]
         stays = [stay and not self._is_over(row) for row, stay in zip(rows, stays, strict=True)]
         if not all(stays):
@@ -332,7 +275,11 @@ class Engine:
         """Read the prompts, and put their states below those of the others."""
         ids, mask = pad([row.generation.prompt_ids for row in joining], padding_side="left", device="cpu")
         caches = [DynamicCache() for _ in self.models]
-        logits = [self._read(model, cache, ids, mask) for model, cache in zip(self.models, caches, strict=True)]
+        read = zip(self.models, caches, strict=True)
+        if any(row.generation.with_prompt for row in joining):
+            logits = self._read_and_score(joining, list(read), ids, mask)
+        else:
+            logits = [self._read(model, cache, ids, mask) for model, cache in read]
         if self._rows:
             size = max(self._mask.size(1), mask.size(1))
             caches = [_stack(a, b, size) for a, b in zip(self._caches, caches, strict=True)]
@@ -341,6 +288,49 @@ class Engine:
         self._rows = self._rows + joining
         self._caches, self._mask, self._logits = caches, mask, logits
         self.num_rows = len(self._rows)
+
+    def _read_and_score(
+        self, joining: list[Row], models: list[tuple], ids: torch.Tensor, mask: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """
+        Read prompts (B, L) in parts, and score the tokens of those that are to be scored.
+
+        Returns:
+            `list[torch.Tensor]`: logits (B, V) of each model after the prompts.
+        """
+        num_columns, size = ids.size(1), max(NUM_SCORED // len(ids), 1)
+        for start in range(0, num_columns, size):
+            end = min(start + size, num_columns)
+            part, seen = ids[:, start:end], mask[:, :end]
+            logits = [self._read_all(model, cache, part, seen) for model, cache in models]  # (B, C, V) each
+            for index, row in enumerate(joining):
+                first = num_columns - len(row.generation.prompt_ids)
+                begin, stop = max(start, first), min(end, num_columns - 1)
+                if not row.generation.with_prompt or begin >= stop:
+                    continue
+                at = slice(begin - start, stop - start)
+                guided = self._guide([row], [x[index : index + 1, at].to(logits[0].device) for x in logits])[0].cpu()
+                row.is_broken |= bool(guided.isnan().any())
+                row.prompt += [
+                    self._entry(row, token, logps)
+                    for token, logps in zip(ids[index, begin + 1 : stop + 1].tolist(), guided, strict=True)
+                ]
+        return [x[:, -1].cpu() for x in logits]
+
+    def _send_prompts(self) -> None:
+        """Send the scores of prompts that were asked for; who wanted nothing else leaves."""
+        staying = []
+        for index, row in enumerate(self._rows):
+            if row.generation.with_prompt and not row.ids and not row.is_broken:
+                first = {"id": row.generation.prompt_ids[0], "logp": None, "top": []}
+                row.generation.on_event({"prompt": [first, *row.prompt]})
+                row.prompt = []
+            if row.is_broken or row.generation.max_new_tokens == 0:
+                self._finish(row, "error" if row.is_broken else "length")
+            else:
+                staying.append(index)
+        if len(staying) < len(self._rows):
+            self._leave(staying)
 
     def _leave(self, staying: list[int]) -> None:
         """Keep some rows, and no more columns than the longest of them needs."""
@@ -362,6 +352,17 @@ class Engine:
         self, model: PreTrainedModel, cache: DynamicCache, ids: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
         """Logits (B, V) after `ids`, which go on from the cache."""
+        return self._read_all(model, cache, ids, mask, num_kept=1)[:, -1].cpu()
+
+    def _read_all(
+        self,
+        model: PreTrainedModel,
+        cache: DynamicCache,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        num_kept: int | None = None,
+    ) -> torch.Tensor:
+        """Logits (B, C, V) after each of the last columns of `ids`, by default of all."""
         position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.size(1) :]
         output = model(
             input_ids=ids.to(model.device),
@@ -369,22 +370,50 @@ class Engine:
             position_ids=position_ids.to(model.device),
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=num_kept or ids.size(1),
         )
-        return output.logits[:, -1, : self.vocab_size].float().cpu()
+        return output.logits[..., : self.vocab_size].float()
+
+    def _guide(self, rows: list[Row], logits: list[torch.Tensor]) -> torch.Tensor:
+        """Log-probabilities (B, ..., V) of the guided policy, given the logits of patient and doctors."""
+
+        def per_row(values: list[float]) -> torch.Tensor:
+            return torch.tensor(values, device=logits[0].device).view(-1, *[1] * (logits[0].dim() - 1))
+
+        return guided_logps(
+            patient_logits=logits[0],
+            doctor_logits=logits[1:],
+            alpha=per_row([row.alpha for row in rows]),
+            beta=[per_row([row.betas[i] for row in rows]) for i in range(len(self.names))],
+        )
+
+    def _with_changes(self, rows: list[Row], guided: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities (B, V) of what is decoded: the guided policy, with the bias and penalties of each row."""
+        changed = [index for index, row in enumerate(rows) if row.generation.changes_patient]
+        if not changed:
+            return guided
+        patient = torch.stack([rows[index].change_patient(self._logits[0][index]) for index in changed])
+        logits = [patient, *(x[changed] for x in self._logits[1:])]
+        decoded = guided.clone()
+        decoded[changed] = self._guide([rows[index] for index in changed], logits)
+        return decoded
+
+    def _entry(self, row: Row, token: int, logps: torch.Tensor) -> dict:
+        """A token, its log-probability and the likeliest ones, given the log-probabilities (V,) of the guided policy."""
+        top = logps.topk(min(row.generation.num_top, len(logps)))
+        best = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+        return {"id": token, "logp": float(logps[token]), "top": best}
 
     def _take(self, row: Row, token: int, logps: torch.Tensor, patient_logits: torch.Tensor) -> bool:
         """Add a token to a row and send what can be shown; whether the row has come to its end."""
         generation = row.generation
         row.ids.append(token)
-        top = logps.topk(min(generation.num_top, len(logps))) if generation.num_top else None
-        best = list(zip(top.indices.tolist(), top.values.tolist(), strict=True)) if top else []
+        row.held.append(self._entry(row, token, logps))
+        if generation.with_patient:
+            row.held[-1]["patient_logp"] = float(patient_logits.log_softmax(dim=-1)[token])
         is_end = token in self.eos
-        if not is_end:
-            row.held.append({"id": token, "logp": float(logps[token]), "top": best})
-            if generation.with_patient:
-                row.held[-1]["patient_logp"] = float(patient_logits.log_softmax(dim=-1)[token])
-        text = self.processing_class.decode([x for x in row.ids if x not in self.eos], skip_special_tokens=True)
+        ids = [x for x in row.ids if x not in self.eos]
+        text = self.texts.continuation(generation.prompt_ids if generation.continues_prompt else [], ids)
         stops = [at for stop in generation.stop if (at := text.find(stop)) >= 0]
         if stops:
             return self._finish(row, "stop", text[: min(stops)])
