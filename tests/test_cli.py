@@ -39,6 +39,8 @@ from trl_tfpo.token_rewards import annotation_settings
 def environment(monkeypatch):
     """What a verb sets for its process is not left to the next test."""
     monkeypatch.setenv("TQDM_DISABLE", os.environ.get("TQDM_DISABLE", ""))
+    monkeypatch.setenv("HF_DATASETS_DISABLE_PROGRESS_BARS", "0")
+    monkeypatch.delenv("HF_DATASETS_DISABLE_PROGRESS_BARS")  # and is absent again afterwards
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +190,7 @@ def test_ctrl_c_in_a_terminal(launch, folder, tmp_path):
         start_new_session=True,
         preexec_fn=hear_interruptions,
     )
-    while not list(tmp_path.glob("cache/trl_tfpo/*/*.arrow")):  # of 157 shards
+    while not list(tmp_path.glob("cache/trl_tfpo/*/*.arrow")):  # of 1,250 shards
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)

@@ -16,6 +16,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import re
 import socket
@@ -46,6 +47,7 @@ from trl_tfpo._compat import unwrap_peft
 from trl_tfpo.activation_memory import peak_activations
 from trl_tfpo.modeling_doctor import make_doctor
 from trl_tfpo.plan import GIB, LOGPS_IDS, LOGPS_TOKENS, ZERO3_LIVE_PARAMETERS, training_plan
+from trl_tfpo.shards import SHARD_SIZE
 
 
 ROOT = Path(__file__).parents[1]
@@ -401,7 +403,7 @@ def test_counts_are_what_the_trainer_does(tmp_path, monkeypatch, sliding_window,
     assert len(trainer.train_dataset) == plan.num_pairs == 130
     num_scores = 1 if policy == "ratio" else 2  # rewards, and the reference
     assert num_scores * plan.num_shards == len(list((tmp_path / "cache" / "trl_tfpo").rglob("*.arrow")))
-    assert plan.num_shards == 2
+    assert plan.num_shards == math.ceil(130 / SHARD_SIZE)
     lengths = [len(r["prompt_ids"]) + len(r[n]) for r in trainer.train_dataset for n in ("chosen_ids", "rejected_ids")]
     assert plan.longest_row == max(lengths)
 

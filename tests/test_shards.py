@@ -60,7 +60,11 @@ def add_scores(folder, seconds: float, rank: int, num_processes: int, port: str)
     PartialState(cpu=True)
     (folder / f"met-{rank}").touch()
     scored = shards.add_scores(
-        tokenized(), lambda batch: score(batch, folder / "log", seconds), key="test", columns=COLUMNS, desc="Scoring"
+        tokenized(),
+        lambda batch, **_: score(batch, folder / "log", seconds),
+        key="test",
+        columns=COLUMNS,
+        desc="Scoring",
     )
     if rank == 0:
         torch.save(scored["scores"][:], folder / "result.tmp")

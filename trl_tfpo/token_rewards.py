@@ -37,6 +37,7 @@ from .tokenization import (
     check_counts,
     check_is_tokenizer,
     eos_token_ids,
+    row_lengths,
     tokenize_preferences,
 )
 from .tokenizer_identity import check_embeddings, check_same_tokenizer, tokenizer_fingerprint
@@ -67,7 +68,7 @@ def annotate_token_rewards(
     the cache of Datasets, shard by shard: a call that was interrupted goes on where it was, and the same call again
     takes no time.
 
-    A streamed dataset is annotated as it is read, 128 pairs at a time, and nothing is kept: each pass asks the patient
+    A streamed dataset is annotated as it is read, 16 pairs at a time, and nothing is kept: each pass asks the patient
     again, and each process asks about all that it reads (see `datasets.distributed.split_dataset_by_node`).
 
     Args:
@@ -166,7 +167,7 @@ def annotate_token_rewards(
         fingerprint = patient.fingerprint if isinstance(patient, NamedModel) else model_fingerprint(patient)
         annotated = add_scores(
             tokenized,
-            score,
+            partial(score, longest=max([0, *(n for name in FACE_COLUMNS for n in row_lengths(tokenized, name))])),
             key=(fingerprint, settings, reward_fn),
             columns=REWARD_COLUMNS + GAP_COLUMNS,
             desc="Annotating token rewards",
@@ -255,13 +256,12 @@ def _score_pairs(
     batch: dict[str, list],
     *,
     patient: PreTrainedModel | NamedModel,
-    reward_fn: Callable[..., torch.Tensor],
-    batch_size: int,
+    **settings,
 ) -> dict[str, list]:
     """Rewards and gaps of a batch of tokenized pairs."""
     if isinstance(patient, NamedModel):
         patient = patient.loaded
-    rewards, gaps = score_token_rewards(batch, patient=patient, reward_fn=reward_fn, batch_size=batch_size)
+    rewards, gaps = score_token_rewards(batch, patient=patient, **settings)
     num_pairs = len(batch["prompt_ids"])
     rewards, gaps = [row.tolist() for row in rewards], [row.tolist() for row in gaps]
     return {
@@ -277,7 +277,7 @@ def score_token_rewards(
     *,
     patient: PreTrainedModel,
     reward_fn: Callable[..., torch.Tensor],
-    batch_size: int,
+    **settings,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """
     Token rewards of P tokenized pairs, read from the patient.
@@ -289,8 +289,8 @@ def score_token_rewards(
             The frozen model that is read.
         reward_fn (`Callable`):
             See [`annotate_token_rewards`].
-        batch_size (`int`):
-            Sequences in one forward.
+        settings:
+            `batch_size`, and what else [`~trl_tfpo.scoring.score_completions`] takes.
 
     Returns:
         two lists of 2P `torch.Tensor` of shape `(T_i,)`, the chosen first: rewards, and gaps in nats.
@@ -304,7 +304,7 @@ def score_token_rewards(
         patient,
         batch["positive_prompt_ids"] * 2 + batch["negative_prompt_ids"] * 2,
         completions * 2,
-        batch_size=batch_size,
+        **settings,
     )  # 4P
     padded = torch.nn.utils.rnn.pad_sequence(logps, batch_first=True)  # (4P, T)
     positive_logps, negative_logps = padded.chunk(2)  # (2P, T)

@@ -210,10 +210,11 @@ def eos_token_ids(processing_class: PreTrainedTokenizerBase, model: PreTrainedMo
     return sorted({token_id for token_id in found if token_id is not None})
 
 
-def row_lengths(dataset: Dataset) -> list[int]:
-    """Tokens of the longer of the two rows that each tokenized pair makes."""
-    table = dataset.select_columns(ID_COLUMNS).with_format("arrow")[:]
-    prompt, chosen, rejected = (pc.list_value_length(table.column(name)) for name in ID_COLUMNS)
+def row_lengths(dataset: Dataset, prompt_column: str = ID_COLUMNS[0]) -> list[int]:
+    """Tokens of the longer of the two rows that each tokenized pair makes, after the prompt in this column."""
+    columns = [prompt_column, *ID_COLUMNS[1:]]
+    table = dataset.select_columns(columns).with_format("arrow")[:]
+    prompt, chosen, rejected = (pc.list_value_length(table.column(name)) for name in columns)
     return pc.add(prompt, pc.max_element_wise(chosen, rejected)).to_pylist()
 
 
