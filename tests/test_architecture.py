@@ -28,7 +28,17 @@ import trl_tfpo
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "trl_tfpo"
 ROWS = [  # a module may import only from strictly earlier rows
-    {"_compat", "atomic", "faces", "functional", "printable", "progress", "tokenizer_identity", "weights"},
+    {
+        "_compat",
+        "arguments",
+        "atomic",
+        "faces",
+        "functional",
+        "printable",
+        "progress",
+        "tokenizer_identity",
+        "weights",
+    },
     {
         "activation_memory",
         "checkpoints",

@@ -258,7 +258,7 @@ def test_a_dataset_that_vanishes(annotated, undisturbed, tmp_path, record_proper
     make_llama(2).save_pretrained(doctor)
     make_tokenizer().save_pretrained(doctor)
     annotated.to_parquet(data)
-    command = ["train", "--dataset_name", data, "--doctor_model_name_or_path", doctor, "--output_dir", run]
+    command = ["train", "--dataset_name", data, "--doctor", doctor, "--output_dir", run]
     command += ["--max_steps", "4", "--save_steps", "2", "--report_to", "none", "--resume_from_checkpoint", "True"]
     child = in_child(main, [str(argument) for argument in command], said=os.devnull)
     while resolve_checkpoint(True, run) is None:

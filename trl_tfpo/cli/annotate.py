@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .parser import Parser
+from .parser import Parser, old_name
 
 
 if TYPE_CHECKING:
@@ -35,7 +35,13 @@ class AnnotateArguments:
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset of the Hub."})
     dataset_split: str = field(default="train", metadata={"help": "Split to annotate."})
-    patient_model_name_or_path: str | None = field(default=None, metadata={"help": "The model that is asked."})
+    patient: str | None = field(
+        default=None,
+        metadata={
+            "aliases": old_name("patient_model_name_or_path"),
+            "help": "Hub name or path of the model that is asked.",
+        },
+    )
     patient_load_in_4bit: bool = field(default=False, metadata={"help": "Load it in 4-bit NF4."})
     patient_load_in_8bit: bool = field(default=False, metadata={"help": "Load it in 8 bits."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Let the model run code of its own."})
@@ -96,10 +102,10 @@ def run(arguments: Sequence[str]) -> int:
             f"{args.show} and {args.scoring_batch_size}; leave them out for the defaults"
         )
     faces = resolve_given_faces(args.faces, args.positive_face, args.negative_face)
-    if args.world is None and (args.dataset_name is None or args.patient_model_name_or_path is None):
+    if args.world is None and (args.dataset_name is None or args.patient is None):
         raise ValueError(
-            "`annotate` needs preferences and a patient. Pass `--dataset_name` and `--patient_model_name_or_path`, or "
-            "`--world praise` to try it"
+            "`annotate` needs preferences and a patient. Pass `--dataset_name` and `--patient`, or `--world praise` to try "
+            "it"
         )
 
     import torch
@@ -124,7 +130,7 @@ def run(arguments: Sequence[str]) -> int:
     else:
         dataset = read_split(args.dataset_name, args.dataset_split, args.dataset_config)
         patient, tokenizer = name_patient(
-            args.patient_model_name_or_path,
+            args.patient,
             in_4bit=args.patient_load_in_4bit,
             in_8bit=args.patient_load_in_8bit,
             trust_remote_code=args.trust_remote_code,

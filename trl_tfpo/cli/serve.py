@@ -29,7 +29,7 @@ class ServeArguments:
     patient: str | None = field(default=None, metadata={"help": "Hub name or path of the model that speaks."})
     patient_load_in_4bit: bool = field(default=False, metadata={"help": "Load it in 4-bit NF4."})
     doctor: list[str] = field(
-        default_factory=list, metadata={"action": Repeated, "help": "NAME=PATH for each doctor."}
+        default_factory=list, metadata={"action": Repeated, "help": "PATH or NAME=PATH of each doctor."}
     )
     model_name: str | None = field(default=None, metadata={"help": "What clients call the patient."})
     host: str = field(default="127.0.0.1", metadata={"help": "Address to listen at; 0.0.0.0 is the whole network."})
