@@ -16,10 +16,13 @@
 
 import inspect
 import json
+import math
+import warnings
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
 
+import numpy as np
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -210,6 +213,57 @@ def check_annotated_for(dataset: Dataset | IterableDataset, processing_class: Pr
                     f"A dataset must be annotated with the doctor's tokenizer. Got the token id {token_id}, and that "
                     f"knows 0 to {largest}; annotate the dataset again, or use a doctor of the patient's family."
                 )
+
+
+def agreement_of_faces(dataset: Dataset | IterableDataset) -> tuple[float, float, int] | None:
+    """
+    How often the faces agree with the labels: the share of pairs whose chosen completion the positive face prefers by more
+    than the rejected one, in the sum of its gaps. A tie counts as one half.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            With `chosen_gaps` and `rejected_gaps`. Of a streamed one the first 1,000 pairs.
+
+    Returns:
+        the share, the standard error of one half, and the number of pairs; None where there are no gaps.
+    """
+    if isinstance(dataset, IterableDataset):
+        rows = [row for row in islice(dataset, 1000) if row.keys() >= set(GAP_COLUMNS)]
+        dataset = Dataset.from_list([{name: row[name] for name in GAP_COLUMNS} for row in rows])
+    if len(dataset) == 0 or not set(GAP_COLUMNS) <= set(dataset.column_names):
+        return None
+    table = dataset.select_columns(GAP_COLUMNS).with_format("arrow")[:]
+    sums = []
+    for name in GAP_COLUMNS:
+        ends = pc.list_value_length(table.column(name)).to_numpy().cumsum()
+        gaps = pc.list_flatten(table.column(name)).to_numpy()
+        totals = np.concatenate([[0.0], gaps.cumsum(dtype=np.float64)])[np.concatenate([[0], ends])]
+        sums.append(np.diff(totals))
+    preferred = sums[0] - sums[1]
+    return float(((preferred > 0) + (preferred == 0) / 2).mean()), math.sqrt(0.25 / len(dataset)), len(dataset)
+
+
+def warn_unless_faces_separate(dataset: Dataset | IterableDataset) -> None:
+    """
+    Warn when the faces do not tell chosen from rejected: what a doctor learns from them is not what the labels say.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            An annotated dataset; one without gaps is passed over.
+
+    Warns:
+        `UserWarning`: when [`agreement_of_faces`] is within two standard errors of one half, or below.
+    """
+    found = agreement_of_faces(dataset)
+    if found is None:
+        return
+    agreement, error, num_pairs = found
+    if agreement < 0.5 + 2 * error:
+        warnings.warn(
+            f"The faces do not separate these data: they prefer the chosen completion of {agreement:.0%} of {num_pairs} "
+            f"pairs, and chance is 50 ± {200 * error:.0f}%. Word the faces by what the labels reward, or use a stronger "
+            "patient."
+        )
 
 
 def check_given(patient: PreTrainedModel | NamedModel | None) -> None:

@@ -150,12 +150,15 @@ def run(arguments: Sequence[str]) -> int:
         sparsity_threshold=args.sparsity_threshold,
     )
     if state.is_main_process:
+        from ..token_rewards import warn_unless_faces_separate
         from ..visible import reward_report, show_token_rewards
 
         write_dataset(annotated, args.output)
         for row in annotated.select(range(min(args.show, len(annotated)))):
             print(show_token_rewards(row, tokenizer))
-        if args.report is not None:
+        if args.report is None:
+            warn_unless_faces_separate(annotated)
+        else:
             reward_report(annotated, tokenizer, args.report)
         if args.push_to_hub is not None:
             push_dataset(annotated, args.push_to_hub)
