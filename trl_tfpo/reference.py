@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from ._compat import is_peft_model, is_sharded
 from .scoring import score_completions
 from .shards import add_scores
-from .tokenization import row_lengths
+from .tokenization import ID_COLUMNS, column_lengths, row_lengths
 
 
 REFERENCE_COLUMNS = ["chosen_ref_logps", "rejected_ref_logps"]
@@ -70,7 +70,8 @@ def add_reference_logps(dataset: Dataset, doctor: PreTrainedModel, *, fingerprin
     """
     return add_scores(
         dataset,
-        partial(_score_reference, doctor=doctor, batch_size=batch_size, longest=max(row_lengths(dataset), default=0)),
+        partial(_score_reference, doctor=doctor, batch_size=batch_size, longest=max(row_lengths(dataset))),
+        lengths=column_lengths(dataset, ID_COLUMNS).sum(axis=0),
         key=(fingerprint, "reference"),
         columns=REFERENCE_COLUMNS,
         desc="Scoring the reference",

@@ -25,6 +25,7 @@ from which its first token is predicted.
 
 import inspect
 from collections.abc import Callable
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate import PartialState
@@ -38,6 +39,7 @@ from ._compat import fused_lm_head, fused_logps, inference, is_sharded, unsharde
 
 PADDING_BRANCH = -1
 PROMPT_BRANCH = 0
+READS_BRANCHES = WeakKeyDictionary()  # by model
 
 
 def score_completions(
@@ -196,6 +198,15 @@ def _branch_mask(branch: torch.LongTensor, model: PreTrainedModel) -> torch.Tens
 
 
 def _reads_branches(model: PreTrainedModel) -> bool:
+    """Whether [`_tries_branches`], which is tried once for a model and the way it attends."""
+    found = READS_BRANCHES.setdefault(unwrap_peft(model), {})
+    way = (unwrap_peft(model).config._attn_implementation, model.dtype)
+    if way not in found:
+        found[way] = _tries_branches(model)
+    return found[way]
+
+
+def _tries_branches(model: PreTrainedModel) -> bool:
     """Whether two completions side by side are to the model what each is alone. Within [`fused_lm_head`]."""
     base = unwrap_peft(model)
     config = base.config.get_text_config()

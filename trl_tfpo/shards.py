@@ -41,7 +41,13 @@ SHARDS_IN_WINDOW = 64  # the pairs of a window are divided among its shards by t
 
 
 def add_scores(
-    dataset: Dataset, function: Callable[..., dict], *, key: object, columns: list[str], desc: str
+    dataset: Dataset,
+    function: Callable[..., dict],
+    *,
+    lengths: np.ndarray,
+    key: object,
+    columns: list[str],
+    desc: str,
 ) -> Dataset:
     """
     Add columns of one float for each completion token.
@@ -59,6 +65,8 @@ def add_scores(
         function (`Callable`):
             From a batch of rows to the new columns. It is given `on_progress` as well, a callable to be told the share of
             the batch, in [0, 1], that has been scored since it was last told.
+        lengths (`np.ndarray` of shape `(len(dataset),)`):
+            Tokens of each row, by which rows are put together in shards.
         key (`object`):
             What the scores depend on beside the token ids of the dataset and the version of this package. The same on
             every process.
@@ -71,12 +79,12 @@ def add_scores(
         [`~datasets.Dataset`]: the dataset with the columns.
     """
     state = PartialState()
-    ids = _id_columns(dataset)
-    fingerprint = Hasher.hash((__version__, SHARD_SIZE, SHARDS_IN_WINDOW, _hash_of_ids(ids), key, columns))
+    windows = _windows(lengths)
+    sizes = (SHARD_SIZE, SHARDS_IN_WINDOW, lengths.tobytes())
+    fingerprint = Hasher.hash((__version__, sizes, _hash_of_ids(dataset), key, columns))
     is_kept = datasets.is_caching_enabled()
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "trl_tfpo" / fingerprint
     schema = pa.schema({name: pa.list_(pa.float32()) for name in columns})
-    windows = _windows(ids, len(dataset))
     shards = [shard for window in windows for shard in window]
     plain, done = dataset.with_format(None), {}
     with Progress(len(dataset), desc, "pairs", is_shown=state.is_main_process) as progress:
@@ -110,12 +118,11 @@ def add_scores(
     return concatenate_datasets([dataset, Dataset(table, fingerprint=fingerprint)], axis=1)
 
 
-def _windows(ids: dict[str, pa.ChunkedArray], num_rows: int) -> list[list[np.ndarray]]:
+def _windows(lengths: np.ndarray) -> list[list[np.ndarray]]:
     """Row numbers of each shard of each window: in a window the longest rows come first."""
-    lengths = sum(pc.list_value_length(column).to_numpy() for column in ids.values())
     window_size = SHARD_SIZE * SHARDS_IN_WINDOW
     windows = []
-    for start in range(0, num_rows, window_size):
+    for start in range(0, len(lengths), window_size):
         order = start + np.argsort(-lengths[start : start + window_size], kind="stable")
         windows.append(np.split(order, range(SHARD_SIZE, len(order), SHARD_SIZE)))
     return windows
@@ -136,21 +143,13 @@ def _read_shard(file: Path, num_rows: int) -> pa.Table | None:
     return None
 
 
-def _id_columns(dataset: Dataset) -> dict[str, pa.ChunkedArray]:
-    """All columns of token ids."""
-    table = dataset.with_format("arrow")[:]
-    return {
-        name: table.column(name)
-        for name, feature in sorted(dataset.features.items())
-        if isinstance(feature, datasets.List) and getattr(feature.feature, "dtype", "").startswith("int")
-    }
-
-
-def _hash_of_ids(ids: dict[str, pa.ChunkedArray]) -> str:
-    """Hash of the token ids, whatever the dataset's other columns, its file and its history."""
-    hasher = Hasher()
-    for name, column in ids.items():
-        hasher.update(name)
-        for part in (pc.list_value_length(column), pc.list_flatten(column)):
-            hasher.m.update(part.cast(pa.int64()).to_numpy().tobytes())
+def _hash_of_ids(dataset: Dataset) -> str:
+    """Hash of all columns of token ids, whatever the dataset's other columns, its file and its history."""
+    hasher, table = Hasher(), dataset.with_format("arrow")[:]
+    for name, feature in sorted(dataset.features.items()):
+        if isinstance(feature, datasets.List) and getattr(feature.feature, "dtype", "").startswith("int"):
+            column = table.column(name)
+            hasher.update(name)
+            for part in (pc.list_value_length(column), pc.list_flatten(column)):
+                hasher.m.update(part.cast(pa.int64()).to_numpy().tobytes())
     return hasher.hexdigest()

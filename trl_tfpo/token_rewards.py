@@ -39,8 +39,8 @@ from .tokenization import (
     ID_COLUMNS,
     check_counts,
     check_is_tokenizer,
+    column_lengths,
     eos_token_ids,
-    row_lengths,
     tokenize_preferences,
 )
 from .tokenizer_identity import check_embeddings, check_same_tokenizer, tokenizer_fingerprint
@@ -168,9 +168,12 @@ def annotate_token_rewards(
         annotated = tokenized.map(score, batched=True, batch_size=SHARD_SIZE)
     else:
         fingerprint = patient.fingerprint if isinstance(patient, NamedModel) else model_fingerprint(patient)
+        *prompts, chosen, rejected = column_lengths(tokenized, [*FACE_COLUMNS, *ID_COLUMNS[1:]])
+        prompt = np.maximum(*prompts)
         annotated = add_scores(
             tokenized,
-            partial(score, longest=max([0, *(n for name in FACE_COLUMNS for n in row_lengths(tokenized, name))])),
+            partial(score, longest=int((prompt + np.maximum(chosen, rejected)).max())),
+            lengths=prompt + chosen + rejected,
             key=(fingerprint, settings, reward_fn),
             columns=REWARD_COLUMNS + GAP_COLUMNS,
             desc="Annotating token rewards",

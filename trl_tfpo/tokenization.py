@@ -16,8 +16,10 @@
 
 import json
 import reprlib
+from collections.abc import Sequence
 from itertools import islice
 
+import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -210,12 +212,16 @@ def eos_token_ids(processing_class: PreTrainedTokenizerBase, model: PreTrainedMo
     return sorted({token_id for token_id in found if token_id is not None})
 
 
-def row_lengths(dataset: Dataset, prompt_column: str = ID_COLUMNS[0]) -> list[int]:
-    """Tokens of the longer of the two rows that each tokenized pair makes, after the prompt in this column."""
-    columns = [prompt_column, *ID_COLUMNS[1:]]
-    table = dataset.select_columns(columns).with_format("arrow")[:]
-    prompt, chosen, rejected = (pc.list_value_length(table.column(name)) for name in columns)
-    return pc.add(prompt, pc.max_element_wise(chosen, rejected)).to_pylist()
+def row_lengths(dataset: Dataset) -> list[int]:
+    """Tokens of the longer of the two rows that each tokenized pair makes."""
+    prompt, chosen, rejected = column_lengths(dataset, ID_COLUMNS)
+    return np.maximum(prompt + chosen, prompt + rejected).tolist()
+
+
+def column_lengths(dataset: Dataset, columns: Sequence[str]) -> np.ndarray:
+    """Tokens in each row of columns of token ids, (columns, rows)."""
+    table = dataset.select_columns(list(columns)).with_format("arrow")[:]
+    return np.stack([pc.list_value_length(table.column(name)).to_numpy() for name in columns])
 
 
 def _template_arguments(example: dict) -> dict:
