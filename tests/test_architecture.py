@@ -60,7 +60,7 @@ ROWS = [  # a module may import only from strictly earlier rows
     {"generation"},
     {"custom_generate"},
     {"evaluation"},
-    {"server", "testbed"},
+    {"callbacks", "server", "testbed"},
     {"playground"},
     {"cli"},
     {"__main__"},
