@@ -18,8 +18,8 @@ Make a small patient and doctor from scratch, with a tokenizer trained on your o
 ```bash
 python examples/make_small_models.py --dataset_name my_preferences.jsonl --output_dir runs/small
 accelerate launch --num_processes 2 examples/train.py \
-    --patient_model_name_or_path runs/small/patient \
-    --doctor_model_name_or_path runs/small/doctor \
+    --patient runs/small/patient \
+    --doctor runs/small/doctor \
     --dataset_name my_preferences.jsonl
 ```
 

@@ -29,9 +29,9 @@ With your own models and preferences (names on the Hub or local paths):
 
 ```bash
 accelerate launch examples/train.py \
-    --patient_model_name_or_path Qwen/Qwen3-32B \
+    --patient Qwen/Qwen3-32B \
     --patient_load_in_4bit \
-    --doctor_model_name_or_path Qwen/Qwen3-0.6B \
+    --doctor Qwen/Qwen3-0.6B \
     --dataset_name trl-lib/ultrafeedback_binarized \
     --faces helpfulness \
     --use_peft \
@@ -52,9 +52,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate import PartialState
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from trl_tfpo import DoctorGuidedLogitsProcessor, TFPOConfig, TFPOTrainer
+from trl_tfpo.cli.parser import ConfigParser
 from trl_tfpo.cli.train import TFPOScriptArguments, train_doctor
 from trl_tfpo.testbed import Comparison, load_world
 
@@ -161,8 +162,8 @@ def run_world(script_args: Arguments, training_args: TFPOConfig) -> None:
     print(f"Picture: {output_dir / 'reward_kl.png'}. Doctor: {output_dir}.")
 
 
-def make_parser() -> TrlParser:
-    return TrlParser((Arguments, TFPOConfig, ModelConfig))
+def make_parser() -> ConfigParser:
+    return ConfigParser((Arguments, TFPOConfig, ModelConfig))
 
 
 if __name__ == "__main__":

@@ -472,8 +472,8 @@ def test_a_call_is_refused(attempt, message, tmp_path, monkeypatch):
 
 PAIRS = "annotate --dataset_name pairs.jsonl --output out.jsonl"
 DRAW = "annotate --world praise --num_pairs 2 --output out.jsonl"
-PATIENT = "--patient_model_name_or_path patient"
-TRAIN = f"train --dataset_name pairs.jsonl {PATIENT} --doctor_model_name_or_path doctor --output_dir run --max_steps 1"
+PATIENT = "--patient patient"
+TRAIN = f"train --dataset_name pairs.jsonl {PATIENT} --doctor doctor --output_dir run --max_steps 1"
 GENERATE = f"generate {PATIENT} --prompt 'you are'"
 EVALUATE = "evaluate --output_dir report --completions"
 SERVE = "serve --port 0"
@@ -507,7 +507,7 @@ COMMANDS = {
     "broken file": (f"annotate --dataset_name broken.jsonl {PATIENT} --output out.jsonl", "cannot be read"),
     "empty file": (f"annotate --dataset_name empty.jsonl {PATIENT} --output out.jsonl", "cannot be read: it is empty"),
     "rows without texts": (f"annotate --dataset_name null.jsonl {PATIENT} --output out.jsonl", "Row 0 of the dataset"),
-    "no such model": (f"{PAIRS} --patient_model_name_or_path ./absent", "Got './absent', which is not there"),
+    "no such model": (f"{PAIRS} --patient ./absent", "Got './absent', which is not there"),
     "other columns": (f"annotate --dataset_name other.jsonl {PATIENT} --output out.jsonl", "chosen"),
     "no such split": (f"{PAIRS} {PATIENT} --dataset_split test", "must be one of ['train']"),
     "output exists": ("annotate --world praise --output pairs.jsonl", "must not exist"),
@@ -534,7 +534,7 @@ COMMANDS = {
         f"{TRAIN} --resume_from_checkpoint ./absent",
         "checkpoint must have been written",
     ),
-    "train a doctor of another family": (f"{TRAIN} --doctor_model_name_or_path other", "must have the same tokenizer"),
+    "train a doctor of another family": (f"{TRAIN} --doctor other", "must have the same tokenizer"),
     "train by no such column": (f"{TRAIN} --chosen_id_column better", "needs ['better', 'prompt', 'response_0'"),
     "plan for fewer than no processes": (f"{TRAIN} --dry_run -1", "must be a number of processes. Got -1"),
     "generate without a patient": ("generate --prompt hello", "a patient is needed"),
@@ -563,7 +563,7 @@ COMMANDS = {
     "serve nothing": (SERVE, "a patient is needed"),
     "serve at no port": ("serve --world --port 99999", "an address of this machine that is free"),
     "serve at no address": (f"{SERVE} --world --host 256.0.0.1", "an address of this machine that is free"),
-    "serve a doctor without a name": (f"{SERVE} --world --doctor path", "NAME=PATH"),
+    "serve a doctor without a name": (f"{SERVE} --world --doctor =path", "NAME=PATH"),
     "serve a doctor that is not there": (f"{SERVE} --world --doctor a=./absent", "Got './absent', which is not there"),
     "serve a doctor of another family": (f"{SERVE} --world --doctor a=doctor", "must have the same tokenizer"),
     "serve with a key that is not there": (f"{SERVE} --world --api_key_file absent.txt", "absent.txt"),

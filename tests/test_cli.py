@@ -39,6 +39,8 @@ from trl_tfpo.token_rewards import annotation_settings
 def environment(monkeypatch):
     """What a verb sets for its process is not left to the next test."""
     monkeypatch.setenv("TQDM_DISABLE", os.environ.get("TQDM_DISABLE", ""))
+    monkeypatch.setenv("HF_DATASETS_DISABLE_PROGRESS_BARS", "0")
+    monkeypatch.delenv("HF_DATASETS_DISABLE_PROGRESS_BARS")  # and is absent again afterwards
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +181,7 @@ def test_ctrl_c_in_a_terminal(launch, folder, tmp_path):
     (tmp_path / "pairs.jsonl").write_text("".join(rows))
     command = [sys.executable, "-m", "trl_tfpo", "annotate", "--dataset_name", "pairs.jsonl", "--output", "out.jsonl"]
     process = subprocess.Popen(
-        [*command, "--patient_model_name_or_path", folder / "patient", "--reward_direction", "faces", *launch],
+        [*command, "--patient", folder / "patient", "--reward_direction", "faces", *launch],
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")},
         stdout=subprocess.PIPE,
@@ -188,7 +190,7 @@ def test_ctrl_c_in_a_terminal(launch, folder, tmp_path):
         start_new_session=True,
         preexec_fn=hear_interruptions,
     )
-    while not list(tmp_path.glob("cache/trl_tfpo/*/*.arrow")):  # of 157 shards
+    while not list(tmp_path.glob("cache/trl_tfpo/*/*.arrow")):  # of 1,250 shards
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
@@ -212,7 +214,7 @@ def test_annotate_writes_what_the_library_returns(suffix, folder, tmp_path, caps
     arguments = [
         "--dataset_name",
         str(folder / "pairs.jsonl"),
-        "--patient_model_name_or_path",
+        "--patient",
         str(folder / "patient"),
     ]
     arguments += ["--positive_face", "you are kind", "--negative_face", "you are rude", "--reward_direction", "faces"]
@@ -327,8 +329,8 @@ def test_train_generate_evaluate(folder, tmp_path):
     """The pipeline of the quick start, by commands alone: two processes train, and the doctor guides."""
     trained = trl_tfpo(
         *["train", "--accelerate_config", "cpu", "--num_processes", "2", "--quiet"],
-        *["--dataset_name", folder / "pairs.jsonl", "--patient_model_name_or_path", folder / "patient"],
-        *["--doctor_model_name_or_path", folder / "doctor", "--output_dir", tmp_path / "run", "--max_steps", "2"],
+        *["--dataset_name", folder / "pairs.jsonl", "--patient", folder / "patient"],
+        *["--doctor", folder / "doctor", "--output_dir", tmp_path / "run", "--max_steps", "2"],
         *["--positive_face", "you are kind", "--negative_face", "you are rude", "--report_to", "none"],
         *["--per_device_train_batch_size", "2", "--save_strategy", "no", "--reward_direction", "faces"],
         cwd=tmp_path,
@@ -336,7 +338,7 @@ def test_train_generate_evaluate(folder, tmp_path):
     assert trained.returncode == 0, trained.stdout[-2000:] + trained.stderr[-4000:]
     assert (tmp_path / "run" / "model.safetensors").is_file()
     for name, options in (("guided", ["--doctor", str(tmp_path / "run"), "--beta", "0.5"]), ("patient", [])):
-        common = ["--patient_model_name_or_path", str(folder / "patient"), "--prompt", "you are", "are you"]
+        common = ["--patient", str(folder / "patient"), "--prompt", "you are", "are you"]
         common += [
             "--num_samples_per_prompt",
             "3",

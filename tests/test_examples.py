@@ -98,8 +98,8 @@ def small(tmp_path):
 
 def arguments(folder, **others):
     settings = {
-        "patient_model_name_or_path": folder / "patient",
-        "doctor_model_name_or_path": folder / "doctor",
+        "patient": folder / "patient",
+        "doctor": folder / "doctor",
         "dataset_name": folder / "preferences.jsonl",
         "positive_face": "you are kind",
         "negative_face": "you are rude",
@@ -194,8 +194,8 @@ def test_real_preferences_with_two_processes(tmp_path):
     with gzip.open(HH_RLHF / "harmless-base-test.jsonl.gz", "rt", encoding="utf-8") as file:
         (tmp_path / "head.jsonl").write_text("".join(next(file) for _ in range(120)), encoding="utf-8")
     output = run(
-        *[*TWO_PROCESSES, ROOT / "examples" / "train.py", "--patient_model_name_or_path", "small/patient"],
-        *["--doctor_model_name_or_path", "small/doctor", "--dataset_name", "head.jsonl", "--faces", "harmlessness"],
+        *[*TWO_PROCESSES, ROOT / "examples" / "train.py", "--patient", "small/patient"],
+        *["--doctor", "small/doctor", "--dataset_name", "head.jsonl", "--faces", "harmlessness"],
         *["--max_length", 2048, "--learning_rate", 1e-3, "--num_train_epochs", 3, "--per_device_train_batch_size", 4],
         *["--logging_steps", 5, "--report_to", "none", "--output_dir", "run", "--num_guided_examples", 1],
         *["--save_strategy", "epoch", "--save_total_limit", 1],

@@ -47,7 +47,7 @@ from trl_tfpo.evaluation import ChatJudge
 
 
 COMMANDS = {
-    "annotate": "annotate --dataset_name {data}/preferences.jsonl --patient_model_name_or_path {data}/patient "
+    "annotate": "annotate --dataset_name {data}/preferences.jsonl --patient {data}/patient "
     "--positive_face kind --negative_face rude --output {output}/annotated.parquet --overwrite",
     "generate": "generate --world --doctor {data}/world --num_samples_per_prompt 2 --seed 3 --output {output}/texts.jsonl",
     "evaluate": "evaluate --overwrite --completions patient={data}/patient.jsonl doctor={data}/doctor.jsonl --world praise "

@@ -18,6 +18,7 @@ Death, damage and a full disk, at random moments: the same command again ends as
 `TRL_TFPO_FAULTS` says how many random faults each test injects; `make test-reliability` asks for more than `make test`.
 """
 
+import math
 import os
 import random
 import shutil
@@ -49,6 +50,7 @@ from safetensors.torch import load_file
 from trl_tfpo import Faces, TFPOConfig, TFPOTrainer, TokenRewardCollator, annotate_token_rewards
 from trl_tfpo.checkpoints import CONTENTS_FILE, check_checkpoint, mark_whole, resolve_checkpoint
 from trl_tfpo.cli import main
+from trl_tfpo.shards import SHARD_SIZE
 
 
 FACES = Faces(positive="you are kind", negative="you are rude")
@@ -199,7 +201,7 @@ def test_damaged_shards_are_scored_again(tmp_path, monkeypatch, record_property)
     expected = annotate(tmp_path)["chosen_token_rewards"][:]
     shards = sorted(tmp_path.rglob("0*.arrow"))
     before, draw = [shard.read_bytes() for shard in shards], random.Random(0)
-    assert len(shards) == 3
+    assert len(shards) == math.ceil(300 / SHARD_SIZE)
     for _ in range(NUM_FAULTS):
         victim = draw.choice(shards)
         with open(victim, "r+b") as file:
@@ -256,7 +258,7 @@ def test_a_dataset_that_vanishes(annotated, undisturbed, tmp_path, record_proper
     make_llama(2).save_pretrained(doctor)
     make_tokenizer().save_pretrained(doctor)
     annotated.to_parquet(data)
-    command = ["train", "--dataset_name", data, "--doctor_model_name_or_path", doctor, "--output_dir", run]
+    command = ["train", "--dataset_name", data, "--doctor", doctor, "--output_dir", run]
     command += ["--max_steps", "4", "--save_steps", "2", "--report_to", "none", "--resume_from_checkpoint", "True"]
     child = in_child(main, [str(argument) for argument in command], said=os.devnull)
     while resolve_checkpoint(True, run) is None:

@@ -16,6 +16,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import re
 import socket
@@ -46,6 +47,7 @@ from trl_tfpo._compat import unwrap_peft
 from trl_tfpo.activation_memory import peak_activations
 from trl_tfpo.modeling_doctor import make_doctor
 from trl_tfpo.plan import GIB, LOGPS_IDS, LOGPS_TOKENS, ZERO3_LIVE_PARAMETERS, training_plan
+from trl_tfpo.shards import SHARD_SIZE
 
 
 ROOT = Path(__file__).parents[1]
@@ -401,7 +403,7 @@ def test_counts_are_what_the_trainer_does(tmp_path, monkeypatch, sliding_window,
     assert len(trainer.train_dataset) == plan.num_pairs == 130
     num_scores = 1 if policy == "ratio" else 2  # rewards, and the reference
     assert num_scores * plan.num_shards == len(list((tmp_path / "cache" / "trl_tfpo").rglob("*.arrow")))
-    assert plan.num_shards == 2
+    assert plan.num_shards == math.ceil(130 / SHARD_SIZE)
     lengths = [len(r["prompt_ids"]) + len(r[n]) for r in trainer.train_dataset for n in ("chosen_ids", "rejected_ids")]
     assert plan.longest_row == max(lengths)
 
@@ -477,7 +479,7 @@ def test_recipes_parse_and_name_what_exists(path):
     (engine,) = re.findall(r"--config_file (\S+)", head)
     assert (ROOT / engine).is_file()
     assert f"--config examples/configs/{path.name}" in head
-    assert {script_args.patient_model_name_or_path, script_args.doctor_model_name_or_path} <= PUBLISHED.keys()
+    assert {script_args.patient, script_args.doctor} <= PUBLISHED.keys()
     assert model_args.use_peft == yaml.safe_load(head).get("use_peft", False)
     assert (get_peft_config(model_args) is not None) == model_args.use_peft
     assert training_args.max_length >= 1024
@@ -498,8 +500,8 @@ def test_memory_of_the_recipes_is_what_they_say(path, tmp_path):
     plan = training_plan(
         Dataset.from_list([row]),
         make_tokenizer(),
-        doctor=PUBLISHED[script_args.doctor_model_name_or_path],
-        patient=PUBLISHED[script_args.patient_model_name_or_path],
+        doctor=PUBLISHED[script_args.doctor],
+        patient=PUBLISHED[script_args.patient],
         args=args,
         faces=script_args.faces,
         patient_quantization_config=BitsAndBytesConfig(**NF4) if script_args.patient_load_in_4bit else None,
@@ -581,7 +583,7 @@ def test_dry_run_of_the_example(tmp_path):
         make_tokenizer().save_pretrained(tmp_path / name)
     command = [sys.executable, ROOT / "examples" / "train.py", "--dataset_name", "pairs.jsonl", "--dry_run", "4"]
     command += ["--config", ROOT / "examples" / "configs" / "pku_saferlhf_helpful.yaml"]
-    command += ["--patient_model_name_or_path", "patient", "--doctor_model_name_or_path", "doctor"]
+    command += ["--patient", "patient", "--doctor", "doctor"]
     result = subprocess.run([str(part) for part in command], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "| preference pairs | 24 | all tokenized |" in result.stdout

@@ -86,7 +86,7 @@ def test_no_model_is_read_from_a_pickle(trap, tmp_path, capsys):
             read()
     annotate = ["annotate", "--world", "praise", "--num_pairs", "2", "--output", str(tmp_path / "a.jsonl")]
     assert main(annotate) == 0  # the world itself is fine
-    arguments = ["generate", "--patient_model_name_or_path", str(trap), "--prompt", "you are"]
+    arguments = ["generate", "--patient", str(trap), "--prompt", "you are"]
     assert main(arguments) == 2 and "safetensors" in capsys.readouterr().err
     assert not (tmp_path / "sprung").exists()
 
@@ -192,7 +192,7 @@ def test_code_in_a_model_folder_is_not_run(tmp_path, capsys, monkeypatch):
         with pytest.raises(ValueError, match="trust_remote_code"):
             read()
     for command in (
-        ["generate", "--prompt", "a", "--patient_model_name_or_path"],
+        ["generate", "--prompt", "a", "--patient"],
         ["serve", "--port", "0", "--patient"],
     ):
         assert main([*command, str(folder)]) == 2 and "trust_remote_code" in capsys.readouterr().err
@@ -230,7 +230,7 @@ def test_nothing_shown_is_markup_or_moves_a_cursor(tmp_path, monkeypatch, capsys
     markup = [x._repr_html_() for x in maps] + [_as_html([(EVIL, 1.0)]), card]
     markup.append((tmp_path / "rewards.html").read_text(encoding="utf-8"))
     terminal = [x.table() for x in maps] + [re.sub(r"\x1b\[[0-9;]*m", "", str(x)) for x in maps]  # its own colors
-    arguments = ["--patient_model_name_or_path", str(tmp_path / "patient"), "--temperature", "0"]
+    arguments = ["--patient", str(tmp_path / "patient"), "--temperature", "0"]
     assert main(["generate", *arguments, "--prompt", EVIL, "--max_new_tokens", "4"]) == 0
     assert main(["evaluate", "--completions", str(tmp_path / f"{EVIL}.jsonl"), "--output_dir", "report"]) == 2
     arguments = ["--dataset_name", str(tmp_path / "pairs.jsonl"), *arguments[:2], "--show", "1"]

@@ -20,6 +20,7 @@ import signal
 import time
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
@@ -59,8 +60,14 @@ def add_scores(folder, seconds: float, rank: int, num_processes: int, port: str)
     PartialState._reset_state()
     PartialState(cpu=True)
     (folder / f"met-{rank}").touch()
+    dataset = tokenized()
     scored = shards.add_scores(
-        tokenized(), lambda batch: score(batch, folder / "log", seconds), key="test", columns=COLUMNS, desc="Scoring"
+        dataset,
+        lambda batch, **_: score(batch, folder / "log", seconds),
+        lengths=np.array([len(ids) for ids in dataset["chosen_ids"]]),
+        key="test",
+        columns=COLUMNS,
+        desc="Scoring",
     )
     if rank == 0:
         torch.save(scored["scores"][:], folder / "result.tmp")

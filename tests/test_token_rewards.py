@@ -30,7 +30,7 @@ from trl_tfpo import Faces, annotate_token_rewards, named_model
 from trl_tfpo.named_model import NamedModel
 from trl_tfpo.scoring import model_fingerprint
 from trl_tfpo.shards import SHARD_SIZE
-from trl_tfpo.token_rewards import annotation_settings
+from trl_tfpo.token_rewards import GAP_COLUMNS, REWARD_COLUMNS, annotation_settings
 from trl_tfpo.tokenization import ID_COLUMNS
 
 
@@ -226,6 +226,13 @@ def test_a_sharded_patient_is_refused(preferences, patient, tokenizer):
         annotate_token_rewards(preferences, patient, tokenizer, faces=FACES)
 
 
+def same_row(one, other) -> bool:
+    """The same tokens, and scores up to rounding: those of a stream come from other batches."""
+    scores = {*REWARD_COLUMNS, *GAP_COLUMNS}
+    same = [v == (pytest.approx(other[k], abs=1e-5) if k in scores else other[k]) for k, v in one.items()]
+    return one.keys() == other.keys() and all(same)
+
+
 def test_a_stream_is_annotated_as_it_is_read(patient, tokenizer):
     """Millions of pairs must neither wait for the last one nor have to fit in memory."""
     rows, num_read = conversational_rows(300), []
@@ -234,8 +241,8 @@ def test_a_stream_is_annotated_as_it_is_read(patient, tokenizer):
     whole = annotate_token_rewards(Dataset.from_list(rows), patient, tokenizer, faces=FACES)
     num_read.clear()
     for index, (found, expected) in enumerate(zip(annotated, whole, strict=True)):
-        assert found == expected
+        assert same_row(found, expected)
         assert len(num_read) <= index + SHARD_SIZE + 1
     assert annotation_settings(annotated) == annotation_settings(whole)
     both = annotate_token_rewards(IterableDatasetDict({"train": stream}), patient, tokenizer, faces=FACES)
-    assert next(iter(both["train"])) == whole[0]
+    assert same_row(next(iter(both["train"])), whole[0])

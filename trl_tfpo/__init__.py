@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
+    from .callbacks import LogGuidedCompletionsCallback
     from .data_collator import TokenRewardCollator
     from .doctors import Doctor
     from .faces import Faces
@@ -38,6 +39,7 @@ _MODULES = {  # read when first used, so that the command line answers at once
     "Doctor": "doctors",
     "DoctorGuidedLogitsProcessor": "logits_processor",
     "Faces": "faces",
+    "LogGuidedCompletionsCallback": "callbacks",
     "TFPOConfig": "tfpo_config",
     "TFPOTrainer": "tfpo_trainer",
     "TokenRewardCollator": "data_collator",
@@ -54,6 +56,7 @@ __all__ = [
     "Doctor",
     "DoctorGuidedLogitsProcessor",
     "Faces",
+    "LogGuidedCompletionsCallback",
     "TFPOConfig",
     "TFPOTrainer",
     "TokenRewardCollator",

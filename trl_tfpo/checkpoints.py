@@ -19,7 +19,6 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -27,6 +26,7 @@ from safetensors.torch import save_file
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 
+from . import __version__
 from ._compat import is_sharded
 from .atomic import FORMAT, check_format, written_whole
 
@@ -111,7 +111,7 @@ def mark_whole(folder: str | os.PathLike) -> None:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
         sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
-    contents = {"format": FORMAT, "written_by": f"trl-tfpo {version('trl-tfpo')}", "sizes": sizes}
+    contents = {"format": FORMAT, "written_by": f"trl-tfpo {__version__}", "sizes": sizes}
     with written_whole(folder / CONTENTS_FILE) as part:
         part.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
 

@@ -127,12 +127,44 @@ def tfpo_objective(
     return subtb + value_loss_weight * value, {name: metric.detach() for name, metric in metrics.items()}
 
 
+def pair_rewards(
+    *,
+    doctor_logps: torch.Tensor,
+    reference_logps: torch.Tensor,
+    completion_mask: torch.Tensor,
+    reward_temperature: float,
+) -> torch.Tensor:
+    r"""
+    Rewards of whole completions that the doctor implies, as [`~trl.DPOTrainer`] defines them.
+
+    $$r(y) = T \big( \log \pi(y \mid x) - \log \pi_{\text{before}}(y \mid x) \big)$$
+
+    Of what has learned the target they are the sums of the token rewards, up to a constant of each prompt.
+
+    Args:
+        doctor_logps (`torch.Tensor` of shape `(B, T)`):
+            Log-probability of each token under the policy in training, in nats.
+        reference_logps (`torch.Tensor` of shape `(B, T)`):
+            The same before training.
+        completion_mask (`torch.Tensor` of shape `(B, T)`):
+            Which tokens are real.
+        reward_temperature (`float`):
+            $T$, what a nat is worth; `beta` of DPO.
+
+    Returns:
+        `torch.Tensor` of shape `(P, 2)`: of the chosen and of the rejected completion of each pair; detached.
+    """
+    ratios = (doctor_logps.detach() - reference_logps).masked_fill(~completion_mask, 0).sum(dim=1)  # (B,)
+    return reward_temperature * torch.stack(ratios.chunk(2), dim=1)
+
+
 def describe_batch(
     *,
     doctor_logps: torch.Tensor,
     completion_mask: torch.Tensor,
     token_rewards: torch.Tensor,
     gaps: torch.Tensor | None = None,
+    rewards: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """
     Metrics of a batch of pairs that do not depend on the objective.
@@ -146,18 +178,22 @@ def describe_batch(
             Reward of each token.
         gaps (`torch.Tensor` of shape `(B, T)`, *optional*):
             Positive minus negative log-probability of the patient, in nats.
+        rewards (`torch.Tensor` of shape `(P, 2)`, *optional*):
+            From [`pair_rewards`], if what came before training is known.
 
     Returns:
-        `dict[str, torch.Tensor]`: share of tokens without a reward; mean sum of rewards and of log-probabilities of
-        the chosen and of the rejected; and the share of the gaps that agrees with the label. Detached scalars.
+        `dict[str, torch.Tensor]`: share of tokens without a reward; mean sum of token rewards and of log-probabilities of
+        the chosen and of the rejected; the share of the gaps that agrees with the label; and as in [`~trl.DPOTrainer`]
+        the mean reward of the chosen and of the rejected, their difference, and the share of pairs where it is positive.
+        Detached scalars.
     """
-    rewards = token_rewards.masked_fill(~completion_mask, 0)
-    chosen_rewards, rejected_rewards = rewards.sum(dim=1).chunk(2)
+    token_rewards = token_rewards.masked_fill(~completion_mask, 0)
+    chosen_rewards, rejected_rewards = token_rewards.sum(dim=1).chunk(2)
     chosen_logps, rejected_logps = doctor_logps.detach().masked_fill(~completion_mask, 0).sum(dim=1).chunk(2)
     metrics = {
-        "rewards/sparsity": 1 - (rewards != 0).sum() / completion_mask.sum(),
-        "rewards/chosen": chosen_rewards.mean(),
-        "rewards/rejected": rejected_rewards.mean(),
+        "token_rewards/sparsity": 1 - (token_rewards != 0).sum() / completion_mask.sum(),
+        "token_rewards/chosen": chosen_rewards.mean(),
+        "token_rewards/rejected": rejected_rewards.mean(),
         "logps/chosen": chosen_logps.mean(),
         "logps/rejected": rejected_logps.mean(),
     }
@@ -165,5 +201,9 @@ def describe_batch(
         gaps = gaps.masked_fill(~completion_mask, 0)
         chosen_gaps, rejected_gaps = gaps.chunk(2)
         agreeing = chosen_gaps.clamp(min=0).sum() + (-rejected_gaps).clamp(min=0).sum()
-        metrics["rewards/agreement"] = agreeing / gaps.abs().sum().clamp(min=1e-6)
+        metrics["token_rewards/agreement"] = agreeing / gaps.abs().sum().clamp(min=1e-6)
+    if rewards is not None:
+        margins = rewards[:, 0] - rewards[:, 1]  # (P,)
+        metrics["rewards/chosen"], metrics["rewards/rejected"] = rewards.mean(dim=0)
+        metrics["rewards/margins"], metrics["rewards/accuracies"] = margins.mean(), (margins > 0).float().mean()
     return metrics

@@ -250,7 +250,7 @@ def training_plan(
     ...     faces=world.attributes["praise"].faces,
     ... )
     >>> plan.num_pairs, plan.num_shards, plan.num_update_steps
-    (200, 2, 26)
+    (200, 13, 26)
 
     ```
     """

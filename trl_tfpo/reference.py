@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from ._compat import is_peft_model, is_sharded
 from .scoring import score_completions
 from .shards import add_scores
+from .tokenization import ID_COLUMNS, column_lengths, row_lengths
 
 
 REFERENCE_COLUMNS = ["chosen_ref_logps", "rejected_ref_logps"]
@@ -69,17 +70,18 @@ def add_reference_logps(dataset: Dataset, doctor: PreTrainedModel, *, fingerprin
     """
     return add_scores(
         dataset,
-        partial(_score_reference, doctor=doctor, batch_size=batch_size),
+        partial(_score_reference, doctor=doctor, batch_size=batch_size, longest=max(row_lengths(dataset))),
+        lengths=column_lengths(dataset, ID_COLUMNS).sum(axis=0),
         key=(fingerprint, "reference"),
         columns=REFERENCE_COLUMNS,
         desc="Scoring the reference",
     )
 
 
-def _score_reference(batch: dict[str, list], *, doctor: PreTrainedModel, batch_size: int) -> dict[str, list]:
+def _score_reference(batch: dict[str, list], *, doctor: PreTrainedModel, **settings) -> dict[str, list]:
     with doctor.disable_adapter() if is_peft_model(doctor) else nullcontext():
         logps = score_completions(
-            doctor, batch["prompt_ids"] * 2, batch["chosen_ids"] + batch["rejected_ids"], batch_size=batch_size
+            doctor, batch["prompt_ids"] * 2, batch["chosen_ids"] + batch["rejected_ids"], **settings
         )
     num_pairs = len(batch["prompt_ids"])
     logps = [row.numpy() for row in logps]

@@ -25,7 +25,9 @@ from which its first token is predicted.
 
 import inspect
 import logging
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate import PartialState
@@ -53,10 +55,17 @@ logger = logging.getLogger(__name__)
 
 PADDING_BRANCH = -1
 PROMPT_BRANCH = 0
+READS_BRANCHES = WeakKeyDictionary()  # by model
 
 
 def score_completions(
-    model: PreTrainedModel, prompt_ids: list[list[int]], completion_ids: list[list[int]], *, batch_size: int
+    model: PreTrainedModel,
+    prompt_ids: list[list[int]],
+    completion_ids: list[list[int]],
+    *,
+    batch_size: int,
+    longest: int = 0,
+    on_progress: Callable[[float], None] | None = None,
 ) -> list[torch.Tensor]:
     """
     Log-probability of every completion token after its prompt.
@@ -74,6 +83,10 @@ def score_completions(
             One completion for each prompt.
         batch_size (`int`):
             Completions in a forward pass of the longest; of shorter ones as many as take no more tokens.
+        longest (`int`, *optional*, defaults to `0`):
+            Tokens of the longest completion with its prompt in all calls of a task, if that is more than in this one.
+        on_progress (`Callable`, *optional*):
+            Told after each forward pass which share of the completions it has scored, in [0, 1].
 
     Returns:
         `list[torch.Tensor]` of shape `(T_i,)`: log-probabilities in nats, float32, on the CPU, in the given order.
@@ -95,7 +108,7 @@ def score_completions(
 
         rows.sort(key=length, reverse=True)
         max_rows = max(1, batch_size // max(map(len, rows), default=1))
-        max_tokens = max_rows * max(map(length, rows), default=0)
+        max_tokens = max_rows * max([longest, *map(length, rows)])
         while rows:
             num_rows = max_tokens // length(rows[0])
             batch, rows = rows[:num_rows], rows[num_rows:]
@@ -105,6 +118,8 @@ def score_completions(
             for row, branches in zip(batch, scored, strict=True):
                 for index, branch in zip(row, branches, strict=True):
                     logps[index] = branch
+            if on_progress is not None:
+                on_progress(sum(map(len, batch)) / len(completion_ids))
     for index, scored in enumerate(logps):
         if not scored.isfinite().all():
             raise ValueError(
@@ -219,6 +234,15 @@ def _precisely(model: PreTrainedModel) -> AbstractContextManager[None]:
 
 
 def _reads_branches(model: PreTrainedModel) -> bool:
+    """Whether [`_tries_branches`], which is tried once for a model and the way it attends."""
+    found = READS_BRANCHES.setdefault(unwrap_peft(model), {})
+    way = (unwrap_peft(model).config._attn_implementation, model.dtype)
+    if way not in found:
+        found[way] = _tries_branches(model)
+    return found[way]
+
+
+def _tries_branches(model: PreTrainedModel) -> bool:
     """Whether two completions side by side are to the model what each is alone. Within [`fused_lm_head`]."""
     base = unwrap_peft(model)
     config = base.config.get_text_config()

@@ -21,9 +21,11 @@ from typing import Any
 import torch
 
 from ._compat import _BaseConfig
+from .arguments import check_types, explains_unknown
 from .functional import check_flow_settings, check_reward_settings
 
 
+@explains_unknown
 @dataclass
 class TFPOConfig(_BaseConfig):
     r"""
@@ -106,7 +108,8 @@ class TFPOConfig(_BaseConfig):
     > - `bf16`: Defaults to `True` on an accelerator if `fp16` is not set, instead of `False`.
 
     Raises:
-        `ValueError`: when a parameter is out of its range.
+        `ValueError`: when a parameter is of another type than its field, or out of its range.
+        `TypeError`: on an argument that there is not. Where TRL's other trainers have it, the message says what to use instead.
     """
 
     _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs", "patient_model_init_kwargs"]
@@ -206,6 +209,7 @@ class TFPOConfig(_BaseConfig):
     )
 
     def __post_init__(self):
+        check_types(self)
         check_reward_settings(
             self.reward_direction,
             self.disagreement_weight,

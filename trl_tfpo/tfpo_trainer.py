@@ -15,7 +15,6 @@
 """Training a doctor: preference pairs in, a small model that can guide the patient out."""
 
 import textwrap
-from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -32,11 +31,12 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.data.data_collator import DataCollator
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput
 from trl.trainer import disable_dropout_in_model
 
 from . import functional
 from ._compat import is_peft_model, keep_differentiable, keep_output_precision
+from .arguments import explains_unknown
 from .atomic import check_writable
 from .checkpoints import check_loss, kept_whole, resolve_checkpoint
 from .data_collator import TokenRewardCollator
@@ -45,7 +45,8 @@ from .faces import Faces
 from .guided_flow import former_doctor, keep_patient, read_patient
 from .modeling_doctor import make_doctor, set_head_learning_rate
 from .named_model import NamedModel, outline_of, resolve_model
-from .objective import describe_batch, tfpo_objective
+from .objective import describe_batch, pair_rewards, tfpo_objective
+from .pair_means import PairMeans
 from .reference import REFERENCE_COLUMNS, add_reference_logps, check_not_streamed, check_untrained
 from .scoring import model_fingerprint
 from .tfpo_config import TFPOConfig, resolve_args
@@ -57,6 +58,7 @@ from .token_rewards import (
     check_annotated_for,
     check_given,
     check_patient,
+    warn_unless_faces_separate,
 )
 from .tokenization import (
     FACE_COLUMNS,
@@ -70,16 +72,25 @@ from .tokenization import (
     tokenize_preferences,
 )
 from .tokenizer_identity import check_embeddings
+from .trainer_checks import (
+    check_callables,
+    check_can_annotate,
+    check_collator,
+    check_language_model,
+    check_one_device,
+    check_split,
+    warn_of_ignored,
+)
 
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
 
-NUM_PAIRS = "num_pairs"
 AnyDataset = Dataset | IterableDataset | DatasetDict | IterableDatasetDict | dict
 
 
+@explains_unknown(settings=TFPOConfig)
 class TFPOTrainer(DoctorFiles):
     """
     Trainer for token-level flow-guided preference optimization, the method of the paper
@@ -183,26 +194,21 @@ class TFPOTrainer(DoctorFiles):
     ):
         # Args
         args = resolve_args(args, model)
-        for name, function in (("reward_fn", reward_fn), ("objective", objective)):
-            if function is not None and not callable(function):
-                raise ValueError(f"`{name}` must be callable. Got {function!r}; leave it out for that of the paper.")
-        if train_dataset is None:
-            raise ValueError("`train_dataset` is required. Got None; pass a preference dataset.")
+        check_callables(reward_fn=reward_fn, objective=objective)
+        check_split(train_dataset, "train_dataset")
         if isinstance(train_dataset, IterableDataset):
             args.accelerator_config.dispatch_batches = False  # batches of different lengths cannot be concatenated
 
         # Model
+        warn_of_ignored(model, "model", args.model_init_kwargs)
+        warn_of_ignored(patient_model, "patient_model", args.patient_model_init_kwargs)
         set_seed(args.seed)  # adapters start at random
         defaults = {"device_map": None} if args.distributed_state.num_processes > 1 else {}  # the engine places it
         defaults["trust_remote_code"] = args.trust_remote_code
         model = resolve_model(model, "model", quantization_config, **defaults | (args.model_init_kwargs or {}))
         former = former_doctor(model) if args.policy == "ratio" else None
         model = model.loaded if isinstance(model, NamedModel) else model
-        if model.config.is_encoder_decoder:
-            raise ValueError(
-                f"The doctor must be a causal language model. Got the encoder-decoder {type(model).__name__}; use a "
-                "decoder-only model of the patient's family."
-            )
+        check_language_model(model)
 
         # Processing class
         processing_class = resolve_processing_class(processing_class, model, args.trust_remote_code)
@@ -246,12 +252,7 @@ class TFPOTrainer(DoctorFiles):
                 convert_transcripts=args.convert_transcripts,
             )
         self._online_faces = data_collator.faces if isinstance(data_collator, TokenRewardCollator) else None
-        if self._online_faces and args.dataloader_num_workers > 0:
-            raise ValueError(
-                "A `TokenRewardCollator` with a patient must run in the main process. Got "
-                f"`dataloader_num_workers={args.dataloader_num_workers}`; set it to 0, or annotate the dataset "
-                "beforehand with `annotate_token_rewards`."
-            )
+        check_collator(data_collator, args)
 
         # Dataset
         defaults = {"dtype": "auto", "trust_remote_code": args.trust_remote_code}
@@ -274,6 +275,8 @@ class TFPOTrainer(DoctorFiles):
             data_collator.eos_token_ids = self._eos_token_ids
             max_length = data_collator.max_length
         check_some_completion_ends(train_dataset, self._eos_token_ids, max_length)
+        if args.process_index == 0:
+            warn_unless_faces_separate(train_dataset)
         if args.policy == "guided":
             check_given(self.patient_model)
         elif isinstance(self.patient_model, NamedModel):
@@ -293,11 +296,7 @@ class TFPOTrainer(DoctorFiles):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"TFPOTrainer does not support `nn.DataParallel`, which `Trainer` uses for the {self.args.n_gpu} GPUs "
-                "visible to one process. Use `accelerate launch`, or set `CUDA_VISIBLE_DEVICES` to a single GPU."
-            )
+        check_one_device(self.args)
 
         keep_output_precision(self.accelerator)
         self.guided_model = former
@@ -314,7 +313,7 @@ class TFPOTrainer(DoctorFiles):
         self.eval_dataset = self._add_reference_logps(self.eval_dataset)
 
         # Metrics
-        self._metrics = {"train": defaultdict(float), "eval": defaultdict(float)}  # sums over pairs
+        self._means = PairMeans()
         self._metric_key_prefix = "eval"
         self.model.add_model_tags(self._tag_names)
 
@@ -346,17 +345,7 @@ class TFPOTrainer(DoctorFiles):
         if columns.issuperset(ID_COLUMNS + REWARD_COLUMNS):
             check_annotated_for(dataset, processing_class)
             return dataset
-        if isinstance(dataset, IterableDataset):
-            raise ValueError(
-                "A streamed dataset must have token rewards already. Got an `IterableDataset` with the columns "
-                f"{sorted(columns)}; pass it through `annotate_token_rewards`, which streams as well."
-            )
-        if self.faces is None:
-            raise ValueError(
-                "A dataset without token rewards needs `faces` to be annotated. Got None; pass "
-                "`Faces(positive=..., negative=...)` or the name of a built-in pair."
-            )
-        check_given(self.patient_model)
+        check_can_annotate(dataset, self.faces, self.patient_model)
         return annotate_token_rewards(
             dataset,
             self.patient_model,
@@ -433,16 +422,25 @@ class TFPOTrainer(DoctorFiles):
         )
         check_loss(loss, inputs, self)
         num_pairs = len(inputs["is_complete"]) // 2
+        rewards = None
+        if reference_logps is not None:
+            rewards = pair_rewards(
+                doctor_logps=outputs["doctor_logps"],
+                reference_logps=reference_logps,
+                completion_mask=outputs["completion_mask"],
+                reward_temperature=self.args.reward_temperature,
+            )
         description = describe_batch(
             doctor_logps=outputs["doctor_logps"],
             completion_mask=outputs["completion_mask"],
             token_rewards=inputs["token_rewards"],
             gaps=inputs.get("gaps"),
+            rewards=rewards,
         )
-        self._record(metrics | description, num_pairs)
+        self._means.record(self._mode, metrics | description, num_pairs, self.accelerator.gather)
         if num_items_in_batch is not None:
             loss = loss * (num_pairs * self.accelerator.num_processes / num_items_in_batch)
-        return (loss, outputs) if return_outputs else loss
+        return (loss, {**outputs, "rewards": rewards}) if return_outputs else loss
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of one optimizer step and how many pairs they have, in all processes: each counts alike."""
@@ -450,21 +448,14 @@ class TFPOTrainer(DoctorFiles):
         num_pairs = torch.tensor(sum(len(batch["is_complete"]) // 2 for batch in batches), device=device)
         return batches, self.accelerator.gather(num_pairs).sum()
 
-    def _record(self, metrics: dict[str, torch.Tensor], num_pairs: int) -> None:
-        mode = "train" if self.model.training else "eval"
-        metrics = {name: metric.float() * num_pairs for name, metric in sorted(metrics.items())}
-        sums = torch.stack([*metrics.values(), next(iter(metrics.values())).new_tensor(num_pairs)])
-        sums = self.accelerator.gather(sums[None]).sum(dim=0).tolist()  # over pairs, in all processes
-        for name, value in zip([*metrics, NUM_PAIRS], sums, strict=True):
-            self._metrics[mode][name] += value
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
-        prefix = f"{self._metric_key_prefix}_" if mode == "eval" else ""
+        prefix = f"{self._metric_key_prefix}_" if self._mode == "eval" else ""
         # In place: `evaluate` returns this dict, from which `metric_for_best_model` is taken
-        num_pairs = self._metrics[mode].pop(NUM_PAIRS, None)
-        logs.update({f"{prefix}{name}": value / num_pairs for name, value in self._metrics[mode].items()})
-        self._metrics[mode].clear()
+        logs.update(self._means.take(self._mode, prefix))
         super().log(logs, start_time)
 
     # Evaluation
@@ -486,11 +477,36 @@ class TFPOTrainer(DoctorFiles):
         eval_dataset = self._add_reference_logps(self._annotate(eval_dataset, self.processing_class, self.args))
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
+    def predict(
+        self, test_dataset: Dataset, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """
+        Metrics and rewards of the pairs of another dataset.
+
+        Args:
+            test_dataset ([`~datasets.Dataset`]):
+                As for [`TFPOTrainer`].
+            ignore_keys (`list[str]`, *optional*):
+                Has no effect.
+            metric_key_prefix (`str`, *optional*, defaults to `"test"`):
+                Precedes the names of the metrics.
+
+        Returns:
+            [`~transformers.trainer_utils.PredictionOutput`]: `predictions` of shape `(num_pairs, 2)`, the rewards of the
+            chosen and of the rejected completion, see [`~trl_tfpo.objective.pair_rewards`], or None where nothing is known of
+            the doctor before training; and `metrics`, as those of `evaluate`.
+        """
+        check_split(test_dataset, "test_dataset")
+        test_dataset = self._add_reference_logps(self._annotate(test_dataset, self.processing_class, self.args))
+        output = super().predict(test_dataset, ignore_keys, metric_key_prefix)
+        output.metrics.update(self._means.take("eval", f"{metric_key_prefix}_"))
+        return output
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs)
-        return loss.detach(), None, None
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        return loss.detach(), None if prediction_loss_only else outputs["rewards"], None
 
     # Saving, see also `DoctorFiles`
 

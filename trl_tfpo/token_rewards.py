@@ -18,10 +18,12 @@ import inspect
 import json
 import logging
 import math
+import warnings
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
 
+import numpy as np
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -41,6 +43,7 @@ from .tokenization import (
     MASK_COLUMNS,
     check_counts,
     check_is_tokenizer,
+    column_lengths,
     eos_token_ids,
     tokenize_preferences,
 )
@@ -77,7 +80,7 @@ def annotate_token_rewards(
     the cache of Datasets, shard by shard: a call that was interrupted goes on where it was, and the same call again
     takes no time.
 
-    A streamed dataset is annotated as it is read, 128 pairs at a time, and nothing is kept: each pass asks the patient
+    A streamed dataset is annotated as it is read, 16 pairs at a time, and nothing is kept: each pass asks the patient
     again, and each process asks about all that it reads (see `datasets.distributed.split_dataset_by_node`).
 
     Args:
@@ -182,9 +185,16 @@ def annotate_token_rewards(
         annotated = tokenized.map(score, batched=True, batch_size=SHARD_SIZE)
     else:
         fingerprint = patient.fingerprint if isinstance(patient, NamedModel) else model_fingerprint(patient)
+        *prompts, chosen, rejected = column_lengths(tokenized, [*FACE_COLUMNS, *ID_COLUMNS[1:]])
+        prompt = np.maximum(*prompts)
         key = (fingerprint, dict(settings), reward_fn)
         annotated = add_scores(
-            tokenized, score, key=key, columns=REWARD_COLUMNS + GAP_COLUMNS, desc="Annotating token rewards"
+            tokenized,
+            partial(score, longest=int((prompt + np.maximum(chosen, rejected)).max())),
+            lengths=prompt + chosen + rejected,
+            key=key,
+            columns=REWARD_COLUMNS + GAP_COLUMNS,
+            desc="Annotating token rewards",
         )
         if patient.dtype in HALVES:
             settings["rounding"] = _measure_rounding(tokenized, annotated, score, key)
@@ -226,6 +236,57 @@ def check_annotated_for(dataset: Dataset | IterableDataset, processing_class: Pr
                     f"A dataset must be annotated with the doctor's tokenizer. Got the token id {token_id}, and that "
                     f"knows 0 to {largest}; annotate the dataset again, or use a doctor of the patient's family."
                 )
+
+
+def agreement_of_faces(dataset: Dataset | IterableDataset) -> tuple[float, float, int] | None:
+    """
+    How often the faces agree with the labels: the share of pairs whose chosen completion the positive face prefers by more
+    than the rejected one, in the sum of its gaps. A tie counts as one half.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            With `chosen_gaps` and `rejected_gaps`. Of a streamed one the first 1,000 pairs.
+
+    Returns:
+        the share, the standard error of one half, and the number of pairs; None where there are no gaps.
+    """
+    if isinstance(dataset, IterableDataset):
+        rows = [row for row in islice(dataset, 1000) if row.keys() >= set(GAP_COLUMNS)]
+        dataset = Dataset.from_list([{name: row[name] for name in GAP_COLUMNS} for row in rows])
+    if len(dataset) == 0 or not set(GAP_COLUMNS) <= set(dataset.column_names):
+        return None
+    table = dataset.select_columns(GAP_COLUMNS).with_format("arrow")[:]
+    sums = []
+    for name in GAP_COLUMNS:
+        ends = pc.list_value_length(table.column(name)).to_numpy().cumsum()
+        gaps = pc.list_flatten(table.column(name)).to_numpy()
+        totals = np.concatenate([[0.0], gaps.cumsum(dtype=np.float64)])[np.concatenate([[0], ends])]
+        sums.append(np.diff(totals))
+    preferred = sums[0] - sums[1]
+    return float(((preferred > 0) + (preferred == 0) / 2).mean()), math.sqrt(0.25 / len(dataset)), len(dataset)
+
+
+def warn_unless_faces_separate(dataset: Dataset | IterableDataset) -> None:
+    """
+    Warn when the faces do not tell chosen from rejected: what a doctor learns from them is not what the labels say.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            An annotated dataset; one without gaps is passed over.
+
+    Warns:
+        `UserWarning`: when [`agreement_of_faces`] is within two standard errors of one half, or below.
+    """
+    found = agreement_of_faces(dataset)
+    if found is None:
+        return
+    agreement, error, num_pairs = found
+    if agreement < 0.5 + 2 * error:
+        warnings.warn(
+            f"The faces do not separate these data: they prefer the chosen completion of {agreement:.0%} of {num_pairs} "
+            f"pairs, and chance is 50 ± {200 * error:.0f}%. Word the faces by what the labels reward, or use a stronger "
+            "patient."
+        )
 
 
 def check_given(patient: PreTrainedModel | NamedModel | None) -> None:
@@ -324,13 +385,12 @@ def _score_pairs(
     batch: dict[str, list],
     *,
     patient: PreTrainedModel | NamedModel,
-    reward_fn: Callable[..., torch.Tensor],
-    batch_size: int,
+    **settings,
 ) -> dict[str, list]:
     """Rewards and gaps of a batch of tokenized pairs."""
     if isinstance(patient, NamedModel):
         patient = patient.loaded
-    rewards, gaps = score_token_rewards(batch, patient=patient, reward_fn=reward_fn, batch_size=batch_size)
+    rewards, gaps = score_token_rewards(batch, patient=patient, **settings)
     num_pairs = len(batch["prompt_ids"])
     rewards, gaps = [row.tolist() for row in rewards], [row.tolist() for row in gaps]
     return {
@@ -346,7 +406,7 @@ def score_token_rewards(
     *,
     patient: PreTrainedModel,
     reward_fn: Callable[..., torch.Tensor],
-    batch_size: int,
+    **settings,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """
     Token rewards of P tokenized pairs, read from the patient.
@@ -359,8 +419,8 @@ def score_token_rewards(
             The frozen model that is read.
         reward_fn (`Callable`):
             See [`annotate_token_rewards`].
-        batch_size (`int`):
-            Sequences in one forward.
+        settings:
+            `batch_size`, and what else [`~trl_tfpo.scoring.score_completions`] takes.
 
     Returns:
         two lists of 2P `torch.Tensor` of shape `(T_i,)`, the chosen first: rewards, and gaps in nats; zero where a mask is.
@@ -374,7 +434,7 @@ def score_token_rewards(
         patient,
         batch["positive_prompt_ids"] * 2 + batch["negative_prompt_ids"] * 2,
         completions * 2,
-        batch_size=batch_size,
+        **settings,
     )  # 4P
     padded = torch.nn.utils.rnn.pad_sequence(logps, batch_first=True)  # (4P, T)
     positive_logps, negative_logps = padded.chunk(2)  # (2P, T)

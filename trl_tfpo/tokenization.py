@@ -25,6 +25,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import islice
 
+import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -302,9 +303,14 @@ def eos_token_ids(processing_class: PreTrainedTokenizerBase, *models: PreTrained
 
 def row_lengths(dataset: Dataset) -> list[int]:
     """Tokens of the longer of the two rows that each tokenized pair makes."""
-    table = dataset.select_columns(ID_COLUMNS).with_format("arrow")[:]
-    prompt, chosen, rejected = (pc.list_value_length(table.column(name)) for name in ID_COLUMNS)
-    return pc.add(prompt, pc.max_element_wise(chosen, rejected)).to_pylist()
+    prompt, chosen, rejected = column_lengths(dataset, ID_COLUMNS)
+    return np.maximum(prompt + chosen, prompt + rejected).tolist()
+
+
+def column_lengths(dataset: Dataset, columns: Sequence[str]) -> np.ndarray:
+    """Tokens in each row of columns of token ids, (columns, rows)."""
+    table = dataset.select_columns(list(columns)).with_format("arrow")[:]
+    return np.stack([pc.list_value_length(table.column(name)).to_numpy() for name in columns])
 
 
 def _check_prompt(prompt_ids: list[int], max_length: int | None) -> None:

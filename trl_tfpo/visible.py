@@ -21,7 +21,6 @@ Colors never carry a meaning alone: a sign stands beside each token. Texts of mo
 import html
 import math
 import os
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ from transformers import PreTrainedTokenizerBase
 from .atomic import written_whole
 from .functional import token_importance
 from .printable import printable
-from .token_rewards import annotation_settings
+from .token_rewards import agreement_of_faces, annotation_settings, warn_unless_faces_separate
 from .trace import GuidanceTrace
 
 
@@ -258,17 +257,15 @@ def reward_report(
             f"{dataset.column_names}; pass it through `annotate_token_rewards` first."
         )
     num_tokens = num_rewarded = 0
-    sums, tenths, preferred = Counter(), defaultdict(list), []
+    sums, tenths = Counter(), defaultdict(list)
     for row in dataset:
-        preferred.append(sum(row["chosen_gaps"]) - sum(row["rejected_gaps"]))
         for name in ("chosen", "rejected"):
             rewards = row[f"{name}_token_rewards"]
             num_tokens, num_rewarded = num_tokens + len(rewards), num_rewarded + sum(x != 0 for x in rewards)
             for position, (token_id, reward) in enumerate(zip(row[f"{name}_ids"], rewards, strict=True)):
                 sums[token_id] += reward
                 tenths[10 * position // len(rewards)].append(abs(reward))
-    agreement = sum((x > 0) + (x == 0) / 2 for x in preferred) / len(preferred)
-    error = math.sqrt(0.25 / len(preferred))  # of one half, which is what is asked about
+    agreement, error, _ = agreement_of_faces(dataset)
     ordered = [(processing_class.decode([i]), total) for i, total in sums.most_common()]
     report = {
         "num_pairs": len(dataset),
@@ -280,12 +277,7 @@ def reward_report(
         "most_punished": [(token, total) for token, total in ordered[:-11:-1] if total < 0],
         "rounding": (annotation_settings(dataset) or {}).get("rounding"),
     }
-    if agreement < 0.5 + 2 * error:
-        warnings.warn(
-            f"The faces do not separate these data: they prefer the chosen completion of {agreement:.0%} of {len(dataset)} "
-            f"pairs, and chance is 50 ± {200 * error:.0f}%. Word the faces by what the labels reward, or use a stronger "
-            "patient."
-        )
+    warn_unless_faces_separate(dataset)
     folder = Path(output_dir)
     _plot(report, folder / "rewards.png")
     _write_page(

@@ -26,6 +26,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from .. import __version__
 from ..printable import printable
 
 
@@ -63,15 +64,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(overview())
         return 0 if arguments else USAGE_ERROR
     if arguments[0] == "--version":
-        from importlib.metadata import version  # takes as long to import as all the rest
-
-        print(f"trl-tfpo {version('trl-tfpo')}")
+        print(f"trl-tfpo {__version__}")
         return 0
     verb, *rest = arguments
     if verb not in VERBS:
         return complain("", f"unknown command {verb!r}{did_you_mean(verb, VERBS)}. `trl-tfpo --help` lists them")
-    if "--quiet" in rest or not sys.stderr.isatty():
-        os.environ["TQDM_DISABLE"] = "1"
+    if not sys.stderr.isatty():
+        os.environ["TQDM_DISABLE"] = "1"  # what takes long writes lines instead
+    if "--quiet" in rest:
+        os.environ["TQDM_DISABLE"] = os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
         rest = [argument for argument in rest if argument != "--quiet"]
     try:
         return importlib.import_module(f".{verb}", __name__).run(rest) or 0

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .parser import DTYPE_HELP, Parser
+from .parser import DTYPE_HELP, Parser, old_name
 
 
 if TYPE_CHECKING:
@@ -35,7 +35,13 @@ class AnnotateArguments:
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset of the Hub."})
     dataset_split: str = field(default="train", metadata={"help": "Split to annotate."})
-    patient_model_name_or_path: str | None = field(default=None, metadata={"help": "The model that is asked."})
+    patient: str | None = field(
+        default=None,
+        metadata={
+            "aliases": old_name("patient_model_name_or_path"),
+            "help": "Hub name or path of the model that is asked.",
+        },
+    )
     dtype: str = field(default="auto", metadata=DTYPE_HELP)
     patient_load_in_4bit: bool = field(default=False, metadata={"help": "Load it in 4-bit NF4."})
     patient_load_in_8bit: bool = field(default=False, metadata={"help": "Load it in 8 bits."})
@@ -100,10 +106,10 @@ def run(arguments: Sequence[str]) -> int:
             f"{args.show} and {args.scoring_batch_size}; leave them out for the defaults"
         )
     faces = resolve_given_faces(args.faces, args.positive_face, args.negative_face)
-    if args.world is None and (args.dataset_name is None or args.patient_model_name_or_path is None):
+    if args.world is None and (args.dataset_name is None or args.patient is None):
         raise ValueError(
-            "`annotate` needs preferences and a patient. Pass `--dataset_name` and `--patient_model_name_or_path`, or "
-            "`--world praise` to try it"
+            "`annotate` needs preferences and a patient. Pass `--dataset_name` and `--patient`, or `--world praise` to try "
+            "it"
         )
 
     import torch
@@ -128,7 +134,7 @@ def run(arguments: Sequence[str]) -> int:
     else:
         dataset = read_split(args.dataset_name, args.dataset_split, args.dataset_config)
         patient, tokenizer = name_patient(
-            args.patient_model_name_or_path,
+            args.patient,
             dtype=args.dtype,
             in_4bit=args.patient_load_in_4bit,
             in_8bit=args.patient_load_in_8bit,
@@ -150,12 +156,15 @@ def run(arguments: Sequence[str]) -> int:
         sparsity_threshold=args.sparsity_threshold,
     )
     if state.is_main_process:
+        from ..token_rewards import warn_unless_faces_separate
         from ..visible import reward_report, show_token_rewards
 
         write_dataset(annotated, args.output)
         for row in annotated.select(range(min(args.show, len(annotated)))):
             print(show_token_rewards(row, tokenizer))
-        if args.report is not None:
+        if args.report is None:
+            warn_unless_faces_separate(annotated)
+        else:
             reward_report(annotated, tokenizer, args.report)
         if args.push_to_hub is not None:
             push_dataset(annotated, args.push_to_hub)

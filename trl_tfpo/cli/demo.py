@@ -32,7 +32,7 @@ class DemoArguments:
     dtype: str = field(default="auto", metadata=DTYPE_HELP)
     patient_load_in_4bit: bool = field(default=False, metadata={"help": "Load it in 4-bit NF4."})
     doctor: list[str] = field(
-        default_factory=list, metadata={"action": Repeated, "help": "NAME=PATH for each doctor."}
+        default_factory=list, metadata={"action": Repeated, "help": "PATH or NAME=PATH of each doctor."}
     )
     prompt: list[str] = field(
         default_factory=lambda: ["Hello!"], metadata={"action": Repeated, "help": "Prompts to offer."}
@@ -54,7 +54,7 @@ def run(arguments: Sequence[str]) -> int:
     if args.patient is None and args.doctor:
         raise ValueError("`--doctor` needs `--patient`. Pass both, or none for the controlled world")
     if args.patient is not None and not args.doctor:
-        raise ValueError("`--patient` needs at least one `--doctor NAME=PATH` to play with")
+        raise ValueError("`--patient` needs at least one `--doctor` to play with")
     try:
         from ..playground import launch, make_playground, world_playground
         from ..server import Engine, Limits

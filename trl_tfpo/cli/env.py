@@ -19,6 +19,8 @@ import platform
 import sys
 from collections.abc import Sequence
 
+from .. import __version__
+
 
 PACKAGES = [
     *["trl-tfpo", "trl", "transformers", "torch", "accelerate", "datasets", "peft", "deepspeed", "bitsandbytes"],
@@ -41,6 +43,7 @@ def run(arguments: Sequence[str]) -> int:
             facts[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             facts[name] = "not installed"
+    facts["trl-tfpo"] = __version__
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     facts["Accelerators"] = f"{torch.accelerator.device_count()} x {accelerator.type}" if accelerator else "none"
     print("\n".join(f"- {name}: {value}" for name, value in facts.items()))

@@ -19,18 +19,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..printable import printable
-from .parser import DTYPE_HELP, Parser, Repeated
+from .parser import DTYPE_HELP, Parser, Repeated, old_name
 
 
 @dataclass
 class GenerateArguments:
     """Models, prompts, weights and sampling."""
 
-    patient_model_name_or_path: str | None = field(default=None, metadata={"help": "The model that speaks."})
+    patient: str | None = field(
+        default=None,
+        metadata={
+            "aliases": old_name("patient_model_name_or_path"),
+            "help": "Hub name or path of the model that speaks.",
+        },
+    )
     dtype: str = field(default="auto", metadata=DTYPE_HELP)
     patient_load_in_4bit: bool = field(default=False, metadata={"help": "Load it in 4-bit NF4."})
     doctor: list[str] = field(
-        default_factory=list, metadata={"action": Repeated, "help": "Folders or Hub names of doctors."}
+        default_factory=list, metadata={"action": Repeated, "help": "PATH or NAME=PATH of each doctor."}
     )
     alpha: float | None = field(
         default=None, metadata={"help": "Exponent of the patient. By default what the doctors leave to it."}
@@ -71,12 +77,12 @@ def load_policy(args: GenerateArguments) -> tuple:
     from ..logits_processor import DoctorGuidedLogitsProcessor
     from ..tokenizer_identity import check_same_tokenizer
     from .files import read_split
-    from .models import check_dtype, load_patient
+    from .models import check_dtype, load_patient, name_doctor
 
-    if not args.world and args.patient_model_name_or_path is None:
-        raise ValueError("a patient is needed. Pass `--patient_model_name_or_path`, or `--world` to try it")
+    if not args.world and args.patient is None:
+        raise ValueError("a patient is needed. Pass `--patient`, or `--world` to try it")
     patient, tokenizer = load_patient(
-        None if args.world else args.patient_model_name_or_path,
+        None if args.world else args.patient,
         dtype=args.dtype,
         in_4bit=args.patient_load_in_4bit,
         trust_remote_code=args.trust_remote_code,
@@ -104,15 +110,16 @@ def load_policy(args: GenerateArguments) -> tuple:
                 "mend or leave out"
             )
     guide = None
-    if args.doctor:
+    paths = [name_doctor(text)[1] for text in args.doctor]
+    if paths:
         trust = {"trust_remote_code": args.trust_remote_code}
         guide = DoctorGuidedLogitsProcessor.from_pretrained(
-            args.doctor,
+            paths,
             args.alpha,
             args.beta or None,
             model_init_kwargs={"device_map": {"": patient.device}, "dtype": check_dtype(args.dtype), **trust},
         )
-        for name in args.doctor:
+        for name in paths:
             check_same_tokenizer(tokenizer, AutoTokenizer.from_pretrained(name, **trust), names=("patient", name))
     return patient, tokenizer, guide, prompts
 

@@ -15,6 +15,7 @@
 """Models of a verb: a patient by name, or that of the controlled world, and doctors."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -74,17 +75,34 @@ def load_patient(name: str | None, **settings) -> tuple[PreTrainedModel, PreTrai
     return patient.loaded.eval(), tokenizer
 
 
+def name_doctor(text: str) -> tuple[str, str]:
+    """
+    Name and path of a doctor, from NAME=PATH or from the path alone, whose last part is the name then.
+
+    Raises:
+        `ValueError`: when the name or the path is empty.
+    """
+    label, separator, path = text.partition("=")
+    if not separator or Path(text).is_dir():
+        label, path = Path(text).name, text
+    if not label or not path:
+        raise ValueError(f"`--doctor` must be NAME=PATH, or a path. Got {text!r}; write it so")
+    return label, path
+
+
 def load_models(
     name: str | None, given: Sequence[str], *, in_4bit: bool, trust_remote_code: bool, dtype: str = "auto"
 ) -> tuple:
-    """Patient (`None` is that of the controlled world), tokenizer, and doctors by name, from NAME=PATH each."""
+    """Patient (`None` is that of the controlled world), tokenizer, and doctors by name, from `--doctor` each."""
     settings = {"dtype": dtype, "in_4bit": in_4bit, "trust_remote_code": trust_remote_code}
     patient, tokenizer = load_patient(name, device_map="auto", **settings)
     doctors = {}
     for text in given:
-        label, separator, path = text.partition("=")
-        if not separator or not label or label in doctors:
-            raise ValueError(f"`--doctor` must be NAME=PATH, each name once. Got {text!r}; write it so")
+        label, path = name_doctor(text)
+        if label in doctors:
+            raise ValueError(
+                f"Each doctor must have a name of its own. Got {label!r} twice; write `--doctor NAME=PATH`"
+            )
         doctors[label] = load_doctor(
             path,
             with_value_head=False,

@@ -25,6 +25,7 @@ from pathlib import Path
 import yaml
 from trl import TrlParser
 
+from ..arguments import INSTEAD, check_types
 from . import LAUNCHED, did_you_mean
 
 
@@ -44,8 +45,31 @@ class Repeated(Action):
         setattr(namespace, self.dest, values if before is self.default else [*before, *values])
 
 
-class Parser(TrlParser):
-    """TRL's parser; an error raises `ValueError` instead of printing hundreds of options."""
+class ConfigParser(TrlParser):
+    """TRL's parser; a configuration file may use every name of an option, and one value where a list belongs."""
+
+    def set_defaults_with_config(self, **kwargs) -> list[str]:
+        options = {
+            name.lstrip("-").replace("-", "_"): action
+            for action in self._actions
+            for name in action.option_strings
+            if action.nargs != 0
+        }
+        defaults = {}
+        for name, value in kwargs.items():
+            action = options.get(name.replace("-", "_"))
+            dest = name if action is None else action.dest
+            if dest in defaults:
+                raise ValueError(f"`{dest}` has two names in the configuration, {name!r} among them. Leave one out")
+            if action is not None and action.nargs in ("+", "*") and value is not None:
+                values = value if isinstance(value, list) else [value]
+                value = [self._get_value(action, one) if isinstance(one, str) else one for one in values]
+            defaults[dest] = value
+        return super().set_defaults_with_config(**defaults)
+
+
+class Parser(ConfigParser):
+    """An error raises `ValueError` instead of printing hundreds of options."""
 
     def __init__(self, dataclass_types, verb: str, description: str):
         super().__init__(dataclass_types, prog=f"trl-tfpo {verb}", description=description, allow_abbrev=False)
@@ -62,7 +86,7 @@ class Parser(TrlParser):
         """
         *parsed, from_config, from_line = self._parse(arguments)
         self._refuse(from_config + from_line, ())
-        return tuple(parsed)
+        return self._checked(parsed)
 
     def parse_or_launch(self, arguments: Sequence[str], verb: str) -> tuple | int:
         """
@@ -73,7 +97,7 @@ class Parser(TrlParser):
         """
         *parsed, from_config, from_line = self._parse(arguments)
         if not from_config + from_line:
-            return tuple(parsed)
+            return self._checked(parsed)
         from accelerate.commands.launch import launch_command_parser
 
         launcher = launch_command_parser()
@@ -88,7 +112,7 @@ class Parser(TrlParser):
         launch += from_line
         self._refuse(launch, {"--accelerate_config", *options})
         if LAUNCHED in os.environ or "LOCAL_RANK" in os.environ:
-            return tuple(parsed)
+            return self._checked(parsed)
         rest, remaining = [], list(from_line)
         for argument in split_names(arguments):  # `from_line` is a part of them, in order
             if remaining and argument == remaining[0]:
@@ -118,15 +142,29 @@ class Parser(TrlParser):
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"`--config` must be a YAML file. Got {config!r}: {error}") from error
 
+    def _checked(self, parsed: Sequence) -> tuple:
+        """The instances; a value of a configuration file comes in any type."""
+        for instance in parsed:
+            check_types(instance)
+        return tuple(parsed)
+
     def _refuse(self, remaining: Sequence[str], known: Sequence[str]) -> None:
         """Complain of the first option that nobody knows."""
         for argument in remaining:
             name = argument.split("=")[0]
             if name.startswith("--") and name not in known:
                 names = [*self._option_string_actions, *known]
+                plain = name.lstrip("-").replace("-", "_")
+                if plain in INSTEAD:
+                    raise ValueError(f"unknown option {name!r}. Instead: {INSTEAD[plain]}")
                 raise ValueError(f"unknown option {name!r}{did_you_mean(name, names)}")
         if remaining and not remaining[0].startswith("--"):
             raise ValueError(f"unexpected argument {remaining[0]!r}. Options begin with `--`")
+
+
+def old_name(name: str) -> list[str]:
+    """Option strings of a name that an option had before, for the `aliases` of its field."""
+    return [f"--{name}", f"--{name.replace('_', '-')}"]
 
 
 def split_names(arguments: Sequence[str]) -> list[str]:

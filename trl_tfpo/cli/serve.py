@@ -30,7 +30,7 @@ class ServeArguments:
     dtype: str = field(default="auto", metadata=DTYPE_HELP)
     patient_load_in_4bit: bool = field(default=False, metadata={"help": "Load it in 4-bit NF4."})
     doctor: list[str] = field(
-        default_factory=list, metadata={"action": Repeated, "help": "NAME=PATH for each doctor."}
+        default_factory=list, metadata={"action": Repeated, "help": "PATH or NAME=PATH of each doctor."}
     )
     alias: list[str] = field(
         default_factory=list,

@@ -33,20 +33,28 @@ from ..tokenization import columns_of
 from .annotate import resolve_given_faces
 from .files import read_dataset, take_split
 from .models import check_dtype, quantization
-from .parser import DTYPE_HELP, Parser
+from .parser import DTYPE_HELP, Parser, old_name
 
 
 @dataclass
 class TFPOScriptArguments(ScriptArguments):
     """Models, data and faces."""
 
-    patient_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "The frozen model to align. Not needed for an annotated dataset."}
+    patient: str | None = field(
+        default=None,
+        metadata={
+            "aliases": old_name("patient_model_name_or_path"),
+            "help": "Hub name or path of the frozen model to align. Not needed for an annotated dataset.",
+        },
     )
     patient_load_in_4bit: bool = field(default=False, metadata={"help": "Load the patient in 4-bit NF4."})
     patient_dtype: str = field(default="auto", metadata=DTYPE_HELP)
-    doctor_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "The small model to train, with the patient's tokenizer."}
+    doctor: str | None = field(
+        default=None,
+        metadata={
+            "aliases": old_name("doctor_model_name_or_path"),
+            "help": "Hub name or path of the small model to train, with the patient's tokenizer.",
+        },
     )
     dataset_data_dir: str | None = field(
         default=None, metadata={"help": "Folder of the dataset on the Hub, as 'helpful-base' of Anthropic/hh-rlhf."}
@@ -99,14 +107,14 @@ def run(arguments: Sequence[str]) -> int:
 
 def train_doctor(script_args: TFPOScriptArguments, training_args: TFPOConfig, model_args: ModelConfig) -> None:
     """Annotate, train and save; or, on a dry run, say what that would take."""
-    doctor = script_args.doctor_model_name_or_path or model_args.model_name_or_path
-    patient = script_args.patient_model_name_or_path
+    doctor = script_args.doctor or model_args.model_name_or_path
+    patient = script_args.patient
     if script_args.world:
         from ..testbed.world import SHIPPED
 
         doctor, patient = doctor or str(SHIPPED / "doctor"), patient or str(SHIPPED / "patient")
     if doctor is None:
-        raise ValueError("`train` needs a doctor. Pass `--doctor_model_name_or_path`: a Hub name or a folder")
+        raise ValueError("`train` needs a doctor. Pass `--doctor`: a Hub name or a folder")
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
