@@ -187,17 +187,15 @@ def annotate_token_rewards(
         fingerprint = patient.fingerprint if isinstance(patient, NamedModel) else model_fingerprint(patient)
         *prompts, chosen, rejected = column_lengths(tokenized, [*FACE_COLUMNS, *ID_COLUMNS[1:]])
         prompt = np.maximum(*prompts)
-        key = (fingerprint, dict(settings), reward_fn)
-        annotated = add_scores(
-            tokenized,
-            partial(score, longest=int((prompt + np.maximum(chosen, rejected)).max())),
-            lengths=prompt + chosen + rejected,
-            key=key,
-            columns=REWARD_COLUMNS + GAP_COLUMNS,
-            desc="Annotating token rewards",
-        )
+        score = partial(score, longest=int((prompt + np.maximum(chosen, rejected)).max()))
+        scoring = {
+            "lengths": prompt + chosen + rejected,
+            "key": (fingerprint, dict(settings), reward_fn),
+            "columns": REWARD_COLUMNS + GAP_COLUMNS,
+        }
+        annotated = add_scores(tokenized, score, desc="Annotating token rewards", **scoring)
         if patient.dtype in HALVES:
-            settings["rounding"] = _measure_rounding(tokenized, annotated, score, key)
+            settings["rounding"] = _measure_rounding(tokenized, annotated, score, **scoring)
         table = annotated.data
         if not any(pc.any(pc.not_equal(pc.list_flatten(table.column(name)), 0.0)).as_py() for name in REWARD_COLUMNS):
             raise ValueError(
@@ -331,7 +329,13 @@ def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
 
 
 def _measure_rounding(
-    tokenized: Dataset, annotated: Dataset, score: Callable[[dict], dict], key: tuple
+    tokenized: Dataset,
+    annotated: Dataset,
+    score: Callable[..., dict],
+    *,
+    lengths: np.ndarray,
+    key: tuple,
+    columns: list[str],
 ) -> dict[str, float] | None:
     """
     How far the gaps of a patient in halves are from those that the same weights give in float32, on some pairs: `mean` and
@@ -340,10 +344,10 @@ def _measure_rounding(
     """
     some = range(0, len(tokenized), -(-len(tokenized) // NUM_CHECKED_PAIRS))
 
-    def score_exactly(batch):
+    def score_exactly(batch, on_progress):
         try:
             with in_float32():
-                return score(batch)
+                return score(batch, on_progress=on_progress)
         except Exception as error:  # whatever a kernel raises; the other processes wait for a result
             logger.info("The rounding of gaps could not be measured: %r", error)
             return {
@@ -355,8 +359,9 @@ def _measure_rounding(
     exact = add_scores(
         tokenized.select(some),
         score_exactly,
+        lengths=lengths[some],
         key=(*key, "float32"),
-        columns=REWARD_COLUMNS + GAP_COLUMNS,
+        columns=columns,
         desc="Measuring the rounding of gaps",
     )
 
