@@ -135,7 +135,9 @@ def trained_exponents(model: PreTrainedModel, adapters: Sequence[str] | None = N
             )
         return first
     guidance = getattr(base.config, "guidance", None)
-    if guidance and getattr(base, "guiding_adapter", None) not in configs:  # else it is about that adapter alone
+    if (
+        isinstance(guidance, dict) and getattr(base, "guiding_adapter", None) not in configs
+    ):  # else it is about that adapter alone
         return {name: guidance[name] for name in ("alpha", "beta")}
     if _rows_add_up_to_zero(base, adapters):
         raise ValueError(
