@@ -202,7 +202,10 @@ def test_a_stream_begins_with_who_speaks(client):
         own = [chunk.choices[0] for chunk in chunks if chunk.choices[0].index == index]
         assert "".join(x.delta.content or "" for x in own) == choice.message.content
         assert [x.finish_reason for x in own if x.finish_reason] == [choice.finish_reason]
-    with client.chat.completions.stream(model="world", messages=PARK, temperature=0) as stream:
+    completions = (
+        client.chat.completions if hasattr(client.chat.completions, "stream") else client.beta.chat.completions
+    )
+    with completions.stream(model="world", messages=PARK, temperature=0) as stream:
         message = stream.get_final_completion().choices[0].message
     assert (message.role, message.content) == ("assistant", say_whole(client))
 

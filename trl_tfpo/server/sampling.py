@@ -119,9 +119,9 @@ class Generation:
                 f"at least 0. Got {sampling}; leave them out for the defaults."
             )
         truncation = (self.top_k, self.min_p, self.repetition_penalty)
-        if not (truncation[0] >= 0 and 0 <= truncation[1] <= 1 and 0 < truncation[2] < math.inf):
+        if not (truncation[0] >= 0 and 0 <= truncation[1] <= 1 and 0.01 <= truncation[2] < math.inf):
             raise ValueError(
-                "`top_k` must be at least 0, `min_p` in [0, 1] and `repetition_penalty` above 0. Got "
+                "`top_k` must be at least 0, `min_p` in [0, 1] and `repetition_penalty` at least 0.01. Got "
                 f"{truncation}; leave them out for the defaults."
             )
         changes = [self.presence_penalty, self.frequency_penalty, *self.logit_bias.values()]
