@@ -24,12 +24,12 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from datasets.utils import tqdm
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..generation import guided_generate
 from ..logits_processor import DoctorGuidedLogitsProcessor
+from ..progress import Progress
 from ..tokenization import check_counts, eos_token_ids, tokenize_prompt
 
 
@@ -135,10 +135,12 @@ def generate_completions(
     rows = [row for row in tokenized for _ in range(num_samples_per_prompt)]
     generate = patient.generate if guide is None else partial(guided_generate, patient, guide)
     completions = []
-    with torch.random.fork_rng(devices=[patient.device] if patient.device.type == "cuda" else []):
+    with (
+        torch.random.fork_rng(devices=[patient.device] if patient.device.type == "cuda" else []),
+        Progress(len(rows), "Generating", "completions") as progress,
+    ):
         torch.manual_seed(seed)
-        starts = range(0, len(rows), batch_size)
-        for start in tqdm(starts, desc="Generating", unit=" batches", leave=False, disable=None):  # in a terminal
+        for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
             ids, mask = pad([ids for _, ids in batch], padding_side="left", device=patient.device)
             start_time = time.perf_counter()
@@ -158,6 +160,7 @@ def generate_completions(
                 end = next((i + 1 for i, x in enumerate(generated) if x in eos_ids), None)
                 text = processing_class.decode(generated[:end], skip_special_tokens=True)
                 completions.append(Completion(prompt, prompt_ids, generated[:end], text, end is not None, seconds))
+            progress.update(len(batch))
     if guide is not None:
         guide.reset()
     return completions
