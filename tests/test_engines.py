@@ -118,6 +118,8 @@ def test_engine_equals_one_process(one_process, tmp_path, engine, jobs):
         assert len(found) == len(expected) == 3
         for name in ("loss", "grad_norm", "loss/subtb", "loss/value"):
             assert [entry[name] for entry in found] == pytest.approx([entry[name] for entry in expected], rel=1e-5)
+        for name in ("rewards/chosen", "rewards/margins"):
+            assert [entry[name] for entry in found] == pytest.approx([entry[name] for entry in expected], abs=1e-4)
         assert seen["evaluated"] == pytest.approx(report(one_process / "one", method)["evaluated"], rel=1e-5)
 
         weights = load_file(tmp_path / job / WEIGHTS[method])

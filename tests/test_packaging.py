@@ -14,12 +14,16 @@
 
 """The wheel: built, installed elsewhere, imported from outside the repository."""
 
+import os
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+
+import trl_tfpo
 
 
 ROOT = Path(__file__).parents[1]
@@ -59,3 +63,39 @@ def test_the_wheel_installs_and_imports_from_outside(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) > 50_000
+
+
+def test_a_source_tree_needs_no_installation(tmp_path):
+    """Whoever clones the repository and sets PYTHONPATH, as on a cluster, has no metadata of an installed package."""
+    (tmp_path / "trl_tfpo").symlink_to(ROOT / "trl_tfpo")
+    hide = (
+        "import importlib.metadata as metadata, sys\n"
+        "read = metadata.Distribution.from_name.__func__\n"
+        "def from_name(cls, name):\n"
+        "    if name.replace('_', '-') == 'trl-tfpo': raise metadata.PackageNotFoundError(name)\n"
+        "    return read(cls, name)\n"
+        "metadata.Distribution.from_name = classmethod(from_name)\n"
+    )
+    script = hide + (
+        "from datasets import Dataset\n"
+        "from trl_tfpo.cli import main\n"
+        "from trl_tfpo.testbed import load_world\n"
+        "import trl_tfpo.checkpoints, trl_tfpo.hub\n"
+        "from trl_tfpo import annotate_token_rewards\n"
+        "world = load_world()\n"
+        "pairs = world.preference_dataset('praise', num_pairs=2, seed=0)\n"
+        "annotate_token_rewards(pairs, world.patient, world.tokenizer, faces=world.attributes['praise'].faces)\n"
+        "sys.exit(main(['--version']) or main(['env']))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert f"trl-tfpo {trl_tfpo.__version__}" in result.stdout
+
+
+def test_the_version_is_said_in_one_way():
+    """The version in keys of the cache and in checkpoints is that of the package which wrote them."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert tomllib.loads(text)["project"]["version"] == trl_tfpo.__version__

@@ -187,3 +187,61 @@ def test_what_is_done_is_not_done_again(patient, tokenizer, tmp_path, monkeypatc
         patient.lm_head.weight[3] += 1
     annotate(rows)
     assert forwards
+
+
+def test_a_killed_run_of_a_small_dataset_is_not_lost(patient, tokenizer, tmp_path, monkeypatch):
+    """A first try on a hundred pairs takes minutes on a laptop; whoever stops it should not wait for them again."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    faces, num_pairs, forwards = Faces(positive="you are kind", negative="you are rude"), 60, []
+    dataset = Dataset.from_list(conversational_rows(num_pairs))
+
+    def die(*_):
+        forwards.append(1)
+        if len(forwards) == 15:
+            raise KeyboardInterrupt
+
+    hook = patient.register_forward_hook(die)
+    with pytest.raises(KeyboardInterrupt):
+        annotate_token_rewards(dataset, patient, tokenizer, faces=faces, batch_size=8)
+    kept = len(files(tmp_path))
+    assert 1 <= kept < num_pairs / shards.SHARD_SIZE
+    hook.remove()
+    num_read = []
+    patient.register_forward_pre_hook(
+        lambda _, args, inputs: num_read.append(len(inputs["input_ids"])), with_kwargs=True
+    )
+    annotate_token_rewards(dataset, patient, tokenizer, faces=faces, batch_size=8)
+    assert sum(num_read) == 2 * (num_pairs - kept * shards.SHARD_SIZE)  # a row for each face of each pair
+
+
+def test_scores_are_those_of_their_pairs_whatever_the_order(tmp_path, monkeypatch):
+    """Shards are sorted by length; one permutation that is not taken back gives every pair the rewards of another."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(shards, "SHARD_SIZE", 3)
+    monkeypatch.setattr(shards, "SHARDS_IN_WINDOW", 4)
+    dataset, told = tokenized(), []
+
+    def function(batch, on_progress):
+        told.append(max(map(len, batch["chosen_ids"])) - min(map(len, batch["chosen_ids"])))
+        return {"scores": [[float(token) for token in ids] for ids in batch["chosen_ids"]]}
+
+    lengths = np.array([len(ids) for ids in dataset["chosen_ids"]])
+    scored = shards.add_scores(
+        dataset.with_format("torch"), function, lengths=lengths, key="test", columns=COLUMNS, desc="Scoring"
+    )
+    assert scored.with_format(None)["scores"][:] == scored.with_format(None)["chosen_ids"][:]
+    assert np.mean(told) < np.mean([np.ptp(lengths[i : i + 3]) for i in range(0, NUM_ROWS, 3)]) / 2  # alike in a shard
+
+
+def test_progress_moves_with_each_forward_pass(patient, tokenizer, monkeypatch):
+    """A bar that stands still for minutes looks like a hang."""
+    moves = []
+    monkeypatch.setattr(shards.Progress, "update", lambda self, amount, **_: moves.append(amount))
+    faces = Faces(positive="you are kind", negative="you are rude")
+    datasets.disable_caching()
+    try:
+        dataset = Dataset.from_list(conversational_rows(16))
+        annotate_token_rewards(dataset, patient, tokenizer, faces=faces, batch_size=8)
+    finally:
+        datasets.enable_caching()
+    assert sum(moves) == pytest.approx(16) and len([x for x in moves if x > 1e-6]) == 8  # 32 rows, four at once

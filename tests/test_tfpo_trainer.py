@@ -16,6 +16,7 @@
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
@@ -576,3 +577,170 @@ def test_dataset_dict_for_evaluation(preferences, patient, doctor, tokenizer, tm
         faces=FACES,
     )
     assert "eval_test_loss" in trainer.evaluate()
+
+
+class TestRewards:
+    """What users of `DPOTrainer` look at first."""
+
+    @pytest.mark.parametrize("policy", ["ratio", "guided", "doctor"])
+    def test_rewards_are_log_ratios_to_the_policy_before_training(
+        self, policy, annotated, patient, tokenizer, tmp_path
+    ):
+        """Accuracies of anything else, such as log-probabilities, prefer the shorter completion, and are believed."""
+        before = {"ratio": make_llama(2), "guided": copy.deepcopy(patient), "doctor": make_llama(2)}[policy]
+        trainer = TFPOTrainer(
+            model=make_llama(2),
+            patient_model=patient if policy == "guided" else None,
+            args=config(tmp_path, policy=policy, reward_temperature=0.5, per_device_eval_batch_size=3),
+            train_dataset=annotated,
+            eval_dataset=annotated,
+            processing_class=tokenizer,
+        )
+        start = trainer.evaluate()
+        assert start["eval_rewards/chosen"] == pytest.approx(0, abs=1e-4)
+        assert start["eval_rewards/margins"] == pytest.approx(0, abs=1e-4)
+        trainer.train()
+        evaluated, predicted = trainer.evaluate(), trainer.predict(trainer.eval_dataset)
+
+        def log_probs(row, name):
+            ids = torch.tensor([row["prompt_ids"] + row[name]])
+            with torch.no_grad():
+                logits = before(ids).logits
+                after = trainer.model(ids).logits
+            if policy != "doctor":
+                after = logits.log_softmax(-1) + after.log_softmax(-1)
+            index = ids[:, 1:, None]
+            both = [x.log_softmax(-1)[:, :-1].gather(2, index)[0, -len(row[name]) :].sum() for x in (after, logits)]
+            return 0.5 * (both[0] - both[1]).item()
+
+        expected = torch.tensor([[log_probs(row, "chosen_ids"), log_probs(row, "rejected_ids")] for row in annotated])
+        assert expected.abs().max() > 0.01  # it has learned something
+        torch.testing.assert_close(torch.tensor(predicted.predictions), expected, rtol=1e-3, atol=1e-4)
+        margins = expected[:, 0] - expected[:, 1]
+        for metrics, prefix in ((evaluated, "eval"), (predicted.metrics, "test")):
+            assert metrics[f"{prefix}_rewards/chosen"] == pytest.approx(
+                expected[:, 0].mean().item(), rel=1e-3, abs=1e-4
+            )
+            assert metrics[f"{prefix}_rewards/rejected"] == pytest.approx(
+                expected[:, 1].mean().item(), rel=1e-3, abs=1e-4
+            )
+            assert metrics[f"{prefix}_rewards/margins"] == pytest.approx(margins.mean().item(), rel=1e-3, abs=1e-4)
+            assert metrics[f"{prefix}_rewards/accuracies"] == pytest.approx((margins > 0).float().mean().item())
+            assert metrics[f"{prefix}_token_rewards/chosen"] == start["eval_token_rewards/chosen"]
+
+    def test_pairs_count_alike_under_accumulation(self, annotated, tokenizer, tmp_path):
+        """A mean over batches of different sizes is not the mean over pairs."""
+        logged = []
+        for batch_size, accumulation in ((8, 1), (1, 8), (3, 3)):
+            settings = dict(
+                per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation, optim="sgd"
+            )
+            trainer = TFPOTrainer(
+                model=make_llama(2),
+                args=config(tmp_path, **settings),
+                train_dataset=annotated,
+                processing_class=tokenizer,
+            )
+            trainer.train()
+            names = ("rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected")
+            logged.append(
+                [[entry[name] for name in names] for entry in trainer.state.log_history if "loss" in entry][1:]
+            )
+        for other in logged[1:]:
+            torch.testing.assert_close(torch.tensor(other), torch.tensor(logged[0]), rtol=1e-3, atol=1e-4)
+
+    def test_without_a_reference_there_are_none(self, annotated, doctor, tokenizer, tmp_path):
+        """A ratio to nothing would be a log-probability under the name of a reward."""
+        trainer = TFPOTrainer(
+            model=doctor,
+            args=config(tmp_path, policy="doctor", reference_weight=0.0),
+            train_dataset=annotated,
+            processing_class=tokenizer,
+        )
+        predicted = trainer.predict(annotated)
+        assert predicted.predictions is None and "test_loss" in predicted.metrics
+        assert not any(name.startswith("test_rewards/") for name in predicted.metrics)
+        assert "test_token_rewards/chosen" in predicted.metrics
+
+    def test_predictions_for_raw_preferences(self, preferences, annotated, doctor, patient, tokenizer, tmp_path):
+        """`predict` takes what `evaluate` takes, and leaves nothing behind for the next evaluation."""
+        make_llama(1, 32).save_pretrained(tmp_path / "patient")
+        tokenizer.save_pretrained(tmp_path / "patient")
+        trainer = TFPOTrainer(
+            model=doctor,
+            patient_model=str(tmp_path / "patient"),
+            args=config(tmp_path),
+            train_dataset=annotated,
+            processing_class=tokenizer,
+            faces=FACES,
+        )
+        before = trainer.evaluate(annotated.select([0]))
+        predicted = trainer.predict(preferences, metric_key_prefix="held_out")
+        assert predicted.predictions.shape == (len(preferences), 2)
+        assert predicted.metrics["held_out_logps/chosen"] < 0
+        again = trainer.evaluate(annotated.select([0]))
+        assert again["eval_logps/chosen"] == pytest.approx(before["eval_logps/chosen"])
+
+
+def test_a_dict_of_splits_is_not_a_training_set(preferences, annotated, doctor, tokenizer, tmp_path):
+    """`load_dataset` without a split gives one, and the error of whoever indexes it first does not say so."""
+    splits = DatasetDict(train=annotated, test=annotated)
+    with pytest.raises(
+        ValueError, match=r"`train_dataset` must be one split. Got a `DatasetDict` of \['test', 'train'\]"
+    ):
+        TFPOTrainer(model=doctor, args=config(tmp_path), train_dataset=splits, processing_class=tokenizer)
+    trainer = TFPOTrainer(model=doctor, args=config(tmp_path), train_dataset=annotated, processing_class=tokenizer)
+    with pytest.raises(ValueError, match="`test_dataset` must be one split"):
+        trainer.predict(splits)
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_faces_that_say_nothing_are_noticed_before_training(is_streamed, annotated, tokenizer, tmp_path):
+    """A training on chance ends as smoothly as any, and its doctor has learned what nobody wanted."""
+    columns = {"chosen_gaps": [1.0], "rejected_gaps": [-1.0]}
+
+    def with_agreement(share):
+        def set_gaps(row, index):
+            sign = 1 if index < share * 100 else -1
+            return {
+                f"{name}_gaps": [sign * columns[f"{name}_gaps"][0]] * len(row[f"{name}_ids"])
+                for name in ("chosen", "rejected")
+            }
+
+        dataset = annotated.select([0] * 100).map(set_gaps, with_indices=True)
+        return dataset.to_iterable_dataset() if is_streamed else dataset
+
+    def make(dataset):
+        return TFPOTrainer(
+            model=make_llama(2), args=config(tmp_path), train_dataset=dataset, processing_class=tokenizer
+        )
+
+    with pytest.warns(
+        UserWarning, match=r"chosen completion of 47% of 100 pairs, and chance is 50 ± 10%. Word the faces"
+    ):
+        make(with_agreement(0.47))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The faces")
+        make(with_agreement(0.7))
+        make(annotated.remove_columns(["chosen_gaps", "rejected_gaps"]))
+
+
+def test_keyword_arguments_for_a_loaded_model_are_not_ignored_in_silence(annotated, tokenizer, tmp_path):
+    """A `dtype` that nobody reads is a training in another precision than the one that was asked for."""
+    with pytest.warns(
+        UserWarning, match=r"`model_init_kwargs` are for a `model` given by name.*\['dtype'\] are ignored"
+    ):
+        TFPOTrainer(
+            model=make_llama(2),
+            args=config(tmp_path, model_init_kwargs={"dtype": "bfloat16"}),
+            train_dataset=annotated,
+            processing_class=tokenizer,
+        )
+    with pytest.warns(UserWarning, match="`patient_model_init_kwargs` are for a `patient_model`"):
+        TFPOTrainer(
+            model=make_llama(2),
+            patient_model=make_llama(1, 32),
+            args=config(tmp_path, patient_model_init_kwargs={"dtype": "bfloat16"}),
+            train_dataset=annotated,
+            processing_class=tokenizer,
+        )

@@ -25,7 +25,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from datasets.utils import tqdm
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -33,6 +32,7 @@ from .._compat import unwrap_peft
 from ..adapters import check_speaks
 from ..generation import check_reads, guided_generate
 from ..logits_processor import DoctorGuidedLogitsProcessor
+from ..progress import Progress
 from ..shared_forward import patient_adapters
 from ..tokenization import check_counts, eos_token_ids, tokenize_prompt
 
@@ -161,10 +161,10 @@ def generate_completions(
     with (
         _own_policy(patient),
         torch.random.fork_rng(devices=[patient.device] if patient.device.type == "cuda" else []),
+        Progress(len(rows), "Generating", "completions") as progress,
     ):
         torch.manual_seed(seed)
-        starts = range(0, len(rows), batch_size)
-        for start in tqdm(starts, desc="Generating", unit=" batches", leave=False, disable=None):  # in a terminal
+        for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
             ids, mask = pad([ids for _, ids in batch], padding_side="left", device=patient.device)
             if guide is None:
@@ -187,6 +187,7 @@ def generate_completions(
                 text = processing_class.decode(generated[:end], skip_special_tokens=True)
                 sample = Completion(prompt, prompt_ids, generated[:end], text, end is not None, seconds, altered_by)
                 completions.append(sample)
+            progress.update(len(batch))
     if guide is not None:
         guide.reset()
     return completions
