@@ -150,6 +150,7 @@ class DoctorMemory:
 
     def forget(self) -> None:
         self.layers = adapter_layers(self.doctor.model)
+        self.known_faults = {}  # by way of reading, as it is asked at every token
         self.tokens = None  # (B, n), what the cache holds
         self.cache = None  # of a model that has one
         self.recent = []  # for each of the last prefixes of `tokens`, the logits (B, V)
@@ -207,7 +208,9 @@ class DoctorMemory:
         return {how: self._fault(how) for how in _TRIALS}
 
     def _can(self, how: str) -> bool:
-        return self.is_trial or not self._fault(how)
+        if not self.is_trial and how not in self.known_faults:
+            self.known_faults[how] = self._fault(how)
+        return not self.known_faults.get(how)
 
     def _fault(self, how: str) -> str:
         memory = DoctorMemory(self.doctor, is_trial=True)
