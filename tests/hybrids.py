@@ -38,6 +38,8 @@ ARCHITECTURES = {
     "Rwkv": dict(attention_hidden_size=32),
     "Gemma2": dict(sliding_window=5),
     "Cohere2": WINDOW,
+    "Roberta": dict(is_decoder=True, max_position_embeddings=64),
+    "Mistral": dict(sliding_window=5),
     "OPT": dict(ffn_dim=48, word_embed_proj_dim=32),
 }
 

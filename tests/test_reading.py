@@ -30,7 +30,12 @@ from trl_tfpo.scoring import score_completions
 from trl_tfpo.server import Engine
 
 
-FAULTS = {"Jamba": {"in pieces"}, "RecurrentGemma": {"with padding"}, "Rwkv": {"with padding"}}
+FAULTS = {
+    "Jamba": {"in pieces"},
+    "RecurrentGemma": {"with padding"},
+    "Rwkv": {"with padding"},
+    "Roberta": {"with positions", "with padding"},  # they begin behind the padding id
+}
 TEXT = torch.randint(3, 64, (1, 16), generator=torch.Generator().manual_seed(0))
 PADDED = dict(
     input_ids=torch.cat([TEXT[:, :8], torch.cat([torch.zeros(1, 5, dtype=torch.long), TEXT[:, :3]], dim=1)]),

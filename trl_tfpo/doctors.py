@@ -27,13 +27,15 @@ from functools import partial
 
 import torch
 from torch import nn
-from transformers import DynamicCache, DynamicLayer, PreTrainedModel
+from transformers import DynamicCache, DynamicLayer, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from ._compat import active_adapters, adapter_layers, unwrap_peft, using_adapters
 from .adapters import check_adapters, trained_exponents
 from .reading import accepted_inputs, next_inputs, reading_fault
 
 
+WITH_POSITIONS = "with positions"
 PADDING = -1  # stands for a padding token in `tokens`, whatever id pads the batch
 NO_ADAPTER = "__base__"  # PEFT's name for the base model
 
@@ -155,6 +157,7 @@ class DoctorMemory:
 
     def forget(self) -> None:
         self.layers = adapter_layers(self.doctor.model)
+        self.known_faults = {}  # by way of reading, as it is asked at every token
         self.tokens = None  # (B, n), what the cache holds
         self.cache = None  # of a model that has one
         self.recent = []  # for each of the last prefixes of `tokens`, the logits (B, V)
@@ -212,11 +215,15 @@ class DoctorMemory:
         return {how: self._fault(how) for how in _TRIALS}
 
     def _can(self, how: str) -> bool:
-        return self.is_trial or not self._fault(how)
+        if not self.is_trial and how not in self.known_faults:
+            self.known_faults[how] = self._fault(how)
+        return not self.known_faults.get(how)
 
     def _fault(self, how: str) -> str:
-        trial = partial(_TRIALS[how], DoctorMemory(self.doctor, is_trial=True))
-        return reading_fault(self.doctor.model, f"doctor, {how}", trial, forward=self.doctor)
+        memory = DoctorMemory(self.doctor, is_trial=True)
+        if how != WITH_POSITIONS and self._fault(WITH_POSITIONS):
+            memory.accepted = memory.accepted - {"position_ids"}
+        return reading_fault(self.doctor.model, f"doctor, {how}", partial(_TRIALS[how], memory), forward=self.doctor)
 
     def _look_up(self, tokens: torch.LongTensor) -> int:
         """How many leading columns of `tokens` the cache holds, with its rows reordered if that helps."""
@@ -264,8 +271,11 @@ class DoctorMemory:
         model, cache = self.doctor.model, self.cache
         if cache is None:
             num_known = 0
-            if getattr(model.config.get_text_config(), "sliding_window", None) is not None:
+            config = model.config.get_text_config()
+            if getattr(config, "sliding_window", None) is not None and _keeps_keys_and_values(config):
                 cache = DynamicCache()  # told of no window, it keeps all states and can be cut anywhere
+        if not self._can(WITH_POSITIONS):  # RoBERTa's begin behind the padding id
+            self.accepted = self.accepted - {"position_ids"}
         tokens = tokens.to(model.device)
         mask = tokens != PADDING if has_padding else None
         inputs = next_inputs(tokens.clamp(min=0), self.accepted, num_read=num_known, mask=mask) | {"use_cache": True}
@@ -288,6 +298,17 @@ class DoctorMemory:
         values = [weight.reshape(-1)[weight.numel() // 2].to(self.doctor.device, torch.float64) for weight in weights]
         counters = [0.0 if weight.is_inference() else float(weight._version) for weight in weights]
         return torch.cat([torch.stack(values).cpu(), torch.tensor(counters, dtype=torch.float64)])
+
+
+def _keeps_keys_and_values(config: PreTrainedConfig) -> bool:
+    """Whether the cache of a model has keys and values, perhaps of a window, and nothing else."""
+    return all(
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=config).layers
+    )
+
+
+def _with_positions(memory: DoctorMemory, text: torch.LongTensor) -> Iterator[tuple[torch.Tensor, list[int]]]:
+    yield memory.logits(text[None]), [len(text) - 1]
 
 
 def _token_by_token(memory: DoctorMemory, text: torch.LongTensor) -> Iterator[tuple[torch.Tensor, list[int]]]:
@@ -317,6 +338,7 @@ def _with_padding(memory: DoctorMemory, text: torch.LongTensor) -> Iterator[tupl
 
 
 _TRIALS = {
+    WITH_POSITIONS: _with_positions,
     "token by token": _token_by_token,
     "in pieces": _in_pieces,
     "cut back": _cut_back,
