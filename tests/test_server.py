@@ -294,6 +294,7 @@ def test_serve_as_a_command(world, tmp_path):
         doctor.save_pretrained(tmp_path / name)
         world.tokenizer.save_pretrained(tmp_path / name)
     command = [sys.executable, "-m", "trl_tfpo", "serve", "--world", "--port", "0"]
+    command += ["--alias", "half=helpful:0.9,harmless:0", "--max_choices", "2"]
     process = subprocess.Popen(
         [*command, "--doctor", f"helpful={tmp_path / 'helpful'}", "--doctor", f"harmless={tmp_path / 'harmless'}"],
         stdout=subprocess.PIPE,
@@ -309,6 +310,12 @@ def test_serve_as_a_command(world, tmp_path):
                 ask(client, world.prompts("test")[0], weights=weights, temperature=0).choices[0].message.content
                 for weights in ({"helpful": 0.9, "harmless": 0.0}, {"helpful": 0.0, "harmless": 0.9})
             ]
+            answer = client.chat.completions.create(
+                model="half", messages=world.prompts("test")[0], temperature=0, n=2
+            )
+            assert {choice.message.content for choice in answer.choices} == {answers[0]}
+            with pytest.raises(openai.BadRequestError, match="at most 2. Got 3"):
+                ask(client, world.prompts("test")[0], n=3)
         assert answers[0] != answers[1] and all(answers)
         assert main(["serve", "--world", "--port", line.split(":")[-1].split("/")[0]]) == 2  # taken
     finally:

@@ -72,7 +72,7 @@ def make_app(
         `ValueError`: when a name or the key is empty, a name is given twice, or the weights of an alias make no sense.
     """
 
-    aliases = dict(aliases or {})
+    aliases = {name: dict(weights) for name, weights in (aliases or {}).items()}
     if not all([model_name, *aliases]) or api_key == "":
         raise ValueError(
             f"Models must have names, and a key characters. Got the names {[model_name, *aliases]}"
