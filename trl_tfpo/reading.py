@@ -38,6 +38,7 @@ from ._compat import in_float32, unwrap_peft
 NUM_PROBE_TOKENS = 16
 TOLERANCE = 0.005  # of the spread of the logits between positions, in float32; TF32 convolutions round by 0.001
 HALF_TOLERANCE = 0.25  # of the median position, in quantized models and where halves cannot be avoided
+LEAST_SPREAD = 0.001  # of the logits; a model that hardly looks at its text differs by rounding alone
 _FAULTS: WeakKeyDictionary[PreTrainedModel, dict[tuple, str]] = WeakKeyDictionary()
 
 
@@ -122,9 +123,10 @@ def reading_fault(
         try:
             with torch.no_grad(), context():
                 whole = (forward or model)(input_ids=text[None], use_cache=False).logits[0].float().log_softmax(dim=-1)
-                spread = _rms(_centred(whole) - _centred(whole).mean(dim=0)).item()
-                if spread == 0:  # a head of zeros, before training: it will say something later
+                scale = _rms(_centred(whole)).item()
+                if scale < 1e-5:  # nats: a head of zeros, before training, which will say something later
                     return ""
+                spread = max(_rms(_centred(whole) - _centred(whole).mean(dim=0)).item(), LEAST_SPREAD * scale)
                 errors = []
                 for logits, places in read(text):
                     errors += [_error(x, whole[place]) / spread for x, place in zip(logits, places, strict=True)]
@@ -152,9 +154,9 @@ def _probe_ids(base: PreTrainedModel) -> torch.LongTensor:
     configs = (getattr(base, "generation_config", None), base.config.get_text_config())
     named = [getattr(config, f"{name}_token_id", None) for config in configs for name in ("bos", "eos", "pad")]
     special = {i for value in named if value is not None for i in (value if isinstance(value, list) else [value])}
-    ids = [i for i in range(size) if i not in special][size // 4 :] or [0]
-    step = max(1, len(ids) * 2 // 3 // NUM_PROBE_TOKENS)
-    text = [ids[index * step % len(ids)] for index in range(NUM_PROBE_TOKENS)]
+    ids = [i for i in (*range(size // 4, size), *range(size // 4)) if i not in special] or [0]
+    step = max(1, len(ids) // 2 // NUM_PROBE_TOKENS)
+    text = [ids[(index * step + index // 3) % len(ids)] for index in range(NUM_PROBE_TOKENS)]  # no rhythm
     return torch.tensor(text, device=base.device)
 
 
