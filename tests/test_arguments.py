@@ -150,6 +150,14 @@ def test_settings_stay_what_they_were():
         assert other.max_steps == 3
     assert list(inspect.signature(TFPOConfig).parameters)[:2] == ["output_dir", "per_device_train_batch_size"]
     assert "patient_model" in inspect.signature(TFPOTrainer).parameters
+
+    @dataclasses.dataclass
+    class Mine(TFPOConfig):
+        other: "OnlyForTypeCheckers | None" = None  # noqa: F821
+
+    assert Mine("run", other=3).other == 3
+    with pytest.raises(ValueError, match="`max_steps` must be a whole number"):
+        Mine("run", max_steps=2.5)
     TFPOConfig("run", model_init_kwargs={"dtype": torch.float32}, warmup_steps=3, bf16=0)  # what Python may pass
 
 

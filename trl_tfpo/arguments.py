@@ -17,6 +17,7 @@ Arguments as users write them: types of all settings are checked in one place, a
 to use instead.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -132,9 +133,12 @@ def check_types(settings: object) -> None:
     Raises:
         `ValueError`: when a value is not of the type of its field, or a text where a dictionary belongs is not JSON.
     """
-    hints = typing.get_type_hints(type(settings))
+    hints = {}
+    for cls in reversed(type(settings).__mro__):
+        with contextlib.suppress(NameError):  # of names that a subclass imports for type checkers only
+            hints |= typing.get_type_hints(cls)
     for field in dataclasses.fields(settings):
-        value, hint = getattr(settings, field.name, None), hints[field.name]
+        value, hint = getattr(settings, field.name, None), hints.get(field.name, typing.Any)
         if value is field.default or field.name in BEYOND_ANNOTATION:
             continue
         if not _fits(value, hint):
