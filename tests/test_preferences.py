@@ -49,9 +49,8 @@ def test_conversations_may_repeat_their_prompt(columns):
         {"prompt": [SYSTEM], "chosen": [USER, said("yes")], "rejected": [USER, said("no")]},
         {"prompt": [USER], "chosen": [said("yes")], "rejected": [{"role": "user", "content": "no"}]},
         {"prompt": [USER], "chosen": [USER, said("yes")], "rejected": [said("no")]},
-        {"chosen": [USER, said("yes"), USER], "rejected": [USER, said("yes"), {**USER, "content": "milk?"}]},
     ],
-    ids=["a question in the answers", "the wrong role", "one answer repeats the prompt", "they differ in a question"],
+    ids=["a question in the answers", "the wrong role", "one answer repeats the prompt"],
 )
 def test_an_answer_starts_with_the_assistant(row):
     """What a user says would be rewarded as if the assistant had said it."""
@@ -59,11 +58,64 @@ def test_an_answer_starts_with_the_assistant(row):
         read_pair(row)
 
 
-def test_answers_share_a_prompt():
-    """Two answers to two questions are no preference."""
-    row = {"chosen": [USER, said("yes")], "rejected": [{**USER, "content": "milk?"}, said("no")]}
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": [USER, said("yes")], "rejected": [{**USER, "content": "milk?"}, said("no")]},
+        {"chosen": "\n\nHuman: tea?\n\nAssistant: x", "rejected": "\n\nHuman: soup?\n\nAssistant: y"},
+        {"chosen": "<user> tea? <bot> x", "rejected": "<user> soup? <bot> y"},
+    ],
+    ids=["messages", "a transcript", "a rendered text"],
+)
+@pytest.mark.parametrize("convert_transcripts", [False, True])
+def test_answers_share_a_prompt(row, convert_transcripts):
+    """Two answers to two questions are no preference, and the questions would be scored."""
     with pytest.raises(ValueError, match="answer the same prompt"):
-        read_pair(row)
+        read_pair(row, openings=["<bot>"], convert_transcripts=convert_transcripts)
+
+
+def test_a_turn_that_both_answers_share_is_theirs():
+    """A last shared message of the assistant is not half of the next one."""
+    row = {"chosen": [USER, said("well"), said("yes")], "rejected": [USER, said("well"), said("no")]}
+    assert read_pair(row) == {
+        "prompt": [USER],
+        "chosen": [said("well"), said("yes")],
+        "rejected": [said("well"), said("no")],
+    }
+
+
+def test_the_opening_of_a_turn_belongs_to_the_prompt():
+    """Older datasets start their answers with it; the doctor would learn to say its own name."""
+    pair = {"prompt": "Human: soup?", "chosen": "\n\nAssistant: yes", "rejected": "\n\nAssistant: no"}
+    expected = {"prompt": "Human: soup?\n\nAssistant:", "chosen": " yes", "rejected": " no"}
+    assert read_pair(pair) == expected
+    assert read_pair(pair, convert_transcripts=True) == {
+        "prompt": [{"role": "user", "content": "soup?"}],
+        "chosen": [said("yes")],
+        "rejected": [said("no")],
+    }
+    rendered = {"prompt": "<user> soup?", "chosen": "<bot>\nyes", "rejected": "<bot>\nno"}
+    assert read_pair(rendered, openings=["<bot>\n"]) == {
+        "prompt": "<user> soup?<bot>\n",
+        "chosen": "yes",
+        "rejected": "no",
+    }
+    with pytest.raises(ValueError, match="must open the assistant's turn in the same way, or neither"):
+        read_pair(pair | {"rejected": " no"})
+
+
+def test_a_question_at_the_end_of_a_transcript_is_left_out():
+    """Nobody answers it, and the answer before it would have no end."""
+    answer = " yes\n\nHuman: why?\n\nAssistant: so\n\nHuman: thanks"
+    pair = read_pair({"prompt": "\n\nHuman: soup?\n\nAssistant:", "chosen": answer, "rejected": " no"})
+    assert pair["chosen"] == " yes\n\nHuman: why?\n\nAssistant: so"
+
+
+def test_a_started_answer_of_a_transcript_keeps_its_space():
+    """Two words would become one."""
+    row = {"prompt": "\n\nHuman: soup?\n\nAssistant: I say", "chosen": " yes", "rejected": " no"}
+    pair = read_pair(row, convert_transcripts=True)
+    assert pair["prompt"][-1] == said("I say") and pair["chosen"] == [said(" yes")]
 
 
 def test_what_follows_the_last_answer_is_left_out():
@@ -95,7 +147,7 @@ START = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: soup?\n\nAssistant:"
         {"chosen": START + " Yes.", "rejected": START + " \n"},
         {"chosen": "soup is good, not", "rejected": "soup is good"},
         {"prompt": [USER], "chosen": [said("yes")], "rejected": [said(" ")]},
-        {"prompt": [USER], "chosen": [said("yes")], "rejected": [said("", name="me")]},
+        {"prompt": [USER], "chosen": [said("yes")], "rejected": [said("", name="me", id=7)]},
     ],
 )
 @pytest.mark.parametrize("convert_transcripts", [False, True])

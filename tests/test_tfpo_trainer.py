@@ -124,6 +124,38 @@ class TestTraining:
         )
         assert next(iter(trainer.get_train_dataloader()))["is_complete"].all()
 
+    def test_the_collators_patient_says_where_answers_end(self, preferences, patient, doctor, tokenizer, tmp_path):
+        """A patient that only the collator has may end its turns with a token of its own, and what follows is never said."""
+        patient.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.unk_token_id]
+        dataset = preferences.map(lambda row: {"prompt": "say", "chosen": " good <unk> and", "rejected": " bad"})
+        trainer = TFPOTrainer(
+            model=doctor,
+            args=config(tmp_path),
+            data_collator=TokenRewardCollator(tokenizer, patient=patient, faces=FACES),
+            train_dataset=dataset,
+            processing_class=tokenizer,
+        )
+        assert tokenizer.decode(trainer.train_dataset[0]["chosen_ids"]) == "good <unk>"
+
+    @pytest.mark.parametrize("where", ["the trainer", "the collator"])
+    def test_transcripts_are_converted(self, where, patient, doctor, tokenizer, tmp_path):
+        """A setting that is read and then dropped trains on a format in which nobody asks."""
+        start = "\n\nHuman: say the soup\n\nAssistant:"
+        dataset = Dataset.from_list([{"chosen": start + " good", "rejected": start + " bad"}] * 4)
+        collator = TokenRewardCollator(
+            tokenizer, patient=patient, faces=FACES, convert_transcripts=where == "the collator"
+        )
+        trainer = TFPOTrainer(
+            model=doctor,
+            patient_model=patient,
+            args=config(tmp_path, convert_transcripts=where == "the trainer"),
+            data_collator=collator if where == "the collator" else None,
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            faces=FACES,
+        )
+        assert tokenizer.decode(trainer.train_dataset[0]["prompt_ids"]) == "<s> <user> say the soup <assistant>"
+
     def test_some_completion_is_whole_within_max_length(self, annotated, doctor, tokenizer, tmp_path):
         """Where all are cut there is no boundary, and rewards do not reach the doctor."""
         with pytest.raises(ValueError, match="must end in EOS.*within `max_length`=9"):
@@ -701,7 +733,7 @@ def test_faces_that_say_nothing_are_noticed_before_training(is_streamed, annotat
 
     def with_agreement(share):
         def set_gaps(row, index):
-            sign = 1 if index < share * 100 else -1
+            sign = 1 if index * 37 % 100 < share * 100 else -1
             return {
                 f"{name}_gaps": [sign * columns[f"{name}_gaps"][0]] * len(row[f"{name}_ids"])
                 for name in ("chosen", "rejected")
@@ -716,7 +748,8 @@ def test_faces_that_say_nothing_are_noticed_before_training(is_streamed, annotat
         )
 
     with pytest.warns(
-        UserWarning, match=r"chosen completion of 47% of 100 pairs, and chance is 50 ± 10%. Word the faces"
+        UserWarning,
+        match=r"chosen completion of 47% of (100 pairs, and chance is 50 ± 10|64 pairs, .* ± 12)%. Word the faces",
     ):
         make(with_agreement(0.47))
     with warnings.catch_warnings():

@@ -61,6 +61,14 @@ def test_rewards_are_what_the_two_faces_say(preferences, patient, tokenizer):
             assert row[f"{name}_token_rewards"] == pytest.approx(expected, abs=1e-4)
 
 
+def test_more_ids_may_end_a_completion(patient, tokenizer):
+    """The doctor may know an end that its patient does not."""
+    pair = {"prompt": "say", "chosen": " good <unk> and", "rejected": " bad"}
+    dataset = Dataset.from_list([pair])
+    (row,) = annotate_token_rewards(dataset, patient, tokenizer, faces=FACES, eos_token_ids=[tokenizer.unk_token_id])
+    assert tokenizer.decode(row["chosen_ids"]) == "good <unk>"
+
+
 def test_only_the_assistant_is_rewarded(patient, tokenizer):
     """A user's words between two turns of the assistant must not get a reward, nor change what the others get."""
     (row,) = conversational_rows(1)

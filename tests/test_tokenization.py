@@ -14,6 +14,7 @@
 
 """Token ids: the same for patient and doctor, whatever the format of the dataset."""
 
+import re
 from importlib.resources import files
 from itertools import islice
 
@@ -27,7 +28,7 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from trl_tfpo.faces import BUILT_IN_FACES, Faces, apply_face, has_system_role, resolve_faces
 from trl_tfpo.tokenization import MASK_COLUMNS, tokenize_pair, tokenize_preferences
@@ -264,11 +265,119 @@ def test_transcripts_with_a_chat_model_are_noticed(tokenizer):
     assert {name: converted[0][name] for name in expected} == expected
 
 
+def test_a_face_goes_before_a_text_and_after_what_starts_it(tokenizer):
+    """Inside a special token it would break the prompt; before BOS the model has never seen it."""
+    special = [("<s>", 1), ("<user>", 5)]
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<user>"]})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> <user> $A", special_tokens=special)
+    for prompt in ("say soup", "<s><user> say soup"):
+        row = tokenize({"prompt": prompt, "chosen": " good", "rejected": " bad"}, tokenizer)
+        assert text(tokenizer, row["positive_prompt_ids"]) == "<s> <user> you are kind say soup"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    row = tokenize({"prompt": "<s> say soup", "chosen": " good", "rejected": " bad"}, tokenizer)
+    assert text(tokenizer, row["positive_prompt_ids"]) == "you are kind <s> say soup"
+
+
+def test_messages_of_the_assistant_in_a_row(tokenizer):
+    """The second must neither be lost nor be read as the end of the first."""
+    more = [{"role": "assistant", "content": "very good"}]
+    row = tokenize({**PAIR, "chosen": PAIR["chosen"] + more}, tokenizer)
+    assert text(tokenizer, row["chosen_ids"]) == "soup is good </s> <assistant> very good </s>"
+    assert row["chosen_mask"] == [1, 1, 1, 1, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "spoon"}}]},
+        {"role": "assistant", "content": " "},
+        {"role": "assistant", "content": "", "reasoning_content": "soup"},
+    ],
+    ids=["a tool call", "a blank turn", "a thought"],
+)
+def test_a_turn_that_the_template_leaves_out_is_refused(first, tokenizer):
+    """The doctor would learn to end its turn at once."""
+    pair = {**PAIR, "chosen": [first, {"role": "tool", "content": "bread"}, *PAIR["chosen"]]}
+    with pytest.raises(ValueError, match="must print what the assistant says in each of its turns"):
+        tokenize(pair, tokenizer)
+
+
+def test_arguments_of_a_row_may_be_json(tokenizer):
+    """Parquet files often hold them so; anything else must name the row, not end the run."""
+    tokenizer.chat_template = "{{ bos_token }}{% if mood %} {{ mood }}{% endif %}" + CHAT_TEMPLATE[15:]
+    row = tokenize({**PAIR, "chat_template_kwargs": '{"mood": "not"}'}, tokenizer)
+    assert text(tokenizer, row["prompt_ids"]) == "<s> not <user> say soup <assistant>"
+    for columns in ({"chat_template_kwargs": "{"}, {"chat_template_kwargs": [1]}, {"tools": 5}, {"tools": "{}"}):
+        with pytest.raises(ValueError, match="must be a (dict|list), or one as JSON"):
+            tokenize({**PAIR, **columns}, tokenizer)
+
+
+def test_many_unusable_rows_at_the_start(tokenizer):
+    """Columns that are empty so far have no type yet, and the first usable row would not fit."""
+    bad = {**PAIR, "rejected": [{"role": "assistant", "content": ""}]}
+    dataset = Dataset.from_list([bad] * 1001 + [PAIR])
+    options = dict(faces=FACES, eos_token_ids=[tokenizer.eos_token_id], drop_unusable=True)
+    assert len(tokenize_preferences(dataset, tokenizer, **options)) == 1
+
+
+class TestMergedTokens:
+    """Tokens that reach over the border of prompt and answer, which no list of words has."""
+
+    @pytest.fixture(params=["fast", "slow"])
+    def merging(self, request):
+        """Letters, of which `ab` and `nn` may be one token."""
+        letters = {char: index for index, char in enumerate("</s>?abcdnxq \n")}
+        tokens = ["</e>", *letters, "ab", "nn"]
+        if request.param == "slow":
+            return MergingTokenizer(tokens)
+        vocabulary = {token: index for index, token in enumerate(tokens)}
+        backend = Tokenizer(BPE(vocabulary, merges=[("a", "b"), ("n", "n")]))
+        return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</e>")
+
+    def test_a_token_across_the_border_is_the_answers(self, merging):
+        """Its second half is said by the assistant, and under no face may it be read twice."""
+        row = tokenize({"prompt": "qxa", "chosen": "bc", "rejected": "d"}, merging, faces=Faces("ddda", "xxxa"))
+        tokens = {name: merging.convert_ids_to_tokens(ids) for name, ids in row.items() if name.endswith("ids")}
+        assert tokens["prompt_ids"] == ["q", "x"]
+        assert tokens["chosen_ids"] == ["ab", "c", "</e>"] and row["chosen_mask"] == [1, 1, 1]
+        assert tokens["rejected_ids"] == ["a", "d", "</e>"] and row["rejected_mask"] == [0, 1, 1]
+        assert tokens["positive_prompt_ids"][-2:] == ["q", "x"]
+
+    def test_a_completion_without_a_token_of_its_own_is_refused(self, merging):
+        """Cut before the assistant's first token, the row would stop the training later."""
+        with pytest.raises(ValueError, match="token of the assistant within `max_length`. Got none in the first 3"):
+            tokenize({"prompt": "qxa", "chosen": "bc", "rejected": "d"}, merging, faces=None, max_length=3)
+
+
+class MergingTokenizer(PreTrainedTokenizer):
+    """The same in Python, without the positions of tokens."""
+
+    def __init__(self, tokens, **settings):
+        self.tokens = tokens
+        super().__init__(eos_token="</e>", **settings)
+
+    @property
+    def vocab_size(self):
+        return len(self.tokens)
+
+    def get_vocab(self):
+        return {token: index for index, token in enumerate(self.tokens)}
+
+    def _tokenize(self, text, **_):
+        return re.findall("ab|nn|.", text, flags=re.DOTALL)
+
+    def _convert_token_to_id(self, token):
+        return self.tokens.index(token)
+
+    def _convert_id_to_token(self, index):
+        return self.tokens[index]
+
+
 # The invariant: whatever a template prints, only words of the assistant's answers are scored, and all of them
 
 
 ROLES = ("system", "user", "assistant", "tool")
-SAID = {role: [f"{role[0]}{number}" for number in range(6)] for role in ROLES}
+SAID = {role: [f"{role[0]}{number}" for number in range(12)] for role in ROLES}
 MARKERS = "<sys> <usr> <asst> <tool> <think> </think> <end> <last> <reminder>"
 VOCABULARY = " ".join(["<pad> <s> </s> <unk> \n", MARKERS, *(word for words in SAID.values() for word in words)])
 
@@ -314,8 +423,8 @@ def conversations(draw):
     if draw(st.booleans()):
         prompt += [message("assistant"), message(draw(st.sampled_from(["user", "tool"])))]
     answer = [message("assistant")]
-    if draw(st.booleans()):
-        answer += [message(draw(st.sampled_from(["user", "tool"]))), message("assistant")]
+    for _ in range(draw(st.integers(0, 2))):
+        answer += [message(role) for role in draw(st.sampled_from([["user"], ["tool"], []]))] + [message("assistant")]
     return prompt, answer
 
 
@@ -326,7 +435,7 @@ def test_only_what_the_assistant_answers_is_scored(template, conversation):
     tokenizer = make_tokenizer(VOCABULARY)
     tokenizer.chat_template = template
     prompt, answer = conversation
-    pair = {"prompt": prompt, "chosen": answer, "rejected": [{"role": "assistant", "content": "a5"}]}
+    pair = {"prompt": prompt, "chosen": answer, "rejected": [{"role": "assistant", "content": "a11"}]}
     try:
         row = tokenize(pair, tokenizer, system_role=has_system_role(tokenizer))
     except ValueError as error:
@@ -362,7 +471,7 @@ SHAPES = {
         [("assistant", "GOOD one"), ("user", "ASKED"), ("assistant", "GOOD two")],
     ),
     "a tool": ([("user", "QUESTION")], [("assistant", ""), ("tool", "RESULT"), ("assistant", "GOOD one")]),
-    "a start": ([("user", "QUESTION"), ("assistant", "EARLIER ")], [("assistant", "GOOD one")]),
+    "a start": ([("user", "QUESTION"), ("assistant", "EARLIER (")], [("assistant", "GOOD one")]),
 }
 
 

@@ -29,6 +29,7 @@ from trl_tfpo import (
     show_trace,
 )
 from trl_tfpo.testbed import load_world
+from trl_tfpo.trace import GuidanceTrace
 from trl_tfpo.visible import TokenMap
 
 
@@ -174,3 +175,35 @@ def test_what_cannot_be_traced_is_refused(world):
         guide.trace(output.flip(1))
     with pytest.raises(ValueError, match="return_trace=True"):
         DoctorGuidedLogitsProcessor(world.doctor).trace(output)
+
+
+def test_only_what_the_assistant_says_is_reported(tokenizer, tmp_path):
+    """The words of a user between two turns have no reward by rule, and would look as if the faces agreed on them."""
+    row = {"prompt_ids": [4], "chosen_ids": [5, 2, 6, 7, 8, 2], "chosen_mask": [1, 1, 0, 0, 1, 1]}
+    row |= {"chosen_token_rewards": [0.5, 0.0, 0.0, 0.0, 0.5, 0.0], "chosen_gaps": [2.0, 0.0, 0.0, 0.0, 2.0, 0.0]}
+    row |= {
+        "rejected_ids": [9, 2],
+        "rejected_mask": [1, 1],
+        "rejected_token_rewards": [-0.5, 0.0],
+        "rejected_gaps": [-1.0, 0.0],
+    }
+    report = reward_report(Dataset.from_list([row] * 20), tokenizer, tmp_path)
+    assert report["sparsity"] == pytest.approx(3 / 6)
+    notes = show_token_rewards(row, tokenizer).rows[0][3]
+    without = {name: value for name, value in row.items() if not name.endswith("mask")}
+    deleted = without | {
+        "chosen_ids": [5, 2, 8, 2],
+        "chosen_token_rewards": [0.5, 0.0, 0.5, 0.0],
+        "chosen_gaps": [2.0, 0.0, 2.0, 0.0],
+    }
+    spoken = [note for note, mask in zip(notes, row["chosen_mask"], strict=True) if mask]
+    assert spoken == show_token_rewards(deleted, tokenizer).rows[0][3]
+
+
+def test_a_trace_ends_at_any_end_of_a_text(world):
+    """Padding behind an EOS of the generation config would be shown as if it had been said."""
+    eos, other = world.tokenizer.eos_token_id, world.tokenizer.convert_tokens_to_ids("soup")
+    shape = torch.zeros(1, 3)
+    trace = GuidanceTrace(torch.tensor([[5, other, eos]]), shape, shape[None], shape)
+    assert len(show_trace(trace, world.tokenizer).rows[0][1]) == 3
+    assert len(show_trace(trace, world.tokenizer, eos_token_ids=[other]).rows[0][1]) == 2

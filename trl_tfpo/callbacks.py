@@ -35,7 +35,7 @@ from .named_model import NamedModel, resolve_model
 from .printable import printable
 from .tfpo_trainer import TFPOTrainer
 from .token_rewards import check_patient
-from .tokenization import eos_token_ids
+from .tokenization import all_eos_token_ids
 from .weights import Weight
 
 
@@ -167,7 +167,7 @@ class LogGuidedCompletionsCallback(TrainerCallback):
     def _generate(self, guide: DoctorGuidedLogitsProcessor | None) -> list[str]:
         """A completion of each prompt, in all processes; each process generates its share."""
         tokenizer, args = self.trainer.processing_class, self.trainer.args
-        eos_ids = eos_token_ids(tokenizer, self.patient)
+        eos_ids = all_eos_token_ids(tokenizer, self.patient)
         pad_token_id = next(x for x in (tokenizer.pad_token_id, *eos_ids, 0) if x is not None)
         settings = {"pad_token_id": pad_token_id, "eos_token_id": eos_ids or None}
         if self.generation_config is None:

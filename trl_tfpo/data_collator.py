@@ -31,8 +31,8 @@ from .tokenization import (
     FACE_COLUMNS,
     ID_COLUMNS,
     MASK_COLUMNS,
+    all_eos_token_ids,
     check_counts,
-    eos_token_ids,
     is_complete,
     tokenize_pair,
 )
@@ -137,7 +137,7 @@ class TokenRewardCollator(DataCollatorMixin):
             check_patient(self.patient, self.processing_class)
             self.has_system_role = has_system_role(self.processing_class)
         if self.eos_token_ids is None:
-            self.eos_token_ids = eos_token_ids(self.processing_class, self.patient)
+            self.eos_token_ids = all_eos_token_ids(self.processing_class, self.patient)
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         if self.patient is not None:

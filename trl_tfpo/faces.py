@@ -120,7 +120,7 @@ def has_system_role(processing_class: PreTrainedTokenizerBase) -> bool:
     probe = [{"role": "system", "content": "sentinel-7f3a"}, {"role": "user", "content": "x"}]
     try:
         return probe[0]["content"] in processing_class.apply_chat_template(probe, tokenize=False)
-    except TemplateError:
+    except (TemplateError, ValueError):
         return False
 
 

@@ -81,7 +81,8 @@ by `trl_tfpo.annotate_token_rewards`).
 | longest sequence, in tokens | {max_length} |
 | hash of the tokenizer | {tokenizer} |
 
-`prompt_ids`, `chosen_ids` and `rejected_ids` are token ids; `chosen_token_rewards` and `rejected_token_rewards` have one reward
+`prompt_ids`, `chosen_ids` and `rejected_ids` are token ids; `chosen_mask` and `rejected_mask` are 1 where the assistant speaks,
+and 0 where a user or a tool does between its turns; `chosen_token_rewards` and `rejected_token_rewards` have one reward
 for each token of the completion, in [-1, 1], and `chosen_gaps` and `rejected_gaps` the log-probability under the positive less
 that under the negative face, in nats.
 

@@ -40,7 +40,7 @@ from .reference import REFERENCE_COLUMNS
 from .shards import SHARD_SIZE
 from .tfpo_config import TFPOConfig
 from .token_rewards import REWARD_COLUMNS
-from .tokenization import FACE_COLUMNS, ID_COLUMNS, eos_token_ids, tokenize_preferences
+from .tokenization import FACE_COLUMNS, ID_COLUMNS, all_eos_token_ids, tokenize_preferences
 
 
 if TYPE_CHECKING:
@@ -297,7 +297,7 @@ def training_plan(
             pairs,
             processing_class,
             faces=resolve_faces(faces),
-            eos_token_ids=eos_token_ids(processing_class, frozen),
+            eos_token_ids=all_eos_token_ids(processing_class, frozen),
             max_length=args.max_length,
             drop_unusable=args.drop_unusable,
             convert_transcripts=args.convert_transcripts,

@@ -29,6 +29,8 @@ from trl.trainer.utils import remove_none_values
 
 TRANSCRIPT_TURN = "\n\nAssistant:"  # as in HH-RLHF, whose `chosen` and `rejected` are whole transcripts
 OTHER_TURN = "\n\nHuman:"
+TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+THOUGHTS = ("reasoning_content", "thinking")  # keys of a message beside its content
 REMEDY = "correct the row, leave it out, or pass `drop_unusable=True`."
 
 
@@ -44,7 +46,7 @@ def read_pair(example: dict, *, openings: Sequence[str] = (), convert_transcript
             A row with `chosen`, `rejected` and, optionally, `prompt`.
         openings (`Sequence[str]`, *optional*):
             Texts that open the assistant's turn, beside `"\n\nAssistant:"`. A prompt that is contained in both texts ends
-            with the last of them that the texts share or, where there is none, at a space.
+            with the last opening that they share. In texts without an opening it ends between two words.
         convert_transcripts (`bool`, *optional*, defaults to `False`):
             Whether texts with turns of `"\n\nHuman:"` and `"\n\nAssistant:"` become messages.
 
@@ -84,25 +86,27 @@ def read_pair(example: dict, *, openings: Sequence[str] = (), convert_transcript
     if are_texts:
         pair = _split_texts(**pair, openings=(TRANSCRIPT_TURN, *filter(None, openings)))
     if are_texts and convert_transcripts and is_transcript(pair["prompt"]):
-        prompt = transcript_to_messages(pair["prompt"])
-        if prompt[-1] == {"role": "assistant", "content": ""}:
-            prompt.pop()  # the turn that the answers fill
-        whole = {name: transcript_to_messages(pair["prompt"] + pair[name]) for name in ("chosen", "rejected")}
-        pair = {"prompt": prompt, **{name: messages[len(prompt) :] for name, messages in whole.items()}}
+        pair = _to_messages(**pair)
         are_texts = False
     if not are_texts:
         pair = _split_messages(**{name: clean_messages(messages) for name, messages in pair.items()})
     for name in ("chosen", "rejected"):
         if not _says_something(pair[name]):
-            raise ValueError(
-                f"A completion must have at least one token before EOS. Got an empty {name!r} one; {REMEDY}"
-            )
+            raise empty_completion(name)
     return pair
+
+
+def empty_completion(name: str) -> ValueError:
+    """The error for a completion, `"chosen"` or `"rejected"`, in which the assistant says nothing of its own."""
+    return ValueError(
+        f"A completion must have at least one token before EOS. Got an empty {name!r} one, after the prompt and what both "
+        f"completions begin with; {REMEDY}"
+    )
 
 
 def is_transcript(text: object) -> bool:
     r"""Whether a text has turns of `"\n\nHuman:"` or `"\n\nAssistant:"`, as in HH-RLHF."""
-    return isinstance(text, str) and (OTHER_TURN in text or TRANSCRIPT_TURN in text)
+    return isinstance(text, str) and TURN.search(text) is not None
 
 
 def transcript_to_messages(text: str) -> list[dict[str, str]]:
@@ -119,7 +123,7 @@ def transcript_to_messages(text: str) -> list[dict[str, str]]:
     ```
     """
     roles = {"Human": "user", "Assistant": "assistant"}
-    before, *turns = re.split(rf"(?:\A\s*|\n\n)({'|'.join(roles)}):", text)
+    before, *turns = TURN.split(text)
     messages = [{"role": "system", "content": before.strip()}] if before.strip() else []
     return messages + [
         {"role": roles[speaker], "content": content.strip()}
@@ -169,7 +173,9 @@ def _says_something(answer: str | list[dict]) -> bool:
     """Whether an answer is more than spaces. A message may call tools, or think, instead of having a content."""
     if isinstance(answer, str):
         return bool(answer.strip())
-    return any(message["content"].strip() or message.keys() - {"role", "content", "name"} for message in answer)
+    return any(message.get(name) for message in answer for name in ("tool_calls", *THOUGHTS)) or any(
+        message["content"].strip() for message in answer if message["role"] == "assistant"
+    )
 
 
 def _split_messages(chosen: list[dict], rejected: list[dict], prompt: list[dict] | None = None) -> dict:
@@ -177,6 +183,8 @@ def _split_messages(chosen: list[dict], rejected: list[dict], prompt: list[dict]
     if prompt is None:
         shared = takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False))
         prompt = [message for message, _ in shared]
+        while prompt and prompt[-1]["role"] == "assistant":
+            prompt.pop()  # a turn of both answers
     if chosen[: len(prompt)] == rejected[: len(prompt)] == prompt:
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     if not prompt:
@@ -197,19 +205,68 @@ def _split_messages(chosen: list[dict], rejected: list[dict], prompt: list[dict]
 
 
 def _split_texts(chosen: str, rejected: str, openings: Sequence[str], prompt: str | None = None) -> dict:
-    """Texts with an explicit prompt, which the answers do not repeat."""
+    """Texts with an explicit prompt that opens the assistant's turn, which the answers do not repeat."""
     if prompt is None:
         shared = os.path.commonprefix([chosen, rejected])
-        end = max((shared.rfind(opening) + len(opening) for opening in openings if opening in shared), default=None)
-        if end is None:
-            # At a space, unless one text ends where the other goes on
-            end = len(shared) if shared in (chosen, rejected) else len(re.match(r"(?s)(.*(?=\s))?", shared)[0])
+        end = _end_of_prompt(chosen, rejected, shared, openings)
         prompt, chosen, rejected = shared[:end], chosen[end:], rejected[end:]
     elif prompt and chosen.startswith(prompt) and rejected.startswith(prompt):
         if not prompt.endswith(tuple(openings)):
             raise ValueError(
                 f"A completion must not repeat its prompt. Got both completions starting with {reprlib.repr(prompt)}; "
-                f"remove the prompt from the completions, or {REMEDY}"
+                f"remove the prompt from the completions. Otherwise {REMEDY}"
             )
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    for opening in openings:
+        opens = [answer.lstrip().startswith(opening.strip()) for answer in (chosen, rejected)]
+        end = chosen.find(opening.strip()) + len(opening.strip())
+        if any(opens) and chosen[:end] != rejected[:end]:
+            raise ValueError(
+                f"Both completions must open the assistant's turn in the same way, or neither. Got {reprlib.repr(chosen)} and "
+                f"{reprlib.repr(rejected)}; end the prompt with {opening!r}. Otherwise {REMEDY}"
+            )
+        if all(opens):
+            end += (
+                len(opening) - len(opening.rstrip())
+                if chosen[end:].startswith(opening[len(opening.rstrip()) :])
+                else 0
+            )
+            prompt, chosen, rejected = prompt + chosen[:end], chosen[end:], rejected[end:]
+    if is_transcript(prompt):
+        chosen, rejected = _without_last_question(chosen), _without_last_question(rejected)
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _end_of_prompt(chosen: str, rejected: str, shared: str, openings: Sequence[str]) -> int:
+    """Where the prompt ends that both texts begin with."""
+    ends = [shared.rfind(opening) + len(opening) for opening in openings if opening in shared]
+    if ends:
+        return max(ends)
+    if any(opening in text for opening in openings for text in (chosen, rejected)):
+        raise ValueError(
+            "Chosen and rejected must answer the same prompt. Got texts that differ before the assistant's turn, after "
+            f"{reprlib.repr(shared)}; {REMEDY}"
+        )
+    if shared in (chosen, rejected):
+        return len(shared)  # nothing is left of one of them
+    return max((place.start() for place in re.finditer(r"\s", shared)), default=0)
+
+
+def _without_last_question(answer: str) -> str:
+    """An answer of a transcript without a turn of the human at its end, which nobody answers."""
+    *_, last = [None, *TURN.finditer(answer)]
+    return answer[: last.start()] if last is not None and last[1] == "Human" else answer
+
+
+def _to_messages(prompt: str, chosen: str, rejected: str) -> dict:
+    """A transcript and its answers as messages."""
+    messages = transcript_to_messages(prompt)
+    is_started = messages[-1]["role"] == "assistant" and messages[-1]["content"]
+    if messages[-1]["role"] == "assistant" and not is_started:
+        messages.pop()
+    answers = {}
+    for name, text in (("chosen", chosen), ("rejected", rejected)):
+        answers[name] = transcript_to_messages(TRANSCRIPT_TURN + text)
+        if is_started and text[:1].isspace():
+            answers[name][0]["content"] = " " + answers[name][0]["content"]
+    return {"prompt": messages, **answers}

@@ -64,9 +64,9 @@ from .tokenization import (
     FACE_COLUMNS,
     ID_COLUMNS,
     MASK_COLUMNS,
+    all_eos_token_ids,
     check_some_completion_ends,
     columns_of,
-    eos_token_ids,
     resolve_processing_class,
     row_lengths,
     tokenize_preferences,
@@ -265,15 +265,20 @@ class TFPOTrainer(DoctorFiles):
                 **defaults | (args.patient_model_init_kwargs or {}),
             )
         patient = None if self.patient_model is None else outline_of(self.patient_model)
-        self._eos_token_ids = eos_token_ids(processing_class, model, patient)
-        train_dataset = self._annotate(train_dataset, processing_class, args)
-        eval_dataset = self._annotate(eval_dataset, processing_class, args)
+        eos_ids = all_eos_token_ids(processing_class, model, patient)
         max_length = args.max_length
         if isinstance(data_collator, TokenRewardCollator):
-            annotated_with = (annotation_settings(train_dataset) or {}).get("eos_token_ids", [])
-            self._eos_token_ids = sorted({*self._eos_token_ids, *data_collator.eos_token_ids, *annotated_with})
-            data_collator.eos_token_ids = self._eos_token_ids
+            recorded = (
+                annotation_settings(train_dataset) if isinstance(train_dataset, Dataset | IterableDataset) else None
+            )
+            eos_ids = sorted({*eos_ids, *data_collator.eos_token_ids, *(recorded or {}).get("eos_token_ids", [])})
+            data_collator.eos_token_ids = eos_ids
+            data_collator.convert_transcripts |= args.convert_transcripts
+            args.convert_transcripts = data_collator.convert_transcripts
             max_length = data_collator.max_length
+        self._eos_token_ids = eos_ids
+        train_dataset = self._annotate(train_dataset, processing_class, args)
+        eval_dataset = self._annotate(eval_dataset, processing_class, args)
         check_some_completion_ends(train_dataset, self._eos_token_ids, max_length)
         if args.process_index == 0:
             warn_unless_faces_separate(train_dataset)
@@ -356,6 +361,7 @@ class TFPOTrainer(DoctorFiles):
             drop_unusable=args.drop_unusable,
             batch_size=args.scoring_batch_size,
             convert_transcripts=args.convert_transcripts,
+            eos_token_ids=self._eos_token_ids,
         )
 
     def _add_reference_logps(self, dataset: AnyDataset | None) -> AnyDataset | None:

@@ -19,7 +19,7 @@ import json
 import logging
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
 
@@ -41,10 +41,10 @@ from .tokenization import (
     FACE_COLUMNS,
     ID_COLUMNS,
     MASK_COLUMNS,
+    all_eos_token_ids,
     check_counts,
     check_is_tokenizer,
     column_lengths,
-    eos_token_ids,
     tokenize_preferences,
 )
 from .tokenizer_identity import check_embeddings, check_same_tokenizer, tokenizer_fingerprint
@@ -53,6 +53,7 @@ from .tokenizer_identity import check_embeddings, check_same_tokenizer, tokenize
 REWARD_COLUMNS = ["chosen_token_rewards", "rejected_token_rewards"]
 GAP_COLUMNS = ["chosen_gaps", "rejected_gaps"]
 SETTINGS_KEY = "trl_tfpo settings: "
+NUM_STREAMED = 64  # pairs of a streamed dataset that are looked at beforehand: each may ask the patient
 NUM_CHECKED_PAIRS = 8  # which a patient in halves reads in float32 as well
 MAX_FLIPPED = 0.1  # share of rewarded tokens that rounding may decide about without a warning
 
@@ -70,6 +71,7 @@ def annotate_token_rewards(
     drop_unusable: bool = False,
     batch_size: int = 16,
     convert_transcripts: bool = False,
+    eos_token_ids: Sequence[int] = (),
     **reward_settings,
 ) -> Dataset | IterableDataset | DatasetDict | IterableDatasetDict:
     """
@@ -108,6 +110,9 @@ def annotate_token_rewards(
         convert_transcripts (`bool`, *optional*, defaults to `False`):
             Whether texts with turns of `"\n\nHuman:"` and `"\n\nAssistant:"` (HH-RLHF) are read as messages, as a chat
             model expects.
+        eos_token_ids (`Sequence[int]`, *optional*):
+            Ids that end a completion beside those of the tokenizer and of the patient's generation config, such as the
+            doctor's.
         reward_settings:
             Further keyword arguments of `reward_fn`, such as `reward_direction` and `sparsity_threshold`.
 
@@ -120,8 +125,7 @@ def annotate_token_rewards(
 
     Raises:
         `ValueError`: when the dataset has images or lacks the columns; when a pair is unusable; when the patient's
-        log-probabilities are not finite; when all rewards are zero, which is
-        not noticed of a streamed dataset.
+        log-probabilities are not finite; when all rewards are zero, unless the dataset is streamed.
 
     Examples:
 
@@ -145,7 +149,7 @@ def annotate_token_rewards(
         raise ValueError(
             f"`reward_fn` must be callable. Got {reward_fn!r}; leave it out for `functional.token_rewards`."
         )
-    eos_ids = eos_token_ids(processing_class, outline_of(patient))
+    eos_token_ids = sorted({*eos_token_ids, *all_eos_token_ids(processing_class, outline_of(patient))})
     settings = {
         "format": FORMAT,
         "faces": vars(resolve_faces(faces)),
@@ -153,7 +157,7 @@ def annotate_token_rewards(
         "max_length": max_length,
         "patient": outline_of(patient).config._name_or_path,
         "tokenizer": tokenizer_fingerprint(processing_class),
-        "eos_token_ids": eos_ids,
+        "eos_token_ids": eos_token_ids,
     }
     if isinstance(dataset, dict):
         annotate = partial(
@@ -166,6 +170,7 @@ def annotate_token_rewards(
             drop_unusable=drop_unusable,
             batch_size=batch_size,
             convert_transcripts=convert_transcripts,
+            eos_token_ids=eos_token_ids,
             **reward_settings,
         )
         return type(dataset)({name: annotate(split) for name, split in dataset.items()})
@@ -175,7 +180,7 @@ def annotate_token_rewards(
         dataset,
         processing_class,
         faces=resolve_faces(faces),
-        eos_token_ids=eos_ids,
+        eos_token_ids=eos_token_ids,
         max_length=max_length,
         drop_unusable=drop_unusable,
         convert_transcripts=convert_transcripts,
@@ -227,7 +232,8 @@ def check_annotated_for(dataset: Dataset | IterableDataset, processing_class: Pr
             "tokenizer, or use a doctor of the patient's family."
         )
     largest = max(processing_class.get_vocab().values())
-    for row in islice(dataset, 1000):  # files keep the ids and lose the info
+    num_rows = 1000 if isinstance(dataset, Dataset) else NUM_STREAMED
+    for row in islice(dataset, num_rows):  # files keep the ids and lose the info
         for token_id in (token_id for name in ID_COLUMNS for token_id in row[name]):
             if not 0 <= token_id <= largest:
                 raise ValueError(
@@ -243,13 +249,13 @@ def agreement_of_faces(dataset: Dataset | IterableDataset) -> tuple[float, float
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            With `chosen_gaps` and `rejected_gaps`. Of a streamed one the first 1,000 pairs.
+            With `chosen_gaps` and `rejected_gaps`. Of a streamed one the first 64 pairs are read.
 
     Returns:
         the share, the standard error of one half, and the number of pairs; None where there are no gaps.
     """
     if isinstance(dataset, IterableDataset):
-        rows = [row for row in islice(dataset, 1000) if row.keys() >= set(GAP_COLUMNS)]
+        rows = [row for row in islice(dataset, NUM_STREAMED) if row.keys() >= set(GAP_COLUMNS)]
         dataset = Dataset.from_list([{name: row[name] for name in GAP_COLUMNS} for row in rows])
     if len(dataset) == 0 or not set(GAP_COLUMNS) <= set(dataset.column_names):
         return None
@@ -366,7 +372,12 @@ def _measure_rounding(
     )
 
     def values(dataset: Dataset, columns: list[str]) -> torch.Tensor:
-        return torch.tensor([x for name in columns for row in dataset[name] for x in row])
+        """Of the tokens of the assistant, those of the chosen completions first."""
+        masks = (mask for name in MASK_COLUMNS for mask in rounded[name])
+        rows = (row for name in columns for row in dataset[name])
+        return torch.tensor(
+            [x for row, mask in zip(rows, masks, strict=True) for x, y in zip(row, mask, strict=True) if y]
+        )
 
     rounded = annotated.select(some)
     errors = (values(rounded, GAP_COLUMNS) - values(exact, GAP_COLUMNS)).abs()

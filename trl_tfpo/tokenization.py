@@ -27,12 +27,20 @@ from itertools import islice
 
 import numpy as np
 import pyarrow.compute as pc
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .faces import Faces, apply_face, has_system_role
-from .preferences import OTHER_TURN, REMEDY, TRANSCRIPT_TURN, clean_messages, is_transcript, read_pair
-from .rendering import assistant_opening, complete_messages, complete_text, render_prompt, template_arguments
+from .preferences import (
+    OTHER_TURN,
+    REMEDY,
+    TRANSCRIPT_TURN,
+    clean_messages,
+    empty_completion,
+    is_transcript,
+    read_pair,
+)
+from .rendering import ChatTemplate, complete_messages, complete_text, template_variables
 
 
 ID_COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids"]
@@ -58,7 +66,8 @@ def tokenize_preferences(
     """
     check_preference_columns(dataset)
     first = next(iter(dataset))
-    if is_transcript(first["chosen"]) and processing_class.chat_template is not None and not convert_transcripts:
+    has_transcripts = any(is_transcript(first.get(name)) for name in ("prompt", "chosen"))
+    if has_transcripts and processing_class.chat_template is not None and not convert_transcripts:
         warnings.warn(
             f"The dataset has transcripts ({OTHER_TURN!r}, {TRANSCRIPT_TURN!r}), and the tokenizer has a chat template, so "
             "that the model will be asked in another format than it is trained on. Pass `convert_transcripts=True` to read "
@@ -66,6 +75,10 @@ def tokenize_preferences(
             stacklevel=2,
         )
     is_map_style = isinstance(dataset, Dataset)
+    features = dataset.features  # declared, as rows that are left out have empty lists
+    if features is not None:
+        new = ID_COLUMNS + MASK_COLUMNS + (FACE_COLUMNS if faces else [])
+        features = Features({**features, **dict.fromkeys(new, List(Value("int64")))})
     tokenized = dataset.map(
         _tokenize_row,
         with_indices=True,
@@ -78,6 +91,7 @@ def tokenize_preferences(
             "convert_transcripts": convert_transcripts,
             "drop_unusable": drop_unusable,
         },
+        features=features,
         **({"desc": "Tokenizing preferences"} if is_map_style else {}),
     )
     if drop_unusable:
@@ -113,13 +127,13 @@ def tokenize_pair(
     Token ids of one preference pair.
 
     Prompt and completion are tokenized together. The completion ends with the EOS that ends the assistant's last turn: what a
-    chat template prints after it is never generated. Where the end of the prompt becomes other tokens once an answer
-    follows, these are the first of the completion; those that are whole in the prompt are masked.
+    chat template prints after it is never generated. If an answer changes the last tokens of the prompt, the new ones belong
+    to the completion. Those among them that end in the prompt are masked.
 
     Args:
         example (`dict`):
-            A row, see [`~trl_tfpo.preferences.read_pair`]. `tools` (a list of schemas, or that as JSON) and
-            `chat_template_kwargs` (a `dict`) reach the chat template.
+            A row, see [`~trl_tfpo.preferences.read_pair`]. `tools` (a list of schemas) and `chat_template_kwargs`
+            (a `dict`), or either as JSON, reach the chat template.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             The tokenizer.
         faces ([`~trl_tfpo.faces.Faces`], *optional*):
@@ -127,7 +141,7 @@ def tokenize_pair(
         system_role (`bool`):
             Whether the chat template has a system role, see [`~trl_tfpo.faces.has_system_role`].
         eos_token_ids (`list[int]`):
-            Ids at which generation stops, see [`eos_token_ids`].
+            Ids at which generation stops, see [`all_eos_token_ids`].
         max_length (`int`, *optional*):
             Most tokens of prompt and completion; completions are cut at the end.
         convert_transcripts (`bool`, *optional*, defaults to `False`):
@@ -142,21 +156,20 @@ def tokenize_pair(
         renders its prompt differently once an answer follows; the prompt is empty, or has `max_length` tokens or more; a
         completion has no token but EOS.
     """
+    template = ChatTemplate(processing_class, template_variables(example, processing_class))
     is_text = isinstance(example.get("prompt", example["chosen"]), str) and isinstance(example["chosen"], str)
-    openings = (assistant_opening(processing_class),) if is_text else ()
+    openings = (template.opening,) if is_text else ()
     pair = read_pair(example, openings=openings, convert_transcripts=convert_transcripts)
-    prompt, template = pair["prompt"], template_arguments(example)
+    prompt, completions = pair["prompt"], [pair["chosen"], pair["rejected"]]
     if isinstance(prompt, str):
-        opened, leading = prompt, _leading_ids(prompt, processing_class)
-        rendered = [complete_text(prompt, pair[name], processing_class) for name in ("chosen", "rejected")]
+        opened, (leading, start) = prompt, _leading(prompt, processing_class)
+        rendered = [complete_text(prompt, completion, processing_class) for completion in completions]
     else:
-        opened, leading = render_prompt(prompt, processing_class, **template), []
-        rendered = [
-            complete_messages(prompt, pair[name], opened, processing_class, eos_token_ids, **template)
-            for name in ("chosen", "rejected")
-        ]
+        opened, leading, start = _open(prompt, template), [], ""
+        eos_tokens = list(filter(None, processing_class.convert_ids_to_tokens(eos_token_ids)))
+        rendered = [complete_messages(prompt, completion, opened, template, eos_tokens) for completion in completions]
     prompt_ids = leading + _encode(opened, processing_class)
-    completed = [_read_turns(text, turns, leading, processing_class, eos_token_ids) for text, turns in rendered]
+    completed = [_read(text, stretches, leading, template, eos_token_ids) for text, stretches in rendered]
     prompt_length = min(_common_prefix_length(prompt_ids, ids) for ids, _ in completed)
     merged = prompt_ids[prompt_length:]  # with the first characters of a completion
     row = {"prompt_ids": prompt_ids[:prompt_length]}
@@ -164,20 +177,22 @@ def tokenize_pair(
 
     for name, (ids, is_spoken) in zip(("chosen", "rejected"), completed, strict=True):
         if all(token_id in eos_token_ids for token_id, spoken in zip(ids, is_spoken, strict=True) if spoken):
-            raise ValueError(
-                f"A completion must have at least one token before EOS. Got an empty {name!r} one; {REMEDY}"
-            )
+            raise empty_completion(name)
         end = len(is_spoken) - is_spoken[::-1].index(True)
         kept = slice(prompt_length, end if max_length is None else min(end, max_length))
         row[f"{name}_ids"] = ids[kept]
         row[f"{name}_mask"] = [int(spoken) for spoken in is_spoken[kept]]
+        if not any(row[f"{name}_mask"]):
+            raise ValueError(
+                "A completion must have a token of the assistant within `max_length`. Got none in the first "
+                f"{max_length} tokens of prompt and {name!r}; raise it, or {REMEDY}"
+            )
 
     if faces is not None:
-        bos = processing_class.bos_token if isinstance(prompt, str) else None
-        bos = bos if bos and prompt.startswith(bos) else ""
         for face, instruction in vars(faces).items():
-            faced = apply_face(prompt[len(bos) :], instruction, system_role=system_role)
-            face_ids = tokenize_prompt(bos + faced if bos else faced, processing_class, **template)
+            faced = apply_face(prompt[len(start) :] if start else prompt, instruction, system_role=system_role)
+            opened = start + faced if isinstance(faced, str) else _open(faced, template)
+            face_ids = leading + _encode(opened, processing_class)
             if merged and face_ids[-len(merged) :] != merged:
                 raise ValueError(
                     "The prompt must end in the same tokens under both faces as without. Got "
@@ -197,45 +212,50 @@ def tokenize_prompt(prompt: str | list[dict], processing_class: PreTrainedTokeni
         `ValueError`: when it is neither, or the chat template fails on it.
     """
     if isinstance(prompt, str):
-        return _leading_ids(prompt, processing_class) + _encode(prompt, processing_class)
-    return _encode(render_prompt(clean_messages(prompt), processing_class, **template), processing_class)
+        return _leading(prompt, processing_class)[0] + _encode(prompt, processing_class)
+    return _encode(_open(clean_messages(prompt), ChatTemplate(processing_class, template)), processing_class)
 
 
 # Texts and ids
 
 
-def _read_turns(
+def _open(messages: list[dict], template: ChatTemplate) -> str:
+    return template.render_prompt(messages, is_continued=messages[-1]["role"] == "assistant")
+
+
+def _read(
     text: str,
-    turns: list[tuple[int, int]],
+    stretches: list[tuple[int, int]],
     leading: list[int],
-    processing_class: PreTrainedTokenizerBase,
+    template: ChatTemplate,
     eos_token_ids: list[int],
 ) -> tuple[list[int], list[bool]]:
     """
     Token ids of a text, after some that lead it, and for each of them whether the assistant says it.
 
-    In its turns the assistant speaks up to EOS. Where a text holds more turns after that, as one that was rendered before,
-    it goes on after what opens its turn in the chat template. A token that begins in the prompt counts where it ends.
+    In a stretch the assistant speaks up to EOS. A text that was rendered before may hold more of its turns after that: each
+    begins after what the chat template prints to open one. A token across the start of a stretch is spoken, one across its end
+    is not.
     """
+    processing_class = template.processing_class
     encoded = processing_class(text, add_special_tokens=False, return_offsets_mapping=processing_class.is_fast)
     ids = leading + encoded["input_ids"]
     if processing_class.is_fast:
         ends = [0] * len(leading) + [end for _, end in encoded["offset_mapping"]]
 
-    def border(end: int) -> int:
-        """Number of tokens that end there or before."""
+    def num_tokens(end: int) -> int:
+        """How many tokens end there or before."""
         if processing_class.is_fast:
             return bisect_right(ends, end)
         return _common_prefix_length(leading + _encode(text[:end], processing_class), ids)
 
     is_spoken = [False] * len(ids)
-    for start, end in turns:
-        start, end = border(start), border(end)
+    for start, end in stretches:
+        start, end = num_tokens(start), num_tokens(end)
         opening, speaks = None, True
         for at in range(start, end):
             if not speaks:
-                if opening is None:
-                    opening = _encode(assistant_opening(processing_class), processing_class)
+                opening = _encode(template.opening, processing_class) if opening is None else opening
                 speaks = len(opening) > 0 and ids[max(start, at - len(opening)) : at] == opening
             is_spoken[at] = speaks
             speaks = speaks and ids[at] not in eos_token_ids
@@ -246,12 +266,15 @@ def _encode(text: str, processing_class: PreTrainedTokenizerBase) -> list[int]:
     return processing_class(text, add_special_tokens=False)["input_ids"]
 
 
-def _leading_ids(text: str, processing_class: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens with which the tokenizer starts a text, unless the text has them already."""
-    ids, probe = _encode(text, processing_class), _encode("a", processing_class)
-    leading = processing_class("a")["input_ids"]
-    leading = leading[: leading.index(probe[0])]
-    return [] if ids[: len(leading)] == leading else leading
+def _leading(text: str, processing_class: PreTrainedTokenizerBase) -> tuple[list[int], str]:
+    """The special tokens with which the tokenizer starts a text: as ids to be added, or as the start of the text itself."""
+    plain, whole = _encode("a", processing_class), processing_class("a")["input_ids"]
+    starts = [k for k in range(len(whole)) if plain and whole[k : k + len(plain)] == plain]
+    special = whole[: starts[0]] if starts else []
+    if not special or _encode(text, processing_class)[: len(special)] != special:
+        return special, ""
+    start = "".join(processing_class.convert_ids_to_tokens(special))
+    return [], start if text.startswith(start) else ""
 
 
 def _common_prefix_length(first: list[int], second: list[int]) -> int:
@@ -291,12 +314,12 @@ def check_is_tokenizer(processing_class: PreTrainedTokenizerBase) -> None:
         )
 
 
-def eos_token_ids(processing_class: PreTrainedTokenizerBase, *models: PreTrainedModel | None) -> list[int]:
+def all_eos_token_ids(processing_class: PreTrainedTokenizerBase, *models: PreTrainedModel | None) -> list[int]:
     """All ids at which generation stops: the tokenizer's EOS, and those of the generation configs of the models."""
     found = {processing_class.eos_token_id}
     for model in models:
         if model is not None and model.can_generate():
-            from_model = model.generation_config.eos_token_id
+            from_model = getattr(model.generation_config, "eos_token_id", None)
             found.update(from_model if isinstance(from_model, list) else [from_model])
     return sorted(found - {None})
 

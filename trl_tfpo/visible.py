@@ -179,7 +179,8 @@ def show_token_rewards(example: Mapping, processing_class: PreTrainedTokenizerBa
         notes = [f"reward {x:+.2f}" for x in rewards]
         if example.get(f"{name}_gaps") is not None:
             gap = torch.tensor(example[f"{name}_gaps"], dtype=torch.float32)[None]  # (1, T)
-            importance = token_importance(gap=gap, completion_mask=torch.ones_like(gap, dtype=torch.bool))[0]
+            mask = torch.tensor(example.get(f"{name}_mask") or [1] * gap.size(1)).bool()[None]
+            importance = token_importance(gap=gap, completion_mask=mask)[0].masked_fill(~mask[0], 0)
             notes = [
                 f"gap {x:+.2f} nats, importance {share:.2f}, {note}"
                 for x, share, note in zip(gap[0].tolist(), importance.tolist(), notes, strict=True)
@@ -188,7 +189,9 @@ def show_token_rewards(example: Mapping, processing_class: PreTrainedTokenizerBa
     return TokenMap(rows, "⁺ rewarded, ⁻ punished; the darker, the more. Gap: positive minus negative face, in nats.")
 
 
-def show_trace(trace: GuidanceTrace, processing_class: PreTrainedTokenizerBase) -> TokenMap:
+def show_trace(
+    trace: GuidanceTrace, processing_class: PreTrainedTokenizerBase, eos_token_ids: Sequence[int] = ()
+) -> TokenMap:
     """
     Where the doctors changed the patient's mind, as a heat map.
 
@@ -197,14 +200,16 @@ def show_trace(trace: GuidanceTrace, processing_class: PreTrainedTokenizerBase) 
             From [`DoctorGuidedLogitsProcessor.trace`].
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             The tokenizer.
+        eos_token_ids (`Sequence[int]`, *optional*):
+            Ids that end a text beside the tokenizer's EOS, such as those of the patient's generation config.
 
     Returns:
         [`TokenMap`]: a row for each text, up to its end; the shift of each token as a color.
     """
     rows = []
     for row, ids in enumerate(trace.token_ids.tolist()):
-        end = processing_class.eos_token_id
-        length = ids.index(end) + 1 if end in ids else len(ids)
+        ends = {processing_class.eos_token_id, *eos_token_ids}
+        length = next((at for at, token_id in enumerate(ids, start=1) if token_id in ends), len(ids))
         notes = [
             f"patient {trace.patient_logps[row, t]:.2f}, guided {trace.guided_logps[row, t]:.2f}, doctors "
             + " ".join(f"{x:.2f}" for x in trace.doctor_logps[:, row, t].tolist())
@@ -260,11 +265,13 @@ def reward_report(
     sums, tenths = Counter(), defaultdict(list)
     for row in dataset:
         for name in ("chosen", "rejected"):
-            rewards = row[f"{name}_token_rewards"]
-            num_tokens, num_rewarded = num_tokens + len(rewards), num_rewarded + sum(x != 0 for x in rewards)
-            for position, (token_id, reward) in enumerate(zip(row[f"{name}_ids"], rewards, strict=True)):
+            mask = row.get(f"{name}_mask") or [1] * len(row[f"{name}_ids"])
+            scored = zip(row[f"{name}_ids"], row[f"{name}_token_rewards"], mask, strict=True)
+            scored = [(token_id, reward) for token_id, reward, spoken in scored if spoken]
+            num_tokens, num_rewarded = num_tokens + len(scored), num_rewarded + sum(x != 0 for _, x in scored)
+            for position, (token_id, reward) in enumerate(scored):
                 sums[token_id] += reward
-                tenths[10 * position // len(rewards)].append(abs(reward))
+                tenths[10 * position // len(scored)].append(abs(reward))
     agreement, error, _ = agreement_of_faces(dataset)
     ordered = [(processing_class.decode([i]), total) for i, total in sums.most_common()]
     report = {

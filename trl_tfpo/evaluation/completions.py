@@ -34,7 +34,7 @@ from ..generation import check_reads, guided_generate
 from ..logits_processor import DoctorGuidedLogitsProcessor
 from ..progress import Progress
 from ..shared_forward import patient_adapters
-from ..tokenization import check_counts, eos_token_ids, tokenize_prompt
+from ..tokenization import all_eos_token_ids, check_counts, tokenize_prompt
 
 
 Prompt = str | list[dict[str, str]]
@@ -147,7 +147,7 @@ def generate_completions(
         raise ValueError(
             f"`temperature` must be at least 0, and `top_p` in (0, 1]. Got {temperature} and {top_p}; 0 is greedy search."
         )
-    eos_ids = eos_token_ids(processing_class, patient)
+    eos_ids = all_eos_token_ids(processing_class, patient)
     pad_token_id = next(x for x in (processing_class.pad_token_id, *eos_ids, 0) if x is not None)
     sampling = dict(do_sample=True, temperature=temperature) if temperature > 0 else dict(do_sample=False)
     tokenized = [(prompt, tokenize_prompt(prompt, processing_class)) for prompt in prompts]

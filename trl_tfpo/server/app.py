@@ -16,7 +16,6 @@
 
 import asyncio
 import hmac
-import inspect
 import re
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -30,6 +29,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from ..rendering import reserved_variables
 from ..tokenization import tokenize_prompt
 from .engine import Engine, Generation
 from .protocol import NOT_SUPPORTED, ChatRequest, Sampling, TextRequest
@@ -353,7 +353,7 @@ def _check_template_kwargs(given: dict, processing_class) -> dict:
         `ApiError`: for one that the template does not mention, or that is an argument of `apply_chat_template`. An unknown
             one that is false is left out, as an undefined variable is false.
     """
-    reserved = {*inspect.signature(processing_class.apply_chat_template).parameters, "messages", "conversations"}
+    reserved = reserved_variables(processing_class)
     template = processing_class.get_chat_template() if given else ""
     used = {}
     for name, value in given.items():

@@ -38,7 +38,7 @@ from ..evaluation.completions import pad
 from ..functional import guided_logps
 from ..guided_flow import GUIDANCE, is_guidance
 from ..reading import reading_fault
-from ..tokenization import eos_token_ids
+from ..tokenization import all_eos_token_ids
 from .sampling import Generation, Row
 from .text import TokenTexts
 
@@ -120,7 +120,7 @@ class Engine:
         check_speaks(patient)
         self.processing_class, self.limits = processing_class, limits or Limits()
         self.texts = TokenTexts(processing_class)
-        self.eos = set(eos_token_ids(processing_class, patient))
+        self.eos = set(all_eos_token_ids(processing_class, patient))
         self.vocab_size = min(model.get_input_embeddings().num_embeddings for model in self.models)
         # A doctor of guided flow is made for a product; others share half of the weight, which they take from the patient
         self.is_product = [is_guidance(model) for model in self.models[1:]]
