@@ -179,6 +179,20 @@ class TestTraining:
             trainer.train()
             assert losses(trainer)[-1] < losses(trainer)[0]
 
+    def test_models_may_be_made_of_one_config(self, preferences, patient, tokenizer, tmp_path):
+        """What the doctor's config says of it must not be said of the patient, who would be refused as a doctor."""
+        doctor = type(patient)(patient.config)
+        trainer = TFPOTrainer(
+            model=doctor,
+            patient_model=patient,
+            args=config(tmp_path),
+            train_dataset=preferences,
+            processing_class=tokenizer,
+            faces=FACES,
+        )
+        assert trainer.model.config is trainer.model.model.layers[0].self_attn.config is not patient.config
+        assert not hasattr(patient.config, "guidance")
+
     def test_how_tokens_are_rewarded_is_passed_on(self, preferences, patient, doctor, tokenizer, tmp_path):
         """A setting that is read and then dropped gives other rewards than those asked for, without a word."""
         settings = dict(disagreement_weight=0.25, importance_temperature=2.0, gap_floor=0.1, sparsity_threshold=0.2)

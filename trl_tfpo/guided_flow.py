@@ -72,12 +72,22 @@ def start_guidance(model: PreTrainedModel) -> None:
     """
     if getattr(model.config, "guidance", None):
         return
+    _own_config(model)
     untie_head(model)
     head = model.get_output_embeddings()
     head.weight = torch.nn.Parameter(torch.zeros_like(head.weight))
     if head.bias is not None:
         torch.nn.init.zeros_(head.bias)
     model.config.guidance = GUIDANCE
+
+
+def _own_config(model: PreTrainedModel) -> None:
+    """Give the model a config of its own: one that was made from the patient's would say that the patient is a doctor."""
+    own = {}  # copies, by the identity of what they are copies of
+    copy.deepcopy(model.config, own)
+    for module in model.modules():
+        if id(getattr(module, "config", None)) in own:
+            module.config = own[id(module.config)]
 
 
 def untie_head(model: PreTrainedModel) -> None:
