@@ -151,7 +151,7 @@ def keep_output_precision(accelerator: Accelerator) -> None:
 def default_dtype() -> str:
     """
     The dtype to load a model in where none is asked for: `"auto"`, that of its checkpoint, or `"float32"` on a CPU without
-    bfloat16 instructions, which would be several times slower in halves.
+    bfloat16 instructions, which would be several times slower in half precision.
     """
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     has_bfloat16 = any(value for name, value in capabilities.items() if "bf16" in name)
@@ -305,7 +305,9 @@ def prove_head(model: PreTrainedModel) -> HeadProof:
     head, device = base.get_output_embeddings(), base.get_input_embeddings().weight.device
     size = getattr(head, "in_features", None) or head.weight.size(-1)
     num_tokens = min(8, size)
-    ints = torch.randint(-64, 65, (64, size), generator=torch.Generator().manual_seed(0))  # exact in halves, too
+    ints = torch.randint(
+        -64, 65, (64, size), generator=torch.Generator().manual_seed(0)
+    )  # exact in half precision, too
     weight = ints.to(device, base.dtype)
     hidden = torch.eye(num_tokens, size, device=device, dtype=base.dtype)[None]
     labels = torch.arange(num_tokens, device=device)[None]
@@ -406,8 +408,8 @@ def fused_logps(
 @contextmanager
 def float32_residuals(model: PreTrainedModel) -> Iterator[None]:
     """
-    Within the context a model in halves keeps its residual stream, and so its norms, in float32; matrices are multiplied in
-    halves as before. Autocast does it, once the embeddings are float32.
+    Within the context a model in half precision keeps its residual stream, and so its norms, in float32; matrices are multiplied in
+    half precision as before. Autocast does it, once the embeddings are float32.
     """
     hook = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.float())
     try:
@@ -499,7 +501,7 @@ def in_float32() -> Iterator[None]:
     Within the context models in bfloat16 or float16 compute in float32, with the weights that they have.
 
     Each weight is converted where it is used, so the model needs no more memory than before and one weight. That is slow,
-    and kernels that take nothing but halves raise.
+    and kernels that take nothing but half precision raise.
     """
     with _Float32(), _Float32Convolutions():
         yield
@@ -512,7 +514,7 @@ def _widened(x):
 
 
 class _Float32(TorchDispatchMode):
-    """Operations on halves are done in float32. What is written in place keeps its type."""
+    """Operations in half precision are done in float32. What is written in place keeps its type."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

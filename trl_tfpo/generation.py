@@ -78,8 +78,9 @@ def guided_generate(
         What `patient.generate` returns: `(B, L + T)` ids, or an output object.
 
     Raises:
-        `ValueError`: on an encoder-decoder, a patient that is a doctor of guided flow or has adapters that add tokens, padding without a mask, a cache of part of the text alone, a second guide,
-            a mode that would leave out the guide, and whatever `generate` and the guide refuse.
+        `ValueError`: on an encoder-decoder, a patient that is a doctor of guided flow or has adapters that add tokens,
+            padding without a mask, a cache of part of the text alone, a second guide, a mode that would leave out the
+            guide, a patient that [`check_reads`] refuses, and whatever `generate` and the guide refuse.
 
     Examples:
 

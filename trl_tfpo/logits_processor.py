@@ -90,8 +90,9 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
     Raises:
         `ValueError`: at construction, on exponents that are not finite or of the wrong number, a mixture whose `alpha`
             would be negative, thresholds out of range, what [`Doctor`] refuses, a doctor of guided flow without a record
-            of it (unless `alpha` is given) or with a `reference`, different tokenizers, a mask that is not left-padded. At a call, on prompts that the mask is not for,
-            `inputs_embeds` without ids, ids or positions that a doctor does not have, NaN.
+            of it (unless `alpha` is given) or with a `reference`, different tokenizers, a mask that is not left-padded.
+            At a call, on prompts that the mask is not for, `inputs_embeds` without ids, ids or positions that a doctor
+            does not have, NaN.
 
     Examples:
 

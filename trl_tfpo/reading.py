@@ -37,7 +37,7 @@ from ._compat import in_float32, unwrap_peft
 
 NUM_PROBE_TOKENS = 16
 TOLERANCE = 0.005  # of the spread of the logits between positions, in float32; TF32 convolutions round by 0.001
-HALF_TOLERANCE = 0.25  # of the median position, in quantized models and where halves cannot be avoided
+HALF_TOLERANCE = 0.25  # of the median position, in quantized models and where half precision cannot be avoided
 LEAST_SPREAD = 0.001  # of the logits; a model that hardly looks at its text differs by rounding alone
 _FAULTS: WeakKeyDictionary[PreTrainedModel, dict[tuple, str]] = WeakKeyDictionary()
 
@@ -92,7 +92,7 @@ def reading_fault(
     What is wrong with reading a model in some way, empty if nothing is.
 
     A text of 16 tokens is read whole, without a cache or padding, and by `read`. The logits may differ by rounding, by
-    0.5% of how much logits differ from position to position. Models in halves compute in float32 for this. Where they
+    0.5% of how much logits differ from position to position. Models in half precision compute in float32 for this. Where they
     cannot, and for quantized models, the median position may differ by 25%. The answer is kept for the model.
 
     Args:

@@ -15,8 +15,8 @@
 """
 Prompt and answer as the model sees them: one text, and the stretches of it in which the assistant may speak.
 
-A stretch is a pair of a start and an end, in characters. It holds one turn of the assistant, up to EOS. What users and tools say
-between two turns, and what a chat template prints around them, belongs to no stretch.
+A stretch is a pair of a start and an end, in characters. It holds one turn of the assistant, up to EOS. What users and
+tools say between two turns, and what a chat template prints around them, belongs to no stretch.
 """
 
 import inspect

@@ -72,7 +72,7 @@ def score_completions(
 
     Completions of one prompt share a row, so that the prompt is read once, where the model's attention takes a mask of
     that form; rows of similar length share a forward pass, the more the shorter they are; the (tokens, vocabulary)
-    logits are never held. Of a model in halves the residual stream, the norms and the head are computed in float32.
+    logits are never held. Of a model in half precision the residual stream, the norms and the head are computed in float32.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -220,7 +220,7 @@ def _branch_mask(branch: torch.LongTensor, model: PreTrainedModel) -> torch.Tens
 
 
 def _precisely(model: PreTrainedModel) -> AbstractContextManager[None]:
-    """[`float32_residuals`] for a model in halves whose layers take them, which is tried out. Within [`inference`]."""
+    """[`float32_residuals`] for a model in half precision whose layers take them, which is tried out. Within [`inference`]."""
     if model.dtype not in HALVES or getattr(unwrap_peft(model), "is_quantized", False):
         return nullcontext()
     tokens = torch.arange(1, 5, device=model.device)[None] % unwrap_peft(model).config.get_text_config().vocab_size
@@ -257,5 +257,5 @@ def _tries_branches(model: PreTrainedModel) -> bool:
     prompt, completions = tokens[:3], [tokens[3:5], tokens[4:7]]
     together = torch.cat(_score_rows(model, [(prompt, completions)])[0])
     apart = torch.cat([_score_rows(model, [(prompt, [completion])])[0][0] for completion in completions])
-    tolerance = 0.1 if model.dtype.itemsize < 4 else 1e-3  # halves round
+    tolerance = 0.1 if model.dtype.itemsize < 4 else 1e-3  # half precision rounds
     return bool((together - apart).abs().max() < tolerance)

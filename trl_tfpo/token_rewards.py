@@ -54,7 +54,7 @@ REWARD_COLUMNS = ["chosen_token_rewards", "rejected_token_rewards"]
 GAP_COLUMNS = ["chosen_gaps", "rejected_gaps"]
 SETTINGS_KEY = "trl_tfpo settings: "
 NUM_STREAMED = 64  # pairs of a streamed dataset that are looked at beforehand: each may ask the patient
-NUM_CHECKED_PAIRS = 8  # which a patient in halves reads in float32 as well
+NUM_CHECKED_PAIRS = 8  # which a patient in half precision reads in float32 as well
 MAX_FLIPPED = 0.1  # share of rewarded tokens that rounding may decide about without a warning
 
 logger = logging.getLogger(__name__)
@@ -344,9 +344,9 @@ def _measure_rounding(
     columns: list[str],
 ) -> dict[str, float] | None:
     """
-    How far the gaps of a patient in halves are from those that the same weights give in float32, on some pairs: `mean` and
+    How far the gaps of a patient in half precision are from those that the same weights give in float32, on some pairs: `mean` and
     `p95` of the error in nats, and `flipped`, the share of rewarded tokens that have a reward in one of the two only.
-    `None` where the patient's kernels take nothing but halves.
+    `None` where the patient's kernels take nothing but half precision.
     """
     some = range(0, len(tokenized), -(-len(tokenized) // NUM_CHECKED_PAIRS))
 
@@ -388,7 +388,7 @@ def _measure_rounding(
     measured = {"mean": errors.mean().item(), "p95": errors.quantile(0.95).item(), "flipped": flipped.item()}
     if measured["flipped"] > MAX_FLIPPED:
         logger.warning(
-            "The patient computes in halves: on %d pairs its gaps are off by %.3f nats on average, and rounding decides about "
+            "The patient computes in half precision: on %d pairs its gaps are off by %.3f nats on average, and rounding decides about "
             "%.0f%% of the rewards. Load it in float32 (`dtype`), or raise `gap_floor` above the error.",
             len(some),
             measured["mean"],

@@ -246,7 +246,7 @@ def reward_report(
         `dict`: `sparsity`, the share of tokens without a reward; `agreement`, the share of pairs whose chosen completion
         the positive face prefers by more than the rejected one, with its standard error `agreement_se`; `by_position`,
         the mean magnitude of the reward in each tenth of a completion; `most_rewarded` and `most_punished`, tokens with
-        the sum of their rewards; `rounding`, of a patient in halves, as in [`annotation_settings`], otherwise `None`.
+        the sum of their rewards; `rounding`, of a patient in half precision, as in [`annotation_settings`], otherwise `None`.
 
     Raises:
         `ValueError`: when the dataset has no token rewards and gaps.
@@ -324,7 +324,7 @@ def _write_page(report: dict, examples: Sequence[TokenMap], folder: Path) -> Non
         for token, total in report["most_rewarded"] + report["most_punished"][::-1]
     )
     rounding = report["rounding"] and (
-        f"<p>The patient computed in halves: gaps are off by {report['rounding']['mean']:.3f} nats on average, and rounding "
+        f"<p>The patient computed in half precision: gaps are off by {report['rounding']['mean']:.3f} nats on average, and rounding "
         f"decides about {report['rounding']['flipped']:.0%} of the rewards.</p>"
     )
     page = (

@@ -104,7 +104,8 @@ class Engine:
             What a client may ask for.
 
     Raises:
-        `ValueError`: when a model is in training mode, the patient is a doctor of guided flow, or one has a state that rows cannot leave and join.
+        `ValueError`: when a model is in training mode, the patient is a doctor of guided flow, or a model has a state that
+            rows cannot leave and join.
     """
 
     def __init__(
