@@ -285,6 +285,39 @@ def test_an_adapter_of_its_own_name_is_found(folder, tmp_path):
         load_doctor(tmp_path)
 
 
+def test_what_is_frozen_stays_frozen(folder, base):
+    """Whoever trains one half of the adapter, as LoRA-FA does, must not train the other without a word."""
+    model = PeftModel.from_pretrained(base, folder / "doctor", is_trainable=True)
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    trained = {name for name, parameter in make_doctor(model).named_parameters() if parameter.requires_grad}
+    assert any("lora_B" in name for name in trained) and not any("lora_A" in name for name in trained)
+
+
+def test_a_head_of_zeros_is_no_ratio():
+    """Some models start with one; it adds up to zero without meaning anything."""
+    model = make_llama(2)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    assert trained_exponents(model) == {}
+    model.config.guidance = {"scale": 3}  # somebody else's
+    assert trained_exponents(model) == {}
+
+
+def test_the_head_is_looked_at_once(folder, base, monkeypatch):
+    """It may have a billion weights, and a patient is asked at every generation. Changed weights are looked at again."""
+    model, calls = make_llama(3), []
+    norm = torch.linalg.vector_norm
+    monkeypatch.setattr(torch.linalg, "vector_norm", lambda *args, **kwargs: calls.append(1) or norm(*args, **kwargs))
+    assert trained_exponents(model) == {}
+    num_calls = len(calls)
+    assert trained_exponents(model) == {} and len(calls) == num_calls > 0
+    with torch.no_grad():
+        model.lm_head.weight -= model.lm_head.weight.mean(dim=0)
+    with pytest.raises(ValueError, match="must say for which exponents"):
+        trained_exponents(model)
+
+
 @pytest.mark.parametrize("name", ["ratio", "doctor", "whole"])
 def test_the_card_is_ours(folder, name):
     """PEFT's empty template says nothing of how a doctor is used, and overwrites what does."""

@@ -18,6 +18,7 @@ import copy
 import dataclasses
 import inspect
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,7 +48,8 @@ WRONG = [
     ("max_length: 512.5", "`max_length` must be a whole number. Got 512.5"),
     ("bf16: 2", "`bf16` must be true or false. Got 2"),
     ("drop_unusable: [true]", "`drop_unusable` must be true or false"),
-    ("run_name: 7", "`run_name` must be a text. Got 7"),
+    ("run_name: yes", "`run_name` must be a text. Got True .bool.; write it in quotes, as YAML reads `yes`"),
+    ("model_init_kwargs: 5", "`model_init_kwargs` must be a dictionary"),
     ("policy: [ratio]", "`policy` must be a text"),
     ("lr_scheduler_kwargs: num_cycles=2", "`lr_scheduler_kwargs` must be a dictionary"),
     ("model_init_kwargs: '[1]'", "`model_init_kwargs` must be a dictionary"),
@@ -77,6 +79,9 @@ def test_a_file_may_say_it_in_any_way(tmp_path):
         bf16: off
         use_peft: on
         max_length: null
+        dataloader_num_workers: 2.0
+        run_name: 2024
+        resume_from_checkpoint: true
         report_to: none
         lora_target_modules: all-linear
         lr_scheduler_kwargs: '{"num_cycles": 2}'
@@ -87,6 +92,8 @@ def test_a_file_may_say_it_in_any_way(tmp_path):
     script, args, model = parse(tmp_path, inspect.cleandoc(text))
     assert (script.patient, script.doctor) == ("one", "two")
     assert args.learning_rate == 5e-4 and args.value_head_learning_rate == 1e-3 and args.max_steps == 10
+    assert args.dataloader_num_workers == 2 and isinstance(args.dataloader_num_workers, int)
+    assert args.run_name == "2024" and args.resume_from_checkpoint is True
     assert args.bf16 is False and args.max_length is None and args.lr_scheduler_kwargs == {"num_cycles": 2}
     assert model.use_peft is True and model.lora_target_modules == "all-linear"
     (generate,) = parse(tmp_path, "prompt: Hello\nbeta: [5e-1, 1]\n", types=(GenerateArguments,))
@@ -170,6 +177,7 @@ def test_a_doctor_may_have_a_name(tmp_path):
     folder = tmp_path / "lr=1"
     folder.mkdir()
     assert name_doctor(str(folder)) == ("lr=1", str(folder))
+    assert name_doctor(".") == (Path.cwd().name, ".")
     for text in ("=path", "name=", ""):
         with pytest.raises(ValueError, match="NAME=PATH"):
             name_doctor(text)

@@ -89,6 +89,14 @@ def test_a_text_goes_on_where_the_prompt_ends(client, world):
 # Log-likelihoods
 
 
+def test_an_echo_of_nothing_else_comes_once(client):
+    """A client would take the second prompt for the answer."""
+    asked = dict(echo=True, max_tokens=0)
+    assert complete(client, TEXTS[0], **asked).choices[0].text == TEXTS[0]
+    chunks = list(complete(client, TEXTS[0], stream=True, **asked))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == TEXTS[0]
+
+
 @pytest.mark.parametrize("num_scored", [1024, 4])
 def test_echo_scores_the_prompt_under_the_guided_policy(num_scored, client, world, doctors, monkeypatch):
     """Scores of the patient alone, or one token off, would make every benchmark of a doctor one of something else."""

@@ -285,7 +285,8 @@ def test_completions_know_of_which_policy_they_are(patient, tokenizer, guide, se
 
 def test_settings_that_change_nothing_are_taken(patient, tokenizer, guide):
     """A rule that is too strict would make people copy settings out of their calls."""
-    neutral = dict(top_k=0, top_p=1.0, repetition_penalty=1.0, do_sample=True, num_beams=1, use_cache=True, min_p=None)
+    neutral = dict(top_k=0, top_p=1.0, repetition_penalty=1.0, do_sample=True, num_beams=1, use_cache=True, min_p=0.0)
+    neutral |= dict(num_return_sequences=1, no_repeat_ngram_size=0, cache_implementation="dynamic", typical_p=None)
     call = dict(guide=guide, max_new_tokens=3, temperature=1)
     found = evaluate_guidance(patient, tokenizer, PROMPTS, lambda **_: [0.0] * 3, **call, **neutral)
     plain = evaluate_guidance(patient, tokenizer, PROMPTS, lambda **_: [0.0] * 3, guide=guide, max_new_tokens=3)

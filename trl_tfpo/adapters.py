@@ -26,6 +26,7 @@ each place that survives loading:
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedModel
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
 
 VALUE_HEAD = "value_head"
 RECORD = "trl_tfpo"  # key of our record in the `auto_mapping` of an adapter's config
+_ZERO_SUMS: WeakKeyDictionary[torch.nn.Module, tuple] = (
+    WeakKeyDictionary()
+)  # by head: the state of its weights, and whether their rows add up to zero
 ZERO_SUM = 0.02  # of the sum that independent rows would have: above what rounding to bfloat16 leaves
 
 
@@ -113,7 +117,7 @@ def trained_exponents(model: PreTrainedModel, adapters: Sequence[str] | None = N
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             A language model, or a doctor of guided flow.
         adapters (sequence of `str`, *optional*):
-            Names of the adapters that it is read with. By default those that are active.
+            Adapters that are active when the model is read. By default those that are active now.
 
     Returns:
         `dict[str, float]`: empty for a language model.
@@ -135,9 +139,8 @@ def trained_exponents(model: PreTrainedModel, adapters: Sequence[str] | None = N
             )
         return first
     guidance = getattr(base.config, "guidance", None)
-    if (
-        isinstance(guidance, dict) and getattr(base, "guiding_adapter", None) not in configs
-    ):  # else it is about that adapter alone
+    is_ours = isinstance(guidance, dict) and guidance.keys() >= {"alpha", "beta"}
+    if is_ours and getattr(base, "guiding_adapter", None) not in configs:  # else it is about that adapter alone
         return {name: guidance[name] for name in ("alpha", "beta")}
     if _rows_add_up_to_zero(base, adapters):
         raise ValueError(
@@ -240,9 +243,14 @@ def _mean_row(weight: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def _rows_add_up_to_zero(base: PreTrainedModel, adapters: Sequence[str]) -> bool:
     """Whether the mean row of the head is far shorter than it would be were the rows independent."""
-    if is_sharded(base) or (weight := _float_weight(_read_head(base, adapters))) is None:
+    head = _read_head(base, adapters)
+    if is_sharded(base) or (weight := _float_weight(head)) is None:
         return False
-    num_rows, dtype = len(weight), torch.promote_types(weight.dtype, torch.float32)
-    mean_length = weight.mean(dim=0, dtype=dtype).norm()
-    root_mean_square = torch.linalg.vector_norm(weight, dtype=dtype) / num_rows**0.5
-    return bool(mean_length * num_rows**0.5 <= ZERO_SUM * root_mean_square)
+    state, found = (weight.data_ptr(), weight._version), _ZERO_SUMS.get(head)
+    if found is None or found[0] != state:
+        num_rows, dtype = len(weight), torch.promote_types(weight.dtype, torch.float32)
+        mean_length = weight.mean(dim=0, dtype=dtype).norm()
+        root_mean_square = torch.linalg.vector_norm(weight, dtype=dtype) / num_rows**0.5
+        is_zero = root_mean_square > 0 and mean_length * num_rows**0.5 <= ZERO_SUM * root_mean_square
+        found = _ZERO_SUMS[head] = state, bool(is_zero)
+    return found[1]

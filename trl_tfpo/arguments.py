@@ -25,6 +25,7 @@ import inspect
 import json
 import numbers
 import os
+import re
 import types
 import typing
 from collections.abc import Callable
@@ -75,7 +76,7 @@ INSTEAD = {  # of arguments of TRL's trainers and configs, and of transformers' 
     "use_vllm": GENERATION,
 }
 # Fields of `TrainingArguments` that take more than their annotation says, or get more from its parser
-BEYOND_ANNOTATION = {"accelerator_config", "debug", "fsdp"}
+BEYOND_ANNOTATION = {"accelerator_config", "debug", "fsdp", "resume_from_checkpoint"}
 
 
 def explains_unknown(cls: type | None = None, *, settings: type | None = None) -> Callable | type:
@@ -123,8 +124,8 @@ def check_types(settings: object) -> None:
     Check every field of a dataclass against its annotation.
 
     Configuration files and sweeps pass whatever was written, and most of it would be noticed late or never. A whole
-    number counts as a float, 0 and 1 as booleans, a path as a text, and a single text as a list of texts. Objects that a
-    file cannot hold are left to whoever uses them, and so is the default of a field.
+    number counts as a float and 2.0 as a whole number, 0 and 1 as booleans, a path or a number as a text, and a single text
+    as a list of texts. Objects that a file cannot hold are left to whoever uses them, and so is the default of a field.
 
     Args:
         settings (dataclass instance):
@@ -142,9 +143,14 @@ def check_types(settings: object) -> None:
         if value is field.default or field.name in BEYOND_ANNOTATION:
             continue
         if not _fits(value, hint):
-            raise ValueError(
-                f"`{field.name}` must be {_describe(hint)}. Got {value!r} ({type(value).__name__}); {_remedy(value, hint)}."
-            )
+            value = _meant(value, hint)
+            if value is None:
+                value = getattr(settings, field.name)
+                raise ValueError(
+                    f"`{field.name}` must be {_describe(hint)}. Got {value!r} ({type(value).__name__}); "
+                    f"{_remedy(value, hint)}."
+                )
+            setattr(settings, field.name, value)
         if isinstance(value, str) and field.name.endswith("_kwargs"):
             try:
                 is_mapping = isinstance(json.loads(value), dict)
@@ -187,6 +193,16 @@ def _fits(value: object, hint: object) -> bool:
     return isinstance(value, hint)
 
 
+def _meant(value: object, hint: object) -> int | str | None:
+    """The value of the annotated type that a number stands for: a whole number for 2.0, a text for 2024. None for others."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return None
+    accepted = {hint, *typing.get_args(hint)}
+    if int in accepted and float(value).is_integer():
+        return int(value)
+    return str(value) if str in accepted else None
+
+
 def _describe(hint: object) -> str:
     """A type in words."""
     arguments, origin = typing.get_args(hint), typing.get_origin(hint)
@@ -206,7 +222,14 @@ def _remedy(value: object, hint: object) -> str:
     if value is None:
         return "leave it out for the default"
     if isinstance(value, str):
-        return "write it without quotes"
+        is_power = re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", value) is not None
+        return (
+            "write it as `1.0e-8` is written, as YAML reads `1e-8` as a text"
+            if is_power
+            else "write it without quotes"
+        )
+    if isinstance(value, bool):
+        return "write it in quotes, as YAML reads `yes`, `no`, `on` and `off` as true and false"
     if isinstance(value, (list, tuple)) and len(value) == 1:
         return "write it without brackets"
     if _fits(str(value), hint):

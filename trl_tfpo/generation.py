@@ -119,7 +119,8 @@ def guided_generate(
         check_reads(patient, attention_mask, prefill_chunk_size=_setting(patient, kwargs, "prefill_chunk_size"))
     if not attention_mask.all():
         for memory in guide.memories:
-            memory.check_padding()
+            if memory.doctor.prompt is None:  # else it reads another prompt, which has its own mask
+                memory.check_padding()
     if speculative:
         kwargs["custom_generate"] = speculative_guided_generate
         if streamer is not None:
@@ -172,7 +173,7 @@ def check_reads(
     how = " and ".join(["generate", *(name for name, value in settings.items() if value)])
     if fault := reading_fault(patient, how, partial(_generate_along, patient, **settings), errors_count=False):
         raise ValueError(
-            "`generate` must read prompts as it reads them alone and whole. Got "
+            "A prompt that is padded or split must give the logits of the prompt read alone and in one piece. Got "
             f"{type(unwrap_peft(patient)).__name__}: {fault}. Decode prompts one by one (`batch_size=1`), or those of one "
             "length together, without `prefill_chunk_size`."
         )

@@ -251,7 +251,9 @@ def make_doctor(
     else:
         add_value_head(model)
     if is_peft_model(model):
-        model.set_adapter(model.active_adapter)  # one that was loaded to be read is frozen
+        others = (parameter for name, parameter in model.named_parameters() if VALUE_HEAD not in name.split("."))
+        if not any(parameter.requires_grad for parameter in others):  # an adapter that was loaded to be read
+            model.set_adapter(model.active_adapter)
         record_exponents(model, GUIDANCE if guides else {})
         from peft.tuners.tuners_utils import BaseTunerLayer
 

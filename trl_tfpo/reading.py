@@ -32,7 +32,7 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import PreTrainedModel
 
-from ._compat import in_float32, unwrap_peft
+from ._compat import in_float32, is_sharded, unwrap_peft
 
 
 NUM_PROBE_TOKENS = 16
@@ -116,6 +116,8 @@ def reading_fault(
     key = (how, getattr(base.config, "_attn_implementation", None), base.dtype)
     if key in faults:
         return faults[key]
+    if is_sharded(base):  # all processes would have to read at the same time
+        return ""
     text, is_quantized = _probe_ids(base), getattr(base, "is_quantized", False)
     is_half = is_quantized or base.dtype.itemsize < 4
     for context in (in_float32, nullcontext) if is_half else (nullcontext,):
@@ -134,7 +136,7 @@ def reading_fault(
             if isinstance(error, torch.OutOfMemoryError) and context is nullcontext:
                 raise
             if errors is None and context is nullcontext:  # fewer positions than the text has tokens, say
-                return ""
+                return faults.setdefault(key, "")
             fault = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}" if errors_count else ""
             continue
         is_exact = not is_quantized and (context is in_float32 or not is_half)

@@ -53,6 +53,7 @@ from .tokenizer_identity import check_embeddings, check_same_tokenizer, tokenize
 REWARD_COLUMNS = ["chosen_token_rewards", "rejected_token_rewards"]
 GAP_COLUMNS = ["chosen_gaps", "rejected_gaps"]
 SETTINGS_KEY = "trl_tfpo settings: "
+MIN_PAIRS = 16  # of which it is said whether the faces separate them
 NUM_STREAMED = 64  # pairs of a streamed dataset that are looked at beforehand: each may ask the patient
 NUM_CHECKED_PAIRS = 8  # which a patient in half precision reads in float32 as well
 MAX_FLIPPED = 0.1  # share of rewarded tokens that rounding may decide about without a warning
@@ -276,7 +277,8 @@ def warn_unless_faces_separate(dataset: Dataset | IterableDataset) -> None:
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            An annotated dataset; one without gaps is passed over.
+            An annotated dataset. Passed over are one without gaps, of fewer than 16 pairs, or annotated with
+            `reward_direction="faces"`, for which labels do not count.
 
     Warns:
         `UserWarning`: when [`agreement_of_faces`] is within two standard errors of one half, or below.
@@ -285,7 +287,8 @@ def warn_unless_faces_separate(dataset: Dataset | IterableDataset) -> None:
     if found is None:
         return
     agreement, error, num_pairs = found
-    if agreement < 0.5 + 2 * error:
+    ignores_labels = (annotation_settings(dataset) or {}).get("reward", {}).get("reward_direction") == "faces"
+    if num_pairs >= MIN_PAIRS and agreement < 0.5 + 2 * error and not ignores_labels:
         warnings.warn(
             f"The faces do not separate these data: they prefer the chosen completion of {agreement:.0%} of {num_pairs} "
             f"pairs, and chance is 50 ± {200 * error:.0f}%. Word the faces by what the labels reward, or use a stronger "

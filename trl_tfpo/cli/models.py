@@ -84,7 +84,7 @@ def name_doctor(text: str) -> tuple[str, str]:
     """
     label, separator, path = text.partition("=")
     if not separator or Path(text).is_dir():
-        label, path = Path(text).name, text
+        label, path = Path(text).resolve().name, text
     if not label or not path:
         raise ValueError(f"`--doctor` must be NAME=PATH, or a path. Got {text!r}; write it so")
     return label, path

@@ -25,7 +25,7 @@ from pathlib import Path
 import yaml
 from trl import TrlParser
 
-from ..arguments import INSTEAD, check_types
+from ..arguments import INSTEAD, OF_TRAINER, check_types
 from . import LAUNCHED, did_you_mean
 
 
@@ -155,7 +155,7 @@ class Parser(ConfigParser):
             if name.startswith("--") and name not in known:
                 names = [*self._option_string_actions, *known]
                 plain = name.lstrip("-").replace("-", "_")
-                if plain in INSTEAD:
+                if INSTEAD.get(plain, OF_TRAINER) not in (OF_TRAINER, INSTEAD["tokenizer"]):  # these are of Python
                     raise ValueError(f"unknown option {name!r}. Instead: {INSTEAD[plain]}")
                 raise ValueError(f"unknown option {name!r}{did_you_mean(name, names)}")
         if remaining and not remaining[0].startswith("--"):

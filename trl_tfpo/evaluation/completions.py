@@ -39,6 +39,8 @@ from ..tokenization import all_eos_token_ids, check_counts, tokenize_prompt
 
 Prompt = str | list[dict[str, str]]
 
+# What is kept of a patient's generation config: how it computes, nothing of what it says
+COMPUTATION = ("use_cache", "cache_implementation", "cache_config", "compile_config", "disable_compile")
 # What leaves the policy as it is: these settings of `generate` at any value, and those below at this one or None
 WITHOUT_EFFECT = {
     "keep_memory",
@@ -47,11 +49,12 @@ WITHOUT_EFFECT = {
     "draft_cost",
     "verify_cost",
     "statistics",
-    "use_cache",
+    "synced_gpus",
+    "prefill_chunk_size",
+    *COMPUTATION,
 }
-NEUTRAL = {"do_sample": True, "temperature": 1, "top_k": 0, "top_p": 1, "repetition_penalty": 1, "num_beams": 1}
-# What is kept of a patient's generation config: how it computes, nothing of what it says
-COMPUTATION = ("use_cache", "cache_implementation", "cache_config", "compile_config", "disable_compile")
+NEUTRAL = {"do_sample": True, "temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1}
+NEUTRAL |= {"num_beams": 1, "num_return_sequences": 1, "length_penalty": 1, "no_repeat_ngram_size": 0}
 
 
 @dataclass(frozen=True)

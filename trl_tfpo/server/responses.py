@@ -117,7 +117,9 @@ class Answer:
         return self.head | {"object": self._object(True), "choices": [choice]}
 
     def _text(self, index: int, event: dict) -> str:
-        return self.echoes[index] if "prompt" in event else event.get("text", "")
+        if "prompt" in event:  # without log-probabilities the echo came first
+            return self.echoes[index] if self.with_logps else ""
+        return event.get("text", "")
 
     def _logprobs(self, index: int, event: dict) -> dict | None:
         """Log-probabilities of the tokens of an event."""
