@@ -319,8 +319,7 @@ def test_the_rounding_of_a_patient_in_halves_is_measured(monkeypatch, caplog, tm
     assert found["mean"] == pytest.approx((gaps[0] - gaps[1]).abs().mean().item(), abs=1e-4) and found["mean"] > 0
     share = (rewarded[0] ^ rewarded[1]).sum() / (rewarded[0] | rewarded[1]).sum()
     assert found["flipped"] == pytest.approx(share.item(), abs=0.02)
-    with pytest.warns(UserWarning, match="do not separate"):
-        assert reward_report(annotated, tokenizer, tmp_path)["rounding"] == found
+    assert reward_report(annotated, tokenizer, tmp_path)["rounding"] == found
     assert "gaps are off by" in (tmp_path / "rewards.html").read_text(encoding="utf-8")
     monkeypatch.setattr("trl_tfpo.token_rewards.MAX_FLIPPED", -1.0)
     annotate_token_rewards(rows, half, tokenizer, faces=FACES)
