@@ -198,7 +198,7 @@ def test_real_preferences_with_two_processes(tmp_path):
         *["--doctor", "small/doctor", "--dataset_name", "head.jsonl", "--faces", "harmlessness"],
         *["--max_length", 2048, "--learning_rate", 1e-3, "--num_train_epochs", 3, "--per_device_train_batch_size", 4],
         *["--logging_steps", 5, "--report_to", "none", "--output_dir", "run", "--num_guided_examples", 1],
-        *["--save_strategy", "epoch", "--save_total_limit", 1],
+        *["--save_strategy", "epoch", "--save_total_limit", 1, "--drop_unusable", True],  # some answers are blank
         cwd=tmp_path,
     )
     assert "unguided" in output and "guided" in output
