@@ -218,20 +218,15 @@ def _split_texts(chosen: str, rejected: str, openings: Sequence[str], prompt: st
             )
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     for opening in openings:
-        opens = [answer.lstrip().startswith(opening.strip()) for answer in (chosen, rejected)]
-        end = chosen.find(opening.strip()) + len(opening.strip())
-        if any(opens) and chosen[:end] != rejected[:end]:
+        bare = opening.rstrip()
+        start = re.compile(rf"\s*{re.escape(bare.lstrip())}(?:{re.escape(opening[len(bare) :])})?")
+        starts = [found[0] if (found := start.match(answer)) else "" for answer in (chosen, rejected)]
+        if starts[0] != starts[1]:
             raise ValueError(
-                f"Both completions must open the assistant's turn in the same way, or neither. Got {reprlib.repr(chosen)} and "
-                f"{reprlib.repr(rejected)}; end the prompt with {opening!r}. Otherwise {REMEDY}"
+                "Both completions must open the assistant's turn in the same way, or neither. Got "
+                f"{reprlib.repr(chosen)} and {reprlib.repr(rejected)}; end the prompt with {opening!r}. Otherwise {REMEDY}"
             )
-        if all(opens):
-            end += (
-                len(opening) - len(opening.rstrip())
-                if chosen[end:].startswith(opening[len(opening.rstrip()) :])
-                else 0
-            )
-            prompt, chosen, rejected = prompt + chosen[:end], chosen[end:], rejected[end:]
+        prompt, chosen, rejected = prompt + starts[0], chosen[len(starts[0]) :], rejected[len(starts[0]) :]
     if is_transcript(prompt):
         chosen, rejected = _without_last_question(chosen), _without_last_question(rejected)
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}

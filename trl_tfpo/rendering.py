@@ -196,7 +196,10 @@ def _end_of_turn(
 
 
 def _check_said(message: dict, printed: str) -> None:
-    """Raise `ValueError` when a template leaves out the end of a content, the name of a tool, or a message that only thinks."""
+    """
+    Raise `ValueError` when a template leaves out what a message says: the end of its content, the names of its tool calls
+    or, where it has neither, the end of its thoughts.
+    """
     expected = message["content"].split()[-1:]
     expected += [(call.get("function") or call).get("name", "") for call in message.get("tool_calls") or []]
     expected = expected or [str(message[name]).split()[-1] for name in THOUGHTS if str(message.get(name, "")).strip()]

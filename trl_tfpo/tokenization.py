@@ -15,8 +15,8 @@
 """
 From the rows of a preference dataset to token ids, the same for patient and doctor.
 
-A completion is what follows the prompt, to the end of the last thing that the assistant says. Its mask tells which tokens the
-assistant says; those of users and tools between its turns are read, but never scored or rewarded.
+A completion follows the prompt, and ends where the assistant's last turn ends. Its mask marks the tokens that the
+assistant says. Those of users and tools between its turns are read, but never scored or rewarded.
 """
 
 import os
