@@ -1,0 +1,310 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+What a real model is to learn: two tasks with a scorer each, and the questions it is asked.
+
+The scorers are deterministic and need no network. They stand for people who choose between two answers: a label is drawn
+with the probability that the difference of the scores gives, so some labels are wrong, as those of people are.
+"""
+
+import functools
+import gzip
+import json
+import math
+import os
+import random
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import textstat
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+from trl_tfpo.faces import Faces
+
+
+MAX_PROMPT_CHARACTERS = 119
+FIRST_TURN = re.compile(r"\s*Human:(.*?)\n\nAssistant:", flags=re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    A wanted behaviour and its scorer.
+
+    Args:
+        name (`str`):
+            Name of the task.
+        faces ([`~trl_tfpo.faces.Faces`]):
+            The instructions to the patient.
+        score (`Callable[[str], float]`):
+            From the text of an answer to how much of the wanted behaviour it shows.
+        noise_factor (`float`):
+            Log-odds of a label for one unit of difference in the score, see [`label`].
+    """
+
+    name: str
+    faces: Faces
+    score: Callable[[str], float]
+    noise_factor: float
+
+
+@functools.cache
+def _vader() -> SentimentIntensityAnalyzer:
+    return SentimentIntensityAnalyzer()
+
+
+def sentiment(text: str) -> float:
+    """VADER's compound sentiment of a text, in [-1, 1]."""
+    return _vader().polarity_scores(text)["compound"]
+
+
+def plainness(text: str) -> float:
+    """
+    The Flesch reading ease of a text of 6 to 32 words, cut to [0, 100] and divided by 100; else 0.5.
+
+    A text of another length gets 0.5, so a shorter or longer answer does not score high by its length.
+    """
+    if not 6 <= len(text.split()) <= 32:
+        return 0.5
+    return max(min(textstat.flesch_reading_ease(text), 100.0), 0.0) / 100
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            "cheerful",
+            Faces(positive="Be cheerful, warm and optimistic.", negative="Be gloomy, cold and pessimistic."),
+            sentiment,
+            noise_factor=4.0,
+        ),
+        Task(
+            "plain",
+            Faces(
+                positive="Use plain, short, everyday words that a small child understands.",
+                negative="Use long, formal, technical words that an expert would use.",
+            ),
+            plainness,
+            noise_factor=6.0,
+        ),
+    )
+}
+
+
+def label(task: Task, texts_a: Sequence[str], texts_b: Sequence[str], seed: int) -> list[bool]:
+    """
+    Which of two answers is preferred, with Bradley-Terry noise.
+
+        P(a is preferred) = sigmoid(noise_factor * (score(a) - score(b)))
+
+    Args:
+        task ([`Task`]):
+            The scorer and its noise.
+        texts_a, texts_b (`Sequence[str]` of N):
+            The answers.
+        seed (`int`):
+            Of the noise. The n-th label depends on the n-th pair and the seed only.
+
+    Returns:
+        `list[bool]` of N: True where the text in `texts_a` is preferred.
+
+    Raises:
+        `ValueError`: when the two lists have different lengths.
+    """
+    if len(texts_a) != len(texts_b):
+        raise ValueError(
+            f"There must be one text in `texts_b` for each in `texts_a`. Got {len(texts_a)} and {len(texts_b)}; pass pairs."
+        )
+    noise = random.Random(seed)
+    differences = (task.score(a) - task.score(b) for a, b in zip(texts_a, texts_b, strict=True))
+    return [noise.random() < 1 / (1 + math.exp(-task.noise_factor * difference)) for difference in differences]
+
+
+def as_messages(prompt: str) -> list[dict]:
+    """The conversation in which a question is asked: one message, which also asks for a short answer."""
+    return [{"role": "user", "content": f"{prompt}\nAnswer in one short sentence."}]
+
+
+def prompts(path: str | os.PathLike | None = None) -> list[str]:
+    """
+    Distinct questions of fewer than 120 characters, in an order that is always the same.
+
+    Args:
+        path (`str` or `os.PathLike`, *optional*):
+            A file in the format of HH-RLHF (`.jsonl` or `.jsonl.gz`), or the name of a dataset on the Hub, of which the
+            split "train" is read. The question is the first message of `prompt`, or, where there is no such column, of
+            `chosen`. Each of these may be messages or a text, in which the turns begin with "Human:" and "Assistant:".
+            By default the questions are those of this file.
+
+    Returns:
+        `list[str]`: the questions, shuffled.
+
+    Raises:
+        `ValueError`: when the file does not exist, or no question is found.
+    """
+    if path is None:
+        found = own_questions()
+    else:
+        found = filter(None, map(_first_turn, _rows(path)))
+    kept = [text for text in dict.fromkeys(found) if 0 < len(text) <= MAX_PROMPT_CHARACTERS]
+    if not kept:
+        raise ValueError(
+            "Each row must have `prompt` or `chosen` that begins with a question of fewer than 120 characters. Got none "
+            f"in {str(path)!r}; convert the dataset to the format of HH-RLHF."
+        )
+    random.Random(0).shuffle(kept)
+    return kept
+
+
+def _rows(path: str | os.PathLike) -> Iterable[dict]:
+    """The rows of a file, or of a dataset on the Hub."""
+    name = str(path)
+    if not name.endswith((".jsonl", ".jsonl.gz")):
+        return datasets.load_dataset(name, split="train")
+    if not Path(path).is_file():
+        raise ValueError(f"`path` must be a file or the name of a dataset. Got {name!r}; correct the path.")
+    open_text = gzip.open if name.endswith(".gz") else open
+    with open_text(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def _first_turn(row: dict) -> str | None:
+    """The first question in a row, without white space around it; None where there is none."""
+    value = row.get("prompt") or row.get("chosen")
+    if isinstance(value, list):
+        return next((message["content"].strip() for message in value if message["role"] == "user"), None)
+    if not isinstance(value, str):
+        return None
+    match = FIRST_TURN.match(value)
+    if match:
+        return match[1].strip()
+    return value.strip() if row.get("prompt") else None
+
+
+# Templates, and topics that each of them can ask about
+QUESTIONS = [
+    (
+        [
+            "How do I {}?",
+            "Why do so many people find it hard to {}?",
+            "I want to {}, but I keep putting it off. What would help me?",
+            "What is the first thing to do if I want to {}?",
+        ],
+        [
+            "learn to swim as an adult",
+            "save money every month",
+            "grow tomatoes on a balcony",
+            "fix a flat bicycle tyre",
+            "bake a loaf of bread",
+            "write a letter to an old friend",
+            "start running in the morning",
+            "clean out the garage",
+            "speak in front of a large group",
+            "train a puppy",
+            "learn the guitar",
+            "plan a family picnic",
+            "sleep better at night",
+            "ask my boss for a raise",
+            "paint the kitchen",
+        ],
+    ),
+    (
+        [
+            "What is {} like?",
+            "Tell me about {}.",
+            "What are the best and the worst part of {}?",
+            "Why do some people love {} and others hate it?",
+        ],
+        [
+            "winter in the mountains",
+            "living in a big city",
+            "working at night",
+            "a long train journey",
+            "life on a farm",
+            "camping in the rain",
+            "growing up with many brothers and sisters",
+            "a job in a hospital",
+            "moving to another country",
+            "a holiday by the sea",
+            "living alone",
+            "the first day at a new school",
+            "black coffee",
+            "driving through the desert",
+            "an old house with a garden",
+        ],
+    ),
+    (
+        [
+            "How does {} work?",
+            "Explain {} to me.",
+            "Why is {} important?",
+            "What could go wrong with {}?",
+        ],
+        [
+            "a refrigerator",
+            "the stock market",
+            "a vaccine",
+            "a solar panel",
+            "the human heart",
+            "an election",
+            "a bank loan",
+            "the water supply of a town",
+            "a weather forecast",
+            "a search engine",
+            "health insurance",
+            "an airbag",
+            "recycling",
+            "a court of law",
+            "the immune system",
+        ],
+    ),
+    (
+        [
+            "{}. What should I do now?",
+            "{}, and I can think of nothing else. What would you say to me?",
+            'My friend told me: "{}." How should I answer?',
+        ],
+        [
+            "My dog died last night",
+            "I got the job that I wanted",
+            "I failed my driving test again",
+            "My best friend is moving away",
+            "We are going to have a baby",
+            "I broke my neighbour's window",
+            "My grandmother is in hospital",
+            "I won a prize in the lottery",
+            "Nobody came to my birthday party",
+            "I had a fight with my sister",
+            "My garden is full of flowers this year",
+            "I lost my wallet on the bus",
+            "Somebody at work is telling lies about me",
+            "I passed the exam after all",
+            "I have to see the dentist tomorrow",
+            "My son does not want to talk to me",
+            "I am retiring next week",
+            "The storm has damaged our roof",
+            "I feel lonely in my new town",
+            "My plane leaves in an hour and I am still at home",
+        ],
+    ),
+]
+
+
+def own_questions() -> list[str]:
+    """240 everyday questions, neutral and emotional, made of templates and topics."""
+    return [template.format(topic) for templates, topics in QUESTIONS for topic in topics for template in templates]
