@@ -292,7 +292,7 @@ def test_the_scorers_tell_the_faces_apart(tasks):
 
 
 def test_labels_are_bradley_terry(tasks):
-    """The share of each label is sigmoid(factor x difference): else the labels are noisier, or cleaner, than is said."""
+    """The share of each label is sigmoid(factor x difference): else labels are noisier, or cleaner, than is said."""
     task, number = tasks.TASKS["cheerful"], 20_000
     good, bad = "The food is good", "There is a table"  # 0.4404 and 0
     labels = tasks.label(task, [good] * number, [bad] * number, seed=0)
@@ -376,8 +376,8 @@ def completion_probabilities(model, prompt: list[int], max_new_tokens: int) -> d
 @torch.no_grad()
 def test_completions_have_the_probabilities_of_the_model(samples):
     """
-    The frequencies of whole completions, of a short and a long prompt in one batch, against their exact probabilities: a
-    wrong mask, position or row of the cache gives other answers that look as good.
+    The frequencies of whole completions, of a short and a long prompt in one batch, against their exact probabilities.
+    A wrong mask, position or row of the cache gives other answers that look as good.
     """
     model, number = make_llama(0, vocab_size=5), 12_000
     prompts = [[1, 3], [4, 3, 0, 1, 3, 4]]
@@ -424,7 +424,7 @@ SETTINGS = dict(max_new_tokens=5, eos_token_id=EOS, rows_per_piece=6)
 
 
 def test_a_killed_run_is_resumed_with_the_same_samples(samples, tmp_path, monkeypatch):
-    """What was drawn is kept, and the rest is what an uninterrupted run draws: else a result depends on interruptions."""
+    """What was drawn is kept, the rest is as in an uninterrupted run: else a result depends on interruptions."""
     model, draw, calls = make_llama(0), samples.draw, []
     whole = samples.Samples(tmp_path / "whole", model, **SETTINGS).of("test", PROMPTS, 3)
     assert [len(completions) for completions in whole] == [3] * 7

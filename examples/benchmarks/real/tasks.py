@@ -15,8 +15,8 @@
 """
 What a real model is to learn: two tasks with a scorer each, and the questions it is asked.
 
-The scorers are deterministic and need no network. They stand for people who choose between two answers: a label is drawn
-with the probability that the difference of the scores gives, so some labels are wrong, as those of people are.
+The scorers are deterministic and need no network. They stand for people who choose between two answers: a label is
+drawn with a probability that depends on the difference of the scores, so some labels are wrong, as people's are.
 """
 
 import functools
@@ -128,7 +128,8 @@ def label(task: Task, texts_a: Sequence[str], texts_b: Sequence[str], seed: int)
     """
     if len(texts_a) != len(texts_b):
         raise ValueError(
-            f"There must be one text in `texts_b` for each in `texts_a`. Got {len(texts_a)} and {len(texts_b)}; pass pairs."
+            f"There must be one text in `texts_b` for each in `texts_a`. Got {len(texts_a)} and {len(texts_b)}; pass "
+            "pairs."
         )
     noise = random.Random(seed)
     differences = (task.score(a) - task.score(b) for a, b in zip(texts_a, texts_b, strict=True))
@@ -146,10 +147,10 @@ def prompts(path: str | os.PathLike | None = None) -> list[str]:
 
     Args:
         path (`str` or `os.PathLike`, *optional*):
-            A file in the format of HH-RLHF (`.jsonl` or `.jsonl.gz`), or the name of a dataset on the Hub, of which the
-            split "train" is read. The question is in the column `prompt`, or, where there is none, in `chosen`: the
-            first message of the user, or the first turn of a text with turns of "Human:" and "Assistant:". A `prompt`
-            without turns is a question as a whole. By default the questions are those of `own_questions`.
+            A file in the format of HH-RLHF (`.jsonl` or `.jsonl.gz`), or the name of a dataset on the Hub, of which
+            the split "train" is read. The question is in the column `prompt`, or, where there is none, in `chosen`:
+            the first message of the user, or the first turn of a text with turns of "Human:" and "Assistant:". A
+            `prompt` without turns is a question as a whole. By default the questions are those of `own_questions`.
 
     Returns:
         `list[str]`: the questions, shuffled.
@@ -164,8 +165,8 @@ def prompts(path: str | os.PathLike | None = None) -> list[str]:
     kept = [text for text in dict.fromkeys(found) if 0 < len(text) <= MAX_PROMPT_CHARACTERS]
     if not kept:
         raise ValueError(
-            "Each row must have `prompt` or `chosen` that begins with a question of fewer than 120 characters. Got none "
-            f"in {str(path)!r}; convert the dataset to the format of HH-RLHF."
+            "Each row must have `prompt` or `chosen` that begins with a question of fewer than 120 characters. Got "
+            f"none in {str(path)!r}; convert the dataset to the format of HH-RLHF."
         )
     random.Random(0).shuffle(kept)
     return kept
