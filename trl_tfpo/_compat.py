@@ -46,6 +46,8 @@ from trl.trainer.base_config import _BaseConfig  # defaults and help texts share
 from trl.trainer.base_trainer import _BaseTrainer  # model card, loss scaling flag and tags of all TRL trainers
 from trl.trainer.utils import create_model_from_path  # dtype and device rules for models given by name
 
+from .guidance_head import GuidanceHead
+
 
 __all__ = [
     "FakeTensorMode",
@@ -396,7 +398,7 @@ def fused_logps(
     try:
         if not trl_utils._use_triton(model.get_output_embeddings().weight.device):
             trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = TILE_WIDTH
-        with _only_labelled(model, has_label, guided) as kept, _wide_head(model, guided):
+        with _only_labelled(model, has_label, guided, fuses=True) as kept, _wide_head(model, guided):
             outputs = forward(**inputs, shift_labels=labels[:, 1:][has_label][None], fused_lm_head=True)
     finally:
         trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = tile_width
@@ -450,19 +452,25 @@ def _only_labelled(
     has_label: torch.Tensor,
     guided: LabelledStates | None = None,
     num_shown: int | None = None,
+    fuses: bool = False,
 ) -> Iterator[list[torch.Tensor]]:
     """
     Within the context the language model head is given one row: the positions (B, L - 1) that predict a label, or the
     first of them, with the states of what is guided beside them. The list that it yields will hold the hidden states
     (N, H) of the model itself.
     """
-    kept = []
+    kept, head = [], model.get_output_embeddings()
 
     def keep_labelled(_, args, output):
         hidden_states = output.last_hidden_state
         kept[:] = [hidden_states[:, :-1][has_label.to(hidden_states.device)]]
-        beside = [] if guided is None else [guided.hidden.to(kept[0])]
-        output.last_hidden_state = torch.cat([*kept, *beside], dim=-1)[None, :num_shown]
+        shown = kept[0]
+        if fuses and isinstance(head, GuidanceHead):
+            shown = head.to_embedding_space(shown)
+        if guided is not None:
+            beside = guided.hidden.to(shown)
+            shown = shown + beside if _share_embeddings(head, guided) else torch.cat([shown, beside], dim=-1)
+        output.last_hidden_state = shown[None, :num_shown]
         return output
 
     hook = backbone_of(model).register_forward_hook(keep_labelled)
@@ -477,10 +485,22 @@ def _wide_head(model: PreTrainedModel, guided: LabelledStates | None) -> Abstrac
     if guided is None:
         return nullcontext()
     base, head = unwrap_peft(model), model.get_output_embeddings()
+    if _share_embeddings(head, guided):
+        return _head_is(base, head.weight, guided.bias)
     size = min(len(head.weight), len(guided.weight))
     weight = torch.cat([head.weight[:size], guided.weight[:size].to(head.weight)], dim=1)
     biases = [bias[:size].to(weight) for bias in (head.bias, guided.bias) if bias is not None]
     return _head_is(base, weight, sum(biases) if biases else None)
+
+
+def _share_embeddings(head: torch.nn.Module, guided: LabelledStates) -> bool:
+    """Whether a guiding head and what it guides have the same vocabulary embeddings, so that hidden states can be added."""
+    if not isinstance(head, GuidanceHead) or head.weight.shape != guided.weight.shape:
+        return False
+    key = tuple((x.data_ptr(), x._version, x.dtype) for x in (head.weight, guided.weight))
+    if vars(head).get("_compared", (None,))[0] != key:
+        head._compared = key, head.weight.dtype == guided.weight.dtype and torch.equal(head.weight, guided.weight)
+    return head._compared[1]
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from transformers import PreTrainedModel
 
 from ._compat import active_adapters, adapter_layers, is_sharded, unwrap_peft
 from .atomic import FORMAT, check_format
+from .guidance_head import GuidanceHead
 
 
 if TYPE_CHECKING:
@@ -184,6 +185,8 @@ def center_head(model: PreTrainedModel, state_dict: dict[str, torch.Tensor] | No
     if not trained_exponents(model) or (state_dict is None and is_sharded(model)):
         return
     head = _read_head(unwrap_peft(model), active_adapters(adapter_layers(model)))
+    if isinstance(head, GuidanceHead):  # its weights are the embeddings; what is saved is centered
+        return
     if state_dict is not None:
         names = [f"{name}.weight" for name, module in model.named_modules() if module is head]
         state_dict.update(

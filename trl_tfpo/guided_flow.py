@@ -27,6 +27,7 @@ language model like any other.
 import copy
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,10 +38,12 @@ from transformers.utils import cached_file
 
 from ._compat import (
     LabelledStates,
+    backbone_of,
     fused_lm_head,
     fused_logps,
     has_plain_head,
     inference,
+    is_sharded,
     labelled_logits,
     load_shared_out,
     share_out,
@@ -48,6 +51,7 @@ from ._compat import (
 )
 from .adapters import trained_exponents
 from .atomic import FORMAT, check_format
+from .guidance_head import GuidanceHead
 from .named_model import NamedModel, check_there
 
 
@@ -59,26 +63,64 @@ GUIDANCE_FILE = "guidance.json"
 GUIDANCE = {"alpha": 1.0, "beta": 1.0}  # exponents of the patient and of the doctor in training
 
 
-def start_guidance(model: PreTrainedModel) -> None:
+def start_guidance(model: PreTrainedModel, in_span: bool = False) -> None:
     """
     Set the language model head to zero, in place, so that the doctor leaves any patient as it is.
 
-    A head that is tied to the embeddings gets weights of its own. A doctor that has been trained by guided flow is left
-    alone.
+    A head that is tied to the embeddings gets weights of its own. A doctor that has been trained by guided flow keeps what it
+    has learned.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
             The language model, before an adapter is added.
+        in_span (`bool`, *optional*, defaults to `False`):
+            Whether the head becomes a [`~trl_tfpo.guidance_head.GuidanceHead`], and the weights of the present
+            one are frozen. A head that is more than a product gets weights of its own nevertheless.
     """
-    if getattr(model.config, "guidance", None):
-        return
-    _own_config(model)
-    untie_head(model)
+    is_new, embeddings = not getattr(model.config, "guidance", None), model.get_output_embeddings().weight
+    if is_new:
+        _own_config(model)
+        untie_head(model)
+        model.config.guidance = GUIDANCE
     head = model.get_output_embeddings()
+    if not is_new:
+        return
+    if in_span and type(head) is torch.nn.Linear and head.bias is None and has_plain_head(model):
+        model.set_output_embeddings(GuidanceHead(embeddings))
+        return
     head.weight = torch.nn.Parameter(torch.zeros_like(head.weight))
     if head.bias is not None:
         torch.nn.init.zeros_(head.bias)
-    model.config.guidance = GUIDANCE
+
+
+@torch.no_grad()
+def start_at_credits(model: PreTrainedModel, logits: torch.Tensor, batches: Iterable[dict[str, torch.Tensor]]) -> None:
+    """
+    Let a doctor start with the same logits at every state, in place, if its head is a [`~trl_tfpo.guidance_head.GuidanceHead`].
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The doctor.
+        logits (`torch.Tensor` of shape `(V',)`):
+            Of the tokens, in nats, up to a constant.
+        batches (`Iterable[dict[str, torch.Tensor]]`):
+            Batches of the training; some are read.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, GuidanceHead) or is_sharded(model):
+        return
+    wanted = logits.new_zeros(len(head.weight))
+    wanted[: len(logits)] = logits[: len(wanted)]
+    states, num_states = [], 0
+    for batch in batches:
+        tokens = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+        with inference(model):
+            hidden = backbone_of(model)(**tokens).last_hidden_state[:, :-1]
+        states.append(hidden[batch["completion_mask"][:, 1:].to(hidden.device)])
+        num_states += len(states[-1])
+        if num_states >= 2 * hidden.size(-1):
+            break
+    head.start_at(wanted.to(model.device), torch.cat(states))
 
 
 def _own_config(model: PreTrainedModel) -> None:

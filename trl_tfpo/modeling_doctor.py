@@ -225,8 +225,8 @@ def make_doctor(
             "With `policy='doctor'` the doctor is a language model. Got one of guided flow, which is a ratio of two "
             "policies; start from what it was before, or train it on with `policy='guided'`."
         )
-    if guides and not is_guidance(model):
-        start_guidance(model)
+    if guides and not is_peft_model(model):
+        start_guidance(model, in_span=peft_config is None)
     if peft_config is not None:
         from peft import get_peft_model
 

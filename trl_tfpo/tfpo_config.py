@@ -77,6 +77,11 @@ class TFPOConfig(_BaseConfig):
         sparsity_threshold (`float`, *optional*, defaults to `0.3`):
             $\theta$ in `[0, 1)`. Tokens of lower importance have no reward.
 
+        calibrate_rewards (`bool`, *optional*, defaults to `False`):
+            Whether the labels decide how much each source of token rewards counts, see [`~trl_tfpo.calibration.calibrate`].
+            The rewards above are then one source of several, and `reward_direction` has no effect. The doctor starts with the
+            credit that each token gets whatever its context.
+
         > Parameters that control the objective
 
         policy (`str`, *optional*, defaults to `"ratio"`):
@@ -177,6 +182,10 @@ class TFPOConfig(_BaseConfig):
     )
     sparsity_threshold: float = field(
         default=0.3, metadata={"help": "theta in the paper, in [0, 1). Less important tokens have no reward."}
+    )
+    calibrate_rewards: bool = field(
+        default=False,
+        metadata={"help": "Whether the labels decide how much each source of token rewards counts."},
     )
     policy: str = field(
         default="ratio",

@@ -38,11 +38,12 @@ from . import functional
 from ._compat import is_peft_model, keep_differentiable, keep_output_precision
 from .arguments import explains_unknown
 from .atomic import check_writable
+from .calibration import calibrate
 from .checkpoints import check_loss, kept_whole, resolve_checkpoint
 from .data_collator import TokenRewardCollator
 from .doctor_files import DoctorFiles
 from .faces import Faces
-from .guided_flow import former_doctor, keep_patient, read_patient
+from .guided_flow import former_doctor, keep_patient, read_patient, start_at_credits
 from .modeling_doctor import make_doctor, set_head_learning_rate
 from .named_model import NamedModel, outline_of, resolve_model
 from .objective import describe_batch, pair_rewards, tfpo_objective
@@ -74,6 +75,7 @@ from .tokenization import (
 from .tokenizer_identity import check_embeddings
 from .trainer_checks import (
     check_callables,
+    check_can_calibrate,
     check_can_annotate,
     check_collator,
     check_language_model,
@@ -276,12 +278,18 @@ class TFPOTrainer(DoctorFiles):
             data_collator.convert_transcripts |= args.convert_transcripts
             args.convert_transcripts = data_collator.convert_transcripts
             max_length = data_collator.max_length
-        self._eos_token_ids = eos_ids
+        self._eos_token_ids, self.calibration = eos_ids, None
         train_dataset = self._annotate(train_dataset, processing_class, args)
         eval_dataset = self._annotate(eval_dataset, processing_class, args)
         check_some_completion_ends(train_dataset, self._eos_token_ids, max_length)
         if args.process_index == 0:
             warn_unless_faces_separate(train_dataset)
+        if args.calibrate_rewards:
+            check_can_calibrate(train_dataset, self._online_faces)
+            self.calibration = calibrate(train_dataset, model.get_input_embeddings().weight, self._eos_token_ids)
+            if args.process_index == 0:
+                self.calibration.report()
+            train_dataset, eval_dataset = self._calibrate(train_dataset), self._calibrate(eval_dataset)
         if args.policy == "guided":
             check_given(self.patient_model)
         elif isinstance(self.patient_model, NamedModel):
@@ -310,6 +318,13 @@ class TFPOTrainer(DoctorFiles):
             self.guided_model = self.patient_model
         if self.guided_model is not None:
             self.guided_model = keep_patient(self.guided_model, self.accelerator)
+
+        # Where the doctor starts
+        if self.calibration is not None:
+            num_pairs = self.calibration.num_pairs
+            rows = (self.train_dataset.select(range(i, min(i + 8, num_pairs))) for i in range(0, num_pairs, 8))
+            batches = (data_collator(list(some)) for some in rows)
+            start_at_credits(self.model, self.calibration.credits / args.reward_temperature, batches)
 
         # Reference log-probabilities
         self._has_reference = args.reference_weight > 0 and args.policy == "doctor"  # otherwise what is guided
@@ -363,6 +378,14 @@ class TFPOTrainer(DoctorFiles):
             convert_transcripts=args.convert_transcripts,
             eos_token_ids=self._eos_token_ids,
         )
+
+    def _calibrate(self, dataset: AnyDataset | None) -> AnyDataset | None:
+        """The dataset with the rewards that explain the labels of the training data, if these are wanted."""
+        if dataset is None or self.calibration is None:
+            return dataset
+        if isinstance(dataset, dict):
+            return {name: self._calibrate(split) for name, split in dataset.items()}
+        return self.calibration.apply(dataset)
 
     def _add_reference_logps(self, dataset: AnyDataset | None) -> AnyDataset | None:
         """The dataset with the log-probabilities of the doctor before training, cached."""
@@ -480,7 +503,8 @@ class TFPOTrainer(DoctorFiles):
             for name, split in eval_dataset.items():
                 metrics |= self.evaluate(split, ignore_keys, f"{metric_key_prefix}_{name}")
             return metrics
-        eval_dataset = self._add_reference_logps(self._annotate(eval_dataset, self.processing_class, self.args))
+        eval_dataset = self._calibrate(self._annotate(eval_dataset, self.processing_class, self.args))
+        eval_dataset = self._add_reference_logps(eval_dataset)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def predict(
@@ -503,7 +527,8 @@ class TFPOTrainer(DoctorFiles):
             the doctor before training; and `metrics`, as those of `evaluate`.
         """
         check_split(test_dataset, "test_dataset")
-        test_dataset = self._add_reference_logps(self._annotate(test_dataset, self.processing_class, self.args))
+        test_dataset = self._calibrate(self._annotate(test_dataset, self.processing_class, self.args))
+        test_dataset = self._add_reference_logps(test_dataset)
         output = super().predict(test_dataset, ignore_keys, metric_key_prefix)
         output.metrics.update(self._means.take("eval", f"{metric_key_prefix}_"))
         return output

@@ -100,3 +100,15 @@ def warn_of_ignored(model: object, name: str, init_kwargs: dict | None) -> None:
             f"`{name}_init_kwargs` are for a `{name}` given by name or path. Got a loaded {type(model).__name__}, so "
             f"{sorted(init_kwargs)} are ignored; load it with them, or pass its name."
         )
+
+
+def check_can_calibrate(dataset: Dataset | IterableDataset, online_faces: object) -> None:
+    """Raise `ValueError` when rewards are to be calibrated that are not there before training."""
+    if not isinstance(dataset, Dataset) or online_faces is not None:
+        found = (
+            "a streamed dataset" if online_faces is None else "a data collator that asks the patient batch by batch"
+        )
+        raise ValueError(
+            f"`calibrate_rewards` needs all token rewards before training. Got {found}; annotate a `Dataset` first, or set "
+            "`calibrate_rewards=False`."
+        )

@@ -1,0 +1,115 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+r"""
+The head of a doctor that guides: its logits lie in the span of the vocabulary embeddings.
+
+$$g(y \mid s) = e_y^\top M h_s$$
+
+$e_y$ is the embedding of token $y$, frozen, and $M$ a square matrix that starts at zero. A new head of one free row for each
+token learns nothing about tokens that the pairs do not show. Here a token moves with those whose embeddings are like its own,
+and there are H x H weights to train in place of V x H.
+
+A saved doctor has an ordinary head, $W = (E - \bar e) M$: it loads as any causal language model does. Rows that add up to zero
+change no probability, see `adapters.py`. [`GuidanceHead`] finds $M$ again when it is given these weights.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+class GuidanceHead(torch.nn.Module):
+    """
+    Language model head with logits in the span of the vocabulary embeddings; guides nowhere until it is trained.
+
+    Args:
+        embeddings (`torch.nn.Parameter` of shape `(V, H)`):
+            Weights of the head so far. They are frozen, and stay shared with the input embeddings where they are tied.
+    """
+
+    bias = None
+
+    def __init__(self, embeddings: torch.nn.Parameter):
+        super().__init__()
+        embeddings.requires_grad_(False)
+        self.weight = embeddings
+        self.map = torch.nn.Parameter(embeddings.new_zeros(embeddings.size(1), embeddings.size(1)))
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.size(1)
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.size(0)
+
+    def to_embedding_space(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`M h`, of the shape `(..., H)` of the hidden states: the product with the embeddings gives the logits."""
+        return F.linear(hidden_states, self.map)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.linear(self.to_embedding_space(hidden_states), self.weight)
+
+    @torch.no_grad()
+    def start_at(self, logits: torch.Tensor, hidden_states: torch.Tensor) -> None:
+        r"""
+        Let the head start with the same logits at every state, as nearly as it can.
+
+        A direction $b$ in embedding space is fitted to the logits. As the head has no bias, $M = b a^\top$, where
+        $a^\top h \approx 1$ is fitted to hidden states.
+
+        Args:
+            logits (`torch.Tensor` of shape `(V,)`):
+                Of the tokens, in nats, up to a constant.
+            hidden_states (`torch.Tensor` of shape `(N, H)`):
+                Where completion tokens are predicted, N larger than H if possible.
+        """
+        embeddings, hidden_states = self.weight.double(), hidden_states.double()
+        centered, logits = embeddings - embeddings.mean(dim=0), logits.to(embeddings) - logits.mean().to(embeddings)
+        direction = _ridge(centered.T @ centered, centered.T @ logits, 1e-4)
+        constant = _ridge(hidden_states.T @ hidden_states, hidden_states.sum(dim=0), 1e-3)
+        self.map.copy_(torch.outer(direction, constant))
+
+    @staticmethod
+    @torch.no_grad()
+    def folded(embeddings: torch.Tensor, map: torch.Tensor) -> torch.Tensor:
+        """The weights (V, H) of an ordinary head with the same probabilities, in rows that add up to zero."""
+        weight = embeddings.float() @ map.float()
+        return (weight - weight.mean(dim=0)).to(embeddings.dtype)
+
+    @staticmethod
+    @torch.no_grad()
+    def unfolded(embeddings: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The map (H, H) of which [`folded`] makes this weight (V, H); of any other the closest in least squares."""
+        centered = embeddings.double() - embeddings.double().mean(dim=0)
+        return torch.linalg.lstsq(centered.T @ centered, centered.T @ weight.double()).solution.to(embeddings.dtype)
+
+    # On disk the head is an ordinary one
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        destination[f"{prefix}weight"] = self.folded(self.weight, self.map)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *args):
+        weight = state_dict.get(f"{prefix}weight")
+        if weight is None:
+            missing_keys.append(f"{prefix}weight")
+        else:
+            with torch.no_grad():
+                self.map.copy_(self.unfolded(self.weight, weight.to(self.weight.device)))
+
+
+def _ridge(second_moments: torch.Tensor, products: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Least squares (H,) with a ridge that is a share of the mean variance."""
+    diagonal = torch.eye(len(second_moments)).to(second_moments) * ridge * second_moments.diagonal().mean()
+    return torch.linalg.solve(second_moments + diagonal, products)
