@@ -62,6 +62,8 @@ class Calibration:
     Args:
         credits (`torch.Tensor` of shape `(V,)`):
             Reward of each token of the vocabulary, whatever its context, in nats. On average over the data it is zero.
+        usual (`torch.Tensor` of shape `(V,)`):
+            What such a token usually gets: the gap that its embedding predicts, in nats.
         weights (`dict[str, float]`):
             Of the terms that depend on the context, `"sparse reward"` and `"gap"`, of the usual gap and of the number of tokens,
             which is not a part of the rewards.
@@ -77,6 +79,7 @@ class Calibration:
     """
 
     credits: torch.Tensor
+    usual: torch.Tensor
     weights: dict[str, float]
     accuracy: float
     log_likelihood: float
@@ -195,10 +198,11 @@ def calibrate(dataset: Dataset, embeddings: torch.Tensor, eos_token_ids: Sequenc
     fitted = _fit(features, penalty * ridge)
     weights = fitted[: len(SCALARS)] / scale
     direction = weights[0].float() * usual + (fitted[len(SCALARS) :].float() / bag_scale) @ basis  # (H,)
-    credits = (embeddings - mean) @ direction
-    credits[list(eos_token_ids)] = 0
+    credits, usual = ((embeddings - mean) @ x for x in (direction, usual))
+    credits[list(eos_token_ids)] = usual[list(eos_token_ids)] = 0
     return Calibration(
         credits=credits,
+        usual=usual,
         weights=dict(zip(SCALARS, weights.tolist(), strict=True)),
         accuracy=((held_out[penalty] > 0) + (held_out[penalty] == 0) / 2).double().mean().item(),
         log_likelihood=log_probs.mean().item(),

@@ -27,7 +27,7 @@ from ._compat import _BaseTrainer, is_peft_model, is_sharded
 from .adapters import VALUE_HEAD, center_head
 from .guided_flow import save_guidance
 from .hub import complete_model_card, save_custom_generate
-from .modeling_doctor import load_value_head, save_value_head
+from .modeling_doctor import fold_map, load_value_head, save_value_head
 
 
 class DoctorFiles(_BaseTrainer):
@@ -44,13 +44,14 @@ class DoctorFiles(_BaseTrainer):
         if not is_peft_model(model):
             state_dict = dict(model.state_dict() if state_dict is None else state_dict)
             head = {name: state_dict.pop(name) for name in list(state_dict) if VALUE_HEAD in name.split(".")}
+            head |= fold_map(model, state_dict)
         if state_dict is not None and is_sharded(model):
             center_head(model, state_dict)
         super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
         if head:
-            save_value_head({name.rsplit(".", 1)[-1]: tensor for name, tensor in head.items()}, folder)
+            save_value_head({name.rsplit(".", 1)[-1]: tensor for name, tensor in head.items()}, folder)  # and the map
         save_guidance(model, folder)
         save_custom_generate(folder)
         self.create_model_card()

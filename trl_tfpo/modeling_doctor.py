@@ -45,6 +45,7 @@ from ._compat import (
 from .adapters import VALUE_HEAD, check_adapters, record_exponents, trained_exponents, why_unreadable
 from .atomic import written_whole
 from .functional import guided_logps
+from .guidance_head import GuidanceHead
 from .guided_flow import GUIDANCE, is_guidance, load_guidance, start_guidance, untie_head
 
 
@@ -388,11 +389,36 @@ def save_value_head(state: dict[str, torch.Tensor], folder: str | os.PathLike) -
         save_file({name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}, part)
 
 
+def fold_map(model: PreTrainedModel, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    Give the weights of a doctor an ordinary head in the place of a [`~trl_tfpo.guidance_head.GuidanceHead`], in place.
+
+    Returns:
+        `dict[str, torch.Tensor]`: the map of that head, for those who go on training; empty where there is none.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, GuidanceHead):
+        return {}
+    name = next(name for name, module in model.named_modules() if module is head)
+    if f"{name}.map" in state_dict:  # gathered by an engine, which reads parameters
+        map = state_dict.pop(f"{name}.map")
+        state_dict[f"{name}.weight"] = head.folded(state_dict[f"{name}.weight"], map)
+        return {"map": map}
+    return {"map": head.map}
+
+
 def load_value_head(model: PreTrainedModel, folder: str | os.PathLike) -> None:
-    """Read the value head of a full model from its folder, in place; from one that keeps it elsewhere nothing."""
+    """
+    Read the value head of a full model from its folder, in place, and the map of its head; from one that keeps it elsewhere
+    nothing.
+    """
     path = Path(folder) / VALUE_HEAD_FILE
     if path.is_file():
-        getattr(model, VALUE_HEAD).load_state_dict(load_file(path))
+        state, head = load_file(path), model.get_output_embeddings()
+        map = state.pop("map", None)
+        getattr(model, VALUE_HEAD).load_state_dict(state)
+        if map is not None and isinstance(head, GuidanceHead):
+            head.map.data.copy_(map)
 
 
 def _read_value_head(path: str | os.PathLike) -> dict[str, torch.Tensor]:
@@ -411,7 +437,7 @@ def _read_value_head(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     own = cached_file(path, VALUE_HEAD_FILE, _raise_exceptions_for_missing_entries=False)
     if not state and not own:
         raise _no_value_head(path)
-    return state or load_file(own)
+    return state or {name: tensor for name, tensor in load_file(own).items() if name != "map"}
 
 
 def _no_value_head(path: str | os.PathLike) -> ValueError:
