@@ -329,3 +329,19 @@ def weigh(groups: Sequence[Sequence[Answer]], logits: list, strength: float) -> 
             kls.append(((tilted.softmax(dim=1) * strength * others.float()).sum(dim=1) - log_z).sum())
     shape = len(groups), -1
     return Guided(torch.stack(log_weights).double().view(shape).softmax(dim=1), torch.stack(kls).double().view(shape))
+
+
+@torch.inference_mode()
+def logits_of(model: PreTrainedModel, reader: Reader, prompts: Sequence[list[dict]], groups: Sequence[Sequence[Answer]]):
+    """What [`logits_on`] gives, of a doctor that is a model: it reads the prompts and the answers itself."""
+    own_reader, said = Reader(model, reader.tokenizer, reader.eos_token_id), []
+    for messages, group in zip(prompts, groups, strict=True):
+        states = own_reader.states(messages, [answer.ids.tolist() for answer in group])
+        logits = [model.lm_head(x[:-1]) for x in states]  # (T, V)
+        said.append(
+            [
+                (x.gather(1, answer.ids[:, None])[:, 0], x.gather(1, answer.candidates.long()))
+                for x, answer in zip(logits, group, strict=True)
+            ]
+        )
+    return said

@@ -1,0 +1,150 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Calibrated token rewards: what such a token usually gets, weighted by what the labels say."""
+
+import pytest
+import torch
+from conftest import make_llama
+from datasets import Dataset
+from test_tfpo_trainer import FACES, config
+
+from trl_tfpo import TFPOTrainer, annotate_token_rewards
+from trl_tfpo.calibration import calibrate
+
+
+VOCABULARY, SIZE, EOS = 60, 5, 2
+
+
+def made_up_pairs(num_pairs: int = 200, signal: float = 1.0, noise: float = 1.0, of_label: float = 3.0):
+    """
+    Pairs of random tokens with values that are linear in their embeddings. Gaps are values and the noise of their context, labels are
+    drawn from a Bradley-Terry model of the values.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    embeddings = normal(VOCABULARY, SIZE)
+    values = embeddings @ normal(SIZE) / SIZE**0.5
+    values[EOS] = 0
+    rows = []
+    for _ in range(num_pairs):
+        sides = []
+        for length in torch.randint(5, 12, (2,), generator=generator).tolist():
+            ids = torch.randint(3, VOCABULARY, (length,), generator=generator)
+            gaps = signal * values[ids] + noise * normal(length)
+            sides.append(([*ids.tolist(), EOS], [*gaps.tolist(), 5.0], values[ids].sum()))
+        margin = of_label * (sides[0][2] - sides[1][2])
+        if torch.rand((), generator=generator) > margin.sigmoid():
+            sides.reverse()
+        rows.append({f"{name}_ids": side[0] for name, side in zip(("chosen", "rejected"), sides, strict=True)})
+        rows[-1] |= {f"{name}_gaps": side[1] for name, side in zip(("chosen", "rejected"), sides, strict=True)}
+    return Dataset.from_list(rows), embeddings, values
+
+
+def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
+    return torch.corrcoef(torch.stack([a, b]).float())[0, 1].item()
+
+
+def test_credits_are_the_values_behind_noisy_gaps():
+    """The gap of one token in one context is mostly noise; a doctor that learns it learns noise."""
+    dataset, embeddings, values = made_up_pairs(noise=3.0)
+    found = calibrate(dataset, embeddings, [EOS])
+    gaps = torch.tensor([x for row in dataset["chosen_gaps"] for x in row[:-1]])
+    ids = torch.tensor([x for row in dataset["chosen_ids"] for x in row[:-1]])
+    assert correlation(gaps, values[ids]) < 0.5
+    assert correlation(found.usual[3:], values[3:]) > 0.9 and correlation(found.credits[3:], values[3:]) > 0.95
+    assert found.accuracy > 0.7 and found.log_likelihood > -0.6 and found.num_pairs == 200
+
+
+def test_labels_speak_where_the_faces_know_nothing():
+    """Faces that say nothing of what the labels reward must not be all that a doctor learns from."""
+    dataset, embeddings, values = made_up_pairs(num_pairs=600, signal=0.0)
+    found = calibrate(dataset, embeddings, [EOS])
+    assert correlation(found.credits[3:], values[3:]) > 0.8
+
+
+def test_length_and_the_end_get_no_reward():
+    """Else a doctor learns to write more, or never to stop, whatever the labels want."""
+    dataset, embeddings, _ = made_up_pairs()
+    found = calibrate(dataset, embeddings, [EOS])
+    ids = torch.tensor([x for name in ("chosen_ids", "rejected_ids") for row in dataset[name] for x in row[:-1]])
+    assert found.credits[ids].mean().abs() < 0.02 * found.credits[ids].std()
+    assert found.credits[EOS] == 0 and found.usual[EOS] == 0
+    rewards = found.apply(dataset)["chosen_token_rewards"]
+    assert all(row[-1] == 0 for row in rewards) and all(row[0] != 0 for row in rewards)
+
+
+def test_rewards_are_the_terms_of_the_fit():
+    """A term that is fitted and not paid, or paid twice, would make another reward than the one that explains the labels."""
+    dataset, embeddings, _ = made_up_pairs(num_pairs=40)
+    masks = [[True] * (len(row) - 2) + [False, True] for row in dataset["chosen_ids"]]
+    dataset = dataset.add_column("chosen_mask", masks)
+    dataset = dataset.add_column("rejected_mask", [[True] * len(row) for row in dataset["rejected_ids"]])
+    found = calibrate(dataset, embeddings, [EOS])
+    weights = found.weights | {"sparse reward": 0.0}
+    vars(found)["weights"].update(weights)
+    row = found.apply(dataset)[0]
+    expected = [
+        found.credits[token].item() + weights["gap"] * gap
+        for token, gap in zip(row["chosen_ids"][:-2], row["chosen_gaps"][:-2], strict=True)
+    ]
+    assert row["chosen_token_rewards"] == pytest.approx([*expected, 0.0, 0.0], abs=1e-5)
+
+
+def test_labels_at_random_are_reported():
+    """Training on rewards that explain nothing spends a day and buys noise."""
+    dataset, embeddings, _ = made_up_pairs(of_label=0.0)
+    with pytest.warns(UserWarning, match="do not explain the labels: on held-out pairs they prefer the chosen"):
+        calibrate(dataset, embeddings, [EOS]).report()
+
+
+def test_too_little_to_calibrate_is_refused():
+    """A fit to a handful of pairs, or to rewards without gaps, would be noise with decimals."""
+    dataset, embeddings, _ = made_up_pairs(num_pairs=31)
+    with pytest.raises(ValueError, match="at least 32 pairs with the columns .* Got 31 pairs"):
+        calibrate(dataset, embeddings, [EOS])
+    with pytest.raises(ValueError, match="annotate the dataset with `annotate_token_rewards`"):
+        calibrate(dataset.remove_columns("chosen_gaps"), embeddings, [EOS])
+
+
+def test_a_doctor_is_trained_on_calibrated_rewards(preferences, patient, tokenizer, tmp_path):
+    """Evaluated by other rewards than it was trained on, a doctor would look worse or better than it is."""
+    annotated = annotate_token_rewards(preferences, patient, tokenizer, faces=FACES)
+    many = Dataset.from_list(annotated.to_list() * 5)
+    trainer = TFPOTrainer(
+        model=make_llama(2, hidden_size=8),
+        args=config(tmp_path, max_steps=2, calibrate_rewards=True),
+        train_dataset=many,
+        eval_dataset={"same": annotated},
+        processing_class=tokenizer,
+    )
+    credits = trainer.calibration.credits
+    assert trainer.model.lm_head.map.any()  # it starts at the credits
+    for dataset in (trainer.train_dataset, trainer.eval_dataset["same"]):
+        row = dataset[0]
+        assert row["chosen_token_rewards"] == trainer.calibration.apply(annotated)[0]["chosen_token_rewards"]
+        assert credits[row["chosen_ids"]].any()
+    trainer.train()
+    assert trainer.evaluate()["eval_same_loss"] > 0
+
+    with pytest.raises(ValueError, match="needs all token rewards before training. Got a streamed dataset"):
+        TFPOTrainer(
+            model=make_llama(2),
+            args=config(tmp_path, max_steps=2, calibrate_rewards=True),
+            train_dataset=many.to_iterable_dataset(),
+            processing_class=tokenizer,
+        )
