@@ -122,5 +122,6 @@ def test_an_annotated_dataset_has_a_card(annotated, tmp_path):
     annotation_card(annotated).save(tmp_path / "README.md")
     card = DatasetCard.load(tmp_path / "README.md")
     assert "trl-tfpo" in card.data.tags
-    for told in ("8 preference pairs", "you are kind \\| always", '`reward_direction="agreement"`'):
+    place = "| where the faces stand | system message |"
+    for told in ("8 preference pairs", "you are kind \\| always", place, '`reward_direction="agreement"`'):
         assert told in card.text
