@@ -249,14 +249,14 @@ def test_annotate_passes_on_how_tokens_are_rewarded(tmp_path, capsys):
     capsys.readouterr()
 
 
-@pytest.mark.parametrize("options", [[], ["--positive_face", "praise", "--negative_face", "scorn"]])
+@pytest.mark.parametrize("options", [[], ["--positive_face", "calm voice.", "--negative_face", "scorn"]])
 def test_annotate_passes_on_where_the_faces_stand(options, tmp_path, capsys):
     """Dropped without a word, the patient would be asked in the system turn, also for faces that have a name."""
     output = tmp_path / "annotated"
     arguments = ["--world", "praise", "--num_pairs", "2", "--face_placement", "user", *options]
     assert main(["annotate", *arguments, "--output", str(output)]) == 0
     faces = annotation_settings(load_from_disk(output))["faces"]
-    assert faces["positive"] == ("praise" if options else load_world().attributes["praise"].faces.positive)
+    assert faces["positive"] == ("calm voice." if options else load_world().attributes["praise"].faces.positive)
     assert faces["placement"] == "user"
     capsys.readouterr()
 
