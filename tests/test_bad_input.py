@@ -194,9 +194,9 @@ ANNOTATION = {
     "identical faces": (lambda _: Faces(positive="be kind", negative="be kind "), "must differ"),
     "blank face": (lambda _: Faces(positive="be kind", negative=" "), "non-blank"),
     "unknown faces": (lambda _: annotate(faces="kindness"), "'harmlessness'"),
-    "faces at no place": (lambda _: Faces(positive="be kind", negative="be rude", placement="end"), "'system' or 'user'. Got 'end'"),
+    "faces at no place": (lambda _: Faces("be kind", "be rude", placement="end"), "'system' or 'user'. Got 'end'"),
     "faces in a user turn that is not there": (
-        lambda _: annotate(edited(prompt=[{"role": "system", "content": "say"}]), faces=replace(FACES, placement="user")),
+        lambda _: annotate(edited(prompt=[{"role": "system", "content": "x"}]), faces=replace(FACES, placement="user")),
         r"needs a user message.*Got roles \['system'\].*placement='system'",
     ),
     "faces the patient cannot tell apart": (lambda _: annotate(patient=broken_patient(0.0)), "not zero.*faces"),

@@ -524,7 +524,7 @@ def make_chat_model(folder: Path, words: list[str]) -> Path:
 
 
 def test_the_demo_from_a_folder_to_a_table(demo, tmp_path, capsys):
-    """Every step, on a model that is made in a second: guidance raises the score, at a KL that grows with its strength."""
+    """Every step, on a model that is made in a second: guidance raises the score, and moves away from the patient."""
     words = "good bad great sad happy be cheerful, warm gloomy, cold and the is a".split()
     model = make_chat_model(tmp_path / "model", words)
     demo.main(

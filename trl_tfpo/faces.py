@@ -74,8 +74,8 @@ def check_placement(placement: str) -> None:
     """Raise `ValueError` unless it is a place where the instruction of a face can stand."""
     if placement not in get_args(Placement):
         raise ValueError(
-            f"`placement` must be 'system' or 'user'. Got {placement!r}; use 'system' for the system message, 'user' for "
-            "the end of the last user message."
+            f"`placement` must be 'system' or 'user'. Got {placement!r}; use 'system' for the system message, 'user' "
+            "for the end of the last user message."
         )
 
 

@@ -74,8 +74,8 @@ def preferences(
     decode: Callable[[list[int]], str],
 ) -> Dataset:
     """
-    Labelled pairs of answers, in the conversational format of TRL. Pairs with an empty answer, or with two answers that
-    are the same, are left out.
+    Labelled pairs of answers, in the conversational format of TRL. Pairs with an empty answer or two equal answers are
+    left out.
 
     Args:
         task ([`Task`]):
@@ -167,8 +167,8 @@ def run(args: argparse.Namespace) -> None:
     questions = prompts()
     if args.num_prompts + args.num_test_prompts > len(questions):
         raise ValueError(
-            f"There are {len(questions)} questions for training and testing. Got `--num-prompts` {args.num_prompts} and "
-            f"`--num-test-prompts` {args.num_test_prompts}; ask for fewer."
+            f"There are {len(questions)} questions for training and testing. Got `--num-prompts` {args.num_prompts} "
+            f"and `--num-test-prompts` {args.num_test_prompts}; ask for fewer."
         )
     questions, held_out = questions[: args.num_prompts], questions[args.num_prompts :][: args.num_test_prompts]
 
@@ -201,7 +201,7 @@ def run(args: argparse.Namespace) -> None:
     with step("Token rewards") as facts:
         annotated = annotate_token_rewards(dataset, patient, tokenizer, faces=task.faces)
         annotated = annotated.map(without_added_end, features=annotated.features)
-        facts += [f"faces: {task.faces.positive!r} and {task.faces.negative!r}"]
+        facts += [f"of the faces {task.faces.positive!r} and {task.faces.negative!r}"]
 
     with step("Training") as facts:
         trainer = train(patient, tokenizer, annotated, num_layers=args.num_layers, output=args.output, seed=args.seed)
@@ -265,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-prompts", type=int, default=200, help="questions for training; 32 pairs or more")
     parser.add_argument("--num-test-prompts", type=int, default=12, help="other questions, for the results")
     parser.add_argument("--num-samples", type=int, default=8, help="answers to each of those, at each strength")
-    parser.add_argument("--strengths", type=float, nargs="+", default=[1.0, 3.0], help="exponents of the doctor")
+    parser.add_argument("--strengths", type=float, nargs="+", default=[0.3, 1.0], help="exponents of the doctor")
     parser.add_argument("--max-new-tokens", type=int, default=40, help="tokens of an answer at most")
     parser.add_argument("--num-layers", type=int, default=8, help="layers of the doctor")
     parser.add_argument("--seed", type=int, default=0, help="of answers, labels and training")
