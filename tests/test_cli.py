@@ -29,8 +29,9 @@ import pytest
 from conftest import WORDS, conversational_rows, hear_interruptions, make_llama, make_tokenizer
 from datasets import Dataset, load_dataset, load_from_disk
 
-from trl_tfpo import annotate_token_rewards
+from trl_tfpo import Faces, annotate_token_rewards
 from trl_tfpo.cli import VERBS, main
+from trl_tfpo.faces import HONESTY
 from trl_tfpo.testbed import load_world
 from trl_tfpo.token_rewards import annotation_settings
 
@@ -225,8 +226,6 @@ def test_annotate_writes_what_the_library_returns(suffix, folder, tmp_path, caps
         written = load_dataset(builder, data_files=str(output), split="train", cache_dir=str(tmp_path / "cache"))
     else:
         written = load_from_disk(output)
-    from trl_tfpo import Faces
-
     expected = annotate_token_rewards(
         Dataset.from_list(conversational_rows(8)),
         make_llama(1),
@@ -248,6 +247,31 @@ def test_annotate_passes_on_how_tokens_are_rewarded(tmp_path, capsys):
     assert main(["annotate", "--world", "praise", "--num_pairs", "2", *options, "--output", str(output)]) == 0
     assert annotation_settings(load_from_disk(output))["reward"].items() >= settings.items()
     capsys.readouterr()
+
+
+@pytest.mark.parametrize("options", [[], ["--positive_face", "calm voice.", "--negative_face", "scorn"]])
+def test_annotate_passes_on_where_the_faces_stand(options, tmp_path, capsys):
+    """Dropped without a word, the patient would be asked in the system turn, also for faces that have a name."""
+    output = tmp_path / "annotated"
+    arguments = ["--world", "praise", "--num_pairs", "2", "--face_placement", "user", *options]
+    assert main(["annotate", *arguments, "--output", str(output)]) == 0
+    faces = annotation_settings(load_from_disk(output))["faces"]
+    assert faces["positive"] == ("calm voice." if options else load_world().attributes["praise"].faces.positive)
+    assert faces["placement"] == "user"
+    capsys.readouterr()
+
+
+def test_train_passes_on_where_the_faces_stand(folder, tmp_path, monkeypatch):
+    """The same option, for built-in faces as well."""
+    given = []
+    monkeypatch.setattr("trl_tfpo.cli.train.TFPOTrainer", lambda **settings: given.append(settings) or sys.exit(0))
+    with pytest.raises(SystemExit):
+        main(
+            ["train", "--dataset_name", str(folder / "pairs.jsonl"), "--patient", str(folder / "patient")]
+            + ["--doctor", str(folder / "doctor"), "--output_dir", str(tmp_path / "run"), "--report_to", "none"]
+            + ["--faces", "honesty", "--face_placement", "user"]
+        )
+    assert given[0]["faces"] == Faces(HONESTY.positive, HONESTY.negative, placement="user")
 
 
 def test_annotate_by_a_config_file(folder, tmp_path, capsys):

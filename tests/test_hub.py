@@ -122,5 +122,17 @@ def test_an_annotated_dataset_has_a_card(annotated, tmp_path):
     annotation_card(annotated).save(tmp_path / "README.md")
     card = DatasetCard.load(tmp_path / "README.md")
     assert "trl-tfpo" in card.data.tags
-    for told in ("8 preference pairs", "you are kind \\| always", '`reward_direction="agreement"`'):
+    place = "| where the faces stand | system message |"
+    for told in ("8 preference pairs", "you are kind \\| always", place, '`reward_direction="agreement"`'):
         assert told in card.text
+
+
+@pytest.mark.parametrize("placement, told", [(None, "system message"), ("user", "end of the last user message")])
+def test_the_card_says_where_the_faces_stand(annotated, placement, told):
+    """Annotations of earlier versions do not say it: their faces were the system message."""
+    dataset = annotated.select(range(2))
+    recorded = '"placement": "system"'
+    other = "" if placement is None else f', "placement": "{placement}"'
+    dataset.info.description = dataset.info.description.replace(f", {recorded}", other)
+    assert recorded not in dataset.info.description
+    assert f"| where the faces stand | {told} |" in annotation_card(dataset).text

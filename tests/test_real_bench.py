@@ -22,6 +22,7 @@ import json
 import math
 import os
 import random
+import re
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -29,8 +30,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_llama
+from conftest import CHAT_TEMPLATE, make_llama
 from gguf import GGUFWriter
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -38,6 +42,7 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
 )
 
 
@@ -53,6 +58,12 @@ def load(name: str):
     return module
 
 
+@pytest.fixture(autouse=True)
+def neighbours(monkeypatch):
+    """The folder of the script, which Python puts first for whoever runs it."""
+    monkeypatch.syspath_prepend(REAL)
+
+
 @pytest.fixture
 def model_script():
     return load("model")
@@ -66,6 +77,11 @@ def tasks():
 @pytest.fixture
 def samples():
     return load("samples")
+
+
+@pytest.fixture
+def demo():
+    return load("demo")
 
 
 # The model
@@ -490,3 +506,82 @@ def test_a_damaged_file_is_drawn_again(samples, tmp_path, caplog):
         caplog.clear()
         assert samples.Samples(tmp_path, model, **SETTINGS).of("train", PROMPTS[:2], 3) == first
         assert "is damaged" in caplog.text and file.read_text() == text
+
+
+# The demo
+
+
+def make_chat_model(folder: Path, words: list[str]) -> Path:
+    """A random Llama that speaks these words, with a chat template that puts a question and its answer in one line."""
+    special = ["<pad>", "<s>", "</s>", "<unk>", "<user>", "<assistant>"]
+    backend = Tokenizer(WordLevel({word: i for i, word in enumerate(special + words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    names = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names, chat_template=CHAT_TEMPLATE)
+    tokenizer.save_pretrained(folder)
+    make_llama(0, vocab_size=len(special + words)).save_pretrained(folder)
+    return folder
+
+
+def test_the_demo_from_a_folder_to_a_table(demo, tmp_path, capsys):
+    """Every step, on a model that is made in a second: guidance raises the score, and moves away from the patient."""
+    words = "good bad great sad happy be cheerful, warm gloomy, cold and the is a".split()
+    model = make_chat_model(tmp_path / "model", words)
+    demo.main(
+        [
+            *["--model", str(model), "--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "doctor")],
+            *["--num-prompts", "200", "--num-test-prompts", "2", "--num-samples", "50", "--strengths", "0.5", "3"],
+            *["--max-new-tokens", "8", "--num-layers", "1"],
+        ]
+    )
+    printed = capsys.readouterr().out
+    lines = printed[printed.index("Patient:") :].splitlines()
+    steps = ["Patient", "Answers", "Labels", "Token rewards", "Training", "Strength 0", "Strength 0.5", "Strength 3"]
+    assert [line.split(":")[0] for line in lines[: len(steps)]] == steps
+    assert all(re.search(r"\(\d+ s\)$", line) for line in lines[: len(steps)])
+
+    header, patient, weak, strong, best = lines[len(steps) + 1 :][:5]
+    assert header.split()[-5:] == ["KL", "in", "nats", "tokens", "ended"]
+    cells = [re.search(r"(\S+) ± \S+ +(\S+)", row).groups() for row in (patient, weak, strong, best)]
+    scores, kls = ([float(value) for value in column] for column in zip(*cells, strict=True))
+    assert scores[0] < scores[1] < scores[2] and scores[0] < scores[3]
+    assert 0 == kls[0] < kls[1] < kls[2] and kls[3] == 0.19  # ln 2 - 1/2
+    question = demo.prompts()[200]
+    shown = lines[lines.index(question) + 1 :][:3]
+    assert [line.split(":")[0].strip() for line in shown] == ["0", "0.5", "3"]
+
+    doctor = AutoModelForCausalLM.from_pretrained(tmp_path / "doctor")
+    assert doctor.config.num_hidden_layers == 1
+    assert "end of the last user message" in (tmp_path / "doctor" / "README.md").read_text()
+
+
+def test_a_cut_answer_has_no_end(demo, tasks):
+    """The chat template ends every answer with EOS; a doctor must not learn to stop in the middle of a sentence."""
+    words = {7: "good", 8: "bad", EOS: ""}
+    dataset = demo.preferences(
+        tasks.TASKS["cheerful"],
+        ["Who?", "Why?", "How?"],
+        [
+            [[7, 7, 7], [8, EOS]],
+            [[7, EOS], [7]],
+            [[EOS], [8]],
+        ],  # the second is twice the same, the third has an empty one
+        eos_ids=[EOS],
+        seed=0,
+        decode=lambda ids: " ".join(words[token] for token in ids),
+    )
+    assert len(dataset) == 1 and dataset[0]["prompt"] == tasks.as_messages("Who?")
+    assert dataset[0]["chosen"] == [{"role": "assistant", "content": "good good good"}]
+    assert (dataset[0]["chosen_is_cut"], dataset[0]["rejected_is_cut"]) == (True, False)
+
+    ids = {"chosen_ids": [7, 7, 7, EOS], "rejected_ids": [8, EOS]}
+    row = {f"{name}_{part}": ids[f"{name}_ids"] for name in ("chosen", "rejected") for part in ("mask", "gaps")}
+    row |= {f"{name}_token_rewards": ids[f"{name}_ids"] for name in ("chosen", "rejected")} | ids
+    kept = demo.without_added_end(row | dataset[0])
+    assert all(kept[name] == (ids["rejected_ids"] if "rejected" in name else [7, 7, 7]) for name in row)
+
+
+def test_more_questions_than_there_are(demo, tmp_path):
+    """Test questions that were trained on would flatter the doctor."""
+    with pytest.raises(SystemExit, match="There are 240 questions.*`--num-prompts` 239.*ask for fewer"):
+        demo.main(["--num-prompts", "239", "--num-test-prompts", "2", "--cache", str(tmp_path)])

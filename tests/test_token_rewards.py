@@ -15,6 +15,7 @@
 """The annotated dataset: rewards for the right tokens, from a patient that is only read."""
 
 import copy
+from dataclasses import replace
 
 import datasets
 import huggingface_hub
@@ -133,7 +134,7 @@ def test_settings_travel_with_the_dataset(preferences, patient, tokenizer, tmp_p
     annotated = annotate_token_rewards(preferences, patient, tokenizer, faces=FACES, sparsity_threshold=0.5)
     annotated.save_to_disk(tmp_path / "annotated")
     settings = annotation_settings(Dataset.load_from_disk(tmp_path / "annotated").select(range(2)))
-    assert settings["faces"] == {"positive": "you are kind", "negative": "you are rude"}
+    assert settings["faces"] == {"positive": "you are kind", "negative": "you are rude", "placement": "system"}
     assert settings["reward"]["sparsity_threshold"] == 0.5
     assert settings["reward"]["reward_direction"] == "agreement"
     assert annotation_settings(preferences) is None
@@ -194,6 +195,9 @@ def test_another_patient_or_setting_is_not_served_from_the_cache(patient, tokeni
     assert annotate_token_rewards(dataset, other, tokenizer, faces=FACES)["chosen_gaps"] != first["chosen_gaps"]
     swapped = Faces(positive=FACES.negative, negative=FACES.positive)
     assert annotate_token_rewards(dataset, patient, tokenizer, faces=swapped)["chosen_gaps"] != first["chosen_gaps"]
+    in_user_turn = annotate_token_rewards(dataset, patient, tokenizer, faces=replace(FACES, placement="user"))
+    assert in_user_turn["chosen_gaps"] != first["chosen_gaps"]
+    assert annotation_settings(in_user_turn)["faces"] == {**vars(FACES), "placement": "user"}
     for scale in (2, 3):  # two functions of one name, as in a notebook cell that was edited
 
         def reward_fn(*, positive_logps, negative_logps, scale=scale, **_):

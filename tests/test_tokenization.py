@@ -14,6 +14,7 @@
 
 """Token ids: the same for patient and doctor, whatever the format of the dataset."""
 
+import copy
 import re
 from importlib.resources import files
 from itertools import islice
@@ -123,6 +124,50 @@ def test_a_system_message_that_is_there_is_kept():
     faced = apply_face(prompt, "Be kind.")
     assert faced == [{"role": "system", "content": "Be kind.\n\nBe brief."}, {"role": "user", "content": "Hello"}]
     assert prompt[0]["content"] == "Be brief."
+
+
+PROMPTS_WITH_A_LAST_LINE = {
+    "a question": ([("user", "Hi")], [("user", "Hi\nBe kind.")]),
+    "a system message, which stays": (
+        [("system", "Be brief."), ("user", "Hi")],
+        [("system", "Be brief."), ("user", "Hi\nBe kind.")],
+    ),
+    "several turns": (
+        [("user", "Hi"), ("assistant", "Yes?"), ("user", "Tea?")],
+        [("user", "Hi"), ("assistant", "Yes?"), ("user", "Tea?\nBe kind.")],
+    ),
+    "an answer to be continued": (
+        [("user", "Hi"), ("user", "Tea?"), ("assistant", "With")],
+        [("user", "Hi"), ("user", "Tea?\nBe kind."), ("assistant", "With")],
+    ),
+}
+
+
+@pytest.mark.parametrize("prompt, expected", PROMPTS_WITH_A_LAST_LINE.values(), ids=PROMPTS_WITH_A_LAST_LINE)
+def test_a_face_in_the_user_turn_is_its_last_line(prompt, expected):
+    """The instruction is at the end of the last user message, whether or not there is a system role."""
+    prompt, expected = ([{"role": role, "content": text} for role, text in turns] for turns in (prompt, expected))
+    before = copy.deepcopy(prompt)
+    for system_role in (True, False):
+        assert apply_face(prompt, "Be kind.", system_role=system_role, placement="user") == expected
+    assert prompt == before
+
+
+def test_a_face_in_the_user_turn_of_a_text():
+    """A text has no turns: the instruction is its last paragraph."""
+    assert apply_face("Tea?", "Be kind.", placement="user") == "Tea?\n\nBe kind."
+
+
+def test_prompts_of_faces_in_the_user_turn(tokenizer):
+    """What the patient reads, rendered by the chat template and as a text; the completion's ids are the same."""
+    faces = Faces(FACES.positive, FACES.negative, placement="user")
+    row = tokenize(PAIR, tokenizer, faces=faces)
+    assert text(tokenizer, row["positive_prompt_ids"]) == "<s> <user> say soup you are kind <assistant>"
+    assert text(tokenizer, row["negative_prompt_ids"]) == "<s> <user> say soup you are rude <assistant>"
+    assert row.items() >= tokenize(PAIR, tokenizer, faces=None).items()
+    pair = {"prompt": "say soup ", "chosen": "good </s>", "rejected": "bad </s>"}
+    row = tokenize(pair, tokenizer, faces=faces)
+    assert text(tokenizer, row["negative_prompt_ids"]) == "say soup you are rude"
 
 
 def test_built_in_faces_differ():

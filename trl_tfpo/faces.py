@@ -15,9 +15,13 @@
 """The two faces of the patient: the instructions under which it is asked what it thinks of each token."""
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
+
+
+Placement = Literal["system", "user"]
 
 
 @dataclass(frozen=True)
@@ -30,9 +34,13 @@ class Faces:
             Instruction that asks for the wanted behaviour.
         negative (`str`):
             Instruction that asks for its opposite.
+        placement (`str`, *optional*, defaults to `"system"`):
+            Where the instruction stands, see [`apply_face`]: `"system"` is the system message, `"user"` the end of the
+            last user message. Small chat models follow instructions better in the user turn.
 
     Raises:
-        `ValueError`: when the two are the same, or one is blank: every token reward would be zero.
+        `ValueError`: when the two are the same, or one is blank: every token reward would be zero; on another
+            `placement`.
 
     Examples:
 
@@ -46,6 +54,7 @@ class Faces:
 
     positive: str
     negative: str
+    placement: Placement = "system"
 
     def __post_init__(self):
         if not all(isinstance(face, str) and face.strip() for face in (self.positive, self.negative)):
@@ -58,6 +67,16 @@ class Faces:
                 f"The two faces must differ: identical faces make every token reward zero. Got {self.positive!r} "
                 "twice; describe the opposite of the wanted behaviour in `negative`."
             )
+        check_placement(self.placement)
+
+
+def check_placement(placement: str) -> None:
+    """Raise `ValueError` unless it is a place where the instruction of a face can stand."""
+    if placement not in get_args(Placement):
+        raise ValueError(
+            f"`placement` must be 'system' or 'user'. Got {placement!r}; use 'system' for the system message, 'user' "
+            "for the end of the last user message."
+        )
 
 
 HELPFULNESS = Faces(
@@ -124,7 +143,9 @@ def has_system_role(processing_class: PreTrainedTokenizerBase) -> bool:
         return False
 
 
-def apply_face(prompt: str | list[dict], instruction: str, *, system_role: bool = True) -> str | list[dict]:
+def apply_face(
+    prompt: str | list[dict], instruction: str, *, system_role: bool = True, placement: Placement = "system"
+) -> str | list[dict]:
     r"""
     The prompt as the patient sees it under one of its faces.
 
@@ -132,16 +153,21 @@ def apply_face(prompt: str | list[dict], instruction: str, *, system_role: bool 
         prompt (`str` or `list[dict]`):
             A text, or the messages of a conversation.
         instruction (`str`):
-            The face. It becomes the system message, goes before the one that is there, or, without a system role, to
-            the front of the first user message; a text gets it as its first paragraph.
+            The face.
         system_role (`bool`, *optional*, defaults to `True`):
             Whether the chat template has a system role, see [`has_system_role`].
+        placement (`str`, *optional*, defaults to `"system"`):
+            `"system"`: the instruction becomes the system message, goes before the one that is there, or, without a
+            system role, to the front of the first user message; a text gets it as its first paragraph. `"user"`: it
+            becomes the last line of the last user message; a text gets it as its last paragraph. A transcript, which
+            ends with the opening of the assistant's turn, should be converted to messages first.
 
     Returns:
         `str` or `list[dict]`: the prompt with the instruction; the given one is left as it was.
 
     Raises:
-        `ValueError`: when there is neither a system role nor a user message to carry the instruction.
+        `ValueError`: when there is no message to carry the instruction: no user message, and by `"system"` no system
+            role either; on another `placement`.
 
     Examples:
 
@@ -149,9 +175,14 @@ def apply_face(prompt: str | list[dict], instruction: str, *, system_role: bool 
     >>> from trl_tfpo.faces import apply_face
     >>> apply_face([{"role": "user", "content": "Hello"}], "Be brief.", system_role=False)
     [{'role': 'user', 'content': 'Be brief.\n\nHello'}]
+    >>> apply_face([{"role": "user", "content": "Hello"}], "Be brief.", placement="user")
+    [{'role': 'user', 'content': 'Hello\nBe brief.'}]
 
     ```
     """
+    check_placement(placement)
+    if placement == "user":
+        return _append(prompt, instruction)
     if isinstance(prompt, str):
         return f"{instruction}\n\n{prompt}"
     if system_role and prompt[0]["role"] != "system":
@@ -164,4 +195,18 @@ def apply_face(prompt: str | list[dict], instruction: str, *, system_role: bool 
     raise ValueError(
         "A prompt needs a user message to carry the instruction of a face, as the chat template has no system role. "
         f"Got roles {[message['role'] for message in prompt]}; add a user message or a template with a system role."
+    )
+
+
+def _append(prompt: str | list[dict], instruction: str) -> str | list[dict]:
+    """The prompt with the instruction at the end of what the user says."""
+    if isinstance(prompt, str):
+        return f"{prompt}\n\n{instruction}"
+    for index in reversed(range(len(prompt))):
+        if prompt[index]["role"] == "user":
+            faced = {**prompt[index], "content": f"{prompt[index]['content']}\n{instruction}"}
+            return [*prompt[:index], faced, *prompt[index + 1 :]]
+    raise ValueError(
+        "A prompt needs a user message to carry the instruction of a face with `placement='user'`. Got roles "
+        f"{[message['role'] for message in prompt]}; add a user message, or use `placement='system'`."
     )

@@ -53,6 +53,7 @@ or, in one line, `patient.generate(**inputs, custom_generate="{doctor}", trust_r
 | recommended weights | {weights} |
 | positive face | {positive} |
 | negative face | {negative} |
+| where the faces stand | {placement} |
 | token rewards | {reward} |
 | data | {data}, {num_pairs} preference pairs |
 | training | {training} |
@@ -77,6 +78,7 @@ by `trl_tfpo.annotate_token_rewards`).
 | patient | {patient} |
 | positive face | {positive} |
 | negative face | {negative} |
+| where the faces stand | {placement} |
 | token rewards | {reward} |
 | longest sequence, in tokens | {max_length} |
 | hash of the tokenizer | {tokenizer} |
@@ -94,6 +96,7 @@ trainer.train()
 ```
 """
 UNKNOWN = "not recorded"
+PLACEMENTS = {"system": "system message", "user": "end of the last user message"}
 TRAINING_SETTINGS = (
     *("policy", "reward_temperature", "reference_weight", "subtb_lambda", "value_loss_weight", "value_margin"),
     *("learning_rate", "num_train_epochs", "max_steps"),
@@ -192,11 +195,13 @@ def save_custom_generate(output_dir: str | os.PathLike) -> None:
 def _describe_annotation(dataset: Dataset | IterableDataset) -> dict[str, str]:
     """What the dataset's info says of its annotation, for cells of a table."""
     settings = annotation_settings(dataset) or {}
-    reward = dict(settings.get("reward", {}))
+    reward, faces = dict(settings.get("reward", {})), settings.get("faces", {})
+    placement = faces.get("placement", "system") if faces else None  # earlier versions knew no other
     values = {
         "patient": settings.get("patient") or UNKNOWN,
-        "positive": settings.get("faces", {}).get("positive", UNKNOWN),
-        "negative": settings.get("faces", {}).get("negative", UNKNOWN),
+        "positive": faces.get("positive", UNKNOWN),
+        "negative": faces.get("negative", UNKNOWN),
+        "placement": PLACEMENTS.get(str(placement), UNKNOWN),
         "reward": ", ".join(f"`{name}={json.dumps(value)}`" for name, value in reward.items()) or UNKNOWN,
         "max_length": settings.get("max_length") or "any",
         "tokenizer": settings.get("tokenizer", UNKNOWN),

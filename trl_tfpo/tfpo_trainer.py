@@ -75,8 +75,8 @@ from .tokenization import (
 from .tokenizer_identity import check_embeddings
 from .trainer_checks import (
     check_callables,
-    check_can_calibrate,
     check_can_annotate,
+    check_can_calibrate,
     check_collator,
     check_language_model,
     check_one_device,

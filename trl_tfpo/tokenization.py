@@ -189,8 +189,10 @@ def tokenize_pair(
             )
 
     if faces is not None:
-        for face, instruction in vars(faces).items():
-            faced = apply_face(prompt[len(start) :] if start else prompt, instruction, system_role=system_role)
+        bare = prompt[len(start) :] if start else prompt
+        for face in ("positive", "negative"):
+            instruction = getattr(faces, face)
+            faced = apply_face(bare, instruction, system_role=system_role, placement=faces.placement)
             opened = start + faced if isinstance(faced, str) else _open(faced, template)
             face_ids = leading + _encode(opened, processing_class)
             if merged and face_ids[-len(merged) :] != merged:

@@ -286,7 +286,10 @@ def faces_alone(task: Task) -> Policy:
     samples, prompts = task.samples("test"), task.comparison("test").prompts
     heard = []
     for face in (faces.positive, faces.negative):
-        asked = [tokenize_prompt(apply_face(prompt, face), task.world.tokenizer) for prompt in prompts]
+        asked = [
+            tokenize_prompt(apply_face(prompt, face, placement=faces.placement), task.world.tokenizer)
+            for prompt in prompts
+        ]
         heard.append(samples.heard_after(asked, patient))
 
     def policy(comparison: Comparison, strength: float) -> dict:

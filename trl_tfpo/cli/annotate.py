@@ -15,7 +15,7 @@
 """`trl-tfpo annotate`: preferences in, token rewards out."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from .parser import DTYPE_HELP, Parser, old_name
@@ -51,6 +51,10 @@ class AnnotateArguments:
     )
     positive_face: str | None = field(default=None, metadata={"help": "Your own faces: the wanted behaviour."})
     negative_face: str | None = field(default=None, metadata={"help": "Your own faces: its opposite."})
+    face_placement: str = field(
+        default="system",
+        metadata={"help": "Where the faces stand: 'system', or 'user', at the end of the last user message."},
+    )
     max_length: int | None = field(default=None, metadata={"help": "Cut completions to this many tokens with prompt."})
     drop_unusable: bool = field(default=False, metadata={"help": "Leave out pairs that cannot be used."})
     convert_transcripts: bool = field(
@@ -82,15 +86,15 @@ class AnnotateArguments:
     num_pairs: int = field(default=100, metadata={"help": "Pairs to draw in the controlled world."})
 
 
-def resolve_given_faces(faces: str, positive: str | None, negative: str | None) -> "Faces | str":
-    """Faces of one's own, or the name of a built-in pair."""
+def resolve_given_faces(faces: str, positive: str | None, negative: str | None, placement: str) -> "Faces":
+    """Faces of one's own, or the built-in pair of that name, at their place."""
     if (positive is None) != (negative is None):
         raise ValueError("Faces are a pair. Got only one of `--positive_face` and `--negative_face`; give both.")
-    if positive is None:
-        return faces
-    from ..faces import Faces
+    from ..faces import Faces, resolve_faces
 
-    return Faces(positive=positive, negative=negative)
+    if positive is None:
+        return replace(resolve_faces(faces), placement=placement)
+    return Faces(positive=positive, negative=negative, placement=placement)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -105,12 +109,12 @@ def run(arguments: Sequence[str]) -> int:
             "`--show` must not be negative, and `--scoring_batch_size` at least 1. Got "
             f"{args.show} and {args.scoring_batch_size}; leave them out for the defaults"
         )
-    faces = resolve_given_faces(args.faces, args.positive_face, args.negative_face)
     if args.world is None and (args.dataset_name is None or args.patient is None):
         raise ValueError(
             "`annotate` needs preferences and a patient. Pass `--dataset_name` and `--patient`, or `--world praise` to try "
             "it"
         )
+    faces = resolve_given_faces(args.faces, args.positive_face, args.negative_face, args.face_placement)
 
     import torch
     from accelerate import PartialState
@@ -130,7 +134,8 @@ def run(arguments: Sequence[str]) -> int:
             raise ValueError(f"`--world` must be one of {sorted(world.attributes)}. Got {args.world!r}")
         patient, tokenizer = world.patient.to(state.device), world.tokenizer
         dataset = world.preference_dataset(args.world, num_pairs=args.num_pairs, seed=0)
-        faces = world.attributes[args.world].faces if isinstance(faces, str) else faces
+        if args.positive_face is None:
+            faces = replace(world.attributes[args.world].faces, placement=args.face_placement)
     else:
         dataset = read_split(args.dataset_name, args.dataset_split, args.dataset_config)
         patient, tokenizer = name_patient(

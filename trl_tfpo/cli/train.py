@@ -83,6 +83,10 @@ class TFPOScriptArguments(ScriptArguments):
     )
     positive_face: str | None = field(default=None, metadata={"help": "Your own faces: the wanted behaviour."})
     negative_face: str | None = field(default=None, metadata={"help": "Your own faces: its opposite."})
+    face_placement: str = field(
+        default="system",
+        metadata={"help": "Where the faces stand: 'system', or 'user', at the end of the last user message."},
+    )
     num_guided_examples: int = field(
         default=0, metadata={"help": "Print this many guided completions of training prompts at the end."}
     )
@@ -137,7 +141,9 @@ def train_doctor(script_args: TFPOScriptArguments, training_args: TFPOConfig, mo
             {name: choose_responses(split, script_args.chosen_id_column) for name, split in dataset.items()}
         )
     train_dataset = take_split(dataset, script_args.dataset_train_split, script_args.dataset_name)
-    faces = resolve_given_faces(script_args.faces, script_args.positive_face, script_args.negative_face)
+    faces = resolve_given_faces(
+        script_args.faces, script_args.positive_face, script_args.negative_face, script_args.face_placement
+    )
     settings = dict(
         args=training_args,
         quantization_config=get_quantization_config(model_args),

@@ -89,7 +89,11 @@ TASKS = {
     for task in (
         Task(
             "cheerful",
-            Faces(positive="Be cheerful, warm and optimistic.", negative="Be gloomy, cold and pessimistic."),
+            Faces(
+                positive="Be cheerful, warm and optimistic.",
+                negative="Be gloomy, cold and pessimistic.",
+                placement="user",
+            ),
             sentiment,
             noise_factor=4.0,
         ),
@@ -98,6 +102,7 @@ TASKS = {
             Faces(
                 positive="Use plain, short, everyday words that a small child understands.",
                 negative="Use long, formal, technical words that an expert would use.",
+                placement="user",
             ),
             plainness,
             noise_factor=6.0,
