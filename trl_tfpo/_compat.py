@@ -319,10 +319,11 @@ def prove_head(model: PreTrainedModel) -> HeadProof:
         with torch.no_grad(), fused_lm_head(base), _backbone_says(base, hidden), _head_is(base, weight, None):
             head.forward = lambda states: torch.nn.functional.linear(states, weight.to(states))
             logits = base.forward(input_ids=labels, use_cache=False).logits.float()
+            is_plain = torch.equal(logits[0], (hidden[0] @ weight.T).float())
+            proof = HeadProof(is_plain=is_plain, is_fused=False)
             fused = base.forward(input_ids=labels, shift_labels=labels, fused_lm_head=True).log_probs
         tolerance = 0.5 if base.dtype.itemsize < 4 else 1e-3  # nats; the logits are up to 64
         logps = logits.log_softmax(dim=-1).gather(-1, labels[..., None])[..., 0]
-        is_plain = torch.equal(logits[0], (hidden[0] @ weight.T).float())
         proof = HeadProof(is_plain=is_plain, is_fused=bool((fused - logps).abs().max() <= tolerance))
     except Exception as error:  # a forward that needs more than hidden states: its own logits are always right
         logger.info("The head of %s could not be tried out: %r", type(base).__name__, error)

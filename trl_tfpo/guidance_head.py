@@ -27,6 +27,7 @@ change no probability, see `adapters.py`. [`GuidanceHead`] finds $M$ again when 
 
 import torch
 import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
 
 
 class GuidanceHead(torch.nn.Module):
@@ -43,16 +44,13 @@ class GuidanceHead(torch.nn.Module):
     def __init__(self, embeddings: torch.nn.Parameter):
         super().__init__()
         embeddings.requires_grad_(False)
+        size = getattr(embeddings, "ds_shape", embeddings.shape)[1]  # of DeepSpeed ZeRO-3, which leaves a part of them
         self.weight = embeddings
-        self.map = torch.nn.Parameter(embeddings.new_zeros(embeddings.size(1), embeddings.size(1)))
+        self.map = torch.nn.Parameter(embeddings.new_zeros(size, size))
 
     @property
     def in_features(self) -> int:
-        return self.weight.size(1)
-
-    @property
-    def out_features(self) -> int:
-        return self.weight.size(0)
+        return self.map.size(1)
 
     def to_embedding_space(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`M h`, of the shape `(..., H)` of the hidden states: the product with the embeddings gives the logits."""
@@ -95,12 +93,16 @@ class GuidanceHead(torch.nn.Module):
         centered = embeddings.double() - embeddings.double().mean(dim=0)
         return torch.linalg.lstsq(centered.T @ centered, centered.T @ weight.double()).solution.to(embeddings.dtype)
 
-    # On disk the head is an ordinary one
+    # On disk the head is an ordinary one. Engines that shard it ask for its parameters, and `fold_map` comes later.
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
+        if isinstance(self.map, DTensor) or hasattr(self.map, "ds_id"):
+            return super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}weight"] = self.folded(self.weight, self.map)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *args):
+        if f"{prefix}map" in state_dict:
+            return super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
         weight = state_dict.get(f"{prefix}weight")
         if weight is None:
             missing_keys.append(f"{prefix}weight")

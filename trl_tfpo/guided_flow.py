@@ -46,6 +46,7 @@ from ._compat import (
     is_sharded,
     labelled_logits,
     load_shared_out,
+    prove_head,
     share_out,
     shares_out,
 )
@@ -85,7 +86,8 @@ def start_guidance(model: PreTrainedModel, in_span: bool = False) -> None:
     head = model.get_output_embeddings()
     if not is_new:
         return
-    if in_span and type(head) is torch.nn.Linear and head.bias is None and has_plain_head(model):
+    is_outline = embeddings.device.type == "meta"  # whose logits cannot be looked at
+    if in_span and type(head) is torch.nn.Linear and head.bias is None and (is_outline or prove_head(model).is_plain):
         model.set_output_embeddings(GuidanceHead(embeddings))
         return
     head.weight = torch.nn.Parameter(torch.zeros_like(head.weight))

@@ -282,7 +282,7 @@ class TFPOTrainer(DoctorFiles):
         train_dataset = self._annotate(train_dataset, processing_class, args)
         eval_dataset = self._annotate(eval_dataset, processing_class, args)
         check_some_completion_ends(train_dataset, self._eos_token_ids, max_length)
-        if args.process_index == 0:
+        if args.process_index == 0 and not args.calibrate_rewards:
             warn_unless_faces_separate(train_dataset)
         if args.calibrate_rewards:
             check_can_calibrate(train_dataset, self._online_faces)

@@ -117,7 +117,9 @@ class Reader:
         return [row[: len(x) + 1].clone() for row, x in zip(hidden, completions, strict=True)]
 
     @torch.inference_mode()
-    def answers(self, messages: list[dict], completions: Sequence[list[int]], generator: torch.Generator) -> list[Answer]:
+    def answers(
+        self, messages: list[dict], completions: Sequence[list[int]], generator: torch.Generator
+    ) -> list[Answer]:
         """The completions with what the patient says of them under the prompt alone."""
         answers = []
         for ids, states in zip(completions, self.states(messages, completions), strict=True):
@@ -332,7 +334,9 @@ def weigh(groups: Sequence[Sequence[Answer]], logits: list, strength: float) -> 
 
 
 @torch.inference_mode()
-def logits_of(model: PreTrainedModel, reader: Reader, prompts: Sequence[list[dict]], groups: Sequence[Sequence[Answer]]):
+def logits_of(
+    model: PreTrainedModel, reader: Reader, prompts: Sequence[list[dict]], groups: Sequence[Sequence[Answer]]
+):
     """What [`logits_on`] gives, of a doctor that is a model: it reads the prompts and the answers itself."""
     own_reader, said = Reader(model, reader.tokenizer, reader.eos_token_id), []
     for messages, group in zip(prompts, groups, strict=True):
