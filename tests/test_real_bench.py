@@ -585,3 +585,59 @@ def test_more_questions_than_there_are(demo, tmp_path):
     """Test questions that were trained on would flatter the doctor."""
     with pytest.raises(SystemExit, match="There are 240 questions.*`--num-prompts` 239.*ask for fewer"):
         demo.main(["--num-prompts", "239", "--num-test-prompts", "2", "--cache", str(tmp_path)])
+
+
+# The bench
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    words = "good bad great sad happy be cheerful, warm gloomy, cold and the is a".split()
+    return make_chat_model(tmp_path_factory.mktemp("bench"), words)
+
+
+def test_states_are_those_of_a_whole_forward(chat_model, tasks):
+    """The common beginning of prompts and the prompts themselves are read once: a wrong position would go unseen."""
+    states = load("states")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(chat_model), AutoTokenizer.from_pretrained(chat_model)
+    reader, messages = states.Reader(model.eval(), tokenizer, EOS), tasks.as_messages("good bad sad")
+    completions = [[7, 8, 9, EOS], [10, EOS]]
+    answers = reader.answers(messages, completions, torch.Generator().manual_seed(0))
+    reader.read_faces(messages, answers, tasks.TASKS["cheerful"])
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    doctor = states.new_doctor(model.lm_head.weight.detach(), [answers])
+    torch.nn.init.normal_(doctor.map, std=0.1)
+    batch = states.forward(doctor, answers)
+    for row, (ids, answer) in enumerate(zip(completions, answers, strict=True)):
+        hidden = model.model(torch.tensor([prompt + ids])).last_hidden_state[0, len(prompt) - 1 :]
+        torch.testing.assert_close(answer.states, hidden, atol=1e-5, rtol=1e-4)
+        patient = model.lm_head(hidden[:-1]).log_softmax(-1)
+        guidance = (doctor.standardized(hidden[:-1]) @ doctor.map.T) @ model.lm_head.weight.T
+        ratios = ((patient + guidance).log_softmax(-1) - patient).gather(1, torch.tensor(ids)[:, None])[:, 0]
+        torch.testing.assert_close(batch.log_ratios[row, : len(ids)], ratios, atol=1e-4, rtol=1e-4)
+    assert answers[0].ends and all(answer.faces["cheerful"][0].any() for answer in answers)
+
+
+def test_the_bench_from_samples_to_tables(chat_model, tmp_path, capsys):
+    """Every stage, resumed once: what is measured twice is not measured again, and every method is in the table."""
+    bench = load("bench")
+    arguments = ["--quick", "--model", str(chat_model), "--cache", str(tmp_path), "--seeds", "0"]
+    arguments += ["--output", str(tmp_path / "bench.jsonl"), "--tasks", "cheerful"]
+    bench.main(arguments)
+    printed, written = capsys.readouterr().out, (tmp_path / "bench.jsonl").read_text()
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in printed.splitlines() if line.startswith("| ")]
+    assert {*bench.METHODS, *bench.NO_TRAINING, "raw gaps", "calibrated rewards"} <= set(rows)
+    bench.main(arguments)
+    assert (tmp_path / "bench.jsonl").read_text() == written and capsys.readouterr().out == printed
+
+
+def test_a_signal_that_is_the_score_reaches_the_frontier(tmp_path):
+    """The yardstick itself: tilted by its own score, a sample has all that can be had at that KL."""
+    bench = load("bench")
+    scores = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).double()
+    weights = bench.tilted(scores, 0.5)
+    kl = (weights * (weights * 64).log()).sum(dim=1).mean()
+    assert kl.item() == pytest.approx(0.5, abs=1e-6)
+    gain = (weights * scores).sum(dim=1).mean() - scores.mean()
+    best = bench.reward_kl_frontier(scores)
+    assert gain.item() == pytest.approx(best.best_reward(0.5) - best.patient_reward, rel=0.02)

@@ -307,7 +307,8 @@ def measure(bench: Bench, task: str, split: str, doctor: Doctor) -> list[dict]:
         if kl <= bench.frontier(task, split).max_kl:
             row["efficiency"] = row["gain"] / bench.gain(task, split, kl)
         rows.append(row | {"by_prompt": [round(x, 5) for x in gain.tolist()]})
-    return rows
+    nothing = {"kl": 0.0, "gain": 0.0, "by_prompt": [0.0] * len(groups)}  # at no strength as far as the first KL
+    return rows or [nothing]
 
 
 def best_of(bench: Bench, task: str, seed: int, name: str) -> list[dict]:
@@ -326,7 +327,8 @@ def best_of(bench: Bench, task: str, seed: int, name: str) -> list[dict]:
     gain = (scores.gather(1, order) * weights).sum(dim=1) - scores.mean(dim=1)
     kl = math.log(n) - (n - 1) / n
     row = {"kl": kl, "reward": (gain + scores.mean(dim=1)).mean().item(), "gain": gain.mean().item()}
-    row["efficiency"] = row["gain"] / bench.gain(task, "test", kl)
+    if kl <= bench.frontier(task, "test").max_kl:
+        row["efficiency"] = row["gain"] / bench.gain(task, "test", kl)
     return [row | {"by_prompt": [round(x, 5) for x in gain.tolist()]}]
 
 
@@ -383,9 +385,7 @@ def chosen(args: argparse.Namespace, bench: Bench, task: str, name: str, grid: l
     for settings in grid:
         key = {"task": task, "method": name, "seed": seed, "settings": settings, "kind": "validation"}
         if not (rows := read(args.output, **key)):
-            rows = measure(bench, task, "validation", method(bench, task, seed, **settings)) or [
-                {"kl": 0.0, "gain": 0.0}
-            ]
+            rows = measure(bench, task, "validation", method(bench, task, seed, **settings))
             rows = [key | row for row in rows]
             write(args.output, rows)
         gains.append(sum(row["gain"] for row in rows if row["kl"] in CHOSEN_AT))
@@ -426,9 +426,9 @@ def report(args: argparse.Namespace) -> None:
         for name in dict.fromkeys(row["method"] for row in rows):
             mine = [row for row in rows if row["method"] == name]
             kls = sorted({row["kl"] for row in mine})
-            cells = [interval(task, [row for row in mine if row["kl"] == kl]) for kl in KLS]
+            cells = [interval([row for row in mine if row["kl"] == kl]) for kl in KLS]
             if not set(kls) & set(KLS):
-                cells = [f"at {kls[0]:.2f}: {interval(task, mine)}"] + [""] * (len(KLS) - 1)
+                cells = [f"at {kls[0]:.2f}: {interval(mine)}"] + [""] * (len(KLS) - 1)
             at_one = [row for row in mine if row["kl"] == 1.0]
             more = [
                 f"{statistics.mean(row[x] for row in at_one):.2f}" if at_one and "tokens" in at_one[0] else ""
@@ -443,19 +443,22 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
-def interval(task: str, rows: list[dict], num_draws: int = 2000) -> str:
-    """Mean efficiency and its 95% interval by bootstrap over prompts, which all seeds share, and over seeds."""
-    rows = [row for row in rows if row.get("efficiency") is not None]
+def interval(rows: list[dict], num_draws: int = 2000) -> str:
+    """
+    Mean efficiency, or gain where the frontier is not known, and its 95% interval by bootstrap over prompts, which all seeds
+    share, and over seeds.
+    """
     if not rows:
         return ""
-    possible = rows[0]["gain"] / rows[0]["efficiency"]
+    is_known = all(row.get("efficiency") is not None for row in rows)
+    possible = rows[0]["gain"] / rows[0]["efficiency"] if is_known else 1.0
     gains = torch.tensor([row["by_prompt"] for row in rows])  # (seeds, P)
     generator = torch.Generator().manual_seed(0)
     seeds = torch.randint(len(gains), (num_draws, len(gains)), generator=generator)
     some = torch.randint(gains.size(1), (num_draws, gains.size(1)), generator=generator)
     means = torch.stack([gains[s][:, p].mean() for s, p in zip(seeds, some, strict=True)]) / possible
     low, high = means.quantile(torch.tensor([0.025, 0.975])).tolist()
-    return f"{gains.mean().item() / possible:.2f} ({low:.2f} to {high:.2f})"
+    return ("" if is_known else "gain ") + f"{gains.mean().item() / possible:.2f} ({low:.2f} to {high:.2f})"
 
 
 if __name__ == "__main__":

@@ -90,9 +90,10 @@ class Reader:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, eos_token_id: int):
         self.model, self.tokenizer, self.eos_token_id = model, tokenizer, eos_token_id
         a, b = (self._render([{"role": "user", "content": x}]) for x in "xy")
-        self.start = a[: next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)]
-        with torch.inference_mode():
-            self._cache = model.base_model(input_ids=torch.tensor([self.start]), use_cache=True).past_key_values
+        self.start = a[: next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), 0)]
+        if self.start:
+            with torch.inference_mode():
+                self._cache = model.base_model(input_ids=torch.tensor([self.start]), use_cache=True).past_key_values
 
     def _render(self, messages: list[dict]) -> list[int]:
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
@@ -100,10 +101,9 @@ class Reader:
     @torch.inference_mode()
     def states(self, messages: list[dict], completions: Sequence[list[int]]) -> list[torch.Tensor]:
         """Last hidden states `(T_i + 1, H)` of each completion."""
-        prompt, cache = self._render(messages), copy.deepcopy(self._cache)
-        num_shared = len(self.start)
-        if prompt[:num_shared] != self.start:
-            cache, num_shared = None, 0
+        prompt, cache, num_shared = self._render(messages), None, 0
+        if self.start and prompt[: len(self.start)] == self.start:
+            cache, num_shared = copy.deepcopy(self._cache), len(self.start)
         read = self.model.base_model(
             input_ids=torch.tensor([prompt[num_shared:]]), past_key_values=cache, use_cache=True
         )
@@ -124,7 +124,7 @@ class Reader:
         answers = []
         for ids, states in zip(completions, self.states(messages, completions), strict=True):
             logps = self.model.lm_head(states[:-1]).log_softmax(dim=-1)  # (T, V)
-            top, likeliest = logps.topk(NUM_TOP)
+            top, likeliest = logps.topk(min(NUM_TOP, logps.size(1)))
             rest = logps.exp().scatter(1, likeliest, 0.0)
             left = rest.sum(dim=1, keepdim=True).clamp(min=1e-9)
             sampled = torch.multinomial(rest + 1e-30, NUM_TAIL, replacement=True, generator=generator)
