@@ -763,4 +763,4 @@ def test_a_loss_that_is_not_finite_stops_training(tmp_path, monkeypatch):
     batch = load_file(folder / "batch-0.safetensors")
     assert batch["input_ids"].shape == batch["completion_mask"].shape
     kept = AutoModelForCausalLM.from_pretrained(folder)
-    assert kept.model.norm.weight.isnan().all() and kept.lm_head.weight.equal(doctor.lm_head.weight)
+    assert kept.model.norm.weight.isnan().all() and not kept.lm_head.weight.any()  # as nothing was trained
