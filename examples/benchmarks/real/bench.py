@@ -437,13 +437,43 @@ def report(args: argparse.Namespace) -> None:
             seconds = [row["seconds"] for row in mine if "seconds" in row]
             more.append(f"{statistics.median(seconds):.0f}" if seconds else "")
             print(f"| {name} | {len({row['seed'] for row in mine})} | " + " | ".join(cells + more) + " |")
+        versus(rows, "TFPO, calibrated")
+
+
+def versus(rows: list[dict], ours: str) -> None:
+    """Gain of one method divided by that of each other one, over the same prompts and seeds; the interval by bootstrap."""
+    print(f"\n| gain of *{ours}*, divided by that of | " + " | ".join(f"{kl} nats" for kl in KLS) + " |")
+    print("|---" + "|---:" * len(KLS) + "|")
+    for name in dict.fromkeys(row["method"] for row in rows if "strength" in row and row["method"] != ours):
+        cells = []
+        for kl in KLS:
+            sides = [
+                {r["seed"]: r["by_prompt"] for r in rows if r["method"] == x and r["kl"] == kl} for x in (ours, name)
+            ]
+            seeds = sorted(sides[0].keys() & sides[1].keys())
+            if not seeds:
+                cells.append("")
+                continue
+            gains = torch.tensor([[side[seed] for seed in seeds] for side in sides])  # (2, seeds, P)
+            draws = bootstrap(gains.transpose(0, 1))  # (draws, 2)
+            low, high = (draws[:, 0] / draws[:, 1]).quantile(torch.tensor([0.025, 0.975])).tolist()
+            cells.append(f"{(gains[0].mean() / gains[1].mean()).item():.2f} ({low:.2f} to {high:.2f})")
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+def bootstrap(gains: torch.Tensor, num_draws: int = 2000) -> torch.Tensor:
+    """Means over seeds and prompts, drawn anew together, of gains (seeds, ..., P)."""
+    generator = torch.Generator().manual_seed(0)
+    seeds = torch.randint(len(gains), (num_draws, len(gains)), generator=generator)
+    some = torch.randint(gains.size(-1), (num_draws, gains.size(-1)), generator=generator)
+    return torch.stack([gains[s][..., p].mean(dim=-1).mean(dim=0) for s, p in zip(seeds, some, strict=True)])
 
 
 def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
-def interval(rows: list[dict], num_draws: int = 2000) -> str:
+def interval(rows: list[dict]) -> str:
     """
     Mean efficiency, or gain where the frontier is not known, and its 95% interval by bootstrap over prompts, which all seeds
     share, and over seeds.
@@ -453,10 +483,7 @@ def interval(rows: list[dict], num_draws: int = 2000) -> str:
     is_known = all(row.get("efficiency") is not None for row in rows)
     possible = rows[0]["gain"] / rows[0]["efficiency"] if is_known else 1.0
     gains = torch.tensor([row["by_prompt"] for row in rows])  # (seeds, P)
-    generator = torch.Generator().manual_seed(0)
-    seeds = torch.randint(len(gains), (num_draws, len(gains)), generator=generator)
-    some = torch.randint(gains.size(1), (num_draws, gains.size(1)), generator=generator)
-    means = torch.stack([gains[s][:, p].mean() for s, p in zip(seeds, some, strict=True)]) / possible
+    means = bootstrap(gains) / possible
     low, high = means.quantile(torch.tensor([0.025, 0.975])).tolist()
     return ("" if is_known else "gain ") + f"{gains.mean().item() / possible:.2f} ({low:.2f} to {high:.2f})"
 
