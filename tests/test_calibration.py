@@ -22,6 +22,7 @@ from test_tfpo_trainer import FACES, config
 
 from trl_tfpo import TFPOTrainer, annotate_token_rewards
 from trl_tfpo.calibration import calibrate
+from trl_tfpo.trainer_checks import check_can_calibrate
 
 
 VOCABULARY, SIZE, EOS = 60, 5, 2
@@ -119,6 +120,15 @@ def test_too_little_to_calibrate_is_refused():
         calibrate(dataset, embeddings, [EOS])
     with pytest.raises(ValueError, match="annotate the dataset with `annotate_token_rewards`"):
         calibrate(dataset.remove_columns("chosen_gaps"), embeddings, [EOS])
+    found = calibrate(made_up_pairs(num_pairs=32)[0], embeddings, [EOS])
+    with pytest.raises(ValueError, match="need the columns .* Got \\['prompt'\\]; annotate the dataset"):
+        found.apply(Dataset.from_dict({"prompt": ["a"]}))
+    sharded = make_llama(2)
+    sharded.lm_head.weight.ds_id = 0  # what DeepSpeed ZeRO-3 leaves on a parameter
+    with pytest.raises(
+        ValueError, match="needs the doctor's embeddings whole. Got a doctor that was loaded in shards"
+    ):
+        check_can_calibrate(dataset, None, sharded)
 
 
 def test_a_doctor_is_trained_on_calibrated_rewards(preferences, patient, tokenizer, tmp_path):

@@ -88,7 +88,17 @@ class Calibration:
     eos_token_ids: Sequence[int]
 
     def apply(self, dataset: Dataset) -> Dataset:
-        """The dataset with these rewards in the place of its own; it needs gaps."""
+        """
+        The dataset with these rewards in the place of its own.
+
+        Raises:
+            `ValueError`: when the dataset has no gaps.
+        """
+        if not set(GAP_COLUMNS) <= set(dataset.column_names):
+            raise ValueError(
+                f"Calibrated rewards need the columns {GAP_COLUMNS}. Got {dataset.column_names}; annotate the dataset with "
+                "`annotate_token_rewards`."
+            )
         is_eos = torch.zeros(len(self.credits), dtype=torch.bool)
         is_eos[list(self.eos_token_ids)] = True
 

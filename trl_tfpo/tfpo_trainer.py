@@ -285,7 +285,7 @@ class TFPOTrainer(DoctorFiles):
         if args.process_index == 0 and not args.calibrate_rewards:
             warn_unless_faces_separate(train_dataset)
         if args.calibrate_rewards:
-            check_can_calibrate(train_dataset, self._online_faces)
+            check_can_calibrate(train_dataset, self._online_faces, model)
             self.calibration = calibrate(train_dataset, model.get_input_embeddings().weight, self._eos_token_ids)
             if args.process_index == 0:
                 self.calibration.report()

@@ -21,6 +21,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.data.data_collator import DataCollator
 
+from ._compat import is_sharded
 from .data_collator import TokenRewardCollator
 from .faces import Faces
 from .named_model import NamedModel
@@ -102,8 +103,13 @@ def warn_of_ignored(model: object, name: str, init_kwargs: dict | None) -> None:
         )
 
 
-def check_can_calibrate(dataset: Dataset | IterableDataset, online_faces: object) -> None:
-    """Raise `ValueError` when rewards are to be calibrated that are not there before training."""
+def check_can_calibrate(dataset: Dataset | IterableDataset, online_faces: object, model: torch.nn.Module) -> None:
+    """Raise `ValueError` when rewards are to be calibrated that are not there before training, or embeddings are not whole."""
+    if is_sharded(model):
+        raise ValueError(
+            "`calibrate_rewards` needs the doctor's embeddings whole. Got a doctor that was loaded in shards; load it "
+            "yourself and pass it as a model, or set `calibrate_rewards=False`."
+        )
     if not isinstance(dataset, Dataset) or online_faces is not None:
         found = (
             "a streamed dataset" if online_faces is None else "a data collator that asks the patient batch by batch"
