@@ -15,9 +15,10 @@
 r"""
 The head of a doctor that guides: its logits lie in the span of the vocabulary embeddings.
 
-$$g(y \mid s) = e_y^\top M h_s$$
+$$g(y \mid s) = c \, e_y^\top M h_s$$
 
-$e_y$ is the embedding of token $y$, frozen, and $M$ a square matrix that starts at zero. A new head of one free row for each
+$e_y$ is the embedding of token $y$, frozen, and $M$ a square matrix that starts at zero. $c$ is 1, or more where embeddings are
+shorter than 1 on average, so that they learn as fast. A new head of one free row for each
 token learns nothing about tokens that the pairs do not show. Here a token moves with those whose embeddings are like its own,
 and there are H x H weights to train in place of V x H.
 
@@ -46,6 +47,10 @@ class GuidanceHead(torch.nn.Module):
         embeddings.requires_grad_(False)
         size = getattr(embeddings, "ds_shape", embeddings.shape)[1]  # of DeepSpeed ZeRO-3, which leaves a part of them
         self.weight = embeddings
+        is_known = embeddings.numel() > 0 and embeddings.device.type != "meta"
+        self.scale = (
+            1 / min(1.0, max(embeddings.detach().float().norm(dim=1).mean().item(), 1e-6)) if is_known else 1.0
+        )
         self.map = torch.nn.Parameter(embeddings.new_zeros(size, size))
 
     @property
@@ -53,8 +58,8 @@ class GuidanceHead(torch.nn.Module):
         return self.map.size(1)
 
     def to_embedding_space(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`M h`, of the shape `(..., H)` of the hidden states: the product with the embeddings gives the logits."""
-        return F.linear(hidden_states, self.map)
+        """`M h`, scaled, of the shape `(..., H)` of the hidden states: the product with the embeddings gives the logits."""
+        return F.linear(hidden_states, self.map) * self.scale
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return F.linear(self.to_embedding_space(hidden_states), self.weight)
@@ -77,21 +82,20 @@ class GuidanceHead(torch.nn.Module):
         centered, logits = embeddings - embeddings.mean(dim=0), logits.to(embeddings) - logits.mean().to(embeddings)
         direction = _ridge(centered.T @ centered, centered.T @ logits, 1e-4)
         constant = _ridge(hidden_states.T @ hidden_states, hidden_states.sum(dim=0), 1e-3)
-        self.map.copy_(torch.outer(direction, constant))
+        self.map.copy_(torch.outer(direction, constant) / self.scale)
 
-    @staticmethod
     @torch.no_grad()
-    def folded(embeddings: torch.Tensor, map: torch.Tensor) -> torch.Tensor:
+    def folded(self, embeddings: torch.Tensor, map: torch.Tensor) -> torch.Tensor:
         """The weights (V, H) of an ordinary head with the same probabilities, in rows that add up to zero."""
-        weight = embeddings.float() @ map.float()
+        weight = embeddings.float() @ (map.float() * self.scale)
         return (weight - weight.mean(dim=0)).to(embeddings.dtype)
 
-    @staticmethod
     @torch.no_grad()
-    def unfolded(embeddings: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def unfolded(self, embeddings: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """The map (H, H) of which [`folded`] makes this weight (V, H); of any other the closest in least squares."""
         centered = embeddings.double() - embeddings.double().mean(dim=0)
-        return torch.linalg.lstsq(centered.T @ centered, centered.T @ weight.double()).solution.to(embeddings.dtype)
+        map = torch.linalg.lstsq(centered.T @ centered, centered.T @ weight.double()).solution / self.scale
+        return map.to(embeddings.dtype)
 
     # On disk the head is an ordinary one. Engines that shard it ask for its parameters, and `fold_map` comes later.
 
