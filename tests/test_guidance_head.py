@@ -107,11 +107,11 @@ def test_a_doctor_starts_at_credits():
     """The rewards of tokens are known before training; what has no room for them starts at zero."""
     doctor = make_doctor(make_llama(3, hidden_size=8), guides=True)
     credits = doctor.lm_head.weight.detach() @ torch.randn(8)
-    start_at_credits(doctor, credits, [BATCH])
+    start_at_credits(doctor, credits, [BATCH], lambda rows: rows[0])
     logits = plain_logits(doctor)[BATCH["completion_mask"][:, 1:]]
     centered = logits - logits.mean(dim=1, keepdim=True)
     assert torch.corrcoef(torch.stack([centered.mean(dim=0), credits]))[0, 1] > 0.9
     free = make_llama(3)
     start_guidance(free)
-    start_at_credits(free, credits, [BATCH])
+    start_at_credits(free, credits, [BATCH], lambda rows: rows[0])
     assert not plain_logits(free).any()

@@ -87,13 +87,15 @@ class Calibration:
     num_pairs: int
     eos_token_ids: Sequence[int]
 
-    def apply(self, dataset: Dataset) -> Dataset:
+    def apply(self, dataset: Dataset | dict) -> Dataset | dict:
         """
-        The dataset with these rewards in the place of its own.
+        The dataset, or each of a dict of them, with these rewards in the place of its own.
 
         Raises:
             `ValueError`: when the dataset has no gaps.
         """
+        if isinstance(dataset, dict):
+            return {name: self.apply(split) for name, split in dataset.items()}
         if not set(GAP_COLUMNS) <= set(dataset.column_names):
             raise ValueError(
                 f"Calibrated rewards need the columns {GAP_COLUMNS}. Got {dataset.column_names}; annotate the dataset with "

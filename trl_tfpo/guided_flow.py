@@ -27,7 +27,7 @@ language model like any other.
 import copy
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
+NUM_ROWS = 8  # read at once, before training
 GUIDANCE_FILE = "guidance.json"
 GUIDANCE = {"alpha": 1.0, "beta": 1.0}  # exponents of the patient and of the doctor in training
 
@@ -96,17 +97,20 @@ def start_guidance(model: PreTrainedModel, in_span: bool = False) -> None:
 
 
 @torch.no_grad()
-def start_at_credits(model: PreTrainedModel, logits: torch.Tensor, batches: Iterable[dict[str, torch.Tensor]]) -> None:
+def start_at_credits(model: PreTrainedModel, logits: torch.Tensor, rows: Sequence[dict], collate: Callable) -> None:
     """
-    Let a doctor start with the same logits at every state, in place, if its head is a [`~trl_tfpo.guidance_head.GuidanceHead`].
+    Let a doctor with a [`~trl_tfpo.guidance_head.GuidanceHead`] start with the same logits at every state, in place. Others
+    are left as they are.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
             The doctor.
         logits (`torch.Tensor` of shape `(V',)`):
             Of the tokens, in nats, up to a constant.
-        batches (`Iterable[dict[str, torch.Tensor]]`):
-            Batches of the training; some are read.
+        rows (`Sequence[dict]`):
+            Rows of the training data. Reading stops after twice as many states as a hidden state has entries.
+        collate (`Callable`):
+            From rows to a batch.
     """
     head = model.get_output_embeddings()
     if not isinstance(head, GuidanceHead) or is_sharded(model):
@@ -114,7 +118,8 @@ def start_at_credits(model: PreTrainedModel, logits: torch.Tensor, batches: Iter
     wanted = logits.new_zeros(len(head.weight))
     wanted[: len(logits)] = logits[: len(wanted)]
     states, num_states = [], 0
-    for batch in batches:
+    for first in range(0, len(rows), NUM_ROWS):
+        batch = collate([rows[index] for index in range(first, min(first + NUM_ROWS, len(rows)))])
         tokens = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
         with inference(model):
             hidden = backbone_of(model)(**tokens).last_hidden_state[:, :-1]

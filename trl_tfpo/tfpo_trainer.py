@@ -321,10 +321,8 @@ class TFPOTrainer(DoctorFiles):
 
         # Where the doctor starts
         if self.calibration is not None:
-            num_pairs = self.calibration.num_pairs
-            rows = (self.train_dataset.select(range(i, min(i + 8, num_pairs))) for i in range(0, num_pairs, 8))
-            batches = (data_collator(list(some)) for some in rows)
-            start_at_credits(self.model, self.calibration.credits / args.reward_temperature, batches)
+            credits = self.calibration.credits / args.reward_temperature
+            start_at_credits(self.model, credits, self.train_dataset, data_collator)
 
         # Reference log-probabilities
         self._has_reference = args.reference_weight > 0 and args.policy == "doctor"  # otherwise what is guided
@@ -381,11 +379,7 @@ class TFPOTrainer(DoctorFiles):
 
     def _calibrate(self, dataset: AnyDataset | None) -> AnyDataset | None:
         """The dataset with the rewards that explain the labels of the training data, if these are wanted."""
-        if dataset is None or self.calibration is None:
-            return dataset
-        if isinstance(dataset, dict):
-            return {name: self._calibrate(split) for name, split in dataset.items()}
-        return self.calibration.apply(dataset)
+        return dataset if dataset is None or self.calibration is None else self.calibration.apply(dataset)
 
     def _add_reference_logps(self, dataset: AnyDataset | None) -> AnyDataset | None:
         """The dataset with the log-probabilities of the doctor before training, cached."""
