@@ -20,7 +20,7 @@ from conftest import make_llama
 from datasets import Dataset
 from test_tfpo_trainer import FACES, config
 
-from trl_tfpo import TFPOTrainer, annotate_token_rewards
+from trl_tfpo import DoctorGuidedLogitsProcessor, TFPOTrainer, annotate_token_rewards
 from trl_tfpo.calibration import calibrate
 from trl_tfpo.trainer_checks import check_can_calibrate
 
@@ -150,6 +150,9 @@ def test_a_doctor_is_trained_on_calibrated_rewards(preferences, patient, tokeniz
         assert credits[row["chosen_ids"]].any()
     trainer.train()
     assert trainer.evaluate()["eval_same_loss"] > 0
+    trainer.save_model()
+    (doctor,) = DoctorGuidedLogitsProcessor.from_pretrained(str(tmp_path)).doctors
+    assert torch.allclose(doctor.credits, credits / trainer.args.reward_temperature)
 
     with pytest.raises(ValueError, match="needs all token rewards before training. Got a streamed dataset"):
         TFPOTrainer(

@@ -28,6 +28,7 @@ from .adapters import VALUE_HEAD, center_head
 from .guided_flow import save_guidance
 from .hub import complete_model_card, save_custom_generate
 from .modeling_doctor import fold_map, load_value_head, save_value_head
+from .token_credits import save_credits
 
 
 class DoctorFiles(_BaseTrainer):
@@ -53,6 +54,8 @@ class DoctorFiles(_BaseTrainer):
         if head:
             save_value_head({name.rsplit(".", 1)[-1]: tensor for name, tensor in head.items()}, folder)  # and the map
         save_guidance(model, folder)
+        if self.calibration is not None:
+            save_credits(self.calibration.credits / self.args.reward_temperature, folder)
         save_custom_generate(folder)
         self.create_model_card()
         card = Path(self.args.output_dir) / "README.md"

@@ -55,6 +55,9 @@ class Doctor:
         prompt (mapping of `torch.Tensor`, *optional*):
             Prompts of its own, one for each of the patient's: left-padded `input_ids` and `attention_mask` of shape
             `(B, L')`, as a tokenizer gives them. For a doctor that follows another instruction, or another template.
+        credits (`torch.Tensor` of shape `(V,)`, *optional*):
+            What each token is worth to it, in nats, see [`~trl_tfpo.token_credits.load_credits`]: completions are ranked by
+            their sum.
 
     Attributes:
         adapters (`tuple[str]`): names of the adapters that it is read with.
@@ -68,6 +71,7 @@ class Doctor:
     model: PreTrainedModel
     adapter: str | None = None
     prompt: Mapping[str, torch.Tensor] | None = None
+    credits: torch.Tensor | None = None
 
     def __post_init__(self):
         check_is_doctor(self.model)

@@ -30,6 +30,7 @@ from transformers.utils import ModelOutput
 
 from ._compat import adapter_layers, unwrap_peft, using_adapters
 from .adapters import check_speaks
+from .best_of import check_best_of, keep_best
 from .logits_processor import DoctorGuidedLogitsProcessor
 from .reading import reading_fault
 from .shared_forward import can_share, patient_adapters, shared_forward
@@ -45,6 +46,7 @@ def guided_generate(
     speculative: bool = False,
     keep_memory: bool = False,
     streamer: BaseStreamer | None = None,
+    best_of: int = 1,
     **kwargs,
 ) -> ModelOutput | torch.LongTensor:
     """
@@ -71,6 +73,10 @@ def guided_generate(
             Otherwise their caches are freed first.
         streamer ([`~transformers.generation.BaseStreamer`], *optional*):
             Gets the tokens as they come.
+        best_of (`int`, *optional*, defaults to `1`):
+            Sample this many completions of each prompt, and return the one with the largest reward by the doctors' token
+            credits, [`~best_of.completion_rewards`]. The KL from the patient grows by at most `log n - (n - 1) / n`
+            nats, and the cost n times.
         **kwargs:
             Anything else for `patient.generate`, or for [`speculative_guided_generate`].
 
@@ -80,7 +86,8 @@ def guided_generate(
     Raises:
         `ValueError`: on an encoder-decoder, a patient that is a doctor of guided flow or has adapters that add tokens,
             padding without a mask, a cache of part of the text alone, a second guide, a mode that would leave out the
-            guide, a patient that [`check_reads`] refuses, and whatever `generate` and the guide refuse.
+            guide, a patient that [`check_reads`] refuses, `best_of` without sampling or without token credits, and whatever
+            `generate` and the guide refuse.
 
     Examples:
 
@@ -101,6 +108,10 @@ def guided_generate(
     ```
     """
     _check_mode(patient, guide, input_ids, speculative, kwargs)
+    if best_of != 1:
+        of_modes = kwargs | {"speculative": speculative, "streamer": streamer}
+        check_best_of(guide, best_of, lambda name: _setting(patient, of_modes, name))
+        kwargs["num_return_sequences"] = best_of
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
         pad_token_id = _setting(patient, kwargs, "pad_token_id")
@@ -151,7 +162,10 @@ def guided_generate(
             "`generate` must ask the guide at every step. It never did, so the text is the patient's alone; leave out "
             f"the arguments that change how `generate` works. Got {sorted(kwargs)}."
         )
-    return output
+    if best_of == 1:
+        return output
+    eos_token_id = _setting(patient, kwargs, "eos_token_id")
+    return keep_best(guide, output, best_of, prompt_length=input_ids.size(1), eos_token_id=eos_token_id)
 
 
 def check_reads(

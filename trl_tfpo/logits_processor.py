@@ -34,6 +34,7 @@ from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBa
 from .doctors import PADDING, Doctor, DoctorMemory, check_left_padded, check_reference, guess_mask
 from .functional import guided_logps, next_token_entropy, plausible_mask
 from .modeling_doctor import load_doctor
+from .token_credits import load_credits
 from .tokenizer_identity import check_all_same
 from .trace import GuidanceTrace, TraceRecorder
 from .weights import Weight, check_weight, opposite_weight, remaining_weight, weight_at
@@ -84,6 +85,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         alpha (`float`, `torch.Tensor` or callable): exponent of the patient.
         doctors (`list` of [`Doctor`]): the doctors, then their references.
         betas (`list`): exponent of each of `doctors`.
+        num_references (`int`): how many of `doctors`, at the end, are references.
         memories (`list` of [`DoctorMemory`]): what each of `doctors` has said and holds in its cache.
         num_calls (`int`): how often `generate` has asked.
 
@@ -155,6 +157,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
             opposite_weight(beta) for beta, ref in zip(betas, references, strict=True) if ref is not None
         ]
         self.doctors = doctors + [ref for ref in references if ref is not None]
+        self.num_references = len(self.doctors) - len(doctors)
         self.min_patient_prob = min_patient_prob
         self.min_patient_entropy = min_patient_entropy
         self.num_calls = 0
@@ -196,7 +199,11 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         """
         names = [doctor] if isinstance(doctor, (str, os.PathLike)) else list(doctor)
         doctors = [
-            Doctor(load_doctor(name, with_value_head=False, **(model_init_kwargs or {})).eval()) for name in names
+            Doctor(
+                load_doctor(name, with_value_head=False, **(model_init_kwargs or {})).eval(),
+                credits=load_credits(name),
+            )
+            for name in names
         ]
         if beta is None:
             beta = [doctor.exponents.get("beta", DEFAULT_BETA) for doctor in doctors]

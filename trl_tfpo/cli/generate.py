@@ -54,6 +54,10 @@ class GenerateArguments:
     )
     dataset_split: str = field(default="train", metadata={"help": "Split of it."})
     num_samples_per_prompt: int = field(default=1, metadata={"help": "Completions of each prompt."})
+    best_of: int = field(
+        default=1,
+        metadata={"help": "Sample this many for each completion, and keep the best by the doctors' token credits."},
+    )
     max_new_tokens: int = field(default=256, metadata={"help": "Longest completion, in tokens."})
     temperature: float = field(default=1.0, metadata={"help": "Of the guided policy; 0 is greedy search."})
     top_p: float = field(default=1.0, metadata={"help": "Sample from the likeliest tokens with this probability."})
@@ -137,6 +141,11 @@ def run(arguments: Sequence[str]) -> int:
             f"`--beta` must have a number for each doctor. Got {len(args.beta)} for {len(args.doctor)}; give as many"
         )
 
+    if args.best_of != 1 and not args.doctor:
+        raise ValueError(
+            f"`--best_of` ranks completions by a doctor's token credits. Got {args.best_of} without `--doctor`; give one"
+        )
+
     from datasets import Dataset
 
     from ..evaluation import generate_completions
@@ -156,6 +165,7 @@ def run(arguments: Sequence[str]) -> int:
         batch_size=args.batch_size,
         seed=args.seed,
         top_p=args.top_p,
+        **({} if args.best_of == 1 else {"best_of": args.best_of}),
     )
     if args.output is not None:
         rows = [{"prompt": x.prompt, "completion": x.text, "is_complete": x.is_complete} for x in completions]

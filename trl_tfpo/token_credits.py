@@ -1,0 +1,91 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Token credits: what each token of the vocabulary is worth to a doctor, whatever its context.
+
+A doctor that was trained on calibrated rewards (`calibration.py`) keeps their credits in its folder. Their sum is the reward of
+a whole completion. So completions that were generated under guidance can be ranked without another model, and the best of
+several can be kept.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers.utils import cached_file
+
+from .atomic import written_whole
+
+
+CREDITS_FILE = "token_credits.safetensors"
+
+
+def save_credits(credits: torch.Tensor, folder: str | os.PathLike) -> None:
+    """
+    Write the credits of a doctor into its folder.
+
+    Args:
+        credits (`torch.Tensor` of shape `(V,)`):
+            In nats of the doctor's own log-probabilities.
+        folder (`str` or `os.PathLike`):
+            Where the doctor is saved.
+    """
+    with written_whole(Path(folder) / CREDITS_FILE) as part:
+        save_file({"credits": credits.detach().float().cpu().contiguous()}, part)
+
+
+def load_credits(path: str | os.PathLike) -> torch.Tensor | None:
+    """The credits `(V,)` of the doctor in a folder or on the Hub; None where there are none."""
+    file = cached_file(path, CREDITS_FILE, _raise_exceptions_for_missing_entries=False)
+    return None if file is None else load_file(file)["credits"]
+
+
+def credited_rewards(credits: torch.Tensor, completion_ids: torch.LongTensor, mask: torch.BoolTensor) -> torch.Tensor:
+    """
+    Rewards of whole completions: the sum of the credits of their tokens.
+
+    Args:
+        credits (`torch.Tensor` of shape `(V,)`):
+            Credit of each token.
+        completion_ids (`torch.LongTensor` of shape `(B, T)`):
+            Completions.
+        mask (`torch.BoolTensor` of shape `(B, T)`):
+            Which tokens count.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`
+
+    Raises:
+        `ValueError`: on ids for which there are no credits.
+
+    Examples:
+
+    ```python
+    >>> import torch
+    >>> from trl_tfpo.token_credits import credited_rewards
+    >>> ids = torch.tensor([[1, 2], [2, 0]])
+    >>> credited_rewards(torch.tensor([9.0, 0.5, -1.0]), ids, mask=torch.tensor([[True, True], [True, False]]))
+    tensor([-0.5000, -1.0000])
+
+    ```
+    """
+    ids = completion_ids.masked_fill(~mask, 0)
+    if ids.numel() and not 0 <= ids.min() <= ids.max() < len(credits):
+        raise ValueError(
+            f"Completions must consist of tokens that have credits, 0 to {len(credits) - 1}. Got {ids.min()} to {ids.max()}; "
+            "take a doctor with the patient's tokenizer."
+        )
+    return credits.to(ids.device)[ids].masked_fill(~mask, 0).sum(dim=1)
