@@ -813,3 +813,13 @@ def test_the_strength_at_a_distance():
     assert guided.strength_at(rows, 2.0) == pytest.approx(3 * 2**0.5)
     assert guided.strength_at(rows, 4.0) == pytest.approx(6)
     assert guided.strength_at([{"kl": 0.0}], 4.0) is None
+
+
+def test_the_mean_over_weightings():
+    """By hand: each weighting has a unit of its own, so efficiencies are averaged and not gains."""
+    tables = load("tables")
+    half = {"seed": 0, "efficiency": 0.5, "gain": 2.0, "by_prompt": [1.0, 3.0]}  # 0.25 and 0.75
+    small = {"seed": 0, "efficiency": 0.2, "gain": 0.01, "by_prompt": [0.0, 0.02]}  # 0 and 0.4
+    torch.testing.assert_close(tables.over_weightings([half, small]), torch.tensor([[0.125, 0.575]]))
+    assert tables.over_weightings([half, small, half | {"seed": 1}]) is None  # not measured at each weighting
+    assert tables.over_weightings([{"seed": 0, "gain": 1.0, "by_prompt": [1.0]}]) is None

@@ -47,7 +47,16 @@ def credited(bench: "Bench", task: str, seed: int) -> Doctor:
     return doctor.eval()
 
 
-def sparse_tfpo(bench: "Bench", task: str, seed: int, *, learning_rate: float, rewards: dict, subtb_lambda: float):
+def sparse_tfpo(
+    bench: "Bench",
+    task: str,
+    seed: int,
+    *,
+    learning_rate: float,
+    rewards: dict,
+    subtb_lambda: float,
+    map_rate: float = 0.1,
+):
     """The token rewards of the paper, or of this package without calibration."""
     pairs = bench.pairs(task, seed)
     found = {}
@@ -56,7 +65,7 @@ def sparse_tfpo(bench: "Bench", task: str, seed: int, *, learning_rate: float, r
             found[id(answer)] = sparse_rewards(task, answer, sign, **rewards)
     loss = flow_loss(lambda answer: found[id(answer)], reward_temperature=0.25, subtb_lambda=subtb_lambda)
     doctor = new_doctor(bench.embeddings, bench.answers["train"])
-    return train(doctor, pairs, loss, epochs=2, learning_rate=learning_rate, map_rate=0.1, seed=seed)
+    return train(doctor, pairs, loss, epochs=2, learning_rate=learning_rate, map_rate=map_rate, seed=seed)
 
 
 def dpo(bench: "Bench", task: str, seed: int, *, learning_rate: float, beta: float, map_rate: float, epochs: int):
@@ -89,11 +98,17 @@ METHODS = {
     "credits alone": (credited, [{}]),
     "TFPO, not calibrated": (
         sparse_tfpo,
-        [dict(learning_rate=x, rewards={}, subtb_lambda=0.95) for x in (1e-3, 1e-2)],
+        [
+            *(dict(learning_rate=x, rewards={}, subtb_lambda=0.95) for x in (1e-3, 1e-2)),
+            *(dict(learning_rate=x, rewards={}, subtb_lambda=0.95, map_rate=0.0) for x in (3e-2, 1e-1)),
+        ],
     ),
     "TFPO, published rewards": (
         sparse_tfpo,
-        [dict(learning_rate=x, rewards=PUBLISHED, subtb_lambda=1.0) for x in (1e-3, 1e-2)],
+        [
+            *(dict(learning_rate=x, rewards=PUBLISHED, subtb_lambda=1.0) for x in (1e-3, 1e-2)),
+            *(dict(learning_rate=x, rewards=PUBLISHED, subtb_lambda=1.0, map_rate=0.0) for x in (3e-2, 1e-1)),
+        ],
     ),
     "DPO": (
         dpo,
@@ -105,6 +120,9 @@ METHODS = {
                 (3e-3, 0.1, 0.1, 2),
                 (1e-2, 0.1, 0.1, 2),
                 (1e-2, 0.3, 0.0, 2),
+                (3e-2, 0.3, 0.0, 2),
+                (1e-1, 0.1, 0.0, 2),
+                (1e-1, 0.3, 0.0, 2),
             )
         ],
     ),
@@ -113,11 +131,14 @@ METHODS = {
         [
             dict(learning_rate=x, beta=y, map_rate=z, from_patient=w)
             for x, y, z, w in (
-                (3e-3, 0.1, 0.1, True),
                 (1e-2, 0.1, 0.1, True),
                 (1e-2, 0.3, 0.0, True),
+                (3e-2, 0.3, 0.0, True),
+                (1e-1, 0.3, 0.0, True),
                 (3e-3, 0.05, 0.1, False),
                 (1e-2, 0.1, 0.0, False),
+                (3e-2, 0.1, 0.0, False),
+                (1e-1, 0.1, 0.0, False),
             )
         ],
     ),

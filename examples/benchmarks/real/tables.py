@@ -73,12 +73,17 @@ def methods_table(task: str, rows: list[dict]) -> None:
 
 
 def sampled_table(task: str, rows: list[dict]) -> None:
+    if not rows:
+        return
     print(f"\n## {task}: sampled texts\n")
     print("| method | strength | KL (nats) | gain | tokens | ends | distinct-4 | nats per token under the patient |")
     print("|---" + "|---:" * 7 + "|")
     for row in rows:
         strength = f"{row['strength']:.3g}" if row.get("strength") else ""
-        kl, gain = (f"{row[x]:.2f} {_range(row[y])}" for x, y in (("kl", "kl_by_prompt"), ("gain", "by_prompt")))
+        kl, gain = (
+            f"{row[x]:.2f} {_between(bootstrap(torch.tensor([row[y]])))}"
+            for x, y in (("kl", "kl_by_prompt"), ("gain", "by_prompt"))
+        )
         if row["method"] == "patient":
             kl, gain = "0", "0"
         cells = [f"{row[x]:.2f}" for x in ("tokens", "ends", "distinct_4", "surprise")]
@@ -104,26 +109,30 @@ def objectives_table(rows: list[dict]) -> None:
                 cells += [" and ".join(gains), interval(mine)]
             print(f"| {' : '.join(f'{w:g}' for w in weights.values())} | {kl} | " + " | ".join(cells) + " |")
     for kl in OBJECTIVE_KLS:
-        cells = [
-            f"{name} {over_weightings([r for r in rows if r['method'] == name and r['kl'] == kl])}" for name in methods
-        ]
+        parts = [over_weightings([r for r in rows if r["method"] == name and r["kl"] == kl]) for name in methods]
+        if any(x is None or x.shape != parts[0].shape for x in parts):
+            continue
+        draws = bootstrap(torch.stack(parts, dim=1))  # (draws, methods), of (seeds, methods, P)
+        cells = [f"{name} {x.mean():.2f} {_between(y)}" for name, x, y in zip(methods, parts, draws.T, strict=True)]
+        if len(methods) == 2:
+            cells.append(f"divided {parts[0].mean() / parts[1].mean():.2f} {_between(draws[:, 0] / draws[:, 1])}")
         print(f"\nMean efficiency over the weightings at {kl} nats: " + "; ".join(cells) + ".")
 
 
-def over_weightings(rows: list[dict]) -> str:
-    """Mean efficiency over weightings, seeds and prompts, with its interval."""
-    seeds = sorted({row["seed"] for row in rows})
-    by_seed = [[row for row in rows if row["seed"] == seed] for seed in seeds]
-    if not rows or any("efficiency" not in row for row in rows) or len({len(x) for x in by_seed}) > 1:
-        return ""
-    parts = [[[x * r["efficiency"] / r["gain"] for x in r["by_prompt"]] for r in mine] for mine in by_seed]
-    parts = torch.tensor(parts).mean(dim=1)  # (seeds, P)
-    low, high = bootstrap(parts).quantile(torch.tensor([0.025, 0.975])).tolist()
-    return f"{parts.mean().item():.2f} ({low:.2f} to {high:.2f})"
+def over_weightings(rows: list[dict]) -> torch.Tensor | None:
+    """Efficiency (seeds, P), a mean over weightings; None where it is not known of all."""
+    by_seed = {row["seed"]: [] for row in rows}
+    for row in rows:
+        share = row["efficiency"] / row["gain"] if "efficiency" in row else math.nan
+        by_seed[row["seed"]].append([share * gain for gain in row["by_prompt"]])
+    if not rows or len({len(x) for x in by_seed.values()}) > 1:
+        return None
+    parts = torch.tensor([by_seed[seed] for seed in sorted(by_seed)]).mean(dim=1)
+    return None if parts.isnan().any() else parts
 
 
-def _range(by_prompt: list[float]) -> str:
-    low, high = bootstrap(torch.tensor([by_prompt])).quantile(torch.tensor([0.025, 0.975])).tolist()
+def _between(draws: torch.Tensor) -> str:
+    low, high = draws.quantile(torch.tensor([0.025, 0.975])).tolist()
     return f"({low:.2f} to {high:.2f})"
 
 
@@ -143,8 +152,7 @@ def versus(rows: list[dict], ours: str) -> None:
                 continue
             gains = torch.tensor([[side[seed] for seed in seeds] for side in sides])  # (2, seeds, P)
             draws = bootstrap(gains.transpose(0, 1))  # (draws, 2)
-            low, high = (draws[:, 0] / draws[:, 1]).quantile(torch.tensor([0.025, 0.975])).tolist()
-            cells.append(f"{(gains[0].mean() / gains[1].mean()).item():.2f} ({low:.2f} to {high:.2f})")
+            cells.append(f"{(gains[0].mean() / gains[1].mean()).item():.2f} {_between(draws[:, 0] / draws[:, 1])}")
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 
@@ -170,9 +178,9 @@ def interval(rows: list[dict]) -> str:
     is_known = all(row.get("efficiency") is not None for row in rows)
     possible = rows[0]["gain"] / rows[0]["efficiency"] if is_known else 1.0
     gains = torch.tensor([row["by_prompt"] for row in rows])  # (seeds, P)
-    means = bootstrap(gains) / possible
-    low, high = means.quantile(torch.tensor([0.025, 0.975])).tolist()
-    return ("" if is_known else "gain ") + f"{gains.mean().item() / possible:.2f} ({low:.2f} to {high:.2f})"
+    return (
+        "" if is_known else "gain "
+    ) + f"{gains.mean().item() / possible:.2f} {_between(bootstrap(gains) / possible)}"
 
 
 # Figure
