@@ -45,6 +45,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from trl_tfpo.testbed import reward_kl_frontier
+
 
 REAL = Path(__file__).parents[1] / "examples" / "benchmarks" / "real"
 EOS = 2
@@ -626,18 +628,198 @@ def test_the_bench_from_samples_to_tables(chat_model, tmp_path, capsys):
     bench.main(arguments)
     printed, written = capsys.readouterr().out, (tmp_path / "bench.jsonl").read_text()
     rows = [line.split(" | ")[0].removeprefix("| ") for line in printed.splitlines() if line.startswith("| ")]
-    assert {*bench.METHODS, *bench.NO_TRAINING, "raw gaps", "calibrated rewards"} <= set(rows)
-    bench.main(arguments)
+    assert {*bench.METHODS, *bench.NO_TRAINING, "raw gaps", "calibrated rewards", "patient", "AAD"} <= set(rows)
+    assert {"1 : 0", "0.75 : 0.25", "0 : 1"} <= set(rows)
+    bench.main([*arguments, "--figure", str(tmp_path / "figure.svg")])
     assert (tmp_path / "bench.jsonl").read_text() == written and capsys.readouterr().out == printed
+    drawn = (tmp_path / "figure.svg").read_text()
+    assert len(drawn) < 150_000 and "<svg" in drawn
+    bench.main([*arguments, "--report"])
+    assert capsys.readouterr().out == printed
 
 
-def test_a_signal_that_is_the_score_reaches_the_frontier(tmp_path):
+def test_states_of_other_samples_are_not_used(chat_model, tasks, tmp_path):
+    """States have no fingerprint of the model: those of another one would be taken for its own."""
+    states = load("states")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(chat_model), AutoTokenizer.from_pretrained(chat_model)
+    reader = states.Reader(model.eval(), tokenizer, EOS)
+    arguments = [tmp_path / "states", "train"]
+    first = states.read_all(reader, [tasks.as_messages("good")], [[[7, 8], [9, EOS]]], [], *arguments)
+    assert [answer.ids.tolist() for answer in first[0]] == [[7, 8], [9, EOS]]
+    with pytest.raises(ValueError, match="delete the folder"):
+        states.read_all(reader, [tasks.as_messages("good")], [[[7, 8], [8, EOS]]], [], *arguments)
+
+
+def test_a_signal_that_is_the_score_reaches_the_frontier():
     """The yardstick itself: tilted by its own score, a sample has all that can be had at that KL."""
-    bench = load("bench")
-    scores = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).double()
-    weights = bench.tilted(scores, 0.5)
-    kl = (weights * (weights * 64).log()).sum(dim=1).mean()
-    assert kl.item() == pytest.approx(0.5, abs=1e-6)
-    gain = (weights * scores).sum(dim=1).mean() - scores.mean()
-    best = bench.reward_kl_frontier(scores)
-    assert gain.item() == pytest.approx(best.best_reward(0.5) - best.patient_reward, rel=0.02)
+    signals, generator = load("signals"), torch.Generator().manual_seed(0)
+    scores, noise = torch.randn(2, 3, 64, generator=generator).double()
+    best = reward_kl_frontier(scores)
+    possible = best.best_reward(0.5) - best.patient_reward
+    assert signals.gain_by(scores, scores, 0.5) == pytest.approx(possible, rel=0.02)
+    assert signals.gain_by(scores + noise, scores, 0.5) < 0.9 * possible
+
+
+def test_logits_of_candidates(neighbours):
+    """Bags of embeddings in place of their gathered copies: the same numbers, and the same gradient."""
+    states, generator = load("states"), torch.Generator().manual_seed(0)
+    embeddings, directions = torch.randn(11, 3, generator=generator), torch.randn(5, 3, generator=generator)
+    candidates = torch.randint(11, (5, 7), generator=generator).int()
+    upstream = torch.randn(5, 7, generator=generator)
+    found = []
+    for product in (
+        lambda x: states.CandidateLogits.apply(x, embeddings, candidates),
+        lambda x: (embeddings[candidates.long()] @ x[..., None]).squeeze(-1),
+    ):
+        leaf = directions.clone().requires_grad_()
+        logits = product(leaf)
+        logits.backward(upstream)
+        found.append((logits.detach(), leaf.grad))
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.fixture
+def made(chat_model, tasks):
+    """The patient, two prompts, answers that were sampled for each, and a doctor that says something."""
+    states, samples = load("states"), load("samples")
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(chat_model).eval(),
+        AutoTokenizer.from_pretrained(chat_model),
+    )
+    reader, generator = states.Reader(model, tokenizer, EOS), torch.Generator().manual_seed(0)
+    messages = [tasks.as_messages(x) for x in ("good bad sad", "and the")]
+    prompts = [tokenizer.apply_chat_template(x, add_generation_prompt=True, return_dict=False) for x in messages]
+    repeated = [ids for ids in prompts for _ in range(400)]
+    drawn = samples.draw(model, repeated, max_new_tokens=4, generator=generator, eos_token_id=EOS)
+    groups = [reader.answers(x, drawn[i * 400 :][:400], generator) for i, x in enumerate(messages)]
+    for answer in itertools.chain(*groups):  # as read from a file, of which gradients can be taken
+        for name in ("states", "candidates", "log_weights"):
+            setattr(answer, name, getattr(answer, name).clone())
+    doctor = states.new_doctor(model.lm_head.weight.detach(), groups)
+    torch.nn.init.normal_(doctor.map, std=2.0)
+    torch.nn.init.normal_(doctor.bias, std=2.0)
+    return states, samples, model, prompts, groups, doctor
+
+
+def test_a_doctor_without_a_map(made):
+    """A bias alone is read from a table of the vocabulary: the same logits, and the same training."""
+    states, _, _, _, groups, doctor = made
+    answer, biases = groups[0][0], []
+    doctor.map.data.zero_()
+    direct = doctor.guidance(answer.states[:-1], answer.ids, answer.candidates)
+    with torch.no_grad():
+        table = doctor.guidance(answer.states[:-1], answer.ids, answer.candidates)
+    for ours, expected in zip(table, direct, strict=True):
+        torch.testing.assert_close(ours, expected.detach())
+    pairs = [(groups[0][i], groups[0][i + 32]) for i in range(32)]
+    for map_rate in (0.0, 1e-20):
+        trained = states.new_doctor(doctor.embeddings, groups)
+        states.train(trained, pairs, states.dpo_loss(beta=0.3), epochs=2, learning_rate=0.1, map_rate=map_rate)
+        biases.append(trained.bias.detach())
+    assert biases[0].abs().max() > 0.05
+    torch.testing.assert_close(*biases, atol=1e-3, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_genarm_is_a_language_model(made):
+    """Its sums are log-probabilities over the whole vocabulary; the patient's candidates alone would say too much."""
+    states, _, model, _, groups, doctor = made
+    chosen, rejected = groups[0][:3], groups[1][:3]
+    for starts_at_patient in (True, False):
+        sums = []
+        for answer in (*chosen, *rejected):
+            logits = doctor.directions(answer.states[:-1]) @ doctor.embeddings.T
+            if starts_at_patient:
+                logits = logits + model.lm_head(answer.states[:-1])
+                patient = model.lm_head(answer.states[:-1]).log_softmax(-1).gather(1, answer.ids[:, None])[:, 0]
+                torch.testing.assert_close(states.patient_logps(doctor.embeddings, answer), patient)
+            sums.append(logits.log_softmax(-1).gather(1, answer.ids[:, None]).sum())
+        a, b = torch.stack(sums).chunk(2)
+        expected = -torch.nn.functional.logsigmoid(0.2 * (a - b)).mean()
+        loss = states.genarm_loss(beta=0.2, starts_at_patient=starts_at_patient, num_words=100_000)
+        torch.testing.assert_close(loss(doctor, chosen, rejected, None), expected, atol=2e-3, rtol=0)
+
+
+@torch.no_grad()
+def test_sampled_and_weighted_kls_agree(made):
+    """Two ways to the KL of a guided patient: along its own texts, and on weighted texts of the patient."""
+    states, samples, model, prompts, groups, doctor = made
+    guided = load("guided")
+    weighted = states.weigh(groups, states.logits_on(doctor, groups), 0.7)
+    rows = [ids for ids in prompts for _ in range(400)]
+    guide, generator = guided.Guide(doctor, 0.7, len(rows)), torch.Generator().manual_seed(1)
+    drawn = samples.draw(model, rows, max_new_tokens=4, generator=generator, eos_token_id=EOS, guide=guide)
+    for prompt in range(2):
+        mine = slice(400 * prompt, 400 * (prompt + 1))
+        kl = (weighted.weights[prompt] * weighted.kl[prompt]).sum().item()
+        error = guide.kl[mine].std().item() / 20 + weighted.weights[prompt].square().sum().sqrt().item() * kl
+        assert kl > 0.05 and guide.kl[mine].mean().item() == pytest.approx(kl, abs=3 * error)
+        lengths = torch.tensor([float(len(answer.ids)) for answer in groups[prompt]]).double()
+        expected = (weighted.weights[prompt] * lengths).sum().item()
+        assert sum(map(len, drawn[mine])) / 400 == pytest.approx(expected, abs=0.3)
+
+
+@torch.no_grad()
+def test_the_greedy_guide(made):
+    """AAD takes the doctor's favourite among likely tokens, and its KL is the surprise of the patient."""
+    _, samples, model, prompts, _, doctor = made
+    guided = load("guided")
+    guide, generator = guided.Greedy(doctor, 1.0, 1), torch.Generator().manual_seed(0)
+    (drawn,) = samples.draw(model, prompts[:1], max_new_tokens=3, generator=generator, eos_token_id=EOS, guide=guide)
+    ids, kl = list(prompts[0]), 0.0
+    for token in drawn:
+        output = model(torch.tensor([ids]), output_hidden_states=True)
+        patient = output.logits[0, -1].log_softmax(-1)
+        says = doctor.directions(output.hidden_states[-1][0, -1:])[0] @ doctor.embeddings.T
+        likely = [word for word in range(len(patient)) if patient[word] >= patient.max() + math.log(guided.MIN_P)]
+        assert token == max(likely, key=lambda word: says[word])
+        kl -= patient[token].item()
+        ids.append(token)
+    assert guide.kl.item() == pytest.approx(kl, rel=1e-4) and guide.surprise.item() == pytest.approx(kl, rel=1e-4)
+
+
+def test_two_doctors_at_once(made):
+    """With all the weight one doctor speaks alone; between them the logits are those of the mixed map."""
+    states, _, _, _, groups, doctor = made
+    measures = load("measures")
+    other = states.new_doctor(doctor.embeddings, groups)
+    torch.nn.init.normal_(other.map, std=2.0)
+    logits = {"cheerful": states.logits_on(doctor, groups), "plain": states.logits_on(other, groups)}
+    alone = states.weigh(groups, logits["cheerful"], 0.3)
+    combined = states.weigh(groups, measures.combined(logits, {"cheerful": 1.0, "plain": 0.0}), 0.3)
+    torch.testing.assert_close(combined.weights, alone.weights)
+    torch.testing.assert_close(combined.kl, alone.kl)
+    mixed = states.new_doctor(doctor.embeddings, groups)
+    for name in ("map", "bias"):
+        getattr(mixed, name).data = 0.25 * getattr(doctor, name).data + 0.75 * getattr(other, name).data
+    combined = measures.combined(logits, {"cheerful": 0.25, "plain": 0.75})
+    for ours, expected in zip(combined, states.logits_on(mixed, groups), strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_mixture_of_tasks(tasks):
+    """The log-odds of a label are the weighted sum of those of the tasks; the whole weight is the task itself."""
+    assert tasks.mixture({"cheerful": 1.0, "plain": 0.0}) is tasks.TASKS["cheerful"]
+    mixed, text = tasks.mixture({"cheerful": 0.25, "plain": 0.75}), "This is a great day for a walk."
+    expected = 0.25 * 4 * tasks.sentiment(text) + 0.75 * 6 * tasks.plainness(text)
+    assert mixed.noise_factor * mixed.score(text) == pytest.approx(expected) and mixed.faces is None
+
+
+def test_the_strength_at_a_distance():
+    """A KL that grows with the square of the strength: 4 nats need twice the strength of 1."""
+    guided = load("guided")
+    rows = [{"kl": kl, "strength": 3 * kl**0.5} for kl in (0.25, 0.5, 1.0, 2.0)]
+    assert guided.strength_at(rows, 2.0) == pytest.approx(3 * 2**0.5)
+    assert guided.strength_at(rows, 4.0) == pytest.approx(6)
+    assert guided.strength_at([{"kl": 0.0}], 4.0) is None
+
+
+def test_the_mean_over_weightings():
+    """By hand: each weighting has a unit of its own, so efficiencies are averaged and not gains."""
+    tables = load("tables")
+    half = {"seed": 0, "efficiency": 0.5, "gain": 2.0, "by_prompt": [1.0, 3.0]}  # 0.25 and 0.75
+    small = {"seed": 0, "efficiency": 0.2, "gain": 0.01, "by_prompt": [0.0, 0.02]}  # 0 and 0.4
+    torch.testing.assert_close(tables.over_weightings([half, small]), torch.tensor([[0.125, 0.575]]))
+    assert tables.over_weightings([half, small, half | {"seed": 1}]) is None  # not measured at each weighting
+    assert tables.over_weightings([{"seed": 0, "gain": 1.0, "by_prompt": [1.0]}]) is None

@@ -78,9 +78,8 @@ class GuidanceHead(torch.nn.Module):
             hidden_states (`torch.Tensor` of shape `(N, H)`):
                 Where completion tokens are predicted, N larger than H if possible.
         """
-        embeddings, hidden_states = self.weight.double(), hidden_states.double()
-        centered, logits = embeddings - embeddings.mean(dim=0), logits.to(embeddings) - logits.mean().to(embeddings)
-        direction = _ridge(centered.T @ centered, centered.T @ logits, 1e-4)
+        hidden_states = hidden_states.double()
+        direction = fitted_direction(self.weight, logits)
         constant = _ridge(hidden_states.T @ hidden_states, hidden_states.sum(dim=0), 1e-3)
         self.map.copy_(torch.outer(direction, constant) / self.scale)
 
@@ -113,6 +112,13 @@ class GuidanceHead(torch.nn.Module):
         else:
             with torch.no_grad():
                 self.map.copy_(self.unfolded(self.weight, weight.to(self.weight.device)))
+
+
+def fitted_direction(embeddings: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """The direction (H,), in double precision, whose products with the embeddings (V, H) are nearest to logits (V,), up to a constant."""
+    embeddings = embeddings.detach().double()
+    centered, logits = embeddings - embeddings.mean(dim=0), logits.to(embeddings) - logits.mean().to(embeddings)
+    return _ridge(centered.T @ centered, centered.T @ logits, 1e-4)
 
 
 def _ridge(second_moments: torch.Tensor, products: torch.Tensor, ridge: float) -> torch.Tensor:

@@ -40,10 +40,11 @@ from pathlib import Path
 
 from frontier import FULL, follow, read
 from methods import DPO_GRID, GUIDED, RATE, Task, train_dpo, train_tfpo
-from patient_samples import Guide, PatientSamples, kl_of, tilted
+from patient_samples import Guide, PatientSamples
 
 from trl_tfpo import DoctorGuidedLogitsProcessor
 from trl_tfpo.testbed import Attribute
+from trl_tfpo.testbed.frontier import kl_of, tilted
 
 
 NAMES = ("praise", "calm")

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 
 from trl_tfpo import DoctorGuidedLogitsProcessor
 from trl_tfpo.testbed import Comparison
-from trl_tfpo.testbed.frontier import Frontier, reward_kl_frontier
+from trl_tfpo.testbed.frontier import Frontier, kl_of, reward_kl_frontier, tilted
 
 
 Guide = Callable[[float], DoctorGuidedLogitsProcessor]  # of a strength; always with the same models
@@ -169,23 +169,6 @@ class PatientSamples:
         row = self.completion_mask.nonzero()[:, 0]
         shape = next(iter(self.rewards.values())).shape
         return torch.zeros(len(self.ids), dtype=torch.double).index_add(0, row, values.double()).view(shape)
-
-
-def tilted(
-    rewards: torch.Tensor, grows: Callable[[torch.Tensor], torch.Tensor], wanted: float
-) -> tuple[float, torch.Tensor]:
-    """The tilt by rewards (P, N), and the weights (P, N) that it gives, at which what grows with it is as large as wanted."""
-    low, high = 0.0, 100.0
-    for _ in range(60):
-        tilt = (low + high) / 2
-        weights = (tilt * rewards).softmax(dim=1)
-        low, high = (tilt, high) if grows(weights) < wanted else (low, tilt)
-    return tilt, weights
-
-
-def kl_of(weights: torch.Tensor) -> torch.Tensor:
-    """KL (P,) in nats from samples that all count alike, of weights (P, N) that sum to 1."""
-    return (weights * (weights * weights.size(1)).clamp(min=1e-300).log()).sum(dim=1)
 
 
 def shares(frontier: Frontier, gain: torch.Tensor, kl: torch.Tensor) -> dict:

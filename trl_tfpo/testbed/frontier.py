@@ -20,6 +20,7 @@ reward for everything else.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -184,3 +185,30 @@ def reward_kl_frontier(rewards: torch.Tensor) -> Frontier:
             break
         points.append((kl.mean(), reward, error))
     return Frontier(*(torch.stack(column) for column in zip(*points, strict=True)))
+
+
+def tilted(
+    rewards: torch.Tensor, grows: Callable[[torch.Tensor], torch.Tensor], wanted: float
+) -> tuple[float, torch.Tensor]:
+    """
+    The tilt by rewards (P, N), and the weights (P, N) that it gives, at which a quantity that grows with it reaches a value.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(P, N)`):
+            Rewards of N patient samples for each of P prompts.
+        grows (`Callable`):
+            From weights to the quantity, such as the mean of [`kl_of`].
+        wanted (`float`):
+            Its value. One that no tilt up to 10,000 reaches gets that tilt.
+    """
+    low, high = 0.0, 1e4
+    for _ in range(70):
+        tilt = (low + high) / 2
+        weights = (tilt * rewards).softmax(dim=1)
+        low, high = (tilt, high) if grows(weights) < wanted else (low, tilt)
+    return tilt, weights
+
+
+def kl_of(weights: torch.Tensor) -> torch.Tensor:
+    """KL (P,) in nats from samples that all count alike, of weights (P, N) that sum to 1."""
+    return (weights * (weights * weights.size(1)).clamp(min=1e-300).log()).sum(dim=1)

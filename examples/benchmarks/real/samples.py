@@ -19,7 +19,7 @@ Answers drawn from a model at temperature 1, and a folder that keeps them: sampl
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from trl_tfpo.scoring import model_fingerprint
 
 
 logger = logging.getLogger(__name__)
+Guide = Callable[[list[int], torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @torch.inference_mode()
@@ -42,9 +43,11 @@ def draw(
     max_new_tokens: int,
     generator: torch.Generator,
     eos_token_id: int | Sequence[int],
+    guide: Guide | None = None,
 ) -> list[list[int]]:
     """
-    One completion for each prompt, sampled from the model's own distribution: temperature 1, nothing cut off.
+    One completion for each prompt, sampled from the model's own distribution, or from what a guide makes of it:
+    temperature 1, nothing cut off.
 
     Equal prompts pass the model once, and a row that has ended leaves the batch. Prompts are padded on the left.
 
@@ -59,6 +62,9 @@ def draw(
             Source of chance. Sampling is done on its device, which should be that of the model.
         eos_token_id (`int` or `Sequence[int]`):
             Tokens that end a completion.
+        guide (`Callable`, *optional*):
+            From the indices of the live completions, the model's last hidden states `(B', H)` and its logits `(B', V)`
+            there, to the logits that are sampled.
 
     Returns:
         `list[list[int]]` of B: the new token ids. A completion that has ended has its EOS at the end.
@@ -87,11 +93,15 @@ def draw(
 
     completions: list[list[int]] = [[] for _ in prompts_ids]
     live = list(range(len(prompts_ids)))
-    output = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+    settings = dict(use_cache=True, output_hidden_states=guide is not None)
+    output = model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1, **settings)
     cache = output.past_key_values
     cache.batch_select_indices(prompt_of_row)
     logits, mask, positions = output.logits[prompt_of_row, -1], mask[prompt_of_row], lengths[prompt_of_row]
+    hidden = output.hidden_states[-1][prompt_of_row, -1] if guide else None
     for step in range(max_new_tokens):
+        if guide:
+            logits = guide(live, hidden, logits)
         probabilities = logits.float().softmax(dim=-1).to(generator.device)  # (B, V)
         tokens = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(device)
         for row, token in zip(live, tokens.tolist(), strict=True):
@@ -109,9 +119,10 @@ def draw(
             attention_mask=mask,
             position_ids=positions[:, None],
             past_key_values=cache,
-            use_cache=True,
+            **settings,
         )
         logits, positions = output.logits[:, -1], positions + 1
+        hidden = output.hidden_states[-1][:, -1] if guide else None
     return completions
 
 

@@ -36,7 +36,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_tfpo.atomic import written_whole
 from trl_tfpo.faces import apply_face
-from trl_tfpo.functional import subtb_loss
+from trl_tfpo.functional import flow_potential, log_prefix_scores, subtb_loss
 from trl_tfpo.progress import Progress
 
 
@@ -170,12 +170,42 @@ def read_all(
                     piece.append([vars(answer) for answer in answers])
                 with written_whole(path) as part:
                     torch.save(piece, part)
-            groups += [[Answer(**answer) for answer in answers] for answers in torch.load(path)]
+            kept = [[Answer(**answer) for answer in answers] for answers in torch.load(path)]
+            if [[answer.ids.tolist() for answer in group] for group in kept] != list(
+                map(list, completions[first : first + prompts_per_piece])
+            ):
+                raise ValueError(
+                    f"The file must hold the states of the samples that are read. Got those of others in {str(path)!r}; "
+                    "delete the folder, or use another `--cache` for another model."
+                )
+            groups += kept
             progress.update(min(prompts_per_piece, len(prompts) - first))
     return groups
 
 
 # Doctors
+
+
+class CandidateLogits(torch.autograd.Function):
+    """
+    `embeddings[candidates] @ directions`, (N, C), of candidates (N, C) and directions (N, H).
+
+    The embeddings of the candidates would be gigabytes. Embedding bags read them where they are: the gradient of a bag
+    with respect to its weights is this product, and the gradient of this product is a bag.
+    """
+
+    @staticmethod
+    def forward(ctx, directions: torch.Tensor, embeddings: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(embeddings, candidates)
+        weights = torch.zeros(candidates.shape, requires_grad=True)
+        with torch.enable_grad():
+            bags = F.embedding_bag(candidates, embeddings, per_sample_weights=weights, mode="sum")
+        return torch.autograd.grad(bags, weights, directions)[0]
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        embeddings, candidates = ctx.saved_tensors
+        return F.embedding_bag(candidates, embeddings, per_sample_weights=gradient, mode="sum"), None, None
 
 
 class Doctor(torch.nn.Module):
@@ -187,7 +217,13 @@ class Doctor(torch.nn.Module):
             The patient's head.
         mean, scale (`torch.Tensor` of shape `(H,)`):
             Of the hidden states; M sees them standardized to a mean square norm of 24.
+
+    Attributes:
+        patient_weight (`float`):
+            How often the patient's own logits are added: once where the doctor is a language model of its own.
     """
+
+    patient_weight = 0.0
 
     def __init__(self, embeddings: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor):
         super().__init__()
@@ -202,11 +238,19 @@ class Doctor(torch.nn.Module):
     def standardized(self, states: torch.Tensor) -> torch.Tensor:
         return (states - self.mean) / self.scale
 
+    def directions(self, states: torch.Tensor) -> torch.Tensor:
+        """What the embeddings are multiplied by, (N, H), at N states of the patient."""
+        return self.standardized(states) @ self.map.T + self.bias + self.patient_weight * states
+
     def guidance(self, states: torch.Tensor, answer_ids: torch.Tensor, candidates: torch.Tensor):
-        """Logits of the tokens (N,) and of the candidates (N, C) at N standardized states."""
-        direction = states @ self.map.T + self.bias  # (N, H)
-        own = (self.embeddings[answer_ids] * direction).sum(dim=1)
-        return own, (self.embeddings[candidates.long()] @ direction[..., None]).squeeze(-1)
+        """Logits of the tokens (N,) and of the candidates (N, C) at N states of the patient."""
+        is_fixed = not (torch.is_grad_enabled() and self.map.requires_grad)
+        if is_fixed and not self.patient_weight and not self.map.any():  # the same logits at every state
+            logits = self.embeddings @ self.bias
+            return logits[answer_ids], logits[candidates.long()]
+        directions = self.directions(states)
+        own = (self.embeddings[answer_ids] * directions).sum(dim=1)
+        return own, CandidateLogits.apply(directions, self.embeddings, candidates)
 
 
 def new_doctor(embeddings: torch.Tensor, groups: Sequence[Sequence[Answer]]) -> Doctor:
@@ -226,14 +270,14 @@ class Batch:
 
 def forward(doctor: Doctor, answers: Sequence[Answer]) -> Batch:
     lengths = [len(answer.ids) for answer in answers]
-    states = doctor.standardized(torch.cat([answer.states for answer in answers]))  # (N + B, H)
+    states = torch.cat([answer.states for answer in answers])  # (N + B, H)
     is_last = torch.zeros(len(states), dtype=torch.bool)
     is_last[torch.tensor(lengths).add(1).cumsum(0) - 1] = True
     ids, candidates = (torch.cat([getattr(answer, name) for answer in answers]) for name in ("ids", "candidates"))
     log_weights = torch.cat([answer.log_weights for answer in answers])
     own, others = doctor.guidance(states[~is_last], ids, candidates)
     log_z = (others + log_weights).logsumexp(dim=1) - log_weights.logsumexp(dim=1)
-    values = doctor.value(states)[:, 0].split([n + 1 for n in lengths])
+    values = doctor.value(doctor.standardized(states))[:, 0].split([n + 1 for n in lengths])
     values = [torch.cat([v[:-1], v[-1:] * (not answer.ends)]) for v, answer in zip(values, answers, strict=True)]
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     ratios = pad_sequence((own - log_z).split(lengths), batch_first=True)
@@ -252,6 +296,7 @@ def train(
     batch_size: int = 16,
 ) -> Doctor:
     """AdamW with a cosine schedule; the value learns ten times as fast, the map `map_rate` times."""
+    doctor.map.requires_grad_(map_rate > 0)
     optimizer = torch.optim.AdamW(
         [
             {"params": [doctor.map], "lr": learning_rate * map_rate},
@@ -281,9 +326,16 @@ def flow_loss(rewards: Callable[[Answer], torch.Tensor], *, reward_temperature: 
     def loss(doctor, chosen, rejected, _):
         answers = [*chosen, *rejected]
         batch = forward(doctor, answers)
-        given = pad_sequence([rewards(answer) for answer in answers], batch_first=True) / reward_temperature
-        gains = (given - batch.log_ratios).masked_fill(~batch.mask, 0).cumsum(dim=1)
-        potential = F.pad(gains, (1, 0)) + batch.log_values
+        given = pad_sequence([rewards(answer) for answer in answers], batch_first=True)
+        scores = log_prefix_scores(
+            token_rewards=given, completion_mask=batch.mask, reward_temperature=reward_temperature
+        )
+        potential = flow_potential(
+            log_values=batch.log_values,
+            log_prefix_scores=scores,
+            policy_logps=batch.log_ratios,
+            completion_mask=batch.mask,
+        )
         return subtb_loss(potential=potential, completion_mask=batch.mask, subtb_lambda=subtb_lambda).mean()
 
     return loss
@@ -300,6 +352,56 @@ def dpo_loss(*, beta: float):
     return loss
 
 
+def genarm_loss(*, beta: float, starts_at_patient: bool, num_words: int = 1024, seed: int = 0):
+    """
+    GenARM's: Bradley-Terry on sums of log-probabilities under the doctor as a language model, without a reference.
+
+    Args:
+        beta (`float`):
+            Factor of the difference of the sums.
+        starts_at_patient (`bool`):
+            Whether the language model is the patient times the doctor, else the doctor alone, which starts uniform. The
+            normalizer of the former comes from the candidates, and that of the latter from the tokens of the batch,
+            exactly, and `num_words` samples of the others: candidates of the patient say nothing about rare words.
+        num_words, seed (`int`):
+            Samples of the vocabulary, which are other ones at each step.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def own_logps(doctor: Doctor, answers: Sequence[Answer]) -> torch.Tensor:
+        ids = torch.cat([answer.ids for answer in answers])
+        directions = doctor.directions(torch.cat([answer.states[:-1] for answer in answers]))  # (N, H)
+        own = (doctor.embeddings[ids] * directions).sum(dim=1)
+        seen, num_all = ids.unique(), len(doctor.embeddings)
+        others = torch.randint(num_all, (num_words,), generator=generator)
+        others = others[~torch.isin(others, seen)]
+        logits = directions @ doctor.embeddings[torch.cat([seen, others])].T
+        share = math.log(max(num_all - len(seen), 1) / max(len(others), 1))
+        logits = logits + torch.cat([torch.zeros(len(seen)), torch.full((len(others),), share)])
+        return pad_sequence((own - logits.logsumexp(dim=1)).split([len(x.ids) for x in answers]), batch_first=True)
+
+    def loss(doctor, chosen, rejected, _):
+        answers = [*chosen, *rejected]
+        if starts_at_patient:
+            patient = pad_sequence([patient_logps(doctor.embeddings, answer) for answer in answers], batch_first=True)
+            batch = forward(doctor, answers)
+            logps = (batch.log_ratios + patient).masked_fill(~batch.mask, 0)
+        else:
+            logps = own_logps(doctor, answers)
+        a, b = logps.sum(dim=1).chunk(2)
+        return -F.logsigmoid(beta * (a - b)).mean()
+
+    return loss
+
+
+def patient_logps(embeddings: torch.Tensor, answer: Answer) -> torch.Tensor:
+    """Log-probabilities (T,) of an answer's tokens under the patient, whose likeliest token is the first candidate."""
+    likeliest = answer.candidates[:, 0].long()
+    return answer.log_weights[:, 0] + ((embeddings[answer.ids] - embeddings[likeliest]) * answer.states[:-1]).sum(
+        dim=1
+    )
+
+
 # Measuring
 
 
@@ -311,41 +413,50 @@ class Guided:
     kl: torch.Tensor
 
 
+Logits = list[
+    tuple[torch.Tensor, torch.Tensor]
+]  # of each prompt: of the tokens (N,) of all answers, and of the candidates
+
+
 @torch.no_grad()
-def logits_on(doctor: Doctor, groups: Sequence[Sequence[Answer]]) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Logits of the tokens and the candidates of each answer, at strength 1."""
+def logits_on(doctor: Doctor, groups: Sequence[Sequence[Answer]]) -> Logits:
+    """Logits of the tokens and the candidates of each prompt's answers, at strength 1."""
     return [
-        [doctor.guidance(doctor.standardized(a.states[:-1]), a.ids, a.candidates) for a in group] for group in groups
+        doctor.guidance(
+            torch.cat([answer.states[:-1] for answer in group]),
+            torch.cat([answer.ids for answer in group]),
+            torch.cat([answer.candidates for answer in group]),
+        )
+        for group in groups
     ]
 
 
 @torch.no_grad()
-def weigh(groups: Sequence[Sequence[Answer]], logits: list, strength: float) -> Guided:
+def weigh(groups: Sequence[Sequence[Answer]], logits: Logits, strength: float) -> Guided:
     """The samples of P prompts, N each, importance-weighted for the patient guided at a strength."""
     log_weights, kls = [], []
-    for group, said in zip(groups, logits, strict=True):
-        for answer, (own, others) in zip(group, said, strict=True):
-            tilted = strength * others.float() + answer.log_weights
-            log_z = tilted.logsumexp(dim=1) - answer.log_weights.logsumexp(dim=1)
-            log_weights.append((strength * own - log_z).sum())
-            kls.append(((tilted.softmax(dim=1) * strength * others.float()).sum(dim=1) - log_z).sum())
-    shape = len(groups), -1
-    return Guided(torch.stack(log_weights).double().view(shape).softmax(dim=1), torch.stack(kls).double().view(shape))
+    for group, (own, others) in zip(groups, logits, strict=True):
+        patient, lengths = torch.cat([answer.log_weights for answer in group]), [len(answer.ids) for answer in group]
+        guidance = strength * others.float()
+        tilted = guidance + patient
+        log_z = tilted.logsumexp(dim=1) - patient.logsumexp(dim=1)
+        kl = (tilted.softmax(dim=1) * guidance).sum(dim=1) - log_z
+        log_weights.append(torch.stack([x.sum() for x in (strength * own - log_z).double().split(lengths)]))
+        kls.append(torch.stack([x.sum() for x in kl.double().split(lengths)]))
+    return Guided(torch.stack(log_weights).softmax(dim=1), torch.stack(kls))
 
 
 @torch.inference_mode()
 def logits_of(
     model: PreTrainedModel, reader: Reader, prompts: Sequence[list[dict]], groups: Sequence[Sequence[Answer]]
-):
+) -> Logits:
     """What [`logits_on`] gives, of a doctor that is a model: it reads the prompts and the answers itself."""
     own_reader, said = Reader(model, reader.tokenizer, reader.eos_token_id), []
     for messages, group in zip(prompts, groups, strict=True):
         states = own_reader.states(messages, [answer.ids.tolist() for answer in group])
-        logits = [model.lm_head(x[:-1]) for x in states]  # (T, V)
-        said.append(
-            [
-                (x.gather(1, answer.ids[:, None])[:, 0], x.gather(1, answer.candidates.long()))
-                for x, answer in zip(logits, group, strict=True)
-            ]
-        )
+        parts = []
+        for state, answer in zip(states, group, strict=True):
+            logits = model.lm_head(state[:-1])  # (T, V)
+            parts.append((logits.gather(1, answer.ids[:, None])[:, 0], logits.gather(1, answer.candidates.long())))
+        said.append(tuple(torch.cat(x) for x in zip(*parts, strict=True)))
     return said

@@ -49,8 +49,8 @@ class Task:
     Args:
         name (`str`):
             Name of the task.
-        faces ([`~trl_tfpo.faces.Faces`]):
-            The instructions to the patient.
+        faces ([`~trl_tfpo.faces.Faces`] or `None`):
+            The instructions to the patient. A mixture of tasks has none.
         score (`Callable[[str], float]`):
             From the text of an answer to how much of the wanted behaviour it shows.
         noise_factor (`float`):
@@ -58,7 +58,7 @@ class Task:
     """
 
     name: str
-    faces: Faces
+    faces: Faces | None
     score: Callable[[str], float]
     noise_factor: float
 
@@ -109,6 +109,26 @@ TASKS = {
         ),
     )
 }
+
+
+def mixture(weights: dict[str, float]) -> Task:
+    """
+    The task of several at once: a label is drawn by the weighted sum of the log-odds of each.
+
+    Args:
+        weights (`dict[str, float]`):
+            Of tasks, by name. A task with the whole weight is that task.
+    """
+    whole = [name for name, weight in weights.items() if weight == 1]
+    if whole:
+        return TASKS[whole[0]]
+    parts = [(weight * TASKS[name].noise_factor, TASKS[name].score) for name, weight in weights.items()]
+    return Task(
+        " + ".join(f"{weight:g} {name}" for name, weight in weights.items()),
+        faces=None,
+        score=lambda text: sum(factor * score(text) for factor, score in parts),
+        noise_factor=1.0,
+    )
 
 
 def label(task: Task, texts_a: Sequence[str], texts_b: Sequence[str], seed: int) -> list[bool]:

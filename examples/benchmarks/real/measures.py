@@ -1,0 +1,152 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Measures: reward at a distance from the patient, on test or validation prompts.
+
+Near the patient its own samples are importance-weighted, so that all methods share their noise, and strengths are found
+on them. Beyond 2 nats too few of 64 samples count; there texts are sampled from the guided patient (`guided.py`).
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from signals import sums
+from states import Answer, Logits, weigh
+from tasks import TASKS
+
+from trl_tfpo.testbed import reward_kl_frontier
+
+
+if TYPE_CHECKING:
+    from bench import Bench
+
+
+KLS = [0.25, 0.5, 1.0, 2.0]  # nats
+OBJECTIVE_KLS = [0.5, 1.0]
+BETAS = [x * y for y in (0.1, 1, 10) for x in (1, 1.8, 3.2, 5.6)]  # strengths, from which KLs are interpolated
+NO_TRAINING = ("best of 2 by the scorer", "best of 4 by the scorer", "best of 2 by credits", "best of 4 by credits")
+
+
+def interpolated(
+    groups: Sequence[Sequence[Answer]], logits: Logits, values: dict[str, torch.Tensor], kls: Sequence[float]
+) -> list[tuple[dict, dict[str, torch.Tensor]]]:
+    """
+    Expectations of a guided patient at each of some KLs that a strength reaches, linear in the root of the KL.
+
+    Args:
+        groups (P groups of N [`Answer`]):
+            Samples of the patient.
+        logits ([`~states.Logits`]):
+            Of the doctor on them, at strength 1.
+        values (`dict[str, torch.Tensor]` of shape `(P, N)`):
+            What is expected, by name.
+        kls (`Sequence[float]`):
+            Mean KLs, in nats.
+
+    Returns:
+        `list` of a row with `kl`, `strength` and `num_effective`, and the expectations `(P,)` by name.
+    """
+    points = []
+    for beta in BETAS:
+        found = weigh(groups, logits, beta)
+        by_prompt = {name: (found.weights * x).sum(dim=1) for name, x in {"kl": found.kl, **values}.items()}
+        if by_prompt["kl"].mean() < kls[0] / 4:
+            continue
+        num_effective = (1 / found.weights.square().sum(dim=1)).mean().item()
+        points.append((by_prompt["kl"].mean().item(), beta, by_prompt, num_effective))
+        if points[-1][0] > kls[-1]:
+            break
+    rows = []
+    for kl, ((k0, b0, x0, n0), (k1, b1, x1, n1)) in itertools.product(kls, itertools.pairwise(points)):
+        if k0 <= kl < k1:
+            share = (kl**0.5 - k0**0.5) / (k1**0.5 - k0**0.5)
+            row = {"kl": kl, "strength": b0 + share * (b1 - b0), "num_effective": min(n0, n1)}
+            rows.append((row, {name: torch.lerp(x0[name], x1[name], share) for name in values}))
+    return rows
+
+
+def measure(bench: "Bench", task: str, split: str, logits: Logits) -> list[dict]:
+    """A row for each KL: reward, tokens, share that ends, gain by prompt."""
+    groups, scores = bench.answers[split], bench.scores[task, split]
+    tokens = torch.tensor([[float(len(a.ids)) for a in group] for group in groups]).double()
+    ends = torch.tensor([[float(a.ends) for a in group] for group in groups]).double()
+    rows = []
+    for row, found in interpolated(groups, logits, {"reward": scores, "tokens": tokens, "ends": ends}, KLS):
+        gain = found["reward"] - scores.mean(dim=1)
+        row |= {"reward": found["reward"].mean().item(), "gain": gain.mean().item()}
+        row |= {"tokens": found["tokens"].mean().item() / tokens.mean().item(), "ends": found["ends"].mean().item()}
+        rows.append(row | shares(bench, task, split, row["kl"], gain))
+    nothing = {"kl": 0.0, "gain": 0.0, "by_prompt": [0.0] * len(groups)}  # at no strength as far as the first KL
+    return rows or [nothing]
+
+
+def shares(bench: "Bench", task: str, split: str, kl: float, gain: torch.Tensor) -> dict:
+    """Gains by prompt (P,), and the share of the best possible gain where the frontier is known."""
+    frontier, by_prompt = bench.frontier(task, split), {"by_prompt": [round(x, 5) for x in gain.tolist()]}
+    if kl > frontier.max_kl:
+        return by_prompt
+    return {"efficiency": gain.mean().item() / (frontier.best_reward(kl) - frontier.patient_reward)} | by_prompt
+
+
+def best_of(bench: "Bench", task: str, seed: int, name: str) -> list[dict]:
+    """Best of n patient samples: the KL is at most log n - (n - 1) / n."""
+    n, scores = int(name.split()[2]), bench.scores[task, "test"]
+    signal = scores
+    if name.endswith("credits"):
+        credits = bench.calibration(task, seed).credits
+        signal = sums(bench.answers["test"], lambda answer: credits[answer.ids])
+    order = signal.argsort(dim=1)
+    share = (torch.arange(1, scores.size(1) + 1).double() / scores.size(1)) ** n
+    weights = share.diff(prepend=torch.zeros(1).double())  # of the samples in order, drawn with replacement
+    gain = (scores.gather(1, order) * weights).sum(dim=1) - scores.mean(dim=1)
+    kl = math.log(n) - (n - 1) / n
+    row = {"kl": kl, "reward": (gain + scores.mean(dim=1)).mean().item(), "gain": gain.mean().item()}
+    return [row | shares(bench, task, "test", kl, gain)]
+
+
+def best_possible(bench: "Bench", task: str) -> dict:
+    """The frontier on test prompts: the best gain and its standard error at some KLs."""
+    frontier = bench.frontier(task, "test")
+    kls = [frontier.max_kl * (i / 40) ** 2 for i in range(41)]
+    gains = [frontier.best_reward(kl) - frontier.patient_reward for kl in kls]
+    return {"kls": kls, "gains": gains, "standard_errors": [frontier.standard_error(kl) for kl in kls]}
+
+
+def measure_objectives(bench: "Bench", weights: dict[str, float], logits: Logits) -> list[dict]:
+    """
+    A row for each KL of what a doctor gains in each task, in units of its score, and by prompt in the weighted log-odds
+    of labels.
+    """
+    factors = {name: weight * TASKS[name].noise_factor for name, weight in weights.items()}
+    scores = {name: bench.scores[name, "test"] for name in weights}
+    utility = sum(factor * scores[name] for name, factor in factors.items())
+    frontier, rows = reward_kl_frontier(utility), []
+    for row, found in interpolated(bench.answers["test"], logits, scores, OBJECTIVE_KLS):
+        gains = {name: found[name] - scores[name].mean(dim=1) for name in weights}
+        gain = sum(factor * gains[name] for name, factor in factors.items())
+        row |= {"gains": {name: x.mean().item() for name, x in gains.items()}, "gain": gain.mean().item()}
+        if row["kl"] <= frontier.max_kl:
+            row["efficiency"] = row["gain"] / (frontier.best_reward(row["kl"]) - frontier.patient_reward)
+        rows.append(row | {"by_prompt": [round(x, 5) for x in gain.tolist()]})
+    return rows
+
+
+def combined(logits: dict[str, Logits], weights: dict[str, float]) -> Logits:
+    """Weighted sums of what several doctors say of the same samples."""
+    each = [[(w * own, w * others) for own, others in logits[name]] for name, w in weights.items()]
+    return [tuple(sum(x) for x in zip(*groups, strict=True)) for groups in zip(*each, strict=True)]

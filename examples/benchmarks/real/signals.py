@@ -1,0 +1,86 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Signals: how much each reward of whole texts could gain, if a doctor learned it perfectly.
+
+The patient's samples of validation prompts are tilted by the reward. No doctor is trained.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from states import Answer
+
+from trl_tfpo.functional import token_rewards
+from trl_tfpo.testbed.frontier import kl_of, tilted
+
+
+if TYPE_CHECKING:
+    from bench import Bench
+
+
+SIGNAL_KLS = [0.1, 0.25, 0.5, 1.0]  # nats
+
+
+def gain_by(signal: torch.Tensor, scores: torch.Tensor, kl: float) -> float:
+    """What samples with scores (P, N) gain over the patient when they are tilted by a signal (P, N), at a mean KL in nats."""
+    _, weights = tilted(signal, lambda weights: kl_of(weights).mean(), kl)
+    return ((weights * scores).sum(dim=1).mean() - scores.mean()).item()
+
+
+def sums(groups: list[list[Answer]], reward: Callable[[Answer], torch.Tensor]) -> torch.Tensor:
+    return torch.stack([torch.stack([reward(answer).sum() for answer in group]) for group in groups]).double()
+
+
+def sparse_rewards(task: str, answer: Answer, sign: float = 1.0, **settings) -> torch.Tensor:
+    """The token rewards of `functional.token_rewards` from the gaps of an answer."""
+    gap = answer.faces[task][0][None]
+    return token_rewards(
+        positive_logps=gap,
+        negative_logps=torch.zeros_like(gap),
+        preference_sign=torch.tensor([sign]),
+        completion_mask=torch.ones_like(gap, dtype=torch.bool),
+        **settings,
+    )[0]
+
+
+def signals(bench: "Bench", task: str, seed: int) -> list[dict]:
+    """How much of the best gain each reward could reach on validation prompts, if a doctor learned it perfectly."""
+    groups, scores = bench.answers["validation"], bench.scores[task, "validation"]
+    calibration = bench.calibration(task, seed)
+
+    def gaps(answer: Answer) -> torch.Tensor:
+        return answer.faces[task][0].masked_fill(answer.ids == bench.eos, 0)
+
+    rewards = {
+        "length": lambda answer: torch.ones(len(answer.ids)),
+        "sparse token rewards, by the faces": lambda answer: sparse_rewards(task, answer, reward_direction="faces"),
+        "raw gaps": gaps,
+        "mean gap": lambda answer: gaps(answer) / len(answer.ids),
+        "gaps clipped at 1 nat": lambda answer: gaps(answer).clamp(-1, 1),
+        "usual gap of each token": lambda answer: calibration.usual[answer.ids],
+        "calibrated rewards": lambda answer: calibration.credits[answer.ids],
+    }
+    rows = []
+    for name, reward in rewards.items():
+        signal = sums(groups, reward)
+        a, b = ((x - x.mean(dim=1, keepdim=True)).flatten() for x in (signal, scores))
+        row = {"signal": name, "task": task, "seed": seed, "correlation": (a @ b / (a.norm() * b.norm())).item()}
+        for kl in SIGNAL_KLS:
+            gain, best = (gain_by(x, scores, kl) for x in (signal, scores))
+            row[f"{kl} nats"] = gain / best
+        rows.append(row)
+    return rows
