@@ -779,6 +779,21 @@ def test_the_greedy_guide(made):
     assert guide.kl.item() == pytest.approx(kl, rel=1e-4) and guide.surprise.item() == pytest.approx(kl, rel=1e-4)
 
 
+def test_the_best_of_weighted_samples():
+    """Against enumeration: all pairs and triples that are drawn with these weights, the best of each kept."""
+    measures = load("measures")
+    weights = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]).double()
+    signal = torch.tensor([[0.3, -1.0, 2.0], [5.0, 4.0, 3.0]])
+    assert torch.equal(measures.best_of_weights(weights, signal, 1), weights)
+    for n in (2, 3):
+        expected = torch.zeros_like(weights)
+        for row in range(2):
+            for drawn in itertools.product(range(3), repeat=n):
+                best = max(drawn, key=lambda index, row=row: signal[row, index])
+                expected[row, best] += math.prod(weights[row, index] for index in drawn)
+        torch.testing.assert_close(measures.best_of_weights(weights, signal, n), expected)
+
+
 def test_two_doctors_at_once(made):
     """With all the weight one doctor speaks alone; between them the logits are those of the mixed map."""
     states, _, _, _, groups, doctor = made

@@ -24,8 +24,8 @@ python examples/benchmarks/real/bench.py --quick --model FOLDER
 Samples of the patient are drawn once and read once, and serve the pairs, the frontier and all methods. The doctors are
 maps of the patient's hidden states (`states.py`). Settings are chosen on validation prompts with the first seed; every
 seed, of labels and of training, is then measured on test prompts. Each result is a line of the output, and a run that
-was stopped goes on where it was. There are four parts: signals (`signals.py`), methods (`doctors.py`, `measures.py`),
-two objectives at once, and texts sampled far from the patient (`guided.py`).
+was stopped goes on where it was. There are five parts: signals (`signals.py`), methods (`doctors.py`, `measures.py`),
+the best of several guided answers, two objectives at once, and texts sampled far from the patient (`guided.py`).
 """
 
 import argparse
@@ -43,8 +43,8 @@ from guided import AIMS, NUM_SAMPLES, Greedy, Guide, patient_row, sampled, stren
 from measures import NO_TRAINING, best_of, best_possible, combined, measure, measure_objectives
 from model import default_cache, fetch_model
 from samples import Samples
-from signals import signals
-from states import Answer, Doctor, Reader, logits_on, read_all
+from signals import signals, sums
+from states import Answer, Doctor, Reader, logits_on, read_all, weigh
 from tables import OURS, plot, read, report
 from tasks import TASKS, as_messages, label, mixture, prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
@@ -57,6 +57,7 @@ from trl_tfpo.testbed.frontier import Frontier
 FULL = dict(train=512, validation=32, test=48, samples=64, validation_samples=32, max_new_tokens=40)
 QUICK = dict(train=40, validation=3, test=3, samples=16, validation_samples=16, max_new_tokens=6)
 FIRST = {"test": 0, "validation": 64, "train": 104}  # prompt of each split, with room for more of the splits before it
+BEST_OF = [1, 2, 4]
 CHOSEN_AT = [0.5, 1.0]  # nats, where settings are compared
 WEIGHTINGS = [dict(zip(TASKS, (w, 1 - w), strict=True)) for w in (1.0, 0.75, 0.5, 0.25, 0.0)]
 MIXTURES = {mixture(x).name: x for x in WEIGHTINGS if 1.0 not in x.values()}
@@ -184,6 +185,24 @@ def run_methods(args: argparse.Namespace, bench: Bench) -> None:
         write(args.output, [key | row | more for row in rows])
 
 
+def run_best_of(args: argparse.Namespace, bench: Bench) -> None:
+    """The best of several guided answers: ours by the credits, that of DPO by its own log-ratio."""
+    groups = bench.answers["test"]
+    for seed, task, name in itertools.product(args.seeds, args.tasks, (OURS, "DPO")):
+        key = {"task": task, "method": name, "seed": seed, "kind": "best of"}
+        if read(args.output, **key):
+            continue
+        doctor, more = trained(args, bench, task, seed, name)
+        logits = logits_on(doctor, groups)
+        if name == OURS:
+            credits = bench.calibration(task, seed).credits
+            signal = sums(groups, lambda answer, credits=credits: credits[answer.ids])
+        else:
+            signal = weigh(groups, logits, 1.0).log_ratios
+        rows = [row | {"n": n} for n in BEST_OF for row in measure(bench, task, "test", logits, signal, n)]
+        write(args.output, [key | row | more for row in rows])
+
+
 def run_objectives(args: argparse.Namespace, bench: Bench) -> None:
     """Two doctors, combined when decoding, against one DPO doctor for each weighting, trained on labels of the weighting."""
     names = ("two doctors", "DPO for each weighting")
@@ -230,7 +249,13 @@ def run_sampled(args: argparse.Namespace, bench: Bench) -> None:
             write(args.output, [mine | {"strength": strength} | row])
 
 
-PARTS = {"signals": run_signals, "methods": run_methods, "objectives": run_objectives, "sampled": run_sampled}
+PARTS = {
+    "signals": run_signals,
+    "methods": run_methods,
+    "best_of": run_best_of,
+    "objectives": run_objectives,
+    "sampled": run_sampled,
+}
 
 
 def trained(args: argparse.Namespace, bench: Bench, task: str, seed: int, name: str) -> tuple[Doctor, dict]:

@@ -42,8 +42,36 @@ BETAS = [x * y for y in (0.1, 1, 10) for x in (1, 1.8, 3.2, 5.6)]  # strengths, 
 NO_TRAINING = ("best of 2 by the scorer", "best of 4 by the scorer", "best of 2 by credits", "best of 4 by credits")
 
 
+def best_of_weights(weights: torch.Tensor, signal: torch.Tensor, n: int) -> torch.Tensor:
+    """
+    Weights of samples in the best of n, by a signal, that are drawn by other weights, with replacement.
+
+    Args:
+        weights (`torch.Tensor` of shape `(P, N)`):
+            Of the samples of each prompt, adding up to 1.
+        signal (`torch.Tensor` of shape `(P, N)`):
+            What they are ranked by.
+        n (`int`):
+            How many are drawn.
+    """
+    order = signal.argsort(dim=1)
+    up_to = weights.gather(1, order).cumsum(dim=1) ** n
+    of_ranks = up_to.diff(dim=1, prepend=torch.zeros(len(up_to), 1).to(up_to))
+    return torch.zeros_like(weights).scatter(1, order, of_ranks)
+
+
+def best_of_kl(n: int) -> float:
+    """What the best of n samples adds to a KL at most, in nats."""
+    return math.log(n) - (n - 1) / n
+
+
 def interpolated(
-    groups: Sequence[Sequence[Answer]], logits: Logits, values: dict[str, torch.Tensor], kls: Sequence[float]
+    groups: Sequence[Sequence[Answer]],
+    logits: Logits,
+    values: dict[str, torch.Tensor],
+    kls: Sequence[float],
+    ranked_by: torch.Tensor | None = None,
+    n: int = 1,
 ) -> list[tuple[dict, dict[str, torch.Tensor]]]:
     """
     Expectations of a guided patient at each of some KLs that a strength reaches, linear in the root of the KL.
@@ -57,14 +85,18 @@ def interpolated(
             What is expected, by name.
         kls (`Sequence[float]`):
             Mean KLs, in nats.
+        ranked_by (`torch.Tensor` of shape `(P, N)`, *optional*), n (`int`, *optional*):
+            The best of n guided samples is kept, by this signal.
 
     Returns:
         `list` of a row with `kl`, `strength` and `num_effective`, and the expectations `(P,)` by name.
     """
     points = []
-    for beta in BETAS:
+    for beta in BETAS if n == 1 else [0.0, *BETAS]:
         found = weigh(groups, logits, beta)
-        by_prompt = {name: (found.weights * x).sum(dim=1) for name, x in {"kl": found.kl, **values}.items()}
+        weights = found.weights if n == 1 else best_of_weights(found.weights, ranked_by, n)
+        by_prompt = {name: (weights * x).sum(dim=1) for name, x in values.items()}
+        by_prompt["kl"] = (found.weights * found.kl).sum(dim=1) + best_of_kl(n)
         if by_prompt["kl"].mean() < kls[0] / 4:
             continue
         num_effective = (1 / found.weights.square().sum(dim=1)).mean().item()
@@ -80,13 +112,17 @@ def interpolated(
     return rows
 
 
-def measure(bench: "Bench", task: str, split: str, logits: Logits) -> list[dict]:
-    """A row for each KL: reward, tokens, share that ends, gain by prompt."""
+def measure(
+    bench: "Bench", task: str, split: str, logits: Logits, ranked_by: torch.Tensor | None = None, n: int = 1
+) -> list[dict]:
+    """A row for each KL: reward, tokens, share that ends, gain by prompt; of the best of n where there is a signal."""
     groups, scores = bench.answers[split], bench.scores[task, split]
     tokens = torch.tensor([[float(len(a.ids)) for a in group] for group in groups]).double()
     ends = torch.tensor([[float(a.ends) for a in group] for group in groups]).double()
     rows = []
-    for row, found in interpolated(groups, logits, {"reward": scores, "tokens": tokens, "ends": ends}, KLS):
+    for row, found in interpolated(
+        groups, logits, {"reward": scores, "tokens": tokens, "ends": ends}, KLS, ranked_by, n
+    ):
         gain = found["reward"] - scores.mean(dim=1)
         row |= {"reward": found["reward"].mean().item(), "gain": gain.mean().item()}
         row |= {"tokens": found["tokens"].mean().item() / tokens.mean().item(), "ends": found["ends"].mean().item()}
@@ -110,11 +146,9 @@ def best_of(bench: "Bench", task: str, seed: int, name: str) -> list[dict]:
     if name.endswith("credits"):
         credits = bench.calibration(task, seed).credits
         signal = sums(bench.answers["test"], lambda answer: credits[answer.ids])
-    order = signal.argsort(dim=1)
-    share = (torch.arange(1, scores.size(1) + 1).double() / scores.size(1)) ** n
-    weights = share.diff(prepend=torch.zeros(1).double())  # of the samples in order, drawn with replacement
-    gain = (scores.gather(1, order) * weights).sum(dim=1) - scores.mean(dim=1)
-    kl = math.log(n) - (n - 1) / n
+    even = torch.full_like(scores, 1 / scores.size(1))
+    gain = (scores * best_of_weights(even, signal, n)).sum(dim=1) - scores.mean(dim=1)
+    kl = best_of_kl(n)
     row = {"kl": kl, "reward": (gain + scores.mean(dim=1)).mean().item(), "gain": gain.mean().item()}
     return [row | shares(bench, task, "test", kl, gain)]
 

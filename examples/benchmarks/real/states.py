@@ -407,10 +407,17 @@ def patient_logps(embeddings: torch.Tensor, answer: Answer) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Guided:
-    """A guided policy on the patient's samples: weights, KL in nats, (P, N), and expectations follow from them."""
+    """
+    A guided policy on the patient's samples: log-ratios to the patient, weights, and KL in nats, (P, N); expectations
+    follow from them.
+    """
 
-    weights: torch.Tensor
+    log_ratios: torch.Tensor
     kl: torch.Tensor
+
+    @property
+    def weights(self) -> torch.Tensor:
+        return self.log_ratios.softmax(dim=1)
 
 
 Logits = list[
@@ -434,16 +441,16 @@ def logits_on(doctor: Doctor, groups: Sequence[Sequence[Answer]]) -> Logits:
 @torch.no_grad()
 def weigh(groups: Sequence[Sequence[Answer]], logits: Logits, strength: float) -> Guided:
     """The samples of P prompts, N each, importance-weighted for the patient guided at a strength."""
-    log_weights, kls = [], []
+    log_ratios, kls = [], []
     for group, (own, others) in zip(groups, logits, strict=True):
         patient, lengths = torch.cat([answer.log_weights for answer in group]), [len(answer.ids) for answer in group]
         guidance = strength * others.float()
         tilted = guidance + patient
         log_z = tilted.logsumexp(dim=1) - patient.logsumexp(dim=1)
         kl = (tilted.softmax(dim=1) * guidance).sum(dim=1) - log_z
-        log_weights.append(torch.stack([x.sum() for x in (strength * own - log_z).double().split(lengths)]))
+        log_ratios.append(torch.stack([x.sum() for x in (strength * own - log_z).double().split(lengths)]))
         kls.append(torch.stack([x.sum() for x in kl.double().split(lengths)]))
-    return Guided(torch.stack(log_weights).softmax(dim=1), torch.stack(kls))
+    return Guided(torch.stack(log_ratios), torch.stack(kls))
 
 
 @torch.inference_mode()

@@ -40,6 +40,7 @@ def report(output: Path, tasks: list[str]) -> None:
     for task in tasks:
         signals_table(task, read(output, task=task, kind="signal"))
         methods_table(task, read(output, task=task, kind="test"))
+        best_of_table(task, read(output, task=task, kind="best of"))
         sampled_table(task, read(output, task=task, kind="sampled"))
     objectives_table(read(output, kind="objectives"))
 
@@ -70,6 +71,21 @@ def methods_table(task: str, rows: list[dict]) -> None:
         cells.append(f"{statistics.median(seconds):.0f}" if seconds else "")
         print(f"| {name} | {len({row['seed'] for row in mine})} | " + " | ".join(cells) + " |")
     versus(rows, OURS)
+
+
+def best_of_table(task: str, rows: list[dict]) -> None:
+    """The best of n guided answers. The KL is that of the guided patient and what the choice adds at most."""
+    if not rows:
+        return
+    print(f"\n## {task}: the best of n guided answers, efficiency on test prompts\n")
+    print("| method | n | " + " | ".join(f"{kl} nats" for kl in KLS) + " |\n|---|---:" + "|---:" * len(KLS) + "|")
+    for name, n in dict.fromkeys((row["method"], row["n"]) for row in rows):
+        mine = [row for row in rows if (row["method"], row["n"]) == (name, n)]
+        cells = [interval([row for row in mine if row["kl"] == kl]) for kl in KLS]
+        print(f"| {name} | {n} | " + " | ".join(cells) + " |")
+    for n in dict.fromkeys(row["n"] for row in rows):
+        print(f"\nBest of {n}:")
+        versus([row for row in rows if row["n"] == n], OURS)
 
 
 def sampled_table(task: str, rows: list[dict]) -> None:
