@@ -35,6 +35,7 @@ ROWS = [  # a module may import only from strictly earlier rows
         "atomic",
         "faces",
         "functional",
+        "held_out",
         "pair_means",
         "preferences",
         "printable",

@@ -14,6 +14,10 @@
 
 """Calibrated token rewards: what such a token usually gets, weighted by what the labels say."""
 
+import copy
+import json
+import warnings
+
 import pytest
 import torch
 from conftest import make_llama
@@ -22,13 +26,21 @@ from test_tfpo_trainer import FACES, config
 
 from trl_tfpo import DoctorGuidedLogitsProcessor, TFPOTrainer, annotate_token_rewards
 from trl_tfpo.calibration import calibrate
+from trl_tfpo.functional import token_rewards
+from trl_tfpo.token_rewards import SETTINGS_KEY
 from trl_tfpo.trainer_checks import check_can_calibrate
 
 
 VOCABULARY, SIZE, EOS = 60, 5, 2
 
 
-def made_up_pairs(num_pairs: int = 200, signal: float = 1.0, noise: float = 1.0, of_label: float = 3.0):
+def made_up_pairs(
+    num_pairs: int = 200,
+    signal: float = 1.0,
+    noise: float = 1.0,
+    of_label: float = 3.0,
+    vocabulary: int = VOCABULARY,
+):
     """
     Pairs of random tokens with values that are linear in their embeddings. Gaps are values and the noise of their context, labels are
     drawn from a Bradley-Terry model of the values.
@@ -38,14 +50,14 @@ def made_up_pairs(num_pairs: int = 200, signal: float = 1.0, noise: float = 1.0,
     def normal(*shape):
         return torch.randn(*shape, generator=generator)
 
-    embeddings = normal(VOCABULARY, SIZE)
+    embeddings = normal(vocabulary, SIZE)
     values = embeddings @ normal(SIZE) / SIZE**0.5
     values[EOS] = 0
     rows = []
     for _ in range(num_pairs):
         sides = []
         for length in torch.randint(5, 12, (2,), generator=generator).tolist():
-            ids = torch.randint(3, VOCABULARY, (length,), generator=generator)
+            ids = torch.randint(3, vocabulary, (length,), generator=generator)
             gaps = signal * values[ids] + noise * normal(length)
             sides.append(([*ids.tolist(), EOS], [*gaps.tolist(), 5.0], values[ids].sum()))
         margin = of_label * (sides[0][2] - sides[1][2])
@@ -109,8 +121,62 @@ def test_rewards_are_the_terms_of_the_fit():
 def test_labels_at_random_are_reported():
     """Training on rewards that explain nothing spends a day and buys noise."""
     dataset, embeddings, _ = made_up_pairs(of_label=0.0)
-    with pytest.warns(UserWarning, match="do not explain the labels: on held-out pairs they prefer the chosen"):
-        calibrate(dataset, embeddings, [EOS]).report()
+    found = calibrate(dataset, embeddings, [EOS])
+    assert found.log_likelihood < -0.68 and found.sparse_log_likelihood < -0.68
+    for is_used, name in ((True, "Calibrated"), (False, "Sparse")):
+        with pytest.warns(
+            UserWarning, match=f"rewards do not explain the labels. {name} token rewards are used"
+        ) as told:
+            found.report(is_used=is_used)
+        assert len(told) == 1 and f"{found.log_likelihood:.3f}" in str(told[0].message)
+
+
+def labelled_by_sparse_rewards(num_pairs: int = 300) -> Dataset:
+    """The same pairs, with labels drawn from the sparse rewards of their gaps: there is nothing else to be learned."""
+    dataset, _, _ = made_up_pairs(num_pairs=num_pairs, noise=3.0)
+    generator, rows = torch.Generator().manual_seed(1), dataset.to_list()
+    for row in rows:
+        sums = []
+        for name in ("chosen", "rejected"):
+            gaps = torch.tensor([row[f"{name}_gaps"][:-1]])
+            mask, zero, sign = torch.ones_like(gaps, dtype=torch.bool), torch.zeros_like(gaps), torch.ones(1)
+            logps = dict(positive_logps=gaps, negative_logps=zero, preference_sign=sign, completion_mask=mask)
+            sums.append(token_rewards(**logps, reward_direction="faces").sum())
+        if torch.rand((), generator=generator) > torch.sigmoid(sums[0] - sums[1]):
+            for column in ("ids", "gaps"):
+                row[f"chosen_{column}"], row[f"rejected_{column}"] = row[f"rejected_{column}"], row[f"chosen_{column}"]
+    return Dataset.from_list(rows)
+
+
+def test_held_out_labels_choose():
+    """Where the faces see all that counts, more terms are more noise; where they are noise, the sparse rewards are."""
+    dataset, embeddings, _ = made_up_pairs(num_pairs=300, noise=3.0)
+    found = calibrate(dataset, embeddings, [EOS])
+    assert found.is_better and found.advantage > 3 * found.advantage_error > 0
+    found = calibrate(labelled_by_sparse_rewards(), embeddings, [EOS])
+    assert not found.is_better and found.sparse_log_likelihood > -0.6
+    found.report(is_used=False)  # no warning: the rewards that are used explain the labels
+
+
+def test_labels_of_one_prompt_are_held_out_together():
+    """A pair whose twin was fitted is not held out: random labels would look explained."""
+    dataset, embeddings, _ = made_up_pairs(num_pairs=120, of_label=0.0)
+    rows = [row | {"prompt_ids": [1, number]} for number, row in enumerate(dataset.to_list())]
+    twins = Dataset.from_list([row for row in rows for _ in range(4)])
+    alone = calibrate(Dataset.from_list(rows), embeddings, [EOS])
+    found = calibrate(twins, embeddings, [EOS])
+    seen = calibrate(twins.remove_columns("prompt_ids"), embeddings, [EOS])
+    assert found.accuracy < 0.6 and seen.accuracy > found.accuracy + 0.05
+    assert found.standard_error > 0.3 * alone.standard_error  # by prompts: four copies of a label are one
+
+
+def test_large_data_are_drawn_from(monkeypatch):
+    """The fit of a million pairs must take no longer than that of ten thousand."""
+    dataset, embeddings, values = made_up_pairs(num_pairs=300)
+    monkeypatch.setattr("trl_tfpo.calibration.MAX_PAIRS", 200)
+    found = calibrate(dataset, embeddings, [EOS])
+    assert found.num_pairs == 200 and correlation(found.credits[3:], values[3:]) > 0.9
+    assert len(found.apply(dataset)) == 300
 
 
 def test_too_little_to_calibrate_is_refused():
@@ -161,3 +227,81 @@ def test_a_doctor_is_trained_on_calibrated_rewards(preferences, patient, tokeniz
             train_dataset=many.to_iterable_dataset(),
             processing_class=tokenizer,
         )
+
+
+def trainer_of(rows: Dataset, tokenizer, folder, model=None, **settings) -> TFPOTrainer:
+    return TFPOTrainer(
+        model=make_llama(2, hidden_size=8) if model is None else model,
+        args=config(folder, **settings),
+        train_dataset=rows,
+        processing_class=tokenizer,
+    )
+
+
+def annotated_pairs(num_pairs: int, **settings) -> tuple[Dataset, torch.Tensor]:
+    """Pairs as a trainer takes them, with rewards of 0.1 throughout, and the embeddings of their tokens."""
+    dataset, embeddings, _ = made_up_pairs(num_pairs=num_pairs, noise=3.0, vocabulary=22, **settings)
+    for name in ("chosen", "rejected"):
+        dataset = dataset.add_column(f"{name}_token_rewards", [[0.1] * len(row) for row in dataset[f"{name}_ids"]])
+    return dataset.add_column("prompt_ids", [[3, 4 + row % 18] for row in range(num_pairs)]), embeddings
+
+
+@pytest.fixture
+def labelled():
+    """160 pairs that calibrated rewards explain, and a doctor that knows the tokens."""
+    dataset, embeddings = annotated_pairs(160)
+    doctor = make_llama(2, hidden_size=8)
+    with torch.no_grad():
+        doctor.get_input_embeddings().weight.zero_()[: len(embeddings), :SIZE] = embeddings
+    return dataset, doctor
+
+
+def test_the_trainer_lets_labels_choose(labelled, tokenizer, tmp_path):
+    """By default; and says so in the doctor's card, whatever comes out."""
+    dataset, doctor = labelled
+    trainer = trainer_of(dataset, tokenizer, tmp_path, copy.deepcopy(doctor))
+    assert trainer.calibration.is_better and trainer.rewards_summary.startswith(
+        "Calibrated token rewards are used: the"
+    )
+    assert trainer.train_dataset[0]["chosen_token_rewards"][0] != pytest.approx(0.1)
+    trainer.save_model()
+    assert f"| held-out labels | {trainer.rewards_summary} |" in (tmp_path / "README.md").read_text()
+
+    for settings in ({"calibrate_rewards": False}, {"policy": "doctor"}):
+        trainer = trainer_of(dataset, tokenizer, tmp_path, copy.deepcopy(doctor), **settings)
+        assert trainer.calibration is None and trainer.rewards_summary is None
+        assert trainer.train_dataset[0]["chosen_token_rewards"][0] == pytest.approx(0.1)
+
+
+def test_sparse_rewards_stay_where_nobody_asked(labelled, tokenizer, tmp_path):
+    """Too few pairs decide nothing, and a user's own rewards, or a reading without labels, are not to be replaced."""
+    dataset, doctor = labelled
+    few = trainer_of(dataset.select(range(127)), tokenizer, tmp_path, copy.deepcopy(doctor))
+    assert few.calibration is None and few.rewards_summary is None
+    for reward in ({"reward_direction": "faces"}, {"function": "mine.my_rewards"}):
+        chosen = dataset.select(range(160))
+        chosen.info.description = SETTINGS_KEY + json.dumps({"reward": reward})
+        assert trainer_of(chosen, tokenizer, tmp_path, copy.deepcopy(doctor)).calibration is None
+    without_gaps = dataset.remove_columns(["chosen_gaps", "rejected_gaps"])
+    trainer = TFPOTrainer(
+        model=doctor,
+        args=config(tmp_path),
+        train_dataset=dataset,
+        eval_dataset=without_gaps,
+        processing_class=tokenizer,
+    )
+    assert trainer.calibration is None  # evaluation by other rewards would be another loss
+
+
+def test_one_warning_before_training(tokenizer, tmp_path):
+    """Two messages about the same labels would be read as two faults."""
+    dataset, _ = annotated_pairs(200, of_label=0.0)
+    for rows, expected in (
+        (dataset, "rewards do not explain the labels"),
+        (dataset.select(range(100)), "faces do not"),
+    ):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            trainer_of(rows, tokenizer, tmp_path)
+        told = [str(x.message) for x in told if "labels" in str(x.message)]
+        assert len(told) == 1 and expected in told[0], told

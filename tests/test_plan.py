@@ -336,6 +336,24 @@ def test_what_depends_on_values_is_left_out(tmp_path):
     assert "| - |" in str(plan_of(tmp_path, make_llama(2).config, moe))
 
 
+def test_heads_with_the_same_embeddings_are_one(tmp_path):
+    """Else the plan of a ratio asks for a head that nobody makes: as wide as two, which of a large vocabulary is gigabytes."""
+    model, policies = make_llama(2, 32).config, ("doctor", "ratio", "guided")
+    logps = {}
+    for policy in policies:
+        args = config(tmp_path, policy=policy, bf16=False)
+        plan = plan_of(tmp_path, model, model, args=args, mixed_precision=False)
+        (logps[policy],) = [row.logps for row in plan.memory if row.phase == "training"]
+    size, vocabulary = model.hidden_size, model.vocab_size
+    assert logps["doctor"] - logps["ratio"] == vocabulary * size * 4  # gradients of a head that is trained whole
+    # The patient may have other embeddings. States side by side, as computed and in float32, of each token of a batch:
+    states = (
+        logps["guided"] - logps["ratio"] - 4 * size * LOGPS_IDS - 4 * vocabulary * 2 * size
+    )  # slice of the head, head
+    longest_completion = states / (2 * args.per_device_train_batch_size * 2 * 4 * size)
+    assert longest_completion.is_integer() and 1 <= longest_completion < plan.longest_row
+
+
 def test_the_tile_is_trls():
     """Another tile in TRL or another default in DeepSpeed would make the figures wrong in silence."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -380,6 +398,7 @@ def test_counts_are_what_the_trainer_does(tmp_path, monkeypatch, sliding_window,
         gradient_accumulation_steps=3,
         use_cpu=True,
         gap_floor=1e-6,  # the faces of a random patient hardly differ
+        calibrate_rewards=False,  # a doctor that starts at credits is read before
     )
     plan = training_plan(
         Dataset.from_list(rows), make_tokenizer(), doctor=doctor.config, patient=mistral, args=args, faces=FACES

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from datasets import Dataset, IterableDataset
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import get_worker_info
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +27,8 @@ from transformers.data.data_collator import DataCollatorMixin
 
 from . import functional
 from .faces import Faces, has_system_role, resolve_faces
-from .token_rewards import REWARD_COLUMNS, check_patient, score_token_rewards
+from .tfpo_config import TFPOConfig
+from .token_rewards import REWARD_COLUMNS, annotation_settings, check_patient, score_token_rewards
 from .tokenization import (
     FACE_COLUMNS,
     ID_COLUMNS,
@@ -259,3 +261,29 @@ class TokenRewardCollator(DataCollatorMixin):
             max_length=self.max_length,
             convert_transcripts=self.convert_transcripts,
         )
+
+
+def settle_with_collator(
+    collator: TokenRewardCollator, args: TFPOConfig, dataset: object, eos_token_ids: list[int]
+) -> list[int]:
+    """
+    Let a collator and the trainer read texts alike, in place.
+
+    Args:
+        collator ([`TokenRewardCollator`]):
+            Gets the ids, and converts transcripts where either does.
+        args ([`TFPOConfig`]):
+            Converts them as well.
+        dataset (`object`):
+            The training data; the annotation may have recorded further ids.
+        eos_token_ids (`list[int]`):
+            Ids that end a completion, as far as the models and the tokenizer know.
+
+    Returns:
+        `list[int]`: all ids that end a completion.
+    """
+    recorded = annotation_settings(dataset) if isinstance(dataset, Dataset | IterableDataset) else None
+    recorded_ids = (recorded or {}).get("eos_token_ids", [])
+    collator.eos_token_ids = sorted({*eos_token_ids, *collator.eos_token_ids, *recorded_ids})
+    collator.convert_transcripts = args.convert_transcripts = collator.convert_transcripts or args.convert_transcripts
+    return collator.eos_token_ids

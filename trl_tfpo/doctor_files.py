@@ -76,6 +76,7 @@ class DoctorFiles(_BaseTrainer):
                 dataset=self.train_dataset,
                 dataset_name=Path(dataset_name).name if is_file else dataset_name,
                 is_adapter=is_peft_model(self.model),
+                rewards_summary=self.rewards_summary,
             )
 
     # Value heads of full models, which are not in the files that Trainer reads. Engines that shard keep their own.

@@ -55,6 +55,7 @@ or, in one line, `patient.generate(**inputs, custom_generate="{doctor}", trust_r
 | negative face | {negative} |
 | where the faces stand | {placement} |
 | token rewards | {reward} |
+| held-out labels | {rewards_summary} |
 | data | {data}, {num_pairs} preference pairs |
 | training | {training} |
 
@@ -124,6 +125,7 @@ def complete_model_card(
     dataset: Dataset | IterableDataset,
     dataset_name: str | None = None,
     is_adapter: bool = False,
+    rewards_summary: str | None = None,
 ) -> None:
     """
     Say in the model card in the output folder how the doctor guides and what it was trained for, where TRL's quick start
@@ -140,6 +142,8 @@ def complete_model_card(
             What it is called.
         is_adapter (`bool`, *optional*, defaults to `False`):
             Whether the doctor is an adapter, which PEFT loads.
+        rewards_summary (`str`, *optional*):
+            What held-out labels say of the token rewards.
     """
     annotation = _describe_annotation(dataset)
     if annotation["patient"] == UNKNOWN:
@@ -159,6 +163,7 @@ def complete_model_card(
         training=training,
         data=cell(dataset_name or UNKNOWN),
         patient_literal=literal,
+        rewards_summary=rewards_summary or "not compared",
         **annotation,
     )
     text = card.text.replace("[None](https://huggingface.co/None)", "a model that has no name on the Hub")

@@ -34,6 +34,7 @@ from trl.trainer import disable_dropout_in_model
 from ._compat import unwrap_peft
 from .activation_memory import peak_activations, reads_branches
 from .faces import Faces, resolve_faces
+from .guidance_head import GuidanceHead
 from .modeling_doctor import make_doctor
 from .named_model import model_without_weights
 from .reference import REFERENCE_COLUMNS
@@ -332,12 +333,14 @@ def training_plan(
 
     # Training
     num_rows = 2 * args.per_device_train_batch_size
-    hidden_size = unwrap_peft(model).config.get_text_config().hidden_size + width
-    head = model.get_output_embeddings().weight
+    head = model.get_output_embeddings()
+    is_shared = isinstance(head, GuidanceHead) and args.policy == "ratio"  # embeddings: both heads are one product
+    hidden_size = unwrap_peft(model).config.get_text_config().hidden_size + (0 if is_shared else width)
+    head = head.weight
     logps = _logps_bytes(num_rows * longest_completion, hidden_size, compute_dtype) + (
         num_rows * longest_completion * hidden_size * 4 + (len(head) * hidden_size * 4 if head.requires_grad else 0)
     )
-    if guided:  # the head that is as wide as both
+    if guided and not is_shared:  # the head that is as wide as both
         logps += len(head) * hidden_size * head.itemsize
     activations = {}
     for casts_weights in (False, True) if num_processes > 1 else (False,):  # DDP autocasts, the others cast

@@ -18,7 +18,7 @@ from contextlib import nullcontext
 from functools import partial
 
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 
 from ._compat import is_peft_model, is_sharded
 from .scoring import score_completions
@@ -46,6 +46,32 @@ def check_untrained(doctor: PreTrainedModel, num_steps: int) -> None:
             f"sharded. Got a new dataset without the columns {REFERENCE_COLUMNS}; pass it as `eval_dataset` when the "
             "trainer is made, and a doctor for DeepSpeed ZeRO-3 by name."
         )
+
+
+def with_reference_logps(dataset: Dataset | dict, trainer: Trainer, *, fingerprint: str) -> Dataset | dict:
+    """
+    The dataset of a trainer, or each of a dict of them, with the columns of [`add_reference_logps`] unless they are there.
+
+    Args:
+        dataset ([`~datasets.Dataset`], or `dict` of them):
+            Tokenized preferences.
+        trainer ([`~transformers.Trainer`]):
+            Its model is the doctor before training.
+        fingerprint (`str`):
+            Of that model.
+
+    Raises:
+        `ValueError`: when the doctor has been trained or sharded.
+    """
+    if isinstance(dataset, dict):
+        return {name: with_reference_logps(split, trainer, fingerprint=fingerprint) for name, split in dataset.items()}
+    if set(REFERENCE_COLUMNS) <= set(dataset.column_names or next(iter(dataset))):
+        return dataset
+    doctor, args = trainer.model, trainer.args
+    check_untrained(doctor, trainer.state.global_step)
+    if args.world_size > 1 and not getattr(doctor, "is_quantized", False):
+        doctor.to(args.device)  # an engine that shards it would do so later
+    return add_reference_logps(dataset, doctor, fingerprint=fingerprint, batch_size=args.scoring_batch_size)
 
 
 def add_reference_logps(dataset: Dataset, doctor: PreTrainedModel, *, fingerprint: str, batch_size: int) -> Dataset:

@@ -77,10 +77,12 @@ class TFPOConfig(_BaseConfig):
         sparsity_threshold (`float`, *optional*, defaults to `0.3`):
             $\theta$ in `[0, 1)`. Tokens of lower importance have no reward.
 
-        calibrate_rewards (`bool`, *optional*, defaults to `False`):
+        calibrate_rewards (`bool`, *optional*):
             Whether the labels decide how much each source of token rewards counts, see [`~trl_tfpo.calibration.calibrate`].
             The rewards above are then one source of several, and `reward_direction` has no effect. The doctor starts with the
-            credit that each token gets whatever its context.
+            credit that each token gets whatever its context. By default held-out labels decide, with guided flow, at least 128
+            pairs, and `reward_direction="agreement"` without a `reward_fn`; calibrated rewards are used where they explain these
+            labels better than the rewards above do. With fewer pairs they are not used.
 
         > Parameters that control the objective
 
@@ -183,9 +185,12 @@ class TFPOConfig(_BaseConfig):
     sparsity_threshold: float = field(
         default=0.3, metadata={"help": "theta in the paper, in [0, 1). Less important tokens have no reward."}
     )
-    calibrate_rewards: bool = field(
-        default=False,
-        metadata={"help": "Whether the labels decide how much each source of token rewards counts."},
+    calibrate_rewards: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether the labels decide how much each source of token rewards counts. By default held-out labels say "
+            "whether that explains them better, from 128 pairs on."
+        },
     )
     policy: str = field(
         default="ratio",

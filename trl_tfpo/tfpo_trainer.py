@@ -38,28 +38,27 @@ from . import functional
 from ._compat import is_peft_model, keep_differentiable, keep_output_precision
 from .arguments import explains_unknown
 from .atomic import check_writable
-from .calibration import calibrate
+from .calibration import choose_rewards
 from .checkpoints import check_loss, kept_whole, resolve_checkpoint
-from .data_collator import TokenRewardCollator
+from .data_collator import TokenRewardCollator, settle_with_collator
 from .doctor_files import DoctorFiles
 from .faces import Faces
 from .guided_flow import former_doctor, keep_patient, read_patient, start_at_credits
+from .held_out import WarnWhenHeldOutTurns
 from .modeling_doctor import make_doctor, set_head_learning_rate
 from .named_model import NamedModel, outline_of, resolve_model
 from .objective import describe_batch, pair_rewards, tfpo_objective
 from .pair_means import PairMeans
-from .reference import REFERENCE_COLUMNS, add_reference_logps, check_not_streamed, check_untrained
+from .reference import REFERENCE_COLUMNS, check_not_streamed, with_reference_logps
 from .scoring import model_fingerprint
 from .tfpo_config import TFPOConfig, resolve_args
 from .token_rewards import (
     GAP_COLUMNS,
     REWARD_COLUMNS,
     annotate_token_rewards,
-    annotation_settings,
     check_annotated_for,
     check_given,
     check_patient,
-    warn_unless_faces_separate,
 )
 from .tokenization import (
     FACE_COLUMNS,
@@ -267,29 +266,20 @@ class TFPOTrainer(DoctorFiles):
                 **defaults | (args.patient_model_init_kwargs or {}),
             )
         patient = None if self.patient_model is None else outline_of(self.patient_model)
-        eos_ids = all_eos_token_ids(processing_class, model, patient)
+        self._eos_token_ids = all_eos_token_ids(processing_class, model, patient)
         max_length = args.max_length
         if isinstance(data_collator, TokenRewardCollator):
-            recorded = (
-                annotation_settings(train_dataset) if isinstance(train_dataset, Dataset | IterableDataset) else None
-            )
-            eos_ids = sorted({*eos_ids, *data_collator.eos_token_ids, *(recorded or {}).get("eos_token_ids", [])})
-            data_collator.eos_token_ids = eos_ids
-            data_collator.convert_transcripts |= args.convert_transcripts
-            args.convert_transcripts = data_collator.convert_transcripts
+            self._eos_token_ids = settle_with_collator(data_collator, args, train_dataset, self._eos_token_ids)
             max_length = data_collator.max_length
-        self._eos_token_ids, self.calibration = eos_ids, None
         train_dataset = self._annotate(train_dataset, processing_class, args)
         eval_dataset = self._annotate(eval_dataset, processing_class, args)
         check_some_completion_ends(train_dataset, self._eos_token_ids, max_length)
-        if args.process_index == 0 and not args.calibrate_rewards:
-            warn_unless_faces_separate(train_dataset)
         if args.calibrate_rewards:
             check_can_calibrate(train_dataset, self._online_faces, model)
-            self.calibration = calibrate(train_dataset, model.get_input_embeddings().weight, self._eos_token_ids)
-            if args.process_index == 0:
-                self.calibration.report()
-            train_dataset, eval_dataset = self._calibrate(train_dataset), self._calibrate(eval_dataset)
+        self.calibration, self.rewards_summary = choose_rewards(
+            train_dataset, eval_dataset, model, args, self._eos_token_ids, is_online=bool(self._online_faces)
+        )
+        train_dataset, eval_dataset = self._calibrate(train_dataset), self._calibrate(eval_dataset)
         if args.policy == "guided":
             check_given(self.patient_model)
         elif isinstance(self.patient_model, NamedModel):
@@ -310,6 +300,7 @@ class TFPOTrainer(DoctorFiles):
             optimizers=optimizers,
         )
         check_one_device(self.args)
+        self.add_callback(WarnWhenHeldOutTurns(self.callback_handler))
 
         keep_output_precision(self.accelerator)
         self.guided_model = former
@@ -378,23 +369,14 @@ class TFPOTrainer(DoctorFiles):
         )
 
     def _calibrate(self, dataset: AnyDataset | None) -> AnyDataset | None:
-        """The dataset with the rewards that explain the labels of the training data, if these are wanted."""
+        """The dataset with the rewards that explain the labels of the training data, if these are used."""
         return dataset if dataset is None or self.calibration is None else self.calibration.apply(dataset)
 
     def _add_reference_logps(self, dataset: AnyDataset | None) -> AnyDataset | None:
         """The dataset with the log-probabilities of the doctor before training, cached."""
         if dataset is None or not self._has_reference:
             return dataset
-        if isinstance(dataset, dict):
-            return {name: self._add_reference_logps(split) for name, split in dataset.items()}
-        if set(REFERENCE_COLUMNS) <= set(dataset.column_names or next(iter(dataset))):
-            return dataset
-        check_untrained(self.model, self.state.global_step)
-        if self.args.world_size > 1 and not getattr(self.model, "is_quantized", False):
-            self.model.to(self.args.device)  # an engine that shards it would do so later
-        return add_reference_logps(
-            dataset, self.model, fingerprint=self._reference_fingerprint, batch_size=self.args.scoring_batch_size
-        )
+        return with_reference_logps(dataset, self, fingerprint=self._reference_fingerprint)
 
     def _set_signature_columns_if_needed(self):
         # What the collator reads, not what the model's forward takes

@@ -177,6 +177,8 @@ def train_doctor(script_args: TFPOScriptArguments, training_args: TFPOConfig, mo
         eval_dataset=eval_dataset,
         **settings,
     )
+    if trainer.rewards_summary is not None:
+        trainer.accelerator.print(trainer.rewards_summary)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(training_args.output_dir)
     trainer.create_model_card(dataset_name=script_args.dataset_name)
