@@ -61,7 +61,7 @@ PENALTIES = (10000.0, 3000.0, 1000.0, 300.0, 100.0, 30.0)  # ridge of the embedd
 SCALAR_PENALTY = 0.01  # share of it that the other terms pay
 SCALARS = ("usual gap", "sparse reward", "gap", "number of tokens")
 SPARSE = [SCALARS.index(name) for name in ("sparse reward", "number of tokens")]
-NUM_ERRORS = 1.5  # standard errors by which calibrated rewards must be better to be used, see docs/results.md
+NUM_ERRORS = 1.5  # standard errors by which rewards must be better than others, or than chance; see docs/results.md
 DEFAULT_REWARDS = f"{token_rewards.__module__}.{token_rewards.__qualname__}"  # as an annotation records them
 CHANCE = -np.log(2)  # log-likelihood of a label that nothing is known of
 
@@ -161,8 +161,8 @@ class Calibration:
 
     def report(self, *, is_used: bool) -> None:
         """
-        Log what was found. Warn when the rewards that are used explain held-out labels no better than chance, to two standard
-        errors.
+        Log what was found. Warn when the rewards that are used explain held-out labels better than chance by no more than 1.5
+        standard errors.
 
         Args:
             is_used (`bool`):
@@ -172,7 +172,7 @@ class Calibration:
         found = (self.log_likelihood, self.standard_error)
         if not is_used:
             found = (self.sparse_log_likelihood, self.sparse_standard_error)
-        if found[0] < CHANCE + 2 * found[1]:
+        if found[0] < CHANCE + NUM_ERRORS * found[1]:
             warnings.warn(
                 f"The token rewards do not explain the labels. {self.describe(is_used=is_used)} Word the faces by what the "
                 "labels reward, put them in the user turn, use a stronger patient, or label more pairs."
