@@ -60,7 +60,7 @@ ROWS = [  # a module may import only from strictly earlier rows
     {"named_model", "reference"},
     {"guided_flow", "token_rewards"},
     {"calibration", "modeling_doctor"},
-    {"data_collator", "hub", "logits_processor", "plan", "visible"},
+    {"data_collator", "head_choice", "hub", "logits_processor", "plan", "visible"},
     {"doctor_files"},
     {"best_of", "shared_forward", "speculative", "trainer_checks"},
     {"tfpo_trainer"},

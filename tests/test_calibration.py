@@ -240,7 +240,8 @@ def trainer_of(rows: Dataset, tokenizer, folder, model=None, **settings) -> TFPO
 
 def annotated_pairs(num_pairs: int, **settings) -> tuple[Dataset, torch.Tensor]:
     """Pairs as a trainer takes them, with rewards of 0.1 throughout, and the embeddings of their tokens."""
-    dataset, embeddings, _ = made_up_pairs(num_pairs=num_pairs, noise=3.0, vocabulary=22, **settings)
+    settings = dict(noise=3.0, vocabulary=22) | settings
+    dataset, embeddings, _ = made_up_pairs(num_pairs=num_pairs, **settings)
     for name in ("chosen", "rejected"):
         dataset = dataset.add_column(f"{name}_token_rewards", [[0.1] * len(row) for row in dataset[f"{name}_ids"]])
     return dataset.add_column("prompt_ids", [[3, 4 + row % 18] for row in range(num_pairs)]), embeddings

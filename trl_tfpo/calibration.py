@@ -61,7 +61,7 @@ PENALTIES = (10000.0, 3000.0, 1000.0, 300.0, 100.0, 30.0)  # ridge of the embedd
 SCALAR_PENALTY = 0.01  # share of it that the other terms pay
 SCALARS = ("usual gap", "sparse reward", "gap", "number of tokens")
 SPARSE = [SCALARS.index(name) for name in ("sparse reward", "number of tokens")]
-NUM_ERRORS = 1.5  # standard errors by which calibrated rewards must be better to be used, see docs/results.md
+NUM_ERRORS = 1.5  # standard errors by which rewards must be better than others, or than chance; see docs/results.md
 DEFAULT_REWARDS = f"{token_rewards.__module__}.{token_rewards.__qualname__}"  # as an annotation records them
 CHANCE = -np.log(2)  # log-likelihood of a label that nothing is known of
 
@@ -161,8 +161,8 @@ class Calibration:
 
     def report(self, *, is_used: bool) -> None:
         """
-        Log what was found. Warn when the rewards that are used explain held-out labels no better than chance, to two standard
-        errors.
+        Log what was found. Warn when the rewards that are used explain held-out labels better than chance by no more than 1.5
+        standard errors.
 
         Args:
             is_used (`bool`):
@@ -172,7 +172,7 @@ class Calibration:
         found = (self.log_likelihood, self.standard_error)
         if not is_used:
             found = (self.sparse_log_likelihood, self.sparse_standard_error)
-        if found[0] < CHANCE + 2 * found[1]:
+        if found[0] < CHANCE + NUM_ERRORS * found[1]:
             warnings.warn(
                 f"The token rewards do not explain the labels. {self.describe(is_used=is_used)} Word the faces by what the "
                 "labels reward, put them in the user turn, use a stronger patient, or label more pairs."
@@ -203,10 +203,8 @@ def calibrate(dataset: Dataset, embeddings: torch.Tensor, eos_token_ids: Sequenc
             f"Calibration needs at least {MIN_PAIRS} pairs with the columns {GAP_COLUMNS}. Got {len(dataset)} pairs with "
             f"{dataset.column_names}; annotate the dataset with `annotate_token_rewards`, or set `calibrate_rewards=False`."
         )
-    if len(dataset) > MAX_PAIRS:
-        drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:MAX_PAIRS]
-        dataset = dataset.select(drawn.sort().values.tolist())
-    tokens = _read(dataset, eos_token_ids)
+    dataset = draw_pairs(dataset, MAX_PAIRS)
+    tokens = read_tokens(dataset, eos_token_ids)
 
     # Sources of rewards
     used, ids = tokens.ids.unique(return_inverse=True)
@@ -315,8 +313,16 @@ def _is_open(dataset: Dataset | IterableDataset, model: torch.nn.Module, policy:
     return is_default and set(GAP_COLUMNS) <= set(dataset.column_names) and len(dataset) >= MIN_DECIDED
 
 
+def draw_pairs(dataset: Dataset, max_pairs: int) -> Dataset:
+    """The dataset, or so many of its pairs, drawn at random."""
+    if len(dataset) <= max_pairs:
+        return dataset
+    drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:max_pairs]
+    return dataset.select(drawn.sort().values.tolist())
+
+
 @dataclass
-class _Tokens:
+class Tokens:
     """The N tokens of P pairs that may have a reward: of the assistant, without EOS."""
 
     ids: torch.Tensor  # (N,)
@@ -327,7 +333,8 @@ class _Tokens:
     prompt: torch.Tensor  # (P,), number of its prompt; of the pair itself where there are few prompts
 
 
-def _read(dataset: Dataset, eos_token_ids: Sequence[int]) -> _Tokens:
+def read_tokens(dataset: Dataset, eos_token_ids: Sequence[int]) -> Tokens:
+    """The tokens of an annotated dataset that may have a reward."""
     names = [name for name in (*ID_COLUMNS, *GAP_COLUMNS, *MASK_COLUMNS) if name in dataset.column_names]
     dataset, eos_token_ids = dataset.select_columns(names), torch.tensor(list(eos_token_ids))
     tokens, sums, prompts = [], torch.zeros(len(dataset), 3), {}
@@ -346,7 +353,7 @@ def _read(dataset: Dataset, eos_token_ids: Sequence[int]) -> _Tokens:
             prompt[first + row] = prompts.setdefault(tuple(prompt_ids), len(prompts))
     if len(prompts) < MIN_PAIRS:
         prompt = torch.arange(len(dataset))
-    return _Tokens(*(torch.cat(x) for x in zip(*tokens, strict=True)), sums, prompt)
+    return Tokens(*(torch.cat(x) for x in zip(*tokens, strict=True)), sums, prompt)
 
 
 def _columns(batch: dict[str, list], side: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

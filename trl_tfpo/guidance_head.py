@@ -44,6 +44,7 @@ class GuidanceHead(torch.nn.Module):
 
     def __init__(self, embeddings: torch.nn.Parameter):
         super().__init__()
+        self.froze_embeddings = embeddings.requires_grad
         embeddings.requires_grad_(False)
         size = getattr(embeddings, "ds_shape", embeddings.shape)[1]  # of DeepSpeed ZeRO-3, which leaves a part of them
         self.weight = embeddings

@@ -96,6 +96,15 @@ def start_guidance(model: PreTrainedModel, in_span: bool = False) -> None:
         torch.nn.init.zeros_(head.bias)
 
 
+def free_head(model: PreTrainedModel) -> None:
+    """Put a head of zeros, with a free row for each token, in the place of a new GuidanceHead, in place."""
+    former = model.get_output_embeddings()
+    head = torch.nn.Linear(former.in_features, len(former.weight), bias=False).to(former.weight)
+    torch.nn.init.zeros_(head.weight)
+    former.weight.requires_grad_(former.froze_embeddings)
+    model.set_output_embeddings(head)
+
+
 @torch.no_grad()
 def start_at_credits(model: PreTrainedModel, logits: torch.Tensor, rows: Sequence[dict], collate: Callable) -> None:
     """

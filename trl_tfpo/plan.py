@@ -56,8 +56,8 @@ NOTE = (
     "of the model's own operations, by shape, for a batch in which every row is as long as the longest, with SDPA that "
     "does not hold attention weights. Peaks that need not coincide are added, and the optimizer is AdamW. Weights in 4 or "
     "8 bits count whole in each process. Left out: padding in the counts of tokens, what CUDA, NCCL and the allocator "
-    "keep for themselves, buffers of communication other than DDP's buckets and gathered weights, evaluation, and "
-    "offloading."
+    "keep for themselves, buffers of communication other than DDP's buckets and gathered weights, evaluation, "
+    "offloading, and a head with a row for each token, where the data ask for one."
 )
 
 

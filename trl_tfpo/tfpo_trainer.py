@@ -44,6 +44,7 @@ from .data_collator import TokenRewardCollator, settle_with_collator
 from .doctor_files import DoctorFiles
 from .faces import Faces
 from .guided_flow import former_doctor, keep_patient, read_patient, start_at_credits
+from .head_choice import choose_head
 from .held_out import WarnWhenHeldOutTurns
 from .modeling_doctor import make_doctor, set_head_learning_rate
 from .named_model import NamedModel, outline_of, resolve_model
@@ -280,6 +281,8 @@ class TFPOTrainer(DoctorFiles):
             train_dataset, eval_dataset, model, args, self._eos_token_ids, is_online=bool(self._online_faces)
         )
         train_dataset, eval_dataset = self._calibrate(train_dataset), self._calibrate(eval_dataset)
+        if self.calibration is None:  # whose credits lie in the span of the embeddings
+            choose_head(model, train_dataset, self._eos_token_ids, is_online=bool(self._online_faces))
         if args.policy == "guided":
             check_given(self.patient_model)
         elif isinstance(self.patient_model, NamedModel):

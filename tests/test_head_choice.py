@@ -1,0 +1,69 @@
+# Copyright 2026 The trl-tfpo authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""A doctor whose embeddings do not know what the faces reward gets a row of its own for each token."""
+
+import copy
+
+import pytest
+import torch
+from conftest import make_llama
+from test_calibration import EOS, SIZE, annotated_pairs, made_up_pairs, trainer_of
+from transformers import AutoModelForCausalLM
+
+from trl_tfpo.guidance_head import GuidanceHead
+from trl_tfpo.head_choice import explained_gaps
+
+
+def test_what_tokens_and_embeddings_explain():
+    """Values of variance about 1 under noise of variance 1 are half of the variance of the gaps, whoever knows them."""
+    dataset, embeddings, values = made_up_pairs(num_pairs=600)
+    expected = values[3:].var() / (values[3:].var() + 1)
+    by_token, by_embedding = explained_gaps(dataset, embeddings, [EOS])
+    assert by_token == pytest.approx(expected.item(), abs=0.06)
+    assert by_embedding == pytest.approx(expected.item(), abs=0.06)
+    others = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(1))
+    by_token, by_embedding = explained_gaps(dataset, others, [EOS])
+    assert by_token == pytest.approx(expected.item(), abs=0.06) and by_embedding < 0.3 * by_token
+    by_token, by_embedding = explained_gaps(made_up_pairs(num_pairs=600, signal=0.0)[0], embeddings, [EOS])
+    assert abs(by_token) < 0.01 and abs(by_embedding) < 0.01
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_a_head_outside_the_span(is_tied, tokenizer, tmp_path):
+    """Else a small doctor learns half of what it could, as its words are alike where the faces differ."""
+    dataset, embeddings = annotated_pairs(100, noise=1.0)
+    doctor = make_llama(2, hidden_size=8)
+    doctor.config.tie_word_embeddings = is_tied
+    doctor.tie_weights()
+    knowing = copy.deepcopy(doctor)
+    with torch.no_grad():
+        knowing.get_output_embeddings().weight.zero_()[: len(embeddings), :SIZE] = embeddings
+        doctor.get_output_embeddings().weight[:, 1:] = 0  # one random number for each token
+    settings = dict(calibrate_rewards=False)
+    assert isinstance(trainer_of(dataset, tokenizer, tmp_path, knowing, **settings).model.lm_head, GuidanceHead)
+    few = trainer_of(dataset.select(range(63)), tokenizer, tmp_path, copy.deepcopy(doctor), **settings)
+    assert isinstance(few.model.lm_head, GuidanceHead)
+
+    trainer = trainer_of(dataset, tokenizer, tmp_path, doctor, **settings)
+    head = trainer.model.lm_head
+    assert type(head) is torch.nn.Linear and not head.weight.any()  # it starts at what is guided
+    embeddings = trainer.model.get_input_embeddings().weight
+    assert embeddings.requires_grad and embeddings is not head.weight
+    before = embeddings.detach().clone()
+    trainer.train()
+    assert head.weight.any() and not embeddings.equal(before)
+    trainer.save_model()
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert saved.lm_head.weight.allclose(head.weight - head.weight.mean(dim=0), atol=1e-5)
