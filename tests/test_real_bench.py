@@ -644,7 +644,12 @@ def test_too_few_prompts(chat_model, tmp_path):
     path = tmp_path / "questions.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": f"Who is {i}?"}) for i in range(135)))
     with pytest.raises(ValueError, match="at least 136 prompts. Got 135"):
-        bench.main(["--quick", "--model", str(chat_model), "--cache", str(tmp_path), "--prompts", str(path)])
+        bench.main(
+            [
+                *["--quick", "--model", str(chat_model), "--cache", str(tmp_path), "--prompts", str(path)],
+                *["--output", str(tmp_path / "bench.jsonl")],
+            ]
+        )
 
 
 def test_states_of_other_samples_are_not_used(chat_model, tasks, tmp_path):
