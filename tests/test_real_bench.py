@@ -638,6 +638,20 @@ def test_the_bench_from_samples_to_tables(chat_model, tmp_path, capsys):
     assert capsys.readouterr().out == printed
 
 
+def test_too_few_prompts(chat_model, tmp_path):
+    """Splits begin at fixed places: with fewer prompts there would be nothing to train on, an hour later."""
+    bench = load("bench")
+    path = tmp_path / "questions.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": f"Who is {i}?"}) for i in range(135)))
+    with pytest.raises(ValueError, match="at least 136 prompts. Got 135"):
+        bench.main(
+            [
+                *["--quick", "--model", str(chat_model), "--cache", str(tmp_path), "--prompts", str(path)],
+                *["--output", str(tmp_path / "bench.jsonl")],
+            ]
+        )
+
+
 def test_states_of_other_samples_are_not_used(chat_model, tasks, tmp_path):
     """States have no fingerprint of the model: those of another one would be taken for its own."""
     states = load("states")

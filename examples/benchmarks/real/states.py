@@ -190,17 +190,19 @@ class CandidateLogits(torch.autograd.Function):
     """
     `embeddings[candidates] @ directions`, (N, C), of candidates (N, C) and directions (N, H).
 
-    The embeddings of the candidates would be gigabytes. Embedding bags read them where they are: the gradient of a bag
-    with respect to its weights is this product, and the gradient of this product is a bag.
+    The embeddings of all candidates would be gigabytes. Those of one state at a time stay in the cache of a processor; the
+    gradient is a weighted sum of embeddings, which bags read where they are.
     """
 
     @staticmethod
     def forward(ctx, directions: torch.Tensor, embeddings: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(embeddings, candidates)
-        weights = torch.zeros(candidates.shape, requires_grad=True)
-        with torch.enable_grad():
-            bags = F.embedding_bag(candidates, embeddings, per_sample_weights=weights, mode="sum")
-        return torch.autograd.grad(bags, weights, directions)[0]
+        rows = embeddings.new_empty(candidates.size(1), embeddings.size(1))
+        logits = embeddings.new_empty(candidates.shape)
+        for state, (some, direction) in enumerate(zip(candidates, directions, strict=True)):
+            torch.index_select(embeddings, 0, some, out=rows)
+            torch.mv(rows, direction, out=logits[state])
+        return logits
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):

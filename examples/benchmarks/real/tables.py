@@ -59,7 +59,7 @@ def methods_table(task: str, rows: list[dict]) -> None:
     print(f"\n## {task}: efficiency on test prompts\n")
     titles = ["method", "seeds", *(f"{kl} nats" for kl in KLS), "tokens at 1 nat", "ends", "training (s)"]
     print("| " + " | ".join(titles) + " |\n|---" + "|---:" * (len(titles) - 1) + "|")
-    for name in dict.fromkeys(row["method"] for row in rows):
+    for name in sorted(dict.fromkeys(row["method"] for row in rows), key=lambda name: name.startswith("best of")):
         mine = [row for row in rows if row["method"] == name]
         kls = sorted({row["kl"] for row in mine})
         cells = [interval([row for row in mine if row["kl"] == kl]) for kl in KLS]
