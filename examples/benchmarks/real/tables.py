@@ -124,15 +124,21 @@ def objectives_table(rows: list[dict]) -> None:
                 gains = [f"{statistics.mean(r['gains'][x] for r in mine):.3f}" for x in names] if mine else []
                 cells += [" and ".join(gains), interval(mine)]
             print(f"| {' : '.join(f'{w:g}' for w in weights.values())} | {kl} | " + " | ".join(cells) + " |")
-    for kl in OBJECTIVE_KLS:
-        parts = [over_weightings([r for r in rows if r["method"] == name and r["kl"] == kl]) for name in methods]
-        if any(x is None or x.shape != parts[0].shape for x in parts):
-            continue
-        draws = bootstrap(torch.stack(parts, dim=1))  # (draws, methods), of (seeds, methods, P)
-        cells = [f"{name} {x.mean():.2f} {_between(y)}" for name, x, y in zip(methods, parts, draws.T, strict=True)]
-        if len(methods) == 2:
-            cells.append(f"divided {parts[0].mean() / parts[1].mean():.2f} {_between(draws[:, 0] / draws[:, 1])}")
-        print(f"\nMean efficiency over the weightings at {kl} nats: " + "; ".join(cells) + ".")
+    print("\n| mean efficiency over the weightings | " + " | ".join(f"{kl} nats" for kl in OBJECTIVE_KLS) + " |")
+    print("|---" + "|---:" * len(OBJECTIVE_KLS) + "|")
+    columns = [_mean_column(rows, methods, kl) for kl in OBJECTIVE_KLS]
+    for name, *cells in zip([*methods, "the first divided by the second"], *columns, strict=False):
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+def _mean_column(rows: list[dict], methods: list[str], kl: float) -> list[str]:
+    """The mean efficiency of each method at a KL, and the ratio of the first two."""
+    parts = [over_weightings([r for r in rows if r["method"] == name and r["kl"] == kl]) for name in methods]
+    if len(parts) < 2 or any(x is None or x.shape != parts[0].shape for x in parts):
+        return [""] * (len(methods) + 1)
+    draws = bootstrap(torch.stack(parts, dim=1))  # (draws, methods), of (seeds, methods, P)
+    cells = [f"{x.mean():.2f} {_between(y)}" for x, y in zip(parts, draws.T, strict=True)]
+    return [*cells, f"{parts[0].mean() / parts[1].mean():.2f} {_between(draws[:, 0] / draws[:, 1])}"]
 
 
 def over_weightings(rows: list[dict]) -> torch.Tensor | None:
