@@ -78,11 +78,10 @@ class GuidanceHead(torch.nn.Module):
             hidden_states (`torch.Tensor` of shape `(N, H)`):
                 Where completion tokens are predicted, N larger than H if possible.
         """
-        embeddings, hidden_states = self.weight.double(), hidden_states.double()
+        embeddings = self.weight.double()
         centered, logits = embeddings - embeddings.mean(dim=0), logits.to(embeddings) - logits.mean().to(embeddings)
         direction = _ridge(centered.T @ centered, centered.T @ logits, 1e-4)
-        constant = _ridge(hidden_states.T @ hidden_states, hidden_states.sum(dim=0), 1e-3)
-        self.map.copy_(torch.outer(direction, constant) / self.scale)
+        self.map.copy_(torch.outer(direction, constant_over(hidden_states)) / self.scale)
 
     @torch.no_grad()
     def folded(self, embeddings: torch.Tensor, map: torch.Tensor) -> torch.Tensor:
@@ -113,6 +112,12 @@ class GuidanceHead(torch.nn.Module):
         else:
             with torch.no_grad():
                 self.map.copy_(self.unfolded(self.weight, weight.to(self.weight.device)))
+
+
+def constant_over(hidden_states: torch.Tensor) -> torch.Tensor:
+    """Direction (H,) whose product with each of the hidden states (N, H) is about 1, in float64."""
+    hidden_states = hidden_states.double()
+    return _ridge(hidden_states.T @ hidden_states, hidden_states.sum(dim=0), 1e-3)
 
 
 def _ridge(second_moments: torch.Tensor, products: torch.Tensor, ridge: float) -> torch.Tensor:
