@@ -146,7 +146,8 @@ def test_the_folder_is_a_small_ordinary_adapter(trainer, base, tmp_path):
         torch.testing.assert_close(logps(loaded), before, atol=1e-5, rtol=1e-5)
 
 
-def test_it_is_decoded_in_one_pass_as_in_two(trainer, base, tmp_path):
+@pytest.mark.parametrize("alpha, beta", [(None, 0.7), (-0.5, 1.5)])
+def test_it_is_decoded_in_one_pass_as_in_two(trainer, base, tmp_path, alpha, beta):
     """A head that ignores which row is the doctor's would give its credits to the patient as well."""
     trainer.train()
     trainer.save_model()
@@ -156,7 +157,7 @@ def test_it_is_decoded_in_one_pass_as_in_two(trainer, base, tmp_path):
     prompt = dict(input_ids=IDS[[0, 2]], attention_mask=ATTENTION_MASK[[0, 2]].long())
     settings = dict(max_new_tokens=6, do_sample=False, output_logits=True, output_scores=True)
     settings |= dict(return_dict_in_generate=True, eos_token_id=None)
-    guides = [DoctorGuidedLogitsProcessor(doctor, beta=0.7) for _ in range(2)]
+    guides = [DoctorGuidedLogitsProcessor(doctor, alpha=alpha, beta=beta) for _ in range(2)]
     assert can_share(doctor, guides[0]) and not can_share(alone, guides[1])
     one, two = (
         guided_generate(x, guide, **prompt, **settings) for x, guide in zip((doctor, alone), guides, strict=True)
@@ -164,7 +165,8 @@ def test_it_is_decoded_in_one_pass_as_in_two(trainer, base, tmp_path):
     assert one.sequences.equal(two.sequences)
     for a, b in zip(one.scores, two.scores, strict=True):
         torch.testing.assert_close(a.log_softmax(-1), b.log_softmax(-1), atol=1e-4, rtol=1e-4)
-    expected = 0.3 * logps(alone, prompt["input_ids"])[:, -1] + 0.7 * logps(doctor, prompt["input_ids"])[:, -1]
+    patient_logps, doctor_logps = (logps(model, prompt["input_ids"])[:, -1] for model in (alone, doctor))
+    expected = (1 - beta) * patient_logps + beta * doctor_logps
     torch.testing.assert_close(one.scores[0].log_softmax(-1), expected.log_softmax(-1), atol=1e-4, rtol=1e-4)
 
 
