@@ -653,7 +653,7 @@ def test_adapters_by_tfpo_and_by_dpo(chat_model, tmp_path, capsys):
     printed, written = capsys.readouterr().out, output.read_text()
     rows = [json.loads(line) for line in written.splitlines()]
     assert {(row["method"], row["kind"]) for row in rows} == {
-        *itertools.product(["TFPO", "DPO"], ["validation", "test"]),
+        *itertools.product(["credits alone", "TFPO", "DPO"], ["validation", "test"]),
         ("DPO", "tenth"),
     }
     assert printed.count("| TFPO, checkpoint") == printed.count("| DPO, checkpoint") == 3  # two on validation prompts

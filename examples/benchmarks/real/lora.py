@@ -36,7 +36,7 @@ from pathlib import Path
 import bench as real_bench
 import torch
 import torch.nn.functional as F
-from bench import KLS, Bench, interval, measure, read, write
+from bench import KLS, Bench, interval, measure, read, versus, write
 from datasets import Dataset
 from model import default_cache, fetch_model
 from peft import LoraConfig, PeftModel
@@ -111,6 +111,19 @@ class Adapted:
 
     def guidance(self, states: torch.Tensor, answer_ids: torch.Tensor, candidates: torch.Tensor):
         return self.said[id(answer_ids)]
+
+
+class Credits:
+    """What [`bench.measure`] takes for a doctor: where an adapter starts, every token with its credit at every state."""
+
+    def __init__(self, credits: torch.Tensor):
+        self.credits = credits
+
+    def standardized(self, states: torch.Tensor) -> torch.Tensor:
+        return states
+
+    def guidance(self, states: torch.Tensor, answer_ids: torch.Tensor, candidates: torch.Tensor):
+        return self.credits[answer_ids], self.credits[candidates.long()]
 
 
 def by_length(answers: Sequence[Answer], size: int = 16) -> list[list[Answer]]:
@@ -203,10 +216,9 @@ class Runs:
 
     def chosen_rate(self, method: str) -> float:
         """The learning rate with the smallest loss on the last pairs after training on a tenth, the first ones."""
-        if len(LEARNING_RATES[method]) == 1:
-            return LEARNING_RATES[method][0]
+        rates = [self.args.learning_rate] if self.args.learning_rate else LEARNING_RATES[method]
         losses = []
-        for rate in LEARNING_RATES[method]:
+        for rate in rates if len(rates) > 1 else []:
             key = {"method": method, "learning_rate": rate, "kind": "tenth", **self.key}
             if not (rows := read(self.args.output, **key)):
                 num_pairs = max(self.args.pairs // 10, self.args.batch_size)
@@ -215,7 +227,7 @@ class Runs:
                 rows = [key | {"loss": trainer.evaluate()["eval_loss"]}]
                 write(self.args.output, rows)
             losses.append(rows[0]["loss"])
-        return LEARNING_RATES[method][losses.index(min(losses))]
+        return rates[losses.index(min(losses)) if losses else 0]
 
     def trained(self, method: str) -> list[Path]:
         """Folders of the adapter along its training, the last one at its end."""
@@ -257,6 +269,16 @@ class Runs:
         write(self.args.output, rows)
         return rows
 
+    def untrained(self, split: str) -> None:
+        """Rows of [`bench.measure`] for the start of an adapter."""
+        key = {"method": "credits alone", "step": "before training", "kind": split, **self.key}
+        if read(self.args.output, **key):
+            return
+        credits = self.bench.calibration(self.args.task, self.args.seed).credits
+        more = {"bytes": 4 * sum(self.bench.embeddings.shape), "seconds": 0.0, "is_policy": False}
+        rows = measure(self.bench, self.args.task, split, Credits(credits))
+        write(self.args.output, [key | row | more for row in rows])
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -269,6 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--target_modules", default="all-linear")
     parser.add_argument("--subtb_lambda", type=float, default=0.5)
     parser.add_argument("--dpo_beta", type=float, default=0.1)
+    parser.add_argument("--learning_rate", type=float, help="of all methods; one for each, or chosen, unless given")
     parser.add_argument("--num_answers", type=int, help="of each prompt to measure on; all unless given")
     parser.add_argument("--seed", type=int, default=0, help="of the labels")
     parser.add_argument("--model", type=Path, help="folder or name of a patient; SmolLM2 from PyPI unless given")
@@ -282,6 +305,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     set_seed(0)
     runs = Runs(args)
+    for split in ("validation", "test"):
+        runs.untrained(split)
     for method in args.methods:
         best = max(runs.trained(method), key=lambda x: gain_near(runs.measured(x, method, "validation")))
         runs.measured(best, method, "test")
@@ -305,10 +330,10 @@ def report(args: argparse.Namespace) -> None:
             cells = [interval([row for row in ratios if row["kl"] == kl]) for kl in KLS]
             near = next((row for row in ratios if row["kl"] == 0.5), {})
             cells += [f"{near[x]:.2f}" if x in near else "" for x in ("tokens", "ends")]
-            itself = next(row for row in mine if row["is_policy"])
-            cells += [f"gain {itself['gain']:.3f} at {itself['kl']:.2f} nats"]
-            cells += [f"{itself['bytes'] / 1e6:.1f}", f"{itself['seconds']:.0f}"]
+            cells += [f"gain {row['gain']:.3f} at {row['kl']:.2f} nats" for row in mine if row["is_policy"]] or [""]
+            cells += [f"{mine[0]['bytes'] / 1e6:.1f}", f"{mine[0]['seconds']:.0f}"]
             print(f"| {method}, {step.replace('-', ' ')} | " + " | ".join(cells) + " |")
+    versus([row for row in rows if "strength" in row], "TFPO")
 
 
 if __name__ == "__main__":
