@@ -28,7 +28,7 @@ import trl_tfpo
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "trl_tfpo"
 ROWS = [  # a module may import only from strictly earlier rows
-    {"guidance_head"},
+    {"guidance_head", "head_adapter"},
     {
         "_compat",
         "arguments",

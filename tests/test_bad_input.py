@@ -26,7 +26,7 @@ import pytest
 import torch
 from conftest import WORDS, conversational_rows, make_llama, make_tokenizer, serving
 from datasets import Dataset
-from peft import LoraConfig, PrefixTuningConfig
+from peft import PrefixTuningConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, T5Config, T5ForConditionalGeneration
 
@@ -238,7 +238,6 @@ TRAINING = {
     "streamed raw dataset": (lambda tmp: train(tmp, train_dataset=Dataset.from_list(ROWS).to_iterable_dataset(), patient_model=make_llama(1), faces=FACES, settings={"reference_weight": 0.0}), "token rewards already"),
     "streamed dataset with a reference": (lambda tmp: train(tmp, train_dataset=annotate().to_iterable_dataset(), settings={"max_steps": 1, "policy": "doctor"}), "policy='ratio'"),
     "vision dataset": (lambda tmp: train(tmp, train_dataset=Dataset.from_list(ROWS).add_column("image", ROWS), patient_model=make_llama(1), faces=FACES), "vision"),
-    "adapter on lm_head": (lambda tmp: train(tmp, peft_config=LoraConfig(target_modules=["lm_head"]), settings={"policy": "doctor"}), "lm_head"),
     "prompt learning": (lambda tmp: train(tmp, peft_config=PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)), "Prompt learning"),
     "encoder-decoder doctor": (lambda tmp: train(tmp, model=tiny_t5()), "causal language model"),
     "not a tokenizer": (lambda tmp: train(tmp, tokenizer=object()), "must be a tokenizer"),

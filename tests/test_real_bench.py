@@ -32,6 +32,7 @@ import pytest
 import torch
 from conftest import CHAT_TEMPLATE, make_llama
 from gguf import GGUFWriter
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -852,3 +853,44 @@ def test_the_mean_over_weightings():
     torch.testing.assert_close(tables.over_weightings([half, small]), torch.tensor([[0.125, 0.575]]))
     assert tables.over_weightings([half, small, half | {"seed": 1}]) is None  # not measured at each weighting
     assert tables.over_weightings([{"seed": 0, "gain": 1.0, "by_prompt": [1.0]}]) is None
+
+
+@pytest.mark.filterwarnings("ignore:The (token rewards|faces) do not:UserWarning")  # random models
+def test_adapters_by_tfpo_and_by_dpo(chat_model, tmp_path, capsys):
+    """Every stage, resumed once: training, a choice of rates and checkpoints, and what is measured."""
+    lora, output = load("lora"), tmp_path / "lora.jsonl"
+    arguments = ["--quick", "--model", str(chat_model), "--cache", str(tmp_path), "--output", str(output)]
+    lora.main(arguments)
+    printed, written = capsys.readouterr().out, output.read_text()
+    rows = [json.loads(line) for line in written.splitlines()]
+    assert {(row["method"], row["kind"]) for row in rows} == {
+        *itertools.product(["credits alone", "TFPO", "DPO"], ["validation", "test"]),
+        ("DPO", "tenth"),
+    }
+    assert printed.count("| TFPO, checkpoint") == printed.count("| DPO, checkpoint") == 3  # two on validation prompts
+    assert all(row["bytes"] < 60_000 for row in rows if row["kind"] == "test")
+    lora.main(arguments)
+    assert output.read_text() == written
+
+
+def test_an_adapter_is_measured_as_the_ratio_to_the_patient(chat_model, tasks):
+    """Logits at a few candidates in the place of two models: a head that is left out would be measured as no doctor at all."""
+    states, lora = load("states"), load("lora")
+    patient, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(chat_model).eval(),
+        AutoTokenizer.from_pretrained(chat_model),
+    )
+    peft_config = LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(chat_model), peft_config).eval()
+    messages, completions = tasks.as_messages("good bad sad"), [[7, 8, 9, 10, EOS], [10, EOS]]
+    answers = states.Reader(patient, tokenizer, EOS).answers(messages, completions, torch.Generator().manual_seed(0))
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    expected = []
+    for answer in answers:
+        ids = torch.tensor([prompt + answer.ids.tolist()])
+        with torch.no_grad():
+            logits = (adapted(ids).logits - patient(ids).logits)[0, len(prompt) - 1 : -1]
+        expected.append((logits.gather(1, answer.ids[:, None])[:, 0], logits.gather(1, answer.candidates.long())))
+    (found,) = lora.adapted_logits(adapted, tokenizer, EOS, [messages], [answers])
+    for ours, parts in zip(found, zip(*expected, strict=True), strict=True):
+        torch.testing.assert_close(ours, torch.cat(parts), atol=1e-4, rtol=1e-4)

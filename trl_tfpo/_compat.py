@@ -47,6 +47,7 @@ from trl.trainer.base_trainer import _BaseTrainer  # model card, loss scaling fl
 from trl.trainer.utils import create_model_from_path  # dtype and device rules for models given by name
 
 from .guidance_head import GuidanceHead
+from .head_adapter import columns_beside, has_adapted_head, states_beside
 
 
 __all__ = [
@@ -281,7 +282,7 @@ def has_fused_head(model: PreTrainedModel) -> bool:
 
 def _has_float_head(model: PreTrainedModel) -> bool:
     weight = getattr(model.get_output_embeddings(), "weight", None)
-    return weight is not None and weight.is_floating_point()
+    return weight is not None and weight.is_floating_point() and not has_adapted_head(model)
 
 
 class HeadProof(NamedTuple):
@@ -461,6 +462,7 @@ def _only_labelled(
     (N, H) of the model itself.
     """
     kept, head = [], model.get_output_embeddings()
+    is_adapted = fuses and has_adapted_head(model)
 
     def keep_labelled(_, args, output):
         hidden_states = output.last_hidden_state
@@ -468,6 +470,8 @@ def _only_labelled(
         shown = kept[0]
         if fuses and isinstance(head, GuidanceHead):
             shown = head.to_embedding_space(shown)
+        elif is_adapted:
+            shown = torch.cat([shown, states_beside(head, shown)], dim=-1)
         if guided is not None:
             beside = guided.hidden.to(shown)
             shown = shown + beside if _share_embeddings(head, guided) else torch.cat([shown, beside], dim=-1)
@@ -482,10 +486,12 @@ def _only_labelled(
 
 
 def _wide_head(model: PreTrainedModel, guided: LabelledStates | None) -> AbstractContextManager[None]:
-    """Within the context the head that TRL looks up is that of the model and that of what is guided, side by side."""
+    """Within the context the head that TRL looks up has beside it the one of what is guided, or what adapters add to it."""
+    base, head = unwrap_peft(model), model.get_output_embeddings()
+    if guided is None and has_adapted_head(model):
+        return _head_is(base, torch.cat([head.weight, columns_beside(head)], dim=1), head.bias)
     if guided is None:
         return nullcontext()
-    base, head = unwrap_peft(model), model.get_output_embeddings()
     if _share_embeddings(head, guided):
         return _head_is(base, head.weight, guided.bias)
     size = min(len(head.weight), len(guided.weight))

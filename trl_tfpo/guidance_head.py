@@ -79,10 +79,8 @@ class GuidanceHead(torch.nn.Module):
             hidden_states (`torch.Tensor` of shape `(N, H)`):
                 Where completion tokens are predicted, N larger than H if possible.
         """
-        hidden_states = hidden_states.double()
         direction = fitted_direction(self.weight, logits)
-        constant = _ridge(hidden_states.T @ hidden_states, hidden_states.sum(dim=0), 1e-3)
-        self.map.copy_(torch.outer(direction, constant) / self.scale)
+        self.map.copy_(torch.outer(direction, constant_over(hidden_states)) / self.scale)
 
     @torch.no_grad()
     def folded(self, embeddings: torch.Tensor, map: torch.Tensor) -> torch.Tensor:
@@ -120,6 +118,12 @@ def fitted_direction(embeddings: torch.Tensor, logits: torch.Tensor) -> torch.Te
     embeddings = embeddings.detach().double()
     centered, logits = embeddings - embeddings.mean(dim=0), logits.to(embeddings) - logits.mean().to(embeddings)
     return _ridge(centered.T @ centered, centered.T @ logits, 1e-4)
+
+
+def constant_over(hidden_states: torch.Tensor) -> torch.Tensor:
+    """Direction (H,) whose product with each of the hidden states (N, H) is about 1, in float64."""
+    hidden_states = hidden_states.double()
+    return _ridge(hidden_states.T @ hidden_states, hidden_states.sum(dim=0), 1e-3)
 
 
 def _ridge(second_moments: torch.Tensor, products: torch.Tensor, ridge: float) -> torch.Tensor:

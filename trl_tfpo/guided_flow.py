@@ -52,7 +52,8 @@ from ._compat import (
 )
 from .adapters import trained_exponents
 from .atomic import FORMAT, check_format
-from .guidance_head import GuidanceHead
+from .guidance_head import GuidanceHead, constant_over
+from .head_adapter import start_head_at, starts_at_zero
 from .named_model import NamedModel, check_there
 
 
@@ -108,8 +109,8 @@ def free_head(model: PreTrainedModel) -> None:
 @torch.no_grad()
 def start_at_credits(model: PreTrainedModel, logits: torch.Tensor, rows: Sequence[dict], collate: Callable) -> None:
     """
-    Let a doctor with a [`~trl_tfpo.guidance_head.GuidanceHead`] start with the same logits at every state, in place. Others
-    are left as they are.
+    Let a doctor with a [`~trl_tfpo.guidance_head.GuidanceHead`] start with the same logits at every state, in place, or one with
+    an adapter on its head with the same added to its own. Others are left as they are.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -122,7 +123,7 @@ def start_at_credits(model: PreTrainedModel, logits: torch.Tensor, rows: Sequenc
             From rows to a batch.
     """
     head = model.get_output_embeddings()
-    if not isinstance(head, GuidanceHead) or is_sharded(model):
+    if is_sharded(model) or not (isinstance(head, GuidanceHead) or starts_at_zero(model)):
         return
     wanted = logits.new_zeros(len(head.weight))
     wanted[: len(logits)] = logits[: len(wanted)]
@@ -136,7 +137,10 @@ def start_at_credits(model: PreTrainedModel, logits: torch.Tensor, rows: Sequenc
         num_states += len(states[-1])
         if num_states >= 2 * hidden.size(-1):
             break
-    head.start_at(wanted.to(model.device), torch.cat(states))
+    if isinstance(head, GuidanceHead):
+        head.start_at(wanted.to(model.device), torch.cat(states))
+    else:
+        start_head_at(model, wanted.to(model.device), constant_over(torch.cat(states)))
 
 
 def _own_config(model: PreTrainedModel) -> None:

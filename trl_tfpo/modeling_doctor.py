@@ -38,6 +38,7 @@ from ._compat import (
     fused_logps,
     has_plain_head,
     is_peft_model,
+    is_sharded,
     labelled_logits,
     prove_head,
     unwrap_peft,
@@ -47,6 +48,7 @@ from .atomic import written_whole
 from .functional import guided_logps
 from .guidance_head import GuidanceHead
 from .guided_flow import GUIDANCE, is_guidance, load_guidance, start_guidance, untie_head
+from .head_adapter import has_adapted_head, has_columns, keep_head, save_without_embeddings, with_head
 
 
 if TYPE_CHECKING:
@@ -139,7 +141,11 @@ def add_value_head(model: PreTrainedModel) -> None:
         try:
             labels = kwargs["input_ids"].masked_fill(~completion_mask, -100)
             one_forward = functools.partial(fused_forward, *args)
-            can_fuse = is_fused if guided is None else isinstance(guided, LabelledStates) and has_plain_head(self)
+            if guided is None:
+                head = self.get_output_embeddings()
+                can_fuse = is_fused and (not has_adapted_head(self) or (has_columns(head) and not is_sharded(self)))
+            else:
+                can_fuse = isinstance(guided, LabelledStates) and has_plain_head(self)
             if can_fuse:
                 log_probs, _ = fused_logps(one_forward, self, labels, guided=guided, **kwargs)  # (B, L - 1)
             else:
@@ -188,7 +194,11 @@ def guided_token_logps(
 
 
 def make_doctor(
-    model: "PreTrainedModel | PeftModel", peft_config: "PeftConfig | None" = None, *, guides: bool = False
+    model: "PreTrainedModel | PeftModel",
+    peft_config: "PeftConfig | None" = None,
+    *,
+    guides: bool = False,
+    has_credits: bool = False,
 ) -> "PreTrainedModel | PeftModel":
     """
     The doctor with its value head, and with a new adapter if there is a config for one.
@@ -201,13 +211,16 @@ def make_doctor(
         guides (`bool`, *optional*, defaults to `False`):
             Whether it is for guided flow: its language model head starts at zero, see
             [`~trl_tfpo.guided_flow.start_guidance`], and is trained and saved with the adapter.
+        has_credits (`bool`, *optional*, defaults to `False`):
+            Whether it is to start at credits: a new LoRA of a language model gets a place for them, see
+            [`~trl_tfpo.head_adapter.with_head`].
 
     Returns:
         [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]: the doctor.
 
     Raises:
-        `ValueError`: on a second adapter, prompt learning, an activated LoRA, an adapter on the language modelling head,
-        a `PeftModel` that is not a doctor of guided flow but is to become one, or the reverse.
+        `ValueError`: on a second adapter, prompt learning, an activated LoRA, a `PeftModel` that is not a doctor of guided
+            flow but is to become one, or the reverse.
     """
     check_adapters(model, "The doctor")
     if getattr(model, "peft_config", None) and not is_peft_model(model):
@@ -243,6 +256,8 @@ def make_doctor(
             raise ValueError(
                 f"{reason}. Got {type(peft_config).__name__}; use an adapter of the weights, such as `LoraConfig`."
             )
+        if has_credits and not guides:
+            peft_config = with_head(model, peft_config)
         add_value_head(model)
         peft_config = copy.deepcopy(peft_config)  # the caller's stays as it is
         head = model.get_output_embeddings()
@@ -256,13 +271,9 @@ def make_doctor(
         if not any(parameter.requires_grad for parameter in others):  # an adapter that was loaded to be read
             model.set_adapter(model.active_adapter)
         record_exponents(model, GUIDANCE if guides else {})
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        if isinstance(model.get_output_embeddings(), BaseTunerLayer):
-            raise ValueError(
-                "An adapter on `lm_head` would not be trained: log-probabilities are computed from "
-                "`lm_head.weight` directly. Got one; remove 'lm_head' from `target_modules`."
-            )
+        save_without_embeddings(model)
+        if has_credits:
+            keep_head(model)
     return model
 
 

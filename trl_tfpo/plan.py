@@ -283,7 +283,7 @@ def training_plan(
         beside, its_config = (model, quantization_config) if is_ratio else (frozen, patient_quantization_config)
         guided = _weight_bytes(beside, _quantized(beside, its_config), its_config)
         width = beside.config.get_text_config().hidden_size
-    model = make_doctor(model, peft_config, guides=args.policy != "doctor")
+    model = make_doctor(model, peft_config, guides=args.policy != "doctor", has_credits=args.calibrate_rewards)
     if args.disable_dropout:
         disable_dropout_in_model(model)
     parameters = list(model.parameters())

@@ -219,7 +219,7 @@ class TFPOTrainer(DoctorFiles):
         check_embeddings("doctor", model, processing_class)
 
         # Value head and PEFT
-        model = make_doctor(model, peft_config, guides=args.policy != "doctor")
+        model = make_doctor(model, peft_config, guides=args.policy != "doctor", has_credits=args.calibrate_rewards)
         keep_differentiable(model)
         if is_peft_model(model) and args.gradient_checkpointing:
             model.enable_input_require_grads()

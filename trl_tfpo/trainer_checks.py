@@ -21,9 +21,11 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.data.data_collator import DataCollator
 
-from ._compat import is_sharded
+from ._compat import is_peft_model, is_sharded
 from .data_collator import TokenRewardCollator
 from .faces import Faces
+from .guided_flow import is_guidance
+from .head_adapter import starts_at_zero
 from .named_model import NamedModel
 from .token_rewards import check_given
 from .tokenization import columns_of
@@ -104,7 +106,10 @@ def warn_of_ignored(model: object, name: str, init_kwargs: dict | None) -> None:
 
 
 def check_can_calibrate(dataset: Dataset | IterableDataset, online_faces: object, model: torch.nn.Module) -> None:
-    """Raise `ValueError` when rewards are to be calibrated that are not there before training, or embeddings are not whole."""
+    """
+    Raise `ValueError` when rewards are to be calibrated that are not there before training, or embeddings are not whole. Warn
+    when an adapter has no place for the credits.
+    """
     if is_sharded(model):
         raise ValueError(
             "`calibrate_rewards` needs the doctor's embeddings whole. Got a doctor that was loaded in shards; load it "
@@ -117,4 +122,10 @@ def check_can_calibrate(dataset: Dataset | IterableDataset, online_faces: object
         raise ValueError(
             f"`calibrate_rewards` needs all token rewards before training. Got {found}; annotate a `Dataset` first, or set "
             "`calibrate_rewards=False`."
+        )
+    if is_peft_model(model) and not starts_at_zero(model):
+        warnings.warn(
+            "An adapter starts at the calibrated credits when it is a new LoRA of a language model. Got "
+            f"{'one of guided flow' if is_guidance(model) else 'another one'}, which starts as it is; use "
+            "`policy='doctor'` with a `LoraConfig`."
         )
