@@ -90,6 +90,29 @@ def test_what_prompts_share_is_read_once(chat_model, human):
             torch.testing.assert_close(states, hidden, atol=1e-5, rtol=1e-4)
 
 
+def test_fewer_candidates_stand_for_the_same_probability(human):
+    """The normalizer of a policy is right on average, and exact without guidance: else all log-ratios would have an offset."""
+    chance = torch.Generator().manual_seed(0)
+    answer = human.Answer(
+        ids=torch.tensor([7, EOS]),
+        states=torch.zeros(3, 4),
+        candidates=torch.arange(90).expand(2, -1),
+        log_weights=torch.rand(2, 90, generator=chance).sort(dim=1, descending=True).values.log(),
+        ends=True,
+    )
+    guidance = torch.randn(90, generator=chance)
+    exact = (answer.log_weights + guidance).exp().sum(dim=1)
+    found = []
+    for _ in range(400):
+        few = human.thinned(answer, chance)
+        assert few.candidates.shape == few.log_weights.shape == (2, 64) and few.ids is answer.ids
+        torch.testing.assert_close(few.log_weights.logsumexp(dim=1), answer.log_weights.logsumexp(dim=1))
+        assert (few.candidates[:, :32] == answer.candidates[:, :32]).all()
+        found.append((few.log_weights + guidance[few.candidates]).exp().sum(dim=1))
+    found = torch.stack(found)
+    assert ((found.mean(dim=0) - exact).abs() < 4 * found.std(dim=0) / 20).all()
+
+
 def test_the_best_scale_is_the_log_odds_of_agreement(human):
     """Three of four pairs agree by one nat: the likelihood is greatest at log 3. Where most disagree, at nothing at all."""
     margins = torch.tensor([1.0, 1.0, 1.0, -1.0]).double()
