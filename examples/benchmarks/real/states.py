@@ -76,7 +76,7 @@ class Answer:
 
 class Reader:
     """
-    Reads answers under prompts that begin alike, whose beginning passes the model once.
+    Reads answers under prompts. What a prompt has in common with the one before it passes the model once.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -89,11 +89,7 @@ class Reader:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, eos_token_id: int):
         self.model, self.tokenizer, self.eos_token_id = model, tokenizer, eos_token_id
-        a, b = (self._render([{"role": "user", "content": x}]) for x in "xy")
-        self.start = a[: next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), 0)]
-        if self.start:
-            with torch.inference_mode():
-                self._cache = model.base_model(input_ids=torch.tensor([self.start]), use_cache=True).past_key_values
+        self._last, self._cache = [], None  # the prompt that was read before, and its keys and values
 
     def _render(self, messages: list[dict]) -> list[int]:
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
@@ -101,12 +97,16 @@ class Reader:
     @torch.inference_mode()
     def states(self, messages: list[dict], completions: Sequence[list[int]]) -> list[torch.Tensor]:
         """Last hidden states `(T_i + 1, H)` of each completion."""
-        prompt, cache, num_shared = self._render(messages), None, 0
-        if self.start and prompt[: len(self.start)] == self.start:
-            cache, num_shared = copy.deepcopy(self._cache), len(self.start)
+        prompt, cache = self._render(messages), None
+        pairs = enumerate(zip(prompt[:-1], self._last, strict=False))
+        num_shared = next((i for i, (a, b) in pairs if a != b), min(len(prompt) - 1, len(self._last)))
+        if num_shared:
+            cache = copy.deepcopy(self._cache)
+            cache.crop(num_shared - len(self._last))  # tokens to remove, as a negative number
         read = self.model.base_model(
             input_ids=torch.tensor([prompt[num_shared:]]), past_key_values=cache, use_cache=True
         )
+        self._last, self._cache = prompt, copy.deepcopy(read.past_key_values)
         read.past_key_values.batch_repeat_interleave(len(completions))
         ids = pad_sequence([torch.tensor(x) for x in completions], batch_first=True)
         mask = torch.ones(len(ids), len(prompt) + ids.size(1), dtype=torch.long)
