@@ -44,10 +44,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from bench import METHODS, read, sparse_rewards, write
+from bench import write
 from datasets import Dataset, load_dataset
+from doctors import METHODS
 from model import default_cache, fetch_model
+from signals import sparse_rewards
 from states import Answer, Doctor, Reader, flow_loss, forward, read_all, train
+from tables import read
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from trl_tfpo.calibration import Calibration, calibrate
