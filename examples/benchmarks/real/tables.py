@@ -213,6 +213,7 @@ COLOURS = {
     "DPO": "tab:orange",
     "TFPO, published rewards": "tab:red",
 }
+OURS_OF_2 = "TFPO, best of 2"
 POINTS = {"best of 2 by the scorer": "best of 2", "best of 4 by the scorer": "best of 4"}
 
 
@@ -253,17 +254,20 @@ def draw_task(axes, task: str, rows: list[dict]) -> None:
         axes.fill_between(kls, gains - 2 * errors, gains + 2 * errors, color="black", alpha=0.12, linewidth=0)
         ends.append((kls[-1].item(), gains[-1].item(), "best possible", "black"))
     tests = [row for row in rows if row["kind"] == "test"]
-    for name, colour in COLOURS.items():
-        mine = [row for row in tests if row["method"] == name and row["kl"] in KLS]
+    guided = {name: [row for row in tests if row["method"] == name] for name in COLOURS}
+    best = [row for row in rows if row["kind"] == "best of"]
+    guided[OURS_OF_2] = [row for row in best if (row["method"], row["n"]) == (OURS, 2)]
+    for name, found in guided.items():
+        mine = [row for row in found if row["kl"] in KLS]
         kls = sorted({row["kl"] for row in mine})
         if not kls:
             continue
         by_kl = [torch.tensor([row["by_prompt"] for row in mine if row["kl"] == kl]) for kl in kls]
-        draws = [bootstrap(x).quantile(torch.tensor([0.025, 0.975])).tolist() for x in by_kl]
-        low, high = zip((0.0, 0.0), *draws, strict=True)
-        means = [0.0, *(x.mean().item() for x in by_kl)]
-        axes.plot([0, *kls], means, color=colour, linewidth=2.5 if name == OURS else 1.5)
-        axes.fill_between([0, *kls], low, high, color=colour, alpha=0.15, linewidth=0)
+        low, high = zip(*(bootstrap(x).quantile(torch.tensor([0.025, 0.975])).tolist() for x in by_kl), strict=True)
+        means, start = [x.mean().item() for x in by_kl], [] if name == OURS_OF_2 else [0.0]
+        colour, style = COLOURS.get(name, COLOURS[OURS]), "--" if name == OURS_OF_2 else "-"
+        axes.plot([*start, *kls], [*start, *means], style, color=colour, linewidth=2.5 if name == OURS else 1.5)
+        axes.fill_between([*start, *kls], [*start, *low], [*start, *high], color=colour, alpha=0.15, linewidth=0)
         ends.append((kls[-1], means[-1], name.removesuffix(" rewards"), colour))
     for name, shown in POINTS.items():
         for row in [row for row in tests if row["method"] == name][:1]:
