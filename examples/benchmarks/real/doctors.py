@@ -131,11 +131,9 @@ METHODS = {
         [
             dict(learning_rate=x, beta=y, map_rate=z, from_patient=w)
             for x, y, z, w in (
-                (1e-2, 0.1, 0.1, True),
                 (1e-2, 0.3, 0.0, True),
                 (3e-2, 0.3, 0.0, True),
                 (1e-1, 0.3, 0.0, True),
-                (3e-3, 0.05, 0.1, False),
                 (1e-2, 0.1, 0.0, False),
                 (3e-2, 0.1, 0.0, False),
                 (1e-1, 0.1, 0.0, False),

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
 KLS = [0.25, 0.5, 1.0, 2.0]  # nats
 OBJECTIVE_KLS = [0.5, 1.0]
-BETAS = [x * y for y in (0.1, 1, 10) for x in (1, 1.8, 3.2, 5.6)]  # strengths, from which KLs are interpolated
+BETAS = [x * y for y in (1e-3, 1e-2, 0.1, 1, 10) for x in (1, 1.8, 3.2, 5.6)]  # strengths; KLs are interpolated
+FIRST_BETA = BETAS.index(0.1)
 NO_TRAINING = ("best of 2 by the scorer", "best of 4 by the scorer", "best of 2 by credits", "best of 4 by credits")
 
 
@@ -91,18 +92,26 @@ def interpolated(
     Returns:
         `list` of a row with `kl`, `strength` and `num_effective`, and the expectations `(P,)` by name.
     """
-    points = []
-    for beta in BETAS if n == 1 else [0.0, *BETAS]:
+
+    def point(beta: float) -> tuple[float, float, dict[str, torch.Tensor], float]:
         found = weigh(groups, logits, beta)
         weights = found.weights if n == 1 else best_of_weights(found.weights, ranked_by, n)
         by_prompt = {name: (weights * x).sum(dim=1) for name, x in values.items()}
         by_prompt["kl"] = (found.weights * found.kl).sum(dim=1) + best_of_kl(n)
-        if by_prompt["kl"].mean() < kls[0] / 4:
-            continue
         num_effective = (1 / found.weights.square().sum(dim=1)).mean().item()
-        points.append((by_prompt["kl"].mean().item(), beta, by_prompt, num_effective))
+        return by_prompt["kl"].mean().item(), beta, by_prompt, num_effective
+
+    points = [point(BETAS[FIRST_BETA])]
+    for beta in reversed(BETAS[:FIRST_BETA]):  # down to the first KL, for a doctor with large logits
+        if points[0][0] <= max(kls[0], 2 * best_of_kl(n)):
+            break
+        points.insert(0, point(beta))
+    if n > 1:
+        points.insert(0, point(0.0))
+    for beta in BETAS[FIRST_BETA + 1 :]:
         if points[-1][0] > kls[-1]:
             break
+        points.append(point(beta))
     rows = []
     for kl, ((k0, b0, x0, n0), (k1, b1, x1, n1)) in itertools.product(kls, itertools.pairwise(points)):
         if k0 <= kl < k1:

@@ -16,6 +16,7 @@
 Tables and figure of the bench, from the lines of its output.
 """
 
+import itertools
 import json
 import math
 import statistics
@@ -281,8 +282,11 @@ def draw_task(axes, task: str, rows: list[dict]) -> None:
     axes.spines["bottom"].set_bounds(0, furthest)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    lowest, apart = -math.inf, 0.06 * axes.get_ylim()[1]
-    for kl, gain, name, colour in sorted(ends, key=lambda end: end[1]):
-        lowest = max(gain, lowest + apart)  # labels do not overlap
+    ends.sort(key=lambda end: end[1])
+    heights, apart = [gain for _, gain, *_ in ends], 0.06 * axes.get_ylim()[1]
+    for low, high in itertools.chain.from_iterable(itertools.repeat(list(itertools.pairwise(range(len(ends)))), 50)):
+        overlap = max(apart - (heights[high] - heights[low]), 0) / 2  # neighbours give way until no labels overlap
+        heights[low], heights[high] = heights[low] - overlap, heights[high] + overlap
+    for (kl, _, name, colour), height in zip(ends, heights, strict=True):
         place = dict(xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
-        axes.annotate(name, (kl, lowest), color=colour, **place)
+        axes.annotate(name, (kl, height), color=colour, **place)
