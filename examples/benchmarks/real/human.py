@@ -456,7 +456,7 @@ def print_table(found: dict[str, Result], num_train: int) -> None:
             interval(result.log_likelihoods, 3),
             "" if is_rival else interval(result.log_likelihoods - rival.log_likelihoods, 3),
             f"{result.validation_accuracy:.3f}",
-            f"{result.seconds:.0f}" if name in METHODS else "",
+            f"{result.seconds:.0f}" if name in METHODS or SCORES[name][0] is labelled_tfpo else "",
         ]
         print(f"| {name} | " + " | ".join(cells) + " |")
     print(f"\nChance: accuracy 0.5, log-likelihood {-math.log(2):.3f} nats. Settings:\n")
