@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 RELIABILITY = $(wildcard $(patsubst %,tests/test_%.py,\
 	atomic bad_input determinism fault* formats fuzz* numbers security server shards upstream))
 
-.PHONY: demo demo-real test test-reliability style quality audit docs screenshot clean
+.PHONY: demo demo-real bench-real test test-reliability style quality audit docs screenshot clean
 
 # The main job in the controlled world: a table, a picture in runs/world, completions side by side
 demo: $(VENV)/.demo
@@ -20,6 +20,12 @@ demo: $(VENV)/.demo
 demo-real: export OMP_NUM_THREADS = 2
 demo-real: $(VENV)/.demo-real
 	$(RUN)python examples/benchmarks/real/demo.py
+
+# What the page on a real model rests on; PAIRS is a file or dataset like HH-RLHF. Some hours on two cores, resumed when called again
+bench-real: $(VENV)/.demo-real
+	$(RUN)python examples/benchmarks/real/bench.py --prompts "$(PAIRS)" --figure docs/images/real_model.svg
+	$(RUN)python examples/benchmarks/real/lora.py --prompts "$(PAIRS)" --num_answers 32
+	$(RUN)python examples/benchmarks/real/human.py --pairs "$(PAIRS)" --num-fold 96
 
 # The whole suite, two workers of one thread each
 test: $(VENV)/.test
