@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from bench import Bench
 
 
-AIMS = [2.0, 4.0]  # nats
+AIMS = [1.0, 2.0, 4.0]  # nats
 NUM_SAMPLES, ROWS = 4, 64  # of each prompt, and together
 MIN_P = 0.1  # of AAD: tokens at least this likely, relative to the likeliest
 
