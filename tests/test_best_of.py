@@ -19,7 +19,7 @@ import torch
 from plain_guidance import BOS, ONE, PAD, PADDED, batch, llama
 
 from trl_tfpo import Doctor, DoctorGuidedLogitsProcessor, guided_generate
-from trl_tfpo.best_of import completion_rewards
+from trl_tfpo.best_of import completion_rewards, keep_best
 from trl_tfpo.cli import main
 from trl_tfpo.token_credits import credited_rewards, load_credits, save_credits
 
@@ -33,7 +33,9 @@ def patient():
 
 
 def credits_of(model, seed: int = 0) -> torch.Tensor:
-    return torch.randn(model.config.vocab_size, generator=torch.Generator().manual_seed(seed))
+    credits = torch.randn(model.config.vocab_size, generator=torch.Generator().manual_seed(seed))
+    credits[PAD] = 0  # at the end of a completion it is not told from padding
+    return credits
 
 
 def generated(patient, guide, seed=0, **settings):
@@ -77,6 +79,21 @@ def test_tokens_after_the_end_do_not_count(patient):
     assert torch.equal(found[:, :width], expected[:, :width])
 
 
+def test_padding_after_a_stop_does_not_count(patient):
+    """What stops a row may be no token: `generate` then fills it up."""
+    doctor = llama(1)
+    credits = credits_of(doctor)
+    credits[PAD] = 100.0
+    guide = DoctorGuidedLogitsProcessor(Doctor(doctor, credits=credits))
+    prompt = [BOS, 5]
+    short, long = [*prompt, 7, PAD, PAD], [*prompt, 7, PAD, 8]
+    credits[7], credits[8] = 1.0, -500.0
+    for rows, best in (([short, long], short), ([long, short], short)):
+        kept = keep_best(guide, torch.tensor(rows), 2, prompt_length=2, eos_token_id=None, pad_token_id=PAD)
+        assert kept.tolist() == [best]
+    assert completion_rewards(guide, torch.tensor([[7, PAD]]), torch.tensor([[True, False]])).item() == 0.5
+
+
 def test_several_doctors_rank_together():
     """Weights that steer are weights that rank, by prompt; a doctor that is switched off needs no credits."""
     one, two = llama(1), llama(2)
@@ -115,6 +132,9 @@ def test_doctors_without_credits_are_refused_before_anything_is_generated(patien
     with pytest.raises(ValueError, match="Got a doctor without any"):
         guided_generate(patient, guide, **ONE, **SETTINGS, best_of=2)
     assert guide.num_calls == 0
+    later = DoctorGuidedLogitsProcessor(Doctor(llama(1), credits=torch.zeros(40)), beta=lambda step: step / 5)
+    with pytest.raises(ValueError, match="Got 0 for all"):
+        guided_generate(patient, later, **ONE, **SETTINGS, best_of=2)
     short = DoctorGuidedLogitsProcessor(Doctor(llama(1), credits=torch.zeros(3)))
     with pytest.raises(ValueError, match="0 to 2. Got"):
         guided_generate(patient, short, input_ids=batch([BOS, 5])["input_ids"], **SETTINGS, best_of=2)
@@ -123,9 +143,14 @@ def test_doctors_without_credits_are_refused_before_anything_is_generated(patien
 def test_credits_come_back_from_the_folder(tmp_path):
     """The ranking of a saved doctor is that of its training."""
     credits = torch.tensor([0.5, -0.25, 0.0])
+    (tmp_path / "sub").mkdir()
     assert load_credits(tmp_path) is None
     save_credits(credits, tmp_path)
     assert torch.equal(load_credits(tmp_path), credits)
+    save_credits(-credits, tmp_path / "sub")
+    assert torch.equal(load_credits(tmp_path, subfolder="sub", dtype=torch.float32), -credits)
+    save_credits(None, tmp_path)  # another doctor in the same folder, without credits
+    assert load_credits(tmp_path) is None
 
 
 def test_the_command_line_ranks(tmp_path, capsys):

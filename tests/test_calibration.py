@@ -244,7 +244,9 @@ def annotated_pairs(num_pairs: int, **settings) -> tuple[Dataset, torch.Tensor]:
     dataset, embeddings, _ = made_up_pairs(num_pairs=num_pairs, **settings)
     for name in ("chosen", "rejected"):
         dataset = dataset.add_column(f"{name}_token_rewards", [[0.1] * len(row) for row in dataset[f"{name}_ids"]])
-    return dataset.add_column("prompt_ids", [[3, 4 + row % 18] for row in range(num_pairs)]), embeddings
+    dataset = dataset.add_column("prompt_ids", [[3, 4 + row % 18] for row in range(num_pairs)])
+    dataset.info.description = SETTINGS_KEY + json.dumps({"reward": {}})  # that the default rewards were asked for
+    return dataset, embeddings
 
 
 @pytest.fixture
@@ -283,6 +285,8 @@ def test_sparse_rewards_stay_where_nobody_asked(labelled, tokenizer, tmp_path):
         chosen = dataset.select(range(160))
         chosen.info.description = SETTINGS_KEY + json.dumps({"reward": reward})
         assert trainer_of(chosen, tokenizer, tmp_path, copy.deepcopy(doctor)).calibration is None
+    from_a_file = Dataset.from_list(dataset.to_list())  # whose rewards may be anybody's
+    assert trainer_of(from_a_file, tokenizer, tmp_path, copy.deepcopy(doctor)).calibration is None
     without_gaps = dataset.remove_columns(["chosen_gaps", "rejected_gaps"])
     trainer = TFPOTrainer(
         model=doctor,

@@ -61,9 +61,15 @@ def completion_rewards(
 
 
 def check_credits(guide: DoctorGuidedLogitsProcessor) -> None:
-    """Raise `ValueError` when a doctor whose exponent is not 0 has no token credits."""
-    for doctor, beta in _without_references(guide):
-        if doctor.credits is None and torch.as_tensor(weight_at(beta, 0)).any():
+    """Raise `ValueError` when a doctor whose exponent is not 0 has no token credits, or all exponents are 0."""
+    weights = [(doctor, torch.as_tensor(weight_at(beta, 0))) for doctor, beta in _without_references(guide)]
+    if not any(weight.any() for _, weight in weights):
+        raise ValueError(
+            "Completions are ranked by doctors whose exponent is not 0 at the first token. Got 0 for all; give `beta` "
+            "numbers, or leave out `best_of`."
+        )
+    for doctor, weight in weights:
+        if doctor.credits is None and weight.any():
             raise ValueError(
                 "Completions are ranked by the token credits of the doctors. Got a doctor without any; train it with "
                 "`calibrate_rewards=True` and load it by `DoctorGuidedLogitsProcessor.from_pretrained`."
@@ -103,6 +109,7 @@ def keep_best(
     *,
     prompt_length: int,
     eos_token_id: int | Sequence[int] | None,
+    pad_token_id: int | None,
 ) -> torch.LongTensor:
     """
     Of each prompt's sequences the one with the largest reward.
@@ -118,6 +125,8 @@ def keep_best(
             L.
         eos_token_id (`int` or sequence of `int`, *optional*):
             What ends a completion. Tokens after it do not count.
+        pad_token_id (`int`, *optional*):
+            What fills up a completion that something else has ended. Such tokens at the end do not count.
 
     Returns:
         `torch.LongTensor` of shape `(B, L + T)`
@@ -126,6 +135,8 @@ def keep_best(
     eos = [] if eos_token_id is None else torch.as_tensor(eos_token_id).flatten().tolist()
     is_eos = torch.isin(completions, torch.tensor(eos, dtype=torch.long, device=completions.device)).long()
     mask = is_eos.cumsum(dim=1) == is_eos  # as far as the first EOS, itself included
+    if pad_token_id is not None:
+        mask &= (completions != pad_token_id).flip(1).cumsum(dim=1).flip(1) > 0  # without padding at the end
     best = completion_rewards(guide, completions, mask).view(-1, best_of).argmax(dim=1)
     return sequences[torch.arange(len(best), device=best.device) * best_of + best]
 

@@ -43,7 +43,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from torch.nn.utils.rnn import pad_sequence
 
-from ._compat import is_sharded
+from ._compat import is_peft_model, is_sharded
 from .functional import token_rewards
 from .tfpo_config import TFPOConfig
 from .token_rewards import GAP_COLUMNS, REWARD_COLUMNS, annotation_settings, warn_unless_faces_separate
@@ -303,11 +303,21 @@ def choose_rewards(
 def _is_open(dataset: Dataset | IterableDataset, model: torch.nn.Module, policy: str, is_online: bool) -> bool:
     """
     Whether labels may decide on the token rewards: by guided flow, with all gaps there before training, enough pairs, embeddings
-    that are whole, and rewards that nobody has chosen by `reward_fn` or `reward_direction`.
+    that are whole and not those of an adapter, and a record by which nobody has chosen the rewards by `reward_fn` or
+    `reward_direction`.
     """
-    if policy == "doctor" or is_online or is_sharded(model) or not isinstance(dataset, Dataset):
+    if (
+        policy == "doctor"
+        or is_online
+        or is_sharded(model)
+        or is_peft_model(model)
+        or not isinstance(dataset, Dataset)
+    ):
         return False
-    rewards = (annotation_settings(dataset) or {}).get("reward", {})
+    recorded = annotation_settings(dataset)
+    if recorded is None:  # as in a file, whose rewards may be anybody's
+        return False
+    rewards = recorded.get("reward", {})
     is_default = rewards.get("function", DEFAULT_REWARDS) == DEFAULT_REWARDS
     is_default &= rewards.get("reward_direction", "agreement") == "agreement"
     return is_default and set(GAP_COLUMNS) <= set(dataset.column_names) and len(dataset) >= MIN_DECIDED

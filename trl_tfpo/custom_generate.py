@@ -23,9 +23,11 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .adapters import trained_exponents
+from .doctors import Doctor
 from .generation import guided_generate
 from .logits_processor import DEFAULT_BETA, DoctorGuidedLogitsProcessor, Weight
 from .modeling_doctor import load_doctor
+from .token_credits import load_credits
 
 
 NUM_LOADED = 2  # doctors that stay loaded for the next call
@@ -78,7 +80,7 @@ def generate(
 
 
 @functools.lru_cache(maxsize=NUM_LOADED)
-def _load(doctor: str, device: torch.device, written: int | None) -> tuple[PreTrainedModel, float]:
+def _load(doctor: str, device: torch.device, written: int | None) -> tuple[Doctor, float]:
     """The doctor, and its weight; loaded again when its folder was `written` again."""
     model = load_doctor(doctor, with_value_head=False, device_map={"": device}).eval()
-    return model, trained_exponents(model).get("beta", DEFAULT_BETA)
+    return Doctor(model, credits=load_credits(doctor)), trained_exponents(model).get("beta", DEFAULT_BETA)

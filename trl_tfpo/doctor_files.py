@@ -54,8 +54,8 @@ class DoctorFiles(_BaseTrainer):
         if head:
             save_value_head({name.rsplit(".", 1)[-1]: tensor for name, tensor in head.items()}, folder)  # and the map
         save_guidance(model, folder)
-        if self.calibration is not None:
-            save_credits(self.calibration.credits / self.args.reward_temperature, folder)
+        credits = None if self.calibration is None else self.calibration.credits / self.args.reward_temperature
+        save_credits(credits, folder)
         save_custom_generate(folder)
         self.create_model_card()
         card = Path(self.args.output_dir) / "README.md"

@@ -75,8 +75,8 @@ def guided_generate(
             Gets the tokens as they come.
         best_of (`int`, *optional*, defaults to `1`):
             Sample this many completions of each prompt, and return the one with the largest reward by the doctors' token
-            credits, [`~best_of.completion_rewards`]. The KL from the patient grows by at most `log n - (n - 1) / n`
-            nats, and the cost n times.
+            credits, [`~best_of.completion_rewards`]. The KL from the guided policy is at most `log n - (n - 1) / n` nats; from
+            the patient it grows by more, as the choice goes the way of the guidance. The cost is n times as large.
         **kwargs:
             Anything else for `patient.generate`, or for [`speculative_guided_generate`].
 
@@ -165,7 +165,8 @@ def guided_generate(
     if best_of == 1:
         return output
     eos_token_id = _setting(patient, kwargs, "eos_token_id")
-    return keep_best(guide, output, best_of, prompt_length=input_ids.size(1), eos_token_id=eos_token_id)
+    ends = dict(eos_token_id=eos_token_id, pad_token_id=_setting(patient, kwargs, "pad_token_id"))
+    return keep_best(guide, output, best_of, prompt_length=input_ids.size(1), **ends)
 
 
 def check_reads(

@@ -25,6 +25,7 @@ what else there is to say.
 
 import copy
 import functools
+import re
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,7 +41,7 @@ HAS_USUAL_START = (True, "gaussian")  # of `init_lora_weights`, where the produc
 def has_adapted_head(model: "PreTrainedModel | PeftModel") -> bool:
     """Whether the head is read with an adapter on it, so that its weights are not all that it is."""
     head = model.get_output_embeddings()
-    return hasattr(head, "base_layer") and not head._disable_adapters
+    return hasattr(head, "base_layer") and not head._disable_adapters and not head.merged
 
 
 def has_columns(head: torch.nn.Module) -> bool:
@@ -87,7 +88,8 @@ def with_head(model: PreTrainedModel, peft_config: "PeftConfig") -> "PeftConfig"
     if targets is None:
         targets = USUAL_TARGETS.get(getattr(model.config, "model_type", None))
     is_plain = getattr(peft_config.peft_type, "value", peft_config.peft_type) == "LORA" and not peft_config.use_dora
-    if not is_plain or peft_config.init_lora_weights not in HAS_USUAL_START or targets is None:
+    last, kept = name.rsplit(".", 1)[-1], {*(peft_config.modules_to_save or ()), *peft_config.rank_pattern}
+    if not is_plain or peft_config.init_lora_weights not in HAS_USUAL_START or targets is None or {name, last} & kept:
         return peft_config
     if targets == "all-linear":
         from transformers.pytorch_utils import Conv1D
@@ -95,9 +97,10 @@ def with_head(model: PreTrainedModel, peft_config: "PeftConfig") -> "PeftConfig"
         kinds = torch.nn.Linear | Conv1D
         targets = {key for key, module in model.named_modules() if isinstance(module, kinds) and module is not head}
     elif isinstance(targets, str):
-        targets = f"(?:{targets})|{name}"
-    last = name.rsplit(".", 1)[-1]
-    if not isinstance(targets, str) and {name, last} & {*targets, *(peft_config.modules_to_save or ())}:
+        if re.fullmatch(targets, name):
+            return peft_config
+        targets = f"(?:{targets})|{re.escape(name)}"
+    if not isinstance(targets, str) and {name, last} & {*targets}:
         return peft_config
     peft_config = copy.deepcopy(peft_config)
     peft_config.target_modules = targets if isinstance(targets, str) else {*targets, name}
@@ -107,10 +110,11 @@ def with_head(model: PreTrainedModel, peft_config: "PeftConfig") -> "PeftConfig"
 
 
 def keep_head(model: "PeftModel") -> None:
-    """Let training leave credits as they are: a LoRA of rank 1 on the head."""
-    head = model.get_output_embeddings()
+    """Let training leave credits as they are: the place on the head that [`with_head`] has made."""
+    head, base = model.get_output_embeddings(), model.get_base_model()
+    place = next(name for name, module in base.named_modules() if module is head)
     for name, matrix in getattr(head, "lora_A", {}).items():
-        if matrix.out_features == 1:
+        if model.peft_config[name].rank_pattern.get(place) == 1:
             matrix.requires_grad_(False)
             head.lora_B[name].requires_grad_(False)
 

@@ -198,11 +198,9 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
             [`DoctorGuidedLogitsProcessor`]: with the doctors in eval mode.
         """
         names = [doctor] if isinstance(doctor, (str, os.PathLike)) else list(doctor)
+        load = model_init_kwargs or {}
         doctors = [
-            Doctor(
-                load_doctor(name, with_value_head=False, **(model_init_kwargs or {})).eval(),
-                credits=load_credits(name),
-            )
+            Doctor(load_doctor(name, with_value_head=False, **load).eval(), credits=load_credits(name, **load))
             for name in names
         ]
         if beta is None:

@@ -256,7 +256,7 @@ def make_doctor(
             raise ValueError(
                 f"{reason}. Got {type(peft_config).__name__}; use an adapter of the weights, such as `LoraConfig`."
             )
-        if has_credits and not guides:
+        if has_credits and not guides and (model.device.type == "meta" or prove_head(model).is_plain):
             peft_config = with_head(model, peft_config)
         add_value_head(model)
         peft_config = copy.deepcopy(peft_config)  # the caller's stays as it is

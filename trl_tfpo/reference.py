@@ -20,7 +20,7 @@ from functools import partial
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, Trainer
 
-from ._compat import is_peft_model, is_sharded
+from ._compat import adapter_layers, is_peft_model, is_sharded, using_adapters
 from .scoring import score_completions
 from .shards import add_scores
 from .tokenization import ID_COLUMNS, column_lengths, row_lengths
@@ -105,7 +105,8 @@ def add_reference_logps(dataset: Dataset, doctor: PreTrainedModel, *, fingerprin
 
 
 def _score_reference(batch: dict[str, list], *, doctor: PreTrainedModel, **settings) -> dict[str, list]:
-    with doctor.disable_adapter() if is_peft_model(doctor) else nullcontext():
+    # PEFT's own `disable_adapter` would let frozen parts of an adapter be trained afterwards
+    with using_adapters(adapter_layers(doctor), ()) if is_peft_model(doctor) else nullcontext():
         logps = score_completions(
             doctor, batch["prompt_ids"] * 2, batch["chosen_ids"] + batch["rejected_ids"], **settings
         )

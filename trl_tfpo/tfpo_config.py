@@ -80,8 +80,9 @@ class TFPOConfig(_BaseConfig):
         calibrate_rewards (`bool`, *optional*):
             Whether the labels decide how much each source of token rewards counts, see [`~trl_tfpo.calibration.calibrate`].
             The rewards above are then one source of several, and `reward_direction` has no effect. The doctor starts with the
-            credit that each token gets whatever its context. By default held-out labels decide, with guided flow, at least 128
-            pairs, and `reward_direction="agreement"` without a `reward_fn`; calibrated rewards are used where they explain these
+            credit that each token gets whatever its context; an adapter of guided flow starts at zero. By default held-out labels
+            decide, with guided flow without an adapter, at least 128 pairs, and a dataset by [`annotate_token_rewards`] with
+            `reward_direction="agreement"` and without a `reward_fn`; calibrated rewards are used where they explain these
             labels better than the rewards above do. With fewer pairs they are not used.
 
         > Parameters that control the objective

@@ -31,25 +31,38 @@ from .atomic import written_whole
 
 
 CREDITS_FILE = "token_credits.safetensors"
+SOURCE = ("subfolder", "revision", "token", "cache_dir", "local_files_only")
 
 
-def save_credits(credits: torch.Tensor, folder: str | os.PathLike) -> None:
+def save_credits(credits: torch.Tensor | None, folder: str | os.PathLike) -> None:
     """
-    Write the credits of a doctor into its folder.
+    Write the credits of a doctor into its folder, or remove those of another that was saved there before.
 
     Args:
-        credits (`torch.Tensor` of shape `(V,)`):
-            In nats of the doctor's own log-probabilities.
+        credits (`torch.Tensor` of shape `(V,)`, *optional*):
+            In nats of the doctor's own log-probabilities. `None` for a doctor without credits.
         folder (`str` or `os.PathLike`):
             Where the doctor is saved.
     """
+    if credits is None:
+        (Path(folder) / CREDITS_FILE).unlink(missing_ok=True)
+        return
     with written_whole(Path(folder) / CREDITS_FILE) as part:
         save_file({"credits": credits.detach().float().cpu().contiguous()}, part)
 
 
-def load_credits(path: str | os.PathLike) -> torch.Tensor | None:
-    """The credits `(V,)` of the doctor in a folder or on the Hub; None where there are none."""
-    file = cached_file(path, CREDITS_FILE, _raise_exceptions_for_missing_entries=False)
+def load_credits(path: str | os.PathLike, **kwargs) -> torch.Tensor | None:
+    """
+    The credits `(V,)` of the doctor in a folder or on the Hub; None where there are none.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            Folder or name.
+        **kwargs:
+            Of `from_pretrained` of the doctor. Those that say where its files are count, such as `subfolder` and `revision`.
+    """
+    source = {name: kwargs[name] for name in SOURCE if name in kwargs}
+    file = cached_file(path, CREDITS_FILE, _raise_exceptions_for_missing_entries=False, **source)
     return None if file is None else load_file(file)["credits"]
 
 

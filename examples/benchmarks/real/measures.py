@@ -62,7 +62,7 @@ def best_of_weights(weights: torch.Tensor, signal: torch.Tensor, n: int) -> torc
 
 
 def best_of_kl(n: int) -> float:
-    """What the best of n samples adds to a KL at most, in nats."""
+    """The KL of the best of n samples from what they were drawn from, at most, in nats."""
     return math.log(n) - (n - 1) / n
 
 
@@ -97,7 +97,9 @@ def interpolated(
         found = weigh(groups, logits, beta)
         weights = found.weights if n == 1 else best_of_weights(found.weights, ranked_by, n)
         by_prompt = {name: (weights * x).sum(dim=1) for name, x in values.items()}
-        by_prompt["kl"] = (found.weights * found.kl).sum(dim=1) + best_of_kl(n)
+        by_prompt["kl"] = (found.weights * found.kl).sum(dim=1)
+        if n > 1:  # what is chosen is further from the patient than what is guided, and its choice adds to that
+            by_prompt["kl"] += ((weights - found.weights) * found.log_ratios).sum(dim=1) + best_of_kl(n)
         num_effective = (1 / found.weights.square().sum(dim=1)).mean().item()
         return by_prompt["kl"].mean().item(), beta, by_prompt, num_effective
 
