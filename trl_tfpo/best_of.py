@@ -47,7 +47,8 @@ def completion_rewards(
         `torch.Tensor` of shape `(B,)`: in nats.
 
     Raises:
-        `ValueError`: when a doctor whose exponent is not 0 has no credits, or on tokens for which there are none.
+        `ValueError`: when a doctor whose exponent is not 0 has no credits, when all exponents are 0, or on tokens for which
+            there are no credits.
     """
     check_credits(guide)
     total = torch.zeros(len(completion_ids), device=completion_ids.device)
@@ -142,6 +143,6 @@ def keep_best(
 
 
 def _without_references(guide: DoctorGuidedLogitsProcessor) -> list[tuple]:
-    """The doctors with their exponents."""
+    """The doctors with their exponents; references, which stand at the end, are left out."""
     pairs = list(zip(guide.doctors, guide.betas, strict=True))
     return pairs[: len(pairs) - guide.num_references]

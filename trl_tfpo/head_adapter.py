@@ -82,8 +82,7 @@ def with_head(model: PreTrainedModel, peft_config: "PeftConfig") -> "PeftConfig"
     """
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as USUAL_TARGETS
 
-    head = model.get_output_embeddings()
-    name = next(name for name, module in model.named_modules() if module is head)
+    head, name = model.get_output_embeddings(), _place_of_head(model)
     targets = getattr(peft_config, "target_modules", None)
     if targets is None:
         targets = USUAL_TARGETS.get(getattr(model.config, "model_type", None))
@@ -109,10 +108,15 @@ def with_head(model: PreTrainedModel, peft_config: "PeftConfig") -> "PeftConfig"
     return peft_config
 
 
+def _place_of_head(model: PreTrainedModel) -> str:
+    """The name of its head among the modules of a model."""
+    head = model.get_output_embeddings()
+    return next(name for name, module in model.named_modules() if module is head)
+
+
 def keep_head(model: "PeftModel") -> None:
     """Let training leave credits as they are: the place on the head that [`with_head`] has made."""
-    head, base = model.get_output_embeddings(), model.get_base_model()
-    place = next(name for name, module in base.named_modules() if module is head)
+    head, place = model.get_output_embeddings(), _place_of_head(model.get_base_model())
     for name, matrix in getattr(head, "lora_A", {}).items():
         if model.peft_config[name].rank_pattern.get(place) == 1:
             matrix.requires_grad_(False)

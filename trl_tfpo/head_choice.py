@@ -67,16 +67,11 @@ def choose_head(
     head = model.get_output_embeddings()
     if not isinstance(head, GuidanceHead) or is_sharded(model) or head.map.any() or is_online:
         return
-    if (
-        not isinstance(dataset, Dataset)
-        or len(dataset) < MIN_PAIRS
-        or not set(GAP_COLUMNS) <= set(dataset.column_names)
-    ):
+    has_gaps = isinstance(dataset, Dataset) and set(GAP_COLUMNS) <= set(dataset.column_names)
+    if not has_gaps or len(dataset) < MIN_PAIRS:
         return
-    (found,) = broadcast_object_list(
-        [explained_gaps(dataset, head.weight, eos_token_ids)]
-    )  # one choice, in all processes
-    by_token, by_embedding = found
+    found = explained_gaps(dataset, head.weight, eos_token_ids)
+    ((by_token, by_embedding),) = broadcast_object_list([found])  # one choice, in all processes
     if by_token > MIN_KNOWN and by_embedding < MIN_SHARE * by_token:
         free_head(model)
         logger.info(

@@ -37,19 +37,18 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from doctors import METHODS
 from guided import AIMS, NUM_SAMPLES, Greedy, Guide, patient_row, sampled, strength_at
 from measures import NO_TRAINING, best_of, best_possible, combined, measure, measure_objectives
 from model import default_cache, fetch_model
 from samples import Samples
-from signals import signals, sums
+from signals import calibrated, signals, sums
 from states import Answer, Doctor, Reader, logits_on, read_all, weigh
 from tables import OURS, plot, read, report
 from tasks import TASKS, as_messages, label, mixture, prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from trl_tfpo.calibration import MIN_PAIRS, Calibration, calibrate
+from trl_tfpo.calibration import MIN_PAIRS, Calibration
 from trl_tfpo.testbed import reward_kl_frontier
 from trl_tfpo.testbed.frontier import Frontier
 
@@ -123,12 +122,7 @@ class Bench:
 
     @lru_cache(maxsize=16)  # noqa: B019
     def calibration(self, task: str, seed: int) -> Calibration:
-        columns = {name: [] for name in ("chosen_ids", "rejected_ids", "chosen_gaps", "rejected_gaps")}
-        for pair in self.pairs(task, seed):
-            for side, answer in zip(("chosen", "rejected"), pair, strict=True):
-                columns[f"{side}_ids"].append(answer.ids.tolist())
-                columns[f"{side}_gaps"].append(answer.faces[task][0].tolist())
-        return calibrate(Dataset.from_dict(columns), self.embeddings, [self.eos])
+        return calibrated(task, self.pairs(task, seed), self.embeddings, self.eos)
 
     @lru_cache(maxsize=16)  # noqa: B019
     def frontier(self, task: str, split: str) -> Frontier:

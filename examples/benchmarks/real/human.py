@@ -42,10 +42,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+import signals
 import torch
 import torch.nn.functional as F
 from bench import write
-from datasets import Dataset, load_dataset
+from datasets import load_dataset
 from doctors import METHODS
 from model import default_cache, fetch_model
 from signals import sparse_rewards
@@ -53,7 +54,7 @@ from states import Answer, Doctor, Reader, flow_loss, forward, read_all, train
 from tables import read
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from trl_tfpo.calibration import Calibration, calibrate
+from trl_tfpo.calibration import Calibration
 from trl_tfpo.faces import HARMLESSNESS, Faces
 from trl_tfpo.preferences import read_pair
 from trl_tfpo.scoring import model_fingerprint
@@ -183,12 +184,7 @@ class Fold:
 
     @cached_property
     def _calibration(self) -> Calibration:
-        columns = {name: [] for name in ("chosen_ids", "rejected_ids", "chosen_gaps", "rejected_gaps")}
-        for pair in self.answers["train"]:
-            for side, answer in zip(("chosen", "rejected"), pair, strict=True):
-                columns[f"{side}_ids"].append(answer.ids.tolist())
-                columns[f"{side}_gaps"].append(answer.faces[TASK.name][0].tolist())
-        return calibrate(Dataset.from_dict(columns), self.embeddings, [self.eos])
+        return signals.calibrated(TASK.name, self.answers["train"], self.embeddings, self.eos)
 
     def calibration(self, task: str, seed: int) -> Calibration:
         return self._calibration

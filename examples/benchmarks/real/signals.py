@@ -18,12 +18,14 @@ Signals: how much each reward of whole texts could gain, if a doctor learned it 
 The patient's samples of validation prompts are tilted by the reward. No doctor is trained.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from datasets import Dataset
 from states import Answer
 
+from trl_tfpo.calibration import Calibration, calibrate
 from trl_tfpo.functional import token_rewards
 from trl_tfpo.testbed.frontier import kl_of, tilted
 
@@ -39,6 +41,16 @@ def gain_by(signal: torch.Tensor, scores: torch.Tensor, kl: float) -> float:
     """What samples with scores (P, N) gain over the patient when they are tilted by a signal (P, N), at a mean KL in nats."""
     _, weights = tilted(signal, lambda weights: kl_of(weights).mean(), kl)
     return ((weights * scores).sum(dim=1).mean() - scores.mean()).item()
+
+
+def calibrated(task: str, pairs: Sequence[tuple[Answer, Answer]], embeddings: torch.Tensor, eos: int) -> Calibration:
+    """Token rewards that explain the labels of pairs, chosen and rejected, by the gaps of a task's faces."""
+    columns = {name: [] for name in ("chosen_ids", "rejected_ids", "chosen_gaps", "rejected_gaps")}
+    for pair in pairs:
+        for side, answer in zip(("chosen", "rejected"), pair, strict=True):
+            columns[f"{side}_ids"].append(answer.ids.tolist())
+            columns[f"{side}_gaps"].append(answer.faces[task][0].tolist())
+    return calibrate(Dataset.from_dict(columns), embeddings, [eos])
 
 
 def sums(groups: list[list[Answer]], reward: Callable[[Answer], torch.Tensor]) -> torch.Tensor:
