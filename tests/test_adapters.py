@@ -1,16 +1,4 @@
-# Copyright 2026 The trl-tfpo authors
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """However a doctor is loaded it is decoded as it was trained, or refused; and which adapters can be read at all."""
 
@@ -50,11 +38,11 @@ from trl_tfpo import (
     guided_generate,
     load_doctor,
 )
-from trl_tfpo.adapters import RECORD, center_head, trained_exponents
+from trl_tfpo.annotation.scoring import score_completions
 from trl_tfpo.evaluation import Completion, evaluate_guidance, next_token_statistics
-from trl_tfpo.guided_flow import GUIDANCE, start_guidance
-from trl_tfpo.modeling_doctor import VALUE_HEAD_FILE, make_doctor
-from trl_tfpo.scoring import score_completions
+from trl_tfpo.models.adapters import RECORD, center_head, trained_exponents
+from trl_tfpo.models.doctor import VALUE_HEAD_FILE, make_doctor
+from trl_tfpo.models.guidance import GUIDANCE, start_guidance
 from trl_tfpo.server import Engine
 
 

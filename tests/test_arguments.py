@@ -1,16 +1,4 @@
-# Copyright 2026 The trl-tfpo authors
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Settings as people write them: from files, from sweeps, and from other trainers."""
 
@@ -26,11 +14,11 @@ from conftest import make_llama
 from trl import DPOConfig, DPOTrainer, ModelConfig, SFTConfig
 
 from trl_tfpo import TFPOConfig, TFPOTrainer
-from trl_tfpo.arguments import INSTEAD, check_types
 from trl_tfpo.cli.annotate import AnnotateArguments
 from trl_tfpo.cli.generate import GenerateArguments
 from trl_tfpo.cli.parser import Parser
 from trl_tfpo.cli.train import TFPOScriptArguments
+from trl_tfpo.common.arguments import INSTEAD, check_types
 
 
 def parse(tmp_path, text: str, *arguments: str, types=(TFPOScriptArguments, TFPOConfig, ModelConfig)):

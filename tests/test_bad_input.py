@@ -1,16 +1,4 @@
-# Copyright 2026 The trl-tfpo authors
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 Wrong input, one row each, for every public function, command and endpoint: the error states the rule, the value got and
@@ -49,9 +37,9 @@ from trl_tfpo import (
     tfpo_objective,
 )
 from trl_tfpo.cli import main
-from trl_tfpo.plan import training_plan
 from trl_tfpo.server import Engine, Generation, Limits, make_app
 from trl_tfpo.testbed import load_world
+from trl_tfpo.training.plan import training_plan
 
 
 FACES = Faces(positive="you are kind", negative="you are rude")

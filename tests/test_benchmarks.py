@@ -1,16 +1,4 @@
-# Copyright 2026 The trl-tfpo authors
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """The benchmarks measure what they say; how long it takes is not looked at, as it depends on the machine."""
 
@@ -28,10 +16,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from trl_tfpo import DoctorGuidedLogitsProcessor
 from trl_tfpo.functional import guided_logps
-from trl_tfpo.objective import tfpo_objective
+from trl_tfpo.training.objective import tfpo_objective
 
 
-BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TINY = dict(
     repetitions=1,
     vocab_sizes={97: 1.08},

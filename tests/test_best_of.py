@@ -1,16 +1,4 @@
-# Copyright 2026 The trl-tfpo authors
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """The best of several guided completions is the one that the doctors' own credits value most."""
 
@@ -19,9 +7,9 @@ import torch
 from plain_guidance import BOS, ONE, PAD, PADDED, batch, llama
 
 from trl_tfpo import Doctor, DoctorGuidedLogitsProcessor, guided_generate
-from trl_tfpo.best_of import completion_rewards, keep_best
 from trl_tfpo.cli import main
-from trl_tfpo.token_credits import credited_rewards, load_credits, save_credits
+from trl_tfpo.decoding.best_of import completion_rewards, keep_best
+from trl_tfpo.models.token_credits import credited_rewards, load_credits, save_credits
 
 
 SETTINGS = dict(max_new_tokens=6, do_sample=True, eos_token_id=None, pad_token_id=PAD)

@@ -1,16 +1,4 @@
-# Copyright 2026 The trl-tfpo authors
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Calibrated token rewards: what such a token usually gets, weighted by what the labels say."""
 
@@ -25,10 +13,10 @@ from datasets import Dataset
 from test_tfpo_trainer import FACES, config
 
 from trl_tfpo import DoctorGuidedLogitsProcessor, TFPOTrainer, annotate_token_rewards
-from trl_tfpo.calibration import calibrate
+from trl_tfpo.annotation.token_rewards import SETTINGS_KEY
 from trl_tfpo.functional import token_rewards
-from trl_tfpo.token_rewards import SETTINGS_KEY
-from trl_tfpo.trainer_checks import check_can_calibrate
+from trl_tfpo.training.calibration import calibrate
+from trl_tfpo.training.checks import check_can_calibrate
 
 
 VOCABULARY, SIZE, EOS = 60, 5, 2
@@ -173,7 +161,7 @@ def test_labels_of_one_prompt_are_held_out_together():
 def test_large_data_are_drawn_from(monkeypatch):
     """The fit of a million pairs must take no longer than that of ten thousand."""
     dataset, embeddings, values = made_up_pairs(num_pairs=300)
-    monkeypatch.setattr("trl_tfpo.calibration.MAX_PAIRS", 200)
+    monkeypatch.setattr("trl_tfpo.training.calibration.MAX_PAIRS", 200)
     found = calibrate(dataset, embeddings, [EOS])
     assert found.num_pairs == 200 and correlation(found.credits[3:], values[3:]) > 0.9
     assert len(found.apply(dataset)) == 300

@@ -1,16 +1,4 @@
-# Copyright 2026 The trl-tfpo authors
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """The command line: every verb, run; every mistake, answered in one line."""
 
@@ -30,10 +18,10 @@ from conftest import WORDS, conversational_rows, hear_interruptions, make_llama,
 from datasets import Dataset, load_dataset, load_from_disk
 
 from trl_tfpo import Faces, annotate_token_rewards
+from trl_tfpo.annotation.token_rewards import annotation_settings
 from trl_tfpo.cli import VERBS, main
 from trl_tfpo.faces import HONESTY
 from trl_tfpo.testbed import load_world
-from trl_tfpo.token_rewards import annotation_settings
 
 
 @pytest.fixture(autouse=True)
@@ -461,7 +449,7 @@ def test_the_configs_of_the_package_are_those_of_the_examples():
     from accelerate.commands.config.config_args import load_config_from_file
 
     root = Path(__file__).parents[1]
-    folder = root / "trl_tfpo" / "accelerate_configs"
+    folder = root / "trl_tfpo" / "training" / "accelerate_configs"
     assert (root / "examples" / "accelerate_configs").resolve() == folder
     configs = {path.stem: load_config_from_file(str(path)) for path in folder.glob("*.yaml")}
     assert configs.keys() == {"cpu", "single_gpu", "ddp", "zero1", "zero2", "zero3", "fsdp2"}

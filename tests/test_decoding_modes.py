@@ -1,16 +1,4 @@
-# Copyright 2026 The trl-tfpo authors
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 Every mode of `generate`, with every kind of doctor, gives the tokens and scores of guidance from scratch.
@@ -33,7 +21,7 @@ from plain_guidance import BOS, VOCABULARY, PlainGuidance, batch, generate, gpt2
 from transformers import GenerationConfig
 
 from trl_tfpo import Doctor, DoctorGuidedLogitsProcessor, guided_generate
-from trl_tfpo.doctors import DoctorMemory
+from trl_tfpo.decoding.doctors import DoctorMemory
 
 
 ARCHITECTURES = {"RoPE": llama, "GPT-2 positions": gpt2}

@@ -1,16 +1,4 @@
-# Copyright 2026 The trl-tfpo authors
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Measures of guided decoding, against enumeration of all texts of a tiny language and numbers worked by hand."""
 
@@ -25,6 +13,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from trl_tfpo.decoding.logits_processor import DoctorGuidedLogitsProcessor
 from trl_tfpo.evaluation import (
     Completion,
     best_of_n,
@@ -36,7 +25,6 @@ from trl_tfpo.evaluation import (
     next_token_statistics,
     sampled_kl,
 )
-from trl_tfpo.logits_processor import DoctorGuidedLogitsProcessor
 
 
 WORDS = ["<pad>", "</s>", "yes", "no"]

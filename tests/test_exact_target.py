@@ -1,16 +1,4 @@
-# Copyright 2026 The trl-tfpo authors
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """In a world small enough to enumerate, the objective must find the exact distribution it promises."""
 
@@ -20,7 +8,7 @@ import pytest
 import torch
 
 from trl_tfpo.functional import guided_logps
-from trl_tfpo.objective import tfpo_objective
+from trl_tfpo.training.objective import tfpo_objective
 
 
 NUM_SYMBOLS, LENGTH = 4, 5

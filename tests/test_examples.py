@@ -1,16 +1,4 @@
-# Copyright 2026 The trl-tfpo authors
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Every example, run as a user would: a process of its own, real files, two processes where it says so."""
 
@@ -68,7 +56,7 @@ def logged_losses(output_dir):
 def test_controlled_world_end_to_end(tmp_path):
     """Without arguments: table, picture and completions, here with less training and fewer samples."""
     output = run(
-        *[sys.executable, ROOT / "examples" / "benchmarks" / "seeds.py", "--seeds", "0", "1", "--output_dir", "runs"],
+        *[sys.executable, ROOT / "benchmarks" / "seeds.py", "--seeds", "0", "1", "--output_dir", "runs"],
         *["--num_pairs", "256", "--max_steps", "40", "--num_samples_per_prompt", "16"],
         cwd=tmp_path,
     )

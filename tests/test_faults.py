@@ -1,16 +1,4 @@
-# Copyright 2026 The trl-tfpo authors
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 Death, damage and a full disk, at random moments: the same command again ends as if nothing had happened.
@@ -48,9 +36,9 @@ from injection import (
 from safetensors.torch import load_file
 
 from trl_tfpo import Faces, TFPOConfig, TFPOTrainer, TokenRewardCollator, annotate_token_rewards
-from trl_tfpo.checkpoints import CONTENTS_FILE, check_checkpoint, mark_whole, resolve_checkpoint
+from trl_tfpo.annotation.score_cache import SHARD_SIZE
 from trl_tfpo.cli import main
-from trl_tfpo.shards import SHARD_SIZE
+from trl_tfpo.training.checkpoints import CONTENTS_FILE, check_checkpoint, mark_whole, resolve_checkpoint
 
 
 FACES = Faces(positive="you are kind", negative="you are rude")
@@ -183,7 +171,7 @@ def test_nothing_older_is_deleted_before_a_checkpoint_is_whole(annotated, tmp_pa
         seen.append(sorted(path.name for path in tmp_path.glob("checkpoint-*")))
         mark_whole(folder)
 
-    monkeypatch.setattr("trl_tfpo.checkpoints.mark_whole", marked)
+    monkeypatch.setattr("trl_tfpo.training.checkpoints.mark_whole", marked)
     make_trainer(annotated, tmp_path, save_total_limit=1, max_steps=4).train()
     assert seen == [["checkpoint-2"], ["checkpoint-2", "checkpoint-4"]]
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]

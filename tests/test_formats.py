@@ -1,16 +1,4 @@
-# Copyright 2026 The trl-tfpo authors
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """What the first release wrote keeps loading; what a later one will write is not guessed at."""
 
@@ -25,8 +13,8 @@ from datasets import load_from_disk
 from transformers import AutoModelForCausalLM
 
 from trl_tfpo import DoctorGuidedLogitsProcessor, TFPOConfig, TFPOTrainer, load_doctor
-from trl_tfpo.guided_flow import GUIDANCE_FILE
-from trl_tfpo.token_rewards import SETTINGS_KEY, annotation_settings
+from trl_tfpo.annotation.token_rewards import SETTINGS_KEY, annotation_settings
+from trl_tfpo.models.guidance import GUIDANCE_FILE
 
 
 FIRST = Path(__file__).parent / "fixtures" / "format_1"

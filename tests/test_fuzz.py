@@ -1,16 +1,4 @@
-# Copyright 2026 The trl-tfpo authors
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 What nobody thought of: laws for whatever preferences, tensors and requests hypothesis comes up with. That of the processor is
@@ -32,10 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trl_tfpo import Faces, TokenRewardCollator, tfpo_objective
+from trl_tfpo.annotation.token_rewards import score_token_rewards
+from trl_tfpo.data.tokenization import tokenize_pair
 from trl_tfpo.functional import token_rewards
 from trl_tfpo.server import Engine, Limits, make_app
-from trl_tfpo.token_rewards import score_token_rewards
-from trl_tfpo.tokenization import tokenize_pair
 
 
 SECONDS = float(os.environ.get("TRL_TFPO_FUZZ", 0))

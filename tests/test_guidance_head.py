@@ -1,16 +1,4 @@
-# Copyright 2026 The trl-tfpo authors
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """A head in the span of the vocabulary embeddings: the same doctor in training, in a folder, and loaded as any model."""
 
@@ -20,9 +8,10 @@ from conftest import make_llama
 from test_guided_flow import BATCH, plain_logits, tokens_of
 from transformers import AutoModelForCausalLM
 
-from trl_tfpo.guidance_head import GuidanceHead
-from trl_tfpo.guided_flow import read_patient, start_at_credits, start_guidance
-from trl_tfpo.modeling_doctor import add_value_head, make_doctor
+from trl_tfpo.models.doctor import add_value_head, make_doctor
+from trl_tfpo.models.guidance import start_guidance
+from trl_tfpo.models.guidance_head import GuidanceHead
+from trl_tfpo.training.guided_flow import read_patient, start_at_credits
 
 
 def trained_doctor(tied: bool = True):

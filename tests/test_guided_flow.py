@@ -1,16 +1,4 @@
-# Copyright 2026 The trl-tfpo authors
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Guided flow: what is trained is what will be decoded, and it starts at the patient."""
 
@@ -22,8 +10,9 @@ from test_tfpo_trainer import FACES, config, losses
 from transformers import AutoModelForCausalLM
 
 from trl_tfpo import DoctorGuidedLogitsProcessor, TFPOTrainer, annotate_token_rewards, load_doctor
-from trl_tfpo.guided_flow import read_patient, save_guidance, start_guidance
-from trl_tfpo.modeling_doctor import add_value_head, make_doctor
+from trl_tfpo.models.doctor import add_value_head, make_doctor
+from trl_tfpo.models.guidance import save_guidance, start_guidance
+from trl_tfpo.training.guided_flow import read_patient
 
 
 LORA = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")

@@ -1,16 +1,4 @@
-# Copyright 2026 The trl-tfpo authors
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Adapters that start at the credits of the tokens: a LoRA of rank 1 on the language model head."""
 
@@ -25,9 +13,9 @@ from safetensors.torch import load_file
 from test_tfpo_trainer import FACES, config
 
 from trl_tfpo import DoctorGuidedLogitsProcessor, TFPOTrainer, annotate_token_rewards, guided_generate, load_doctor
-from trl_tfpo.head_adapter import has_adapted_head, starts_at_zero, with_head
-from trl_tfpo.modeling_doctor import make_doctor
-from trl_tfpo.shared_forward import can_share
+from trl_tfpo.decoding.shared_forward import can_share
+from trl_tfpo.models.doctor import make_doctor
+from trl_tfpo.models.head_adapter import has_adapted_head, starts_at_zero, with_head
 
 
 TEMPERATURE = 0.5

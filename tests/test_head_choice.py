@@ -1,16 +1,4 @@
-# Copyright 2026 The trl-tfpo authors
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """A doctor whose embeddings do not know what the faces reward gets a row of its own for each token."""
 
@@ -22,8 +10,8 @@ from conftest import make_llama
 from test_calibration import EOS, SIZE, annotated_pairs, made_up_pairs, trainer_of
 from transformers import AutoModelForCausalLM
 
-from trl_tfpo.guidance_head import GuidanceHead
-from trl_tfpo.head_choice import explained_gaps
+from trl_tfpo.models.guidance_head import GuidanceHead
+from trl_tfpo.training.head_choice import explained_gaps
 
 
 def test_what_tokens_and_embeddings_explain():

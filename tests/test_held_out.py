@@ -1,16 +1,4 @@
-# Copyright 2026 The trl-tfpo authors
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Held-out pairs are watched: a doctor that learns its pairs by heart is told of, and no other."""
 
@@ -23,7 +11,7 @@ from test_tfpo_trainer import FACES, config
 from transformers import EarlyStoppingCallback
 
 from trl_tfpo import TFPOTrainer, annotate_token_rewards
-from trl_tfpo.held_out import turned
+from trl_tfpo.training.held_out import turned
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,4 @@
-# Copyright 2026 The trl-tfpo authors
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """The doctor: a causal language model like any other, until its completions are to be scored."""
 
@@ -21,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from trl_tfpo import load_doctor
-from trl_tfpo.modeling_doctor import add_value_head
+from trl_tfpo.models.doctor import add_value_head
 
 
 INPUT_IDS = torch.tensor([[5, 6, 7, 8, 2], [5, 9, 2, 0, 0], [4, 5, 6, 7, 8]])

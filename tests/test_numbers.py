@@ -1,16 +1,4 @@
-# Copyright 2026 The trl-tfpo authors
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 Numbers at their edges: what is not finite is said or has no effect, and what is finite stays so.
@@ -37,13 +25,13 @@ from trl_tfpo import (
     guided_generate,
     tfpo_objective,
 )
+from trl_tfpo.annotation.report import reward_report
+from trl_tfpo.annotation.scoring import score_completions
+from trl_tfpo.annotation.token_rewards import annotation_settings
 from trl_tfpo.cli.models import load_models
 from trl_tfpo.functional import guided_logps
-from trl_tfpo.named_model import NamedModel
-from trl_tfpo.scoring import score_completions
+from trl_tfpo.models.named_model import NamedModel
 from trl_tfpo.server import Engine, Generation
-from trl_tfpo.token_rewards import annotation_settings
-from trl_tfpo.visible import reward_report
 
 
 NUM_BATCHES = int(os.environ.get("TRL_TFPO_BATCHES", 300))
@@ -321,7 +309,7 @@ def test_the_rounding_of_a_patient_in_halves_is_measured(monkeypatch, caplog, tm
     assert found["flipped"] == pytest.approx(share.item(), abs=0.02)
     assert reward_report(annotated, tokenizer, tmp_path)["rounding"] == found
     assert "gaps are off by" in (tmp_path / "rewards.html").read_text(encoding="utf-8")
-    monkeypatch.setattr("trl_tfpo.token_rewards.MAX_FLIPPED", -1.0)
+    monkeypatch.setattr("trl_tfpo.annotation.token_rewards.MAX_FLIPPED", -1.0)
     annotate_token_rewards(rows, half, tokenizer, faces=FACES)
     assert "Load it in float32" in caplog.text
 

@@ -1,16 +1,4 @@
-# Copyright 2026 The trl-tfpo authors
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """The wheel: built, installed elsewhere, imported from outside the repository."""
 
@@ -80,7 +68,7 @@ def test_a_source_tree_needs_no_installation(tmp_path):
         "from datasets import Dataset\n"
         "from trl_tfpo.cli import main\n"
         "from trl_tfpo.testbed import load_world\n"
-        "import trl_tfpo.checkpoints, trl_tfpo.hub\n"
+        "import trl_tfpo.training.checkpoints, trl_tfpo.training.cards\n"
         "from trl_tfpo import annotate_token_rewards\n"
         "world = load_world()\n"
         "pairs = world.preference_dataset('praise', num_pairs=2, seed=0)\n"

@@ -1,16 +1,4 @@
-# Copyright 2026 The trl-tfpo authors
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """A plan is only worth reading if the training then does what it says: counts exact, bytes of weights exact."""
 
@@ -43,11 +31,11 @@ from transformers import (
 from trl import get_peft_config
 
 from trl_tfpo import Faces, TFPOConfig, TFPOTrainer
-from trl_tfpo._compat import unwrap_peft
-from trl_tfpo.activation_memory import peak_activations
-from trl_tfpo.modeling_doctor import make_doctor
-from trl_tfpo.plan import GIB, LOGPS_IDS, LOGPS_TOKENS, ZERO3_LIVE_PARAMETERS, training_plan
-from trl_tfpo.shards import SHARD_SIZE
+from trl_tfpo.annotation.score_cache import SHARD_SIZE
+from trl_tfpo.common._upstream import unwrap_peft
+from trl_tfpo.models.doctor import make_doctor
+from trl_tfpo.training.activation_memory import peak_activations
+from trl_tfpo.training.plan import GIB, LOGPS_IDS, LOGPS_TOKENS, ZERO3_LIVE_PARAMETERS, training_plan
 
 
 ROOT = Path(__file__).parents[1]

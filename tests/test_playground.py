@@ -1,16 +1,4 @@
-# Copyright 2026 The trl-tfpo authors
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """The playground, in a real browser: a slider changes the answer, and nothing goes wrong out of sight."""
 
@@ -25,7 +13,7 @@ import pytest
 from conftest import hear_interruptions
 
 from trl_tfpo.cli import main
-from trl_tfpo.playground import Frontiers, _as_html, launch, train_world_doctors, world_playground
+from trl_tfpo.server.playground import Frontiers, _as_html, launch, train_world_doctors, world_playground
 from trl_tfpo.testbed import load_world
 
 
@@ -63,7 +51,7 @@ def test_what_the_page_shows_is_escaped():
 
 def test_the_dot_is_where_the_setting_is(monkeypatch):
     """Without weights the dot is the patient: no distance, and the reward at which the frontier begins."""
-    monkeypatch.setattr("trl_tfpo.playground.NUM_FRONTIER_SAMPLES", 20)
+    monkeypatch.setattr("trl_tfpo.server.playground.NUM_FRONTIER_SAMPLES", 20)
     world = load_world()
     frontiers = Frontiers(world, {"praise": world.doctor})
     kl, rewards = frontiers.dot((0.0,))

@@ -1,16 +1,4 @@
-# Copyright 2026 The trl-tfpo authors
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """However a model is read, it says what it says of the whole text; what it cannot do is refused or done otherwise."""
 
@@ -22,12 +10,13 @@ from conftest import make_llama, make_tokenizer
 from hybrids import ARCHITECTURES, make
 
 from trl_tfpo import Doctor, DoctorGuidedLogitsProcessor, guided_generate
-from trl_tfpo._compat import has_fused_head, has_plain_head, in_float32, labelled_logits, prove_head
-from trl_tfpo.doctors import DoctorMemory
+from trl_tfpo.annotation.scoring import score_completions
+from trl_tfpo.common._upstream import in_float32
+from trl_tfpo.decoding.doctors import DoctorMemory
+from trl_tfpo.decoding.generation import check_reads
 from trl_tfpo.evaluation import generate_completions
-from trl_tfpo.generation import check_reads
-from trl_tfpo.modeling_doctor import add_value_head
-from trl_tfpo.scoring import score_completions
+from trl_tfpo.models.doctor import add_value_head
+from trl_tfpo.models.states import has_fused_head, has_plain_head, labelled_logits, prove_head
 from trl_tfpo.server import Engine
 
 

@@ -1,16 +1,4 @@
-# Copyright 2026 The trl-tfpo authors
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """A prompt is read once for all its completions, and no completion is the wiser for its neighbours."""
 
@@ -20,8 +8,8 @@ from conftest import make_llama
 from plain_guidance import gpt2, llama, mistral
 from transformers import MambaConfig, MambaForCausalLM
 
-from trl_tfpo._compat import prove_head
-from trl_tfpo.scoring import score_completions
+from trl_tfpo.annotation.scoring import score_completions
+from trl_tfpo.models.states import prove_head
 
 
 def draw(generator, size: int) -> list[int]:

@@ -1,16 +1,4 @@
-# Copyright 2026 The trl-tfpo authors
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """What comes from elsewhere is read, never run; shown, never obeyed; and no more of it than there is room for."""
 
@@ -42,11 +30,11 @@ from trl_tfpo import (
     show_token_rewards,
     show_trace,
 )
-from trl_tfpo.checkpoints import mark_whole
 from trl_tfpo.cli import main
 from trl_tfpo.evaluation import RewardModel
-from trl_tfpo.hub import annotation_card
 from trl_tfpo.server import Engine, Limits, make_app
+from trl_tfpo.training.cards import annotation_card
+from trl_tfpo.training.checkpoints import mark_whole
 
 
 PACKAGE = Path(__file__).parents[1] / "trl_tfpo"
@@ -207,7 +195,7 @@ EVIL = "<script>x</script>\x1b[2J\x9b31m\u202e|[x](http://y)"
 @torch.no_grad()
 def test_nothing_shown_is_markup_or_moves_a_cursor(tmp_path, monkeypatch, capsys):
     """A dataset could rewrite the terminal of whoever looks at it, and a model run a script in their notebook."""
-    from trl_tfpo.playground import _as_html
+    from trl_tfpo.server.playground import _as_html
 
     monkeypatch.setenv("TQDM_DISABLE", "1")
     tokenizer = make_tokenizer(f"{WORDS} {EVIL}")

@@ -1,16 +1,4 @@
-# Copyright 2026 The trl-tfpo authors
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """The annotated dataset: rewards for the right tokens, from a patient that is only read."""
 
@@ -27,12 +15,13 @@ from conftest import conversational_rows, make_llama
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from trl_tfpo import Faces, annotate_token_rewards, named_model
-from trl_tfpo.named_model import NamedModel
-from trl_tfpo.scoring import model_fingerprint
-from trl_tfpo.shards import SHARD_SIZE
-from trl_tfpo.token_rewards import GAP_COLUMNS, REWARD_COLUMNS, annotation_settings
-from trl_tfpo.tokenization import ID_COLUMNS
+from trl_tfpo import Faces, annotate_token_rewards
+from trl_tfpo.annotation.score_cache import SHARD_SIZE
+from trl_tfpo.annotation.token_rewards import GAP_COLUMNS, REWARD_COLUMNS, annotation_settings
+from trl_tfpo.data.tokenization import ID_COLUMNS
+from trl_tfpo.models import named_model
+from trl_tfpo.models.fingerprint import model_fingerprint
+from trl_tfpo.models.named_model import NamedModel
 
 
 FACES = Faces(positive="you are kind", negative="you are rude")
@@ -224,7 +213,7 @@ def test_a_reward_function_of_ones_own(preferences, patient, tokenizer):
 
 def test_processes_with_different_weights_are_refused(preferences, patient, tokenizer, monkeypatch):
     """Each process scores its share: one that never loaded the weights would fill it with noise."""
-    monkeypatch.setattr("trl_tfpo.scoring.gather_object", lambda names: [*names, "of another process"])
+    monkeypatch.setattr("trl_tfpo.annotation.scoring.gather_object", lambda names: [*names, "of another process"])
     assert len(model_fingerprint(patient)) == 16
     monkeypatch.setitem(PartialState._shared_state, "num_processes", 2)
     with pytest.raises(ValueError, match="same weights"):

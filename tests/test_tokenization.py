@@ -1,16 +1,4 @@
-# Copyright 2026 The trl-tfpo authors
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Token ids: the same for patient and doctor, whatever the format of the dataset."""
 
@@ -31,8 +19,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
+from trl_tfpo.data.tokenization import MASK_COLUMNS, tokenize_pair, tokenize_preferences
 from trl_tfpo.faces import BUILT_IN_FACES, Faces, apply_face, has_system_role, resolve_faces
-from trl_tfpo.tokenization import MASK_COLUMNS, tokenize_pair, tokenize_preferences
 
 
 FACES = Faces(positive="you are kind", negative="you are rude")

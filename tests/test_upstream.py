@@ -1,16 +1,4 @@
-# Copyright 2026 The trl-tfpo authors
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """What the package leans on in TRL, transformers, PEFT and Accelerate still is as it was; else, what to change here."""
 
@@ -30,19 +18,17 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl import DPOTrainer, is_conversational, maybe_extract_prompt
 
 from trl_tfpo import TFPOTrainer
-from trl_tfpo._compat import (
+from trl_tfpo.common._upstream import (
     _BaseTrainer,
     active_adapters,
     adapter_layers,
-    fused_lm_head,
-    fused_logps,
-    has_plain_head,
     is_sharded,
     keep_differentiable,
     unsharded,
     using_adapters,
 )
-from trl_tfpo.doctor_files import DoctorFiles
+from trl_tfpo.models.states import fused_lm_head, fused_logps, has_plain_head
+from trl_tfpo.training.doctor_files import DoctorFiles
 
 
 def test_constructor_follows_trl():

@@ -1,16 +1,4 @@
-# Copyright 2026 The trl-tfpo authors
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Align a large frozen language model at decoding time with a small doctor trained by TFPO."""
 
@@ -19,38 +7,39 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from .callbacks import LogGuidedCompletionsCallback
-    from .data_collator import TokenRewardCollator
-    from .doctors import Doctor
+    from .annotation.report import reward_report, show_token_rewards
+    from .annotation.token_rewards import annotate_token_rewards
+    from .decoding.doctors import Doctor
+    from .decoding.generation import guided_generate
+    from .decoding.logits_processor import DoctorGuidedLogitsProcessor
+    from .decoding.speculative import speculative_guided_generate
+    from .decoding.trace import show_trace
     from .faces import Faces
-    from .generation import guided_generate
-    from .logits_processor import DoctorGuidedLogitsProcessor
-    from .modeling_doctor import load_doctor
-    from .objective import tfpo_objective
-    from .speculative import speculative_guided_generate
-    from .tfpo_config import TFPOConfig
-    from .tfpo_trainer import TFPOTrainer
-    from .token_rewards import annotate_token_rewards
-    from .visible import reward_report, show_token_rewards, show_trace
+    from .models.doctor import load_doctor
+    from .training.callbacks import LogGuidedCompletionsCallback
+    from .training.collator import TokenRewardCollator
+    from .training.config import TFPOConfig
+    from .training.objective import tfpo_objective
+    from .training.trainer import TFPOTrainer
 
 __version__ = "0.1.0"
 
 _MODULES = {  # read when first used, so that the command line answers at once
-    "Doctor": "doctors",
-    "DoctorGuidedLogitsProcessor": "logits_processor",
+    "Doctor": "decoding.doctors",
+    "DoctorGuidedLogitsProcessor": "decoding.logits_processor",
     "Faces": "faces",
-    "LogGuidedCompletionsCallback": "callbacks",
-    "TFPOConfig": "tfpo_config",
-    "TFPOTrainer": "tfpo_trainer",
-    "TokenRewardCollator": "data_collator",
-    "annotate_token_rewards": "token_rewards",
-    "guided_generate": "generation",
-    "load_doctor": "modeling_doctor",
-    "reward_report": "visible",
-    "show_token_rewards": "visible",
-    "show_trace": "visible",
-    "speculative_guided_generate": "speculative",
-    "tfpo_objective": "objective",
+    "LogGuidedCompletionsCallback": "training.callbacks",
+    "TFPOConfig": "training.config",
+    "TFPOTrainer": "training.trainer",
+    "TokenRewardCollator": "training.collator",
+    "annotate_token_rewards": "annotation.token_rewards",
+    "guided_generate": "decoding.generation",
+    "load_doctor": "models.doctor",
+    "reward_report": "annotation.report",
+    "show_token_rewards": "annotation.report",
+    "show_trace": "decoding.trace",
+    "speculative_guided_generate": "decoding.speculative",
+    "tfpo_objective": "training.objective",
 }
 __all__ = [
     "Doctor",

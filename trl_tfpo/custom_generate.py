@@ -1,16 +1,4 @@
-# Copyright 2026 The trl-tfpo authors
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """What `patient.generate(custom_generate="<doctor>", trust_remote_code=True)` runs: the doctor's folder refers to it."""
 
@@ -22,12 +10,12 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .adapters import trained_exponents
-from .doctors import Doctor
-from .generation import guided_generate
-from .logits_processor import DEFAULT_BETA, DoctorGuidedLogitsProcessor, Weight
-from .modeling_doctor import load_doctor
-from .token_credits import load_credits
+from .decoding.doctors import Doctor
+from .decoding.generation import guided_generate
+from .decoding.logits_processor import DEFAULT_BETA, DoctorGuidedLogitsProcessor, Weight
+from .models.adapters import trained_exponents
+from .models.doctor import load_doctor
+from .models.token_credits import load_credits
 
 
 NUM_LOADED = 2  # doctors that stay loaded for the next call

@@ -1,16 +1,4 @@
-# Copyright 2026 The trl-tfpo authors
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """`trl-tfpo annotate`: preferences in, token rewards out."""
 
@@ -119,7 +107,7 @@ def run(arguments: Sequence[str]) -> int:
     import torch
     from accelerate import PartialState
 
-    from ..token_rewards import annotate_token_rewards
+    from ..annotation.token_rewards import annotate_token_rewards
     from .files import check_output, push_dataset, read_split, write_dataset
     from .models import name_patient
 
@@ -161,8 +149,8 @@ def run(arguments: Sequence[str]) -> int:
         sparsity_threshold=args.sparsity_threshold,
     )
     if state.is_main_process:
-        from ..token_rewards import warn_unless_faces_separate
-        from ..visible import reward_report, show_token_rewards
+        from ..annotation.report import reward_report, show_token_rewards
+        from ..annotation.token_rewards import warn_unless_faces_separate
 
         write_dataset(annotated, args.output)
         for row in annotated.select(range(min(args.show, len(annotated)))):

@@ -1,16 +1,4 @@
-# Copyright 2026 The trl-tfpo authors
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """`trl-tfpo demo`: a page to play with."""
 
@@ -56,14 +44,14 @@ def run(arguments: Sequence[str]) -> int:
     if args.patient is not None and not args.doctor:
         raise ValueError("`--patient` needs at least one `--doctor` to play with")
     try:
-        from ..playground import launch, make_playground, world_playground
         from ..server import Engine, Limits
+        from ..server.playground import launch, make_playground, world_playground
     except ImportError as error:
         raise ValueError(
             f'the playground needs more packages ({error}). Install them: pip install "trl-tfpo[demo]"'
         ) from error
 
-    from ..tokenization import check_counts
+    from ..data.tokenization import check_counts
 
     check_counts(max_steps=args.max_steps, max_new_tokens=args.max_new_tokens)
     listen(args.host, args.port or 0).close()  # Gradio would find out last, and by a traceback

@@ -1,16 +1,4 @@
-# Copyright 2026 The trl-tfpo authors
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Datasets, prompts and completions, from wherever they are, and into files that are whole or not there."""
 
@@ -21,10 +9,10 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import DatasetCard
 
-from ..atomic import check_writable, written_whole
-from ..hub import annotation_card
-from ..token_rewards import annotation_settings
-from ..tokenization import columns_of
+from ..annotation.token_rewards import annotation_settings
+from ..common.atomic import check_writable, written_whole
+from ..data.tokenization import columns_of
+from ..training.cards import annotation_card
 
 
 def read_dataset(

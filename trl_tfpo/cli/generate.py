@@ -1,16 +1,4 @@
-# Copyright 2026 The trl-tfpo authors
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """`trl-tfpo generate`: doctors guide a patient."""
 
@@ -18,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ..printable import printable
+from ..common.printable import printable
 from .parser import DTYPE_HELP, Parser, Repeated, old_name
 
 
@@ -78,8 +66,8 @@ def load_policy(args: GenerateArguments) -> tuple:
     """Patient, tokenizer, guide if there are doctors, and prompts."""
     from transformers import AutoTokenizer
 
-    from ..logits_processor import DoctorGuidedLogitsProcessor
-    from ..tokenizer_identity import check_same_tokenizer
+    from ..data.tokenizer_identity import check_same_tokenizer
+    from ..decoding.logits_processor import DoctorGuidedLogitsProcessor
     from .files import read_split
     from .models import check_dtype, load_patient, name_doctor
 

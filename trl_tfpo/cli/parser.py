@@ -1,16 +1,4 @@
-# Copyright 2026 The trl-tfpo authors
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Options of a verb: TRL's parser, with errors of one line, and those of `accelerate launch`."""
 
@@ -25,11 +13,11 @@ from pathlib import Path
 import yaml
 from trl import TrlParser
 
-from ..arguments import INSTEAD, OF_TRAINER, check_types
+from ..common.arguments import INSTEAD, OF_TRAINER, check_types
 from . import LAUNCHED, did_you_mean
 
 
-ACCELERATE_CONFIGS = Path(__file__).parents[1] / "accelerate_configs"
+ACCELERATE_CONFIGS = Path(__file__).parents[1] / "training" / "accelerate_configs"
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DTYPE_HELP = {
     "help": "Dtype of the models: 'bfloat16', 'float16', 'float32', or 'auto', that of each checkpoint, but float32 on a CPU "

@@ -1,16 +1,4 @@
-# Copyright 2026 The trl-tfpo authors
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """`trl-tfpo train`: a doctor from preferences."""
 
@@ -23,13 +11,13 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
-from .._compat import default_dtype
-from ..checkpoints import resolve_checkpoint
-from ..logits_processor import DoctorGuidedLogitsProcessor
-from ..plan import training_plan
-from ..tfpo_config import TFPOConfig
-from ..tfpo_trainer import TFPOTrainer
-from ..tokenization import columns_of
+from ..common._upstream import default_dtype
+from ..data.tokenization import columns_of
+from ..decoding.logits_processor import DoctorGuidedLogitsProcessor
+from ..training.checkpoints import resolve_checkpoint
+from ..training.config import TFPOConfig
+from ..training.plan import training_plan
+from ..training.trainer import TFPOTrainer
 from .annotate import resolve_given_faces
 from .files import read_dataset, take_split
 from .models import check_dtype, quantization

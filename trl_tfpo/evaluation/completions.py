@@ -1,16 +1,4 @@
-# Copyright 2026 The trl-tfpo authors
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 r"""
 What a policy says to a set of prompts.
@@ -28,13 +16,13 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .._compat import unwrap_peft
-from ..adapters import check_speaks
-from ..generation import check_reads, guided_generate
-from ..logits_processor import DoctorGuidedLogitsProcessor
-from ..progress import Progress
-from ..shared_forward import patient_adapters
-from ..tokenization import all_eos_token_ids, check_counts, tokenize_prompt
+from ..common._upstream import unwrap_peft
+from ..common.progress import Progress
+from ..data.tokenization import all_eos_token_ids, check_counts, tokenize_prompt
+from ..decoding.generation import check_reads, guided_generate
+from ..decoding.logits_processor import DoctorGuidedLogitsProcessor
+from ..decoding.shared_forward import patient_adapters
+from ..models.adapters import check_speaks
 
 
 Prompt = str | list[dict[str, str]]

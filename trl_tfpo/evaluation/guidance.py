@@ -1,16 +1,4 @@
-# Copyright 2026 The trl-tfpo authors
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 r"""
 What guidance gains and how far it goes: reward and distance from the patient.
@@ -28,11 +16,11 @@ from contextlib import nullcontext
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..doctors import NO_ADAPTER, Doctor
+from ..data.tokenization import check_counts
+from ..decoding.doctors import NO_ADAPTER, Doctor
+from ..decoding.generation import without_doctors
+from ..decoding.logits_processor import DoctorGuidedLogitsProcessor
 from ..functional import next_token_entropy
-from ..generation import without_doctors
-from ..logits_processor import DoctorGuidedLogitsProcessor
-from ..tokenization import check_counts
 from .completions import NEUTRAL, Completion, Prompt, altering_settings, check_policy, generate_completions, pad
 from .diversity import distinct_n
 from .judges import score_texts

@@ -1,16 +1,4 @@
-# Copyright 2026 The trl-tfpo authors
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 Many requests, one batch: rows join and leave between tokens, and each has its own weights, sampling and end.
@@ -32,13 +20,13 @@ from functools import partial
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..adapters import check_speaks
-from ..doctors import check_is_doctor
+from ..data.tokenization import all_eos_token_ids
+from ..decoding.doctors import check_is_doctor
+from ..decoding.reading import reading_fault
 from ..evaluation.completions import pad
 from ..functional import guided_logps
-from ..guided_flow import GUIDANCE, is_guidance
-from ..reading import reading_fault
-from ..tokenization import all_eos_token_ids
+from ..models.adapters import check_speaks
+from ..models.guidance import GUIDANCE, is_guidance
 from .sampling import Generation, Row
 from .text import TokenTexts
 

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+Two objectives at once, in the controlled world: rewards for praise and for calm, at one KL from the patient, for seven
+weightings of the two.
+
+```bash
+python benchmarks/objectives.py --seed 0
+```
+
+- *two doctors*, *two doctors, guided flow*: trained once each; the weighting is chosen when the patient speaks.
+- *MOD*: two patients tuned by DPO, mixed at decoding time (https://huggingface.co/papers/2406.18853).
+- *soup*: their weights averaged (https://huggingface.co/papers/2306.04488).
+- *DPO for each weighting*: a patient tuned on labels of the weighted oracle, seven times.
+
+The strength of each policy is matched to the KL on validation prompts, that of tuned patients by mixing them with the
+patient as it was; rewards and KL are weighed on patient samples for test prompts. The hypervolume is the area between the front
+and the patient's own rewards, over that of the best possible policies: the same samples tilted by the weighted reward, at the KL
+that was reached. What is measured is a line of the output at once, and a run that was cut short goes on where it stopped.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+from frontier import FULL, follow, read
+from methods import DPO_GRID, GUIDED, RATE, Task, train_dpo, train_tfpo
+from patient_samples import Guide, PatientSamples
+
+from trl_tfpo import DoctorGuidedLogitsProcessor
+from trl_tfpo.testbed import Attribute
+from trl_tfpo.testbed.frontier import kl_of, tilted
+
+
+NAMES = ("praise", "calm")
+QUICK = dict(num_pairs=32, max_steps=2, num_samples_per_prompt=8)
+DPO = DPO_GRID[0]  # the other is better for either alone, and worse for all three that are made of it
+LARGEST = {"two doctors": 4.0, "two doctors, guided flow": 4.0}  # strengths that are tried; a mixture has at most 1
+
+
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kl", type=float, default=1.0, help="nats per completion")
+    parser.add_argument("--output", type=Path, default=Path("runs/objectives.jsonl"))
+    parser.add_argument("--quick", action="store_true", help="few pairs, steps, samples and weightings")
+    args = parser.parse_args(arguments)
+    sizes, num_weightings = (QUICK, 2) if args.quick else (FULL, 7)
+    tasks = {name: Task(name, args.seed, **sizes) for name in NAMES}
+    task = tasks[NAMES[0]]
+    samples = task.samples("test")  # with the rewards of both
+    origin = tuple(samples.rewards[name].mean().item() for name in NAMES)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    found = {}
+    print("| method | hypervolume | trainings | KL (nats) | praise and calm, by weighting |\n|---|---:|---:|---|---|")
+    for method, (guides, num_trainings) in make_methods(tasks, num_weightings).items():
+        key = task.key | {"attribute": "both", "method": method, "target": args.kl}
+        for index in range(num_weightings):
+            weight = index / (num_weightings - 1)
+            if read(args.output, **key, weight=weight):
+                continue
+            guide = guides(weight)
+            (near,) = follow(task, guide, [args.kl], LARGEST.get(method, 1.0))
+            reached = samples.weigh(guide(near["beta"]), samples.heard(guide(near["beta"])))
+            rewards = [reached.rewards[name].mean().item() for name in NAMES]
+            line = key | {"weight": weight, "rewards": rewards} | reached.row(beta=near["beta"])
+            with args.output.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        lines = sorted(read(args.output, **key), key=lambda line: line["weight"])
+        points, kls = [line["rewards"] for line in lines], [line["kl"] for line in lines]
+        found[method] = hypervolume(points, origin) / hypervolume(tilted_front(samples, kls), origin)
+        shown = ", ".join(f"({praise:.2f}, {calm:.2f})" for praise, calm in points)
+        kl = f"{min(kls):.2f} to {max(kls):.2f}"
+        print(f"| {method} | {found[method]:.3f} | {num_trainings} | {kl} | {shown} |", flush=True)
+    return found
+
+
+def make_methods(tasks: dict[str, Task], num_weightings: int) -> dict[str, tuple[Callable[[float], Guide], int]]:
+    """For each method a guide for every weight of praise, and how many trainings it takes; trained when first asked."""
+
+    @cache
+    def doctor(name: str):
+        return train_tfpo(tasks[name], **RATE)
+
+    @cache
+    def flow(name: str):
+        return train_tfpo(tasks[name], **GUIDED)
+
+    @cache
+    def tuned(name: str):
+        return train_dpo(tasks[name], tasks[name].fresh("patient"), **DPO)
+
+    def mix(model, **settings):
+        def guides(weight: float) -> Guide:
+            both = [model(name) for name in NAMES]
+            return lambda s: DoctorGuidedLogitsProcessor(both, beta=[s * weight, s * (1 - weight)], **settings)
+
+        return guides
+
+    def soup(weight: float) -> Guide:
+        model = tasks[NAMES[0]].fresh("patient")
+        praise, calm = (tuned(name).state_dict() for name in NAMES)
+        model.load_state_dict({key: weight * praise[key] + (1 - weight) * calm[key] for key in praise})
+        return lambda s: DoctorGuidedLogitsProcessor(model.eval(), beta=s)
+
+    def retrained(weight: float) -> Guide:
+        task = mixed_task(tasks[NAMES[0]], weight)
+        ends = {1.0: NAMES[0], 0.0: NAMES[1]}  # labels of one alone
+        model = tuned(ends[weight]) if weight in ends else train_dpo(task, task.fresh("patient"), **DPO)
+        return lambda s: DoctorGuidedLogitsProcessor(model, beta=s)
+
+    return {
+        "two doctors": (mix(doctor), 2),
+        "two doctors, guided flow": (mix(flow, alpha=1.0), 2),
+        "MOD": (mix(tuned), 2),
+        "soup": (soup, 2),
+        "DPO for each weighting": (retrained, num_weightings),
+    }
+
+
+def mixed_task(task: Task, weight: float) -> Task:
+    """The same task with an annotator who cares for both."""
+    world = task.world
+    words = {
+        word: share * sign
+        for name, share in zip(NAMES, (weight, 1 - weight), strict=True)
+        for word, sign in world.attributes[name].words.items()
+    }
+    mixed = Attribute("mixed", world.attributes[NAMES[0]].faces, words)
+    language = replace(world.language)
+    language.__dict__["attributes"] = world.attributes | {"mixed": mixed}  # in place of those that it would compute
+    new = replace(task, attribute="mixed")
+    new.__dict__["world"] = replace(world, language=language)
+    return new
+
+
+def tilted_front(samples: PatientSamples, kls: list[float]) -> list[tuple[float, ...]]:
+    """Rewards of the best policies, one for each weighting, at the KL that a method had there: patient samples, tilted."""
+    rewards, front = [samples.rewards[name] for name in NAMES], []  # (P, N) each
+    for index, kl in enumerate(kls):
+        weight = index / (len(kls) - 1)
+        mixed = weight * rewards[0] + (1 - weight) * rewards[1]
+        _, policy = tilted(mixed, lambda weights: kl_of(weights).mean(), kl)
+        front.append(tuple((policy * reward).sum(dim=1).mean().item() for reward in rewards))
+    return front
+
+
+def hypervolume(points: list[tuple[float, ...]], origin: tuple[float, ...]) -> float:
+    """Area that is dominated by the points, beyond the origin."""
+    area, reached = 0.0, origin[1]
+    for x, y in sorted(points, key=lambda point: -point[0]):
+        if x > origin[0] and y > reached:
+            area, reached = area + (x - origin[0]) * (y - reached), y
+    return area
+
+
+if __name__ == "__main__":
+    main()

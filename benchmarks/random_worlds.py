@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+
+
+"""
+The defaults in worlds that nobody tuned on: words, grammar, attributes, lengths and rates are drawn from a seed.
+
+```bash
+python benchmarks/random_worlds.py --seeds 1 2 3 --output_dir runs/worlds
+```
+
+Both models of a world learn its language first, for about five minutes. TFPO is then measured as in `sweep.py`, for each
+attribute that the world has. What the output folder already has is not made again.
+"""
+
+import argparse
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import sweep
+
+from trl_tfpo.common.atomic import written_whole
+from trl_tfpo.testbed import load_world, random_language
+from trl_tfpo.testbed.build import build
+
+
+def main(arguments: list[str] | None = None) -> list[dict]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the languages")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/worlds"))
+    parser.add_argument(
+        "--quick", action="store_true", help="one world, few steps, pairs and samples: whether it runs"
+    )
+    args = parser.parse_args(arguments)
+    rows = []
+    for seed in args.seeds[:1] if args.quick else args.seeds:
+        world = args.output_dir / str(seed)
+        if not world.is_dir():
+            with written_whole(world) as part, redirect_stdout(sys.stderr):
+                build(part, seed=seed, steps=2 if args.quick else 1200, language=random_language(seed))
+        print(f"\nWorld {seed}", flush=True)
+        given = ["--world", str(world), "--output", f"{world}.jsonl", *["--quick"] * args.quick]
+        rows += sweep.main([*given, "--attributes", *load_world(world).attributes, "--changes", "nothing"])
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+How likely a model finds given completions, without reading a prompt twice.
+
+Shapes: B rows of a forward pass, L tokens of a row. A row is a prompt and all its completions, side by side:
+
+    prompt[:-1] | prompt[-1] completion_0 | prompt[-1] completion_1 | padding
+
+Each branch sees the prompt and itself, at the positions it would have alone, and begins with the prompt's last token,
+from which its first token is predicted.
+"""
+
+import inspect
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from weakref import WeakKeyDictionary
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from ..common._upstream import HALVES, float32_residuals, inference, is_sharded, unsharded, unwrap_peft
+from ..models.adapters import check_speaks
+from ..models.states import fused_lm_head, fused_logps, has_fused_head, plain_logps
+
+
+logger = logging.getLogger(__name__)
+
+PADDING_BRANCH = -1
+PROMPT_BRANCH = 0
+READS_BRANCHES = WeakKeyDictionary()  # by model
+
+
+def score_completions(
+    model: PreTrainedModel,
+    prompt_ids: list[list[int]],
+    completion_ids: list[list[int]],
+    *,
+    batch_size: int,
+    longest: int = 0,
+    on_progress: Callable[[float], None] | None = None,
+) -> list[torch.Tensor]:
+    """
+    Log-probability of every completion token after its prompt.
+
+    Completions of one prompt share a row, so that the prompt is read once, where the model's attention takes a mask of
+    that form; rows of similar length share a forward pass, the more the shorter they are; the (tokens, vocabulary)
+    logits are never held. Of a model in half precision the residual stream, the norms and the head are computed in float32.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Causal language model; read in eval mode, without gradients.
+        prompt_ids (`list[list[int]]`):
+            At least one token each.
+        completion_ids (`list[list[int]]`):
+            One completion for each prompt.
+        batch_size (`int`):
+            Completions in a forward pass of the longest; of shorter ones as many as take no more tokens.
+        longest (`int`, *optional*, defaults to `0`):
+            Tokens of the longest completion with its prompt in all calls of a task, if that is more than in this one.
+        on_progress (`Callable`, *optional*):
+            Told after each forward pass which share of the completions it has scored, in [0, 1].
+
+    Returns:
+        `list[torch.Tensor]` of shape `(T_i,)`: log-probabilities in nats, float32, on the CPU, in the given order.
+
+    Raises:
+        `ValueError`: when the model is sharded, is a doctor of guided flow or has adapters that add tokens, or a
+            log-probability is not finite.
+    """
+    check_whole(model)
+    check_speaks(model)
+    logps: list[torch.Tensor | None] = [None] * len(completion_ids)
+    with inference(model), unsharded(), _precisely(model), fused_lm_head(model, in_float32=True):
+        rows = _rows(prompt_ids, max_branches=2)
+        if max(map(len, rows), default=1) > 1 and not _reads_branches(model):
+            rows = _rows(prompt_ids, max_branches=1)
+
+        def length(row: list[int]) -> int:
+            return len(prompt_ids[row[0]]) - 1 + sum(len(completion_ids[index]) + 1 for index in row)
+
+        rows.sort(key=length, reverse=True)
+        max_rows = max(1, batch_size // max(map(len, rows), default=1))
+        max_tokens = max_rows * max([longest, *map(length, rows)])
+        while rows:
+            num_rows = max_tokens // length(rows[0])
+            batch, rows = rows[:num_rows], rows[num_rows:]
+            scored = _score_rows(
+                model, [(prompt_ids[row[0]], [completion_ids[index] for index in row]) for row in batch]
+            )
+            for row, branches in zip(batch, scored, strict=True):
+                for index, branch in zip(row, branches, strict=True):
+                    logps[index] = branch
+            if on_progress is not None:
+                on_progress(sum(map(len, batch)) / len(completion_ids))
+    for index, scored in enumerate(logps):
+        if not scored.isfinite().all():
+            raise ValueError(
+                f"Log-probabilities must be finite. {type(model).__name__} gives {scored[~scored.isfinite()][0].item()} "
+                f"to a token of sequence {index} ({len(prompt_ids[index]) + len(scored)} tokens); load it in float32 or "
+                "bfloat16, and check its weights and that no token of the data is masked out."
+            )
+    return logps
+
+
+def check_whole(model: PreTrainedModel) -> None:
+    """Raise `ValueError` when the parameters of the model are shared out between processes."""
+    if is_sharded(model):
+        raise ValueError(
+            f"A model that scores completions must be whole in each process. Got a {type(model).__name__} with sharded "
+            "parameters; pass its name or path, or load it before the settings of the training are made."
+        )
+
+
+def _rows(prompt_ids: list[list[int]], max_branches: int) -> list[list[int]]:
+    """Indices of completions that share a prompt, at most so many in a row."""
+    rows: dict[tuple[int, ...], list[list[int]]] = {}
+    for index, prompt in enumerate(prompt_ids):
+        of_prompt = rows.setdefault(tuple(prompt), [[]])
+        if len(of_prompt[-1]) == max_branches:
+            of_prompt.append([])
+        of_prompt[-1].append(index)
+    return [row for of_prompt in rows.values() for row in of_prompt]
+
+
+def _score_rows(model: PreTrainedModel, rows: list[tuple[list[int], list[list[int]]]]) -> list[list[torch.Tensor]]:
+    """Log-probabilities of the branches of each row, prompt and completions. Within [`fused_lm_head`]."""
+    device = model.get_input_embeddings().weight.device
+    ids, labels, positions, branches = [], [], [], []
+    for prompt, completions in rows:
+        last = len(prompt) - 1
+        ids.append(prompt[:last] + [token for completion in completions for token in prompt[last:] + completion])
+        labels.append([-100] * last + [token for completion in completions for token in [-100] + completion])
+        positions.append([*range(last), *(last + t for completion in completions for t in range(len(completion) + 1))])
+        branches.append(
+            [PROMPT_BRANCH] * last + [b for b, completion in enumerate(completions, 1) for _ in [0, *completion]]
+        )
+
+    def pad(values, padding_value):
+        tensors = [torch.tensor(row) for row in values]
+        return pad_sequence(tensors, batch_first=True, padding_value=padding_value).to(device)  # (B, L)
+
+    branch = pad(branches, PADDING_BRANCH)
+    inputs = {"attention_mask": (branch != PADDING_BRANCH).long()}
+    if branch.max() > 1:
+        inputs = {"attention_mask": _branch_mask(branch, model), "position_ids": pad(positions, 0)}
+    inputs["input_ids"] = pad(ids, 0)
+    if has_fused_head(model):
+        log_probs, _ = fused_logps(model, model, pad(labels, -100), **inputs)  # (B, L - 1)
+    else:
+        log_probs = plain_logps(model, pad(labels, -100), **inputs)
+    scored = []
+    for row, (prompt, completions) in zip(log_probs.float().cpu(), rows, strict=True):
+        ends = torch.tensor([len(completion) + 1 for completion in completions]).cumsum(0) + len(prompt) - 2
+        scored.append([row[end - len(one) : end] for end, one in zip(ends.tolist(), completions, strict=True)])
+    return scored
+
+
+def _branch_mask(branch: torch.LongTensor, model: PreTrainedModel) -> torch.Tensor:
+    """Who sees whom, (B, 1, L, L): each token the prompt and its own branch, up to itself."""
+    is_earlier = torch.ones(branch.size(1), branch.size(1), dtype=torch.bool, device=branch.device).tril()
+    is_seen = (branch[:, None] == PROMPT_BRANCH) | (branch[:, None] == branch[:, :, None])  # (B, L, L)
+    mask = (is_seen & is_earlier)[:, None]
+    if unwrap_peft(model).config._attn_implementation == "sdpa":
+        return mask
+    return torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
+
+
+def _precisely(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """[`float32_residuals`] for a model in half precision whose layers take them, which is tried out. Within [`inference`]."""
+    if model.dtype not in HALVES or getattr(unwrap_peft(model), "is_quantized", False):
+        return nullcontext()
+    tokens = torch.arange(1, 5, device=model.device)[None] % unwrap_peft(model).config.get_text_config().vocab_size
+    try:
+        with float32_residuals(model):
+            is_finite = model(input_ids=tokens, use_cache=False).logits.isfinite().all()
+    except Exception as error:  # whatever a kernel raises on another dtype
+        logger.info("%s is read in %s throughout: %r", type(model).__name__, model.dtype, error)
+        return nullcontext()
+    return float32_residuals(model) if is_finite else nullcontext()
+
+
+def _reads_branches(model: PreTrainedModel) -> bool:
+    """Whether [`_tries_branches`], which is tried once for a model and the way it attends."""
+    found = READS_BRANCHES.setdefault(unwrap_peft(model), {})
+    way = (unwrap_peft(model).config._attn_implementation, model.dtype)
+    if way not in found:
+        found[way] = _tries_branches(model)
+    return found[way]
+
+
+def _tries_branches(model: PreTrainedModel) -> bool:
+    """Whether two completions side by side are to the model what each is alone. Within [`fused_lm_head`]."""
+    base = unwrap_peft(model)
+    config = base.config.get_text_config()
+    if (
+        base.config._attn_implementation not in ("sdpa", "eager")
+        or getattr(config, "sliding_window", None) is not None
+    ):
+        return False
+    if "position_ids" not in inspect.signature(type(base).forward).parameters:
+        return False
+    tokens = [token % base.get_input_embeddings().num_embeddings for token in range(1, 8)]
+    prompt, completions = tokens[:3], [tokens[3:5], tokens[4:7]]
+    together = torch.cat(_score_rows(model, [(prompt, completions)])[0])
+    apart = torch.cat([_score_rows(model, [(prompt, [completion])])[0][0] for completion in completions])
+    tolerance = 0.1 if model.dtype.itemsize < 4 else 1e-3  # half precision rounds
+    return bool((together - apart).abs().max() < tolerance)

@@ -1,0 +1,390 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+From the rows of a preference dataset to token ids, the same for patient and doctor.
+
+A completion follows the prompt, and ends where the assistant's last turn ends. Its mask marks the tokens that the
+assistant says. Those of users and tools between its turns are read, but never scored or rewarded.
+"""
+
+import os
+import warnings
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import islice
+
+import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset, Features, IterableDataset, List, Value
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..faces import Faces, apply_face, has_system_role
+from .preferences import (
+    OTHER_TURN,
+    REMEDY,
+    TRANSCRIPT_TURN,
+    clean_messages,
+    empty_completion,
+    is_transcript,
+    read_pair,
+)
+from .rendering import ChatTemplate, complete_messages, complete_text, template_variables
+
+
+ID_COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids"]
+MASK_COLUMNS = ["chosen_mask", "rejected_mask"]
+FACE_COLUMNS = ["positive_prompt_ids", "negative_prompt_ids"]
+
+
+def tokenize_preferences(
+    dataset: Dataset | IterableDataset,
+    processing_class: PreTrainedTokenizerBase,
+    *,
+    faces: Faces | None,
+    eos_token_ids: list[int],
+    max_length: int | None = None,
+    drop_unusable: bool = False,
+    convert_transcripts: bool = False,
+) -> Dataset | IterableDataset:
+    """
+    Add the columns of [`tokenize_pair`] to a preference dataset.
+
+    Raises:
+        `ValueError`: when the dataset has images or lacks the columns, or a row is unusable (unless these are dropped).
+    """
+    check_preference_columns(dataset)
+    first = next(iter(dataset))
+    has_transcripts = any(is_transcript(first.get(name)) for name in ("prompt", "chosen"))
+    if has_transcripts and processing_class.chat_template is not None and not convert_transcripts:
+        warnings.warn(
+            f"The dataset has transcripts ({OTHER_TURN!r}, {TRANSCRIPT_TURN!r}), and the tokenizer has a chat template, so "
+            "that the model will be asked in another format than it is trained on. Pass `convert_transcripts=True` to read "
+            "the transcripts as messages.",
+            stacklevel=2,
+        )
+    is_map_style = isinstance(dataset, Dataset)
+    features = dataset.features  # declared, as rows that are left out have empty lists
+    if features is not None:
+        new = ID_COLUMNS + MASK_COLUMNS + (FACE_COLUMNS if faces else [])
+        features = Features({**features, **dict.fromkeys(new, List(Value("int64")))})
+    tokenized = dataset.map(
+        _tokenize_row,
+        with_indices=True,
+        fn_kwargs={
+            "processing_class": processing_class,
+            "faces": faces,
+            "system_role": has_system_role(processing_class),
+            "eos_token_ids": eos_token_ids,
+            "max_length": max_length,
+            "convert_transcripts": convert_transcripts,
+            "drop_unusable": drop_unusable,
+        },
+        features=features,
+        **({"desc": "Tokenizing preferences"} if is_map_style else {}),
+    )
+    if drop_unusable:
+        tokenized = tokenized.filter(lambda row: len(row["prompt_ids"]) > 0)
+        if is_map_style and len(tokenized) == 0:
+            raise ValueError(
+                f"At least one pair must be usable. None of {len(dataset)} is; call without `drop_unusable` to see what is "
+                f"wrong with the first. A prompt must be shorter than `max_length`={max_length} tokens."
+            )
+    return tokenized
+
+
+def _tokenize_row(row: dict, index: int, *, drop_unusable: bool, **settings) -> dict:
+    try:
+        return tokenize_pair(row, **settings)
+    except ValueError as error:
+        if not drop_unusable:
+            raise ValueError(f"Row {index} of the dataset: {error}") from error
+        return {name: [] for name in ID_COLUMNS + MASK_COLUMNS + (FACE_COLUMNS if settings["faces"] else [])}
+
+
+def tokenize_pair(
+    example: dict,
+    processing_class: PreTrainedTokenizerBase,
+    *,
+    faces: Faces | None,
+    system_role: bool,
+    eos_token_ids: list[int],
+    max_length: int | None = None,
+    convert_transcripts: bool = False,
+) -> dict[str, list[int]]:
+    """
+    Token ids of one preference pair.
+
+    Prompt and completion are tokenized together. The completion ends with the EOS that ends the assistant's last turn: what a
+    chat template prints after it is never generated. If an answer changes the last tokens of the prompt, the new ones belong
+    to the completion. Those among them that end in the prompt are masked.
+
+    Args:
+        example (`dict`):
+            A row, see [`~trl_tfpo.data.preferences.read_pair`]. `tools` (a list of schemas) and `chat_template_kwargs`
+            (a `dict`), or either as JSON, reach the chat template.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizer.
+        faces ([`~trl_tfpo.faces.Faces`], *optional*):
+            Under which the prompt is rendered as well.
+        system_role (`bool`):
+            Whether the chat template has a system role, see [`~trl_tfpo.faces.has_system_role`].
+        eos_token_ids (`list[int]`):
+            Ids at which generation stops, see [`all_eos_token_ids`].
+        max_length (`int`, *optional*):
+            Most tokens of prompt and completion; completions are cut at the end.
+        convert_transcripts (`bool`, *optional*, defaults to `False`):
+            Whether transcripts become messages.
+
+    Returns:
+        `dict[str, list[int]]`: `prompt_ids`, `chosen_ids` and `rejected_ids`; `chosen_mask` and `rejected_mask`, 1 where the
+        assistant speaks and 0 elsewhere; given faces, `positive_prompt_ids` and `negative_prompt_ids`.
+
+    Raises:
+        `ValueError`: when the row cannot be read, see [`~trl_tfpo.data.preferences.read_pair`]; the chat template fails on it, or
+        renders its prompt differently once an answer follows; the prompt is empty, or has `max_length` tokens or more; a
+        completion has no token but EOS.
+    """
+    template = ChatTemplate(processing_class, template_variables(example, processing_class))
+    is_text = isinstance(example.get("prompt", example["chosen"]), str) and isinstance(example["chosen"], str)
+    openings = (template.opening,) if is_text else ()
+    pair = read_pair(example, openings=openings, convert_transcripts=convert_transcripts)
+    prompt, completions = pair["prompt"], [pair["chosen"], pair["rejected"]]
+    if isinstance(prompt, str):
+        opened, (leading, start) = prompt, _leading(prompt, processing_class)
+        rendered = [complete_text(prompt, completion, processing_class) for completion in completions]
+    else:
+        opened, leading, start = _open(prompt, template), [], ""
+        eos_tokens = list(filter(None, processing_class.convert_ids_to_tokens(eos_token_ids)))
+        rendered = [complete_messages(prompt, completion, opened, template, eos_tokens) for completion in completions]
+    prompt_ids = leading + _encode(opened, processing_class)
+    completed = [_read(text, stretches, leading, template, eos_token_ids) for text, stretches in rendered]
+    prompt_length = min(_common_prefix_length(prompt_ids, ids) for ids, _ in completed)
+    merged = prompt_ids[prompt_length:]  # with the first characters of a completion
+    row = {"prompt_ids": prompt_ids[:prompt_length]}
+    _check_prompt(row["prompt_ids"], max_length)
+
+    for name, (ids, is_spoken) in zip(("chosen", "rejected"), completed, strict=True):
+        if all(token_id in eos_token_ids for token_id, spoken in zip(ids, is_spoken, strict=True) if spoken):
+            raise empty_completion(name)
+        end = len(is_spoken) - is_spoken[::-1].index(True)
+        kept = slice(prompt_length, end if max_length is None else min(end, max_length))
+        row[f"{name}_ids"] = ids[kept]
+        row[f"{name}_mask"] = [int(spoken) for spoken in is_spoken[kept]]
+        if not any(row[f"{name}_mask"]):
+            raise ValueError(
+                "A completion must have a token of the assistant within `max_length`. Got none in the first "
+                f"{max_length} tokens of prompt and {name!r}; raise it, or {REMEDY}"
+            )
+
+    if faces is not None:
+        bare = prompt[len(start) :] if start else prompt
+        for face in ("positive", "negative"):
+            instruction = getattr(faces, face)
+            faced = apply_face(bare, instruction, system_role=system_role, placement=faces.placement)
+            opened = start + faced if isinstance(faced, str) else _open(faced, template)
+            face_ids = leading + _encode(opened, processing_class)
+            if merged and face_ids[-len(merged) :] != merged:
+                raise ValueError(
+                    "The prompt must end in the same tokens under both faces as without. Got "
+                    f"{processing_class.decode(face_ids[-len(merged) :])!r} instead of "
+                    f"{processing_class.decode(merged)!r}; end the prompt on a token boundary."
+                )
+            row[f"{face}_prompt_ids"] = face_ids[: len(face_ids) - len(merged)]
+    return row
+
+
+def tokenize_prompt(prompt: str | list[dict], processing_class: PreTrainedTokenizerBase, **template) -> list[int]:
+    """
+    Token ids of a text, or of messages followed by what opens the assistant's turn. A last message of the assistant is
+    left open instead.
+
+    Raises:
+        `ValueError`: when it is neither, or the chat template fails on it.
+    """
+    if isinstance(prompt, str):
+        return _leading(prompt, processing_class)[0] + _encode(prompt, processing_class)
+    return _encode(_open(clean_messages(prompt), ChatTemplate(processing_class, template)), processing_class)
+
+
+# Texts and ids
+
+
+def _open(messages: list[dict], template: ChatTemplate) -> str:
+    return template.render_prompt(messages, is_continued=messages[-1]["role"] == "assistant")
+
+
+def _read(
+    text: str,
+    stretches: list[tuple[int, int]],
+    leading: list[int],
+    template: ChatTemplate,
+    eos_token_ids: list[int],
+) -> tuple[list[int], list[bool]]:
+    """
+    Token ids of a text, after some that lead it, and for each of them whether the assistant says it.
+
+    In a stretch the assistant speaks up to EOS. A text that was rendered before may hold more of its turns after that: each
+    begins after what the chat template prints to open one. A token across the start of a stretch is spoken, one across its end
+    is not.
+    """
+    processing_class = template.processing_class
+    encoded = processing_class(text, add_special_tokens=False, return_offsets_mapping=processing_class.is_fast)
+    ids = leading + encoded["input_ids"]
+    if processing_class.is_fast:
+        ends = [0] * len(leading) + [end for _, end in encoded["offset_mapping"]]
+
+    def num_tokens(end: int) -> int:
+        """How many tokens end there or before."""
+        if processing_class.is_fast:
+            return bisect_right(ends, end)
+        return _common_prefix_length(leading + _encode(text[:end], processing_class), ids)
+
+    is_spoken = [False] * len(ids)
+    for start, end in stretches:
+        start, end = num_tokens(start), num_tokens(end)
+        opening, speaks = None, True
+        for at in range(start, end):
+            if not speaks:
+                opening = _encode(template.opening, processing_class) if opening is None else opening
+                speaks = len(opening) > 0 and ids[max(start, at - len(opening)) : at] == opening
+            is_spoken[at] = speaks
+            speaks = speaks and ids[at] not in eos_token_ids
+    return ids, is_spoken
+
+
+def _encode(text: str, processing_class: PreTrainedTokenizerBase) -> list[int]:
+    return processing_class(text, add_special_tokens=False)["input_ids"]
+
+
+def _leading(text: str, processing_class: PreTrainedTokenizerBase) -> tuple[list[int], str]:
+    """The special tokens with which the tokenizer starts a text: as ids to be added, or as the start of the text itself."""
+    plain, whole = _encode("a", processing_class), processing_class("a")["input_ids"]
+    starts = [k for k in range(len(whole)) if plain and whole[k : k + len(plain)] == plain]
+    special = whole[: starts[0]] if starts else []
+    if not special or _encode(text, processing_class)[: len(special)] != special:
+        return special, ""
+    start = "".join(processing_class.convert_ids_to_tokens(special))
+    return [], start if text.startswith(start) else ""
+
+
+def _common_prefix_length(first: list[int], second: list[int]) -> int:
+    return len(os.path.commonprefix([first, second]))
+
+
+# Checks
+
+
+def resolve_processing_class(
+    processing_class: PreTrainedTokenizerBase | None, model: PreTrainedModel, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer, the model's own by default, with a padding token. Raises `ValueError` when it is none."""
+    if processing_class is None:
+        processing_class = AutoTokenizer.from_pretrained(
+            model.config._name_or_path, trust_remote_code=trust_remote_code
+        )
+    check_is_tokenizer(processing_class)
+    if processing_class.pad_token is None:
+        processing_class.pad_token = processing_class.eos_token
+    return processing_class
+
+
+def check_counts(**counts: int | None) -> None:
+    """Raise `ValueError` unless each of the named counts is at least 1, or `None` for none."""
+    for name, value in counts.items():
+        if value is not None and not value >= 1:
+            raise ValueError(f"`{name}` must be at least 1. Got {value}; leave it out for the default.")
+
+
+def check_is_tokenizer(processing_class: PreTrainedTokenizerBase) -> None:
+    """Raise `ValueError` unless it is a tokenizer, rather than a multimodal processor or something else."""
+    if not isinstance(processing_class, PreTrainedTokenizerBase):
+        raise ValueError(
+            "`processing_class` must be a tokenizer: token rewards are defined for text only. Got a "
+            f"`{type(processing_class).__name__}`; pass a tokenizer, or that of the processor, and a text dataset."
+        )
+
+
+def all_eos_token_ids(processing_class: PreTrainedTokenizerBase, *models: PreTrainedModel | None) -> list[int]:
+    """All ids at which generation stops: the tokenizer's EOS, and those of the generation configs of the models."""
+    found = {processing_class.eos_token_id}
+    for model in models:
+        if model is not None and model.can_generate():
+            from_model = getattr(model.generation_config, "eos_token_id", None)
+            found.update(from_model if isinstance(from_model, list) else [from_model])
+    return sorted(found - {None})
+
+
+def row_lengths(dataset: Dataset) -> list[int]:
+    """Tokens of the longer of the two rows that each tokenized pair makes."""
+    prompt, chosen, rejected = column_lengths(dataset, ID_COLUMNS)
+    return np.maximum(prompt + chosen, prompt + rejected).tolist()
+
+
+def column_lengths(dataset: Dataset, columns: Sequence[str]) -> np.ndarray:
+    """Tokens in each row of columns of token ids, (columns, rows)."""
+    table = dataset.select_columns(list(columns)).with_format("arrow")[:]
+    return np.stack([pc.list_value_length(table.column(name)).to_numpy() for name in columns])
+
+
+def _check_prompt(prompt_ids: list[int], max_length: int | None) -> None:
+    if not prompt_ids:
+        raise ValueError(
+            f"A prompt must have at least one token. Got an empty one; use a tokenizer with a BOS token, or {REMEDY}"
+        )
+    if max_length is not None and len(prompt_ids) >= max_length:
+        raise ValueError(
+            f"A prompt must be shorter than `max_length`, or no completion token is left. Got {len(prompt_ids)} tokens "
+            f"with `max_length`={max_length}; raise it, or {REMEDY}"
+        )
+
+
+def columns_of(dataset: Dataset | IterableDataset) -> set[str]:
+    """Names of the columns, also of a streamed dataset. Raises `ValueError` where there is no row, or no dataset."""
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        raise ValueError(
+            "A dataset must be one of the library Datasets. Got a "
+            f"`{type(dataset).__name__}`; make one, with `Dataset.from_list(rows)` for instance."
+        )
+    columns = dataset.column_names or next(iter(dataset), None)
+    if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
+        raise ValueError(
+            "A dataset must have at least one row. Got none; look at the file and the split it came from."
+        )
+    return set(columns)
+
+
+def check_preference_columns(dataset: Dataset | IterableDataset) -> None:
+    """Raise `ValueError` unless the dataset holds preference pairs of text."""
+    columns = columns_of(dataset)
+    if columns & {"image", "images"}:
+        raise ValueError(
+            f"Token rewards are defined for text only. Got a vision dataset with {sorted(columns & {'image', 'images'})}; "
+            "remove the column, or use a text dataset."
+        )
+    if not {"chosen", "rejected"} <= columns:
+        raise ValueError(
+            "A preference dataset needs the columns 'chosen' and 'rejected', and 'prompt' unless it is contained in "
+            f"both. Got {sorted(columns)}; rename or build the missing ones."
+        )
+
+
+def is_complete(completion_ids: Sequence[int], mask: Sequence[int] | None, eos_token_ids: Sequence[int]) -> bool:
+    """Whether a completion ends with an EOS that the assistant says, rather than being cut."""
+    return len(completion_ids) > 0 and completion_ids[-1] in eos_token_ids and (mask is None or bool(mask[-1]))
+
+
+def check_some_completion_ends(
+    dataset: Dataset | IterableDataset, eos_token_ids: list[int], max_length: int | None = None
+) -> None:
+    """Raise `ValueError` when none of the first 1,000 pairs has a completion that ends in EOS, within `max_length`."""
+    for row in islice(dataset, 1000):
+        for name in ("chosen", "rejected"):
+            ids = row[f"{name}_ids"]
+            is_whole = max_length is None or len(row["prompt_ids"]) + len(ids) <= max_length
+            if is_whole and is_complete(ids, row.get(f"{name}_mask"), eos_token_ids):
+                return
+    raise ValueError(
+        "Some completions must end in EOS: without the boundary there every policy balances the flow, and rewards do not "
+        f"reach the doctor. Got none that end in one of the ids {eos_token_ids} within `max_length`={max_length}; use a "
+        "chat template that closes the assistant's turn with EOS, or raise `max_length`."
+    )

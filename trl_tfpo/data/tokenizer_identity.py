@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+Whether two tokenizers mean the same text by the same ids.
+
+Patient and doctor meet in token ids, never in text, so all that matters is which token each id stands for: added and
+special tokens included, whatever the file names, chat template, padding side or role (EOS, padding) of a token.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """
+    Name of a vocabulary: equal for two tokenizers exactly when every id stands for the same token in both.
+
+    The same in every process and on every machine, so it may be saved and compared later.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer, or a processor that has one.
+
+    Returns:
+        `str`: 64 hexadecimal digits, the SHA-256 of the `(id, token)` pairs in the order of their ids.
+
+    Examples:
+
+    ```python
+    >>> from tokenizers import Tokenizer
+    >>> from tokenizers.models import WordLevel
+    >>> from transformers import PreTrainedTokenizerFast
+    >>> from trl_tfpo.data.tokenizer_identity import tokenizer_fingerprint
+    >>> a = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"good": 0, "bad": 1}, unk_token="bad")))
+    >>> b = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"bad": 0, "good": 1}, unk_token="bad")))
+    >>> tokenizer_fingerprint(a) == tokenizer_fingerprint(b)
+    False
+
+    ```
+    """
+    pairs = sorted(_tokens_by_id(tokenizer).items())
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+
+
+def check_same_tokenizer(
+    a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase, *, names: tuple[str, str] = ("patient", "doctor")
+) -> None:
+    """
+    Raise `ValueError`, naming the first difference, unless every id stands for the same token in both tokenizers.
+
+    Args:
+        a ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer, or a processor that has one.
+        b ([`~transformers.PreTrainedTokenizerBase`]):
+            The other one.
+        names (`tuple[str, str]`, *optional*, defaults to `("patient", "doctor")`):
+            What to call them in the message.
+
+    Raises:
+        `ValueError`: when some id stands for different tokens, or is missing in one of the two.
+    """
+    if a is b:
+        return
+    tokens_a, tokens_b = _tokens_by_id(a), _tokens_by_id(b)
+    if tokens_a == tokens_b:
+        return
+    differing = [i for i in tokens_a.keys() | tokens_b.keys() if tokens_a.get(i) != tokens_b.get(i)]
+    first = min(differing)
+    token_a, token_b = (repr(tokens[first]) if first in tokens else "missing" for tokens in (tokens_a, tokens_b))
+    raise ValueError(
+        f"The {names[0]} and the {names[1]} must have the same tokenizer: the same token for every id. Got "
+        f"{len(tokens_a)} and {len(tokens_b)} tokens, of which {len(differing)} ids differ; the first is id {first}: "
+        f"{token_a} for the {names[0]}, {token_b} for the {names[1]}. Take two models of one family, and add the same "
+        "tokens to both."
+    )
+
+
+def check_all_same(
+    processing_classes: Sequence[PreTrainedTokenizerBase], num_doctors: int, num_references: int
+) -> None:
+    """Raise `ValueError` unless there is a tokenizer for the patient, each doctor and each reference, all the same."""
+    if len(processing_classes) != 1 + num_doctors + num_references:
+        raise ValueError(
+            "`processing_classes` must be the tokenizers of the patient, each doctor and each reference. Got "
+            f"{len(processing_classes)} for 1 patient, {num_doctors} doctors and {num_references} references."
+        )
+    for other in processing_classes[1:]:
+        check_same_tokenizer(processing_classes[0], other)
+
+
+def check_embeddings(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `ValueError` unless the model has an embedding for every token; `name` is what the message calls it."""
+    weight = model.get_input_embeddings().weight
+    num_embeddings = getattr(weight, "ds_shape", weight.shape)[0]  # of all shards
+    if len(tokenizer) > num_embeddings:
+        raise ValueError(
+            f"The {name} must have an embedding for every token of the tokenizer. Got {num_embeddings} embeddings for "
+            f"{len(tokenizer)} tokens; use the patient's own tokenizer, and a doctor of the patient's family."
+        )
+
+
+def _tokens_by_id(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Token of every id, added and special ones included."""
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a multimodal processor holds its tokenizer
+    return {index: token for token, index in tokenizer.get_vocab().items()}

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+A page to play with: a slider for each doctor, the patient with and without them side by side, what each token owes to
+them, and, in the controlled world, where that is on the frontier of reward and KL.
+"""
+
+import html
+import io
+import os
+import queue
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+
+import gradio as gr
+import torch
+
+from ..common.atomic import written_whole
+from ..data.token_map import TokenMap
+from ..data.tokenization import tokenize_prompt
+from ..decoding.logits_processor import DoctorGuidedLogitsProcessor
+from ..evaluation import evaluate_guidance
+from ..models.doctor import load_doctor
+from ..testbed import World, load_world, reward_kl_frontier
+from ..testbed.language import MAX_NEW_TOKENS
+from ..training.config import TFPOConfig
+from ..training.trainer import TFPOTrainer
+from .engine import Engine, Generation, Limits
+
+
+NUM_FRONTIER_SAMPLES = 100  # of the patient, for each test prompt
+NUM_DOT_SAMPLES = 10
+
+
+def train_world_doctors(cache_dir: str | os.PathLike, *, max_steps: int = 200) -> dict[str, Path]:
+    """
+    A doctor for each attribute of the controlled world, trained once and kept; about half a minute each.
+
+    Args:
+        cache_dir (`str` or `os.PathLike`):
+            Folder that holds them, each written whole or not at all.
+        max_steps (`int`, *optional*, defaults to `200`):
+            Optimizer steps of 16 pairs.
+
+    Returns:
+        `dict[str, Path]`: a folder for each attribute.
+    """
+    world, folders = load_world(), {}
+    for name, attribute in world.attributes.items():
+        folder = Path(cache_dir) / f"{name}-{max_steps}"
+        if not folder.is_dir():
+            with written_whole(folder) as part:
+                trainer = TFPOTrainer(
+                    model=load_world().doctor,
+                    patient_model=world.patient,
+                    args=TFPOConfig(
+                        str(part),
+                        max_steps=max_steps,
+                        per_device_train_batch_size=16,
+                        learning_rate=3e-3,
+                        lr_scheduler_type="cosine",
+                        scoring_batch_size=256,
+                        activation_checkpointing=False,
+                        save_strategy="no",
+                        report_to="none",
+                        disable_tqdm=True,
+                        dataloader_pin_memory=False,
+                    ),
+                    train_dataset=world.preference_dataset(name, num_pairs=min(16 * max_steps, 1500), seed=0),
+                    processing_class=world.tokenizer,
+                    faces=attribute.faces,
+                )
+                trainer.train()
+                trainer.save_model()
+        folders[name] = folder
+    return folders
+
+
+class Frontiers:
+    """Where a setting of the sliders is, between the patient and the best that any policy can do."""
+
+    def __init__(self, world: World, doctors: Mapping):
+        self.world, self.doctors = world, doctors
+        patient = self._measure(None, NUM_FRONTIER_SAMPLES)
+        texts = [completion.text for completion in patient["completions"]]
+        num_prompts = len(world.prompts("test"))
+        self.frontiers = {
+            name: reward_kl_frontier(
+                torch.tensor([world.attributes[name].oracle(text) for text in texts]).view(num_prompts, -1)
+            )
+            for name in doctors
+        }
+
+    def _measure(self, guide: DoctorGuidedLogitsProcessor | None, num_samples: int) -> dict:
+        return evaluate_guidance(
+            self.world.patient,
+            self.world.tokenizer,
+            self.world.prompts("test"),
+            lambda prompts, completions: [0.0] * len(completions),
+            guide=guide,
+            num_samples_per_prompt=num_samples,
+            max_new_tokens=MAX_NEW_TOKENS,
+            batch_size=128,
+        )
+
+    @lru_cache(maxsize=256)  # noqa: B019
+    def dot(self, weights: tuple[float, ...]) -> tuple[float, dict[str, float]]:
+        """KL from the patient in nats, and the mean reward of each attribute, of a few samples."""
+        guide = DoctorGuidedLogitsProcessor(list(self.doctors.values()), beta=list(weights)) if any(weights) else None
+        result = self._measure(guide, NUM_DOT_SAMPLES)
+        texts = [completion.text for completion in result["completions"]]
+        rewards = {name: sum(map(self.world.attributes[name].oracle, texts)) / len(texts) for name in self.doctors}
+        return result["kl"], rewards
+
+    def picture(self, weights: tuple[float, ...]) -> str:
+        """SVG of the frontier of each attribute, with a dot for the setting."""
+        from matplotlib.figure import Figure
+
+        kl, rewards = self.dot(weights)
+        figure = Figure(figsize=(8, 2.6), layout="constrained")
+        for axes, (name, frontier) in zip(
+            figure.subplots(1, len(self.frontiers), squeeze=False)[0], self.frontiers.items(), strict=True
+        ):
+            axes.plot(frontier.kls, frontier.rewards, color="black", linewidth=1)
+            axes.plot([kl], [rewards[name]], "o", color="#cc3333")
+            axes.set(xlabel="KL from the patient (nats)", ylabel=f"reward: {name}", xlim=(-0.1, max(3.0, kl + 0.2)))
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", metadata={"Date": None})
+        svg = stream.getvalue()
+        return svg[svg.index("<svg") :]
+
+
+def make_playground(
+    engine: Engine, *, example_prompts: list[str], frontiers: Frontiers | None = None, max_new_tokens: int = 256
+) -> gr.Blocks:
+    """
+    The page.
+
+    Args:
+        engine ([`~trl_tfpo.server.Engine`]):
+            Patient and doctors.
+        example_prompts (`list[str]`):
+            What to ask; the first is there at the start.
+        frontiers ([`Frontiers`], *optional*):
+            For the picture, where there is an oracle.
+        max_new_tokens (`int`, *optional*, defaults to `256`):
+            Longest answer.
+
+    Returns:
+        `gradio.Blocks`: to be launched.
+    """
+
+    def answers(prompt: str, seed: float, *weights: float) -> Iterator[tuple[str, str]]:
+        """Both answers so far, as HTML."""
+        is_chat = engine.processing_class.chat_template is not None
+        asked = [{"role": "user", "content": prompt}] if is_chat else prompt
+        ids = tokenize_prompt(asked, engine.processing_class)
+        given = [dict.fromkeys(engine.names, 0.0), dict(zip(engine.names, weights, strict=True))]
+        events: queue.Queue = queue.Queue()
+        generations = [
+            Generation(
+                list(ids),
+                lambda event, side=side: events.put((side, event)),
+                alpha=1.0 if side == 0 else None,
+                weights=weights,
+                max_new_tokens=max_new_tokens,
+                seed=int(seed),
+                with_patient=True,
+            )
+            for side, weights in enumerate(given)
+        ]
+        pieces, num_open = [[], []], 2
+        try:
+            for generation in generations:
+                try:
+                    engine.submit(generation)
+                except (ValueError, OverflowError) as error:
+                    yield "", f"<p>{html.escape(str(error))}</p>"
+                    return
+            while num_open:
+                side, event = events.get()
+                num_open -= "finish_reason" in event
+                if event.get("text"):
+                    shift = sum(token["logp"] - token["patient_logp"] for token in event["tokens"])
+                    pieces[side].append((event["text"], shift if side else 0.0))
+                    yield tuple(map(_as_html, pieces))
+        finally:
+            for generation in generations:
+                generation.is_cancelled = True
+
+    def picture(*weights: float) -> str:
+        return frontiers.picture(tuple(round(weight, 2) for weight in weights)) if frontiers else ""
+
+    with gr.Blocks(title="trl-tfpo", analytics_enabled=False) as page:
+        gr.Markdown("# One patient, your weights\nMove a slider: the answer changes, the patient does not.")
+        with gr.Row():
+            with gr.Column(scale=2):
+                prompt = gr.Dropdown(
+                    example_prompts, value=example_prompts[0], label="Prompt", allow_custom_value=True
+                )
+            seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+        largest = 1.0 if all(engine.is_product) else round(1 / len(engine.names), 2)
+        with gr.Row():
+            sliders = [
+                gr.Slider(
+                    0, largest, value=round(min(engine.default_weights[name], largest) / 2, 2), step=0.01, label=name
+                )
+                for name in engine.names
+            ]
+        with gr.Row():
+            with gr.Column():
+                gr.Markdown("### Patient alone")
+                unguided = gr.HTML(elem_id="unguided")
+            with gr.Column():
+                gr.Markdown("### Guided")
+                guided = gr.HTML(elem_id="guided")
+        chart = gr.HTML(elem_id="frontier", visible=frontiers is not None)
+        inputs = [prompt, seed, *sliders]
+        for trigger in (page.load, prompt.change, seed.change, *(slider.release for slider in sliders)):
+            trigger(answers, inputs, [unguided, guided], show_progress="hidden", trigger_mode="always_last")
+        if frontiers is not None:
+            for trigger in (page.load, *(slider.release for slider in sliders)):
+                trigger(picture, sliders, chart, show_progress="hidden", trigger_mode="always_last")
+    return page
+
+
+def _as_html(pieces: list[tuple[str, float]]) -> str:
+    """Pieces of a text, colored by how much likelier guidance made each."""
+    texts, shifts = [text for text, _ in pieces], [shift for _, shift in pieces]
+    notes = [f"{shift:+.2f} nats" for shift in shifts]
+    shown = TokenMap([("", texts, shifts, notes)], "⁺ likelier under guidance, ⁻ less likely" if any(shifts) else "")
+    return shown._repr_html_()
+
+
+def world_playground(cache_dir: str | os.PathLike, *, max_steps: int = 200) -> gr.Blocks:
+    """The page of the controlled world, with doctors that are trained when they are first needed."""
+    world = load_world()
+    folders = train_world_doctors(cache_dir, max_steps=max_steps)
+    doctors = {name: load_doctor(folder, with_value_head=False).eval() for name, folder in folders.items()}
+    engine = Engine(world.patient, world.tokenizer, doctors, Limits(max_new_tokens=MAX_NEW_TOKENS))
+    prompts = [prompt[0]["content"] for prompt in world.prompts("test")]
+    frontiers = Frontiers(  # with models of its own, as the engine's thread may be reading its
+        load_world(), {name: load_doctor(x, with_value_head=False).eval() for name, x in folders.items()}
+    )
+    return make_playground(engine, example_prompts=prompts, frontiers=frontiers, max_new_tokens=MAX_NEW_TOKENS)
+
+
+def launch(page: gr.Blocks, *, host: str = "127.0.0.1", port: int | None = None) -> str:
+    """Serve the page, with fonts that need no network, and return its address."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    settings = dict(share=False, quiet=True, prevent_thread_lock=True, footer_links=[])
+    queued = page.queue(default_concurrency_limit=4)
+    return queued.launch(server_name=host, server_port=port, theme=theme, **settings)[1]

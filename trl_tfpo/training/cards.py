@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What a saved doctor, and an annotated dataset, say of themselves to whoever finds them on the Hub."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+from datasets import Dataset, IterableDataset
+from huggingface_hub import DatasetCard, ModelCard
+
+from ..annotation.token_rewards import annotation_settings
+from ..common.printable import cell
+from ..models.guidance import GUIDANCE
+from .config import TFPOConfig
+
+
+DOCTOR_CARD = """\
+## How it guides
+
+This model guides a larger one with the same tokenizer, the patient, at decoding time:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl_tfpo import DoctorGuidedLogitsProcessor
+
+patient = AutoModelForCausalLM.from_pretrained({patient_literal})
+tokenizer = AutoTokenizer.from_pretrained({patient_literal})
+
+inputs = tokenizer("How do I boil an egg?", return_tensors="pt")
+processor = DoctorGuidedLogitsProcessor.from_pretrained("{doctor}", attention_mask=inputs["attention_mask"])
+outputs = patient.generate(**inputs, logits_processor=[processor])
+```
+
+or, in one line, `patient.generate(**inputs, custom_generate="{doctor}", trust_remote_code=True)`.
+
+| | |
+|---|---|
+| patient | {patient} |
+| recommended weights | {weights} |
+| positive face | {positive} |
+| negative face | {negative} |
+| where the faces stand | {placement} |
+| token rewards | {reward} |
+| held-out labels | {rewards_summary} |
+| data | {data}, {num_pairs} preference pairs |
+| training | {training} |
+
+"""
+DATASET_CARD = """\
+---
+tags:
+- trl-tfpo
+- preference
+- token-rewards
+---
+
+# Preferences with token rewards
+
+{num_pairs} preference pairs. A frozen language model, the patient, was read under two opposite instructions; each token of
+a completion has a reward from how much the two differ about it (stage 1 of [LLMdoctor](https://huggingface.co/papers/2601.10416),
+by `trl_tfpo.annotate_token_rewards`).
+
+| | |
+|---|---|
+| patient | {patient} |
+| positive face | {positive} |
+| negative face | {negative} |
+| where the faces stand | {placement} |
+| token rewards | {reward} |
+| longest sequence, in tokens | {max_length} |
+| hash of the tokenizer | {tokenizer} |
+
+`prompt_ids`, `chosen_ids` and `rejected_ids` are token ids; `chosen_mask` and `rejected_mask` are 1 where the assistant speaks,
+and 0 where a user or a tool does between its turns; `chosen_token_rewards` and `rejected_token_rewards` have one reward
+for each token of the completion, in [-1, 1], and `chosen_gaps` and `rejected_gaps` the log-probability under the positive less
+that under the negative face, in nats.
+
+```python
+from trl_tfpo import TFPOTrainer
+
+trainer = TFPOTrainer(model="<a small model with the patient's tokenizer>", train_dataset=dataset)
+trainer.train()
+```
+"""
+UNKNOWN = "not recorded"
+PLACEMENTS = {"system": "system message", "user": "end of the last user message"}
+TRAINING_SETTINGS = (
+    *("policy", "reward_temperature", "reference_weight", "subtb_lambda", "value_loss_weight", "value_margin"),
+    *("learning_rate", "num_train_epochs", "max_steps"),
+)
+CUSTOM_GENERATE = '''\
+"""
+Guide the model that generates by the doctor in this repository.
+
+    patient.generate(**inputs, custom_generate="<this repository or folder>", trust_remote_code=True)
+
+`alpha` and `beta`, the weights of patient and doctor, may be given as well.
+"""
+
+from trl_tfpo.custom_generate import generate
+
+
+__all__ = ["generate"]
+'''
+
+
+def complete_model_card(
+    args: TFPOConfig,
+    *,
+    doctor: str,
+    dataset: Dataset | IterableDataset,
+    dataset_name: str | None = None,
+    is_adapter: bool = False,
+    rewards_summary: str | None = None,
+) -> None:
+    """
+    Say in the model card in the output folder how the doctor guides and what it was trained for, where TRL's quick start
+    would let it speak alone.
+
+    Args:
+        args ([`TFPOConfig`]):
+            Settings of the training.
+        doctor (`str`):
+            Hub id or folder of the doctor.
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            What it was trained on; where [`annotate_token_rewards`] made it, it says from which patient and faces.
+        dataset_name (`str`, *optional*):
+            What it is called.
+        is_adapter (`bool`, *optional*, defaults to `False`):
+            Whether the doctor is an adapter, which PEFT loads.
+        rewards_summary (`str`, *optional*):
+            What held-out labels say of the token rewards.
+    """
+    annotation = _describe_annotation(dataset)
+    if annotation["patient"] == UNKNOWN:
+        annotation["patient"] = "<the patient>"
+    weights = (
+        f"`alpha={GUIDANCE['alpha']}`, `beta={GUIDANCE['beta']}` (product); a smaller `beta` guides less"
+        if args.policy != "doctor"
+        else "`beta=0.5`, `alpha=1 - beta` (mixture), between 0.2 and 0.8"
+    )
+    training = ", ".join(f"`{name}={getattr(args, name)}`" for name in TRAINING_SETTINGS)
+    literal = json.dumps(annotation["patient"])  # the name comes with the dataset, and this line will be run
+    path = Path(args.output_dir) / "README.md"
+    card = ModelCard.load(path)
+    how = DOCTOR_CARD.format(
+        doctor=doctor,
+        weights=weights,
+        training=training,
+        data=cell(dataset_name or UNKNOWN),
+        patient_literal=literal,
+        rewards_summary=rewards_summary or "not compared",
+        **annotation,
+    )
+    text = card.text.replace("[None](https://huggingface.co/None)", "a model that has no name on the Hub")
+    card.text, is_there = re.subn(r"^## Quick start.*?(?=^## )", lambda _: how, text, count=1, flags=re.M | re.S)
+    if not is_there:
+        card.text = f"{text}\n\n{how}"
+    if is_adapter:
+        card.data.library_name = "peft"
+    card.save(path)
+
+
+def annotation_card(dataset: Dataset) -> DatasetCard:
+    """
+    The card of a dataset that [`annotate_token_rewards`] made: patient, faces, settings, columns.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            The annotated dataset.
+
+    Returns:
+        [`~huggingface_hub.DatasetCard`]: to be saved next to it, or pushed: `annotation_card(dataset).push_to_hub(repo)`.
+    """
+    return DatasetCard(DATASET_CARD.format(**_describe_annotation(dataset)))
+
+
+def save_custom_generate(output_dir: str | os.PathLike) -> None:
+    """Write what lets `patient.generate(custom_generate=output_dir, trust_remote_code=True)` be guided by the doctor there."""
+    folder = Path(output_dir) / "custom_generate"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "generate.py").write_text(CUSTOM_GENERATE, encoding="utf-8")
+    (folder / "requirements.txt").write_text("trl-tfpo\n", encoding="utf-8")
+
+
+def _describe_annotation(dataset: Dataset | IterableDataset) -> dict[str, str]:
+    """What the dataset's info says of its annotation, for cells of a table."""
+    settings = annotation_settings(dataset) or {}
+    reward, faces = dict(settings.get("reward", {})), settings.get("faces", {})
+    placement = faces.get("placement", "system") if faces else None  # earlier versions knew no other
+    values = {
+        "patient": settings.get("patient") or UNKNOWN,
+        "positive": faces.get("positive", UNKNOWN),
+        "negative": faces.get("negative", UNKNOWN),
+        "placement": PLACEMENTS.get(str(placement), UNKNOWN),
+        "reward": ", ".join(f"`{name}={json.dumps(value)}`" for name, value in reward.items()) or UNKNOWN,
+        "max_length": settings.get("max_length") or "any",
+        "tokenizer": settings.get("tokenizer", UNKNOWN),
+        "num_pairs": f"{len(dataset):,}" if isinstance(dataset, Dataset) else "an unknown number of",
+    }
+    return {name: cell(str(value)) for name, value in values.items()}

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""From annotated preference pairs to the tensors the doctor is trained on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import get_worker_info
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.data.data_collator import DataCollatorMixin
+
+from .. import functional
+from ..annotation.token_rewards import REWARD_COLUMNS, annotation_settings, check_patient, score_token_rewards
+from ..data.tokenization import (
+    FACE_COLUMNS,
+    ID_COLUMNS,
+    MASK_COLUMNS,
+    all_eos_token_ids,
+    check_counts,
+    is_complete,
+    tokenize_pair,
+)
+from ..faces import Faces, has_system_role, resolve_faces
+from .config import TFPOConfig
+
+
+@dataclass
+class TokenRewardCollator(DataCollatorMixin):
+    """
+    Batch of preference pairs with a reward for each completion token.
+
+    It reads the rewards from the columns that [`annotate_token_rewards`] wrote or, given a patient, asks the patient
+    as each batch is formed: the same numbers, at the price of keeping the patient loaded during training. P pairs make
+    2P rows, the chosen ones first, padded on the right; L tokens in a row, T that the assistant says in a completion.
+
+    Args:
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer of patient and doctor. Defaults to the one saved with the patient.
+        patient ([`~transformers.PreTrainedModel`], *optional*):
+            Frozen model to ask. Needs `faces`, and a data loader without worker processes.
+        faces ([`~trl_tfpo.faces.Faces`] or `str`, *optional*):
+            Pair of opposite instructions for the patient, or the name of a built-in one.
+        reward_fn (`Callable`, *optional*, defaults to [`~trl_tfpo.functional.token_rewards`]):
+            Only with a patient, see [`annotate_token_rewards`]. Set options with `functools.partial`.
+        max_length (`int`, *optional*):
+            Rows are cut to this many tokens, and rewards with the same slice as ids. By default nothing is cut.
+        pad_to_multiple_of (`int`, *optional*):
+            Pad L to a multiple of this.
+        batch_size (`int`, *optional*, defaults to `16`):
+            Sequences in one forward of the patient.
+        eos_token_ids (`list[int]`, *optional*):
+            Ids that end a completion. Defaults to those of the tokenizer and, if there is one, of the patient's generation
+            config. [`TFPOTrainer`] adds those of the doctor, and of the patient that annotated the dataset.
+        convert_transcripts (`bool`, *optional*, defaults to `False`):
+            Only with a patient, see [`annotate_token_rewards`].
+
+    Returns, when called with a list of P examples, a `dict` of `torch.Tensor`:
+        - `input_ids`, `attention_mask` (2P, L), and `completion_mask` (2P, L), boolean: what the assistant says;
+        - `token_rewards` (2P, T), left-aligned on the tokens of that mask, float32;
+        - `is_complete` (2P,), boolean: whether the completion ends in EOS;
+        - `gaps` (2P, T): positive minus negative log-probability, in nats, if the examples have them;
+        - `reference_logps` (2P, T), in nats, if the examples have `chosen_ref_logps` and `rejected_ref_logps`.
+
+    Raises:
+        `ValueError`: when an example has no rewards, another number than tokens, or rewards that are not finite; when its
+        prompt or a completion is empty, or the prompt has `max_length` tokens or more; when a patient is to be asked from a worker process or without faces.
+
+    Examples:
+
+    ```python
+    >>> from trl_tfpo import TokenRewardCollator
+    >>> from trl_tfpo.testbed import load_world
+    >>> collator = TokenRewardCollator(processing_class=load_world().tokenizer)
+    >>> pair = {
+    ...     "prompt_ids": [5, 6],
+    ...     "chosen_ids": [7, 8, 9],
+    ...     "rejected_ids": [7],
+    ...     "chosen_token_rewards": [0.0, 0.9, 0.0],
+    ...     "rejected_token_rewards": [-0.5],
+    ... }
+    >>> batch = collator([pair])
+    >>> batch["completion_mask"].int()
+    tensor([[0, 0, 1, 1, 1],
+            [0, 0, 1, 0, 0]], dtype=torch.int32)
+    >>> batch["token_rewards"]
+    tensor([[ 0.0000,  0.9000,  0.0000],
+            [-0.5000,  0.0000,  0.0000]])
+
+    ```
+    """
+
+    processing_class: PreTrainedTokenizerBase | None = None
+    patient: PreTrainedModel | None = None
+    faces: Faces | str | None = None
+    reward_fn: Callable[..., torch.Tensor] = functional.token_rewards
+    max_length: int | None = None
+    pad_to_multiple_of: int | None = None
+    batch_size: int = 16
+    eos_token_ids: list[int] | None = None
+    convert_transcripts: bool = False
+    return_tensors: str = "pt"
+
+    def __post_init__(self):
+        check_counts(
+            max_length=self.max_length, pad_to_multiple_of=self.pad_to_multiple_of, batch_size=self.batch_size
+        )
+        if self.patient is None:
+            if self.processing_class is None:
+                raise ValueError(
+                    "`TokenRewardCollator` needs a `processing_class` or a `patient`. Got neither; pass one."
+                )
+        else:
+            if self.faces is None:
+                raise ValueError(
+                    "`TokenRewardCollator` needs `faces` to ask a patient. Got None; pass "
+                    "`Faces(positive=..., negative=...)` or the name of a built-in pair."
+                )
+            self.faces = resolve_faces(self.faces)
+            if self.processing_class is None:
+                self.processing_class = AutoTokenizer.from_pretrained(
+                    self.patient.config._name_or_path, trust_remote_code=False
+                )
+            check_patient(self.patient, self.processing_class)
+            self.has_system_role = has_system_role(self.processing_class)
+        if self.eos_token_ids is None:
+            self.eos_token_ids = all_eos_token_ids(self.processing_class, self.patient)
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        if self.patient is not None:
+            examples = self._ask_patient(examples)
+        needed = {*ID_COLUMNS, *REWARD_COLUMNS}
+        if not examples or any(needed - example.keys() for example in examples):
+            raise ValueError(
+                f"A batch must be of pairs with {sorted(needed)}. Got {[sorted(example) for example in examples[:1]]}; pass "
+                "the dataset through `annotate_token_rewards` first, or give the collator a patient."
+            )
+        rows = [self._row(example, name) for name in ("chosen", "rejected") for example in examples]  # 2P
+
+        input_ids = [row["prompt_ids"] + row["completion_ids"] for row in rows]
+        length = max(len(ids) for ids in input_ids)
+        if self.pad_to_multiple_of:
+            length += -length % self.pad_to_multiple_of
+        position = torch.arange(length)
+        lengths = torch.tensor([len(ids) for ids in input_ids])
+        attention_mask = position < lengths[:, None]  # (2P, L)
+        pad_token_id = self.processing_class.pad_token_id
+        padded = torch.full(attention_mask.shape, self.eos_token_ids[0] if pad_token_id is None else pad_token_id)
+        padded[attention_mask] = torch.tensor([token_id for ids in input_ids for token_id in ids])
+        completion_mask = torch.zeros_like(attention_mask)
+        completion_mask[attention_mask] = torch.tensor(
+            [bool(spoken) for row in rows for spoken in [0] * len(row["prompt_ids"]) + row["mask"]]
+        )
+        batch = {
+            "input_ids": padded,
+            "attention_mask": attention_mask.long(),
+            "completion_mask": completion_mask,
+            "is_complete": torch.tensor(
+                [is_complete(row["completion_ids"], row["mask"], self.eos_token_ids) for row in rows]
+            ),
+        }
+        for name in ("token_rewards", "gaps", "reference_logps"):
+            values = [torch.as_tensor(row[name], dtype=torch.float32) for row in rows if name in row]
+            if not values:
+                continue
+            batch[name] = pad_sequence(values, batch_first=True)  # (2P, T)
+            if len(values) < len(rows) or not batch[name].isfinite().all():
+                raise ValueError(
+                    f"`{name}` must be finite, and there for all completions or for none. Got {len(values)} for "
+                    f"{len(rows)} completions, {int((~batch[name].isfinite()).sum())} values of them not finite; score "
+                    "the dataset again."
+                )
+        return batch
+
+    def _row(self, example: dict[str, Any], name: str) -> dict[str, list]:
+        """One completion of a pair, cut to the length it may have."""
+        prompt_ids, completion_ids = list(example["prompt_ids"]), list(example[f"{name}_ids"])
+        if self.max_length is not None and len(prompt_ids) >= self.max_length:
+            raise ValueError(
+                f"A prompt must be shorter than `max_length`, or no completion token is left. Got {len(prompt_ids)} "
+                f"tokens with `max_length`={self.max_length}; raise it, or leave the pair out."
+            )
+        if not prompt_ids or not completion_ids:
+            raise ValueError(
+                "Prompt and completions must have at least one token each. Got "
+                f"{len(prompt_ids)} of the prompt and {len(completion_ids)} of the {name} one; leave the pair out."
+            )
+        room = slice(None if self.max_length is None else self.max_length - len(prompt_ids))
+        mask = example.get(f"{name}_mask")
+        mask = [1] * len(completion_ids) if mask is None else list(mask)
+        if len(mask) != len(completion_ids) or not any(mask[room]):
+            raise ValueError(
+                f"`{name}_mask` must have one entry for each completion token, and one that is not 0. Got {len(mask)} for "
+                f"{len(completion_ids)} tokens, {sum(mask[room])} of them not 0 within `max_length`={self.max_length}; "
+                "annotate the dataset again, or leave the pair out."
+            )
+        row = {"prompt_ids": prompt_ids, "completion_ids": completion_ids[room], "mask": mask[room]}
+        columns = {"token_rewards": "token_rewards", "gaps": "gaps", "reference_logps": "ref_logps"}
+        for key, column in columns.items():
+            values = example.get(f"{name}_{column}")
+            if values is None:
+                continue
+            if len(values) != len(completion_ids):
+                raise ValueError(
+                    f"`{name}_{column}` must have one entry for each completion token. Got {len(values)} for "
+                    f"{len(completion_ids)} tokens; was the dataset annotated with another tokenizer?"
+                )
+            row[key] = [value for value, spoken in zip(values[room], row["mask"], strict=True) if spoken]
+        return row
+
+    def _ask_patient(self, examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The examples with the rewards the patient gives them now."""
+        if get_worker_info() is not None:
+            raise ValueError(
+                "A `TokenRewardCollator` with a patient must run in the main process: a model cannot be shared with "
+                "worker processes. Set `dataloader_num_workers=0`, or annotate the dataset beforehand with "
+                "`annotate_token_rewards`."
+            )
+        examples = [
+            example if FACE_COLUMNS[0] in example else {**example, **self._tokenize(example)} for example in examples
+        ]
+        names = ["chosen_ids", "rejected_ids", *FACE_COLUMNS, *(name for name in MASK_COLUMNS if name in examples[0])]
+        columns = {name: [example[name] for example in examples] for name in names}
+        rewards, gaps = score_token_rewards(
+            columns, patient=self.patient, reward_fn=self.reward_fn, batch_size=self.batch_size
+        )
+        num_pairs = len(examples)
+        return [
+            {
+                **example,
+                "chosen_token_rewards": rewards[index],
+                "rejected_token_rewards": rewards[num_pairs + index],
+                "chosen_gaps": gaps[index],
+                "rejected_gaps": gaps[num_pairs + index],
+            }
+            for index, example in enumerate(examples)
+        ]
+
+    def _tokenize(self, example: dict[str, Any]) -> dict[str, list[int]]:
+        return tokenize_pair(
+            example,
+            self.processing_class,
+            faces=self.faces,
+            system_role=self.has_system_role,
+            eos_token_ids=self.eos_token_ids,
+            max_length=self.max_length,
+            convert_transcripts=self.convert_transcripts,
+        )
+
+
+def settle_with_collator(
+    collator: TokenRewardCollator, args: TFPOConfig, dataset: object, eos_token_ids: list[int]
+) -> list[int]:
+    """
+    Let a collator and the trainer read texts alike, in place.
+
+    Args:
+        collator ([`TokenRewardCollator`]):
+            Gets the ids, and converts transcripts where either does.
+        args ([`TFPOConfig`]):
+            Converts them as well.
+        dataset (`object`):
+            The training data; the annotation may have recorded further ids.
+        eos_token_ids (`list[int]`):
+            Ids that end a completion, as far as the models and the tokenizer know.
+
+    Returns:
+        `list[int]`: all ids that end a completion.
+    """
+    recorded = annotation_settings(dataset) if isinstance(dataset, Dataset | IterableDataset) else None
+    recorded_ids = (recorded or {}).get("eos_token_ids", [])
+    collator.eos_token_ids = sorted({*eos_token_ids, *collator.eos_token_ids, *recorded_ids})
+    collator.convert_transcripts = args.convert_transcripts = collator.convert_transcripts or args.convert_transcripts
+    return collator.eos_token_ids

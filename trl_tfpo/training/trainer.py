@@ -1,0 +1,514 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Training a doctor: preference pairs in, a small model that can guide the patient out."""
+
+import textwrap
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import set_seed
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from transformers import (
+    BitsAndBytesConfig,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
+from transformers.data.data_collator import DataCollator
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput
+from trl.trainer import disable_dropout_in_model
+
+from .. import functional
+from ..annotation.token_rewards import (
+    GAP_COLUMNS,
+    REWARD_COLUMNS,
+    annotate_token_rewards,
+    check_annotated_for,
+    check_given,
+    check_patient,
+)
+from ..common._upstream import is_peft_model, keep_differentiable, keep_output_precision
+from ..common.arguments import explains_unknown
+from ..common.atomic import check_writable
+from ..data.tokenization import (
+    FACE_COLUMNS,
+    ID_COLUMNS,
+    MASK_COLUMNS,
+    all_eos_token_ids,
+    check_some_completion_ends,
+    columns_of,
+    resolve_processing_class,
+    row_lengths,
+    tokenize_preferences,
+)
+from ..data.tokenizer_identity import check_embeddings
+from ..faces import Faces
+from ..models.doctor import make_doctor, set_head_learning_rate
+from ..models.fingerprint import model_fingerprint
+from ..models.named_model import NamedModel, outline_of, resolve_model
+from .calibration import choose_rewards
+from .checkpoints import check_loss, kept_whole, resolve_checkpoint
+from .checks import (
+    check_callables,
+    check_can_annotate,
+    check_can_calibrate,
+    check_collator,
+    check_language_model,
+    check_one_device,
+    check_split,
+    warn_of_ignored,
+)
+from .collator import TokenRewardCollator, settle_with_collator
+from .config import TFPOConfig, resolve_args
+from .doctor_files import DoctorFiles
+from .guided_flow import former_doctor, keep_patient, read_patient, start_at_credits
+from .head_choice import choose_head
+from .held_out import WarnWhenHeldOutTurns
+from .objective import describe_batch, pair_rewards, tfpo_objective
+from .pair_means import PairMeans
+from .reference import REFERENCE_COLUMNS, check_not_streamed, with_reference_logps
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+
+AnyDataset = Dataset | IterableDataset | DatasetDict | IterableDatasetDict | dict
+
+
+@explains_unknown(settings=TFPOConfig)
+class TFPOTrainer(DoctorFiles):
+    """
+    Trainer for token-level flow-guided preference optimization, the method of the paper
+    [LLMdoctor](https://huggingface.co/papers/2601.10416).
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The doctor: a causal language model with the patient's tokenizer, or its name or path.
+        patient_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            Frozen language model that gives token rewards to datasets without them. Not needed, and not kept, once
+            the datasets are annotated; but kept, and read for each batch, for `policy="guided"`.
+        args ([`TFPOConfig`], *optional*):
+            Settings. Defaults to `TFPOConfig("<model name>-TFPO")`.
+        data_collator ([`~transformers.DataCollator`], *optional*):
+            Defaults to a [`TokenRewardCollator`] that reads annotated columns. One with a patient asks it batch by
+            batch instead, and no dataset is annotated.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Preference dataset of any of TRL's formats, or one annotated by [`annotate_token_rewards`], which is used
+            as it is. A streamed one must be annotated; with `policy="doctor"` it needs `reference_weight=0`.
+        eval_dataset ([`~datasets.Dataset`], or `dict` of them, *optional*):
+            The same, for evaluation.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer of doctor and patient. Defaults to the doctor's.
+        compute_metrics, callbacks, optimizers (*optional*):
+            As in [`~transformers.Trainer`]; `compute_metrics` receives no predictions.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            For a doctor given by name.
+        patient_quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            For a patient given by name.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Train an adapter. The value head is trained and saved with it.
+        faces ([`~trl_tfpo.faces.Faces`] or `str`, *optional*):
+            Pair of opposite instructions for the patient, or `"helpfulness"`, `"harmlessness"`, `"honesty"`. Needed
+            to annotate a dataset.
+        reward_fn (`Callable`, *optional*):
+            Replaces [`~trl_tfpo.functional.token_rewards`] when a dataset is annotated.
+        objective (`Callable`, *optional*):
+            Replaces [`~trl_tfpo.training.objective.tfpo_objective`]: keyword-only tensors in, `(loss, metrics)` out.
+
+    Raises:
+        `ValueError`: when doctor, patient, tokenizer, datasets and settings do not fit together; each message says
+        why and what to do.
+
+    Examples:
+
+    ```python
+    >>> from trl_tfpo import TFPOConfig, TFPOTrainer
+    >>> from trl_tfpo.testbed import load_world
+    >>> world = load_world()
+    >>> trainer = TFPOTrainer(
+    ...     model=world.doctor,
+    ...     patient_model=world.patient,
+    ...     args=TFPOConfig("runs/docs", max_steps=1, report_to="none", disable_tqdm=True),
+    ...     train_dataset=world.preference_dataset("praise", num_pairs=8, seed=0),
+    ...     processing_class=world.tokenizer,
+    ...     faces=world.attributes["praise"].faces,
+    ... )
+    >>> result = trainer.train()  # doctest: +ELLIPSIS
+    {'train_runtime': ...}
+    >>> result.global_step
+    1
+
+    ```
+    """
+
+    _tag_names = ["trl", "tfpo", "trl-tfpo"]
+    _name = "TFPO"
+    _paper = {
+        "title": "LLMdoctor: Token-Level Flow-Guided Preference Optimization for Efficient Test-Time Alignment of "
+        "Large Language Models",
+        "id": "2601.10416",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @inproceedings{llmdoctor2026,
+                title     = {{LLMdoctor: Token-Level Flow-Guided Preference Optimization for Efficient Test-Time Alignment of Large Language Models}},
+                year      = 2026,
+                booktitle = {Proceedings of the AAAI Conference on Artificial Intelligence},
+                eprint    = {2601.10416},
+            }"""),
+    }
+    loss_is_scaled_for_ga = True  # by the pairs of the whole step, see `get_batch_samples`
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        patient_model: str | PreTrainedModel | None = None,
+        args: TFPOConfig | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: AnyDataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        patient_quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: "PeftConfig | None" = None,
+        faces: Faces | str | None = None,
+        reward_fn: Callable[..., torch.Tensor] | None = None,
+        objective: Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]] | None = None,
+    ):
+        # Args
+        args = resolve_args(args, model)
+        check_callables(reward_fn=reward_fn, objective=objective)
+        check_split(train_dataset, "train_dataset")
+        if isinstance(train_dataset, IterableDataset):
+            args.accelerator_config.dispatch_batches = False  # batches of different lengths cannot be concatenated
+
+        # Model
+        warn_of_ignored(model, "model", args.model_init_kwargs)
+        warn_of_ignored(patient_model, "patient_model", args.patient_model_init_kwargs)
+        set_seed(args.seed)  # adapters start at random
+        defaults = {"device_map": None} if args.distributed_state.num_processes > 1 else {}  # the engine places it
+        defaults["trust_remote_code"] = args.trust_remote_code
+        model = resolve_model(model, "model", quantization_config, **defaults | (args.model_init_kwargs or {}))
+        former = former_doctor(model) if args.policy == "ratio" else None
+        model = model.loaded if isinstance(model, NamedModel) else model
+        check_language_model(model)
+
+        # Processing class
+        processing_class = resolve_processing_class(processing_class, model, args.trust_remote_code)
+        model.config.get_text_config().pad_token_id = processing_class.pad_token_id
+        model.generation_config.pad_token_id = processing_class.pad_token_id
+        check_embeddings("doctor", model, processing_class)
+
+        # Value head and PEFT
+        model = make_doctor(model, peft_config, guides=args.policy != "doctor", has_credits=args.calibrate_rewards)
+        keep_differentiable(model)
+        if is_peft_model(model) and args.gradient_checkpointing:
+            model.enable_input_require_grads()
+        if args.disable_dropout:
+            disable_dropout_in_model(model)
+
+        # Rewards and objective
+        self.faces = faces
+        self.reward_fn = reward_fn or partial(
+            functional.token_rewards,
+            reward_direction=args.reward_direction,
+            disagreement_weight=args.disagreement_weight,
+            importance_temperature=args.importance_temperature,
+            gap_floor=args.gap_floor,
+            sparsity_threshold=args.sparsity_threshold,
+        )
+        self.objective = objective or partial(
+            tfpo_objective,
+            reward_temperature=args.reward_temperature,
+            reference_weight=args.reference_weight,
+            subtb_lambda=args.subtb_lambda,
+            value_loss_weight=args.value_loss_weight,
+            value_margin=args.value_margin,
+        )
+
+        # Data collator
+        if data_collator is None:
+            data_collator = TokenRewardCollator(
+                processing_class,
+                max_length=args.max_length,
+                pad_to_multiple_of=args.pad_to_multiple_of,
+                convert_transcripts=args.convert_transcripts,
+            )
+        self._online_faces = data_collator.faces if isinstance(data_collator, TokenRewardCollator) else None
+        check_collator(data_collator, args)
+
+        # Dataset
+        defaults = {"dtype": "auto", "trust_remote_code": args.trust_remote_code}
+        self.patient_model = patient_model
+        if patient_model is not None:
+            self.patient_model = resolve_model(
+                patient_model,
+                "patient_model",
+                patient_quantization_config,
+                **defaults | (args.patient_model_init_kwargs or {}),
+            )
+        patient = None if self.patient_model is None else outline_of(self.patient_model)
+        self._eos_token_ids = all_eos_token_ids(processing_class, model, patient)
+        max_length = args.max_length
+        if isinstance(data_collator, TokenRewardCollator):
+            self._eos_token_ids = settle_with_collator(data_collator, args, train_dataset, self._eos_token_ids)
+            max_length = data_collator.max_length
+        train_dataset = self._annotate(train_dataset, processing_class, args)
+        eval_dataset = self._annotate(eval_dataset, processing_class, args)
+        check_some_completion_ends(train_dataset, self._eos_token_ids, max_length)
+        if args.calibrate_rewards:
+            check_can_calibrate(train_dataset, self._online_faces, model)
+        self.calibration, self.rewards_summary = choose_rewards(
+            train_dataset, eval_dataset, model, args, self._eos_token_ids, is_online=bool(self._online_faces)
+        )
+        train_dataset, eval_dataset = self._calibrate(train_dataset), self._calibrate(eval_dataset)
+        if self.calibration is None:  # whose credits lie in the span of the embeddings
+            choose_head(model, train_dataset, self._eos_token_ids, is_online=bool(self._online_faces))
+        if args.policy == "guided":
+            check_given(self.patient_model)
+        elif isinstance(self.patient_model, NamedModel):
+            self.patient_model.let_go()
+        else:
+            self.patient_model = None
+
+        # Trainer
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        check_one_device(self.args)
+        self.add_callback(WarnWhenHeldOutTurns(self.callback_handler))
+
+        keep_output_precision(self.accelerator)
+        self.guided_model = former
+        if args.policy == "guided":
+            check_patient(self.patient_model, processing_class)
+            self.guided_model = self.patient_model
+        if self.guided_model is not None:
+            self.guided_model = keep_patient(self.guided_model, self.accelerator)
+
+        # Where the doctor starts
+        if self.calibration is not None:
+            credits = self.calibration.credits / args.reward_temperature
+            start_at_credits(self.model, credits, self.train_dataset, data_collator)
+
+        # Reference log-probabilities
+        self._has_reference = args.reference_weight > 0 and args.policy == "doctor"  # otherwise what is guided
+        self._reference_fingerprint = model_fingerprint(self.model) if self._has_reference else None
+        self.train_dataset = self._add_reference_logps(self.train_dataset)
+        self.eval_dataset = self._add_reference_logps(self.eval_dataset)
+
+        # Metrics
+        self._means = PairMeans()
+        self._metric_key_prefix = "eval"
+        self.model.add_model_tags(self._tag_names)
+
+    # Data
+
+    def _annotate(
+        self, dataset: AnyDataset | None, processing_class: PreTrainedTokenizerBase, args: TFPOConfig
+    ) -> AnyDataset | None:
+        """The dataset with token rewards, from wherever they come; with token ids only if the collator asks for them."""
+        if dataset is None:
+            return None
+        if isinstance(dataset, dict):
+            return {name: self._annotate(split, processing_class, args) for name, split in dataset.items()}
+        columns = columns_of(dataset)
+        if args.reference_weight and args.policy == "doctor":
+            check_not_streamed(dataset, columns, args.reference_weight)
+        if self._online_faces:
+            if FACE_COLUMNS[0] in columns:
+                return dataset
+            return tokenize_preferences(
+                dataset,
+                processing_class,
+                faces=self._online_faces,
+                eos_token_ids=self._eos_token_ids,
+                max_length=args.max_length,
+                drop_unusable=args.drop_unusable,
+                convert_transcripts=args.convert_transcripts,
+            )
+        if columns.issuperset(ID_COLUMNS + REWARD_COLUMNS):
+            check_annotated_for(dataset, processing_class)
+            return dataset
+        check_can_annotate(dataset, self.faces, self.patient_model)
+        return annotate_token_rewards(
+            dataset,
+            self.patient_model,
+            processing_class,
+            faces=self.faces,
+            reward_fn=self.reward_fn,
+            max_length=args.max_length,
+            drop_unusable=args.drop_unusable,
+            batch_size=args.scoring_batch_size,
+            convert_transcripts=args.convert_transcripts,
+            eos_token_ids=self._eos_token_ids,
+        )
+
+    def _calibrate(self, dataset: AnyDataset | None) -> AnyDataset | None:
+        """The dataset with the rewards that explain the labels of the training data, if these are used."""
+        return dataset if dataset is None or self.calibration is None else self.calibration.apply(dataset)
+
+    def _add_reference_logps(self, dataset: AnyDataset | None) -> AnyDataset | None:
+        """The dataset with the log-probabilities of the doctor before training, cached."""
+        if dataset is None or not self._has_reference:
+            return dataset
+        return with_reference_logps(dataset, self, fingerprint=self._reference_fingerprint)
+
+    def _set_signature_columns_if_needed(self):
+        # What the collator reads, not what the model's forward takes
+        if self._signature_columns is None:
+            scores = [*REWARD_COLUMNS, *GAP_COLUMNS, *REFERENCE_COLUMNS]
+            self._signature_columns = [*ID_COLUMNS, *MASK_COLUMNS, *FACE_COLUMNS, *scores]
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        name = self.args.length_column_name
+        minds_length = self.args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
+        if minds_length and isinstance(dataset, Dataset) and name not in dataset.column_names:
+            dataset = dataset.add_column(name, row_lengths(dataset))  # for the sampler only
+        return super()._get_train_sampler(dataset)
+
+    def _prepare_inputs(self, inputs: dict) -> dict:
+        # DeepSpeed's half precision would cast token rewards as well
+        return {name: tensor.to(self.args.device) for name, tensor in inputs.items()}
+
+    # Loss
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        if self.args.should_save:
+            check_writable(self.args.output_dir)
+        return super().train(resolve_checkpoint(resume_from_checkpoint, self.args.output_dir), **kwargs)
+
+    def create_optimizer(self, model=None):
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new:
+            rate = self.args.value_head_learning_rate
+            rate = 10 * self.args.learning_rate if rate is None else rate
+            set_head_learning_rate(optimizer, model or self.model, rate)
+        return optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        tokens = {name: inputs[name] for name in ("input_ids", "attention_mask", "completion_mask")}
+        if self.guided_model is None:
+            outputs, reference_logps = model(**tokens), inputs.get("reference_logps")
+        else:
+            guided, reference_logps = read_patient(self.guided_model, **tokens)
+            outputs = model(**tokens, guided=guided)
+        loss, metrics = self.objective(
+            **outputs,
+            token_rewards=inputs["token_rewards"],
+            is_complete=inputs["is_complete"],
+            reference_logps=reference_logps,
+        )
+        check_loss(loss, inputs, self)
+        num_pairs = len(inputs["is_complete"]) // 2
+        rewards = None
+        if reference_logps is not None:
+            rewards = pair_rewards(
+                doctor_logps=outputs["doctor_logps"],
+                reference_logps=reference_logps,
+                completion_mask=outputs["completion_mask"],
+                reward_temperature=self.args.reward_temperature,
+            )
+        description = describe_batch(
+            doctor_logps=outputs["doctor_logps"],
+            completion_mask=outputs["completion_mask"],
+            token_rewards=inputs["token_rewards"],
+            gaps=inputs.get("gaps"),
+            rewards=rewards,
+        )
+        self._means.record(self._mode, metrics | description, num_pairs, self.accelerator.gather)
+        if num_items_in_batch is not None:
+            loss = loss * (num_pairs * self.accelerator.num_processes / num_items_in_batch)
+        return (loss, {**outputs, "rewards": rewards}) if return_outputs else loss
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The batches of one optimizer step and how many pairs they have, in all processes: each counts alike."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        num_pairs = torch.tensor(sum(len(batch["is_complete"]) // 2 for batch in batches), device=device)
+        return batches, self.accelerator.gather(num_pairs).sum()
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        prefix = f"{self._metric_key_prefix}_" if self._mode == "eval" else ""
+        # In place: `evaluate` returns this dict, from which `metric_for_best_model` is taken
+        logs.update(self._means.take(self._mode, prefix))
+        super().log(logs, start_time)
+
+    # Evaluation
+
+    def evaluate(
+        self,
+        eval_dataset: AnyDataset | str | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        self._metric_key_prefix = metric_key_prefix
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if isinstance(eval_dataset, dict):
+            metrics = {}
+            for name, split in eval_dataset.items():
+                metrics |= self.evaluate(split, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
+        eval_dataset = self._calibrate(self._annotate(eval_dataset, self.processing_class, self.args))
+        eval_dataset = self._add_reference_logps(eval_dataset)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def predict(
+        self, test_dataset: Dataset, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """
+        Metrics and rewards of the pairs of another dataset.
+
+        Args:
+            test_dataset ([`~datasets.Dataset`]):
+                As for [`TFPOTrainer`].
+            ignore_keys (`list[str]`, *optional*):
+                Has no effect.
+            metric_key_prefix (`str`, *optional*, defaults to `"test"`):
+                Precedes the names of the metrics.
+
+        Returns:
+            [`~transformers.trainer_utils.PredictionOutput`]: `predictions` of shape `(num_pairs, 2)`, the rewards of the
+            chosen and of the rejected completion, see [`~trl_tfpo.training.objective.pair_rewards`], or None where nothing is known of
+            the doctor before training; and `metrics`, as those of `evaluate`.
+        """
+        check_split(test_dataset, "test_dataset")
+        test_dataset = self._calibrate(self._annotate(test_dataset, self.processing_class, self.args))
+        test_dataset = self._add_reference_logps(test_dataset)
+        output = super().predict(test_dataset, ignore_keys, metric_key_prefix)
+        output.metrics.update(self._means.take("eval", f"{metric_key_prefix}_"))
+        return output
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        return loss.detach(), None if prediction_loss_only else outputs["rewards"], None
+
+    # Saving, see also `DoctorFiles`
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with kept_whole(self, folder):
+            super()._save_checkpoint(model, trial)
