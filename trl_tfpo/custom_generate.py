@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .decoding.doctors import Doctor
+from .decoding.exponents import Weight, default_beta
 from .decoding.generation import guided_generate
-from .decoding.logits_processor import DEFAULT_BETA, DoctorGuidedLogitsProcessor, Weight
+from .decoding.logits_processor import DoctorGuidedLogitsProcessor
 from .models.adapters import trained_exponents
 from .models.doctor import load_doctor
 from .models.token_credits import load_credits
@@ -71,4 +72,4 @@ def generate(
 def _load(doctor: str, device: torch.device, written: int | None) -> tuple[Doctor, float]:
     """The doctor, and its weight; loaded again when its folder was `written` again."""
     model = load_doctor(doctor, with_value_head=False, device_map={"": device}).eval()
-    return Doctor(model, credits=load_credits(doctor)), trained_exponents(model).get("beta", DEFAULT_BETA)
+    return Doctor(model, credits=load_credits(doctor)), default_beta(trained_exponents(model))

@@ -6,12 +6,30 @@ Exponents of patient and doctors: numbers, tensors with one for each prompt, or 
 Shapes: B prompts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import overload
 
 import torch
 
 
 Weight = float | torch.Tensor | Callable[[int], float | torch.Tensor]
+DEFAULT_BETA = 0.5  # of a doctor that is a language model
+
+
+def default_beta(trained_exponents: Mapping[str, float], num_language_models: int = 1) -> float:
+    """
+    The exponent that a doctor has by default.
+
+    Args:
+        trained_exponents (`Mapping[str, float]`):
+            The exponents of its training, see [`~trl_tfpo.models.adapters.trained_exponents`]; empty for a language model.
+        num_language_models (`int`, *optional*, defaults to `1`):
+            Language models among which `DEFAULT_BETA` is divided.
+
+    Returns:
+        `float`: `beta` of its training, or its part of `DEFAULT_BETA`.
+    """
+    return trained_exponents["beta"] if trained_exponents else DEFAULT_BETA / num_language_models
 
 
 def check_weight(name: str, value: Weight) -> Weight:
@@ -39,6 +57,10 @@ def opposite_weight(weight: Weight) -> Weight:
     return (lambda step: -weight(step)) if callable(weight) else -weight
 
 
+@overload
+def remaining_weight(betas: Sequence[float]) -> float: ...
+@overload
+def remaining_weight(betas: Sequence[Weight]) -> Weight: ...
 def remaining_weight(betas: Sequence[Weight]) -> Weight:
     """The exponent of the patient in a mixture: what the doctors leave of 1."""
     if any(map(callable, betas)):
@@ -46,7 +68,7 @@ def remaining_weight(betas: Sequence[Weight]) -> Weight:
     alpha = 1.0 - sum(betas)
     if torch.as_tensor(alpha).min() < -1e-6:
         raise ValueError(
-            "The `beta` of a mixture must not exceed 1 in sum, or the patient counts against itself. Got "
-            f"{betas}, thus `alpha` {alpha}; pass `alpha`, e.g. 1.0 for the product, or a smaller `beta`."
+            "The exponents of the doctors in a mixture must not exceed 1 in sum, as the patient has the rest. Got "
+            f"{betas}, thus `alpha` {alpha}; pass `alpha`, e.g. 1.0 for the product, or smaller exponents."
         )
-    return alpha
+    return alpha.clamp(min=0.0) if isinstance(alpha, torch.Tensor) else max(alpha, 0.0)

@@ -24,11 +24,16 @@ from ..functional import guided_logps, next_token_entropy, plausible_mask
 from ..models.doctor import load_doctor
 from ..models.token_credits import load_credits
 from .doctors import PADDING, Doctor, DoctorMemory, check_left_padded, check_reference, guess_mask
-from .exponents import Weight, check_weight, opposite_weight, remaining_weight, weight_at
+from .exponents import (
+    DEFAULT_BETA,
+    Weight,
+    check_weight,
+    default_beta,
+    opposite_weight,
+    remaining_weight,
+    weight_at,
+)
 from .trace import GuidanceTrace, TraceRecorder
-
-
-DEFAULT_BETA = 0.5
 
 
 class DoctorGuidedLogitsProcessor(LogitsProcessor):
@@ -192,7 +197,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
             for name in names
         ]
         if beta is None:
-            beta = [doctor.exponents.get("beta", DEFAULT_BETA) for doctor in doctors]
+            beta = [default_beta(doctor.exponents) for doctor in doctors]
         return cls(doctors, alpha, beta, **settings)
 
     def reset(self, attention_mask: torch.Tensor | None = None, *, keep_memory: bool = False) -> None:

@@ -8,7 +8,6 @@ all that others touch is the queue.
 """
 
 import logging
-import math
 import queue
 import threading
 import time
@@ -22,11 +21,11 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.tokenization import all_eos_token_ids
 from ..decoding.doctors import check_is_doctor
+from ..decoding.exponents import check_weight, default_beta, remaining_weight
 from ..decoding.reading import reading_fault
 from ..evaluation.completions import pad
 from ..functional import guided_logps
-from ..models.adapters import check_speaks
-from ..models.guidance import GUIDANCE, is_guidance
+from ..models.adapters import check_speaks, trained_exponents
 from .sampling import Generation, Row
 from .text import TokenTexts
 
@@ -111,13 +110,9 @@ class Engine:
         self.texts = TokenTexts(processing_class)
         self.eos = set(all_eos_token_ids(processing_class, patient))
         self.vocab_size = min(model.get_input_embeddings().num_embeddings for model in self.models)
-        # A doctor of guided flow is made for a product; others share half of the weight, which they take from the patient
-        self.is_product = [is_guidance(model) for model in self.models[1:]]
-        share = 0.5 / max(len(self.names) - sum(self.is_product), 1)
-        self.default_weights = {
-            name: GUIDANCE["beta"] if product else share
-            for name, product in zip(self.names, self.is_product, strict=True)
-        }
+        trained = {name: trained_exponents(model) for name, model in doctors.items()}
+        self.language_models = [name for name in self.names if not trained[name]]
+        self.default_weights = {name: default_beta(x, len(self.language_models)) for name, x in trained.items()}
         sizes = [getattr(model.config.get_text_config(), "max_position_embeddings", None) for model in self.models]
         self.max_positions = min(filter(None, sizes), default=2**31)
         self._check_caches()
@@ -145,24 +140,20 @@ class Engine:
             raise ValueError(
                 f"`weights` must name doctors among {self.names}. Got {sorted(unknown)}; see `/v1/models`."
             )
-        if not all(map(math.isfinite, [*generation.weights.values(), generation.alpha or 0.0])):
-            raise ValueError(
-                f"Weights must be finite. Got `alpha` {generation.alpha} and {dict(generation.weights)}; try 0.5."
-            )
-        betas = [float(generation.weights.get(name, self.default_weights[name])) for name in self.names]
-        rest = 1 - sum(beta for beta, product in zip(betas, self.is_product, strict=True) if not product)
-        if generation.alpha is None and rest < -1e-9:
-            raise ValueError(
-                f"`weights` must add up to at most 1, as the patient has the rest. Got {1 - rest:.3g}; lower them, or "
-                "pass `alpha`, the exponent of the patient, as well."
-            )
-        alpha = max(rest, 0.0) if generation.alpha is None else float(generation.alpha)
+        weights = {name: float(x) for name, x in (self.default_weights | dict(generation.weights)).items()}
+        for name, weight in weights.items():
+            check_weight(f"weights.{name}", weight)
+        if generation.alpha is None:
+            alpha = remaining_weight([weights[name] for name in self.language_models])
+        else:
+            alpha = float(generation.alpha)
+            check_weight("alpha", alpha)
         if alpha <= 0 and generation.changes_patient:
             raise ValueError(
                 "Penalties and `logit_bias` act on the patient, so its exponent must be above 0. Got "
                 f"{alpha:.3g}; lower `weights`, raise `alpha`, or leave the penalties out."
             )
-        return alpha, betas
+        return alpha, list(weights.values())
 
     def submit(self, generation: Generation) -> None:
         """

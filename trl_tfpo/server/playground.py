@@ -200,7 +200,7 @@ def make_playground(
                     example_prompts, value=example_prompts[0], label="Prompt", allow_custom_value=True
                 )
             seed = gr.Number(0, label="Seed", precision=0, minimum=0)
-        largest = 1.0 if all(engine.is_product) else round(1 / len(engine.names), 2)
+        largest = round(1 / len(engine.names), 2) if engine.language_models else 1.0
         with gr.Row():
             sliders = [
                 gr.Slider(
