@@ -444,7 +444,7 @@ class Engine:
                     f"{name}, a {type(model).__name__}, which does not ({fault}); serve a transformer."
                 )
 
-    def _read_rows(self, model: PreTrainedModel, text: torch.LongTensor) -> Iterator[tuple[torch.Tensor, list[int]]]:
+    def _read_rows(self, model: PreTrainedModel, text: torch.Tensor) -> Iterator[tuple[torch.Tensor, list[int]]]:
         """Read two beginnings of a text, then both as rows of one batch."""
         ids, places, batches = text.cpu(), [8, 2], []
         for last in places:
