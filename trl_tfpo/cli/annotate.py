@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, cast
 
-from .parser import DTYPE_HELP, TRUST_HELP, Parser, old_name
+from . import options
+from .parser import Parser
 
 
 if TYPE_CHECKING:
@@ -28,31 +29,15 @@ class AnnotateArguments:
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_split: str = field(default="train", metadata={"help": "Split to annotate."})
-    patient: str | None = field(
-        default=None,
-        metadata={
-            "aliases": old_name("patient_model_name_or_path"),
-            "help": "Patient: a Hub name or a folder.",
-        },
-    )
-    dtype: str = field(default="auto", metadata=DTYPE_HELP)
-    patient_load_in_4bit: bool = field(default=False, metadata={"help": "Load the patient in 4-bit NF4."})
+    patient: str | None = field(default=None, metadata=options.PATIENT)
+    dtype: str = field(default="auto", metadata=options.DTYPE)
+    patient_load_in_4bit: bool = field(default=False, metadata=options.IN_4BIT)
     patient_load_in_8bit: bool = field(default=False, metadata={"help": "Load the patient in 8 bits."})
-    trust_remote_code: bool = field(default=False, metadata=TRUST_HELP)
-    faces: str = field(
-        default="helpfulness",
-        metadata={"help": "Pair of contrastive prompts: 'helpfulness', 'harmlessness' or 'honesty'."},
-    )
-    positive_face: str | None = field(
-        default=None, metadata={"help": "Contrastive prompt of your own: the wanted behaviour."}
-    )
-    negative_face: str | None = field(
-        default=None, metadata={"help": "Contrastive prompt of your own: the opposite behaviour."}
-    )
-    face_placement: str = field(
-        default="system",
-        metadata={"help": "Place of the contrastive prompts: 'system', or 'user' (end of the last user message)."},
-    )
+    trust_remote_code: bool = field(default=False, metadata=options.REMOTE_CODE)
+    faces: str = field(default="helpfulness", metadata=options.FACES)
+    positive_face: str | None = field(default=None, metadata=options.POSITIVE_FACE)
+    negative_face: str | None = field(default=None, metadata=options.NEGATIVE_FACE)
+    face_placement: str = field(default="system", metadata=options.FACE_PLACEMENT)
     max_length: int | None = field(
         default=None, metadata={"help": "Maximum tokens of prompt and completion. Longer completions are cut."}
     )
@@ -83,7 +68,7 @@ class AnnotateArguments:
     push_to_hub: str | None = field(
         default=None, metadata={"help": "Hub dataset to which the result is pushed as well."}
     )
-    overwrite: bool = field(default=False, metadata={"help": "Replace an existing output."})
+    overwrite: bool = field(default=False, metadata=options.OVERWRITE)
     world: str | None = field(
         default=None,
         metadata={"help": "Annotate the controlled world, which needs no models or data: 'praise' or 'calm'."},
@@ -92,20 +77,7 @@ class AnnotateArguments:
 
 
 def resolve_given_faces(faces: str, positive: str | None, negative: str | None, placement: str) -> "Faces":
-    """
-    Return the faces that options ask for.
-
-    Args:
-        faces (`str`):
-            Name of a built-in pair. Ignored if the next two are given.
-        positive, negative (`str`, *optional*):
-            The two faces.
-        placement (`str`):
-            Their place in the conversation.
-
-    Raises:
-        `ValueError`: when only one face is given, the name or the placement is unknown, or the faces are the same.
-    """
+    """Return the two given faces, or else the built-in pair of the name `faces`, with their placement."""
     from ..faces import Faces, resolve_faces
 
     place = cast("Placement", placement)  # checked by `Faces`
@@ -164,12 +136,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def input_names(args: AnnotateArguments) -> tuple[str, str] | None:
-    """
-    Return the names of dataset and patient, or `None` for the controlled world.
-
-    Raises:
-        `ValueError`: when a name is missing, or a number is out of range.
-    """
+    """Return the names of dataset and patient, or `None` for the controlled world; check options."""
     if args.show < 0 or args.scoring_batch_size < 1:
         raise ValueError(
             "`--show` must not be negative, and `--scoring_batch_size` at least 1. Got "

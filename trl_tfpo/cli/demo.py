@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .parser import DTYPE_HELP, TRUST_HELP, Parser, Repeated
+from . import options
+from .parser import Parser
 from .serve import listen
 
 
@@ -17,13 +18,11 @@ class DemoArguments:
     patient: str | None = field(
         default=None, metadata={"help": "Patient: a Hub name or a folder. By default the controlled world is shown."}
     )
-    dtype: str = field(default="auto", metadata=DTYPE_HELP)
-    patient_load_in_4bit: bool = field(default=False, metadata={"help": "Load the patient in 4-bit NF4."})
-    doctor: list[str] = field(
-        default_factory=list, metadata={"action": Repeated, "help": "Doctors, each PATH or NAME=PATH."}
-    )
+    dtype: str = field(default="auto", metadata=options.DTYPE)
+    patient_load_in_4bit: bool = field(default=False, metadata=options.IN_4BIT)
+    doctor: list[str] = field(default_factory=list, metadata=options.DOCTORS)
     prompt: list[str] = field(
-        default_factory=lambda: ["Hello!"], metadata={"action": Repeated, "help": "Prompts to choose from."}
+        default_factory=lambda: ["Hello!"], metadata={"action": options.Repeated, "help": "Prompts to choose from."}
     )
     max_new_tokens: int = field(default=256, metadata={"help": "Maximum length of an answer, in tokens."})
     host: str = field(default="127.0.0.1", metadata={"help": "Address of the server."})
@@ -35,7 +34,7 @@ class DemoArguments:
         metadata={"help": "Folder for the doctors of the controlled world, which the first start trains."},
     )
     max_steps: int = field(default=200, metadata={"help": "Training steps of these doctors."})
-    trust_remote_code: bool = field(default=False, metadata=TRUST_HELP)
+    trust_remote_code: bool = field(default=False, metadata=options.REMOTE_CODE)
 
 
 def run(arguments: Sequence[str]) -> int:

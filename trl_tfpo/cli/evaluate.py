@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..common.printable import printable
-from .parser import DTYPE_HELP, Parser, Repeated
+from . import options
+from .parser import Parser
 
 
 if TYPE_CHECKING:
@@ -26,14 +27,14 @@ class EvaluateArguments:
 
     completions: list[str] = field(
         metadata={
-            "action": Repeated,
+            "action": options.Repeated,
             "help": "Completions, NAME=DATASET for each method: a file, a folder or a Hub name with the columns "
             "`prompt` and `completion`, as `trl-tfpo generate` writes them. All methods need the same prompts.",
         }
     )
     output_dir: str = field(metadata={"help": "Folder for `report.json` and `report.png`."})
     reward_model: str | None = field(default=None, metadata={"help": "Reward model: a Hub name or a folder."})
-    dtype: str = field(default="auto", metadata=DTYPE_HELP)
+    dtype: str = field(default="auto", metadata=options.DTYPE)
     world: str | None = field(
         default=None, metadata={"help": "Reward by the oracle of the controlled world: 'praise' or 'calm'."}
     )
@@ -45,7 +46,7 @@ class EvaluateArguments:
         metadata={"help": "Dataset of all completions with rewards: a `.jsonl` or `.parquet` file, or a folder."},
     )
     push_to_hub: str | None = field(default=None, metadata={"help": "Hub dataset to which these are pushed."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace existing outputs."})
+    overwrite: bool = field(default=False, metadata=options.OVERWRITE)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -88,12 +89,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def load_reward_fn(args: EvaluateArguments) -> RewardFunction | None:
-    """
-    Return the oracle of the controlled world, a reward model, or `None`.
-
-    Raises:
-        `ValueError`: when there is no such oracle, or the dtype is unknown.
-    """
+    """Return the oracle of the controlled world, a reward model, or `None`."""
     if args.world is not None:
         from ..testbed.language import REVIEWS
 
@@ -121,13 +117,7 @@ def recording(reward_fn: RewardFunction, rewards: Rewards) -> RewardFunction:
 
 
 def read_methods(given: Sequence[str]) -> dict[str, Completions]:
-    """
-    Read the completions of each method, from NAME=DATASET each.
-
-    Raises:
-        `ValueError`: when one is not of this form, a name is given twice, or methods differ in prompts or in the
-            number of completions.
-    """
+    """Read the completions of each method, from NAME=DATASET each. All need the same prompts."""
     methods: dict[str, Completions] = {}
     for text in given:
         name, separator, path = text.partition("=")
@@ -146,12 +136,7 @@ def read_methods(given: Sequence[str]) -> dict[str, Completions]:
 
 
 def read_completions(path: str) -> Completions:
-    """
-    Read the completions of each prompt, in the order of the dataset.
-
-    Raises:
-        `ValueError`: when a column is missing, or a completion is neither a text nor messages.
-    """
+    """Read the completions of each prompt, in the order of the dataset."""
     from .files import read_split
 
     rows = read_split(path, "train")

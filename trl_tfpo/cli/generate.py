@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..common.printable import printable
-from .parser import DTYPE_HELP, TRUST_HELP, Parser, Repeated, old_name
+from . import options
+from .parser import Parser
 
 
 if TYPE_CHECKING:
@@ -22,18 +23,10 @@ if TYPE_CHECKING:
 class GenerateArguments:
     """Options of `trl-tfpo generate`."""
 
-    patient: str | None = field(
-        default=None,
-        metadata={
-            "aliases": old_name("patient_model_name_or_path"),
-            "help": "Patient: a Hub name or a folder.",
-        },
-    )
-    dtype: str = field(default="auto", metadata=DTYPE_HELP)
-    patient_load_in_4bit: bool = field(default=False, metadata={"help": "Load the patient in 4-bit NF4."})
-    doctor: list[str] = field(
-        default_factory=list, metadata={"action": Repeated, "help": "Doctors, each PATH or NAME=PATH."}
-    )
+    patient: str | None = field(default=None, metadata=options.PATIENT)
+    dtype: str = field(default="auto", metadata=options.DTYPE)
+    patient_load_in_4bit: bool = field(default=False, metadata=options.IN_4BIT)
+    doctor: list[str] = field(default_factory=list, metadata=options.DOCTORS)
     alpha: float | None = field(
         default=None,
         metadata={
@@ -43,13 +36,13 @@ class GenerateArguments:
     beta: list[float] = field(
         default_factory=list,
         metadata={
-            "action": Repeated,
+            "action": options.Repeated,
             "help": "Exponent of each doctor. By default that of its training, or 0.5 for a language model.",
         },
     )
     prompt: list[str] = field(
         default_factory=list,
-        metadata={"action": Repeated, "help": "Prompts. With a chat template they are user messages."},
+        metadata={"action": options.Repeated, "help": "Prompts. With a chat template they are user messages."},
     )
     dataset_name: str | None = field(
         default=None,
@@ -68,7 +61,7 @@ class GenerateArguments:
     )
     batch_size: int = field(default=16, metadata={"help": "Completions generated at once."})
     seed: int = field(default=0, metadata={"help": "Seed of the samples."})
-    trust_remote_code: bool = field(default=False, metadata=TRUST_HELP)
+    trust_remote_code: bool = field(default=False, metadata=options.REMOTE_CODE)
     output: str | None = field(
         default=None,
         metadata={
@@ -76,7 +69,7 @@ class GenerateArguments:
             "are printed."
         },
     )
-    overwrite: bool = field(default=False, metadata={"help": "Replace an existing output."})
+    overwrite: bool = field(default=False, metadata=options.OVERWRITE)
     world: bool = field(
         default=False,
         metadata={"help": "Take the patient, and prompts where none are given, of the controlled world."},
@@ -148,12 +141,7 @@ def check_arguments(args: GenerateArguments) -> None:
 
 
 def read_prompts(args: GenerateArguments, tokenizer: "PreTrainedTokenizerBase") -> "list[Prompt]":
-    """
-    Return the prompts of options, dataset and controlled world.
-
-    Raises:
-        `ValueError`: when there is none, one is empty, or they are neither all texts nor all conversations.
-    """
+    """Return the prompts of options, dataset and controlled world: all texts, or all conversations."""
     from .files import read_split
 
     prompts: list[Prompt] = []
@@ -182,12 +170,7 @@ def read_prompts(args: GenerateArguments, tokenizer: "PreTrainedTokenizerBase") 
 def load_guide(
     args: GenerateArguments, patient: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
 ) -> "DoctorGuidedLogitsProcessor":
-    """
-    Load the doctors.
-
-    Raises:
-        `ValueError`: when a doctor has another tokenizer, or exponents are refused.
-    """
+    """Load the doctors, and check that they have the patient's tokenizer."""
     from transformers import AutoTokenizer
 
     from ..data.tokenizer_identity import check_same_tokenizer

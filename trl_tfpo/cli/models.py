@@ -11,7 +11,7 @@ from ..common._upstream import default_dtype
 from ..data.tokenizer_identity import check_same_tokenizer
 from ..models.doctor import load_doctor
 from ..models.named_model import NamedModel
-from .parser import DTYPES
+from .options import DTYPES
 
 
 def check_dtype(dtype: str) -> str:
@@ -27,12 +27,7 @@ def check_dtype(dtype: str) -> str:
 
 
 def quantization(in_4bit: bool, in_8bit: bool = False) -> BitsAndBytesConfig | None:
-    """
-    Return the quantization of a patient, or `None`.
-
-    Raises:
-        `ValueError`: when both options are given.
-    """
+    """Return the quantization of a patient, or `None`."""
     if in_4bit and in_8bit:
         raise ValueError("A patient is loaded in 4 or in 8 bits. Got both options; leave one out")
     if in_4bit:
@@ -96,25 +91,18 @@ def load_models(
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, PreTrainedModel]]:
     """
-    Load a patient and doctors, in eval mode.
+    Load models in eval mode.
 
     Args:
         name (`str` or `None`):
             Name of the patient; `None` for that of the controlled world.
         given (sequence of `str`):
             NAME=PATH, or PATH, of each doctor.
-        dtype (`str`, *optional*, defaults to `"auto"`):
-            Dtype of all models.
-        in_4bit (`bool`, *optional*, defaults to `False`):
-            Whether to load the patient in 4-bit NF4.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether to run code that comes with the models.
+        dtype, in_4bit, trust_remote_code:
+            As in the options. Only the patient is loaded in 4 bits.
 
     Returns:
         `tuple`: the patient, its tokenizer, and the doctors by name.
-
-    Raises:
-        `ValueError`: when two doctors have the same name, a doctor has another tokenizer, or a model cannot be loaded.
     """
     patient, tokenizer = load_patient(name, dtype=dtype, in_4bit=in_4bit, trust_remote_code=trust_remote_code)
     doctors: dict[str, PreTrainedModel] = {}

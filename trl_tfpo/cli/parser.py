@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess  # nosec B404
 import textwrap
-from argparse import SUPPRESS, Action, ArgumentParser, Namespace
+from argparse import SUPPRESS, Action, Namespace
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -22,29 +22,8 @@ from . import LAUNCHED, did_you_mean
 
 
 ACCELERATE_CONFIGS = Path(__file__).parents[1] / "training" / "accelerate_configs"
-DTYPES = ("auto", "bfloat16", "float16", "float32")
-DTYPE_HELP = {
-    "help": "'bfloat16', 'float16', 'float32' or 'auto': that of the checkpoint, but float32 on a CPU without "
-    "bfloat16 instructions."
-}
-TRUST_HELP = {"help": "Run code that comes with the models."}
 HELP_COLUMN, HELP_WIDTH = 34, 119
 VALUES = {"int": "N", "float": "X", "string_to_bool": "BOOL"}  # in help, by the type of an option
-
-
-class Repeated(Action):
-    """A list option that may be given at once (`--doctor a b`) or repeatedly (`--doctor a --doctor b`)."""
-
-    def __call__(
-        self,
-        parser: ArgumentParser,
-        namespace: Namespace,
-        values: str | Sequence[object] | None,
-        option_string: str | None = None,
-    ) -> None:
-        before = getattr(namespace, self.dest)
-        # The default may come from a configuration file. The command line replaces it
-        setattr(namespace, self.dest, values if before is self.default else [*before, *(values or [])])
 
 
 class ConfigParser(TrlParser):
@@ -71,17 +50,7 @@ class ConfigParser(TrlParser):
 
 
 class Parser(ConfigParser):
-    """
-    Parser of one verb.
-
-    Args:
-        dataclass_types (sequence of `type`):
-            Dataclasses whose fields are the options.
-        verb (`str`):
-            Name of the verb.
-        description (`str`):
-            What the verb does.
-    """
+    """Parser of one verb. Its options are the fields of dataclasses."""
 
     def __init__(self, dataclass_types: Sequence[type], verb: str, description: str):
         super().__init__(
@@ -226,11 +195,6 @@ def help_entry(action: Action) -> str:
     elif not (default is None or default is False or default == [] or default is SUPPRESS):
         text += f" (default: {' '.join(map(str, default)) if isinstance(default, list) else default})"
     return f"{f'  {name}{value}':<{HELP_COLUMN - 2}}  {text}"
-
-
-def old_name(name: str) -> list[str]:
-    """Return the option strings of a former name, for the `aliases` of its field."""
-    return [f"--{name}", f"--{name.replace('_', '-')}"]
 
 
 def split_names(arguments: Sequence[str]) -> list[str]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .parser import DTYPE_HELP, TRUST_HELP, Parser, Repeated
+from . import options
+from .parser import Parser
 
 
 if TYPE_CHECKING:
@@ -20,15 +21,13 @@ class ServeArguments:
     """Options of `trl-tfpo serve`."""
 
     patient: str | None = field(default=None, metadata={"help": "Patient: a Hub name or a folder."})
-    dtype: str = field(default="auto", metadata=DTYPE_HELP)
-    patient_load_in_4bit: bool = field(default=False, metadata={"help": "Load the patient in 4-bit NF4."})
-    doctor: list[str] = field(
-        default_factory=list, metadata={"action": Repeated, "help": "Doctors, each PATH or NAME=PATH."}
-    )
+    dtype: str = field(default="auto", metadata=options.DTYPE)
+    patient_load_in_4bit: bool = field(default=False, metadata=options.IN_4BIT)
+    doctor: list[str] = field(default_factory=list, metadata=options.DOCTORS)
     alias: list[str] = field(
         default_factory=list,
         metadata={
-            "action": Repeated,
+            "action": options.Repeated,
             "help": "Further model names with exponents of doctors, each NAME=DOCTOR:WEIGHT,DOCTOR:WEIGHT.",
         },
     )
@@ -48,7 +47,7 @@ class ServeArguments:
     max_new_tokens: int = field(default=2048, metadata={"help": "Maximum length of a completion."})
     max_queue: int = field(default=256, metadata={"help": "Completions that may wait."})
     max_seconds: float = field(default=600.0, metadata={"help": "Maximum time of a request."})
-    trust_remote_code: bool = field(default=False, metadata=TRUST_HELP)
+    trust_remote_code: bool = field(default=False, metadata=options.REMOTE_CODE)
     world: bool = field(default=False, metadata={"help": "Serve the patient of the controlled world, to try it."})
 
 
@@ -74,12 +73,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def build(args: ServeArguments) -> "FastAPI":
-    """
-    Load models, and return the app that options ask for.
-
-    Raises:
-        `ValueError`: when packages or a patient are missing, the key is empty, or an option is refused.
-    """
+    """Load models, and return the app that options ask for."""
     try:
         from ..server import Engine, Limits, make_app
     except ImportError as error:

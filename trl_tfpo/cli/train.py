@@ -22,10 +22,11 @@ from ..training.checkpoints import resolve_checkpoint
 from ..training.config import TFPOConfig
 from ..training.plan import training_plan
 from ..training.trainer import TFPOTrainer
+from . import options
 from .annotate import resolve_given_faces
 from .files import read_dataset, take_split
 from .models import check_dtype, quantization
-from .parser import DTYPE_HELP, Parser, old_name
+from .parser import Parser
 
 
 @dataclass
@@ -35,16 +36,16 @@ class TFPOScriptArguments(ScriptArguments):
     patient: str | None = field(
         default=None,
         metadata={
-            "aliases": old_name("patient_model_name_or_path"),
+            "aliases": options.OLD_PATIENT,
             "help": "Patient: a Hub name or a folder. Not needed for an annotated dataset.",
         },
     )
-    patient_load_in_4bit: bool = field(default=False, metadata={"help": "Load the patient in 4-bit NF4."})
-    patient_dtype: str = field(default="auto", metadata=DTYPE_HELP)
+    patient_load_in_4bit: bool = field(default=False, metadata=options.IN_4BIT)
+    patient_dtype: str = field(default="auto", metadata=options.DTYPE)
     doctor: str | None = field(
         default=None,
         metadata={
-            "aliases": old_name("doctor_model_name_or_path"),
+            "aliases": options.old_name("doctor_model_name_or_path"),
             "help": "Model to train, with the patient's tokenizer: a Hub name or a folder.",
         },
     )
@@ -70,20 +71,10 @@ class TFPOScriptArguments(ScriptArguments):
     world: bool = field(
         default=False, metadata={"help": "Take the patient and the doctor of the controlled world, where not given."}
     )
-    faces: str = field(
-        default="helpfulness",
-        metadata={"help": "Pair of contrastive prompts: 'helpfulness', 'harmlessness' or 'honesty'."},
-    )
-    positive_face: str | None = field(
-        default=None, metadata={"help": "Contrastive prompt of your own: the wanted behaviour."}
-    )
-    negative_face: str | None = field(
-        default=None, metadata={"help": "Contrastive prompt of your own: the opposite behaviour."}
-    )
-    face_placement: str = field(
-        default="system",
-        metadata={"help": "Place of the contrastive prompts: 'system', or 'user' (end of the last user message)."},
-    )
+    faces: str = field(default="helpfulness", metadata=options.FACES)
+    positive_face: str | None = field(default=None, metadata=options.POSITIVE_FACE)
+    negative_face: str | None = field(default=None, metadata=options.NEGATIVE_FACE)
+    face_placement: str = field(default="system", metadata=options.FACE_PLACEMENT)
     num_guided_examples: int = field(
         default=0, metadata={"help": "Training prompts whose guided completions are printed at the end."}
     )
@@ -172,12 +163,7 @@ def train_doctor(script_args: TFPOScriptArguments, training_args: TFPOConfig, mo
 
 
 def model_names(script_args: TFPOScriptArguments, model_args: ModelConfig) -> tuple[str, str | None]:
-    """
-    Return the names of doctor and patient.
-
-    Raises:
-        `ValueError`: when there is no doctor, or no patient that guided examples need.
-    """
+    """Return the names of doctor and patient."""
     doctor, patient = script_args.doctor or model_args.model_name_or_path, script_args.patient
     if script_args.world:
         from ..testbed.world import SHIPPED
@@ -225,12 +211,7 @@ def read_preferences(name: str, script_args: TFPOScriptArguments) -> DatasetDict
 
 
 def choose_responses(dataset: Dataset | IterableDataset, chosen_id_column: str) -> Dataset | IterableDataset:
-    """
-    Make preference pairs from the columns `prompt`, `response_0`, `response_1`, and the number of the chosen one.
-
-    Raises:
-        `ValueError`: when a column is missing, or a number is neither 0 nor 1.
-    """
+    """Make pairs from the columns `prompt`, `response_0`, `response_1`, and the number of the chosen response."""
     needed = {"prompt", "response_0", "response_1", chosen_id_column}
     if missing := needed - columns_of(dataset):
         raise ValueError(f"With `--chosen_id_column` a dataset needs {sorted(needed)}. Got none of {sorted(missing)}")

@@ -18,15 +18,7 @@ CHECK_SECONDS = 0.5  # between two checks whether the client still listens
 
 
 class Choices:
-    """
-    The generations of one request, and their events in the order of arrival. Made in a running event loop.
-
-    Args:
-        engine ([`Engine`]):
-            Decodes the generations.
-        seconds (`prometheus_client.Histogram`):
-            Records the time until the last event.
-    """
+    """The generations of one request, and their events in the order of arrival. Made in a running event loop."""
 
     def __init__(self, engine: Engine, seconds: Histogram):
         self._engine, self._seconds = engine, seconds
@@ -43,12 +35,7 @@ class Choices:
         return on_event
 
     def submit(self, generations: Sequence[Generation]) -> None:
-        """
-        Hand all generations to the engine, or none.
-
-        Raises:
-            `ApiError`: when the engine refuses one of them.
-        """
+        """Hand all generations to the engine, or raise `ApiError` if it refuses one."""
         self._generations = generations
         try:
             for generation in generations:

@@ -23,17 +23,7 @@ from .text import REPLACEMENT
 
 
 class Endpoints:
-    """
-    One method for each path.
-
-    Args:
-        engine ([`Engine`]):
-            Decodes the completions.
-        models (`Mapping[str, Mapping[str, float]]`):
-            Exponents of all doctors, by the name of the model that a request asks for.
-        metrics ([`Metrics`]):
-            Metrics of the server.
-    """
+    """One method for each path. `models` are exponents of all doctors, by the name that requests ask for."""
 
     def __init__(self, engine: Engine, models: Mapping[str, Mapping[str, float]], metrics: Metrics):
         self.engine, self.models, self._metrics = engine, models, metrics
@@ -115,31 +105,7 @@ class Endpoints:
         with_logps: bool,
         echoes: Sequence[str] | None = None,
     ) -> Response | dict[str, object]:
-        """
-        Complete prompts, `n` times each.
-
-        Args:
-            body ([`Sampling`]):
-                The request.
-            request (`fastapi.Request`):
-                Its connection.
-            prompts (sequence of `list[int]`):
-                Token ids of each prompt.
-            max_new_tokens (`int` or `None`):
-                Maximum length of the completions; `None` for that of the engine.
-            num_top (`int`):
-                Number of likeliest tokens reported for each token.
-            with_logps (`bool`):
-                Whether to report log-probabilities.
-            echoes (sequence of `str`, *optional*):
-                Texts of the prompts, if the completions begin with them.
-
-        Returns:
-            `Response` or `dict`: a stream, or the whole answer.
-
-        Raises:
-            `ApiError`: when the request is over a limit, the engine refuses it, or a completion fails.
-        """
+        """Complete prompts, `n` times each: a stream, or the whole answer. `echoes` are prompts to begin with."""
         longest = self.engine.limits.max_new_tokens
         if max_new_tokens is None:
             max_new_tokens = longest
@@ -200,12 +166,7 @@ class Endpoints:
             )
 
     async def _collect(self, events: AsyncIterator[tuple[int, Event]], num_choices: int) -> list[list[Event]]:
-        """
-        Return the events of each choice.
-
-        Raises:
-            `ApiError`: when a completion ended early, or the client has gone.
-        """
+        """Return the events of each choice, or raise `ApiError` if a completion ended early or the client has gone."""
         collected: list[list[Event]] = [[] for _ in range(num_choices)]
         async for index, event in events:
             reason = event.get("finish_reason")

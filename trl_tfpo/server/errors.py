@@ -11,17 +11,7 @@ from .protocol import NOT_SUPPORTED
 
 
 class ApiError(Exception):
-    """
-    A refusal, or a failure, that the client is told of.
-
-    Args:
-        status (`int`):
-            HTTP status.
-        message (`str`):
-            The rule, the value and the remedy.
-        kind (`str`, *optional*, defaults to `"invalid_request_error"`):
-            OpenAI's type of error.
-    """
+    """An error that is sent to the client: an HTTP status, a message, and OpenAI's type of error."""
 
     def __init__(self, status: int, message: str, kind: str = "invalid_request_error"):
         super().__init__(message)

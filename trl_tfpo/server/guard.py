@@ -15,17 +15,7 @@ from .errors import ApiError
 
 
 class Guard:
-    """
-    HTTP middleware in front of every endpoint.
-
-    Args:
-        limits ([`Limits`]):
-            Limits on the size of a request and on the time in which it arrives.
-        api_key (`str`, *optional*):
-            Key that clients must send. By default none is needed.
-        num_requests (`prometheus_client.Counter`):
-            Counts the responses, by path and status.
-    """
+    """HTTP middleware in front of every endpoint. Without `api_key` no key is needed."""
 
     def __init__(self, limits: Limits, api_key: str | None, num_requests: Counter):
         self.limits, self.api_key, self.num_requests = limits, api_key, num_requests

@@ -8,17 +8,7 @@ from .engine import Engine
 
 
 class Metrics:
-    """
-    What `/metrics` reports.
-
-    Args:
-        engine ([`Engine`]):
-            The engine whose rows, queue and tokens are reported.
-
-    Attributes:
-        requests (`Counter`): responses, by path and status.
-        seconds (`Histogram`): time from a request to its last token.
-    """
+    """Counts of responses by path and status, seconds of requests, and the state of an engine."""
 
     def __init__(self, engine: Engine):
         self._registry = registry = CollectorRegistry()

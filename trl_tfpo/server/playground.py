@@ -84,15 +84,7 @@ def train_world_doctors(cache_dir: str | os.PathLike, *, max_steps: int = 200) -
 
 
 class Frontiers:
-    """
-    Reward and KL of guided policies in the controlled world, and the frontier: the best reward at each KL.
-
-    Args:
-        world ([`World`]):
-            The controlled world.
-        doctors (`Mapping[str, PreTrainedModel]`):
-            A doctor for each attribute, by its name.
-    """
+    """Reward and KL of guided policies in the controlled world, and the frontier: the best reward at each KL."""
 
     def __init__(self, world: World, doctors: Mapping[str, PreTrainedModel]):
         self.world, self.doctors = world, doctors
@@ -205,19 +197,7 @@ def stream_answers(
     engine: Engine, prompt: str, seed: int, weights: Sequence[float], max_new_tokens: int
 ) -> Iterator[tuple[str, str]]:
     """
-    Answer a prompt without and with doctors.
-
-    Args:
-        engine ([`~trl_tfpo.server.Engine`]):
-            Decodes the answers.
-        prompt (`str`):
-            The prompt: a user message if there is a chat template.
-        seed (`int`):
-            Seed of both answers.
-        weights (sequence of `float`):
-            Exponent of each doctor.
-        max_new_tokens (`int`):
-            Maximum length of an answer, in tokens.
+    Answer a prompt without and with doctors, whose exponents are `weights`.
 
     Yields:
         `tuple[str, str]`: both answers so far, as HTML. An error of the engine takes the place of the second.

@@ -164,15 +164,7 @@ class Generation:
 
 
 class Row:
-    """
-    A generation in progress: one row of the batch.
-
-    Args:
-        generation ([`Generation`]):
-            The request.
-        alpha (`float`), betas (`list[float]`):
-            Exponents of the patient and of each doctor.
-    """
+    """A generation in progress, with the exponents of patient and doctors: one row of the batch."""
 
     def __init__(self, generation: Generation, alpha: float, betas: list[float]):
         self.generation, self.alpha, self.betas = generation, alpha, betas

@@ -24,10 +24,6 @@ class TokenTexts:
 
     In byte-level vocabularies, and in those with byte fallback, a token may be a part of a character. It has bytes
     but no text.
-
-    Args:
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
-            The tokenizer.
     """
 
     def __init__(self, processing_class: PreTrainedTokenizerBase):
