@@ -156,7 +156,7 @@ def train_doctor(script_args: TFPOScriptArguments, training_args: TFPOConfig, mo
     trainer.accelerator.print(f"Doctor saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
-    if patient is not None and trainer.accelerator.is_main_process:
+    if script_args.num_guided_examples and patient is not None and trainer.accelerator.is_main_process:
         tokenized = cast("Dataset | IterableDataset", trainer.train_dataset)  # annotated as one of torch
         show_guided_examples(islice(tokenized, script_args.num_guided_examples), patient, training_args)
     trainer.end()
