@@ -80,10 +80,11 @@ def _custom_generate_of_caller() -> str | None:
     """
     The `custom_generate` argument of the `model.generate` call that runs [`generate`].
 
-    transformers runs a copy of the folder's code, whose place depends on the content of the code only, and it passes
-    on every argument of `model.generate` except this one. Neither the code nor the arguments can thus tell which
-    folder was named, also after a folder was moved or copied. Only the local variable of the caller can.
-    `tests/test_hub.py` fails when transformers renames it; `doctor=` works without it.
+    This reads a local variable of `model.generate`, because nothing else names the folder. transformers withholds this
+    one argument from the function. It runs a copy of the folder's code from a cache that is addressed by the content
+    of the code, so the code does not know its folder either. A path written into the code would be wrong after the
+    folder is moved, copied or uploaded. `tests/test_hub.py` fails if transformers renames the variable. Calls with
+    `doctor=` do not depend on it.
     """
     frame = inspect.currentframe()
     for _ in range(2):  # from here to `generate` to its caller

@@ -19,7 +19,7 @@ class Prompts:
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            Its special ids say what padding looks like where no mask is given.
+            Its special ids identify padding where no mask is given.
         attention_mask (`torch.Tensor` of shape `(P, L)`, *optional*):
             Mask of the prompts. Without a mask, the first ids seen are the prompts, and their padding is guessed with
             [`guess_mask`].

@@ -4,8 +4,8 @@
 How a model reads text with a cache, and a check that it reads the text correctly.
 
 Some models return other logits when a text is padded on the left, or when several tokens follow a filled cache:
-padding enters their recurrent state, or their positions start again at zero. Model names do not tell which models do
-so. The check reads a short text twice, once whole and once in the way in question, and compares the logits.
+padding enters their recurrent state, or their positions start again at zero. No list of names can cover these models.
+The check therefore reads a short text twice, once whole and once in the way in question, and compares the logits.
 
 Shapes: B rows, L tokens (padding included), V vocabulary. Units: nats.
 """

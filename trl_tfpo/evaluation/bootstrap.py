@@ -64,8 +64,8 @@ def bootstrap_interval(
     if values.dim() not in (1, 2) or values.shape[-1] < 2 or values.shape[0] < 1 or not values.isfinite().all():
         raise ValueError(
             "`values` must be finite, of shape (P,) or (S, P) with at least two prompts. Got shape "
-            f"{tuple(values.shape)}, {int((~values.isfinite()).sum())} not finite; add prompts, as one does not tell "
-            "how much they differ."
+            f"{tuple(values.shape)}, {int((~values.isfinite()).sum())} not finite; add prompts, "
+            "as one has no variance."
         )
     check_interval(level, num_resamples)
     values = values.view(-1, values.shape[-1])  # (S, P)

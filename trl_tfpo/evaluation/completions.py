@@ -26,7 +26,7 @@ from ..faces import Prompt
 from ..models.adapters import check_speaks
 
 
-# Settings of a patient's generation config that are kept: they say how it computes, not which tokens it samples
+# Settings of a patient's generation config that are kept: they change the computation, not the policy
 COMPUTATION = ("use_cache", "cache_implementation", "cache_config", "compile_config", "disable_compile")
 # Settings of `generate` that do not change the policy, at any value
 WITHOUT_EFFECT = {
@@ -143,10 +143,7 @@ def generate_completions(
             f"`temperature` must be at least 0, and `top_p` in (0, 1]. Got {temperature} and {top_p}; 0 is greedy "
             "search."
         )
-    tokenized = [(prompt, tokenize_prompt(prompt, processing_class)) for prompt in prompts]
-    for prompt, prompt_ids in tokenized:
-        if not prompt_ids:
-            raise ValueError(f"A prompt must have at least one token. Got none for {prompt!r}; leave it out.")
+    tokenized = [(prompt, _prompt_ids(prompt, processing_class)) for prompt in prompts]
     rows = [row for row in tokenized for _ in range(num_samples_per_prompt)]
     altered_by = altering_settings({"temperature": temperature, **generate_kwargs})
     eos_ids = all_eos_token_ids(processing_class, patient)
@@ -177,6 +174,13 @@ def generate_completions(
     if guide is not None:
         guide.reset()
     return completions
+
+
+def _prompt_ids(prompt: Prompt, processing_class: PreTrainedTokenizerBase) -> list[int]:
+    ids = tokenize_prompt(prompt, processing_class)
+    if not ids:
+        raise ValueError(f"A prompt must have at least one token. Got none for {prompt!r}; leave it out.")
+    return ids
 
 
 def _generate_batch(
