@@ -37,7 +37,7 @@ def generate(
     doctor: str | os.PathLike | None = None,
     alpha: Weight | None = None,
     beta: Weight | None = None,
-    **kwargs,
+    **kwargs: object,
 ) -> ModelOutput | torch.Tensor:
     """
     [`guided_generate`] with the doctor of a Hub repository or folder.
@@ -73,7 +73,8 @@ def generate(
     weights = [file.stat().st_mtime_ns for file in Path(doctor).glob("*.safetensors")]
     loaded, trained_beta = _load(str(doctor), model.device, max(weights, default=None))
     guide = DoctorGuidedLogitsProcessor(loaded, alpha, trained_beta if beta is None else beta)
-    return guided_generate(model, guide, input_ids=prompts, **kwargs)
+    arguments: dict = kwargs
+    return guided_generate(model, guide, input_ids=prompts, **arguments)
 
 
 def _custom_generate_of_caller() -> str | None:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
@@ -35,7 +36,7 @@ def guided_generate(
     keep_memory: bool = False,
     streamer: BaseStreamer | None = None,
     best_of: int = 1,
-    **kwargs,
+    **kwargs: object,
 ) -> ModelOutput | torch.Tensor:
     """
     Generate from the patient under guidance.
@@ -309,7 +310,7 @@ def _check_no_other_drafts(patient: PreTrainedModel, kwargs: dict) -> None:
             )
 
 
-def _setting(patient: PreTrainedModel, kwargs: dict, name: str):
+def _setting(patient: PreTrainedModel, kwargs: dict, name: str) -> Any:
     """A setting as `generate` resolves it: the argument, else that of the config given, else that of the patient."""
     given = [kwargs.get(name), getattr(kwargs.get("generation_config"), name, None)]
     return next((value for value in given if value is not None), getattr(patient.generation_config, name, None))

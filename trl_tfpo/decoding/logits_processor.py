@@ -171,7 +171,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         beta: Weight | Sequence[Weight] | None = None,
         *,
         model_init_kwargs: dict | None = None,
-        **settings,
+        **settings: object,
     ) -> "DoctorGuidedLogitsProcessor":
         """
         Load doctors, and guide with the exponents for which they were trained.
@@ -198,7 +198,8 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         ]
         if beta is None:
             beta = [doctor.exponents.get("beta", DEFAULT_BETA) for doctor in doctors]
-        return cls(doctors, alpha, beta, **settings)
+        arguments: dict = settings
+        return cls(doctors, alpha, beta, **arguments)
 
     def reset(self, attention_mask: torch.Tensor | None = None, *, keep_memory: bool = False) -> None:
         """

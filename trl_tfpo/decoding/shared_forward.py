@@ -9,13 +9,19 @@ patient, then those of each doctor. The KV cache has as many, so no state of a d
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..common._upstream import active_adapters, adapter_layers, unwrap_peft, using_adapters
 from .doctors import NO_ADAPTER
 from .logits_processor import DoctorGuidedLogitsProcessor
+
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 
 @contextmanager
@@ -45,11 +51,11 @@ def shared_forward(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor,
 
         return args, {k: torch.cat([v] * len(names)) if is_by_row(v) else v for k, v in kwargs.items()}
 
-    def split_logits(_: torch.nn.Module, args: tuple, output):
-        _, *rows_of_doctors = output.logits.split(num_rows)
+    def split_logits(_: torch.nn.Module, args: tuple, output: CausalLMOutputWithPast) -> CausalLMOutputWithPast:
+        rows_of_patient, *rows_of_doctors = output["logits"].split(num_rows)
         for logits, rows in zip(shared.values(), rows_of_doctors, strict=True):
             logits.put(rows[:, -1])
-        output.logits = output.logits[:num_rows]
+        output["logits"] = rows_of_patient
         return output
 
     def choose_adapters(_: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -119,7 +125,7 @@ def can_share(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor) -> b
     return not any("expert" in name for name, module in base.named_modules() if hasattr(module, "_disable_adapters"))
 
 
-def _can_choose_by_row(config) -> bool:
+def _can_choose_by_row(config: "LoraConfig | None") -> bool:
     """Whether PEFT can use an adapter with this config in some rows of a batch only."""
     return (
         config is not None

@@ -48,7 +48,7 @@ def speculative_guided_generate(
     num_draft_tokens: int | Literal["auto"] = "auto",
     token_callback: Callable[[torch.Tensor], None] | None = None,
     statistics: dict[str, int] | None = None,
-    **model_kwargs,
+    **model_kwargs: object,
 ) -> torch.Tensor | GenerateDecoderOnlyOutput:
     """
     Greedy search or sampling from the guided policy, with drafts by its doctors.
@@ -90,7 +90,7 @@ def speculative_guided_generate(
     """
     guide = _find_guide(logits_processor)
     _check_settings(input_ids, logits_processor, generation_config, num_draft_tokens)
-    patient = _PatientReader(model, **model_kwargs)
+    patient = _PatientReader(model, model_kwargs)
     if fault := reading_fault(model, "speculation", partial(_read_drafts, model)):
         raise ValueError(
             "Speculative decoding reads several tokens at once and cuts the patient's cache back. Got "
@@ -194,22 +194,26 @@ class _Text:
 class _PatientReader:
     """The patient and its cache: logits of several positions in one forward pass."""
 
-    def __init__(self, model, *, past_key_values=None, attention_mask=None, use_cache=True, **others):
-        known = {"position_ids", "logits_to_keep", "cache_position", "token_type_ids"}
-        unknown = {name for name, value in others.items() if value is not None and name not in known}
-        if not isinstance(past_key_values, DynamicCache) or not use_cache or unknown:
+    def __init__(self, model: PreTrainedModel, inputs: dict):
+        cache, use_cache, mask = (
+            inputs.get("past_key_values"),
+            inputs.get("use_cache", True),
+            inputs.get("attention_mask"),
+        )
+        known = {"past_key_values", "use_cache", "attention_mask"}
+        known |= {"position_ids", "logits_to_keep", "cache_position", "token_type_ids"}
+        unknown = {name for name, value in inputs.items() if value is not None and name not in known}
+        if not isinstance(cache, DynamicCache) or not use_cache or unknown:
             raise ValueError(
                 "Speculative decoding needs a patient that reads text, with a dynamic KV cache. Got a cache of type "
-                f"{type(past_key_values).__name__}, `use_cache={use_cache}` and the inputs {sorted(unknown)}; decode "
-                "without speculation."
+                f"{type(cache).__name__}, `use_cache={use_cache}` and the inputs {sorted(unknown)}; decode without "
+                "speculation."
             )
-        self.model, self.cache = model, past_key_values
+        self.model, self.cache = model, cache
         self.cache.activate_past_recording()  # lets layers with a window be cut back
         self.num_read = self.cache.get_seq_length()
         self.accepted = accepted_inputs(model)
-        if attention_mask is not None and attention_mask.all():
-            attention_mask = None
-        self.attention_mask = attention_mask
+        self.attention_mask = None if mask is None or mask.all() else mask
 
     def logits(self, ids: torch.Tensor, num_logits: int) -> torch.Tensor:
         """Logits (num_logits, V) after the last prefixes of `ids` (1, L)."""
@@ -234,7 +238,7 @@ class _PatientReader:
 
 def _read_drafts(model: PreTrainedModel, text: torch.Tensor) -> Iterator[tuple[torch.Tensor, list[int]]]:
     """Read a prompt, drafts of which some are rejected, and more drafts."""
-    reader = _PatientReader(model, past_key_values=DynamicCache(config=model.config))
+    reader = _PatientReader(model, {"past_key_values": DynamicCache(config=model.config)})
     yield reader.logits(text[None, :6], 1), [5]
     yield reader.logits(text[None, :10], 4), [*range(6, 10)]
     reader.keep(8)

@@ -91,7 +91,7 @@ def generate_completions(
     temperature: float = 1.0,
     batch_size: int = 16,
     seed: int = 0,
-    **generate_kwargs,
+    **generate_kwargs: object,
 ) -> list[Completion]:
     """
     Sample completions from the patient, with or without guidance.
@@ -137,7 +137,8 @@ def generate_completions(
             f"{reprlib.repr(prompts)} and `num_samples_per_prompt` {num_samples_per_prompt}; pass a list."
         )
     check_counts(batch_size=batch_size)
-    top_p = generate_kwargs.get("top_p", 1.0)
+    arguments: dict = generate_kwargs
+    top_p = arguments.get("top_p", 1.0)
     if not (0 <= temperature < math.inf and 0 < top_p <= 1):
         raise ValueError(
             f"`temperature` must be at least 0, and `top_p` in (0, 1]. Got {temperature} and {top_p}; 0 is greedy "

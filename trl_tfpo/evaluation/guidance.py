@@ -211,7 +211,7 @@ def evaluate_guidance(
     *,
     guide: DoctorGuidedLogitsProcessor | None = None,
     batch_size: int = 16,
-    **generate_kwargs,
+    **generate_kwargs: object,
 ) -> GuidanceResult:
     """
     Measure reward, KL from the patient, entropy, diversity and length of a guided policy.
@@ -239,12 +239,11 @@ def evaluate_guidance(
         `ValueError`: when there is not one finite reward for each completion, or a setting of `generate` changes the
             policy: another temperature, greedy search, beams, `top_k`, `top_p`, penalties, or an unknown setting.
     """
+    arguments: dict = generate_kwargs
     own = ("num_samples_per_prompt", "max_new_tokens", "seed")
-    _check_is_of_policy(
-        altering_settings({name: generate_kwargs[name] for name in generate_kwargs if name not in own})
-    )
+    _check_is_of_policy(altering_settings({name: arguments[name] for name in arguments if name not in own}))
     completions = generate_completions(
-        patient, processing_class, prompts, guide=guide, batch_size=batch_size, **generate_kwargs
+        patient, processing_class, prompts, guide=guide, batch_size=batch_size, **arguments
     )
     texts = [completion.text for completion in completions]
     rewards = score_texts(reward_fn, [completion.prompt for completion in completions], texts)
@@ -275,7 +274,7 @@ def match_kl(
     *,
     max_beta: float = 1.0,
     tolerance: float = 0.02,
-    **generate_kwargs,
+    **generate_kwargs: object,
 ) -> float:
     """
     Find the strength of guidance at which the KL from the patient has a given value.
@@ -308,9 +307,11 @@ def match_kl(
     if not target_kl > 0:
         raise ValueError(f"`target_kl` must be positive. Got {target_kl}; 0 is the patient alone.")
 
+    arguments: dict = generate_kwargs
+
     def estimate(beta: float) -> float:
         guide = make_guide(beta)
-        return evaluate_guidance(patient, processing_class, prompts, _no_reward, guide=guide, **generate_kwargs)["kl"]
+        return evaluate_guidance(patient, processing_class, prompts, _no_reward, guide=guide, **arguments)["kl"]
 
     low, low_kl = 0.0, 0.0
     high, high_kl = max_beta, estimate(max_beta)

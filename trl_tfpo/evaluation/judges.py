@@ -137,7 +137,7 @@ class RewardModel:
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
         batch_size: int = 8,
-        **model_kwargs,
+        **model_kwargs: object,
     ):
         if isinstance(model, (str, os.PathLike)):
             check_there(model)
@@ -211,7 +211,7 @@ class RewardModel:
         return encoding["input_ids"]  # type: ignore[call-overload, index, return-value]  # a `BatchEncoding`
 
 
-def _load_classifier(name: str | os.PathLike, **model_kwargs) -> PreTrainedModel:
+def _load_classifier(name: str | os.PathLike, **model_kwargs: object) -> PreTrainedModel:
     """Load a sequence classifier. Raises `ValueError` for missing weights, which transformers would draw at random."""
     defaults = {"device_map": "auto", "use_safetensors": True, "trust_remote_code": False}
     model, loading = AutoModelForSequenceClassification.from_pretrained(
