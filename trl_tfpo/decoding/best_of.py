@@ -32,7 +32,7 @@ def completion_rewards(
         completion_ids (`torch.LongTensor` of shape `(B, T)`):
             Completions.
         mask (`torch.BoolTensor` of shape `(B, T)`):
-            Which tokens count.
+            Mask of the completions. Other tokens are not counted.
 
     Returns:
         `torch.Tensor` of shape `(B,)`: in nats.

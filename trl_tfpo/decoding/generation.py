@@ -198,7 +198,7 @@ def _generate_along(
     places = torch.arange(len(text), device=text.device) - num_padding  # (B, 16)
     ids = text[places.clamp(min=0)]
     settings = {"max_new_tokens": 3, "do_sample": False, "num_beams": 1, "num_return_sequences": 1}
-    neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}  # a patient's own would be warned of
+    neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}  # set, or the values of the patient apply with a warning
     outputs = {"output_logits": True, "return_dict_in_generate": True}
     config = GenerationConfig(**settings, **neutral, **outputs, prefill_chunk_size=5 if in_pieces else None)
     output = patient.generate(  # type: ignore[operator]

@@ -53,10 +53,10 @@ def speculative_guided_generate(
     """
     Greedy search or sampling from the guided policy, with drafts by its doctors.
 
-    This is a `custom_generate` for `patient.generate`, which prepares all arguments but the named ones below:
-    `patient.generate(**inputs, logits_processor=[guide], custom_generate=speculative_guided_generate)`. The draft
-    comes from the guided policy of a patient that agrees with the doctors. With the same seed the samples differ from
-    those of plain guided decoding; their distribution does not.
+    This is a `custom_generate` for `patient.generate`:
+    `patient.generate(**inputs, logits_processor=[guide], custom_generate=speculative_guided_generate)`. `generate`
+    prepares all arguments except `num_draft_tokens`, `token_callback` and `statistics`. With the same seed the samples
+    differ from those of plain guided decoding, but they have the same distribution.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
