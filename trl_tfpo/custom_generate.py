@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .decoding.doctors import Doctor
-from .decoding.exponents import Weight
+from .decoding.exponents import Weight, default_beta
 from .decoding.generation import guided_generate
-from .decoding.logits_processor import DEFAULT_BETA, DoctorGuidedLogitsProcessor
+from .decoding.logits_processor import DoctorGuidedLogitsProcessor
 from .models.adapters import trained_exponents
 from .models.doctor import load_doctor
 from .models.token_credits import load_credits
@@ -98,4 +98,4 @@ def _custom_generate_of_caller() -> str | None:
 def _load(doctor: str, device: torch.device, written: int | None) -> tuple[Doctor, float]:
     """Load a doctor and the exponent of its training, again if its weights were `written` at another time."""
     model = load_doctor(doctor, with_value_head=False, device_map={"": device}).eval()
-    return Doctor(model, credits=load_credits(doctor)), trained_exponents(model).get("beta", DEFAULT_BETA)
+    return Doctor(model, credits=load_credits(doctor)), default_beta(trained_exponents(model))

@@ -6,13 +6,31 @@ Exponents of patient and doctors: a number, a tensor with one number for each pr
 Shapes: B prompts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import overload
 
 import torch
 
 
 Number = float | torch.Tensor  # a tensor has shape (B,)
 Weight = Number | Callable[[int], Number]
+DEFAULT_BETA = 0.5  # of a doctor that is a language model
+
+
+def default_beta(trained_exponents: Mapping[str, float], num_language_models: int = 1) -> float:
+    """
+    Return the exponent that a doctor has by default.
+
+    Args:
+        trained_exponents (`Mapping[str, float]`):
+            Exponents of its training, see [`~trl_tfpo.models.adapters.trained_exponents`]. Empty for a language model.
+        num_language_models (`int`, *optional*, defaults to `1`):
+            Number of doctors among which `DEFAULT_BETA` is divided.
+
+    Returns:
+        `float`: the `beta` of its training; for a language model its share of `DEFAULT_BETA`.
+    """
+    return trained_exponents["beta"] if trained_exponents else DEFAULT_BETA / num_language_models
 
 
 def check_weight(name: str, value: Weight) -> Weight:
@@ -62,6 +80,10 @@ def opposite_weight(weight: Weight) -> Weight:
     return -weight
 
 
+@overload
+def remaining_weight(betas: Sequence[float]) -> float: ...
+@overload
+def remaining_weight(betas: Sequence[Weight]) -> Weight: ...
 def remaining_weight(betas: Sequence[Weight]) -> Weight:
     """
     Return 1 minus the sum of the doctors' exponents, which is the exponent of the patient in a mixture.
@@ -78,7 +100,7 @@ def _remainder(betas: Sequence[Number]) -> Number:
     alpha = 1.0 - sum(betas)
     if torch.as_tensor(alpha).min() < -1e-6:
         raise ValueError(
-            "The `beta` of a mixture must not exceed 1 in sum, or the exponent of the patient is negative. Got "
-            f"{betas}, thus `alpha` {alpha}; pass `alpha`, e.g. 1.0 for the product, or a smaller `beta`."
+            "The exponents of the doctors in a mixture must not exceed 1 in sum, as the patient has the rest. Got "
+            f"{betas}, thus `alpha` {alpha}; pass `alpha`, e.g. 1.0 for the product, or smaller exponents."
         )
-    return alpha
+    return alpha.clamp(min=0.0) if isinstance(alpha, torch.Tensor) else max(alpha, 0.0)

@@ -25,12 +25,20 @@ from ..functional import guided_logps, next_token_entropy, plausible_mask
 from ..models.doctor import load_doctor
 from ..models.token_credits import load_credits
 from .doctors import Doctor, DoctorMemory, check_reference
-from .exponents import Number, Weight, check_weight, opposite_weight, remaining_weight, weight_at
+from .exponents import (
+    DEFAULT_BETA,
+    Number,
+    Weight,
+    check_weight,
+    default_beta,
+    opposite_weight,
+    remaining_weight,
+    weight_at,
+)
 from .padding import Prompts
 from .trace import GuidanceTrace, TraceRecorder
 
 
-DEFAULT_BETA = 0.5
 MIN_DRAFT_WEIGHT = 1e-6  # of a doctor in the draft, where its exponent is smaller or negative
 
 
@@ -197,7 +205,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
             for name in names
         ]
         if beta is None:
-            beta = [doctor.exponents.get("beta", DEFAULT_BETA) for doctor in doctors]
+            beta = [default_beta(doctor.exponents) for doctor in doctors]
         arguments: dict = settings
         return cls(doctors, alpha, beta, **arguments)
 
