@@ -394,7 +394,6 @@ EVALUATION = {
 }  # fmt: skip
 WORLD = {
     "unknown attribute": (lambda _: load_world().preference_dataset("prais", num_pairs=1, seed=0), r"one of \['calm', 'praise'\]. Got 'prais'"),
-    "noise temperature of zero": (lambda _: load_world().preference_dataset("praise", num_pairs=1, seed=0, noise_temperature=0), "must be positive. Got 0"),
     "no pairs": (lambda _: load_world().preference_dataset("praise", num_pairs=0, seed=0), "at least one prompt"),
     "unknown split": (lambda _: load_world().prompts("dev"), "`split` must be one of .* Got 'dev'"),
     "world that is not there": (lambda _: load_world("absent"), "must hold the folders 'patient' and 'doctor'.*testbed.build"),

@@ -54,7 +54,7 @@ def load_credits(path: str | os.PathLike, **kwargs) -> torch.Tensor | None:
     return None if file is None else load_file(file)["credits"]
 
 
-def credited_rewards(credits: torch.Tensor, completion_ids: torch.LongTensor, mask: torch.BoolTensor) -> torch.Tensor:
+def credited_rewards(credits: torch.Tensor, completion_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """
     Rewards of whole completions: the sum of the credits of their tokens.
 
