@@ -3,7 +3,7 @@
 """`trl-tfpo evaluate`: compare completions of several methods."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,8 @@ from .parser import Parser
 if TYPE_CHECKING:
     from datasets import Dataset
 
-RewardFunction = Callable[..., Sequence[float]]  # of prompts and completions
+    from ..evaluation.judges import RewardFunction
+
 Completions = dict[str, list[str]]  # by prompt, as JSON
 Rewards = dict[tuple[str, str], float]  # by prompt, as JSON, and completion
 
@@ -88,7 +89,7 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def load_reward_fn(args: EvaluateArguments) -> RewardFunction | None:
+def load_reward_fn(args: EvaluateArguments) -> "RewardFunction | None":
     """Return the oracle of the controlled world, a reward model, or `None`."""
     if args.world is not None:
         from ..testbed.language import REVIEWS
@@ -105,7 +106,7 @@ def load_reward_fn(args: EvaluateArguments) -> RewardFunction | None:
     return None
 
 
-def recording(reward_fn: RewardFunction, rewards: Rewards) -> RewardFunction:
+def recording(reward_fn: "RewardFunction", rewards: Rewards) -> "RewardFunction":
     """Return a reward function that also keeps the rewards."""
 
     def recorded(prompts: Sequence[object], completions: Sequence[str]) -> Sequence[float]:

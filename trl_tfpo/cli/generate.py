@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..decoding.logits_processor import DoctorGuidedLogitsProcessor
-    from ..evaluation.completions import Prompt
+    from ..faces import Prompt
 
 
 @dataclass

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..common._upstream import default_dtype
+from ..common.language_model import LanguageModel
+from ..common.precision import default_dtype
 from ..data.tokenizer_identity import check_same_tokenizer
 from ..models.doctor import load_doctor
 from ..models.named_model import NamedModel
@@ -89,7 +90,7 @@ def load_models(
     dtype: str = "auto",
     in_4bit: bool = False,
     trust_remote_code: bool = False,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, PreTrainedModel]]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, LanguageModel]]:
     """
     Load models in eval mode.
 
@@ -105,7 +106,7 @@ def load_models(
         `tuple`: the patient, its tokenizer, and the doctors by name.
     """
     patient, tokenizer = load_patient(name, dtype=dtype, in_4bit=in_4bit, trust_remote_code=trust_remote_code)
-    doctors: dict[str, PreTrainedModel] = {}
+    doctors: dict[str, LanguageModel] = {}
     for text in given:
         label, path = name_doctor(text)
         if label in doctors:

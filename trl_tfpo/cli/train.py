@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
-from ..common._upstream import default_dtype
+from ..common.precision import default_dtype
 from ..data.tokenization import columns_of
 from ..decoding.exponents import DEFAULT_BETA
 from ..decoding.generation import guided_generate

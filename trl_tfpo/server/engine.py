@@ -15,10 +15,12 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
+from ..common.language_model import LanguageModel, unwrap_peft
 from ..data.tokenization import all_eos_token_ids
 from ..decoding.doctors import check_is_doctor
 from ..decoding.exponents import check_weight, default_beta, remaining_weight
@@ -82,11 +84,11 @@ class Engine:
     Decodes the completions of many clients in one batch.
 
     Args:
-        patient ([`~transformers.PreTrainedModel`]):
+        patient ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The patient, in eval mode.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             The tokenizer of the patient and the doctors.
-        doctors (`Mapping[str, PreTrainedModel]`):
+        doctors (mapping from `str` to [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Doctors by name, in eval mode.
         limits ([`Limits`], *optional*):
             Limits on requests.
@@ -103,9 +105,9 @@ class Engine:
 
     def __init__(
         self,
-        patient: PreTrainedModel,
+        patient: LanguageModel,
         processing_class: PreTrainedTokenizerBase,
-        doctors: Mapping[str, PreTrainedModel],
+        doctors: Mapping[str, LanguageModel],
         limits: Limits | None = None,
     ):
         self.names, self.models = list(doctors), [patient, *doctors.values()]
@@ -115,7 +117,7 @@ class Engine:
         self.processing_class, self.limits = processing_class, limits or Limits()
         self.texts = TokenTexts(processing_class)
         self.eos = set(all_eos_token_ids(processing_class, patient))
-        self.vocab_size: int = min(getattr(x.get_input_embeddings(), "num_embeddings", 0) for x in self.models)
+        self.vocab_size: int = min(num_embeddings(model) for model in self.models)
         trained = {name: trained_exponents(model) for name, model in doctors.items()}
         self.language_models = [name for name in self.names if not trained[name]]
         self.default_weights = {name: default_beta(x, len(self.language_models)) for name, x in trained.items()}
@@ -276,7 +278,7 @@ class Engine:
     def _read_and_score(
         self,
         rows: list[Row],
-        models: list[tuple[PreTrainedModel, DynamicCache]],
+        models: list[tuple[LanguageModel, DynamicCache]],
         ids: torch.Tensor,
         mask: torch.Tensor,
     ) -> list[torch.Tensor]:
@@ -335,15 +337,13 @@ class Engine:
                 continuing.append(index)
         return continuing
 
-    def _read(
-        self, model: PreTrainedModel, cache: DynamicCache, ids: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
+    def _read(self, model: LanguageModel, cache: DynamicCache, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Logits (B, V) after `ids` (B, C), which follow the tokens in the cache."""
         return self._read_all(model, cache, ids, mask, num_kept=1)[:, -1].cpu()
 
     def _read_all(
         self,
-        model: PreTrainedModel,
+        model: LanguageModel,
         cache: DynamicCache,
         ids: torch.Tensor,
         mask: torch.Tensor,
@@ -444,7 +444,7 @@ class Engine:
                     f"{name}, a {type(model).__name__}, which does not ({fault}); serve a transformer."
                 )
 
-    def _read_rows(self, model: PreTrainedModel, text: torch.Tensor) -> Iterator[tuple[torch.Tensor, list[int]]]:
+    def _read_rows(self, model: LanguageModel, text: torch.Tensor) -> Iterator[tuple[torch.Tensor, list[int]]]:
         """Read two beginnings of a text, then both as rows of one batch."""
         ids, places, batches = text.cpu(), [8, 2], []
         for last in places:
@@ -458,6 +458,12 @@ class Engine:
             places = [place + 1 for place in places]
             batch.mask = torch.cat([batch.mask, torch.ones_like(batch.mask[:, :1])], dim=1)
             yield self._read(model, batch.caches[0], ids[places][:, None], batch.mask), places
+
+
+def num_embeddings(model: LanguageModel) -> int:
+    """Return the number of tokens that a model can read."""
+    embeddings: Any = unwrap_peft(model).get_input_embeddings()
+    return embeddings.num_embeddings
 
 
 def without_beginning_of(stops: Sequence[str], text: str) -> str:

@@ -18,13 +18,14 @@ from pathlib import Path
 
 import gradio as gr
 import torch
-from transformers import PreTrainedModel
 
 from ..common.atomic import written_whole
+from ..common.language_model import LanguageModel
 from ..data.token_map import TokenMap
 from ..data.tokenization import tokenize_prompt
 from ..decoding.logits_processor import DoctorGuidedLogitsProcessor
 from ..evaluation import evaluate_guidance
+from ..evaluation.guidance import GuidanceResult
 from ..models.doctor import load_doctor
 from ..testbed import World, load_world, reward_kl_frontier
 from ..testbed.language import MAX_NEW_TOKENS
@@ -86,7 +87,7 @@ def train_world_doctors(cache_dir: str | os.PathLike, *, max_steps: int = 200) -
 class Frontiers:
     """Reward and KL of guided policies in the controlled world, and the frontier: the best reward at each KL."""
 
-    def __init__(self, world: World, doctors: Mapping[str, PreTrainedModel]):
+    def __init__(self, world: World, doctors: Mapping[str, LanguageModel]):
         self.world, self.doctors = world, doctors
         texts = [completion.text for completion in self._measure(None, NUM_FRONTIER_SAMPLES)["completions"]]
         num_prompts = len(world.prompts("test"))
@@ -97,7 +98,7 @@ class Frontiers:
             for name in doctors
         }
 
-    def _measure(self, guide: DoctorGuidedLogitsProcessor | None, num_samples: int) -> dict:
+    def _measure(self, guide: DoctorGuidedLogitsProcessor | None, num_samples: int) -> GuidanceResult:
         return evaluate_guidance(
             self.world.patient,
             self.world.tokenizer,
