@@ -35,13 +35,13 @@ class Batch:
     caches: list[DynamicCache]
     logits: list[torch.Tensor]
 
-    def append(self, other: "Batch") -> "Batch":
-        """Return a batch with the rows of another below these."""
+    def join(self, other: "Batch") -> "Batch":
+        """Return a batch of the rows of both, those of the other last."""
         size = max(self.mask.size(1), other.mask.size(1))
         return Batch(
             rows=self.rows + other.rows,
             mask=torch.cat([_pad_left(mask, size, dim=1) for mask in (self.mask, other.mask)]),
-            caches=[_append(*caches, size) for caches in zip(self.caches, other.caches, strict=True)],
+            caches=[_join(*caches, size) for caches in zip(self.caches, other.caches, strict=True)],
             logits=[torch.cat(pair) for pair in zip(self.logits, other.logits, strict=True)],
         )
 
@@ -62,10 +62,10 @@ class Batch:
         )
 
 
-def _append(above: DynamicCache, below: DynamicCache, size: int) -> DynamicCache:
+def _join(first: DynamicCache, second: DynamicCache, size: int) -> DynamicCache:
     """Join the rows of two caches, padded on the left to `size` tokens."""
     layers: list[tuple[torch.Tensor, ...]] = []
-    for (keys, values, _), (more_keys, more_values, _) in zip(above, below, strict=True):
+    for (keys, values, _), (more_keys, more_values, _) in zip(first, second, strict=True):
         pairs = ((keys, more_keys), (values, more_values))  # each (B, heads, L, width)
         layers.append(tuple(torch.cat([_pad_left(x, size, dim=2) for x in pair]) for pair in pairs))
     return DynamicCache(layers)
@@ -73,9 +73,4 @@ def _append(above: DynamicCache, below: DynamicCache, size: int) -> DynamicCache
 
 def _pad_left(x: torch.Tensor, size: int, dim: int) -> torch.Tensor:
     """Put zeros before `x` along a dimension, up to a size."""
-    missing = size - x.size(dim)
-    if missing == 0:
-        return x
-    shape = list(x.shape)
-    shape[dim] = missing
-    return torch.cat([x.new_zeros(shape), x], dim=dim)
+    return torch.nn.functional.pad(x, [0, 0] * (x.dim() - 1 - dim) + [size - x.size(dim), 0])

@@ -29,7 +29,7 @@ class Endpoints:
         self.engine, self.models, self._metrics = engine, models, metrics
 
     async def health(self) -> dict[str, str]:
-        """Say that the server is up."""
+        """Report that the server is running."""
         return {"status": "ok"}
 
     async def metrics(self) -> PlainTextResponse:
@@ -183,7 +183,7 @@ class Endpoints:
 
 
 async def stream(answer: Answer, events: AsyncIterator[tuple[int, Event]], with_usage: bool) -> AsyncIterator[str]:
-    """Yield an answer as server-sent events, as it comes."""
+    """Yield an answer as server-sent events, while it is generated."""
     no_usage = {"usage": None} if with_usage else {}
     for chunk in answer.first_chunks():
         yield server_sent(chunk | no_usage)

@@ -247,7 +247,7 @@ class Engine:
 
     def _admit(self) -> None:
         """Let waiting rows join the batch, as far as there is room."""
-        with self._lock:  # a client that is told of the end of a waiting row finds room in the queue
+        with self._lock:  # a listener that submits when its waiting row ends must find room in the queue
             num_before = len(self._waiting)
             waiting = [row for row in self._waiting if not self._ends_early(row)]
             num_free = self.limits.max_rows - self.num_rows
@@ -255,7 +255,7 @@ class Engine:
             self.num_waiting -= num_before - len(self._waiting)
         if self._joining:
             joining = self._read_prompts(self._joining)
-            self._batch = self._batch.append(joining) if self._batch else joining
+            self._batch = self._batch.join(joining) if self._batch else joining
             self._joining = []
             self._keep(self._batch, self._send_prompt_scores(self._batch))
 
@@ -453,7 +453,7 @@ class Engine:
             logits = self._read(model, cache, beginning, mask)
             yield logits, [last]
             batches.append(Batch([], mask, [cache], [logits]))
-        batch = batches[0].append(batches[1])
+        batch = batches[0].join(batches[1])
         for _ in range(2):
             places = [place + 1 for place in places]
             batch.mask = torch.cat([batch.mask, torch.ones_like(batch.mask[:, :1])], dim=1)
