@@ -39,7 +39,14 @@ WITHOUT_EFFECT = {
     *COMPUTATION,
 }
 # Settings of `generate` that do not change the policy at this value
-NEUTRAL = {"do_sample": True, "temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1}
+NEUTRAL: dict[str, float] = {
+    "do_sample": True,
+    "temperature": 1,
+    "top_k": 0,
+    "top_p": 1,
+    "min_p": 0,
+    "repetition_penalty": 1,
+}
 NEUTRAL |= {"num_beams": 1, "num_return_sequences": 1, "length_penalty": 1, "no_repeat_ngram_size": 0}
 
 
@@ -72,7 +79,7 @@ class Completion:
     text: str
     is_complete: bool
     seconds: float | None = field(default=None, compare=False)
-    altered_by: Mapping = field(default_factory=dict, compare=False)
+    altered_by: Mapping[str, object] = field(default_factory=dict, compare=False)
 
 
 Completions = Sequence[Completion | str] | Sequence[Sequence[Completion | str]]  # of one seed, or of each seed
@@ -188,7 +195,7 @@ def _generate_batch(
     patient: PreTrainedModel,
     guide: DoctorGuidedLogitsProcessor | None,
     prompts: list[list[int]],
-    settings: Mapping,
+    settings: dict,
 ) -> tuple[list[list[int]], float]:
     """Generate one completion of each prompt. Returns their ids with padding, and the seconds that each took."""
     generate: Callable = patient.generate if guide is None else partial(guided_generate, patient, guide)  # type: ignore[assignment]
@@ -201,7 +208,7 @@ def _generate_batch(
     return generated, (time.perf_counter() - start) / len(prompts)
 
 
-def altering_settings(settings: Mapping) -> dict:
+def altering_settings(settings: Mapping[str, object]) -> dict[str, object]:
     """
     Select the settings of `generate` that change the policy.
 

@@ -390,7 +390,7 @@ def _no_reward(prompts: Sequence[Prompt], completions: Sequence[str]) -> list[fl
     return [0.0] * len(completions)
 
 
-def _check_is_of_policy(altered_by: Mapping) -> None:
+def _check_is_of_policy(altered_by: Mapping[str, object]) -> None:
     if altered_by:
         rules = [f"`{name}` must be {NEUTRAL[name]}" if name in NEUTRAL else f"no `{name}`" for name in altered_by]
         raise ValueError(

@@ -269,7 +269,7 @@ class ChatJudge:
         api_key: str | None = None,
         cache_file: str | os.PathLike | None = None,
         instruction: str = JUDGE_INSTRUCTION,
-        request: Mapping | None = None,
+        request: Mapping[str, object] | None = None,
         num_workers: int = 8,
         timeout: float = 120.0,
         max_retries: int = 6,

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 NGRAMS = (1, 2, 3, 4)
 MAX_PAIRS = 32  # of samples of a prompt, for `self_similarity_within`
 Interval = dict[str, float | None]  # a `mean`, and its ends `low` and `high`
+Measures = Mapping[str, float | Sequence[float] | torch.Tensor]  # by name, one number, or one for each completion
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Report:
             against the baseline, if any.
     """
 
-    settings: dict
+    settings: dict[str, object]
     methods: dict[str, dict]
 
     def save(self, path: str | os.PathLike) -> None:
@@ -144,7 +145,7 @@ def evaluate_completions(
     *,
     baseline: str | None = None,
     judge: PairwiseJudge | None = None,
-    measures: Mapping[str, Mapping | Sequence[Mapping]] | None = None,
+    measures: Mapping[str, Measures | Sequence[Measures]] | None = None,
     tie_margin: float = 0.0,
     level: float = 0.95,
     num_resamples: int = 2000,
@@ -274,7 +275,7 @@ def _measures_of_texts(seeds: Grouped, pool: int, settings: IntervalSettings) ->
 
 
 def _given_measures(
-    name: str, given: Mapping | Sequence[Mapping], seeds: Grouped
+    name: str, given: Measures | Sequence[Measures], seeds: Grouped
 ) -> dict[str, torch.Tensor | Interval]:
     """Measures by name: values (S, P, N), or a mean without an interval."""
     if not isinstance(given, Mapping):

@@ -4,6 +4,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -185,20 +186,13 @@ class Comparison:
 
     def show_completions(self, guide: DoctorGuidedLogitsProcessor, num: int = 3) -> str:
         """Format guided and unguided completions of the first prompts, with the same seed, and their rewards."""
-        unguided, guided = (
-            generate_completions(
-                self.world.patient,
-                self.world.tokenizer,
-                self.prompts[:num],
-                guide=one,
-                max_new_tokens=MAX_NEW_TOKENS,
-                seed=self.seed,
-                batch_size=num,
-            )
-            for one in (None, guide)
+        model, tokenizer, prompts = self.world.patient, self.world.tokenizer, self.prompts[:num]
+        sample = partial(
+            generate_completions, model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS, batch_size=num
         )
+        unguided, guided = sample(seed=self.seed), sample(seed=self.seed, guide=guide)
         lines = []
-        for prompt, before, after in zip(self.prompts, unguided, guided, strict=False):
+        for prompt, before, after in zip(prompts, unguided, guided, strict=True):
             lines.append(prompt[-1]["content"])
             lines += [
                 f"  {name:<9}{self.oracle(completion.text):+3.0f}  {completion.text}"
