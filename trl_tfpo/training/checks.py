@@ -93,27 +93,26 @@ def warn_of_ignored(model: object, name: str, init_kwargs: dict | None) -> None:
         )
 
 
-def check_can_calibrate(dataset: Dataset | IterableDataset, online_faces: object, model: torch.nn.Module) -> None:
+def check_can_calibrate(dataset: Dataset | IterableDataset, model: PreTrainedModel, *, is_online: bool) -> None:
     """
-    Raise `ValueError` when rewards are to be calibrated that are not there before training, or embeddings are not whole. Warn
-    when an adapter has no place for the credits.
+    Raise `ValueError` if token rewards are unknown before training, or the embeddings are sharded.
+
+    Warn if the doctor is an adapter that cannot start at the calibrated credits.
     """
     if is_sharded(model):
         raise ValueError(
-            "`calibrate_rewards` needs the doctor's embeddings whole. Got a doctor that was loaded in shards; load it "
-            "yourself and pass it as a model, or set `calibrate_rewards=False`."
+            "`calibrate_rewards` needs the whole embeddings of the doctor. Got a doctor that was loaded in shards; load "
+            "it yourself and pass it as a model, or set `calibrate_rewards=False`."
         )
-    if not isinstance(dataset, Dataset) or online_faces is not None:
-        found = (
-            "a streamed dataset" if online_faces is None else "a data collator that asks the patient batch by batch"
-        )
+    if not isinstance(dataset, Dataset) or is_online:
+        found = "a data collator that queries the patient batch by batch" if is_online else "a streamed dataset"
         raise ValueError(
-            f"`calibrate_rewards` needs all token rewards before training. Got {found}; annotate a `Dataset` first, or set "
-            "`calibrate_rewards=False`."
+            f"`calibrate_rewards` needs all token rewards before training. Got {found}; annotate a `Dataset` first, or "
+            "set `calibrate_rewards=False`."
         )
     if is_peft_model(model) and not starts_at_zero(model):
         warnings.warn(
-            "An adapter starts at the calibrated credits when it is a new LoRA of a language model. Got "
-            f"{'one of guided flow' if is_guidance(model) else 'another one'}, which starts as it is; use "
+            "Only a new LoRA adapter of a language model can start at the calibrated credits. Got "
+            f"{'an adapter of guided flow' if is_guidance(model) else 'another adapter'}, which starts as it is; use "
             "`policy='doctor'` with a `LoraConfig`."
         )
