@@ -4,9 +4,11 @@
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 
 from ..common._upstream import _BaseConfig
 from ..common.arguments import check_types, explains_unknown
@@ -250,6 +252,11 @@ class TFPOConfig(_BaseConfig):
             self.ddp_backend = self.ddp_backend or "gloo"
             self.use_cpu = "ACCELERATE_USE_DEEPSPEED" not in os.environ  # DeepSpeed finds the CPU itself
         super().__post_init__()
+
+
+def output_folder(args: TrainingArguments) -> Path:
+    """Return the output folder, for which `TrainingArguments` has a default."""
+    return Path(args.output_dir or "trainer_output")
 
 
 def resolve_args(args: TFPOConfig | None, model: object) -> TFPOConfig:

@@ -50,12 +50,13 @@ from ..faces import Faces
 from ..models.doctor import make_doctor, set_head_learning_rate
 from ..models.fingerprint import model_fingerprint
 from ..models.named_model import NamedModel, outline_of, resolve_model
-from .checkpoints import check_loss, kept_whole, resolve_checkpoint
+from .checkpoints import kept_whole, resolve_checkpoint
 from .checks import (
     check_callables,
     check_can_annotate,
     check_collator,
     check_language_model,
+    check_loss,
     check_one_device,
     check_split,
     warn_of_ignored,
