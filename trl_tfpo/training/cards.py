@@ -13,7 +13,7 @@ from huggingface_hub import DatasetCard, ModelCard
 from ..annotation.token_rewards import annotation_settings
 from ..common.printable import cell
 from ..models.guidance import GUIDANCE
-from .config import TFPOConfig
+from .config import TFPOConfig, output_folder
 
 
 DOCTOR_CARD = """\
@@ -85,6 +85,7 @@ trainer.train()
 ```
 """
 UNKNOWN = "not recorded"
+CUSTOM_GENERATE_FOLDER = "custom_generate"  # the name is that of transformers
 PLACEMENTS = {"system": "system message", "user": "end of the last user message"}
 TRAINING_SETTINGS = (
     *("policy", "reward_temperature", "reference_weight", "subtb_lambda", "value_loss_weight", "value_margin"),
@@ -143,7 +144,7 @@ def complete_model_card(
     )
     training = ", ".join(f"`{name}={getattr(args, name)}`" for name in TRAINING_SETTINGS)
     literal = json.dumps(annotation["patient"])  # the name comes with the dataset, and this line will be run
-    path = Path(args.output_dir) / "README.md"
+    path = output_folder(args) / "README.md"
     card = ModelCard.load(path)
     how = DOCTOR_CARD.format(
         doctor=doctor,
@@ -179,7 +180,7 @@ def annotation_card(dataset: Dataset) -> DatasetCard:
 
 def save_custom_generate(output_dir: str | os.PathLike) -> None:
     """Write what lets `patient.generate(custom_generate=output_dir, trust_remote_code=True)` be guided by the doctor there."""
-    folder = Path(output_dir) / "custom_generate"
+    folder = Path(output_dir) / CUSTOM_GENERATE_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "generate.py").write_text(CUSTOM_GENERATE, encoding="utf-8")
     (folder / "requirements.txt").write_text("trl-tfpo\n", encoding="utf-8")
