@@ -520,7 +520,10 @@ COMMANDS = {
     "train without data": ("train --output_dir run", "needs preferences"),
     "train without a doctor": ("train --dataset_name pairs.jsonl --output_dir run", "needs a doctor"),
     "train out of range": (f"{TRAIN} --subtb_lambda 2", "must be in [0, 1]"),
-    "train in batches of nothing": (f"{TRAIN} --per_device_train_batch_size 0", "at least 1 token or sequence. Got 0"),
+    "train in batches of nothing": (
+        f"{TRAIN} --per_device_train_batch_size 0",
+        "`per_device_train_batch_size` must be at least 1. Got 0",
+    ),
     "train at a negative rate": (f"{TRAIN} --learning_rate -1", "`learning_rate` must be at least 0. Got -1.0"),
     "train on no such split": (f"{TRAIN} --dataset_train_split dev", "must be one of ['train']. Got 'dev'"),
     "train and evaluate on no such split": (f"{TRAIN} --eval_strategy steps", "must be one of ['train']. Got 'test'"),

@@ -19,13 +19,13 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import functional
 from ..common._upstream import HALVES, in_float32
+from ..common.arguments import check_counts
 from ..common.atomic import FORMAT, check_format
 from ..data.tokenization import (
     FACE_COLUMNS,
     ID_COLUMNS,
     MASK_COLUMNS,
     all_eos_token_ids,
-    check_counts,
     check_is_tokenizer,
     column_lengths,
     tokenize_preferences,

@@ -107,6 +107,13 @@ def instead_of(name: str, known: typing.Iterable[str]) -> str:
     return f"Did you mean `{nearest[0]}`?" if nearest else ""
 
 
+def check_counts(**counts: int | None) -> None:
+    """Raise `ValueError` unless each of the named counts is at least 1, or `None`."""
+    for name, value in counts.items():
+        if value is not None and not value >= 1:
+            raise ValueError(f"`{name}` must be at least 1. Got {value}; leave it out for the default.")
+
+
 def check_types(settings: object) -> None:
     """
     Check every field of a dataclass against its annotation.

@@ -288,13 +288,6 @@ def resolve_processing_class(
     return processing_class
 
 
-def check_counts(**counts: int | None) -> None:
-    """Raise `ValueError` unless each of the named counts is at least 1, or `None` for none."""
-    for name, value in counts.items():
-        if value is not None and not value >= 1:
-            raise ValueError(f"`{name}` must be at least 1. Got {value}; leave it out for the default.")
-
-
 def check_is_tokenizer(processing_class: PreTrainedTokenizerBase) -> None:
     """Raise `ValueError` unless it is a tokenizer, rather than a multimodal processor or something else."""
     if not isinstance(processing_class, PreTrainedTokenizerBase):

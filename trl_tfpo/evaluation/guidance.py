@@ -16,7 +16,7 @@ from contextlib import nullcontext
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.tokenization import check_counts
+from ..common.arguments import check_counts
 from ..decoding.doctors import NO_ADAPTER, Doctor
 from ..decoding.generation import without_doctors
 from ..decoding.logits_processor import DoctorGuidedLogitsProcessor

@@ -15,12 +15,12 @@ from transformers.data.data_collator import DataCollatorMixin
 
 from .. import functional
 from ..annotation.token_rewards import REWARD_COLUMNS, annotation_settings, check_patient, score_token_rewards
+from ..common.arguments import check_counts
 from ..data.tokenization import (
     FACE_COLUMNS,
     ID_COLUMNS,
     MASK_COLUMNS,
     all_eos_token_ids,
-    check_counts,
     is_complete,
     tokenize_pair,
 )
