@@ -13,6 +13,7 @@ from huggingface_hub import DatasetCard, ModelCard
 from ..annotation.token_rewards import annotation_settings
 from ..common.printable import cell
 from ..models.guidance import GUIDANCE
+from .base_policy import POLICIES
 from .config import TFPOConfig, output_folder
 
 
@@ -139,7 +140,7 @@ def complete_model_card(
         annotation["patient"] = "<the patient>"
     weights = (
         f"`alpha={GUIDANCE['alpha']}`, `beta={GUIDANCE['beta']}` (product); a smaller `beta` guides less"
-        if args.policy != "doctor"
+        if POLICIES[args.policy].has_base
         else "`beta=0.5`, `alpha=1 - beta` (mixture), between 0.2 and 0.8"
     )
     training = ", ".join(f"`{name}={getattr(args, name)}`" for name in TRAINING_SETTINGS)

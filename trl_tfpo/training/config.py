@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from ..common._upstream import _BaseConfig
 from ..common.arguments import check_counts, check_types, explains_unknown
 from ..functional import check_flow_settings, check_reward_settings
+from .base_policy import POLICIES
 
 
 @explains_unknown
@@ -224,7 +225,7 @@ class TFPOConfig(_BaseConfig):
             self.gap_floor,
             self.sparsity_threshold,
         )
-        if self.policy not in ("doctor", "ratio", "guided"):
+        if self.policy not in POLICIES:
             raise ValueError(f"`policy` must be 'doctor', 'ratio' or 'guided'. Got {self.policy!r}; try 'ratio'.")
         check_flow_settings(self.reward_temperature, self.reference_weight)
         if not 0 <= self.subtb_lambda <= 1:

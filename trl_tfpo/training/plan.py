@@ -24,6 +24,7 @@ from ..data.tokenization import FACE_COLUMNS, ID_COLUMNS, all_eos_token_ids, tok
 from ..faces import Faces, resolve_faces
 from ..models.doctor import make_doctor
 from ..models.named_model import model_without_weights
+from .base_policy import POLICIES
 from .config import TFPOConfig
 from .reference import REFERENCE_COLUMNS
 
@@ -222,9 +223,10 @@ def training_plan(
     frozen = None
     if patient is not None:
         frozen = _StoredModel.of(patient, args.patient_model_init_kwargs, "auto", patient_quantization_config, trust)
-    base_policy = {"doctor": None, "ratio": model, "guided": frozen}[args.policy]
+    policy = POLICIES[args.policy]
+    base_policy = frozen if policy.needs_patient else model if policy.has_base else None
     base_bytes = 0 if base_policy is None else base_policy.num_bytes  # before the doctor gets its heads and adapter
-    model = model.as_doctor(peft_config, guides=args.policy != "doctor", has_credits=bool(args.calibrate_rewards))
+    model = model.as_doctor(peft_config, guides=policy.has_base, has_credits=bool(args.calibrate_rewards))
 
     lengths = _tokenize(dataset, processing_class, faces, frozen, args, max_pairs)
     annotation_tokens, reference_tokens, memory = 0, 0, []
@@ -233,7 +235,7 @@ def training_plan(
         # With several processes an unquantized doctor is moved to the accelerator later
         is_there = num_processes == 1 or model.quantized
         memory.append(Memory("annotation", frozen.num_bytes + (model.num_bytes if is_there else 0)))
-    if args.reference_weight and args.policy == "doctor" and not set(REFERENCE_COLUMNS) <= set(dataset.column_names):
+    if args.reference_weight and not policy.has_base and not set(REFERENCE_COLUMNS) <= set(dataset.column_names):
         reference_tokens = model.num_scored_tokens(lengths, ID_COLUMNS[:1])
         memory.append(Memory("reference", model.num_bytes))
     half = 2 if mixed_precision else 4
@@ -273,7 +275,7 @@ def _check_arguments(
             "A dataset without token rewards needs a patient and faces. Got "
             f"`patient={patient!r}` and `faces={faces!r}`; pass both, or an annotated dataset."
         )
-    if args.policy == "guided" and patient is None:
+    if POLICIES[args.policy].needs_patient and patient is None:
         raise ValueError(
             "`policy='guided'` needs the patient in training. Got `patient=None`; pass its name or config."
         )

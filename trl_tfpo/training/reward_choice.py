@@ -12,6 +12,7 @@ from ..annotation.token_rewards import GAP_COLUMNS, annotation_settings, warn_un
 from ..common._upstream import is_peft_model, is_sharded
 from ..data.tokenization import columns_of
 from ..functional import token_rewards
+from .base_policy import POLICIES
 from .calibration import Calibration, calibrate
 from .checks import check_can_calibrate
 from .config import TFPOConfig
@@ -61,7 +62,8 @@ def choose_rewards(
     if args.calibrate_rewards:
         check_can_calibrate(dataset, model, is_online=is_online)
     held_out = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
-    is_open = args.calibrate_rewards is None and _is_open(dataset, held_out, model, args.policy, is_online)
+    is_open = args.calibrate_rewards is None and POLICIES[args.policy].has_base and not is_online
+    is_open = is_open and _is_open(dataset, held_out, model)
     if not args.calibrate_rewards and not is_open:
         if args.process_index == 0:
             warn_unless_faces_separate(dataset)
@@ -78,17 +80,14 @@ def _is_open(
     dataset: Dataset | IterableDataset,
     held_out: Sequence[Dataset | IterableDataset | None],
     model: PreTrainedModel,
-    policy: str,
-    is_online: bool,
 ) -> bool:
     """
     Whether labels may decide on the token rewards.
 
-    They may under guided flow without an adapter, with whole embeddings, with all gaps known before training and at
-    least 128 pairs, if the annotation records the default `reward_fn` and `reward_direction`: a user who chose other
-    rewards keeps them.
+    They may if the doctor is no adapter and its embeddings are whole, if there are gaps and at least 128 pairs, and if
+    the annotation records the default `reward_fn` and `reward_direction`: a user who chose other rewards keeps them.
     """
-    if policy == "doctor" or is_online or is_sharded(model) or is_peft_model(model):
+    if is_sharded(model) or is_peft_model(model):
         return False
     recorded = annotation_settings(dataset)
     if recorded is None or not isinstance(dataset, Dataset) or len(dataset) < MIN_PAIRS:
