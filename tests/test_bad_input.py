@@ -247,7 +247,7 @@ TRAINING = {
     "no rows": (lambda tmp: train(tmp, train_dataset=annotate().select([])), "at least one row"),
     "settings in a dict": (lambda _: TFPOTrainer(model=make_llama(2), args={}, train_dataset=annotate()), "`args` must be a `TFPOConfig`. Got a `dict`"),
     "objective that is none": (lambda tmp: train(tmp, objective=3), "`objective` must be callable. Got 3"),
-    "ids of a larger vocabulary": (lambda tmp: train(tmp, train_dataset=Dataset.from_list([{**row, "prompt_ids": [99]} for row in annotate()])), "Got the token id 99, and that knows 0 to 21"),
+    "ids of a larger vocabulary": (lambda tmp: train(tmp, train_dataset=Dataset.from_list([{**row, "prompt_ids": [99]} for row in annotate()])), "Got the token id 99, and its ids are 0 to 21"),
 }  # fmt: skip
 SETTINGS = {
     "negative reward temperature": (lambda _: TFPOConfig("run", **{"reward_temperature": -0.25}), "`reward_temperature` must be positive"),

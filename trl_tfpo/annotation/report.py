@@ -19,7 +19,8 @@ from ..common.atomic import written_whole
 from ..common.printable import printable
 from ..data.token_map import TokenMap, token_texts
 from ..functional import token_importance
-from .token_rewards import agreement_of_faces, annotation_settings, warn_unless_faces_separate
+from .agreement import agreement_of_faces, warn_unless_faces_separate
+from .token_rewards import annotation_settings
 
 
 def show_token_rewards(example: Mapping, processing_class: PreTrainedTokenizerBase) -> TokenMap:

@@ -149,8 +149,8 @@ def run(arguments: Sequence[str]) -> int:
         sparsity_threshold=args.sparsity_threshold,
     )
     if state.is_main_process:
+        from ..annotation.agreement import warn_unless_faces_separate
         from ..annotation.report import reward_report, show_token_rewards
-        from ..annotation.token_rewards import warn_unless_faces_separate
 
         write_dataset(annotated, args.output)
         for row in annotated.select(range(min(args.show, len(annotated)))):

@@ -3,17 +3,17 @@
 r"""
 Token rewards that are fitted to the preference labels.
 
-Most of the gap between the faces at one token is noise from its context. The signal is the *usual gap* of such a token: a
-ridge regression of the gaps on the token embeddings, over the whole dataset. A Bradley-Terry model of the pairs then
-weights each source of token rewards:
+Most of the gap between the faces at one token is noise from its context. The signal is the *usual gap* of such a
+token: a ridge regression of the gaps on the token embeddings, over the whole dataset. A Bradley-Terry model of the
+pairs then weights each source of token rewards:
 
 $$\log \frac{P(\text{chosen})}{P(\text{rejected})} = \sum_t r_t^{\text{chosen}} - \sum_t r_t^{\text{rejected}}, \qquad
 r_t = a\,u(y_t) + b\,s_t + c\,\Delta_t + w^\top (e_{y_t} - \bar e)$$
 
-Here $u$ is the usual gap of a token, $s_t$ its sparse reward (`functional.token_rewards` without labels), $\Delta_t$ its
-gap, and $e$ its embedding; $w$ has a ridge of its own. The number of tokens is a further term of the fit, but no part of
-the reward: a preference for length says nothing about tokens. EOS gets no reward. A reward of 1 is one nat of the
-log-odds of a label. No network is trained, and no model is run.
+Here $u$ is the usual gap of a token, $s_t$ its sparse reward (`functional.token_rewards` without labels), $\Delta_t$
+its gap, and $e$ its embedding; $w$ has a ridge of its own. The number of tokens is a further term of the fit, but no
+part of the reward: a preference for length says nothing about tokens. EOS gets no reward. A reward of 1 is one nat of
+the log-odds of a label. No network is trained, and no model is run.
 
 Calibration helps only if the sparse rewards miss something. If they already explain the labels, the other terms add
 noise. Held-out labels tell which is the case: see [`Calibration.is_better`].
@@ -127,9 +127,9 @@ class Calibration:
             if needs_gaps:
                 raise ValueError(f"Calibrated rewards need the columns {GAP_COLUMNS}. {found}")
             warnings.warn(
-                f"The doctor is trained on calibrated rewards, which need the columns {GAP_COLUMNS}. {found} Until then "
-                "its own token rewards are used: the loss is not comparable to that of training, and metrics that do "
-                "not depend on token rewards, such as `rewards/accuracies`, are."
+                f"The doctor is trained on calibrated rewards, which need the columns {GAP_COLUMNS}. {found} Until "
+                "then its own token rewards are used: the loss is not comparable to that of training, and metrics "
+                "that do not depend on token rewards, such as `rewards/accuracies`, are."
             )
             return dataset
         is_eos = torch.zeros(len(self.credits), dtype=torch.bool)
@@ -178,8 +178,8 @@ class Calibration:
             log_likelihood, error = self.log_likelihood, self.standard_error
         if log_likelihood < CHANCE + NUM_ERRORS * error:
             warnings.warn(
-                f"The token rewards do not explain the labels. {self.describe(is_used=is_used)} Word the faces by what "
-                "the labels reward, put them in the user turn, use a stronger patient, or label more pairs."
+                f"The token rewards do not explain the labels. {self.describe(is_used=is_used)} Word the faces by "
+                "what the labels reward, put them in the user turn, use a stronger patient, or label more pairs."
             )
 
 
@@ -189,8 +189,8 @@ def calibrate(dataset: Dataset, embeddings: torch.Tensor, eos_token_ids: Sequenc
 
     Args:
         dataset ([`~datasets.Dataset`]):
-            Dataset from [`~trl_tfpo.annotate_token_rewards`], with gaps and at least 32 pairs. At most 10,000 pairs are
-            used, drawn at random. Pairs of one prompt are held out together.
+            Dataset from [`~trl_tfpo.annotate_token_rewards`], with gaps and at least 32 pairs. At most 10,000 pairs
+            are used, drawn at random. Pairs of one prompt are held out together.
         embeddings (`torch.Tensor` of shape `(V, H)`):
             Embeddings of the tokens, from any model with this vocabulary.
         eos_token_ids (`Sequence[int]`):
@@ -262,7 +262,8 @@ def _held_out_log_odds(features: torch.Tensor, ridge: torch.Tensor, group: torch
     """
     Cross-validate a Bradley-Terry model of pairs, whose folds keep the pairs of a group together.
 
-    Returns the factor of the ridge (K,) that predicts labels best, and the log-odds (P,) of the held-out labels with it.
+    Returns the factor of the ridge (K,) that predicts labels best, and the log-odds (P,) of the held-out labels with
+    it.
     """
     fold, log_odds = group % NUM_FOLDS, torch.empty(len(PENALTIES), len(features), dtype=features.dtype)
     for k in range(NUM_FOLDS):

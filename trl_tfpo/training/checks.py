@@ -87,14 +87,14 @@ def check_can_calibrate(dataset: Dataset | IterableDataset, model: PreTrainedMod
     """
     if is_sharded(model):
         raise ValueError(
-            "`calibrate_rewards` needs the whole embeddings of the doctor. Got a doctor that was loaded in shards; load "
-            "it yourself and pass it as a model, or set `calibrate_rewards=False`."
+            "`calibrate_rewards` needs the whole embeddings of the doctor. Got a doctor that was loaded in shards; "
+            "load it yourself and pass it as a model, or set `calibrate_rewards=False`."
         )
     if not isinstance(dataset, Dataset) or is_online:
         found = "a data collator that queries the patient batch by batch" if is_online else "a streamed dataset"
         raise ValueError(
-            f"`calibrate_rewards` needs all token rewards before training. Got {found}; annotate a `Dataset` first, or "
-            "set `calibrate_rewards=False`."
+            f"`calibrate_rewards` needs all token rewards before training. Got {found}; annotate a `Dataset` first, "
+            "or set `calibrate_rewards=False`."
         )
     if is_peft_model(model) and not starts_at_zero(model):
         warnings.warn(
@@ -108,8 +108,8 @@ def check_one_device(args: TrainingArguments) -> None:
     """Raise `ValueError` if `Trainer` would use `nn.DataParallel`."""
     if args.n_gpu > 1:
         raise ValueError(
-            f"TFPOTrainer does not support `nn.DataParallel`, which `Trainer` uses if one process sees several GPUs. Got "
-            f"{args.n_gpu} GPUs; use `accelerate launch`, or set `CUDA_VISIBLE_DEVICES` to a single one."
+            "TFPOTrainer does not support `nn.DataParallel`, which `Trainer` uses if one process sees several GPUs. "
+            f"Got {args.n_gpu} GPUs; use `accelerate launch`, or set `CUDA_VISIBLE_DEVICES` to a single one."
         )
 
 
@@ -135,8 +135,8 @@ def check_loss(loss: torch.Tensor, inputs: dict[str, torch.Tensor], trainer: Tra
             The trainer.
 
     Raises:
-        `ValueError`: if the loss is not a scalar, or not finite. In the latter case the folder `not-finite-STEP` in the
-            output folder has the batch, in `batch-PROCESS.safetensors`, and the model, unless it is sharded.
+        `ValueError`: if the loss is not a scalar, or not finite. In the latter case the folder `not-finite-STEP` in
+            the output folder has the batch, in `batch-PROCESS.safetensors`, and the model, unless it is sharded.
     """
     if not isinstance(loss, torch.Tensor) or loss.dim() != 0:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else f"a {type(loss).__name__}"
@@ -150,6 +150,6 @@ def check_loss(loss: torch.Tensor, inputs: dict[str, torch.Tensor], trainer: Tra
     if trainer.args.should_save and not is_sharded(model):
         model.save_pretrained(folder)
     raise ValueError(
-        f"The loss must be finite. Got {loss.item()} at step {trainer.state.global_step}; lower `learning_rate`, raise "
-        f"`reward_temperature`, or train in float32 or bfloat16. The batch and the model are in {str(folder)!r}."
+        f"The loss must be finite. Got {loss.item()} at step {trainer.state.global_step}; lower `learning_rate`, "
+        f"raise `reward_temperature`, or train in float32 or bfloat16. The batch and the model are in {str(folder)!r}."
     )

@@ -44,8 +44,9 @@ class TFPOConfig(_BaseConfig):
             Maximum number of tokens of prompt and completion together. Longer completions are truncated at the end;
             `None` disables truncation.
         drop_unusable (`bool`, *optional*, defaults to `False`):
-            Whether to drop unusable pairs instead of raising an error. A pair is unusable if its prompt or a completion
-            is empty, if its prompt has `max_length` or more tokens, or if the chat template cannot render it.
+            Whether to drop unusable pairs instead of raising an error. A pair is unusable if its prompt or a
+            completion is empty, if its prompt has `max_length` or more tokens, or if the chat template cannot render
+            it.
         convert_transcripts (`bool`, *optional*, defaults to `False`):
             Whether to convert texts with turns of `"\n\nHuman:"` and `"\n\nAssistant:"` (HH-RLHF) to messages.
         pad_to_multiple_of (`int`, *optional*):
@@ -70,10 +71,10 @@ class TFPOConfig(_BaseConfig):
             $\theta$ in `[0, 1)`. Tokens of lower importance get no reward.
 
         calibrate_rewards (`bool`, *optional*):
-            Whether to fit the token rewards to the labels, see [`~trl_tfpo.training.calibration.calibrate`]; the doctor
-            then starts at the credits of the tokens, and `reward_direction` has no effect. By default, rewards are
-            calibrated if that explains held-out labels better. This needs guided flow without an adapter, 128 pairs, and
-            annotation with the default `reward_direction` and `reward_fn`.
+            Whether to fit the token rewards to the labels, see [`~trl_tfpo.training.calibration.calibrate`]; the
+            doctor then starts at the credits of the tokens, and `reward_direction` has no effect. By default, rewards
+            are calibrated if that explains held-out labels better. This needs guided flow without an adapter, 128
+            pairs, and annotation with the default `reward_direction` and `reward_fn`.
 
         > Parameters that control the objective
 
@@ -85,9 +86,9 @@ class TFPOConfig(_BaseConfig):
         reward_temperature (`float`, *optional*, defaults to `0.25`):
             A token reward of 1 is worth `1 / reward_temperature` nats.
         reference_weight (`float`, *optional*, defaults to `1.0`):
-            Exponent of the reference in the target; 0 is the paper. Values slightly below 1, such as 0.95, favor tokens
-            that the reference finds unlikely, which makes texts more diverse. With `policy="doctor"` the reference is
-            the doctor before training.
+            Exponent of the reference in the target; 0 is the paper. Values slightly below 1, such as 0.95, favor
+            tokens that the reference finds unlikely, which makes texts more diverse. With `policy="doctor"` the
+            reference is the doctor before training.
         subtb_lambda (`float`, *optional*, defaults to `0.95`):
             Sub-trajectories of n tokens have the weight `subtb_lambda ** n`, in `[0, 1]`. At 0.95 those of up to about
             20 tokens count; at 1 all count equally.
@@ -96,8 +97,8 @@ class TFPOConfig(_BaseConfig):
         value_margin (`float`, *optional*, defaults to `0.1`):
             $\gamma \ge 0$, margin of the value discrimination loss in nats.
         value_head_learning_rate (`float`, *optional*):
-            Initial learning rate of the value head, at least 0. Defaults to ten times `learning_rate`, because the head
-            starts at zero and its output spans many nats.
+            Initial learning rate of the value head, at least 0. Defaults to ten times `learning_rate`, because the
+            head starts at zero and its output spans many nats.
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
@@ -129,14 +130,15 @@ class TFPOConfig(_BaseConfig):
     max_length: int | None = field(
         default=1024,
         metadata={
-            "help": "Maximum number of tokens of prompt and completion together. Longer completions are truncated at the end."
+            "help": "Maximum number of tokens of prompt and completion together. Longer completions are truncated at "
+            "the end."
         },
     )
     drop_unusable: bool = field(
         default=False,
         metadata={
-            "help": "Whether to drop pairs that are empty, too long, or that the chat template cannot render, instead of "
-            "raising an error."
+            "help": "Whether to drop pairs that are empty, too long, or that the chat template cannot render, instead "
+            "of raising an error."
         },
     )
     convert_transcripts: bool = field(
@@ -166,13 +168,15 @@ class TFPOConfig(_BaseConfig):
     importance_temperature: float = field(
         default=3.0,
         metadata={
-            "help": "tau in the paper. At smaller values, tokens with a small gap become as important as those with a large one."
+            "help": "tau in the paper. At smaller values, tokens with a small gap become as important as those with a "
+            "large one."
         },
     )
     gap_floor: float = field(
         default=0.05,
         metadata={
-            "help": "epsilon in the paper, in nats. If the mean gap of a completion is much smaller, no token is important."
+            "help": "epsilon in the paper, in nats. If the mean gap of a completion is much smaller, no token is "
+            "important."
         },
     )
     sparsity_threshold: float = field(
@@ -181,15 +185,15 @@ class TFPOConfig(_BaseConfig):
     calibrate_rewards: bool | None = field(
         default=None,
         metadata={
-            "help": "Whether to fit the token rewards to the labels. By default, if that explains held-out labels better, from "
-            "128 pairs on."
+            "help": "Whether to fit the token rewards to the labels. By default, if that explains held-out labels "
+            "better, from 128 pairs on."
         },
     )
     policy: str = field(
         default="ratio",
         metadata={
-            "help": "Policy whose flow is balanced: 'ratio', the doctor before training times the doctor; 'guided', the patient "
-            "times the doctor, with the patient in memory; or 'doctor', the doctor alone."
+            "help": "Policy whose flow is balanced: 'ratio', the doctor before training times the doctor; 'guided', "
+            "the patient times the doctor, with the patient in memory; or 'doctor', the doctor alone."
         },
     )
     reward_temperature: float = field(
@@ -198,8 +202,8 @@ class TFPOConfig(_BaseConfig):
     reference_weight: float = field(
         default=1.0,
         metadata={
-            "help": "Exponent of the reference in the target; 0 is the paper. With `policy='doctor'` the reference is the doctor "
-            "before training."
+            "help": "Exponent of the reference in the target; 0 is the paper. With `policy='doctor'` the reference is "
+            "the doctor before training."
         },
     )
     subtb_lambda: float = field(
@@ -237,8 +241,8 @@ class TFPOConfig(_BaseConfig):
                 raise ValueError(f"`{name}` must be at least 0. Got {getattr(self, name)}; try 0.1.")
         if self.value_head_learning_rate is not None and not self.value_head_learning_rate >= 0:
             raise ValueError(
-                f"`value_head_learning_rate` must be at least 0. Got {self.value_head_learning_rate}; leave it out for "
-                "ten times `learning_rate`."
+                f"`value_head_learning_rate` must be at least 0. Got {self.value_head_learning_rate}; leave it out "
+                "for ten times `learning_rate`."
             )
         if not self.learning_rate >= 0:
             raise ValueError(f"`learning_rate` must be at least 0. Got {self.learning_rate}; try 1e-4.")

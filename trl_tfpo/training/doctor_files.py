@@ -3,8 +3,8 @@
 """
 Files of a saved doctor: weights that load as a causal language model, value head, exponents, credits and model card.
 
-The value head of a full model has a file of its own, so that loading the folder as a plain causal language model reports
-no unexpected weights. The value head of an adapter is saved with the adapter, whose config names it.
+The value head of a full model has a file of its own, so that loading the folder as a plain causal language model
+reports no unexpected weights. The value head of an adapter is saved with the adapter, whose config names it.
 """
 
 import shutil
@@ -93,7 +93,7 @@ class DoctorFiles(_BaseTrainer):
                 rewards_summary=self.rewards_summary,
             )
 
-    # The value head of a full model is not among the files that `Trainer` loads. Engines that shard keep it themselves.
+    # `Trainer` does not load the value head of a full model. Engines that shard load it themselves.
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

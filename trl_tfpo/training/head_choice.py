@@ -3,11 +3,11 @@
 r"""
 Choice of the head of a new doctor: in the span of its vocabulary embeddings, or with a free row for each token.
 
-The span (`guidance_head.py`) suffices if the embeddings predict the gaps between the faces. Embeddings of a small model
-that has seen few words may encode only which words can follow each other. So the gaps of each half of the pairs are
-predicted from the other half in two ways: by the mean gap of the same token, and by a ridge regression on its embedding.
-The head gets a free row for each token if tokens explain at least 5% of the variance of held-out gaps, and embeddings
-less than half of what tokens explain.
+The span (`guidance_head.py`) suffices if the embeddings predict the gaps between the faces. Embeddings of a small
+model that has seen few words may encode only which words can follow each other. So the gaps of each half of the pairs
+are predicted from the other half in two ways: by the mean gap of the same token, and by a ridge regression on its
+embedding. The head gets a free row for each token if tokens explain at least 5% of the variance of held-out gaps, and
+embeddings less than half of what tokens explain.
 """
 
 import logging
@@ -43,7 +43,8 @@ def choose_head(
     """
     Replace the head of a new doctor, in place, if its embeddings do not predict the gaps.
 
-    Nothing changes without a [`~trl_tfpo.models.guidance_head.GuidanceHead`], without gaps, or with fewer than 64 pairs.
+    Nothing changes without a [`~trl_tfpo.models.guidance_head.GuidanceHead`], without gaps, or with fewer than 64
+    pairs.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):

@@ -37,10 +37,10 @@ ZERO3_LIVE_PARAMETERS = 10**9  # DeepSpeed's default of `stage3_max_live_paramet
 GIB = 2**30
 NOTE = (
     "Activations are not counted. They grow with `per_device_train_batch_size` and with the length of the rows; "
-    "`activation_checkpointing` reduces them. Counts of parameters and bytes of weights are exact; nothing was loaded. "
-    "The optimizer is AdamW. Weights in 4 or 8 bits are never sharded. Not counted either: logits, padding in the counts "
-    "of tokens, memory that CUDA, NCCL and the allocator reserve, communication buffers other than the buckets of DDP "
-    "and gathered weights, evaluation, offloading, and a head with a free row for each token."
+    "`activation_checkpointing` reduces them. Counts of parameters and bytes of weights are exact; nothing was "
+    "loaded. The optimizer is AdamW. Weights in 4 or 8 bits are never sharded. Not counted either: logits, padding in "
+    "the counts of tokens, memory that CUDA, NCCL and the allocator reserve, communication buffers other than the "
+    "buckets of DDP and gathered weights, evaluation, offloading, and a head with a free row for each token."
 )
 
 

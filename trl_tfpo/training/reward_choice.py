@@ -8,7 +8,8 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel
 
-from ..annotation.token_rewards import GAP_COLUMNS, annotation_settings, warn_unless_faces_separate
+from ..annotation.agreement import warn_unless_faces_separate
+from ..annotation.token_rewards import GAP_COLUMNS, annotation_settings
 from ..common._upstream import is_peft_model, is_sharded
 from ..data.tokenization import columns_of
 from ..functional import token_rewards
@@ -53,7 +54,8 @@ def choose_rewards(
         `None` if nothing was compared.
 
     Raises:
-        `ValueError`: if `calibrate_rewards=True` is impossible, see [`check_can_calibrate`], or if there are no gaps or
+        `ValueError`: if `calibrate_rewards=True` is impossible, see [`check_can_calibrate`], or if there are no gaps
+        or
             fewer than 32 pairs.
 
     Warns:

@@ -37,7 +37,8 @@ class TokenGaps:
         sign (`torch.Tensor` of shape `(N,)`):
             1 in chosen and -1 in rejected completions.
         sums (`torch.Tensor` of shape `(P, 3)`):
-            Sparse reward, gap and number of tokens: the sum over the chosen completion minus that over the rejected one.
+            Sparse reward, gap and number of tokens: the sum over the chosen completion minus that over the rejected
+            one.
         prompt (`torch.Tensor` of shape `(P,)`):
             Index of the prompt, or of the pair if the dataset has fewer than 32 prompts.
     """
