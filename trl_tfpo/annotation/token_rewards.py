@@ -410,8 +410,7 @@ def score_token_rewards(
 
     Raises:
         `ValueError`: if a log-probability is not finite, or if `reward_fn` returns another shape or values that are
-        not
-            finite.
+            not finite.
     """
     completions = batch["chosen_ids"] + batch["rejected_ids"]  # 2P
     num_rows = len(completions)

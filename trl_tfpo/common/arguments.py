@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Arguments as users write them: types of all settings are checked in one place, and an unknown name is answered with what
-to use instead.
+Arguments as users write them: types of all settings are checked in one place, and an unknown name is answered with
+what to use instead.
 """
 
 import contextlib
@@ -119,8 +119,9 @@ def check_types(settings: object) -> None:
     Check every field of a dataclass against its annotation.
 
     Configuration files and sweeps pass whatever was written, and most of it would be noticed late or never. A whole
-    number counts as a float and 2.0 as a whole number, 0 and 1 as booleans, a path or a number as a text, and a single text
-    as a list of texts. Objects that a file cannot hold are left to whoever uses them, and so is the default of a field.
+    number counts as a float and 2.0 as a whole number, 0 and 1 as booleans, a path or a number as a text, and a single
+    text as a list of texts. Objects that a file cannot hold are left to whoever uses them, and so is the default of a
+    field.
 
     Args:
         settings (dataclass instance):
@@ -153,7 +154,8 @@ def check_types(settings: object) -> None:
                 is_mapping = False
             if not is_mapping:
                 raise ValueError(
-                    f"`{field.name}` must be a dictionary, or one in JSON. Got {value!r}; write it like '{{\"name\": 1}}'."
+                    f"`{field.name}` must be a dictionary, or one in JSON. Got {value!r}; write it like "
+                    f"'{{\"name\": 1}}'."
                 )
 
 

@@ -3,13 +3,13 @@
 """
 What a loaded model is: a language model, or a ratio that guides one; and which PEFT adapters can be read at all.
 
-A doctor of guided flow is a ratio of two policies. Read as a language model it gives nonsense, so it says what it is in
-each place that survives loading:
+A doctor of guided flow is a ratio of two policies. Read as a language model it gives nonsense, so it says what it is
+in each place that survives loading:
 
 1. the model's config, `config.guidance`, for a full model;
 2. the config of the adapter, under `auto_mapping`, which PEFT carries through every way of loading an adapter;
-3. the weights: the rows of its head add up to zero, which changes no probability. This survives merging, after which PEFT
-   keeps no trace of the adapter. A head without the other two marks is refused.
+3. the weights: the rows of its head add up to zero, which changes no probability. This survives merging, after which
+   PEFT keeps no trace of the adapter. A head without the other two marks is refused.
 """
 
 from collections.abc import Sequence
@@ -92,9 +92,9 @@ def check_speaks(model: PreTrainedModel, adapters: Sequence[str] | None = None) 
     check_adapters(model, "The patient")
     if trained_exponents(model, adapters):
         raise ValueError(
-            "The patient must be a language model. Got a doctor of guided flow, which is a ratio of two policies; pass "
-            "what it guides. If it is an adapter on the patient, pass it to the guide as `Doctor(model, adapter=NAME)`, "
-            "or switch it off."
+            "The patient must be a language model. Got a doctor of guided flow, which is a ratio of two policies; "
+            "pass what it guides. If it is an adapter on the patient, pass it to the guide as `Doctor(model, "
+            "adapter=NAME)`, or switch it off."
         )
 
 
@@ -112,8 +112,8 @@ def trained_exponents(model: PreTrainedModel, adapters: Sequence[str] | None = N
         `dict[str, float]`: empty for a language model.
 
     Raises:
-        `ValueError`: when the weights are those of guided flow but nothing says for which exponents; when the head of an
-            adapter is missing; when the adapters do not agree; on a later format.
+        `ValueError`: when the weights are those of guided flow but nothing says for which exponents; when the head of
+            an adapter is missing; when the adapters do not agree; on a later format.
     """
     base, configs = unwrap_peft(model), getattr(model, "peft_config", None) or {}
     if adapters is None:
@@ -133,8 +133,9 @@ def trained_exponents(model: PreTrainedModel, adapters: Sequence[str] | None = N
         return {name: guidance[name] for name in ("alpha", "beta")}
     if _rows_add_up_to_zero(base, adapters):
         raise ValueError(
-            "A doctor must say for which exponents it was trained. Got one whose head has rows that add up to zero, as "
-            "doctors of guided flow have, without a record of them: an adapter that PEFT merged, or another config. "
+            "A doctor must say for which exponents it was trained. Got one whose head has rows that add up to zero, "
+            "as doctors of guided flow have, without a record of them: an adapter that PEFT merged, or another "
+            "config. "
             'Set `model.config.guidance = {"alpha": 1.0, "beta": 1.0}`, or load the saved doctor with `load_doctor`.'
         )
     return {}
@@ -194,8 +195,8 @@ def _exponents_of_adapter(model: PreTrainedModel, name: str) -> dict[str, float]
     heads = own_modules - {VALUE_HEAD}
     if record is None and heads:  # before adapters had a record
         raise ValueError(
-            f"The adapter {name!r} must say for which exponents it was trained. Got one that was saved without a record, "
-            f"with {sorted(heads)} of its own; load it with `load_doctor`, and save it again."
+            f"The adapter {name!r} must say for which exponents it was trained. Got one that was saved without a "
+            f"record, with {sorted(heads)} of its own; load it with `load_doctor`, and save it again."
         )
     loaded = {
         path.rsplit(".", 1)[-1]
@@ -204,8 +205,8 @@ def _exponents_of_adapter(model: PreTrainedModel, name: str) -> dict[str, float]
     }
     if missing := heads - loaded:
         raise ValueError(
-            f"The adapter {name!r} must be whole. Got one without its {sorted(missing)}, which the way it was loaded or "
-            "combined has left out; load it with `load_doctor` or `PeftModel.from_pretrained`."
+            f"The adapter {name!r} must be whole. Got one without its {sorted(missing)}, which the way it was loaded "
+            "or combined has left out; load it with `load_doctor` or `PeftModel.from_pretrained`."
         )
     record = dict(record or {})
     check_format(record.pop("format", FORMAT), f"The adapter {name!r}")

@@ -28,8 +28,8 @@ def model_fingerprint(model: PreTrainedModel) -> str:
         fingerprints = gather_object([fingerprint])
         if len(set(fingerprints)) > 1:
             raise ValueError(
-                f"Every process must hold the same weights, as each scores its share of a dataset. Got {fingerprints} of "
-                f"a {type(model).__name__}; pass its name or path, or load it with "
+                f"Every process must hold the same weights, as each scores its share of a dataset. Got {fingerprints} "
+                f"of a {type(model).__name__}; pass its name or path, or load it with "
                 "`fsdp_cpu_ram_efficient_loading: false` and the same seed."
             )
     return fingerprint

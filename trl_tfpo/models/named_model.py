@@ -102,8 +102,8 @@ class NamedModel:
     @cached_property
     def fingerprint(self) -> str:
         """
-        Hash of where the weights come from, and how they are loaded: a commit of the Hub, or the names, sizes and times
-        of the files in a folder. Where there are several processes, each of them has to ask.
+        Hash of where the weights come from, and how they are loaded: a commit of the Hub, or the names, sizes and
+        times of the files in a folder. Where there are several processes, each of them has to ask.
 
         Raises:
             `ValueError`: when the processes find different files.
@@ -120,8 +120,8 @@ class NamedModel:
             everywhere = gather_object(everywhere)
             if any(other != found for other, _ in everywhere):
                 raise ValueError(
-                    f"Every process must load the same weights, as each scores its share of a dataset. Got {self.name!r} "
-                    "with other files on some; copy the folder anew."
+                    "Every process must load the same weights, as each scores its share of a dataset. Got "
+                    f"{self.name!r} with other files on some; copy the folder anew."
                 )
         return Hasher.hash(everywhere[0])  # a copy on another machine has other times
 

@@ -3,9 +3,9 @@
 """
 Token credits: what each token of the vocabulary is worth to a doctor, whatever its context.
 
-A doctor that was trained on calibrated rewards (`calibration.py`) keeps their credits in its folder. Their sum is the reward of
-a whole completion. So completions that were generated under guidance can be ranked without another model, and the best of
-several can be kept.
+A doctor that was trained on calibrated rewards (`calibration.py`) keeps their credits in its folder. Their sum is the
+reward of a whole completion. So completions that were generated under guidance can be ranked without another model,
+and the best of several can be kept.
 """
 
 import os
@@ -47,7 +47,8 @@ def load_credits(path: str | os.PathLike, **kwargs) -> torch.Tensor | None:
         path (`str` or `os.PathLike`):
             Folder or name.
         **kwargs:
-            Of `from_pretrained` of the doctor. Those that say where its files are count, such as `subfolder` and `revision`.
+            Of `from_pretrained` of the doctor. Those that say where its files are count, such as `subfolder` and
+            `revision`.
     """
     source = {name: kwargs[name] for name in SOURCE if name in kwargs}
     file = cached_file(path, CREDITS_FILE, _raise_exceptions_for_missing_entries=False, **source)
@@ -86,7 +87,7 @@ def credited_rewards(credits: torch.Tensor, completion_ids: torch.LongTensor, ma
     ids = completion_ids.masked_fill(~mask, 0)
     if ids.numel() and not 0 <= ids.min() <= ids.max() < len(credits):
         raise ValueError(
-            f"Completions must consist of tokens that have credits, 0 to {len(credits) - 1}. Got {ids.min()} to {ids.max()}; "
-            "take a doctor with the patient's tokenizer."
+            f"Completions must consist of tokens that have credits, 0 to {len(credits) - 1}. Got {ids.min()} to "
+            f"{ids.max()}; take a doctor with the patient's tokenizer."
         )
     return credits.to(ids.device)[ids].masked_fill(~mask, 0).sum(dim=1)

@@ -23,6 +23,7 @@ import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ from ..data.tokenization import ID_COLUMNS, columns_of
 from .token_gaps import centered_embeddings, padded_columns, predict_gaps, read_gaps, sample_pairs, sparse_rewards
 
 
-AnyDataset = Dataset | IterableDataset | dict[str, Dataset | IterableDataset]
+AnyDataset: TypeAlias = Dataset | IterableDataset | dict[str, Dataset | IterableDataset]
 
 logger = logging.getLogger(__name__)
 MIN_PAIRS = 32  # fewer labels cannot determine the weights

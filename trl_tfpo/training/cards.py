@@ -118,8 +118,8 @@ def complete_model_card(
     rewards_summary: str | None = None,
 ) -> None:
     """
-    Say in the model card in the output folder how the doctor guides and what it was trained for, where TRL's quick start
-    would let it speak alone.
+    Say in the model card in the output folder how the doctor guides and what it was trained for, where TRL's quick
+    start would let it speak alone.
 
     Args:
         args ([`TFPOConfig`]):
@@ -174,7 +174,8 @@ def annotation_card(dataset: Dataset) -> DatasetCard:
             The annotated dataset.
 
     Returns:
-        [`~huggingface_hub.DatasetCard`]: to be saved next to it, or pushed: `annotation_card(dataset).push_to_hub(repo)`.
+        [`~huggingface_hub.DatasetCard`]: to be saved next to it, or pushed:
+        `annotation_card(dataset).push_to_hub(repo)`.
     """
     return DatasetCard(DATASET_CARD.format(**_describe_annotation(dataset)))
 

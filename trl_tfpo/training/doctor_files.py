@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import HubStrategy
 
 from ..common._upstream import _BaseTrainer, is_peft_model, is_sharded
@@ -30,6 +31,9 @@ class DoctorFiles(_BaseTrainer):
 
     args: TFPOConfig
     model: PreTrainedModel
+    processing_class: PreTrainedTokenizerBase
+    train_dataset: Dataset | IterableDataset
+    eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None
     calibration: Calibration | None
     rewards_summary: str | None
 
@@ -76,7 +80,7 @@ class DoctorFiles(_BaseTrainer):
             )
         super()._push_from_checkpoint(checkpoint_folder)
 
-    def create_model_card(
+    def create_model_card(  # type: ignore[override]  # TRL takes other arguments than transformers
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         """Write TRL's model card, with the use as a doctor beside a patient in place of its quick start."""
@@ -95,10 +99,11 @@ class DoctorFiles(_BaseTrainer):
 
     # `Trainer` does not load the value head of a full model. Engines that shard load it themselves.
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if not self.is_fsdp_enabled:
-            load_value_head(self.model if model is None else model, resume_from_checkpoint)
+            target = model if isinstance(model, PreTrainedModel) else self.model
+            load_value_head(target, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()

@@ -4,6 +4,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel
@@ -55,8 +56,7 @@ def choose_rewards(
 
     Raises:
         `ValueError`: if `calibrate_rewards=True` is impossible, see [`check_can_calibrate`], or if there are no gaps
-        or
-            fewer than 32 pairs.
+            or fewer than 32 pairs.
 
     Warns:
         `UserWarning`: if the rewards that are used do not explain the labels.
@@ -70,7 +70,8 @@ def choose_rewards(
         if args.process_index == 0:
             warn_unless_faces_separate(dataset)
         return None, None
-    calibration = calibrate(dataset, model.get_input_embeddings().weight, eos_token_ids)
+    embeddings: torch.nn.Parameter = model.get_input_embeddings().weight
+    calibration = calibrate(dataset, embeddings, eos_token_ids)
     (calibration,) = broadcast_object_list([calibration])  # rounding differs between machines; the choice must not
     is_used = args.calibrate_rewards or calibration.is_better
     if args.process_index == 0:
