@@ -148,7 +148,7 @@ def test_an_annotated_dataset_has_a_card(annotated, tmp_path):
     annotation_card(annotated).save(tmp_path / "README.md")
     card = DatasetCard.load(tmp_path / "README.md")
     assert "trl-tfpo" in card.data.tags
-    place = "| where the faces stand | system message |"
+    place = "| placement of the faces | system message |"
     for told in ("8 preference pairs", "you are kind \\| always", place, '`reward_direction="agreement"`'):
         assert told in card.text
 
@@ -161,4 +161,4 @@ def test_the_card_says_where_the_faces_stand(annotated, placement, told):
     other = "" if placement is None else f', "placement": "{placement}"'
     dataset.info.description = dataset.info.description.replace(f", {recorded}", other)
     assert recorded not in dataset.info.description
-    assert f"| where the faces stand | {told} |" in annotation_card(dataset).text
+    assert f"| placement of the faces | {told} |" in annotation_card(dataset).text

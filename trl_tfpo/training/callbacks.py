@@ -2,9 +2,9 @@
 
 """Callback that logs guided completions while the doctor is trained."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import (
     GenerationConfig,
+    GenerationMixin,
     PreTrainedModel,
     TrainerCallback,
     TrainerControl,
@@ -28,7 +29,7 @@ from ..common.printable import printable
 from ..data.tokenization import all_eos_token_ids
 from ..decoding.exponents import Weight
 from ..decoding.generation import guided_generate
-from ..decoding.logits_processor import DoctorGuidedLogitsProcessor
+from ..decoding.logits_processor import DEFAULT_BETA, DoctorGuidedLogitsProcessor
 from ..evaluation.completions import pad
 from ..models.guidance import GUIDANCE, is_guidance
 from ..models.named_model import NamedModel, resolve_model
@@ -110,21 +111,21 @@ class LogGuidedCompletionsCallback(TrainerCallback):
                 f"`freq` must be a number of steps, at least 1. Got {freq!r}; pass it, or set the `eval_steps` of the "
                 "trainer."
             )
-        patient_model = trainer.patient_model if patient_model is None else patient_model
-        if patient_model is None:
+        patient = trainer.patient_model if patient_model is None else patient_model
+        if patient is None:
             raise ValueError(
                 "The callback needs the patient that the doctor guides. Got `patient_model=None`, and the trainer has "
                 "released its patient; pass the patient, or its name."
             )
         self.patient = resolve_model(
-            patient_model, "patient_model", dtype="auto", trust_remote_code=trainer.args.trust_remote_code
+            patient, "patient_model", dtype="auto", trust_remote_code=trainer.args.trust_remote_code
         )
         check_patient(self.patient, trainer.processing_class)
         dataset = trainer.train_dataset if trainer.eval_dataset is None else trainer.eval_dataset
         if isinstance(dataset, dict):
             dataset = next(iter(dataset.values()))
         self.prompts: list[list[int]] = [row["prompt_ids"] for row in dataset.take(num_prompts)]
-        self.generation_config, self.weights = generation_config, {"alpha": alpha, "beta": beta}
+        self.generation_config, self.alpha, self.beta = generation_config, alpha, beta
         self.unguided: list[str] | None = None
         self.table: list[dict] = []
         self.last_step = -1
@@ -137,7 +138,7 @@ class LogGuidedCompletionsCallback(TrainerCallback):
         self.last_step = state.global_step
         self.patient = patient = self.patient.loaded if isinstance(self.patient, NamedModel) else self.patient
         if not getattr(patient, "is_quantized", False) and not hasattr(patient, "hf_device_map"):
-            patient.to(args.device)
+            torch.nn.Module.to(patient, args.device)
         doctor = self.trainer.model
         if is_sharded(doctor) or is_sharded(patient):
             raise ValueError(
@@ -145,10 +146,10 @@ class LogGuidedCompletionsCallback(TrainerCallback):
                 "(ZeRO-3 or FSDP2); train with DDP or ZeRO-2, or leave the callback out."
             )
         with inference(patient), inference(doctor):
-            weights = {name: weight for name, weight in self.weights.items() if weight is not None}
-            if "beta" not in weights and is_guidance(doctor):
-                weights["beta"] = GUIDANCE["beta"]
-            guide = DoctorGuidedLogitsProcessor(doctor, **weights)
+            beta = self.beta
+            if beta is None:
+                beta = GUIDANCE["beta"] if is_guidance(doctor) else DEFAULT_BETA
+            guide = DoctorGuidedLogitsProcessor(doctor, alpha=self.alpha, beta=beta)
             if self.unguided is None:
                 self.unguided = self._generate(patient, None)
             completions = self._generate(patient, guide)
@@ -161,7 +162,7 @@ class LogGuidedCompletionsCallback(TrainerCallback):
         ]
         self.table += rows
         self._show(rows)
-        self._report(args.report_to)
+        self._report([args.report_to] if isinstance(args.report_to, str) else args.report_to or [])
 
     def _generate(self, patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor | None) -> list[str]:
         """Complete all prompts: each process generates a share, and all processes get the whole list."""
@@ -175,7 +176,9 @@ class LogGuidedCompletionsCallback(TrainerCallback):
             )
         else:
             settings["generation_config"] = self.generation_config
-        generate = patient.generate if guide is None else partial(guided_generate, patient, guide)
+        generate: Callable[..., torch.Tensor] = partial(guided_generate, patient, guide)
+        if guide is None:
+            generate = cast(GenerationMixin, patient).generate
         device: torch.device = patient.device
         texts: list[str] = []
         with (

@@ -4,6 +4,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -133,6 +134,10 @@ class TokenRewardCollator(DataCollatorMixin):
         """The tokenizer, which `__post_init__` sets."""
         return cast(PreTrainedTokenizerBase, self.processing_class)
 
+    @cached_property
+    def _has_system_role(self) -> bool:
+        return has_system_role(self._tokenizer)
+
     @property
     def _eos_token_ids(self) -> list[int]:
         return self.eos_token_ids or []
@@ -253,7 +258,7 @@ class TokenRewardCollator(DataCollatorMixin):
             example,
             self._tokenizer,
             faces=None if self.faces is None else resolve_faces(self.faces),
-            system_role=has_system_role(self._tokenizer),
+            system_role=self._has_system_role,
             eos_token_ids=self._eos_token_ids,
             max_length=self.max_length,
             convert_transcripts=self.convert_transcripts,

@@ -16,7 +16,7 @@ from ..functional import check_flow_settings, check_reward_settings
 from .base_policy import POLICIES
 
 
-@explains_unknown
+@explains_unknown()
 @dataclass
 class TFPOConfig(_BaseConfig):
     r"""
@@ -113,7 +113,7 @@ class TFPOConfig(_BaseConfig):
 
     _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs", "patient_model_init_kwargs"]
 
-    gradient_checkpointing: bool | None = field(
+    gradient_checkpointing: bool | None = field(  # type: ignore[assignment]  # TRL says bool, with None as default
         default=None, metadata={"help": "Deprecated alias of `activation_checkpointing`."}
     )
     model_init_kwargs: dict[str, Any] | str | None = field(

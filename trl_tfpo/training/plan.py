@@ -334,7 +334,7 @@ def _tokenize(
             pairs,
             processing_class,
             faces=None if faces is None else resolve_faces(faces),
-            eos_token_ids=all_eos_token_ids(processing_class, None if patient is None else patient.model),
+            eos_token_ids=all_eos_token_ids(processing_class, None if patient is None else patient.outline),
             max_length=args.max_length,
             drop_unusable=args.drop_unusable,
             convert_transcripts=args.convert_transcripts,
@@ -361,7 +361,7 @@ class _StoredModel:
     """A model on the meta device, and the quantization in which its weights would be stored."""
 
     model: "PreTrainedModel | PeftModel"
-    config: PreTrainedConfig
+    outline: PreTrainedModel  # the model without adapters
     quantization_config: BitsAndBytesConfig | None
     quantized: frozenset[int]  # ids of the weights that are stored in 4 or 8 bits
 
@@ -384,12 +384,12 @@ class _StoredModel:
             config = copy.deepcopy(source)
         dtype = init_kwargs.get("dtype", default_dtype)
         model = model_without_weights(config, dtype, trust_remote_code=trust_remote_code)
-        return cls(model, config, quantization_config, _quantized(model, quantization_config))
+        return cls(model, model, quantization_config, _quantized(model, quantization_config))
 
     def as_doctor(self, peft_config: "PeftConfig | None", *, guides: bool, has_credits: bool) -> "_StoredModel":
         """The model with value head, guidance head and adapter, which are never quantized."""
         doctor = make_doctor(self.model, peft_config, guides=guides, has_credits=has_credits)
-        return _StoredModel(doctor, self.config, self.quantization_config, self.quantized)
+        return _StoredModel(doctor, self.outline, self.quantization_config, self.quantized)
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -421,7 +421,7 @@ class _StoredModel:
         """
         num_tokens = sum(lengths.chosen + lengths.rejected) * len(prompt_columns)
         num_prompt_tokens = sum(sum(lengths.columns[name]) for name in prompt_columns)
-        if getattr(self.config.get_text_config(), "sliding_window", None) is None:
+        if getattr(self.outline.config.get_text_config(), "sliding_window", None) is None:
             return num_tokens + num_prompt_tokens + len(prompt_columns) * len(lengths.chosen)
         return num_tokens + 2 * num_prompt_tokens
 

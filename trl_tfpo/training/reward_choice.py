@@ -4,7 +4,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel
@@ -70,7 +69,7 @@ def choose_rewards(
         if args.process_index == 0:
             warn_unless_faces_separate(dataset)
         return None, None
-    embeddings: torch.nn.Parameter = model.get_input_embeddings().weight
+    embeddings = model.get_input_embeddings().get_parameter("weight")
     calibration = calibrate(dataset, embeddings, eos_token_ids)
     (calibration,) = broadcast_object_list([calibration])  # rounding differs between machines; the choice must not
     is_used = args.calibrate_rewards or calibration.is_better
