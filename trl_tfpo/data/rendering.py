@@ -85,8 +85,8 @@ def template_variables(example: dict[str, Any], processing_class: PreTrainedToke
     variables = values["chat_template_kwargs"]
     if taken := reserved_variables(processing_class) & variables.keys():
         raise ValueError(
-            f"`chat_template_kwargs` must hold variables of the chat template. Got {sorted(taken)}, which tokenization sets "
-            f"itself; remove them, or {REMEDY}"
+            f"`chat_template_kwargs` must hold variables of the chat template. Got {sorted(taken)}, which "
+            f"tokenization sets itself; remove them, or {REMEDY}"
         )
     return {"tools": values["tools"] or None, **variables}
 
@@ -136,8 +136,8 @@ def complete_messages(
         `str` and `list[tuple[int, int]]`: the text, and the spans of the assistant.
 
     Raises:
-        `ValueError`: if the template fails, renders a prompt differently when a completion follows, omits the content of
-            an assistant's turn, or does not mark the end of a turn.
+        `ValueError`: if the template fails, renders a prompt differently when a completion follows, omits the content
+            of an assistant's turn, or does not mark the end of a turn.
     """
     conversation, first = [*prompt, *completion], len(prompt)
     if prompt[-1]["role"] == "assistant":  # it is continued
@@ -181,16 +181,16 @@ def _end_of_turn(
     if not any(token in text[start:end] for token in eos_tokens):
         raise ValueError(
             f"It must be clear where a turn of the assistant ends. Got a chat template that renders message {index} "
-            f"differently once others follow, and closes it with none of {eos_tokens}; use a completion of one message, or "
-            f"{REMEDY}"
+            f"differently once others follow, and closes it with none of {eos_tokens}; use a completion of one "
+            f"message, or {REMEDY}"
         )
     return end
 
 
 def _check_printed(message: dict, printed: str) -> None:
     """
-    Raise `ValueError` if a template omits the end of the content, a name of a tool call or, without these, the end of the
-    thoughts of a message.
+    Raise `ValueError` if a template omits the end of the content, a name of a tool call or, without these, the end of
+    the thoughts of a message.
     """
     expected = message["content"].split()[-1:]
     expected += [(call.get("function") or call).get("name", "") for call in message.get("tool_calls") or []]
@@ -199,6 +199,6 @@ def _check_printed(message: dict, printed: str) -> None:
     if missing or not expected:
         raise ValueError(
             "A chat template must print what the assistant says in each of its turns. Got "
-            f"{reprlib.repr(message)} and the rendering {reprlib.repr(printed)}; use a template that takes the content of a "
-            f"message as a text and knows its tool calls, or {REMEDY}"
+            f"{reprlib.repr(message)} and the rendering {reprlib.repr(printed)}; use a template that takes the "
+            f"content of a message as a text and knows its tool calls, or {REMEDY}"
         )

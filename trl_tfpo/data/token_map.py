@@ -3,7 +3,8 @@
 """
 Heat map of tokens with a number each, for terminals and notebooks.
 
-Each colored token also has a sign, so that no information is in colors alone. Texts of models and datasets are escaped.
+Each colored token also has a sign, so that no information is in colors alone. Texts of models and datasets are
+escaped.
 """
 
 import html

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """
-    Hash a vocabulary. Two tokenizers have the same fingerprint if and only if every id stands for the same token in both.
+    Hash a vocabulary. Two tokenizers have the same fingerprint if and only if every id stands for the same token in
+    both.
 
     The fingerprint is the same in all processes and on all machines, so it can be saved and compared later.
 
