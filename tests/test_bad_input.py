@@ -206,7 +206,7 @@ ANNOTATION = {
     "messages without a role": (lambda _: annotate(edited(prompt=[{"content": "say"}])), "messages that have a role"),
     "prompt without messages": (lambda _: annotate(edited(prompt=[])), "messages that have a role"),
     "no patient": (lambda _: annotate_token_rewards(Dataset.from_list(ROWS), None, make_tokenizer(), faces=FACES), "`patient` must be a causal language model, .*Got None"),
-    "patient that is not there": (lambda _: annotate(patient="./absent"), "Got './absent', which is not there; check the path"),
+    "patient that is not there": (lambda _: annotate(patient="./absent"), "Got './absent', which does not exist; check the path"),
     "not a tokenizer": (lambda _: annotate(tokenizer="words"), "must be a tokenizer.*Got a `str`"),
     "faces of a dict": (lambda _: annotate(faces={"positive": "a"}), "must be a `Faces` or one of"),
     "face that is no text": (lambda _: Faces(positive=3, negative="be rude"), "non-blank instruction. Got positive=3"),
@@ -247,7 +247,7 @@ TRAINING = {
     "no rows": (lambda tmp: train(tmp, train_dataset=annotate().select([])), "at least one row"),
     "settings in a dict": (lambda _: TFPOTrainer(model=make_llama(2), args={}, train_dataset=annotate()), "`args` must be a `TFPOConfig`. Got a `dict`"),
     "objective that is none": (lambda tmp: train(tmp, objective=3), "`objective` must be callable. Got 3"),
-    "ids of a larger vocabulary": (lambda tmp: train(tmp, train_dataset=Dataset.from_list([{**row, "prompt_ids": [99]} for row in annotate()])), "Got the token id 99, and that knows 0 to 21"),
+    "ids of a larger vocabulary": (lambda tmp: train(tmp, train_dataset=Dataset.from_list([{**row, "prompt_ids": [99]} for row in annotate()])), "Got the token id 99, and its ids are 0 to 21"),
 }  # fmt: skip
 SETTINGS = {
     "negative reward temperature": (lambda _: TFPOConfig("run", **{"reward_temperature": -0.25}), "`reward_temperature` must be positive"),
@@ -519,7 +519,10 @@ COMMANDS = {
     "train without data": ("train --output_dir run", "needs preferences"),
     "train without a doctor": ("train --dataset_name pairs.jsonl --output_dir run", "needs a doctor"),
     "train out of range": (f"{TRAIN} --subtb_lambda 2", "must be in [0, 1]"),
-    "train in batches of nothing": (f"{TRAIN} --per_device_train_batch_size 0", "at least 1 token or sequence. Got 0"),
+    "train in batches of nothing": (
+        f"{TRAIN} --per_device_train_batch_size 0",
+        "`per_device_train_batch_size` must be at least 1. Got 0",
+    ),
     "train at a negative rate": (f"{TRAIN} --learning_rate -1", "`learning_rate` must be at least 0. Got -1.0"),
     "train on no such split": (f"{TRAIN} --dataset_train_split dev", "must be one of ['train']. Got 'dev'"),
     "train and evaluate on no such split": (f"{TRAIN} --eval_strategy steps", "must be one of ['train']. Got 'test'"),

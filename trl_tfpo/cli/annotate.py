@@ -188,8 +188,8 @@ def sample_world(
 
 def write_outputs(args: AnnotateArguments, annotated: "Dataset", tokenizer: "PreTrainedTokenizerBase") -> None:
     """Write an annotated dataset, and print and plot its rewards as options ask for."""
+    from ..annotation.agreement import warn_unless_faces_separate
     from ..annotation.report import reward_report, show_token_rewards
-    from ..annotation.token_rewards import warn_unless_faces_separate
     from .files import push_dataset, write_dataset
 
     write_dataset(annotated, args.output)

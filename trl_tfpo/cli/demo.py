@@ -53,7 +53,7 @@ def run(arguments: Sequence[str]) -> int:
             f'the playground needs more packages ({error}). Install them: pip install "trl-tfpo[demo]"'
         ) from error
 
-    from ..data.tokenization import check_counts
+    from ..common.arguments import check_counts
 
     check_counts(max_steps=args.max_steps, max_new_tokens=args.max_new_tokens)
     listen(args.host, args.port or 0).close()  # Gradio would fail after loading, with a traceback

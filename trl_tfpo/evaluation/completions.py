@@ -17,8 +17,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..common._upstream import unwrap_peft
+from ..common.arguments import check_counts
 from ..common.progress import Progress
-from ..data.tokenization import all_eos_token_ids, check_counts, tokenize_prompt
+from ..data.tokenization import all_eos_token_ids, tokenize_prompt
 from ..decoding.generation import check_reads, guided_generate
 from ..decoding.logits_processor import DoctorGuidedLogitsProcessor
 from ..decoding.shared_forward import patient_adapters

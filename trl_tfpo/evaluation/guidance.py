@@ -18,7 +18,7 @@ from typing import TypedDict
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.tokenization import check_counts
+from ..common.arguments import check_counts
 from ..decoding.doctors import NO_ADAPTER, Doctor
 from ..decoding.generation import without_doctors
 from ..decoding.logits_processor import DoctorGuidedLogitsProcessor
