@@ -16,8 +16,9 @@ from itertools import islice
 import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, List, Value
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..common.language_model import LanguageModel
 from ..faces import Faces, apply_face, has_system_role
 from .preferences import (
     OTHER_TURN,
@@ -275,7 +276,7 @@ def _common_prefix_length(first: list[int], second: list[int]) -> int:
 
 
 def resolve_processing_class(
-    processing_class: PreTrainedTokenizerBase | None, model: PreTrainedModel, trust_remote_code: bool = False
+    processing_class: PreTrainedTokenizerBase | None, model: LanguageModel, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """Return a tokenizer with a padding token, by default that of the model. Raise `ValueError` for other objects."""
     if processing_class is None:
@@ -298,7 +299,7 @@ def check_is_tokenizer(processing_class: PreTrainedTokenizerBase) -> None:
         )
 
 
-def all_eos_token_ids(processing_class: PreTrainedTokenizerBase, *models: PreTrainedModel | None) -> list[int]:
+def all_eos_token_ids(processing_class: PreTrainedTokenizerBase, *models: "LanguageModel | None") -> list[int]:
     """Collect the ids at which generation stops, from the tokenizer and the generation configs of the models."""
     found = {processing_class.eos_token_id}
     for model in models:
