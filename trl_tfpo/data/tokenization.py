@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..common.language_model import LanguageModel
 from ..faces import Faces, apply_face, has_system_role
 from .preferences import (
     OTHER_TURN,
@@ -298,7 +299,7 @@ def check_is_tokenizer(processing_class: PreTrainedTokenizerBase) -> None:
         )
 
 
-def all_eos_token_ids(processing_class: PreTrainedTokenizerBase, *models: PreTrainedModel | None) -> list[int]:
+def all_eos_token_ids(processing_class: PreTrainedTokenizerBase, *models: LanguageModel | None) -> list[int]:
     """Collect the ids at which generation stops, from the tokenizer and the generation configs of the models."""
     found = {processing_class.eos_token_id}
     for model in models:
