@@ -299,7 +299,7 @@ def check_is_tokenizer(processing_class: PreTrainedTokenizerBase) -> None:
         )
 
 
-def all_eos_token_ids(processing_class: PreTrainedTokenizerBase, *models: LanguageModel | None) -> list[int]:
+def all_eos_token_ids(processing_class: PreTrainedTokenizerBase, *models: "LanguageModel | None") -> list[int]:
     """Collect the ids at which generation stops, from the tokenizer and the generation configs of the models."""
     found = {processing_class.eos_token_id}
     for model in models:
