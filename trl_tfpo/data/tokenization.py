@@ -257,7 +257,7 @@ def _encode(text: str, processing_class: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _leading_tokens(text: str, processing_class: PreTrainedTokenizerBase) -> tuple[list[int], str]:
-    """Special tokens that the tokenizer puts before a text: ids to be added, or the start of the text if it has them."""
+    """Special tokens that the tokenizer puts before a text: ids to add, or the start of the text if it has them."""
     plain, whole = _encode("a", processing_class), processing_class("a")["input_ids"]
     starts = [k for k in range(len(whole)) if plain and whole[k : k + len(plain)] == plain]
     special = whole[: starts[0]] if starts else []

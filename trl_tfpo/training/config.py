@@ -220,7 +220,7 @@ class TFPOConfig(_BaseConfig):
         metadata={"help": "Initial learning rate of the value head. Defaults to ten times `learning_rate`."},
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_types(self)
         check_reward_settings(
             self.reward_direction,
