@@ -394,7 +394,6 @@ EVALUATION = {
 }  # fmt: skip
 WORLD = {
     "unknown attribute": (lambda _: load_world().preference_dataset("prais", num_pairs=1, seed=0), r"one of \['calm', 'praise'\]. Got 'prais'"),
-    "noise temperature of zero": (lambda _: load_world().preference_dataset("praise", num_pairs=1, seed=0, noise_temperature=0), "must be positive. Got 0"),
     "no pairs": (lambda _: load_world().preference_dataset("praise", num_pairs=0, seed=0), "at least one prompt"),
     "unknown split": (lambda _: load_world().prompts("dev"), "`split` must be one of .* Got 'dev'"),
     "world that is not there": (lambda _: load_world("absent"), "must hold the folders 'patient' and 'doctor'.*testbed.build"),
@@ -415,7 +414,7 @@ SERVING = {
     "patient in training mode": (lambda _: Engine(make_llama(1).train(), make_tokenizer(), {}), "eval mode"),
     "empty key": (lambda _: make_app(None, model_name="world", api_key=""), "an empty key; leave out `api_key`"),
     "model without a name": (lambda _: make_app(None, model_name=""), "must have names"),
-    "weight that is not finite": (lambda _: submit([1], alpha=float("nan")), "Weights must be finite. Got `alpha` nan"),
+    "weight that is not finite": (lambda _: submit([1], alpha=float("nan")), "`alpha` must be finite. Got nan"),
     "unknown doctor": (lambda _: submit([1], weights={"kind": 1.0}), r"among \[\]. Got \['kind'\]"),
     "negative temperature": (lambda _: submit([1], temperature=-1.0), r"`temperature` must be at least 0.* Got \(-1.0"),
     "no new tokens": (lambda _: submit([1], max_new_tokens=0), "`max_new_tokens` at least 1"),
@@ -632,7 +631,7 @@ REQUESTS = {
     "no such model": ("POST", "/v1/chat/completions", CHAT | {"model": "/etc/passwd"}, 404, "must be 'world'"),
     "no such model for a text": ("POST", "/v1/completions", TEXT | {"model": "../world"}, 404, "must be 'world'"),
     "unknown doctor": ("POST", "/v1/chat/completions", CHAT | {"weights": {"kind": 1.0}}, 400, "must name doctors"),
-    "weights above one": ("POST", "/v1/chat/completions", CHAT | {"weights": {"calm": 0.9, "wild": 0.9}}, 400, "at most 1"),
+    "weights above one": ("POST", "/v1/chat/completions", CHAT | {"weights": {"calm": 0.9, "wild": 0.9}}, 400, "must not exceed 1 in sum"),
     "weight that is no number": ("POST", "/v1/chat/completions", CHAT | {"weights": {"calm": "much"}}, 400, "weights.calm"),
     "weight that is not finite": ("POST", "/v1/completions", b'{"model": "world", "prompt": "a", "alpha": Infinity}', 400, "alpha"),
     "weight out of range": ("POST", "/v1/completions", TEXT | {"alpha": 11}, 400, "alpha"),

@@ -55,7 +55,7 @@ def load_credits(path: str | os.PathLike[str], **kwargs: Any) -> torch.Tensor | 
     return None if file is None else load_file(file)["credits"]
 
 
-def credited_rewards(credits: torch.Tensor, completion_ids: torch.LongTensor, mask: torch.BoolTensor) -> torch.Tensor:
+def credited_rewards(credits: torch.Tensor, completion_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """
     Sum the credits of the tokens of each completion.
 
