@@ -336,7 +336,7 @@ def columns_of(dataset: Dataset | IterableDataset) -> set[str]:
     """Return the column names, also of a streamed dataset. Raise `ValueError` if it is empty, or not a dataset."""
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise ValueError(
-            "A dataset must be a `Dataset` or `IterableDataset` of the library Datasets. Got a "
+            "A dataset must be one of the library Datasets. Got a "
             f"`{type(dataset).__name__}`; make one, for instance with `Dataset.from_list(rows)`."
         )
     columns = dataset.column_names or next(iter(dataset), None)
