@@ -76,8 +76,8 @@ difference between the two (stage 1 of [LLMdoctor](https://huggingface.co/papers
 
 `prompt_ids`, `chosen_ids` and `rejected_ids` are token ids. `chosen_mask` and `rejected_mask` are 1 for tokens of the
 assistant, and 0 for users and tools between its turns. `chosen_token_rewards` and `rejected_token_rewards` have one
-reward for each token of the completion, in [-1, 1]. `chosen_gaps` and `rejected_gaps` have the log-probability under the
-positive face minus that under the negative face, in nats.
+reward for each token of the completion, in [-1, 1]. `chosen_gaps` and `rejected_gaps` have the log-probability under
+the positive face minus that under the negative face, in nats.
 
 ```python
 from trl_tfpo import TFPOTrainer

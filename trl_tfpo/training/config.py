@@ -71,10 +71,11 @@ class TFPOConfig(_BaseConfig):
             $\theta$ in `[0, 1)`. Tokens of lower importance get no reward.
 
         calibrate_rewards (`bool`, *optional*):
-            Whether to fit the token rewards to the labels, see [`~trl_tfpo.training.calibration.calibrate`]. The doctor
-            then starts at the credits of the tokens (an adapter of guided flow starts at zero), and `reward_direction`
-            has no effect. By default, rewards are calibrated if that explains held-out labels better. This needs
-            guided flow without an adapter, 128 pairs, and the default `reward_direction` and `reward_fn`.
+            Whether to fit the token rewards to the labels, see [`~trl_tfpo.training.calibration.calibrate`]. The
+            doctor then starts at the credits of the tokens (an adapter of guided flow starts at zero), and
+            `reward_direction` has no effect. By default, rewards are calibrated if that explains held-out labels
+            better. This needs guided flow without an adapter, 128 pairs, and the default `reward_direction` and
+            `reward_fn`.
 
         > Parameters that control the objective
 
