@@ -41,8 +41,9 @@ from trl_tfpo import (
 from trl_tfpo.annotation.scoring import score_completions
 from trl_tfpo.evaluation import Completion, evaluate_guidance, next_token_statistics
 from trl_tfpo.models.adapters import RECORD, center_head, trained_exponents
-from trl_tfpo.models.doctor import VALUE_HEAD_FILE, make_doctor
+from trl_tfpo.models.doctor import make_doctor
 from trl_tfpo.models.guidance import GUIDANCE, start_guidance
+from trl_tfpo.models.saved_doctor import VALUE_HEAD_FILE
 from trl_tfpo.server import Engine
 
 

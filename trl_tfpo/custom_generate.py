@@ -20,7 +20,7 @@ from .decoding.exponents import Weight, default_beta
 from .decoding.generation import guided_generate
 from .decoding.logits_processor import DoctorGuidedLogitsProcessor
 from .models.adapters import trained_exponents
-from .models.doctor import load_doctor
+from .models.saved_doctor import load_doctor
 from .models.token_credits import load_credits
 
 

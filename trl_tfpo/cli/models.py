@@ -10,8 +10,8 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, Pre
 from ..common.language_model import LanguageModel
 from ..common.precision import default_dtype
 from ..data.tokenizer_identity import check_same_tokenizer
-from ..models.doctor import load_doctor
 from ..models.named_model import NamedModel
+from ..models.saved_doctor import load_doctor
 from .options import DTYPES
 
 

@@ -22,7 +22,7 @@ from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBa
 
 from ..data.tokenizer_identity import check_all_same
 from ..functional import guided_logps, next_token_entropy, plausible_mask
-from ..models.doctor import load_doctor
+from ..models.saved_doctor import load_doctor
 from ..models.token_credits import load_credits
 from .doctors import Doctor, DoctorMemory, check_reference
 from .exponents import (

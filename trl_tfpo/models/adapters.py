@@ -19,8 +19,9 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import PreTrainedModel
 
-from ..common._upstream import active_adapters, adapter_layers, is_sharded, unwrap_peft
+from ..common._upstream import active_adapters, adapter_layers
 from ..common.atomic import FORMAT, check_format
+from ..common.language_model import LanguageModel, is_sharded, unwrap_peft
 from .guidance_head import GuidanceHead
 
 
@@ -34,7 +35,7 @@ ZERO_SUM = 0.02  # threshold, relative to the sum of independent rows: above the
 _ZERO_SUMS: WeakKeyDictionary[torch.nn.Module, tuple[tuple[int, int], bool]] = WeakKeyDictionary()
 
 
-def check_adapters(model: PreTrainedModel, name: str = "A doctor") -> None:
+def check_adapters(model: LanguageModel, name: str = "A doctor") -> None:
     """
     Check that all adapters change weights only, and that each of them can be switched off.
 
@@ -75,7 +76,7 @@ def why_unreadable(config: "PeftConfig") -> str | None:
     return None
 
 
-def check_speaks(model: PreTrainedModel, adapters: Sequence[str] | None = None) -> None:
+def check_speaks(model: LanguageModel, adapters: Sequence[str] | None = None) -> None:
     """
     Check that a patient is a language model rather than a doctor of guided flow.
 
@@ -97,7 +98,7 @@ def check_speaks(model: PreTrainedModel, adapters: Sequence[str] | None = None) 
         )
 
 
-def trained_exponents(model: PreTrainedModel, adapters: Sequence[str] | None = None) -> dict[str, float]:
+def trained_exponents(model: LanguageModel, adapters: Sequence[str] | None = None) -> dict[str, float]:
     """
     Exponents that a doctor was trained for: `alpha` of the patient and `beta` of the doctor.
 
@@ -141,7 +142,7 @@ def trained_exponents(model: PreTrainedModel, adapters: Sequence[str] | None = N
     return {}
 
 
-def record_exponents(model: PreTrainedModel, exponents: dict[str, float]) -> None:
+def record_exponents(model: LanguageModel, exponents: dict[str, float]) -> None:
     """
     Record the exponents that the active adapters are trained for, in their configs.
 
@@ -158,7 +159,7 @@ def record_exponents(model: PreTrainedModel, exponents: dict[str, float]) -> Non
 
 
 @torch.no_grad()
-def center_head(model: PreTrainedModel, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+def center_head(model: LanguageModel, state_dict: dict[str, torch.Tensor] | None = None) -> None:
     """
     Shift the language model head of a doctor of guided flow so that its rows add up to zero, in place.
 
@@ -184,11 +185,11 @@ def center_head(model: PreTrainedModel, state_dict: dict[str, torch.Tensor] | No
         weight.sub_(_mean_row(weight))
 
 
-def _peft_config(model: PreTrainedModel, name: str) -> "PeftConfig":
+def _peft_config(model: LanguageModel, name: str) -> "PeftConfig":
     return cast("PeftConfig", model.peft_config[name])
 
 
-def _exponents_of_adapter(model: PreTrainedModel, name: str) -> dict[str, float] | None:
+def _exponents_of_adapter(model: LanguageModel, name: str) -> dict[str, float] | None:
     """Exponents in the config of an adapter, or `None` if the adapter is not a doctor."""
     config = _peft_config(model, name)
     own_modules = set(getattr(config, "modules_to_save", None) or ())

@@ -6,10 +6,11 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets.fingerprint import Hasher
-from transformers import PreTrainedModel
+
+from ..common.language_model import LanguageModel
 
 
-def model_fingerprint(model: PreTrainedModel) -> str:
+def model_fingerprint(model: LanguageModel) -> str:
     """
     Hash the configuration and the weights of a model. With several processes, all of them must call it.
 

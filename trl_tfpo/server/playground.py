@@ -26,7 +26,7 @@ from ..data.tokenization import tokenize_prompt
 from ..decoding.logits_processor import DoctorGuidedLogitsProcessor
 from ..evaluation import evaluate_guidance
 from ..evaluation.guidance import GuidanceResult
-from ..models.doctor import load_doctor
+from ..models.saved_doctor import load_doctor
 from ..testbed import World, load_world, reward_kl_frontier
 from ..testbed.language import MAX_NEW_TOKENS
 from ..training.config import TFPOConfig

@@ -18,8 +18,8 @@ from transformers.trainer_utils import HubStrategy
 
 from ..common._upstream import _BaseTrainer, is_peft_model, is_sharded
 from ..models.adapters import VALUE_HEAD, center_head
-from ..models.doctor import VALUE_HEAD_FILE, fold_map, load_value_head, save_value_head
 from ..models.guidance import GUIDANCE_FILE, save_guidance
+from ..models.saved_doctor import VALUE_HEAD_FILE, fold_map, load_value_head, save_value_head
 from ..models.token_credits import CREDITS_FILE, save_credits
 from .calibration import Calibration
 from .cards import CUSTOM_GENERATE_FOLDER, complete_model_card, save_custom_generate

@@ -417,7 +417,9 @@ class TFPOTrainer(DoctorFiles):
         return (loss, {**outputs, "rewards": rewards}) if return_outputs else loss
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The batches of one optimizer step, and the number of their pairs in all processes: every pair has equal weight."""
+        """
+        The batches of one optimizer step, and the number of their pairs in all processes: every pair has equal weight.
+        """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         num_pairs = torch.tensor(sum(len(batch["is_complete"]) // 2 for batch in batches), device=device)
         return batches, self.accelerator.gather(num_pairs).sum()
@@ -468,9 +470,9 @@ class TFPOTrainer(DoctorFiles):
                 Prefix of the names of the metrics.
 
         Returns:
-            [`~transformers.trainer_utils.PredictionOutput`]: `predictions` of shape `(num_pairs, 2)`, the implicit rewards
-            of the chosen and of the rejected completion, see [`~trl_tfpo.training.objective.pair_rewards`], or None
-            where there is no reference; and `metrics` as in `evaluate`.
+            [`~transformers.trainer_utils.PredictionOutput`]: `predictions` of shape `(num_pairs, 2)`, the implicit
+            rewards of the chosen and of the rejected completion, see [`~trl_tfpo.training.objective.pair_rewards`], or
+            None where there is no reference; and `metrics` as in `evaluate`.
         """
         check_split(test_dataset, "test_dataset")
         test_dataset = self._annotate(test_dataset, self.processing_class, self.args)
