@@ -206,7 +206,7 @@ ANNOTATION = {
     "messages without a role": (lambda _: annotate(edited(prompt=[{"content": "say"}])), "messages that have a role"),
     "prompt without messages": (lambda _: annotate(edited(prompt=[])), "messages that have a role"),
     "no patient": (lambda _: annotate_token_rewards(Dataset.from_list(ROWS), None, make_tokenizer(), faces=FACES), "`patient` must be a causal language model, .*Got None"),
-    "patient that is not there": (lambda _: annotate(patient="./absent"), "Got './absent', which does not exist; check the path"),
+    "patient that is not there": (lambda _: annotate(patient="./absent"), "Got './absent', which is not there; check the path"),
     "not a tokenizer": (lambda _: annotate(tokenizer="words"), "must be a tokenizer.*Got a `str`"),
     "faces of a dict": (lambda _: annotate(faces={"positive": "a"}), "must be a `Faces` or one of"),
     "face that is no text": (lambda _: Faces(positive=3, negative="be rude"), "non-blank instruction. Got positive=3"),
