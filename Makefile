@@ -7,8 +7,8 @@ export TOKENIZERS_PARALLELISM = false
 export OMP_NUM_THREADS ?= 1
 
 # What is tried when things go wrong; each of these files has more of it where the environment asks for it
-RELIABILITY = $(wildcard $(patsubst %,tests/test_%.py,\
-	atomic bad_input determinism fault* formats fuzz* numbers security server shards upstream))
+RELIABILITY = tests/bad_input $(wildcard $(patsubst %,tests/test_%.py,\
+	atomic determinism fault* formats fuzz* numbers security server shards upstream))
 
 .PHONY: demo demo-real bench-real test test-reliability style quality audit docs screenshot clean
 

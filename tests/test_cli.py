@@ -117,7 +117,7 @@ def test_version_and_environment(capsys):
     assert "trl-tfpo 0." in printed and "- torch: 2" in printed and "- Accelerators: " in printed
 
 
-# Mistakes; `test_bad_input.py` has all of them
+# Mistakes; `bad_input/test_cli.py` has all of them
 
 
 def test_a_mistake_in_a_process_of_its_own(folder):
