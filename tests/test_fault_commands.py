@@ -14,20 +14,9 @@ from http.client import HTTPException
 import datasets
 import pytest
 from conftest import conversational_rows, make_llama, make_tokenizer
-from injection import (
-    NUM_FAULTS,
-    PATIENCE,
-    end_of,
-    fails,
-    finish,
-    free_port,
-    in_child,
-    kill,
-    on_read_only,
-    strike,
-    without_room,
-)
+from injection import NUM_FAULTS, on_read_only, strike, without_room
 from matplotlib import figure  # noqa: F401  imported here once, and not in each child
+from processes import PATIENCE, end_of, fails, finish, free_port, in_child, kill
 
 from trl_tfpo import evaluation, testbed  # noqa: F401
 from trl_tfpo.cli import main

@@ -14,7 +14,8 @@ import torch
 from accelerate import PartialState
 from conftest import conversational_rows
 from datasets import Dataset
-from injection import NUM_FAULTS, end_of, finish, free_port, in_child, kill, wait_for, without_room
+from injection import NUM_FAULTS, without_room
+from processes import end_of, finish, free_port, in_child, kill, wait_for
 
 from trl_tfpo import annotate_token_rewards
 from trl_tfpo.annotation import score_cache as shards
