@@ -3,8 +3,8 @@
 """
 What each process of `test_engines.py` runs: a training on raw preferences, with a patient and a doctor given by name.
 
-A job is `full`, `lora`, `ratio` or `guided`. With `-undivided`, its steps do not accumulate gradients. With `-resumed`, it
-resumes the second checkpoint of the job before it.
+A job is `full`, `lora`, `ratio` or `guided`. With `-undivided`, its steps do not accumulate gradients. With
+`-resumed`, it resumes the second checkpoint of the job before it.
 """
 
 import json

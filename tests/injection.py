@@ -20,7 +20,7 @@ NUM_FAULTS = int(os.environ.get("TRL_TFPO_FAULTS", 3))  # of each random test; `
 def strike(draw: random.Random, seconds: float, num_bytes: int, function, *args) -> bool:
     """
     Run in a process that dies at a random moment of so many seconds, or at a random byte of so many of a file that it
-    writes. Whether it died.
+    writes. True if it died.
     """
     if draw.random() < 0.5:
         child = in_child(function, *args)
@@ -33,8 +33,8 @@ def strike(draw: random.Random, seconds: float, num_bytes: int, function, *args)
 
 def without_room(action: signal.Handlers, num_bytes: int, function, *args):
     """
-    In a child: no file grows beyond so many bytes. With `SIG_IGN` that is an error, as on a full disk; with `SIG_DFL` it
-    is the death of the process.
+    In a child: no file grows beyond so many bytes. With `SIG_IGN`, a longer write raises, as on a full disk; with
+    `SIG_DFL`, it kills the process.
     """
     signal.signal(signal.SIGXFSZ, action)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

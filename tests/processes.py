@@ -21,7 +21,7 @@ PATIENCE = 300  # seconds after which a process counts as hung: many times what 
 
 
 def in_child(function, *args, said: str | int | None = None) -> int:
-    """Run in a forked process, whose output goes to `said`, a file or its descriptor. Its id."""
+    """Run in a forked process; returns its id. Its output goes to `said`, a file or its descriptor."""
     child = os.fork()
     if child:
         return child
@@ -45,7 +45,7 @@ def in_child(function, *args, said: str | int | None = None) -> int:
 
 
 def start_ranks(output: Path, function, *args) -> list[int]:
-    """Run in two processes of one distributed job, with torchrun's environment. They write to OUTPUT/rank-N.txt. Their ids."""
+    """Run in two processes of one distributed job, with torchrun's environment. Output goes to OUTPUT/rank-N.txt."""
     output.mkdir(exist_ok=True)
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
 
@@ -79,7 +79,7 @@ def kill(child: int) -> None:
 
 
 def end_of(child: int) -> int:
-    """Wait for a process; its status, as `waitpid` has it."""
+    """Wait for a process; returns its status, as `waitpid` does."""
     deadline = time.monotonic() + PATIENCE
     while not (ended := os.waitpid(child, os.WNOHANG))[0]:
         if time.monotonic() > deadline:
@@ -96,7 +96,7 @@ def finish(children: list[int]) -> None:
 
 
 def fails(function, *args) -> str:
-    """Run in a process that must end with an error, by itself. Its output."""
+    """Run in a process that must end with an error, by itself; returns its output."""
     reader, writer = os.pipe()  # a file would be full, too
     child = in_child(function, *args, said=writer)
     os.close(writer)

@@ -293,7 +293,7 @@ def test_a_head_of_zeros_is_no_ratio():
 
 
 def test_the_head_is_looked_at_once(folder, base, monkeypatch):
-    """It may have a billion weights, and a patient is asked at every generation. Changed weights are looked at again."""
+    """The check of a head is cached, as a head may have a billion weights; changed weights are checked again."""
     model, calls = make_llama(3), []
     norm = torch.linalg.vector_norm
     monkeypatch.setattr(torch.linalg, "vector_norm", lambda *args, **kwargs: calls.append(1) or norm(*args, **kwargs))

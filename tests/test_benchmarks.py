@@ -274,7 +274,7 @@ def test_interpolation(frontier):
 
 
 def test_the_kl_of_a_reward_guided_search(frontier):
-    """A search without reward is the patient but for the tokens it leaves out; its KL must say so, and grow with the reward."""
+    """The KL of a search is near 0 without reward, and grows with the weight of the reward."""
     from methods import Task, args_decoding
 
     task = Task("praise", 0, num_pairs=16, max_steps=2, num_samples_per_prompt=8)
@@ -387,7 +387,7 @@ def test_settings_are_swept_once(tmp_path, capsys):
 
 @pytest.fixture
 def two_tokens():
-    """Samples of a patient that draws two tokens of five, apart from one another; the reward of a text is a sum over them."""
+    """Samples of a patient that draws two of five tokens independently; the reward of a text is a sum over them."""
     generator = torch.Generator().manual_seed(0)
     logps = torch.randn(5, generator=generator).log_softmax(dim=-1)
     first, second = torch.multinomial(logps.exp(), 8000, True, generator=generator).view(2, 2, 2000)  # (P, N) each

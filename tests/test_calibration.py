@@ -30,7 +30,7 @@ def made_up_pairs(
     vocabulary: int = VOCABULARY,
 ):
     """
-    Pairs of random tokens with values that are linear in their embeddings. Gaps are values and the noise of their context, labels are
+    Pairs of random tokens with values that are linear in their embeddings. A gap is a value with noise; labels are
     drawn from a Bradley-Terry model of the values.
     """
     generator = torch.Generator().manual_seed(0)
@@ -90,7 +90,7 @@ def test_length_and_the_end_get_no_reward():
 
 
 def test_rewards_are_the_terms_of_the_fit():
-    """A term that is fitted and not paid, or paid twice, would make another reward than the one that explains the labels."""
+    """Rewards are the sum of the fitted terms: none is left out, and none is added twice."""
     dataset, embeddings, _ = made_up_pairs(num_pairs=40)
     masks = [[True] * (len(row) - 2) + [False, True] for row in dataset["chosen_ids"]]
     dataset = dataset.add_column("chosen_mask", masks)

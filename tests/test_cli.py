@@ -70,7 +70,7 @@ def trl_tfpo(*arguments, cwd):
 
 @pytest.mark.parametrize("verb", [name for name in VERBS if name != "train"])
 def test_help_of_a_verb_is_instant(verb, tmp_path):
-    """Nobody looks up an option twice when it takes ten seconds. `train` has those of transformers, which need torch."""
+    """The help of a verb loads no torch, but for `train`, whose options include those of transformers."""
     script = (
         "import sys; from trl_tfpo.cli import main\n"
         "try: main([sys.argv[1], '--help'])\n"
@@ -83,7 +83,7 @@ def test_help_of_a_verb_is_instant(verb, tmp_path):
 
 
 def test_help_needs_nothing(tmp_path):
-    """Help that loads torch first takes seconds, every time somebody asks."""
+    """The list of verbs loads none of the large libraries."""
     script = (
         "import sys; from trl_tfpo.cli import main; status = main(['--help']);"
         "heavy = {'torch', 'transformers', 'trl', 'datasets', 'accelerate', 'numpy'} & set(sys.modules);"

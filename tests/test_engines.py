@@ -46,8 +46,8 @@ def make_folder(folder, doctor_size=16, patient_size=32):
 
 def launch(engine, folder, output, *jobs, mixed_precision="no"):
     """
-    Run the jobs in two processes of an engine, by Accelerate's launcher with the config that is shipped. Its last step,
-    to start the processes, is a fork here: nothing has to be imported again.
+    Run jobs in two processes, by Accelerate's launcher with the shipped config of an engine. The launcher's last step,
+    which starts the processes, is replaced by a fork, so that nothing is imported again.
     """
     config = ROOT / "examples" / "accelerate_configs" / f"{engine}.yaml"
     options = ["--config_file", config, "--num_processes", 2, "--mixed_precision", mixed_precision, "engine_run.py"]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Commands that are killed, or have no room: the same command again writes the same bytes; and a server that is killed."""
+"""A command that is killed, or has no room, writes the same bytes when it is run again; and a server is killed."""
 
 import json
 import os
@@ -26,9 +26,10 @@ from trl_tfpo.evaluation import ChatJudge
 COMMANDS = {
     "annotate": "annotate --dataset_name {data}/preferences.jsonl --patient {data}/patient "
     "--positive_face kind --negative_face rude --output {output}/annotated.parquet --overwrite",
-    "generate": "generate --world --doctor {data}/world --num_samples_per_prompt 2 --seed 3 --output {output}/texts.jsonl",
-    "evaluate": "evaluate --overwrite --completions patient={data}/patient.jsonl doctor={data}/doctor.jsonl --world praise "
-    "--baseline patient --output_dir {output}",
+    "generate": "generate --world --doctor {data}/world --num_samples_per_prompt 2 --seed 3 "
+    "--output {output}/texts.jsonl",
+    "evaluate": "evaluate --overwrite --completions patient={data}/patient.jsonl doctor={data}/doctor.jsonl "
+    "--world praise --baseline patient --output_dir {output}",
 }
 
 

@@ -3,7 +3,7 @@
 """
 Death, damage and a full disk, at random moments: the same command again ends as if nothing had happened.
 
-`TRL_TFPO_FAULTS` says how many random faults each test injects; `make test-reliability` asks for more than `make test`.
+`TRL_TFPO_FAULTS` is the number of random faults that each test injects; `make test-reliability` raises it.
 """
 
 import math

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-What nobody thought of: laws for whatever preferences, tensors and requests hypothesis comes up with. That of the processor is
+Laws for random preferences, tensors and requests, drawn by hypothesis. That of the logits processor is
 `test_decoding_modes.py::test_any_text_any_weights`.
 
 `TRL_TFPO_FUZZ=900` in the environment asks the server for so many seconds, at random; `-s` shows what it answered.
@@ -180,7 +180,7 @@ def url():
 
 
 def make_likelier_to_be_answered(body):
-    """A request for a model, doctors and tokens that are there, and few of them; else most would end at the first check."""
+    """Replace names and numbers by valid ones; otherwise most requests would end at the first check."""
     body["model"] = "tiny"
     for name in {"n", "max_tokens", "max_completion_tokens"} & body.keys():
         if type(body[name]) is int and body[name] > 0:

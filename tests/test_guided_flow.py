@@ -34,7 +34,7 @@ def tokens_of(output):
 @pytest.mark.parametrize("scale", [{}, {"logit_scale": 2.0}], ids=["fused", "of logits"])
 @pytest.mark.parametrize("patient_vocab", [22, 30, 20], ids=["same", "padded patient", "padded doctor"])
 def test_log_probabilities_and_gradients_are_those_of_the_product(patient_vocab, scale):
-    """The normaliser runs over the vocabulary and depends on the doctor: without its gradient another policy is trained."""
+    """The normalizer, a sum over the vocabulary, has a gradient to the doctor."""
     size = min(22, patient_vocab)
     doctor, twin, patient = make_llama(3), make_llama(3), make_llama(1, vocab_size=patient_vocab, hidden_size=24)
     vars(patient.config).update(scale)  # one that Llama does not look at, but others do: then the logits are asked
@@ -109,7 +109,7 @@ class TestTraining:
         return run
 
     def test_what_is_decoded_is_what_was_trained(self, run, patient, policy):
-        """Else the strength at which a doctor is right is anybody's guess, and the checkpoint's word is worth nothing."""
+        """The strength at which a doctor was trained is saved with it, and decoding uses it."""
         trainer = run("run", max_steps=8, per_device_train_batch_size=8)
         assert losses(trainer)[-1] < losses(trainer)[0]
         before = patient if policy == "guided" else make_llama(2)

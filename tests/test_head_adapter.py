@@ -119,7 +119,7 @@ def test_a_trained_doctor_goes_on_with_its_credits(trainer, tmp_path):
 
 
 def test_the_folder_is_a_small_ordinary_adapter(trainer, base, tmp_path):
-    """PEFT would put the embeddings of the patient beside an adapter on its head: 113 MB of them for a model of 135M."""
+    """An adapter on the head is saved without the tied embeddings, which PEFT adds: 113 MB for a model of 135M."""
     trainer.train()
     trainer.save_model()
     state = load_file(tmp_path / "doctor" / "adapter_model.safetensors")

@@ -15,7 +15,7 @@ from trl_tfpo.training.head_choice import explained_gaps
 
 
 def test_what_tokens_and_embeddings_explain():
-    """Values of variance about 1 under noise of variance 1 are half of the variance of the gaps, whoever knows them."""
+    """Values with variance 1 under noise with variance 1 explain half of the variance of the gaps."""
     dataset, embeddings, values = made_up_pairs(num_pairs=600)
     expected = values[3:].var() / (values[3:].var() + 1)
     by_token, by_embedding = explained_gaps(dataset, embeddings, [EOS])

@@ -862,7 +862,7 @@ def test_adapters_by_tfpo_and_by_dpo(chat_model, tmp_path, capsys):
 
 
 def test_an_adapter_is_measured_as_the_ratio_to_the_patient(chat_model, tasks):
-    """Logits at a few candidates in the place of two models: a head that is left out would be measured as no doctor at all."""
+    """The logits of an adapter at some candidates are the difference of two whole models, its head included."""
     states, lora = load("states"), load("lora")
     patient, tokenizer = (
         AutoModelForCausalLM.from_pretrained(chat_model).eval(),

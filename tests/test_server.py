@@ -273,7 +273,7 @@ def test_metrics_count(client, url, engine):
 
 @pytest.mark.slow
 def test_serve_as_a_command(world, tmp_path):
-    """What the first page of the documentation promises: a command, a client, and another weight for the same prompt."""
+    """The command serves a client, and another weight gives another answer to the same prompt."""
     for name, seed in (("helpful", 1), ("harmless", 2)):
         torch.manual_seed(seed)
         doctor = AutoModelForCausalLM.from_pretrained(world.weights / "doctor")

@@ -418,7 +418,7 @@ def test_build_makes_a_world_that_loads(tmp_path):
 
 @pytest.mark.parametrize("seed", range(30))
 def test_drawn_languages_are_languages(seed):
-    """A drawn world with text that is too long, ungrammatical or leans to a mood would judge methods by its own faults."""
+    """Texts of a drawn world are grammatical, short enough, and without a mood of their own."""
     language, rng = random_language(seed), random.Random(seed)
     tokenizer, attributes = language.make_tokenizer(), language.attributes
     assert language == random_language(seed) != random_language(seed + 1)

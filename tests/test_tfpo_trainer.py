@@ -101,7 +101,7 @@ class TestTraining:
             assert evaluated[f"eval_{split}_loss"] == pytest.approx(evaluated["eval_one_loss"])
 
     def test_all_parts_know_the_same_ends(self, preferences, patient, doctor, tokenizer, tmp_path):
-        """Gemma ends turns with a token that only its generation config names: without it no flow is bounded, in silence."""
+        """All parts know the end tokens of the generation config, where alone Gemma names the end of a turn."""
         tokenizer.chat_template = tokenizer.chat_template.replace("' ' + eos_token", "' <unk>'")
         patient.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.unk_token_id]
         options = dict(train_dataset=preferences, processing_class=tokenizer, faces=FACES)
@@ -114,7 +114,7 @@ class TestTraining:
         assert next(iter(trainer.get_train_dataloader()))["is_complete"].all()
 
     def test_the_collators_patient_says_where_answers_end(self, preferences, patient, doctor, tokenizer, tmp_path):
-        """A patient that only the collator has may end its turns with a token of its own, and what follows is never said."""
+        """The end tokens of a patient that only the collator has are known: a completion ends at the first one."""
         patient.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.unk_token_id]
         dataset = preferences.map(lambda row: {"prompt": "say", "chosen": " good <unk> and", "rejected": " bad"})
         trainer = TFPOTrainer(
@@ -153,7 +153,7 @@ class TestTraining:
             )
 
     def test_several_turns(self, preferences, patient, doctor, tokenizer, tmp_path):
-        """Answers of several turns: the doctor trains on its own, after what it guides and the reference scored the same."""
+        """The loss falls on answers of several turns, under either policy."""
         more = [{"role": "user", "content": "and the bread"}, {"role": "assistant", "content": "very good"}]
         dataset = preferences.map(lambda row: {"chosen": row["chosen"] + more})
         for policy in ("ratio", "doctor"):

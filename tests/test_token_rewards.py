@@ -139,7 +139,7 @@ def test_a_patient_by_path_gives_the_same(preferences, patient, tokenizer, tmp_p
 
 
 def test_a_patient_by_name_is_loaded_once_for_a_dataset(patient, tokenizer, tmp_path, monkeypatch):
-    """Minutes of loading 70B parameters, to find that there is nothing left to ask; or the rewards of other weights."""
+    """A patient given by name is loaded only if scores are missing, and its weights are told apart."""
     loads = []
     load_model = named_model.load_model
     monkeypatch.setattr(
