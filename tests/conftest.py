@@ -112,9 +112,18 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def neighbours(request):
+    """Tests of scripts name their folder, `SCRIPTS`, which Python puts first in its path for whoever runs a script."""
+    with pytest.MonkeyPatch.context() as patch:
+        if hasattr(request.module, "SCRIPTS"):
+            patch.syspath_prepend(request.module.SCRIPTS)
+        yield
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Of what is as it was no longer upstream, the docstring says what to change here."""
+    """Where something has changed upstream, the docstring of the test says what to change here."""
     report = yield
     if report.failed and item.path.name == "test_upstream.py":
         report.sections.append(("What this is about", inspect.getdoc(item.function)))

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
+"""The task of people's labels, on a model that is made in a second."""
 
 import gzip
 import json
@@ -8,24 +9,21 @@ import math
 import pytest
 import torch
 from conftest import make_tokenizer
-from test_real_bench import EOS, REAL, load, make_chat_model
+from scripts import EOS, REAL, load, make_chat_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-@pytest.fixture(autouse=True)
-def neighbours(monkeypatch):
-    """The folder of the script, which Python puts first for whoever runs it."""
-    monkeypatch.syspath_prepend(REAL)
+SCRIPTS = REAL
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def human():
-    return load("human")
+    return load(REAL, "human")
 
 
 @pytest.fixture(scope="module")
 def chat_model(tmp_path_factory):
-    words = "good bad who why how is it the a b c d e f considerate reckless assistant. You are".split()
+    words = "good bad who why how is it the a b c d e f considerate reckless assistant. You are"
     return make_chat_model(tmp_path_factory.mktemp("human"), words)
 
 
