@@ -14,15 +14,15 @@ from pathlib import Path
 import torch
 from accelerate import DistributedType, PartialState
 from accelerate.state import AcceleratorState
+from conftest import FACES
 from datasets import config, load_dataset
 from peft import LoraConfig
 
-from trl_tfpo import Faces, TFPOConfig, TFPOTrainer, tfpo_objective
+from trl_tfpo import TFPOConfig, TFPOTrainer, tfpo_objective
 from trl_tfpo.common._upstream import is_sharded
 
 
 GLOBAL_BATCH = 8  # pairs of one optimizer step, whatever the engine
-FACES = Faces(positive="you are kind", negative="you are rude")
 
 
 class RecordingObjective:

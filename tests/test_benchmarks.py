@@ -198,7 +198,7 @@ def test_training_is_compared_on_the_same_shapes(tmp_path, monkeypatch):
 def frontier():
     """The script, whose quick runs are as short as they can be."""
     module = load(BENCHMARKS, "frontier")
-    module.QUICK = dict(num_pairs=16, max_steps=5, num_samples_per_prompt=6)
+    module.QUICK = dict(num_pairs=16, max_steps=5, num_samples_per_prompt=4)
     module.QUICK_KLS = [0.01, 0.02]
     return module
 

@@ -6,13 +6,12 @@ import sys
 
 import pytest
 import torch
-from conftest import conversational_rows, make_llama, make_tokenizer
+from conftest import FACES, conversational_rows, make_llama, make_tokenizer, save_model
 from datasets import Dataset
 from transformers import GenerationConfig
 
 from trl_tfpo import (
     DoctorGuidedLogitsProcessor,
-    Faces,
     LogGuidedCompletionsCallback,
     TFPOConfig,
     TFPOTrainer,
@@ -21,7 +20,6 @@ from trl_tfpo import (
 )
 
 
-FACES = Faces(positive="you are kind", negative="you are rude")
 GREEDY = GenerationConfig(do_sample=False, max_new_tokens=6, eos_token_id=None, pad_token_id=0)
 
 
@@ -85,8 +83,7 @@ def test_training_is_the_same_with_and_without(annotated, tmp_path):
 
 def test_a_patient_by_name_and_prompts_of_the_evaluation(annotated, tmp_path):
     """The patient, which the trainer has released, is loaded again by name; prompts are held-out ones if any."""
-    make_llama(1, 32).save_pretrained(tmp_path / "patient")
-    make_tokenizer().save_pretrained(tmp_path / "patient")
+    save_model(tmp_path / "patient", make_llama(1, 32))
     trainer = TFPOTrainer(
         model=make_llama(2),
         patient_model=str(tmp_path / "patient"),

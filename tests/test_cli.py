@@ -15,7 +15,7 @@ from pathlib import Path
 import datasets
 import pytest
 from accelerate.state import AcceleratorState
-from conftest import WORDS, conversational_rows, hear_interruptions, make_llama, make_tokenizer
+from conftest import WORDS, conversational_rows, hear_interruptions, make_llama, make_tokenizer, save_model, write_rows
 from datasets import Dataset, load_dataset, load_from_disk
 from processes import finish, in_child, start_ranks
 
@@ -38,18 +38,16 @@ def environment(monkeypatch):
 def folder(tmp_path_factory):
     """Preferences, a patient and a doctor, as files."""
     folder = tmp_path_factory.mktemp("cli")
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in conversational_rows(8)))
+    write_rows(folder / "pairs.jsonl", conversational_rows(8))
     (folder / "config.yaml").write_text("num_pairs: 3\nworld: praise\n")
     (folder / "launch.yaml").write_text("num_processes: 1\ncpu: true\n")
     for name, seed in (("patient", 1), ("doctor", 2)):
-        make_llama(seed).save_pretrained(folder / name)
-        make_tokenizer().save_pretrained(folder / name)
-    make_llama(3).save_pretrained(folder / "stranger")
-    make_tokenizer(" ".join(reversed(WORDS.split()))).save_pretrained(folder / "stranger")
+        save_model(folder / name, make_llama(seed))
+    save_model(folder / "stranger", make_llama(3), make_tokenizer(" ".join(reversed(WORDS.split()))))
     rows = {"a": ["kind", "rude"], "b": ["kind", "kind"]}
     for name, texts in rows.items():
         lines = [{"prompt": "you are", "completion": text} for text in texts]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_rows(folder / f"{name}.jsonl", lines)
     return folder
 
 

@@ -10,7 +10,7 @@ import engine_run
 import pytest
 import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
-from conftest import conversational_rows, make_llama, make_tokenizer
+from conftest import conversational_rows, make_llama, make_tokenizer, save_model, write_rows
 from datasets import Dataset
 from peft import LoraConfig
 from processes import end_of, start_ranks
@@ -36,11 +36,10 @@ pytestmark = pytest.mark.slow
 
 
 def make_folder(folder, doctor_size=16, patient_size=32):
-    with open(folder / "preferences.jsonl", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in conversational_rows(24))
-    for name, model in (("patient", make_llama(1, patient_size)), ("doctor", make_llama(2, doctor_size))):
-        model.save_pretrained(folder / name)
-        make_tokenizer().save_pretrained(folder / name)
+    """Preferences, a patient and a doctor, as files."""
+    write_rows(folder / "preferences.jsonl", conversational_rows(24))
+    save_model(folder / "patient", make_llama(1, patient_size))
+    save_model(folder / "doctor", make_llama(2, doctor_size))
     return folder
 
 

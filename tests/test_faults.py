@@ -17,19 +17,16 @@ import datasets
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from conftest import conversational_rows, make_llama, make_tokenizer
+from conftest import FACES, conversational_rows, make_llama, make_tokenizer, save_model
 from datasets import Dataset, load_from_disk
 from injection import NUM_FAULTS, on_read_only, strike, without_room
 from processes import PATIENCE, end_of, fails, finish, in_child, kill, start_ranks, wait_for
 from safetensors.torch import load_file
 
-from trl_tfpo import Faces, TFPOConfig, TFPOTrainer, TokenRewardCollator, annotate_token_rewards
+from trl_tfpo import TFPOConfig, TFPOTrainer, TokenRewardCollator, annotate_token_rewards
 from trl_tfpo.annotation.score_cache import SHARD_SIZE
 from trl_tfpo.cli import main
 from trl_tfpo.training.checkpoints import CONTENTS_FILE, check_checkpoint, mark_whole, resolve_checkpoint
-
-
-FACES = Faces(positive="you are kind", negative="you are rude")
 
 
 @pytest.fixture(scope="module")
@@ -231,8 +228,7 @@ def test_a_dataset_that_vanishes(annotated, undisturbed, tmp_path, record_proper
     assert_equal(outcome(run), outcome(undisturbed[0]))
 
     doctor, data, run = tmp_path / "doctor", tmp_path / "data.parquet", tmp_path / "again"
-    make_llama(2).save_pretrained(doctor)
-    make_tokenizer().save_pretrained(doctor)
+    save_model(doctor, make_llama(2))
     annotated.to_parquet(data)
     command = ["train", "--dataset_name", data, "--doctor", doctor, "--output_dir", run]
     command += ["--max_steps", "4", "--save_steps", "2", "--report_to", "none", "--resume_from_checkpoint", "True"]

@@ -4,9 +4,9 @@
 
 import pytest
 import torch
-from conftest import make_llama
+from conftest import FACES, make_llama
 from peft import LoraConfig
-from test_tfpo_trainer import FACES, config, losses
+from trainers import config, losses, make_trainer
 from transformers import AutoModelForCausalLM
 
 from trl_tfpo import DoctorGuidedLogitsProcessor, TFPOTrainer, annotate_token_rewards, load_doctor
@@ -191,11 +191,6 @@ def test_the_patient_is_needed_to_the_end(preferences, patient, tokenizer, tmp_p
     """Found out at the first step, it would be found out after hours of annotation."""
     annotated = annotate_token_rewards(preferences, patient, tokenizer, faces=FACES)
     with pytest.raises(ValueError, match="policy='guided'"):
-        TFPOTrainer(
-            model=make_llama(2),
-            args=config(tmp_path, policy="guided"),
-            train_dataset=annotated,
-            processing_class=tokenizer,
-        )
+        make_trainer(annotated, tmp_path, policy="guided")
     with pytest.raises(ValueError, match="not trained by guided flow"):
         make_doctor(make_doctor(make_llama(2), LORA), guides=True)

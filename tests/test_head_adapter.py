@@ -6,11 +6,11 @@ import json
 
 import pytest
 import torch
-from conftest import make_llama
+from conftest import FACES, make_llama
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from test_tfpo_trainer import FACES, config
+from trainers import config
 
 from trl_tfpo import DoctorGuidedLogitsProcessor, TFPOTrainer, annotate_token_rewards, guided_generate, load_doctor
 from trl_tfpo.decoding.shared_forward import can_share

@@ -5,9 +5,9 @@
 import warnings
 
 import pytest
-from conftest import make_llama
+from conftest import FACES, make_llama
 from datasets import Dataset
-from test_tfpo_trainer import FACES, config
+from trainers import config
 from transformers import EarlyStoppingCallback
 
 from trl_tfpo import TFPOTrainer, annotate_token_rewards

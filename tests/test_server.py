@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 import torch
-from conftest import KEY, hear_interruptions
+from conftest import KEY, hear_interruptions, save_model
 from transformers import AutoModelForCausalLM
 
 from trl_tfpo import DoctorGuidedLogitsProcessor, guided_generate
@@ -279,8 +279,7 @@ def test_serve_as_a_command(world, tmp_path):
         doctor = AutoModelForCausalLM.from_pretrained(world.weights / "doctor")
         with torch.no_grad():
             doctor.lm_head.weight.add_(torch.randn_like(doctor.lm_head.weight) / 4)
-        doctor.save_pretrained(tmp_path / name)
-        world.tokenizer.save_pretrained(tmp_path / name)
+        save_model(tmp_path / name, doctor, world.tokenizer)
     command = [sys.executable, "-m", "trl_tfpo", "serve", "--world", "--port", "0"]
     command += ["--alias", "half=helpful:0.9,harmless:0", "--max_choices", "2"]
     process = subprocess.Popen(

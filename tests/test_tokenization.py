@@ -8,7 +8,7 @@ from importlib.resources import files
 from itertools import islice
 
 import pytest
-from conftest import CHAT_TEMPLATE, make_tokenizer
+from conftest import CHAT_TEMPLATE, FACES, make_tokenizer
 from datasets import Dataset
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
@@ -23,7 +23,6 @@ from trl_tfpo.data.tokenization import MASK_COLUMNS, tokenize_pair, tokenize_pre
 from trl_tfpo.faces import BUILT_IN_FACES, Faces, apply_face, has_system_role, resolve_faces
 
 
-FACES = Faces(positive="you are kind", negative="you are rude")
 PAIR = {
     "prompt": [{"role": "user", "content": "say soup"}],
     "chosen": [{"role": "assistant", "content": "soup is good"}],

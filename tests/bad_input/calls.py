@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import WORDS, conversational_rows, make_llama, make_tokenizer
+from conftest import FACES, WORDS, conversational_rows, make_llama, make_tokenizer, save_model
 from datasets import Dataset
 from transformers import T5Config, T5ForConditionalGeneration
 
-from trl_tfpo import DoctorGuidedLogitsProcessor, Faces, annotate_token_rewards
+from trl_tfpo import DoctorGuidedLogitsProcessor, annotate_token_rewards
 
 
-FACES = Faces(positive="you are kind", negative="you are rude")
 ROWS = conversational_rows(4)
 PREFERENCES = Dataset.from_list(ROWS)
 PERMUTED_WORDS = " ".join(WORDS.split()[:4] + WORDS.split()[:3:-1])
@@ -75,8 +74,7 @@ def broken_patient(value: float):
 def patient_of_another_family() -> str:
     """The folder of a patient whose tokenizer has the same words under other ids."""
     folder = str(Path(FOLDER.name) / "other")
-    make_llama(1, 32).save_pretrained(folder)
-    make_tokenizer(PERMUTED_WORDS).save_pretrained(folder)
+    save_model(folder, make_llama(1, 32), make_tokenizer(PERMUTED_WORDS))
     return folder
 
 

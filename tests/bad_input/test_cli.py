@@ -6,7 +6,7 @@ import json
 import shlex
 
 import pytest
-from conftest import WORDS, conversational_rows, make_llama, make_tokenizer
+from conftest import WORDS, conversational_rows, make_llama, make_tokenizer, save_model
 
 from bad_input.calls import PERMUTED_WORDS
 from trl_tfpo.cli import main
@@ -206,8 +206,7 @@ def folder(tmp_path_factory):
     for name, text in FILES_OF_THE_FOLDER.items():
         (folder / name).write_text(text)
     for name, words in (("patient", WORDS), ("doctor", WORDS), ("other", PERMUTED_WORDS)):
-        make_llama(1).save_pretrained(folder / name)
-        make_tokenizer(words).save_pretrained(folder / name)
+        save_model(folder / name, make_llama(1), make_tokenizer(words))
     return folder
 
 
