@@ -24,10 +24,14 @@ Deviations from the paper, each chosen by a function argument unless said otherw
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+
+TILE_WIDTH = 1024  # ids whose logits are held at once: on a CPU these fit its cache
 
 
 # Stage 1: token rewards
@@ -41,7 +45,7 @@ def token_importance(
     gap_floor: float = 0.05,
 ) -> torch.Tensor:
     r"""
-    How differently the two faces of the patient see each token, relative to the rest of the completion.
+    How much the two faces of the patient differ about each token, relative to the rest of the completion.
 
     $$S_t = \tanh\Big(\frac{1}{\tau}\,\frac{|\Delta_t|}{\operatorname{mean}_j |\Delta_j| + \epsilon}\Big)$$
 
@@ -49,12 +53,11 @@ def token_importance(
         gap (`torch.Tensor` of shape `(B, T)`):
             $\Delta_t = \log \pi_{\text{pos}} - \log \pi_{\text{neg}}$ of each token, in nats.
         completion_mask (`torch.Tensor` of shape `(B, T)`):
-            Tokens that count; the mean runs over them.
+            True for the tokens of the completion. The mean is taken over them.
         importance_temperature (`float`, *optional*, defaults to `3.0`):
             $\tau > 0$. At 1 a token with the mean gap is already at 0.76; at 3 it is at 0.32.
         gap_floor (`float`, *optional*, defaults to `0.05`):
-            $\epsilon > 0$, in nats. Where the faces differ by much less on average, they differ by noise, and no token
-            is important.
+            $\epsilon > 0$, in nats. Where the mean gap is much smaller, it is noise, and no token is important.
 
     Returns:
         `torch.Tensor` of shape `(B, T)`: importance in `[0, 1]`, zero outside the mask.
@@ -96,8 +99,8 @@ def token_rewards(
 
     $$r_t = \operatorname{sign} \cdot S_t \cdot 1[S_t > \theta]$$
 
-    where the sign is that of the label (`"label"`, the paper) or of the gap $\Delta_t$ (`"faces"`). By `"agreement"` it is
-    that of the gap, times $w$ where the label is another.
+    The sign is that of the label (`"label"`, the paper) or of the gap $\Delta_t$ (`"faces"`). With `"agreement"` it is that
+    of the gap, and the reward is multiplied by $w$ where the label has the other sign.
 
     Args:
         positive_logps, negative_logps (`torch.Tensor` of shape `(B, T)`):
@@ -109,7 +112,7 @@ def token_rewards(
         reward_direction (`str`, *optional*, defaults to `"agreement"`):
             `"label"`, `"agreement"` or `"faces"`.
         disagreement_weight (`float`, *optional*, defaults to `0.5`):
-            $w$ in `[0, 1]`, by `"agreement"`. At 0 a reward that the label contradicts is none; 1 is `"faces"`.
+            $w$ in `[0, 1]`, for `"agreement"`. At 0 the label overrules the faces; 1 is the same as `"faces"`.
         importance_temperature, gap_floor (`float`, *optional*, default to `3.0` and `0.05`):
             $\tau$ and $\epsilon$ of [`token_importance`].
         sparsity_threshold (`float`, *optional*, defaults to `0.3`):
@@ -392,6 +395,151 @@ def value_discrimination_loss(
     return (value_margin - advantage).clamp(min=0).masked_fill(divergence < 0, 0)
 
 
+# The policy in the balance
+
+
+class FactoredLogits(NamedTuple):
+    r"""
+    Logits $\ell = c \tanh\big((h W^\top + b) / c\big)$ as their factors, so that N x V numbers are never held.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(N, H)`):
+            Hidden states at N positions.
+        weight (`torch.Tensor` of shape `(V, H)`):
+            Weights of the language model head.
+        bias (`torch.Tensor` of shape `(V,)`, *optional*):
+            Bias of the head.
+        softcap (`float`, *optional*):
+            $c$, where the model caps its logits; `None` stands for $\ell = h W^\top + b$.
+    """
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    softcap: float | None = None
+
+    def columns(self, start: int, stop: int) -> torch.Tensor:
+        """Logits of the ids from `start` to `stop` (N, stop - start), float32."""
+        weight = self.weight[start:stop].to(self.hidden.dtype)
+        bias = None if self.bias is None else self.bias[start:stop].to(self.hidden.dtype)
+        logits = F.linear(self.hidden, weight, bias).float()
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def dense(self) -> torch.Tensor:
+        """All logits (N, V), float32."""
+        return self.columns(0, len(self.weight))
+
+    def detach(self) -> "FactoredLogits":
+        """The same logits, without gradients."""
+        bias = None if self.bias is None else self.bias.detach()
+        return FactoredLogits(self.hidden.detach(), self.weight.detach(), bias, self.softcap)
+
+
+def token_logps(*, logits: Sequence[FactoredLogits | torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
+    r"""
+    Log-probability of each target under the product of policies, which is the sum of their logits.
+
+    $$\log \pi(y \mid s) = \log \operatorname{softmax}\Big( \sum_k \ell_k(s) \Big)_y$$
+
+    Logits in factors are computed for some ids at a time, and again in the backward pass.
+
+    Args:
+        logits (sequence of [`FactoredLogits`] or `torch.Tensor` of shape `(N, V_k)`):
+            Logits of each policy, at least one. The distribution is over the ids that all of them have.
+        targets (`torch.LongTensor` of shape `(N,)`):
+            Token ids.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`: log-probabilities in nats, float32, differentiable in hidden states, weights and
+        biases.
+
+    Examples:
+
+    ```python
+    >>> import torch
+    >>> from trl_tfpo.functional import FactoredLogits, token_logps
+    >>> doctor = FactoredLogits(hidden=torch.eye(2), weight=torch.tensor([[0.8, 0.5], [0.2, 0.5]]).log())
+    >>> patient = torch.tensor([[0.5, 0.5], [0.1, 0.9]]).log()
+    >>> token_logps(logits=[patient, doctor], targets=torch.tensor([0, 1])).exp()
+    tensor([0.8000, 0.9000])
+
+    ```
+    """
+    policies = [one for one in logits if isinstance(one, FactoredLogits)]
+    if len(policies) == len(logits):
+        factors = [factor for one in policies for factor in (one.hidden, one.weight, one.bias)]
+        return _TiledLogps.apply(targets, [one.softcap for one in policies], *factors)
+    dense = [one.dense() if isinstance(one, FactoredLogits) else one.float() for one in logits]
+    size = min(one.size(-1) for one in dense)
+    total = sum((one[:, :size] for one in dense[1:]), start=dense[0][:, :size])
+    return total.log_softmax(dim=-1).gather(1, targets[:, None]).squeeze(1)
+
+
+class _TiledLogps(torch.autograd.Function):
+    """[`token_logps`] of factors, a tile of ids at a time: no more than N x TILE_WIDTH logits are held."""
+
+    @staticmethod
+    def forward(ctx, targets, softcaps, *factors):
+        ctx.dtype = _compute_dtype(factors[0])
+        ctx.softcaps = softcaps
+        policies = _as_policies(factors, softcaps, ctx.dtype)
+        log_norm = torch.full(targets.shape, -math.inf, device=targets.device)  # (N,)
+        chosen = torch.zeros_like(log_norm)
+        for start, stop in _tiles(policies):
+            tile = sum(policy.columns(start, stop) for policy in policies)  # (N, W)
+            log_norm = torch.logaddexp(log_norm, tile.logsumexp(dim=1))
+            column = (targets - start).clamp(0, stop - start - 1)
+            is_here = (targets >= start) & (targets < stop)
+            chosen = torch.where(is_here, tile.gather(1, column[:, None]).squeeze(1), chosen)
+        ctx.save_for_backward(targets, log_norm, *factors)
+        return chosen - log_norm
+
+    @staticmethod
+    def backward(ctx, grad_logps):
+        targets, log_norm, *factors = ctx.saved_tensors
+        policies = _as_policies(factors, ctx.softcaps, ctx.dtype)
+        is_needed = ctx.needs_input_grad[2:]
+        grads = [
+            torch.zeros_like(x, dtype=torch.float32) if y else None for x, y in zip(factors, is_needed, strict=True)
+        ]
+        for start, stop in _tiles(policies):
+            parts = [policy.columns(start, stop) for policy in policies]  # (N, W) each
+            grad_tile = (sum(parts) - log_norm[:, None]).exp() * -grad_logps[:, None]
+            column = (targets - start).clamp(0, stop - start - 1)
+            is_here = (targets >= start) & (targets < stop)
+            grad_tile.scatter_add_(1, column[:, None], (grad_logps * is_here)[:, None])
+            for k, (policy, part) in enumerate(zip(policies, parts, strict=True)):
+                slope = 1.0 if policy.softcap is None else 1 - (part / policy.softcap) ** 2
+                grad = (grad_tile * slope).to(ctx.dtype)
+                grad_hidden, grad_weight, grad_bias = grads[3 * k : 3 * k + 3]
+                if grad_hidden is not None:
+                    grad_hidden += grad @ policy.weight[start:stop].to(ctx.dtype)
+                if grad_weight is not None:
+                    grad_weight[start:stop] += grad.T @ policy.hidden
+                if grad_bias is not None:
+                    grad_bias[start:stop] += grad.sum(dim=0, dtype=torch.float32)
+        return None, None, *(x if x is None else x.to(y.dtype) for x, y in zip(grads, factors, strict=True))
+
+
+def _compute_dtype(hidden: torch.Tensor) -> torch.dtype:
+    """The dtype of matrix products: that of autocast, or of the hidden states."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def _as_policies(factors: Sequence, softcaps: Sequence[float | None], dtype: torch.dtype) -> list[FactoredLogits]:
+    triples = zip(factors[::3], factors[1::3], factors[2::3], softcaps, strict=True)
+    return [FactoredLogits(hidden.to(dtype), weight, bias, softcap) for hidden, weight, bias, softcap in triples]
+
+
+def _tiles(policies: Sequence[FactoredLogits]) -> Iterator[tuple[int, int]]:
+    """Bounds of the tiles of ids that all policies have."""
+    size = min(len(policy.weight) for policy in policies)
+    width = TILE_WIDTH if policies[0].weight.device.type == "cpu" else 16 * TILE_WIDTH
+    for start in range(0, size, width):
+        yield start, min(start + width, size)
+
+
 # Stage 3: guided decoding
 
 
@@ -439,9 +587,9 @@ def guided_logps(
     """
     if len(doctor_logits) != len(beta):
         raise ValueError(f"`beta` needs one weight for each doctor. Got {len(beta)} for {len(doctor_logits)} doctors.")
-    guided = _add_weighed(None, patient_logits, alpha)
+    guided = _add_weighted(None, patient_logits, alpha)
     for logits, weight in zip(doctor_logits, beta, strict=True):
-        guided = _add_weighed(guided, logits, weight)
+        guided = _add_weighted(guided, logits, weight)
     if not _is_positive_number(alpha):
         guided = guided.masked_fill(patient_logits == float("-inf"), float("-inf"))
     return guided.log_softmax(dim=-1)
@@ -505,7 +653,7 @@ def next_token_entropy(logits: torch.Tensor) -> torch.Tensor:
     return torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1)
 
 
-def _add_weighed(total: torch.Tensor | None, logits: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:
+def _add_weighted(total: torch.Tensor | None, logits: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:
     """
     `total + weight * log pi` (..., V), up to a constant for each row, which goes in the next softmax.
 
@@ -515,12 +663,12 @@ def _add_weighed(total: torch.Tensor | None, logits: torch.Tensor, weight: float
     if _is_positive_number(weight):
         if total is None:
             return logits if weight == 1 else weight * logits
-        return torch.add(total, logits, alpha=weight)
+        return torch.add(total, logits, alpha=float(weight))
     weight = torch.as_tensor(weight, dtype=logits.dtype, device=logits.device)
     absent = logits == float("-inf")
-    weighed = weight * logits.log_softmax(dim=-1).masked_fill(absent, 0)
-    weighed = weighed.masked_fill(absent & (weight > 0), float("-inf"))
-    return weighed if total is None else total + weighed
+    weighted = weight * logits.log_softmax(dim=-1).masked_fill(absent, 0)
+    weighted = weighted.masked_fill(absent & (weight > 0), float("-inf"))
+    return weighted if total is None else total + weighted
 
 
 def _is_positive_number(weight: float | torch.Tensor) -> bool:

@@ -6,10 +6,10 @@ import copy
 import functools
 import json
 import os
-import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,20 +18,20 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, ModelOutput, cached_file
-from trl.trainer import add_fused_lm_head
 
-from ..common._upstream import backbone_of, is_peft_model, is_sharded, unwrap_peft
 from ..common.atomic import written_whole
-from ..functional import guided_logps
+from ..common.language_model import LanguageModel, device_of, is_peft_model, unwrap_peft
+from ..functional import FactoredLogits, token_logps
 from .adapters import VALUE_HEAD, check_adapters, record_exponents, trained_exponents, why_unreadable
 from .guidance import GUIDANCE, is_guidance, load_guidance, start_guidance, untie_head
 from .guidance_head import GuidanceHead
-from .head_adapter import has_adapted_head, has_columns, keep_head, save_without_embeddings, with_head
-from .states import LabelledStates, fused_logps, has_plain_head, labelled_logits, prove_head
+from .head_adapter import keep_head, save_without_embeddings, with_head
+from .named_model import SOURCE
+from .states import PLAIN, add_logits, head_form, read_logits
 
 
 if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig
 
 
 VALUE_HEAD_FILE = "value_head.safetensors"  # of a full model
@@ -40,18 +40,18 @@ VALUE_HEAD_FILE = "value_head.safetensors"  # of a full model
 @dataclass
 class DoctorOutput(ModelOutput):
     """
-    What the doctor says about the completions of a batch, left-aligned: B rows, T tokens, S = T + 1 states.
+    What a doctor in training returns about the completions of a batch, left-aligned: B rows, T tokens, S = T + 1 states.
 
     Args:
         doctor_logps (`torch.Tensor` of shape `(B, T)`):
-            Log-probability of each completion token, in nats, float32. Arbitrary outside the mask. That of the guided
-            patient where its logits were given.
+            Log-probability of each completion token, in nats, float32; zero outside the mask. That of base policy times
+            doctor where the logits of a base policy were given.
         log_values (`torch.Tensor` of shape `(B, S)`):
-            Value head at each state, log V in nats, float32. Arbitrary outside the mask.
+            Output of the value head at each state: log V in nats, float32. Arbitrary outside the mask.
         completion_ids (`torch.Tensor` of shape `(B, T)`):
-            The completion tokens themselves.
+            The completion tokens.
         completion_mask (`torch.Tensor` of shape `(B, T)`):
-            Which of them are real.
+            True for completion tokens, False for padding.
     """
 
     doctor_logps: torch.Tensor | None = None
@@ -64,7 +64,8 @@ class ValueHead(torch.nn.Linear):
     """
     Linear map from the last hidden state to log V, in nats. Starts at zero; always computed in float32.
 
-    In bfloat16 training DeepSpeed and FSDP2 round its weights for the forward, like all others; the optimizer's are float32.
+    In bfloat16 training DeepSpeed and FSDP2 round its weights for the forward pass, as they do all weights. The
+    optimizer keeps them in float32.
 
     Args:
         hidden_size (`int`):
@@ -81,16 +82,14 @@ class ValueHead(torch.nn.Linear):
             return F.linear(hidden_states.float(), self.weight.float(), self.bias.float()).squeeze(-1)
 
 
-def add_value_head(model: PreTrainedModel) -> None:
+def add_value_head(model: LanguageModel) -> None:
     """
     Turn a causal language model, or a `PeftModel` of one, into a doctor, in place.
 
-    `model(input_ids, attention_mask, completion_mask=mask)` then returns a [`DoctorOutput`], where `mask` of shape
-    `(B, L)` marks what the assistant says in each row (at least one token, not the first of the row).
-    Given `guided` as well, from [`~trl_tfpo.training.guided_flow.read_patient`], its log-probabilities are those of what it guides,
-    patient times doctor.
-    Without `completion_mask` the forward is the original one, so `generate` is unchanged. The head is the submodule
-    `value_head`: it is saved with the model, and ignored when the folder is loaded as a plain causal language model.
+    `model(input_ids, attention_mask, completion_mask=mask, base_logits=logits)` then returns a [`DoctorOutput`], see
+    [`read_completions`]. Without `completion_mask` the forward is that of the language model, so `generate` is
+    unchanged. The model's class becomes a subclass of the same name. The value head is the submodule `value_head`. It
+    is saved with the model, and ignored when the folder is loaded as a plain causal language model.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -98,100 +97,101 @@ def add_value_head(model: PreTrainedModel) -> None:
     """
     base = unwrap_peft(model)
     if not hasattr(base, VALUE_HEAD):
-        head = ValueHead(base.config.get_text_config().hidden_size).to(base.get_input_embeddings().weight.device)
+        head: Any = ValueHead(base.config.get_text_config().hidden_size).to(device_of(base))
         if is_peft_model(model):
             from peft.utils import ModulesToSaveWrapper
 
-            config = model.peft_config[model.active_adapter]
+            adapter: Any = model.active_adapter
+            config: Any = model.peft_config[adapter]
             config.modules_to_save = [*(config.modules_to_save or []), VALUE_HEAD]
-            head = ModulesToSaveWrapper(head, model.active_adapter)
-            head.set_adapter(model.active_adapter)
+            head = ModulesToSaveWrapper(head, adapter)
+            head.set_adapter(adapter)
         setattr(base, VALUE_HEAD, head)
-    add_fused_lm_head(base)
-    fused_forward = base.forward
-    is_fused = prove_head(base).is_fused
-
-    @functools.wraps(type(base).forward)
-    def forward(self, *args, completion_mask=None, guided=None, **kwargs):
-        if completion_mask is None:
-            return fused_forward(*args, **kwargs)
-        captured = []
-        hook = backbone_of(self).register_forward_hook(lambda _, __, output: captured.append(output.last_hidden_state))
-        try:
-            labels = kwargs["input_ids"].masked_fill(~completion_mask, -100)
-            one_forward = functools.partial(fused_forward, *args)
-            if guided is None:
-                head = self.get_output_embeddings()
-                can_fuse = is_fused and (not has_adapted_head(self) or (has_columns(head) and not is_sharded(self)))
-            else:
-                can_fuse = isinstance(guided, LabelledStates) and has_plain_head(self)
-            if can_fuse:
-                log_probs, _ = fused_logps(one_forward, self, labels, guided=guided, **kwargs)  # (B, L - 1)
-            else:
-                logits = labelled_logits(one_forward, self, labels, **kwargs)  # (N, V)
-                guided_logits = guided.logits() if isinstance(guided, LabelledStates) else guided
-                log_probs = guided_token_logps(logits, guided_logits, labels)
-        finally:
-            hook.remove()
-        log_values = getattr(self, VALUE_HEAD)(captured[0]).to(log_probs.device)  # (B, L)
-        states, tokens, token_mask = locate_completions(completion_mask)
-        return DoctorOutput(
-            doctor_logps=log_probs.float().gather(1, states[:, :-1].clamp(max=log_probs.size(1) - 1)),
-            log_values=log_values.gather(1, states),
-            completion_ids=kwargs["input_ids"].gather(1, tokens),
-            completion_mask=token_mask,
-        )
-
-    base.forward = types.MethodType(forward, base)
+    if not hasattr(type(base), "language_model_class"):
+        base.__class__ = _doctor_class(type(base))
 
 
-def guided_token_logps(
-    logits: torch.Tensor, patient_logits: torch.Tensor | None, labels: torch.LongTensor
-) -> torch.Tensor:
+@functools.cache
+def _doctor_class(language_model: Any) -> type[PreTrainedModel]:
+    """The subclass of a language model's class whose forward reads completions. Configs record its name, so it is kept."""
+
+    class DoctorModel(language_model):
+        language_model_class = language_model
+
+        @functools.wraps(language_model.forward)
+        def forward(self, *args, completion_mask=None, base_logits=None, **kwargs):
+            forward = functools.partial(super().forward, *args)
+            if completion_mask is None:
+                return forward(**kwargs)
+            return read_completions(self, forward, completion_mask, base_logits, **kwargs)
+
+    DoctorModel.__name__, DoctorModel.__qualname__ = language_model.__name__, language_model.__qualname__
+    DoctorModel.__module__ = language_model.__module__
+    return DoctorModel
+
+
+def read_completions(
+    model: PreTrainedModel,
+    forward: Callable[..., Any],
+    completion_mask: torch.Tensor,
+    base_logits: list[FactoredLogits | torch.Tensor] | None,
+    **inputs: Any,
+) -> DoctorOutput:
     """
-    Log-probabilities of tokens under the product of patient and doctor, or under the doctor alone.
+    The forward pass of a doctor in training: log-probabilities and values of completions, left-aligned.
 
     Args:
-        logits (`torch.Tensor` of shape `(N, V)`):
-            The doctor's, where the N labels are predicted.
-        patient_logits (`torch.Tensor` of shape `(N, V')`, *optional*):
-            The patient's. Ids that only one of them has, beyond the tokenizer's, take no part.
-        labels (`torch.LongTensor` of shape `(B, L)`):
-            Token ids, -100 where nothing is predicted.
+        model ([`~transformers.PreTrainedModel`]):
+            The doctor.
+        forward (`Callable`):
+            The forward of its language model.
+        completion_mask (`torch.Tensor` of shape `(B, L)`):
+            True for the tokens of completions: at least one in each row, and not the first. N in all rows together.
+        base_logits (list of [`~trl_tfpo.functional.FactoredLogits`] or `torch.Tensor` of shape `(N, V)`, *optional*):
+            Logits of the base policy where completion tokens are predicted, see
+            `read_base_policy` in `training/base_policy.py`. `None` for a doctor with a policy of its own.
+        inputs:
+            `input_ids` and `attention_mask` of shape `(B, L)`.
 
     Returns:
-        `torch.Tensor` of shape `(B, L - 1)`: in nats, zero where there is no label.
+        [`DoctorOutput`]
     """
-    has_label = labels[:, 1:] != -100
-    if patient_logits is None:
-        guided = logits.log_softmax(dim=-1)
-    else:
-        size = min(logits.size(-1), patient_logits.size(-1))
-        guided = guided_logps(patient_logits=patient_logits[:, :size], doctor_logits=[logits[:, :size]], beta=[1.0])
-    log_probs = guided.gather(1, labels[:, 1:][has_label][:, None]).squeeze(1)  # (N,)
-    return log_probs.new_zeros(has_label.shape).masked_scatter(has_label, log_probs)
+    has_label = completion_mask[:, 1:]  # (B, L - 1)
+    logits, hidden = read_logits(model, has_label, forward=forward, **inputs)
+    if base_logits is not None:
+        logits = add_logits(model, logits, base_logits)
+    targets = inputs["input_ids"][:, 1:][has_label].to(hidden.device)
+    logps = token_logps(logits=logits, targets=targets)  # (N,)
+    log_values = getattr(model, VALUE_HEAD)(hidden).to(logps.device)  # (B, L)
+    states, tokens, token_mask = locate_completions(completion_mask)
+    return DoctorOutput(
+        doctor_logps=logps.new_zeros(token_mask.shape).masked_scatter(token_mask, logps),
+        log_values=log_values.gather(1, states),
+        completion_ids=inputs["input_ids"].gather(1, tokens),
+        completion_mask=token_mask,
+    )
 
 
 def make_doctor(
-    model: "PreTrainedModel | PeftModel",
+    model: LanguageModel,
     peft_config: "PeftConfig | None" = None,
     *,
     guides: bool = False,
     has_credits: bool = False,
-) -> "PreTrainedModel | PeftModel":
+) -> LanguageModel:
     """
-    The doctor with its value head, and with a new adapter if there is a config for one.
+    Turn a language model into a doctor for training: value head, head for guided flow, adapter.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The language model; changed in place.
         peft_config ([`~peft.PeftConfig`], *optional*):
-            Config of the adapter; left as it is. The value head is trained and saved with the adapter.
+            Config of a new adapter; not changed. The value head is trained and saved with the adapter.
         guides (`bool`, *optional*, defaults to `False`):
-            Whether it is for guided flow: its language model head starts at zero, see
+            Whether the doctor is for guided flow. Its language model head then starts at zero, see
             [`~trl_tfpo.models.guidance.start_guidance`], and is trained and saved with the adapter.
         has_credits (`bool`, *optional*, defaults to `False`):
-            Whether it is to start at credits: a new LoRA of a language model gets a place for them, see
+            Whether the doctor starts at token credits. A new LoRA with a policy of its own gets a place for them, see
             [`~trl_tfpo.models.head_adapter.with_head`].
 
     Returns:
@@ -235,7 +235,7 @@ def make_doctor(
             raise ValueError(
                 f"{reason}. Got {type(peft_config).__name__}; use an adapter of the weights, such as `LoraConfig`."
             )
-        if has_credits and not guides and (model.device.type == "meta" or prove_head(model).is_plain):
+        if has_credits and not guides and (model.device.type == "meta" or head_form(model) == PLAIN):
             peft_config = with_head(model, peft_config)
         add_value_head(model)
         peft_config = copy.deepcopy(peft_config)  # the caller's stays as it is
@@ -258,15 +258,15 @@ def make_doctor(
 
 def set_head_learning_rate(optimizer: torch.optim.Optimizer, model: torch.nn.Module, learning_rate: float) -> None:
     """
-    Give the value head a learning rate of its own: parameter groups of the same settings, at the end.
+    Give the value head its own learning rate, by new parameter groups at the end with otherwise equal settings.
 
     Args:
         optimizer ([`~torch.optim.Optimizer`]):
-            Optimizer of the model, before its first step and before a scheduler is made for it; changed in place.
+            Optimizer of the model, before its first step and before a scheduler is created; changed in place.
         model ([`~torch.nn.Module`]):
             The doctor.
         learning_rate (`float`):
-            Of the value head, at the start of the schedule.
+            Learning rate of the value head at the start of the schedule.
     """
     of_head = {id(parameter) for name, parameter in model.named_parameters() if VALUE_HEAD in name.split(".")}
     for group in list(optimizer.param_groups):
@@ -278,18 +278,18 @@ def set_head_learning_rate(optimizer: torch.optim.Optimizer, model: torch.nn.Mod
 
 def locate_completions(completion_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Where in each row the states of its completion are read, and where its tokens are.
+    Find the positions of the states and tokens of each completion.
 
-    A state comes before each token of the assistant, and one after the last. What a user or a tool says between two of its
-    turns belongs to the state before the second: tokens that are masked are as good as deleted.
+    One state precedes each token of the assistant, and one follows the last. Text of a user or tool between two turns of
+    the assistant is part of the state that follows it: a masked token counts as deleted.
 
     Args:
         completion_mask (`torch.Tensor` of shape `(B, L)`):
-            The tokens of the assistant in each row, boolean. At least one, and not the first of the row.
+            True for the tokens of the assistant: at least one in each row, and not the first.
 
     Returns:
         `torch.Tensor` of shape `(B, S)`: position of the last token of each state; `torch.Tensor` of shape `(B, T)`:
-        positions of the tokens; and `torch.Tensor` of shape `(B, T)`: which of these are real. The others are arbitrary.
+        position of each token; `torch.Tensor` of shape `(B, T)`: True where there is a token. Other entries are arbitrary.
     """
     num_tokens = completion_mask.sum(dim=1, keepdim=True)  # (B, 1)
     is_token = torch.arange(int(num_tokens.max()), device=completion_mask.device) < num_tokens  # (B, T)
@@ -299,16 +299,16 @@ def locate_completions(completion_mask: torch.Tensor) -> tuple[torch.Tensor, tor
     return torch.cat([before, last], dim=1), tokens, is_token
 
 
-def load_doctor(path: str | os.PathLike, with_value_head: bool = True, **kwargs) -> PreTrainedModel:
+def load_doctor(path: str | os.PathLike, with_value_head: bool = True, **kwargs) -> LanguageModel:
     """
-    Load a trained doctor together with its value head, to go on training or to inspect the flow.
+    Load a trained doctor with its value head, to continue training or to inspect the flow.
 
-    For decoding the head is not needed: `AutoModelForCausalLM.from_pretrained(path)` does, or for an adapter
+    Decoding does not need the value head: `AutoModelForCausalLM.from_pretrained(path)` is enough, or for an adapter
     `PeftModel.from_pretrained(base, path)`.
 
     Args:
         path (`str`):
-            Folder or Hub id that [`TFPOTrainer`] saved: a full model or an adapter.
+            Folder or Hub id with a doctor that [`TFPOTrainer`] saved: a full model or an adapter.
         with_value_head (`bool`, *optional*, defaults to `True`):
             Whether to restore the value head.
         kwargs:
@@ -322,9 +322,9 @@ def load_doctor(path: str | os.PathLike, with_value_head: bool = True, **kwargs)
         `ValueError`: when there is no value head at `path`, several adapters or one that is not in safetensors, or an
             adapter that does not say for which exponents it was trained.
     """
-    kwargs.setdefault("use_safetensors", True)  # a pickle could do anything
-    kwargs.setdefault("trust_remote_code", False)  # otherwise transformers asks, and so could code of the folder
-    guidance = load_guidance(path)
+    kwargs.setdefault("use_safetensors", True)  # a pickle can run code
+    kwargs.setdefault("trust_remote_code", False)  # without a value transformers asks whether to run code
+    guidance = load_guidance(path, **{key: kwargs[key] for key in SOURCE if key in kwargs})
     path = _adapter_folder(path)
     adapter_config = cached_file(path, "adapter_config.json", _raise_exceptions_for_missing_entries=False)
     if adapter_config is not None:
@@ -361,7 +361,7 @@ def load_doctor(path: str | os.PathLike, with_value_head: bool = True, **kwargs)
 
 
 def _adapter_folder(path: str | os.PathLike) -> str | os.PathLike:
-    """Where PEFT saved the adapter of a doctor: an adapter that is not called "default" has a folder of its own."""
+    """The folder of a doctor's adapter. PEFT saves an adapter that is not named "default" in a subfolder."""
     if not Path(path).is_dir() or any((Path(path) / name).exists() for name in ("adapter_config.json", CONFIG_NAME)):
         return path
     named = sorted(file.parent for file in Path(path).glob("*/adapter_config.json"))
@@ -374,23 +374,23 @@ def _adapter_folder(path: str | os.PathLike) -> str | os.PathLike:
 
 
 def save_value_head(state: dict[str, torch.Tensor], folder: str | os.PathLike) -> None:
-    """Write the tensors of a full model's value head into its folder, next to the other weights."""
+    """Save the value head of a full model in its folder, in a file of its own."""
     with written_whole(Path(folder) / VALUE_HEAD_FILE) as part:
         save_file({name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}, part)
 
 
 def fold_map(model: PreTrainedModel, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
-    Give the weights of a doctor an ordinary head in the place of a [`~trl_tfpo.models.guidance_head.GuidanceHead`], in place.
+    Replace the weights of a [`~trl_tfpo.models.guidance_head.GuidanceHead`] by those of an ordinary head, in place.
 
     Returns:
-        `dict[str, torch.Tensor]`: the map of that head, for those who go on training; empty where there is none.
+        `dict[str, torch.Tensor]`: the map of the GuidanceHead, needed to resume training; empty where there is none.
     """
     head = model.get_output_embeddings()
     if not isinstance(head, GuidanceHead):
         return {}
     name = next(name for name, module in model.named_modules() if module is head)
-    if f"{name}.map" in state_dict:  # gathered by an engine, which reads parameters
+    if f"{name}.map" in state_dict:  # an engine has gathered the parameters
         map = state_dict.pop(f"{name}.map")
         state_dict[f"{name}.weight"] = head.folded(state_dict[f"{name}.weight"], map)
         return {"map": map}
@@ -399,8 +399,8 @@ def fold_map(model: PreTrainedModel, state_dict: dict[str, torch.Tensor]) -> dic
 
 def load_value_head(model: PreTrainedModel, folder: str | os.PathLike) -> None:
     """
-    Read the value head of a full model from its folder, in place, and the map of its head; from one that keeps it elsewhere
-    nothing.
+    Load the value head of a full model from its folder, in place, and the map of a GuidanceHead. Does nothing where the
+    folder has no such file.
     """
     path = Path(folder) / VALUE_HEAD_FILE
     if path.is_file():
@@ -412,7 +412,7 @@ def load_value_head(model: PreTrainedModel, folder: str | os.PathLike) -> None:
 
 
 def _read_value_head(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """The tensors of the value head in a saved full model: among its weights, sharded or not, or in their own file."""
+    """The tensors of the value head of a saved full model: among its weights, sharded or not, or in their own file."""
     file_names = ["model.safetensors"]
     index = cached_file(path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
     if index is not None:

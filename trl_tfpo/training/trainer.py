@@ -4,9 +4,8 @@
 
 import textwrap
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from accelerate.utils import set_seed
@@ -19,10 +18,8 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.data.data_collator import DataCollator
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput
-from trl.trainer import disable_dropout_in_model
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput, TrainOutput
 
-from .. import functional
 from ..annotation.token_rewards import (
     GAP_COLUMNS,
     REWARD_COLUMNS,
@@ -31,9 +28,10 @@ from ..annotation.token_rewards import (
     check_given,
     check_patient,
 )
-from ..common._upstream import is_peft_model, keep_differentiable, keep_output_precision
+from ..common._upstream import keep_output_precision
 from ..common.arguments import explains_unknown
 from ..common.atomic import check_writable
+from ..common.language_model import LanguageModel
 from ..data.tokenization import (
     FACE_COLUMNS,
     ID_COLUMNS,
@@ -41,15 +39,15 @@ from ..data.tokenization import (
     all_eos_token_ids,
     check_some_completion_ends,
     columns_of,
-    resolve_processing_class,
     row_lengths,
     tokenize_preferences,
 )
-from ..data.tokenizer_identity import check_embeddings
 from ..faces import Faces
-from ..models.doctor import make_doctor, set_head_learning_rate
+from ..models.doctor import set_head_learning_rate
 from ..models.fingerprint import model_fingerprint
-from ..models.named_model import NamedModel, outline_of, resolve_model
+from ..models.guidance import start_at_credits
+from ..models.named_model import NamedModel, outline_of
+from .base_policy import POLICIES, place_base_policy, read_base_policy
 from .calibration import choose_rewards
 from .checkpoints import check_loss, kept_whole, resolve_checkpoint
 from .checks import (
@@ -57,27 +55,25 @@ from .checks import (
     check_can_annotate,
     check_can_calibrate,
     check_collator,
-    check_language_model,
     check_one_device,
     check_split,
-    warn_of_ignored,
 )
 from .collator import TokenRewardCollator, settle_with_collator
 from .config import TFPOConfig, resolve_args
 from .doctor_files import DoctorFiles
-from .guided_flow import former_doctor, keep_patient, read_patient, start_at_credits
 from .head_choice import choose_head
 from .held_out import WarnWhenHeldOutTurns
-from .objective import describe_batch, pair_rewards, tfpo_objective
+from .objective import describe_batch, pair_rewards
 from .pair_means import PairMeans
 from .reference import REFERENCE_COLUMNS, check_not_streamed, with_reference_logps
+from .setup import objective_of, ready_doctor, resolve_doctor, resolve_patient, resolve_tokenizer, reward_fn_of
 
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
 
-AnyDataset = Dataset | IterableDataset | DatasetDict | IterableDatasetDict | dict
+AnyDataset: TypeAlias = Dataset | IterableDataset | DatasetDict | IterableDatasetDict | dict
 
 
 @explains_unknown(settings=TFPOConfig)
@@ -90,39 +86,40 @@ class TFPOTrainer(DoctorFiles):
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The doctor: a causal language model with the patient's tokenizer, or its name or path.
         patient_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
-            Frozen language model that gives token rewards to datasets without them. Not needed, and not kept, once
-            the datasets are annotated; but kept, and read for each batch, for `policy="guided"`.
+            Frozen language model that annotates datasets without token rewards. It is released after annotation, and
+            not needed for annotated datasets. With `policy="guided"` it is kept and read for each batch.
         args ([`TFPOConfig`], *optional*):
             Settings. Defaults to `TFPOConfig("<model name>-TFPO")`.
         data_collator ([`~transformers.DataCollator`], *optional*):
-            Defaults to a [`TokenRewardCollator`] that reads annotated columns. One with a patient asks it batch by
-            batch instead, and no dataset is annotated.
+            Defaults to a [`TokenRewardCollator`] that reads annotated columns. A `TokenRewardCollator` with a patient
+            annotates each batch instead, and the datasets stay as they are.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Preference dataset of any of TRL's formats, or one annotated by [`annotate_token_rewards`], which is used
-            as it is. A streamed one must be annotated; with `policy="doctor"` it needs `reference_weight=0`.
+            Preference dataset in any of TRL's formats, or one that [`annotate_token_rewards`] has annotated. A
+            streamed dataset must be annotated, and with `policy="doctor"` it needs `reference_weight=0`.
         eval_dataset ([`~datasets.Dataset`], or `dict` of them, *optional*):
-            The same, for evaluation.
+            Preference dataset for evaluation.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer of doctor and patient. Defaults to the doctor's.
         compute_metrics, callbacks, optimizers (*optional*):
             As in [`~transformers.Trainer`]; `compute_metrics` receives no predictions.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
-            For a doctor given by name.
+            Quantization of a doctor given by name.
         patient_quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
-            For a patient given by name.
+            Quantization of a patient given by name.
         peft_config ([`~peft.PeftConfig`], *optional*):
-            Train an adapter. The value head is trained and saved with it.
+            Config of an adapter to train. The value head is trained and saved with the adapter.
         faces ([`~trl_tfpo.faces.Faces`] or `str`, *optional*):
-            Pair of opposite instructions for the patient, or `"helpfulness"`, `"harmlessness"`, `"honesty"`. Needed
-            to annotate a dataset.
+            Contrastive prompts: a pair of opposite instructions for the patient, or one of the pairs `"helpfulness"`,
+            `"harmlessness"` and `"honesty"`. Required to annotate a dataset.
         reward_fn (`Callable`, *optional*):
             Replaces [`~trl_tfpo.functional.token_rewards`] when a dataset is annotated.
         objective (`Callable`, *optional*):
-            Replaces [`~trl_tfpo.training.objective.tfpo_objective`]: keyword-only tensors in, `(loss, metrics)` out.
+            Replaces [`~trl_tfpo.training.objective.tfpo_objective`]. Takes keyword-only tensors and returns
+            `(loss, metrics)`.
 
     Raises:
-        `ValueError`: when doctor, patient, tokenizer, datasets and settings do not fit together; each message says
-        why and what to do.
+        `ValueError`: when doctor, patient, tokenizer, datasets and settings do not fit together. Each message states
+        the rule, the value, and the remedy.
 
     Examples:
 
@@ -155,13 +152,14 @@ class TFPOTrainer(DoctorFiles):
         # docstyle-ignore
         "citation": textwrap.dedent("""\
             @inproceedings{llmdoctor2026,
-                title     = {{LLMdoctor: Token-Level Flow-Guided Preference Optimization for Efficient Test-Time Alignment of Large Language Models}},
+                title     = {{LLMdoctor: Token-Level Flow-Guided Preference Optimization for Efficient Test-Time
+                             Alignment of Large Language Models}},
                 year      = 2026,
                 booktitle = {Proceedings of the AAAI Conference on Artificial Intelligence},
                 eprint    = {2601.10416},
             }"""),
     }
-    loss_is_scaled_for_ga = True  # by the pairs of the whole step, see `get_batch_samples`
+    loss_is_scaled_for_ga = True  # type: ignore[assignment]  # by the pairs of a step, see `get_batch_samples`
 
     def __init__(
         self,
@@ -182,58 +180,28 @@ class TFPOTrainer(DoctorFiles):
         reward_fn: Callable[..., torch.Tensor] | None = None,
         objective: Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]] | None = None,
     ):
-        # Args
+        # Settings
         args = resolve_args(args, model)
         check_callables(reward_fn=reward_fn, objective=objective)
         check_split(train_dataset, "train_dataset")
         if isinstance(train_dataset, IterableDataset):
-            args.accelerator_config.dispatch_batches = False  # batches of different lengths cannot be concatenated
-
-        # Model
-        warn_of_ignored(model, "model", args.model_init_kwargs)
-        warn_of_ignored(patient_model, "patient_model", args.patient_model_init_kwargs)
-        set_seed(args.seed)  # adapters start at random
-        defaults = {"device_map": None} if args.distributed_state.num_processes > 1 else {}  # the engine places it
-        defaults["trust_remote_code"] = args.trust_remote_code
-        model = resolve_model(model, "model", quantization_config, **defaults | (args.model_init_kwargs or {}))
-        former = former_doctor(model) if args.policy == "ratio" else None
-        model = model.loaded if isinstance(model, NamedModel) else model
-        check_language_model(model)
-
-        # Processing class
-        processing_class = resolve_processing_class(processing_class, model, args.trust_remote_code)
-        model.config.get_text_config().pad_token_id = processing_class.pad_token_id
-        model.generation_config.pad_token_id = processing_class.pad_token_id
-        check_embeddings("doctor", model, processing_class)
-
-        # Value head and PEFT
-        model = make_doctor(model, peft_config, guides=args.policy != "doctor", has_credits=args.calibrate_rewards)
-        keep_differentiable(model)
-        if is_peft_model(model) and args.gradient_checkpointing:
-            model.enable_input_require_grads()
-        if args.disable_dropout:
-            disable_dropout_in_model(model)
-
-        # Rewards and objective
+            accelerator_config: Any = args.accelerator_config
+            accelerator_config.dispatch_batches = False  # batches of different lengths cannot be concatenated
+        policy = POLICIES[args.policy]
         self.faces = faces
-        self.reward_fn = reward_fn or partial(
-            functional.token_rewards,
-            reward_direction=args.reward_direction,
-            disagreement_weight=args.disagreement_weight,
-            importance_temperature=args.importance_temperature,
-            gap_floor=args.gap_floor,
-            sparsity_threshold=args.sparsity_threshold,
-        )
-        self.objective = objective or partial(
-            tfpo_objective,
-            reward_temperature=args.reward_temperature,
-            reference_weight=args.reference_weight,
-            subtb_lambda=args.subtb_lambda,
-            value_loss_weight=args.value_loss_weight,
-            value_margin=args.value_margin,
-        )
+        self.reward_fn = reward_fn or reward_fn_of(args)
+        self.objective = objective or objective_of(args)
 
-        # Data collator
+        # Models and tokenizer
+        set_seed(args.seed)  # adapters start at random
+        self.patient_model = resolve_patient(patient_model, args, patient_quantization_config)
+        language_model = resolve_doctor(model, args, quantization_config)
+        base_policy = policy.base(language_model, self.patient_model)  # before the doctor gets its heads
+        doctor = language_model.loaded if isinstance(language_model, NamedModel) else language_model
+        processing_class = resolve_tokenizer(processing_class, doctor, args)
+        doctor = ready_doctor(doctor, args, policy, peft_config)
+
+        # Data
         if data_collator is None:
             data_collator = TokenRewardCollator(
                 processing_class,
@@ -241,37 +209,11 @@ class TFPOTrainer(DoctorFiles):
                 pad_to_multiple_of=args.pad_to_multiple_of,
                 convert_transcripts=args.convert_transcripts,
             )
-        self._online_faces = data_collator.faces if isinstance(data_collator, TokenRewardCollator) else None
         check_collator(data_collator, args)
-
-        # Dataset
-        defaults = {"dtype": "auto", "trust_remote_code": args.trust_remote_code}
-        self.patient_model = patient_model
-        if patient_model is not None:
-            self.patient_model = resolve_model(
-                patient_model,
-                "patient_model",
-                patient_quantization_config,
-                **defaults | (args.patient_model_init_kwargs or {}),
-            )
-        patient = None if self.patient_model is None else outline_of(self.patient_model)
-        self._eos_token_ids = all_eos_token_ids(processing_class, model, patient)
-        max_length = args.max_length
-        if isinstance(data_collator, TokenRewardCollator):
-            self._eos_token_ids = settle_with_collator(data_collator, args, train_dataset, self._eos_token_ids)
-            max_length = data_collator.max_length
-        train_dataset = self._annotate(train_dataset, processing_class, args)
-        eval_dataset = self._annotate(eval_dataset, processing_class, args)
-        check_some_completion_ends(train_dataset, self._eos_token_ids, max_length)
-        if args.calibrate_rewards:
-            check_can_calibrate(train_dataset, self._online_faces, model)
-        self.calibration, self.rewards_summary = choose_rewards(
-            train_dataset, eval_dataset, model, args, self._eos_token_ids, is_online=bool(self._online_faces)
+        train_dataset, eval_dataset = self._prepare_data(
+            train_dataset, eval_dataset, doctor, processing_class, data_collator, args
         )
-        train_dataset, eval_dataset = self._calibrate(train_dataset), self._calibrate(eval_dataset)
-        if self.calibration is None:  # whose credits lie in the span of the embeddings
-            choose_head(model, train_dataset, self._eos_token_ids, is_online=bool(self._online_faces))
-        if args.policy == "guided":
+        if policy.needs_patient:
             check_given(self.patient_model)
         elif isinstance(self.patient_model, NamedModel):
             self.patient_model.let_go()
@@ -280,7 +222,7 @@ class TFPOTrainer(DoctorFiles):
 
         # Trainer
         super().__init__(
-            model=model,
+            model=doctor,
             args=args,
             data_collator=data_collator,
             train_dataset=train_dataset,
@@ -294,41 +236,71 @@ class TFPOTrainer(DoctorFiles):
         self.add_callback(WarnWhenHeldOutTurns(self.callback_handler))
 
         keep_output_precision(self.accelerator)
-        self.guided_model = former
-        if args.policy == "guided":
-            check_patient(self.patient_model, processing_class)
-            self.guided_model = self.patient_model
-        if self.guided_model is not None:
-            self.guided_model = keep_patient(self.guided_model, self.accelerator)
 
-        # Where the doctor starts
+        # Base policy, and where the doctor starts
+        if policy.needs_patient:
+            check_patient(self.patient_model, processing_class)
+        self.base_policy = None if base_policy is None else place_base_policy(base_policy, self.accelerator)
         if self.calibration is not None:
             credits = self.calibration.credits / args.reward_temperature
-            start_at_credits(self.model, credits, self.train_dataset, data_collator)
+            start_at_credits(doctor, credits, self.train_dataset, data_collator)
 
         # Reference log-probabilities
-        self._has_reference = args.reference_weight > 0 and args.policy == "doctor"  # otherwise what is guided
-        self._reference_fingerprint = model_fingerprint(self.model) if self._has_reference else None
+        self._has_reference = (
+            args.reference_weight > 0 and not policy.has_base
+        )  # else the base policy is the reference
+        self._reference_fingerprint = model_fingerprint(doctor) if self._has_reference else None
         self.train_dataset = self._add_reference_logps(self.train_dataset)
         self.eval_dataset = self._add_reference_logps(self.eval_dataset)
 
         # Metrics
         self._means = PairMeans()
         self._metric_key_prefix = "eval"
-        self.model.add_model_tags(self._tag_names)
+        doctor.add_model_tags(self._tag_names)
 
     # Data
+
+    def _prepare_data(
+        self,
+        train_dataset: Dataset | IterableDataset,
+        eval_dataset: AnyDataset | None,
+        model: LanguageModel,
+        processing_class: PreTrainedTokenizerBase,
+        data_collator: DataCollator,
+        args: TFPOConfig,
+    ) -> tuple[AnyDataset, AnyDataset | None]:
+        """Both datasets with token rewards. The rewards decide which head the doctor gets."""
+        patient = None if self.patient_model is None else outline_of(self.patient_model)
+        self._eos_token_ids = all_eos_token_ids(processing_class, model, patient)
+        self._online_faces, max_length = None, args.max_length
+        if isinstance(data_collator, TokenRewardCollator):
+            self._online_faces = data_collator.faces
+            self._eos_token_ids = settle_with_collator(data_collator, args, train_dataset, self._eos_token_ids)
+            max_length = data_collator.max_length
+        train_dataset = self._annotate(train_dataset, processing_class, args)
+        eval_dataset = self._annotate(eval_dataset, processing_class, args)
+        check_some_completion_ends(train_dataset, self._eos_token_ids, max_length)
+        is_online = bool(self._online_faces)
+        if args.calibrate_rewards:
+            check_can_calibrate(train_dataset, self._online_faces, model)
+        self.calibration, self.rewards_summary = choose_rewards(
+            train_dataset, eval_dataset, model, args, self._eos_token_ids, is_online=is_online
+        )
+        train_dataset, eval_dataset = self._calibrate(train_dataset), self._calibrate(eval_dataset)
+        if self.calibration is None:  # calibrated rewards lie in the span of the embeddings
+            choose_head(model, train_dataset, self._eos_token_ids, is_online=is_online)
+        return train_dataset, eval_dataset
 
     def _annotate(
         self, dataset: AnyDataset | None, processing_class: PreTrainedTokenizerBase, args: TFPOConfig
     ) -> AnyDataset | None:
-        """The dataset with token rewards, from wherever they come; with token ids only if the collator asks for them."""
+        """The dataset with token rewards, or with token ids only where the collator annotates batches."""
         if dataset is None:
             return None
         if isinstance(dataset, dict):
             return {name: self._annotate(split, processing_class, args) for name, split in dataset.items()}
         columns = columns_of(dataset)
-        if args.reference_weight and args.policy == "doctor":
+        if args.reference_weight and not POLICIES[args.policy].has_base:
             check_not_streamed(dataset, columns, args.reference_weight)
         if self._online_faces:
             if FACE_COLUMNS[0] in columns:
@@ -360,17 +332,17 @@ class TFPOTrainer(DoctorFiles):
         )
 
     def _calibrate(self, dataset: AnyDataset | None) -> AnyDataset | None:
-        """The dataset with the rewards that explain the labels of the training data, if these are used."""
+        """The dataset with calibrated rewards, where these are used."""
         return dataset if dataset is None or self.calibration is None else self.calibration.apply(dataset)
 
     def _add_reference_logps(self, dataset: AnyDataset | None) -> AnyDataset | None:
-        """The dataset with the log-probabilities of the doctor before training, cached."""
+        """The dataset with the log-probabilities of the doctor before training, where these are the reference."""
         if dataset is None or not self._has_reference:
             return dataset
         return with_reference_logps(dataset, self, fingerprint=self._reference_fingerprint)
 
     def _set_signature_columns_if_needed(self):
-        # What the collator reads, not what the model's forward takes
+        # Columns that the collator reads. The default is the arguments of the model's forward
         if self._signature_columns is None:
             scores = [*REWARD_COLUMNS, *GAP_COLUMNS, *REFERENCE_COLUMNS]
             self._signature_columns = [*ID_COLUMNS, *MASK_COLUMNS, *FACE_COLUMNS, *scores]
@@ -384,15 +356,21 @@ class TFPOTrainer(DoctorFiles):
         return super()._get_train_sampler(dataset)
 
     def _prepare_inputs(self, inputs: dict) -> dict:
-        # DeepSpeed's half precision would cast token rewards as well
+        # With DeepSpeed in half precision the parent class would also cast token rewards
         return {name: tensor.to(self.args.device) for name, tensor in inputs.items()}
 
     # Loss
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
         if self.args.should_save:
             check_writable(self.args.output_dir)
-        return super().train(resolve_checkpoint(resume_from_checkpoint, self.args.output_dir), **kwargs)
+        checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        return super().train(checkpoint, trial, ignore_keys_for_eval)
 
     def create_optimizer(self, model=None):
         is_new = self.optimizer is None
@@ -405,11 +383,11 @@ class TFPOTrainer(DoctorFiles):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         tokens = {name: inputs[name] for name in ("input_ids", "attention_mask", "completion_mask")}
-        if self.guided_model is None:
+        if self.base_policy is None:
             outputs, reference_logps = model(**tokens), inputs.get("reference_logps")
         else:
-            guided, reference_logps = read_patient(self.guided_model, **tokens)
-            outputs = model(**tokens, guided=guided)
+            base_logits, reference_logps = read_base_policy(self.base_policy, **tokens)
+            outputs = model(**tokens, base_logits=base_logits)
         loss, metrics = self.objective(
             **outputs,
             token_rewards=inputs["token_rewards"],
@@ -439,7 +417,7 @@ class TFPOTrainer(DoctorFiles):
         return (loss, {**outputs, "rewards": rewards}) if return_outputs else loss
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The batches of one optimizer step and how many pairs they have, in all processes: each counts alike."""
+        """The batches of one optimizer step, and the number of their pairs in all processes: every pair has equal weight."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         num_pairs = torch.tensor(sum(len(batch["is_complete"]) // 2 for batch in batches), device=device)
         return batches, self.accelerator.gather(num_pairs).sum()
@@ -450,7 +428,7 @@ class TFPOTrainer(DoctorFiles):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         prefix = f"{self._metric_key_prefix}_" if self._mode == "eval" else ""
-        # In place: `evaluate` returns this dict, from which `metric_for_best_model` is taken
+        # In place, because `evaluate` returns this dict, which has the `metric_for_best_model`
         logs.update(self._means.take(self._mode, prefix))
         super().log(logs, start_time)
 
@@ -478,20 +456,20 @@ class TFPOTrainer(DoctorFiles):
         self, test_dataset: Dataset, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
         """
-        Metrics and rewards of the pairs of another dataset.
+        Compute metrics and the implicit rewards of pairs.
 
         Args:
             test_dataset ([`~datasets.Dataset`]):
-                As for [`TFPOTrainer`].
+                Preference dataset, as for [`TFPOTrainer`].
             ignore_keys (`list[str]`, *optional*):
                 Has no effect.
             metric_key_prefix (`str`, *optional*, defaults to `"test"`):
-                Precedes the names of the metrics.
+                Prefix of the names of the metrics.
 
         Returns:
-            [`~transformers.trainer_utils.PredictionOutput`]: `predictions` of shape `(num_pairs, 2)`, the rewards of the
-            chosen and of the rejected completion, see [`~trl_tfpo.training.objective.pair_rewards`], or None where nothing is known of
-            the doctor before training; and `metrics`, as those of `evaluate`.
+            [`~transformers.trainer_utils.PredictionOutput`]: `predictions` of shape `(num_pairs, 2)`, the implicit rewards
+            of the chosen and of the rejected completion, see [`~trl_tfpo.training.objective.pair_rewards`], or None
+            where there is no reference; and `metrics` as in `evaluate`.
         """
         check_split(test_dataset, "test_dataset")
         test_dataset = self._calibrate(self._annotate(test_dataset, self.processing_class, self.args))
