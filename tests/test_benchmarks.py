@@ -4,14 +4,18 @@
 
 import io
 import json
+import os
 import re
+import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from processes import end_of, in_child
 from scripts import BENCHMARKS, load
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -272,9 +276,27 @@ def test_the_frontier_is_measured_once(all_methods, run_all_methods, tmp_path):
     assert output.read_text(encoding="utf-8") == "".join(resumed)
 
 
+def run_in_a_fork(command, *, stdout, stderr, env):
+    """In place of `subprocess.run`: run a script on a few pairs, in a fork, so that nothing is imported again."""
+    _, script, *arguments = map(str, command)
+
+    def run():
+        os.dup2(stdout.fileno(), 1)
+        os.dup2(stderr.fileno(), 2)
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+        module = load(BENCHMARKS, Path(script).stem)
+        if hasattr(module, "QUICK"):
+            module.QUICK = dict(num_pairs=16, max_steps=2, num_samples_per_prompt=4)
+        module.main(arguments)
+        sys.stdout.flush()
+
+    return SimpleNamespace(returncode=end_of(in_child(run)))
+
+
 @pytest.mark.slow
-def test_one_command_measures_everything(frontier, tmp_path, capsys):
-    """A page of results that takes six commands is not reproduced."""
+def test_one_command_measures_everything(frontier, tmp_path, monkeypatch, capsys):
+    """One command writes the results of each part into a folder, and prints its tables."""
+    monkeypatch.setattr(frontier.subprocess, "run", run_in_a_fork)
     frontier.main(["--quick", "--methods", "TFPO", "--everything", str(tmp_path)])
     written = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.jsonl")}
     parts = {f"{name}.jsonl" for name in ("methods-praise", "objectives", "sweep-praise", "worlds/1")}
