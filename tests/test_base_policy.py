@@ -108,6 +108,7 @@ class TestTraining:
 
         return run
 
+    @pytest.mark.slow
     def test_what_is_decoded_is_what_was_trained(self, run, patient, policy):
         """The strength at which a doctor was trained is saved with it, and decoding uses it."""
         trainer = run("run", max_steps=8, per_device_train_batch_size=8)
@@ -128,6 +129,7 @@ class TestTraining:
                 decoded = guide(prefix, patient(prefix).logits[:, -1])[0, ids[start + t]]
                 torch.testing.assert_close(output.doctor_logps[row, t], decoded, atol=1e-4, rtol=1e-4)
 
+    @pytest.mark.slow
     def test_accumulation_and_resumption_change_nothing(self, run, policy):
         """The patient's part of the policy must be there in every part of a step, and after every restart."""
         whole = run("whole", save_strategy="steps", save_steps=2)

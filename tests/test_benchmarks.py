@@ -172,6 +172,7 @@ def test_peers_compute_the_same_mixture(decoding):
         torch.testing.assert_close(*scores, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_annotation_is_compared_with_the_same_numbers(tmp_path, monkeypatch, capsys):
     """Were the two sides to compute different things, the ratio of their times would mean nothing."""
     annotation = load(BENCHMARKS, "annotation")
@@ -309,6 +310,7 @@ def test_one_command_measures_everything(frontier, tmp_path, monkeypatch, capsys
     assert "loss" not in printed  # what trainers log is no part of a table
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_is_not_passed_over(frontier, tmp_path):
     """A page with a table missing would look like one that was never asked for."""
     with pytest.raises(RuntimeError, match="sweep failed, see .*sweep.log"):
@@ -336,6 +338,7 @@ def test_interpolation(frontier):
     assert frontier.interpolate([], 1.0) is None
 
 
+@pytest.mark.slow
 def test_the_kl_of_a_reward_guided_search(frontier):
     """The KL of a search is near 0 without reward, and grows with the weight of the reward."""
     from methods import Task, args_decoding
@@ -371,6 +374,7 @@ def test_what_is_left_of_an_objective(frontier):
     assert tfpo_objective(**tensors)[0] == tfpo_objective(**moved)[0]  # is held at zero there
 
 
+@pytest.mark.slow
 def test_serving(capsys):
     """Throughput is counted in tokens of answers that came to their end."""
     ratios = load(BENCHMARKS, "serving").main(["--quick"])
@@ -422,6 +426,7 @@ def test_hypervolume_by_hand():
     assert objectives.hypervolume([(2.0, 2.0)], (1.0, 1.0)) == 1
 
 
+@pytest.mark.slow
 def test_a_mixed_annotator_cares_for_both():
     """A baseline that is trained on other labels than it is measured by is no baseline."""
     objectives = load(BENCHMARKS, "objectives")
@@ -524,6 +529,7 @@ def test_a_method_that_was_measured_in_two_ways_is_not_reported(frontier):
             frontier.check_is_one_run([row, row | other])
 
 
+@pytest.mark.slow
 def test_faces_that_nobody_trained(frontier):
     """The rival that costs no training must be what it says: the patient, between what it says under either face."""
     from methods import Task, faces_alone
@@ -537,6 +543,7 @@ def test_faces_that_nobody_trained(frontier):
     assert 0 < weak["kl"] < strong["kl"] and comparison.rows[0]["reward"] < weak["reward"] < strong["reward"]
 
 
+@pytest.mark.slow
 def test_what_is_weighed_is_what_is_sampled(frontier):
     """Were the two ways to measure a policy to differ, the settings would be chosen by the wrong one."""
     from methods import Task

@@ -24,6 +24,9 @@ from trl_tfpo.cli import main
 from trl_tfpo.evaluation import ChatJudge
 
 
+pytestmark = pytest.mark.slow
+
+
 COMMANDS = {
     "annotate": "annotate --dataset_name {data}/preferences.jsonl --patient {data}/patient "
     "--positive_face kind --negative_face rude --output {output}/annotated.parquet --overwrite",

@@ -29,6 +29,9 @@ from trl_tfpo.cli import main
 from trl_tfpo.training.checkpoints import CONTENTS_FILE, check_checkpoint, mark_whole, resolve_checkpoint
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def annotated():
     rows = Dataset.from_list(conversational_rows(16))

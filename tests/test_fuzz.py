@@ -249,6 +249,7 @@ def requests_of(schema) -> list:
     return strategies
 
 
+@pytest.mark.slow
 def test_any_request(url):
     """Every request, right or wrong, is answered, or refused with a message."""
     schemathesis = pytest.importorskip("schemathesis")

@@ -53,6 +53,7 @@ def test_the_wheel_installs_and_imports_from_outside(tmp_path):
     assert int(result.stdout) > 50_000
 
 
+@pytest.mark.slow
 def test_a_source_tree_needs_no_installation(tmp_path):
     """Whoever clones the repository and sets PYTHONPATH, as on a cluster, has no metadata of an installed package."""
     (tmp_path / "trl_tfpo").symlink_to(ROOT / "trl_tfpo")

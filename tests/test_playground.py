@@ -29,11 +29,15 @@ def cache_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def url(cache_dir):
-    page = world_playground(cache_dir, max_steps=MAX_STEPS)
-    yield launch(page)
-    page.close()
+    with pytest.MonkeyPatch.context() as patch:
+        if not SCREENSHOT:
+            patch.setattr("trl_tfpo.server.playground.NUM_FRONTIER_SAMPLES", 20)
+        page = world_playground(cache_dir, max_steps=MAX_STEPS)
+        yield launch(page)
+        page.close()
 
 
+@pytest.mark.slow
 def test_doctors_are_trained_once(url, cache_dir):
     """A page that trains for a minute at every start is opened once."""
     before = {path: path.stat().st_mtime_ns for path in cache_dir.rglob("*.safetensors")}

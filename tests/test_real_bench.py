@@ -483,6 +483,7 @@ def test_a_damaged_file_is_drawn_again(samples, tmp_path, caplog):
 # The demo
 
 
+@pytest.mark.slow
 def test_the_demo_from_a_folder_to_a_table(demo, tmp_path, capsys):
     """Every step, on a model that is made in a second: guidance raises the score, and moves away from the patient."""
     words = "good bad great sad happy be cheerful, warm gloomy, cold and the is a"
@@ -578,6 +579,7 @@ def test_states_are_those_of_a_whole_forward(chat_model, tasks):
     assert answers[0].ends and all(answer.faces["cheerful"][0].any() for answer in answers)
 
 
+@pytest.mark.slow
 def test_the_bench_from_samples_to_tables(chat_model, tmp_path, capsys):
     """Every stage, resumed once: what is measured twice is not measured again, and every method is in the table."""
     bench = load(REAL, "bench")
@@ -812,6 +814,7 @@ def test_the_mean_over_weightings():
     assert tables.over_weightings([{"seed": 0, "gain": 1.0, "by_prompt": [1.0]}]) is None
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The (token rewards|faces) do not:UserWarning")  # random models
 def test_adapters_by_tfpo_and_by_dpo(chat_model, tmp_path, capsys):
     """Every stage, resumed once: training, a choice of rates and checkpoints, and what is measured."""

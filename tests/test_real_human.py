@@ -131,6 +131,7 @@ def test_an_interval_of_pairs(human):
     assert low == pytest.approx(0.5 - 1.96 * 0.025, abs=0.006) and high == pytest.approx(0.5 + 1.96 * 0.025, abs=0.006)
 
 
+@pytest.mark.slow
 def test_the_human_task_from_pairs_to_a_table(chat_model, human, tmp_path, capsys):
     """
     People prefer answers that say "good": scores that see words find that, the length does not. What has been measured

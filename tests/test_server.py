@@ -57,6 +57,7 @@ def test_answers_are_those_of_the_library(client, world, doctors):
     assert len(set(answers)) > 1
 
 
+@pytest.mark.slow
 def test_32_clients_get_what_each_would_get_alone(client, engine, world, doctors, monkeypatch):
     """One batch with the weights or the caches of two requests mixed up gives a wrong answer that reads well."""
     read, sizes = engine._read, []

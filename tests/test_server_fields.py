@@ -70,6 +70,7 @@ NEUTRAL = {
 }
 
 
+@pytest.mark.slow
 def test_fields_that_change_nothing_are_accepted(url):
     """Clients send them whether they are asked to or not; a server that refuses them has no clients."""
     plain = say(url)
@@ -243,6 +244,7 @@ class Counted(LogitsProcessor):
         return scores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [None, 1.0, 0.25])
 @pytest.mark.parametrize(
     "settings",

@@ -75,6 +75,7 @@ def files(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.rglob("*.arrow"))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_bytes(tmp_path, num_processes, record_property):
     """Else a night of annotation would be lost to a preempted machine, or end in a file that is half written."""
@@ -106,6 +107,7 @@ def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_bytes(tmp_path, 
     record_property(f"annotation is killed, processes: {num_processes}", num_faults)
 
 
+@pytest.mark.slow
 def test_death_in_the_middle_of_a_shard(tmp_path, record_property):
     """Half a shard that is taken for a whole one would be rewards of other pairs."""
     (tmp_path / "calm").mkdir()
@@ -124,6 +126,7 @@ def test_death_in_the_middle_of_a_shard(tmp_path, record_property):
     record_property("death while a shard is written", NUM_FAULTS)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_does_not_leave_the_other_waiting(tmp_path, record_property):
     """A rank that waits for one that is dead holds eight GPUs until somebody looks."""
     (tmp_path / "calm").mkdir()

@@ -219,6 +219,7 @@ class TestTraining:
         assert "loaded" not in vars(trainer.patient_model)  # let go
         trainer.evaluate(trainer.train_dataset)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("reference_weight", [0.0, 1.0])
     def test_accumulation_8x1_equals_1x8(self, annotated, tokenizer, tmp_path, reference_weight):
         """A loss scaled twice, or not at all, trains at another learning rate whenever memory is short."""
@@ -354,6 +355,7 @@ class TestReference:
             trainer.evaluate(annotated)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("peft_config", [None, LoraConfig(r=2, target_modules=["q_proj"])], ids=["full", "lora"])
 def test_the_head_learns_at_its_own_rate(annotated, tokenizer, tmp_path, peft_config):
     """log V spans hundreds of nats: at the rate of a pretrained model its head may never get there."""
@@ -385,6 +387,7 @@ def test_the_head_learns_at_its_own_rate(annotated, tokenizer, tmp_path, peft_co
     assert len({tuple(values) for values, _ in runs.values()}) >= 3
 
 
+@pytest.mark.slow
 def test_a_compiled_doctor_learns_the_same(annotated, tokenizer, tmp_path):
     """Compiled for speed, it must not lose the value head, nor be saved under other names."""
 
@@ -613,6 +616,7 @@ class TestRewards:
             assert metrics[f"{prefix}_rewards/accuracies"] == pytest.approx((margins > 0).float().mean().item())
             assert metrics[f"{prefix}_token_rewards/chosen"] == start["eval_token_rewards/chosen"]
 
+    @pytest.mark.slow
     def test_pairs_count_alike_under_accumulation(self, annotated, tokenizer, tmp_path):
         """A mean over batches of different sizes is not the mean over pairs."""
         logged = []
