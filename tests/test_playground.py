@@ -19,7 +19,7 @@ from trl_tfpo.testbed import load_world
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SCREENSHOT = os.environ.get("TRL_TFPO_SCREENSHOT")  # `make screenshot` keeps it for the documentation
-MAX_STEPS = 200 if SCREENSHOT else 20
+MAX_STEPS = 200 if SCREENSHOT else 5
 
 
 @pytest.fixture(scope="module")
