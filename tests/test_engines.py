@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trl_tfpo import DoctorGuidedLogitsProcessor, TFPOConfig, TFPOTrainer, annotate_token_rewards, load_doctor
-from trl_tfpo.models.doctor import VALUE_HEAD, VALUE_HEAD_FILE
+from trl_tfpo.models.doctor import VALUE_HEAD
+from trl_tfpo.models.saved_doctor import VALUE_HEAD_FILE
 
 
 pytest.importorskip("deepspeed")

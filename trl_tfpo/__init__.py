@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .decoding.speculative import speculative_guided_generate
     from .decoding.trace import show_trace
     from .faces import Faces
-    from .models.doctor import load_doctor
+    from .models.saved_doctor import load_doctor
     from .training.callbacks import LogGuidedCompletionsCallback
     from .training.collator import TokenRewardCollator
     from .training.config import TFPOConfig
@@ -34,7 +34,7 @@ _MODULES = {  # read when first used, so that the command line answers at once
     "TokenRewardCollator": "training.collator",
     "annotate_token_rewards": "annotation.token_rewards",
     "guided_generate": "decoding.generation",
-    "load_doctor": "models.doctor",
+    "load_doctor": "models.saved_doctor",
     "reward_report": "annotation.report",
     "show_token_rewards": "annotation.report",
     "show_trace": "decoding.trace",

@@ -19,7 +19,8 @@ Deviations from the paper, each chosen by a function argument unless said otherw
 5. The reward may be tempered and anchored to a reference policy (`reward_temperature`, `reference_weight`).
 6. Squared residuals are averaged, not summed, over the sub-trajectories of a completion, in $O(T)$.
 7. Value discrimination compares $\log V$ at the first token at which chosen and rejected part ways.
-8. $\epsilon$ in the importance is large enough to matter (`gap_floor`): where the faces agree, their noise is no signal.
+8. $\epsilon$ in the importance is large enough to matter (`gap_floor`): where the faces agree, their noise is no
+signal.
 9. The policy whose flow is balanced is a language model times the doctor, [`guided_logps`], or the doctor (`policy`).
 """
 
@@ -99,8 +100,8 @@ def token_rewards(
 
     $$r_t = \operatorname{sign} \cdot S_t \cdot 1[S_t > \theta]$$
 
-    The sign is that of the label (`"label"`, the paper) or of the gap $\Delta_t$ (`"faces"`). With `"agreement"` it is that
-    of the gap, and the reward is multiplied by $w$ where the label has the other sign.
+    The sign is that of the label (`"label"`, the paper) or of the gap $\Delta_t$ (`"faces"`). With `"agreement"` it is
+    that of the gap, and the reward is multiplied by $w$ where the label has the other sign.
 
     Args:
         positive_logps, negative_logps (`torch.Tensor` of shape `(B, T)`):
@@ -153,7 +154,8 @@ def check_reward_settings(
         )
     if not 0 <= disagreement_weight <= 1:
         raise ValueError(
-            f"`disagreement_weight` must be in [0, 1]. Got {disagreement_weight}; 0 ignores what the label contradicts."
+            f"`disagreement_weight` must be in [0, 1]. Got {disagreement_weight}; 0 ignores what the label "
+            "contradicts."
         )
     _check_positive(importance_temperature, gap_floor)
     if not 0 <= sparsity_threshold < 1:
@@ -166,8 +168,8 @@ def check_reward_settings(
 def _check_positive(importance_temperature: float, gap_floor: float) -> None:
     if not (importance_temperature > 0 and gap_floor > 0):
         raise ValueError(
-            f"`importance_temperature` and `gap_floor` must be positive. Got {importance_temperature} and {gap_floor}; "
-            "try 3.0 and 0.05 nats."
+            f"`importance_temperature` and `gap_floor` must be positive. Got {importance_temperature} and "
+            f"{gap_floor}; try 3.0 and 0.05 nats."
         )
 
 
@@ -285,9 +287,9 @@ def subtb_loss(*, potential: torch.Tensor, completion_mask: torch.Tensor, subtb_
     $$\frac{\sum_{m<n} \lambda^{n-m-1} (p_n - p_m)^2}{\sum_{m<n} \lambda^{n-m-1}}$$
 
     With $\lambda = 1$ this is twice the unbiased variance of the potential. With $\lambda < 1$ let $d_n = p_n -
-    p_{n-1}$; then the sums $A_n = \sum_{m<n} \lambda^{n-m-1}$, $G_n = \sum_{m<n} \lambda^{n-m-1} (p_n - p_m)$ and $R_n$
-    (the same of squares) obey $A_n = \lambda A_{n-1} + 1$, $G_n = \lambda G_{n-1} + A_n d_n$ and $R_n = \lambda R_{n-1}
-    + 2 d_n G_n - A_n d_n^2$. $\lambda = 0$ is detailed balance.
+    p_{n-1}$; then the sums $A_n = \sum_{m<n} \lambda^{n-m-1}$, $G_n = \sum_{m<n} \lambda^{n-m-1} (p_n - p_m)$ and
+    $R_n$ (the same of squares) obey $A_n = \lambda A_{n-1} + 1$, $G_n = \lambda G_{n-1} + A_n d_n$ and $R_n = \lambda
+    R_{n-1} + 2 d_n G_n - A_n d_n^2$. $\lambda = 0$ is detailed balance.
 
     Args:
         potential (`torch.Tensor` of shape `(B, S)`):
@@ -450,8 +452,8 @@ def token_logps(*, logits: Sequence[FactoredLogits | torch.Tensor], targets: tor
             Token ids.
 
     Returns:
-        `torch.Tensor` of shape `(N,)`: log-probabilities in nats, float32, differentiable in hidden states, weights and
-        biases.
+        `torch.Tensor` of shape `(N,)`: log-probabilities in nats, float32, differentiable in hidden states, weights
+        and biases.
 
     Examples:
 

@@ -109,7 +109,7 @@ TRAIN = [
     (
         "train in batches of nothing",
         f"{TRAINING} --per_device_train_batch_size 0",
-        "at least 1 token or sequence. Got 0",
+        "`per_device_train_batch_size` must be at least 1. Got 0",
     ),
     ("train at a negative rate", f"{TRAINING} --learning_rate -1", "`learning_rate` must be at least 0. Got -1.0"),
     ("train on no such split", f"{TRAINING} --dataset_train_split dev", "must be one of ['train']. Got 'dev'"),

@@ -35,7 +35,7 @@ MODELS = [
     ("no such model", chat(model="/etc/passwd"), 404, "must be 'world'"),
     ("no such model for a text", text(model="../world"), 404, "must be 'world'"),
     ("unknown doctor", chat(weights={"kind": 1.0}), 400, "must name doctors"),
-    ("weights above one", chat(weights={"calm": 0.9, "wild": 0.9}), 400, "at most 1"),
+    ("weights above one", chat(weights={"calm": 0.9, "wild": 0.9}), 400, "must not exceed 1 in sum"),
     ("weight that is no number", chat(weights={"calm": "much"}), 400, "weights.calm"),
     (
         "weight that is not finite",

@@ -44,7 +44,7 @@ SETTINGS = [
 
 # Generations
 GENERATIONS = [
-    ("weight that is not finite", lambda: submit([1], alpha=float("nan")), "Weights must be finite. Got `alpha` nan"),
+    ("weight that is not finite", lambda: submit([1], alpha=float("nan")), "`alpha` must be finite. Got nan"),
     ("unknown doctor", lambda: submit([1], weights={"kind": 1.0}), r"among \[\]. Got \['kind'\]"),
     ("negative temperature", lambda: submit([1], temperature=-1.0), r"`temperature` must be at least 0.* Got \(-1.0"),
     ("no new tokens", lambda: submit([1], max_new_tokens=0), "`max_new_tokens` at least 1"),

@@ -16,11 +16,6 @@ WORLD = [
         lambda: load_world().preference_dataset("prais", num_pairs=1, seed=0),
         r"one of \['calm', 'praise'\]. Got 'prais'",
     ),
-    (
-        "noise temperature of zero",
-        lambda: load_world().preference_dataset("praise", num_pairs=1, seed=0, noise_temperature=0),
-        "must be positive. Got 0",
-    ),
     ("no pairs", lambda: load_world().preference_dataset("praise", num_pairs=0, seed=0), "at least one prompt"),
     ("unknown split", lambda: load_world().prompts("dev"), "`split` must be one of .* Got 'dev'"),
     (

@@ -80,7 +80,7 @@ DATASETS = [
     (
         "ids of a larger vocabulary",
         lambda: train(train_dataset=Dataset.from_list([{**row, "prompt_ids": [99]} for row in annotate()])),
-        "Got the token id 99, and that knows 0 to 21",
+        "Got the token id 99, and its ids are 0 to 21",
     ),
     ("no completion ends", lambda: train(train_dataset=annotate(max_length=8)), "must end in EOS"),
 ]

@@ -50,8 +50,9 @@ def score_completions(
     Log-probability of every completion token after its prompt.
 
     Completions of one prompt share a row where the model's attention takes such a mask, so the prompt is read once.
-    Rows of similar length share a forward pass; the shorter the rows, the more of them. The (tokens, vocabulary) logits
-    are never held. For a model in half precision the residual stream, the norms and the head are computed in float32.
+    Rows of similar length share a forward pass; the shorter the rows, the more of them. The (tokens, vocabulary)
+    logits are never held. For a model in half precision the residual stream, the norms and the head are computed in
+    float32.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -100,9 +101,10 @@ def score_completions(
     for index, scored in logps.items():
         if not scored.isfinite().all():
             raise ValueError(
-                f"Log-probabilities must be finite. {type(model).__name__} gives {scored[~scored.isfinite()][0].item()} "
-                f"to a token of sequence {index} ({len(prompt_ids[index]) + len(scored)} tokens); load it in float32 or "
-                "bfloat16, and check its weights and that no token of the data is masked out."
+                f"Log-probabilities must be finite. {type(model).__name__} gives "
+                f"{scored[~scored.isfinite()][0].item()} to a token of sequence {index} "
+                f"({len(prompt_ids[index]) + len(scored)} tokens); load it in float32 or bfloat16, and check its "
+                "weights and that no token of the data is masked out."
             )
     return [logps[index] for index in range(len(completion_ids))]
 
@@ -111,8 +113,8 @@ def check_whole(model: torch.nn.Module) -> None:
     """Raise `ValueError` when the parameters of the model are sharded."""
     if is_sharded(model):
         raise ValueError(
-            f"A model that scores completions must be whole in each process. Got a {type(model).__name__} with sharded "
-            "parameters; pass its name or path, or load it before the settings of the training are made."
+            f"A model that scores completions must be whole in each process. Got a {type(model).__name__} with "
+            "sharded parameters; pass its name or path, or load it before the settings of the training are made."
         )
 
 

@@ -46,8 +46,8 @@ def in_float32() -> Iterator[None]:
     """
     Within the context models in bfloat16 or float16 compute in float32, with the weights that they have.
 
-    Each weight is converted where it is used, which needs memory for one weight more. It is slow, and kernels that take
-    only half precision raise.
+    Each weight is converted where it is used, which needs memory for one weight more. It is slow, and kernels that
+    take only half precision raise.
     """
     with _Float32(), _Float32Convolutions():
         yield

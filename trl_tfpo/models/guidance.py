@@ -107,7 +107,9 @@ def start_at_credits(model: PreTrainedModel, logits: torch.Tensor, rows: Sequenc
 
 
 def _own_config(model: PreTrainedModel) -> None:
-    """Give the model its own copy of its config. A config that the patient shares would mark the patient as a doctor."""
+    """
+    Give the model its own copy of its config. A config that the patient shares would mark the patient as a doctor.
+    """
     own: dict[int, Any] = {}  # copies by the identity of the original
     copy.deepcopy(model.config, own)
     for module in model.modules():

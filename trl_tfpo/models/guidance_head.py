@@ -49,7 +49,9 @@ class GuidanceHead(torch.nn.Module):
         return self.map.size(1)
 
     def to_embedding_space(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`M h`, scaled, of the shape `(..., H)` of the hidden states: the product with the embeddings gives the logits."""
+        """
+        `M h`, scaled, of the shape `(..., H)` of the hidden states: the product with the embeddings gives the logits.
+        """
         return F.linear(hidden_states, self.map) * self.scale
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -112,7 +114,9 @@ class GuidanceHead(torch.nn.Module):
 
 
 def fitted_direction(embeddings: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """The direction (H,), float64, whose products with embeddings (V, H) are nearest to logits (V,), up to a constant."""
+    """
+    The direction (H,), float64, whose products with embeddings (V, H) are nearest to logits (V,), up to a constant.
+    """
     embeddings = embeddings.detach().double()
     centered, logits = embeddings - embeddings.mean(dim=0), logits.to(embeddings) - logits.mean().to(embeddings)
     return _ridge(centered.T @ centered, centered.T @ logits, 1e-4)
@@ -125,6 +129,8 @@ def constant_over(hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 def _ridge(second_moments: torch.Tensor, products: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Ridge regression (H,) from second moments (H, H) and products (H,). The ridge is a share of the mean variance."""
+    """
+    Ridge regression (H,) from second moments (H, H) and products (H,). The ridge is a share of the mean variance.
+    """
     diagonal = torch.eye(len(second_moments)).to(second_moments) * ridge * second_moments.diagonal().mean()
     return torch.linalg.solve(second_moments + diagonal, products)

@@ -5,9 +5,9 @@ Token credits in a LoRA on the language model head: where a LoRA doctor with a p
 
 $$\log \pi(y \mid s) \propto (W h_s)_y + c_y \, a^\top h_s, \qquad a^\top h_s \approx 1$$
 
-$c$ are the token credits, and $c \, a^\top$ is a LoRA of rank 1 on the head $W$. It has V + H weights, where a separate
-head would have V x H, and is part of an ordinary adapter that `PeftModel` loads. It is not trained: a free number for
-each token would fit the noise of the pairs. The adapters of the layers learn everything else.
+$c$ are the token credits, and $c \, a^\top$ is a LoRA of rank 1 on the head $W$. It has V + H weights, where a
+separate head would have V x H, and is part of an ordinary adapter that `PeftModel` loads. It is not trained: a free
+number for each token would fit the noise of the pairs. The adapters of the layers learn everything else.
 """
 
 import copy
@@ -54,7 +54,8 @@ def adapter_factors(head: Any, hidden: torch.Tensor) -> list[tuple[torch.Tensor,
             Hidden states.
 
     Returns:
-        A list of hidden states (N, R) and weights (V, R), one for each adapter, whose products are added to the logits.
+        A list of hidden states (N, R) and weights (V, R), one for each adapter, whose products are added to the
+        logits.
     """
     return [
         (head.lora_A[name](hidden.to(head.lora_A[name].weight.dtype)) * head.scaling[name], head.lora_B[name].weight)

@@ -55,8 +55,9 @@ class RatioPolicy(Policy):
             return NamedModel(doctor.name, **doctor.init_kwargs)  # loaded when it is first read
         if is_guidance(doctor):
             raise ValueError(
-                "With `policy='ratio'` the doctor starts as a language model. Got one that has already learned to guide; "
-                "start from the model before its training, or train it on for its patient with `policy='guided'`."
+                "With `policy='ratio'` the doctor starts as a language model. Got one that has already learned to "
+                "guide; start from the model before its training, or train it on for its patient with "
+                "`policy='guided'`."
             )
         return copy.deepcopy(doctor)
 
@@ -76,8 +77,8 @@ POLICIES = {"doctor": Policy(), "ratio": RatioPolicy(), "guided": GuidedPolicy()
 
 def place_base_policy(model: "LanguageModel | NamedModel", accelerator: Accelerator) -> torch.nn.Module:
     """
-    Put the base policy where the doctor is trained: sharded where the engine shards the doctor (ZeRO-3, FSDP2), otherwise
-    whole in each process. A model that is quantized, or spread over devices, stays where it is.
+    Put the base policy where the doctor is trained: sharded where the engine shards the doctor (ZeRO-3, FSDP2),
+    otherwise whole in each process. A model that is quantized, or spread over devices, stays where it is.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~trl_tfpo.models.named_model.NamedModel`]):
@@ -121,7 +122,8 @@ def read_base_policy(
 
     Returns:
         Logits where completion tokens are predicted, as [`~trl_tfpo.models.states.read_logits`] returns them; and
-        `torch.Tensor` of shape `(B, T)`: log-probabilities of the completion tokens in nats, left-aligned, padded with 0.
+        `torch.Tensor` of shape `(B, T)`: log-probabilities of the completion tokens in nats, left-aligned, padded with
+        0.
     """
     has_label = completion_mask[:, 1:]
     with inference(model):

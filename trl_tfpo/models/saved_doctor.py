@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Load and save doctors: the value head, and the map of a GuidanceHead, beside the weights of the language model."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import CONFIG_NAME, cached_file
+
+from ..common.atomic import written_whole
+from ..common.language_model import LanguageModel
+from .adapters import VALUE_HEAD, record_exponents, trained_exponents
+from .doctor import add_value_head
+from .guidance import load_guidance, untie_head
+from .guidance_head import GuidanceHead
+from .named_model import SOURCE
+
+
+VALUE_HEAD_FILE = "value_head.safetensors"  # of a full model
+
+
+def load_doctor(path: str | os.PathLike, with_value_head: bool = True, **kwargs) -> LanguageModel:
+    """
+    Load a trained doctor with its value head, to continue training or to inspect the flow.
+
+    Decoding does not need the value head: `AutoModelForCausalLM.from_pretrained(path)` is enough, or for an adapter
+    `PeftModel.from_pretrained(base, path)`.
+
+    Args:
+        path (`str`):
+            Folder or Hub id with a doctor that [`TFPOTrainer`] saved: a full model or an adapter.
+        with_value_head (`bool`, *optional*, defaults to `True`):
+            Whether to restore the value head.
+        kwargs:
+            Passed to `from_pretrained` of the language model. Weights are read from safetensors, unless
+            `use_safetensors=False` is among them.
+
+    Returns:
+        [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]: the doctor, in eval mode.
+
+    Raises:
+        `ValueError`: when there is no value head at `path`, several adapters or one that is not in safetensors, or an
+            adapter that does not say for which exponents it was trained.
+    """
+    kwargs.setdefault("use_safetensors", True)  # a pickle can run code
+    kwargs.setdefault("trust_remote_code", False)  # without a value transformers asks whether to run code
+    guidance = load_guidance(path, **{key: kwargs[key] for key in SOURCE if key in kwargs})
+    path = _adapter_folder(path)
+    adapter_config = cached_file(path, "adapter_config.json", _raise_exceptions_for_missing_entries=False)
+    if adapter_config is not None:
+        return _load_adapter(path, adapter_config, with_value_head, guidance, **kwargs)
+    model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    if guidance:
+        model.config.guidance = guidance
+    if with_value_head:
+        add_value_head(model)
+        getattr(model, VALUE_HEAD).load_state_dict(_read_value_head(path))
+    return model.eval()
+
+
+def _load_adapter(
+    path: str | os.PathLike, adapter_config: str, with_value_head: bool, guidance: dict[str, float] | None, **kwargs
+) -> LanguageModel:
+    """Load a doctor that was saved as an adapter, on the base model that its config names."""
+    from peft import PeftModel
+
+    if not cached_file(path, "adapter_model.safetensors", _raise_exceptions_for_missing_entries=False):
+        raise ValueError(
+            f"An adapter must be saved as safetensors. Got no `adapter_model.safetensors` in {str(path)!r}; load it with "
+            "PEFT, if you trust it, and save it again."
+        )
+    config = json.loads(Path(adapter_config).read_text(encoding="utf-8"))
+    saved_modules = set(config.get("modules_to_save") or ())
+    base: Any = AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"], **kwargs)
+    if saved_modules - {VALUE_HEAD}:
+        untie_head(base)
+    if with_value_head:
+        if VALUE_HEAD not in saved_modules:
+            raise _no_value_head(path)
+        add_value_head(base)
+    model = PeftModel.from_pretrained(base, path)
+    if guidance is not None:
+        record_exponents(model, guidance)  # the adapter may be older than its record
+    if exponents := trained_exponents(model):
+        # A merged model has only what its config says
+        base.config.guidance, base.guiding_adapter = exponents, model.active_adapter
+    return model
+
+
+def _adapter_folder(path: str | os.PathLike) -> str | os.PathLike:
+    """The folder of a doctor's adapter. PEFT saves an adapter that is not named "default" in a subfolder."""
+    if not Path(path).is_dir() or any((Path(path) / name).exists() for name in ("adapter_config.json", CONFIG_NAME)):
+        return path
+    named = sorted(file.parent for file in Path(path).glob("*/adapter_config.json"))
+    named = [folder for folder in named if not folder.name.startswith(PREFIX_CHECKPOINT_DIR)]
+    if len(named) > 1:
+        raise ValueError(
+            f"A doctor is one adapter. Got {str(path)!r} with {[folder.name for folder in named]}; pass the folder of "
+            "one."
+        )
+    return named[0] if named else path
+
+
+def save_value_head(state: dict[str, torch.Tensor], folder: str | os.PathLike) -> None:
+    """Save the value head of a full model in its folder, in a file of its own."""
+    with written_whole(Path(folder) / VALUE_HEAD_FILE) as part:
+        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}, part)
+
+
+def fold_map(model: PreTrainedModel, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    Replace the weights of a [`~trl_tfpo.models.guidance_head.GuidanceHead`] by those of an ordinary head, in place.
+
+    Returns:
+        `dict[str, torch.Tensor]`: the map of the GuidanceHead, needed to resume training; empty where there is none.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, GuidanceHead):
+        return {}
+    name = next(name for name, module in model.named_modules() if module is head)
+    if f"{name}.map" in state_dict:  # an engine has gathered the parameters
+        map = state_dict.pop(f"{name}.map")
+        state_dict[f"{name}.weight"] = head.folded(state_dict[f"{name}.weight"], map)
+        return {"map": map}
+    return {"map": head.map}
+
+
+def load_value_head(model: PreTrainedModel, folder: str | os.PathLike) -> None:
+    """
+    Load the value head of a full model from its folder, in place, and the map of a GuidanceHead. Does nothing where
+    the folder has no such file.
+    """
+    path = Path(folder) / VALUE_HEAD_FILE
+    if path.is_file():
+        state, head = load_file(path), model.get_output_embeddings()
+        map = state.pop("map", None)
+        getattr(model, VALUE_HEAD).load_state_dict(state)
+        if map is not None and isinstance(head, GuidanceHead):
+            head.map.data.copy_(map)
+
+
+def _read_value_head(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """The tensors of the value head of a saved full model: among its weights, sharded or not, or in their own file."""
+    file_names = ["model.safetensors"]
+    index = cached_file(path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+    if index is not None:
+        with open(index, encoding="utf-8") as file:
+            weight_map = json.load(file)["weight_map"]
+        file_names = sorted({name for key, name in weight_map.items() if key.startswith(f"{VALUE_HEAD}.")})
+    state = {}
+    for name in file_names:
+        with safe_open(cached_file(path, name), framework="pt") as tensors:
+            keys = [key for key in tensors.keys() if key.startswith(f"{VALUE_HEAD}.")]
+            state.update({key.removeprefix(f"{VALUE_HEAD}."): tensors.get_tensor(key) for key in keys})
+    own = cached_file(path, VALUE_HEAD_FILE, _raise_exceptions_for_missing_entries=False)
+    if not state and not own:
+        raise _no_value_head(path)
+    return state or {name: tensor for name, tensor in load_file(own).items() if name != "map"}
+
+
+def _no_value_head(path: str | os.PathLike) -> ValueError:
+    return ValueError(
+        f"`load_doctor` needs a model that was saved with a value head. Got {str(path)!r}, which has none; pass "
+        "`with_value_head=False`, or a folder saved by `TFPOTrainer`."
+    )
