@@ -7,10 +7,10 @@ export TOKENIZERS_PARALLELISM = false
 export OMP_NUM_THREADS ?= 1
 
 # What is tried when things go wrong; each of these files has more of it where the environment asks for it
-RELIABILITY = $(wildcard $(patsubst %,tests/test_%.py,\
-	atomic bad_input determinism fault* formats fuzz* numbers security server shards upstream))
+RELIABILITY = tests/bad_input $(wildcard $(patsubst %,tests/test_%.py,\
+	atomic determinism fault* formats fuzz* numbers security server shards upstream))
 
-.PHONY: demo demo-real bench-real test test-reliability style quality audit docs screenshot clean
+.PHONY: demo demo-real bench-real test test-fast test-reliability style quality audit docs screenshot clean
 
 # The main job in the controlled world: a table, a picture in runs/world, completions side by side
 demo: $(VENV)/.demo
@@ -21,7 +21,8 @@ demo-real: export OMP_NUM_THREADS = 2
 demo-real: $(VENV)/.demo-real
 	$(RUN)python benchmarks/real/demo.py
 
-# What the page on a real model rests on; PAIRS is a file or dataset like HH-RLHF. Some hours on two cores, resumed when called again
+# Measure what the page on a real model reports; PAIRS is a file or dataset like HH-RLHF. It takes some hours on two
+# cores, and is resumed when it is called again
 bench-real: $(VENV)/.demo-real
 	$(RUN)python benchmarks/real/bench.py --prompts "$(PAIRS)" --figure docs/images/real_model.svg
 	$(RUN)python benchmarks/real/lora.py --prompts "$(PAIRS)" --num_answers 32
@@ -30,6 +31,10 @@ bench-real: $(VENV)/.demo-real
 # The whole suite, two workers of one thread each
 test: $(VENV)/.test
 	$(RUN)python -m pytest -n 2 --dist worksteal
+
+# The tests that are not marked `slow`, in less than two minutes
+test-fast: $(VENV)/.test
+	$(RUN)python -m pytest -n 2 --dist worksteal -m "not slow"
 
 # Some three hundred faults, ten thousand random batches, five minutes of random requests: docs/reliability.md
 test-reliability: $(VENV)/.test
@@ -42,6 +47,7 @@ style: $(VENV)/.test
 quality: $(VENV)/.test
 	$(RUN)ruff check .
 	$(RUN)ruff format --check .
+	$(RUN)mypy
 	$(RUN)bandit --quiet --recursive trl_tfpo --configfile pyproject.toml
 
 # Known vulnerabilities of the pinned versions, asked of a service

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 
-TRAIN = Path(__file__).parents[1] / "train.py"
+TRAIN = Path(__file__).parents[1] / "examples" / "train.py"
 COLUMNS = ("reward", "kl", "efficiency", "grammar", "distinct_4")
 
 

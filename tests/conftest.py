@@ -11,8 +11,10 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 
 os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp(prefix="datasets-"))  # else scores of another day
@@ -27,12 +29,22 @@ from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+
+from trl_tfpo import Faces
 
 
 WORDS = (
     "<pad> <s> </s> <unk> <system> <user> <assistant> you are kind rude say good bad soup bread is the a very not and"
 )
+FACES = Faces(positive="you are kind", negative="you are rude")
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ ' <' + message['role'] + '> ' + message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ ' ' + eos_token }}{% endif %}{% endfor %}"
@@ -97,6 +109,19 @@ def conversational_rows(num_pairs: int = 8) -> list[dict]:
     ]
 
 
+def write_rows(path: Path, rows: Iterable[dict]) -> Path:
+    """A file of JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None = None) -> str:
+    """A folder with a model and its tokenizer, by whose name both can be loaded."""
+    model.save_pretrained(folder)
+    (tokenizer or make_tokenizer()).save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture
 def preferences():
     return Dataset.from_list(conversational_rows())
@@ -112,9 +137,18 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def neighbours(request):
+    """Tests of scripts name their folder, `SCRIPTS`, which Python puts first in its path for whoever runs a script."""
+    with pytest.MonkeyPatch.context() as patch:
+        if hasattr(request.module, "SCRIPTS"):
+            patch.syspath_prepend(request.module.SCRIPTS)
+        yield
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Of what is as it was no longer upstream, the docstring says what to change here."""
+    """Where something has changed upstream, the docstring of the test says what to change here."""
     report = yield
     if report.failed and item.path.name == "test_upstream.py":
         report.sections.append(("What this is about", inspect.getdoc(item.function)))

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-What a release writes, kept so that later ones can be held to read it: `python tests/make_fixtures.py tests/fixtures/format_1`.
+Write files in the formats of this release, which later releases must read:
+
+    python tests/make_fixtures.py tests/fixtures/format_1
 
 A doctor of guided flow and an annotated dataset, as small as they can be. `test_formats.py` reads them.
 """

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import conversational_rows, make_llama, make_tokenizer
+from conftest import FACES, conversational_rows, make_llama, make_tokenizer
 from datasets import Dataset
 from peft import (
     AdaptionPromptConfig,
@@ -27,7 +27,7 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
-from test_tfpo_trainer import FACES, config
+from trainers import config, make_trainer
 from transformers import AutoModelForCausalLM
 
 from trl_tfpo import (
@@ -294,7 +294,7 @@ def test_a_head_of_zeros_is_no_ratio():
 
 
 def test_the_head_is_looked_at_once(folder, base, monkeypatch):
-    """It may have a billion weights, and a patient is asked at every generation. Changed weights are looked at again."""
+    """The check of a head is cached, as a head may have a billion weights; changed weights are checked again."""
     model, calls = make_llama(3), []
     norm = torch.linalg.vector_norm
     monkeypatch.setattr(torch.linalg, "vector_norm", lambda *args, **kwargs: calls.append(1) or norm(*args, **kwargs))
@@ -389,9 +389,7 @@ def test_adapters_that_are_not_of_the_weights_are_refused(peft_config):
     for attempt in (
         lambda: DoctorGuidedLogitsProcessor(model),
         lambda: make_doctor(model),
-        lambda: TFPOTrainer(
-            model=model, args=config("unused", policy="doctor"), train_dataset=annotated, processing_class=tokenizer
-        ),
+        lambda: make_trainer(annotated, "unused", model, policy="doctor"),
         lambda: guided_generate(model, guide, **PROMPT),
         lambda: guided_generate(model, guide, **PROMPT, speculative=True),
         lambda: annotate_token_rewards(rows, model, tokenizer, faces=FACES),

@@ -125,7 +125,7 @@ def test_every_exported_name_is_documented():
 
 def test_paper_map_names_what_exists():
     """A map with wrong names is worse than none."""
-    tests = (ROOT / "tests").glob("test_*.py")
+    tests = (ROOT / "tests").rglob("test_*.py")
     test_names = {
         name for path in tests for name in re.findall(r"(?:def|class) (\w+)", path.read_text(encoding="utf-8"))
     }

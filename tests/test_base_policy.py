@@ -4,9 +4,9 @@
 
 import pytest
 import torch
-from conftest import make_llama
+from conftest import FACES, make_llama
 from peft import LoraConfig
-from test_tfpo_trainer import FACES, config, losses
+from trainers import config, losses, make_trainer
 from transformers import AutoModelForCausalLM
 
 from trl_tfpo import DoctorGuidedLogitsProcessor, TFPOTrainer, annotate_token_rewards, load_doctor
@@ -34,7 +34,7 @@ def tokens_of(output):
 @pytest.mark.parametrize("scale", [{}, {"logit_scale": 2.0}], ids=["fused", "of logits"])
 @pytest.mark.parametrize("patient_vocab", [22, 30, 20], ids=["same", "padded patient", "padded doctor"])
 def test_log_probabilities_and_gradients_are_those_of_the_product(patient_vocab, scale):
-    """The normaliser runs over the vocabulary and depends on the doctor: without its gradient another policy is trained."""
+    """The normalizer, a sum over the vocabulary, has a gradient to the doctor."""
     size = min(22, patient_vocab)
     doctor, twin, patient = make_llama(3), make_llama(3), make_llama(1, vocab_size=patient_vocab, hidden_size=24)
     vars(patient.config).update(scale)  # one that Llama does not look at, but others do: then the logits are asked
@@ -108,8 +108,9 @@ class TestTraining:
 
         return run
 
+    @pytest.mark.slow
     def test_what_is_decoded_is_what_was_trained(self, run, patient, policy):
-        """Else the strength at which a doctor is right is anybody's guess, and the checkpoint's word is worth nothing."""
+        """The strength at which a doctor was trained is saved with it, and decoding uses it."""
         trainer = run("run", max_steps=8, per_device_train_batch_size=8)
         assert losses(trainer)[-1] < losses(trainer)[0]
         before = patient if policy == "guided" else make_llama(2)
@@ -128,6 +129,7 @@ class TestTraining:
                 decoded = guide(prefix, patient(prefix).logits[:, -1])[0, ids[start + t]]
                 torch.testing.assert_close(output.doctor_logps[row, t], decoded, atol=1e-4, rtol=1e-4)
 
+    @pytest.mark.slow
     def test_accumulation_and_resumption_change_nothing(self, run, policy):
         """The patient's part of the policy must be there in every part of a step, and after every restart."""
         whole = run("whole", save_strategy="steps", save_steps=2)
@@ -191,11 +193,6 @@ def test_the_patient_is_needed_to_the_end(preferences, patient, tokenizer, tmp_p
     """Found out at the first step, it would be found out after hours of annotation."""
     annotated = annotate_token_rewards(preferences, patient, tokenizer, faces=FACES)
     with pytest.raises(ValueError, match="policy='guided'"):
-        TFPOTrainer(
-            model=make_llama(2),
-            args=config(tmp_path, policy="guided"),
-            train_dataset=annotated,
-            processing_class=tokenizer,
-        )
+        make_trainer(annotated, tmp_path, policy="guided")
     with pytest.raises(ValueError, match="not trained by guided flow"):
         make_doctor(make_doctor(make_llama(2), LORA), guides=True)

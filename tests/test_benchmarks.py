@@ -2,9 +2,12 @@
 
 """The benchmarks measure what they say; how long it takes is not looked at, as it depends on the machine."""
 
-import importlib.util
+import io
 import json
+import os
 import re
+import sys
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +15,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from processes import end_of, in_child
+from scripts import BENCHMARKS, load
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trl_tfpo import DoctorGuidedLogitsProcessor
@@ -19,7 +24,7 @@ from trl_tfpo.functional import guided_logps
 from trl_tfpo.training.objective import tfpo_objective
 
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SCRIPTS = BENCHMARKS
 TINY = dict(
     repetitions=1,
     vocab_sizes={97: 1.08},
@@ -36,23 +41,9 @@ TINY = dict(
 )
 
 
-def load(name: str):
-    """A script, imported as a module."""
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(autouse=True)
-def neighbours(monkeypatch):
-    """The folder of the script, which Python puts first for whoever runs it."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def decoding():
-    return load("decoding")
+    return load(BENCHMARKS, "decoding")
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -76,57 +67,78 @@ def test_growing_keeps_what_a_model_says(decoding, num_key_value_heads, tied):
         torch.testing.assert_close(grown(ids.flip(1)).logits, model(ids).logits, atol=1e-3, rtol=0)
 
 
-@pytest.mark.slow
-def test_decoding_reports_every_part(decoding, tmp_path, monkeypatch, capsys):
-    """A part that is left out, or a guide that does not guide, would go unnoticed among the figures."""
-    monkeypatch.setattr(decoding, "QUICK", TINY)
-    decoding.main(["--quick", "--peers", "--device", "cpu", "--output", str(tmp_path / "decoding.json")])
-    report = json.loads((tmp_path / "decoding.json").read_text(encoding="utf-8"))
-    assert {
-        "machine",
-        "arguments",
-        "sizes",
-        "overhead",
-        "speculative",
-        "verification",
-        "adapters",
-        "peers",
-    } == report.keys()
-    assert {"date", "machine", "cpu", "device", "threads", "clock", "torch", "transformers"} == report[
-        "machine"
-    ].keys()
+@pytest.fixture(scope="module")
+def decoding_run(decoding, tmp_path_factory):
+    """The report of a run on tiny models, and what was printed."""
+    output = tmp_path_factory.mktemp("decoding") / "decoding.json"
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(decoding, "QUICK", TINY)
+        decoding.main(["--quick", "--peers", "--device", "cpu", "--output", str(output)])
+    return json.loads(output.read_text(encoding="utf-8")), printed.getvalue()
 
-    assert [row["batch_size"] for row in report["overhead"]] == [1, 8]
-    for row in report["overhead"]:
-        first, median, third = row["cached"]
-        assert 0 < first <= median <= third
-        prompt_length, num_new_tokens = TINY["random_lengths"]
-        assert row["cached_guide_tokens"] == row["batch_size"] * (prompt_length + num_new_tokens - 1)
-        prefixes = range(prompt_length, prompt_length + num_new_tokens)
-        assert row["naive_guide_tokens"] == row["batch_size"] * sum(prefixes)
+
+@pytest.fixture(scope="module")
+def decoding_report(decoding_run):
+    return decoding_run[0]
+
+
+@pytest.mark.slow
+def test_decoding_reports_every_part(decoding_run):
+    """Each part that is measured has a table, and the report says on which machine."""
+    report, printed = decoding_run
+    parts = {"overhead", "speculative", "verification", "adapters", "peers"}
+    assert report.keys() == parts | {"machine", "arguments", "sizes"}
+    machine = {"date", "machine", "cpu", "device", "threads", "clock", "torch", "transformers"}
+    assert report["machine"].keys() == machine
+    assert printed.count("\n|---|") == len(parts)
+
+
+@pytest.mark.slow
+def test_the_overhead_of_a_guide_is_that_of_its_tokens(decoding_report):
+    """A cached guide reads each token once; a naive guide reads the whole text at each step."""
+    prompt_length, num_new_tokens = TINY["random_lengths"]
+    assert [row["batch_size"] for row in decoding_report["overhead"]] == [1, 8]
+    for row in decoding_report["overhead"]:
+        first_quartile, median, third_quartile = row["cached"]
+        assert 0 < first_quartile <= median <= third_quartile
+        read_once = prompt_length + num_new_tokens - 1
+        read_again = sum(range(prompt_length, prompt_length + num_new_tokens))
+        assert row["cached_guide_tokens"] == row["batch_size"] * read_once
+        assert row["naive_guide_tokens"] == row["batch_size"] * read_again
         assert row["cached_target"] == 1.08
 
-    methods = ["patient", "doctor", "guided", "speculative 2", "speculative 4", "speculative auto"]
-    trained = [row for row in report["speculative"] if row["pair"] == "trained"]
-    random = [row for row in report["speculative"] if row["pair"] == "random"]
-    assert [row["method"] for row in trained] == 4 * methods
-    assert [row["method"] for row in random] == 2 * (methods[:3] + methods[-1:])
-    for row in report["speculative"]:
-        assert all(value > 0 for value in row["over_patient"] + row["over_guided"])
-        assert ("speculative" in row["method"]) == (row["tokens_per_forward"] is not None)
+
+@pytest.mark.slow
+def test_speculation_is_compared_with_plain_guidance(decoding_report):
+    """Every way to decode is timed against the patient alone and the plain guide, for trained and random models."""
+    rows = decoding_report["speculative"]
+    plain, speculative = ["patient", "doctor", "guided"], ["speculative 2", "speculative 4", "speculative auto"]
+    trained, random = ([row for row in rows if row["pair"] == pair] for pair in ("trained", "random"))
+    assert [row["method"] for row in trained] == 4 * (plain + speculative)  # two cases, twice
+    assert [row["method"] for row in random] == 2 * (plain + speculative[-1:])
+    for row in rows:
+        assert all(ratio > 0 for ratio in row["over_patient"] + row["over_guided"])
+        assert (row["tokens_per_forward"] is not None) == (row["method"] in speculative)
     for row in trained:
-        if "speculative" in row["method"]:
+        if row["method"] in speculative:
             assert row["tokens_per_forward"] > 1 and 0 < row["acceptance"] <= 1
 
-    assert [(row["dtype"], row["batch_size"]) for row in report["verification"]] == [
-        (dtype, batch_size) for dtype in ("bfloat16", "float32") for batch_size in (1, 8)
-    ]
-    assert all({"k=1", "k=2", "k=4", "k=8"} < row.keys() for row in report["verification"])
 
-    cached, naive, other, *_ = report["peers"]
-    assert cached["guide_tokens"] == other["guide_tokens"] < naive["guide_tokens"]
-    assert "transformers" in other["guide"]
-    assert capsys.readouterr().out.count("\n|---|") == 5  # as many tables
+@pytest.mark.slow
+def test_verification_is_timed_for_each_type_and_batch(decoding_report):
+    """The time to verify a draft is that of each number of tokens, type and batch size."""
+    rows = decoding_report["verification"]
+    cases = [(dtype, batch_size) for dtype in ("bfloat16", "float32") for batch_size in (1, 8)]
+    assert [(row["dtype"], row["batch_size"]) for row in rows] == cases
+    assert all({"k=1", "k=2", "k=4", "k=8"} < row.keys() for row in rows)
+
+
+@pytest.mark.slow
+def test_peers_read_as_many_tokens_as_a_cached_guide(decoding_report):
+    """The guide of transformers has a cache, too: its tokens are ours, and not those of a naive guide."""
+    cached, naive, of_transformers, *_ = decoding_report["peers"]
+    assert "transformers" in of_transformers["guide"]
+    assert cached["guide_tokens"] == of_transformers["guide_tokens"] < naive["guide_tokens"]
 
 
 def test_peers_compute_the_same_mixture(decoding):
@@ -160,9 +172,10 @@ def test_peers_compute_the_same_mixture(decoding):
         torch.testing.assert_close(*scores, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_annotation_is_compared_with_the_same_numbers(tmp_path, monkeypatch, capsys):
     """Were the two sides to compute different things, the ratio of their times would mean nothing."""
-    annotation = load("annotation")
+    annotation = load(BENCHMARKS, "annotation")
     sizes = dict(num_pairs=3, repetitions=2, hidden_size=64, num_layers=1, vocab_sizes=[97])
     monkeypatch.setattr(annotation, "QUICK", sizes)
     annotation.main(["--quick", "--device", "cpu", "--output", str(tmp_path / "annotation.json")])
@@ -175,7 +188,7 @@ def test_annotation_is_compared_with_the_same_numbers(tmp_path, monkeypatch, cap
 @pytest.mark.slow
 def test_training_is_compared_on_the_same_shapes(tmp_path, monkeypatch):
     """Were DPO's batches longer than ours, the ratio would flatter us."""
-    training = load("training")
+    training = load(BENCHMARKS, "training")
     sizes = dict(repetitions=2, hidden_size=64, num_layers=1, vocab_size=512, lengths=[5, 17])
     monkeypatch.setattr(training, "QUICK", sizes | dict(num_tokens=1024, large_vocab=32_768))
     training.main(["--quick", "--device", "cpu", "--output", str(tmp_path / "training.json")])
@@ -186,54 +199,105 @@ def test_training_is_compared_on_the_same_shapes(tmp_path, monkeypatch):
     assert all(peak >= 0 for peak in report["step"]["peak_mebibytes"].values())
 
 
-@pytest.fixture
-def frontier(monkeypatch):
-    module = load("frontier")
-    monkeypatch.setattr(module, "QUICK", dict(num_pairs=16, max_steps=5, num_samples_per_prompt=6))
-    monkeypatch.setattr(module, "QUICK_KLS", [0.01, 0.02])
+@pytest.fixture(scope="module")
+def frontier():
+    """The script, whose quick runs are as short as they can be."""
+    module = load(BENCHMARKS, "frontier")
+    module.QUICK = dict(num_pairs=16, max_steps=5, num_samples_per_prompt=4)
+    module.QUICK_KLS = [0.01, 0.02]
     return module
 
 
-@pytest.mark.slow
-def test_the_frontier_is_measured_once(frontier, tmp_path, monkeypatch, capsys):
-    """A run cut short must go on where it stopped, with the settings that were best on validation prompts."""
-    methods = {  # every method runs; one has settings to choose from
+@pytest.fixture(scope="module")
+def run_all_methods(frontier):
+    """Measures every method at one strength: guided flow with two settings, the others with one. What is printed."""
+    methods = {
         name: replace(
             method,
-            grid=method.grid[: 1 + (name == "guided flow")],
+            grid=method.grid[: 2 if name == "guided flow" else 1],
             strengths=method.strengths and method.strengths[:1],
         )
         for name, method in frontier.METHODS.items()
     }
-    monkeypatch.setattr(frontier, "METHODS", methods)
-    output = tmp_path / "frontier.jsonl"
-    arguments = ["--quick", "--output", str(output)]
-    frontier.main(arguments)
-    text = output.read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in text.splitlines()]
-    assert {row["method"] for row in rows if row["split"] == "test"} == set(methods)
-    assert {row["method"] for row in rows if row["split"] == "validation"} <= {"guided flow"}
-    assert all(row["kl"] > 0 for row in rows)
-    compared = [row for row in rows if row["method"] == "guided flow"]
-    chosen = frontier.best(methods["guided flow"].grid, [row for row in compared if row["split"] == "validation"])
-    assert all(row["settings"] == chosen for row in compared if row["split"] == "test")
-    printed = capsys.readouterr().out
-    assert all(f"| {name} |" in printed for name in methods)
-    assert (tmp_path / "frontier.png").stat().st_size > 1000
-    kept = text.splitlines(keepends=True)
-    frontier.main(arguments)
-    assert output.read_text(encoding="utf-8") == text
-    others = [line for line in kept if json.loads(line)["method"] != "TFPO"]
-    output.write_text("".join(others), encoding="utf-8")  # a method is missing, and is the only one measured
-    frontier.main(arguments)
-    again = output.read_text(encoding="utf-8").splitlines(keepends=True)
-    assert again[: len(others)] == others
-    assert {json.loads(line)["method"] for line in again[len(others) :]} == {"TFPO"}
+
+    def run(output):
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
+            patch.setattr(frontier, "METHODS", methods)
+            frontier.main(["--quick", "--output", str(output)])
+        return printed.getvalue()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def all_methods(run_all_methods, tmp_path_factory):
+    """The output of such a run, and what it printed."""
+    output = tmp_path_factory.mktemp("frontier") / "frontier.jsonl"
+    return output, run_all_methods(output)
+
+
+def rows_of(output):
+    return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.mark.slow
-def test_one_command_measures_everything(frontier, tmp_path, capsys):
-    """A page of results that takes six commands is not reproduced."""
+def test_every_method_of_the_frontier_is_measured(all_methods, frontier):
+    """Each method is measured on test prompts, away from the patient, and is in the table and the picture."""
+    output, printed = all_methods
+    rows = rows_of(output)
+    assert {row["method"] for row in rows if row["split"] == "test"} == set(frontier.METHODS)
+    assert all(row["kl"] > 0 for row in rows)
+    assert all(f"| {name} |" in printed for name in frontier.METHODS)
+    assert output.with_suffix(".png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_settings_are_chosen_on_validation_prompts(all_methods, frontier):
+    """Where a method has several settings, only the best on validation prompts is measured on test prompts."""
+    rows = rows_of(all_methods[0])
+    validation = [row for row in rows if row["split"] == "validation"]
+    assert {row["method"] for row in validation} == {"guided flow"}
+    best = frontier.best(frontier.METHODS["guided flow"].grid[:2], validation)
+    tested = [row["settings"] for row in rows if row["method"] == "guided flow" and row["split"] == "test"]
+    assert tested and all(settings == best for settings in tested)
+
+
+@pytest.mark.slow
+def test_the_frontier_is_measured_once(all_methods, run_all_methods, tmp_path):
+    """A run that was cut short measures what is missing, and nothing else."""
+    output = tmp_path / "frontier.jsonl"
+    lines = all_methods[0].read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["method"] != "TFPO"]
+    output.write_text("".join(kept), encoding="utf-8")
+    run_all_methods(output)
+    resumed = output.read_text(encoding="utf-8").splitlines(keepends=True)
+    assert resumed[: len(kept)] == kept
+    assert {json.loads(line)["method"] for line in resumed[len(kept) :]} == {"TFPO"}
+    run_all_methods(output)  # now nothing is missing
+    assert output.read_text(encoding="utf-8") == "".join(resumed)
+
+
+def run_in_a_fork(command, *, stdout, stderr, env):
+    """In place of `subprocess.run`: run a script on a few pairs, in a fork, so that nothing is imported again."""
+    _, script, *arguments = map(str, command)
+
+    def run():
+        os.dup2(stdout.fileno(), 1)
+        os.dup2(stderr.fileno(), 2)
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+        module = load(BENCHMARKS, Path(script).stem)
+        if hasattr(module, "QUICK"):
+            module.QUICK = dict(num_pairs=16, max_steps=2, num_samples_per_prompt=4)
+        module.main(arguments)
+        sys.stdout.flush()
+
+    return SimpleNamespace(returncode=end_of(in_child(run)))
+
+
+@pytest.mark.slow
+def test_one_command_measures_everything(frontier, tmp_path, monkeypatch, capsys):
+    """One command writes the results of each part into a folder, and prints its tables."""
+    monkeypatch.setattr(frontier.subprocess, "run", run_in_a_fork)
     frontier.main(["--quick", "--methods", "TFPO", "--everything", str(tmp_path)])
     written = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.jsonl")}
     parts = {f"{name}.jsonl" for name in ("methods-praise", "objectives", "sweep-praise", "worlds/1")}
@@ -246,6 +310,7 @@ def test_one_command_measures_everything(frontier, tmp_path, capsys):
     assert "loss" not in printed  # what trainers log is no part of a table
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_is_not_passed_over(frontier, tmp_path):
     """A page with a table missing would look like one that was never asked for."""
     with pytest.raises(RuntimeError, match="sweep failed, see .*sweep.log"):
@@ -253,7 +318,7 @@ def test_a_part_that_fails_is_not_passed_over(frontier, tmp_path):
     assert "invalid choice: 'everything'" in (tmp_path / "sweep.log").read_text(encoding="utf-8")
 
 
-def test_settings_are_the_best_on_validation_prompts(frontier):
+def test_the_best_settings_are_those_of_the_highest_mean(frontier):
     """A method must be shown at its best, not at the first or the last of its settings."""
     grid = [{"rate": 1}, {"rate": 2}, {"rate": 3}]
     rows = [
@@ -273,8 +338,9 @@ def test_interpolation(frontier):
     assert frontier.interpolate([], 1.0) is None
 
 
+@pytest.mark.slow
 def test_the_kl_of_a_reward_guided_search(frontier):
-    """A search without reward is the patient but for the tokens it leaves out; its KL must say so, and grow with the reward."""
+    """The KL of a search is near 0 without reward, and grows with the weight of the reward."""
     from methods import Task, args_decoding
 
     task = Task("praise", 0, num_pairs=16, max_steps=2, num_samples_per_prompt=8)
@@ -308,9 +374,10 @@ def test_what_is_left_of_an_objective(frontier):
     assert tfpo_objective(**tensors)[0] == tfpo_objective(**moved)[0]  # is held at zero there
 
 
+@pytest.mark.slow
 def test_serving(capsys):
     """Throughput is counted in tokens of answers that came to their end."""
-    ratios = load("serving").main(["--quick"])
+    ratios = load(BENCHMARKS, "serving").main(["--quick"])
     assert list(ratios) == [4] and all(ratio > 0 for ratio in ratios[4])
     assert "| 4 |" in capsys.readouterr().out
 
@@ -319,7 +386,7 @@ def test_serving(capsys):
 @pytest.mark.parametrize("name", ["server", "decoding", "training"])
 def test_soaks_are_sound(name, tmp_path, capsys):
     """Each runs for seconds here, and must have seen what it is for: clients that leave, kept memory, kills."""
-    soak = load("soak")
+    soak = load(BENCHMARKS, "soak")
     figures = soak.main(["--quick", "--output", str(tmp_path / "figures.json"), name])
     growth = {"growth": 0.0} if "growth" in figures else {}  # seconds are all warm-up
     assert soak.is_sound(figures | growth), figures
@@ -330,7 +397,7 @@ def test_soaks_are_sound(name, tmp_path, capsys):
 
 def test_a_soak_sees_what_is_wrong(capsys):
     """A soak that always ends well would be believed."""
-    soak = load("soak")
+    soak = load(BENCHMARKS, "soak")
     sound = {"wrong answers": 0, "lost answers": 0, "growth": 0.049}
     assert soak.is_sound(sound)
     for wrong in ({"lost answers": 1}, {"wrong answers": 1}, {"tensors that differ": 2}, {"growth": 0.051}):
@@ -341,7 +408,7 @@ def test_a_soak_sees_what_is_wrong(capsys):
 @pytest.mark.slow
 def test_two_objectives(tmp_path, capsys):
     """Every way to weigh two objectives is measured at every weighting."""
-    objectives, output = load("objectives"), tmp_path / "objectives.jsonl"
+    objectives, output = load(BENCHMARKS, "objectives"), tmp_path / "objectives.jsonl"
     arguments = ["--quick", "--kl", "0.05", "--output", str(output)]
     found = objectives.main(arguments)
     assert set(found) == {"two doctors", "two doctors, guided flow", "MOD", "soup", "DPO for each weighting"}
@@ -353,15 +420,16 @@ def test_two_objectives(tmp_path, capsys):
 
 def test_hypervolume_by_hand():
     """A front that counts a dominated point, or an area twice, favors whoever has more points."""
-    objectives = load("objectives")
+    objectives = load(BENCHMARKS, "objectives")
     assert objectives.hypervolume([(1.0, 3.0), (2.0, 2.0), (3.0, 1.0)], (0.0, 0.0)) == 3 * 1 + 2 * 1 + 1 * 1
     assert objectives.hypervolume([(2.0, 2.0), (1.0, 1.0), (-1.0, 5.0)], (0.0, 0.0)) == 4
     assert objectives.hypervolume([(2.0, 2.0)], (1.0, 1.0)) == 1
 
 
+@pytest.mark.slow
 def test_a_mixed_annotator_cares_for_both():
     """A baseline that is trained on other labels than it is measured by is no baseline."""
-    objectives = load("objectives")
+    objectives = load(BENCHMARKS, "objectives")
     from methods import Task
 
     task = Task("praise", 0, num_pairs=2, max_steps=1, num_samples_per_prompt=8)
@@ -374,7 +442,7 @@ def test_a_mixed_annotator_cares_for_both():
 @pytest.mark.slow
 def test_settings_are_swept_once(tmp_path, capsys):
     """A sweep of an hour that is cut short must go on; a table must say which setting each row is of."""
-    sweep, output = load("sweep"), tmp_path / "sweep.jsonl"
+    sweep, output = load(BENCHMARKS, "sweep"), tmp_path / "sweep.jsonl"
     names = ["nothing", "no boundary", "value_margin=1.0"]
     arguments = ["--quick", "--attributes", "praise", "--output", str(output), "--changes", *names]
     rows = sweep.main(arguments)
@@ -387,7 +455,7 @@ def test_settings_are_swept_once(tmp_path, capsys):
 
 @pytest.fixture
 def two_tokens():
-    """Samples of a patient that draws two tokens of five, apart from one another; the reward of a text is a sum over them."""
+    """Samples of a patient that draws two of five tokens independently; the reward of a text is a sum over them."""
     generator = torch.Generator().manual_seed(0)
     logps = torch.randn(5, generator=generator).log_softmax(dim=-1)
     first, second = torch.multinomial(logps.exp(), 8000, True, generator=generator).view(2, 2, 2000)  # (P, N) each
@@ -395,7 +463,7 @@ def two_tokens():
     ids = torch.stack([torch.zeros_like(first), first, second], dim=-1).view(4000, 3)
     mask = torch.tensor([[False, True, True]]).expand(4000, 3)
     rewards = {"worth": (worth[first] + worth[second]).double()}
-    drawn = load("patient_samples").PatientSamples(ids, mask, rewards, logps.expand(8000, 5))
+    drawn = load(BENCHMARKS, "patient_samples").PatientSamples(ids, mask, rewards, logps.expand(8000, 5))
     return SimpleNamespace(logps=logps, worth=worth, drawn=drawn)
 
 
@@ -461,6 +529,7 @@ def test_a_method_that_was_measured_in_two_ways_is_not_reported(frontier):
             frontier.check_is_one_run([row, row | other])
 
 
+@pytest.mark.slow
 def test_faces_that_nobody_trained(frontier):
     """The rival that costs no training must be what it says: the patient, between what it says under either face."""
     from methods import Task, faces_alone
@@ -474,6 +543,7 @@ def test_faces_that_nobody_trained(frontier):
     assert 0 < weak["kl"] < strong["kl"] and comparison.rows[0]["reward"] < weak["reward"] < strong["reward"]
 
 
+@pytest.mark.slow
 def test_what_is_weighed_is_what_is_sampled(frontier):
     """Were the two ways to measure a policy to differ, the settings would be chosen by the wrong one."""
     from methods import Task
@@ -495,7 +565,7 @@ def test_what_is_weighed_is_what_is_sampled(frontier):
 @pytest.mark.slow
 def test_a_grid_of_sizes(tmp_path, capsys):
     """Each doctor must be aligned for each patient, and models that exist must not be trained again."""
-    sizes = load("weak_to_strong")
+    sizes = load(BENCHMARKS, "weak_to_strong")
     arguments = ["--quick", "--patients", "16", "24", "--doctors", "8", "--steps", "2", "--output_dir", str(tmp_path)]
     found = sizes.main(arguments)
     assert [row["change"] for row in found] == ["nothing", "nothing"]

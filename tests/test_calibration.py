@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_llama
+from conftest import FACES, make_llama
 from datasets import Dataset
-from test_tfpo_trainer import FACES, config
+from trainers import config, make_trainer
 
 from trl_tfpo import DoctorGuidedLogitsProcessor, TFPOTrainer, annotate_token_rewards
 from trl_tfpo.annotation.token_rewards import SETTINGS_KEY
@@ -31,7 +31,7 @@ def made_up_pairs(
     vocabulary: int = VOCABULARY,
 ):
     """
-    Pairs of random tokens with values that are linear in their embeddings. Gaps are values and the noise of their context, labels are
+    Pairs of random tokens with values that are linear in their embeddings. A gap is a value with noise; labels are
     drawn from a Bradley-Terry model of the values.
     """
     generator = torch.Generator().manual_seed(0)
@@ -91,7 +91,7 @@ def test_length_and_the_end_get_no_reward():
 
 
 def test_rewards_are_the_terms_of_the_fit():
-    """A term that is fitted and not paid, or paid twice, would make another reward than the one that explains the labels."""
+    """Rewards are the sum of the fitted terms: none is left out, and none is added twice."""
     dataset, embeddings, _ = made_up_pairs(num_pairs=40)
     masks = [[True] * (len(row) - 2) + [False, True] for row in dataset["chosen_ids"]]
     dataset = dataset.add_column("chosen_mask", masks)
@@ -220,21 +220,7 @@ def test_a_doctor_is_trained_on_calibrated_rewards(preferences, patient, tokeniz
     assert torch.allclose(doctor.credits, credits / trainer.args.reward_temperature)
 
     with pytest.raises(ValueError, match="needs all token rewards before training. Got a streamed dataset"):
-        TFPOTrainer(
-            model=make_llama(2),
-            args=config(tmp_path, max_steps=2, calibrate_rewards=True),
-            train_dataset=many.to_iterable_dataset(),
-            processing_class=tokenizer,
-        )
-
-
-def trainer_of(rows: Dataset, tokenizer, folder, model=None, **settings) -> TFPOTrainer:
-    return TFPOTrainer(
-        model=make_llama(2, hidden_size=8) if model is None else model,
-        args=config(folder, **settings),
-        train_dataset=rows,
-        processing_class=tokenizer,
-    )
+        make_trainer(many.to_iterable_dataset(), tmp_path, max_steps=2, calibrate_rewards=True)
 
 
 def annotated_pairs(num_pairs: int, **settings) -> tuple[Dataset, torch.Tensor]:
@@ -261,7 +247,7 @@ def labelled():
 def test_the_trainer_lets_labels_choose(labelled, tokenizer, tmp_path):
     """By default; and says so in the doctor's card, whatever comes out."""
     dataset, doctor = labelled
-    trainer = trainer_of(dataset, tokenizer, tmp_path, copy.deepcopy(doctor))
+    trainer = make_trainer(dataset, tmp_path, copy.deepcopy(doctor))
     assert trainer.calibration.is_better and trainer.rewards_summary.startswith(
         "Calibrated token rewards are used: the"
     )
@@ -270,7 +256,7 @@ def test_the_trainer_lets_labels_choose(labelled, tokenizer, tmp_path):
     assert f"| held-out labels | {trainer.rewards_summary} |" in (tmp_path / "README.md").read_text()
 
     for settings in ({"calibrate_rewards": False}, {"policy": "doctor"}):
-        trainer = trainer_of(dataset, tokenizer, tmp_path, copy.deepcopy(doctor), **settings)
+        trainer = make_trainer(dataset, tmp_path, copy.deepcopy(doctor), **settings)
         assert trainer.calibration is None and trainer.rewards_summary is None
         assert trainer.train_dataset[0]["chosen_token_rewards"][0] == pytest.approx(0.1)
 
@@ -296,14 +282,14 @@ def test_other_data_without_gaps_are_evaluated(labelled, tokenizer, tmp_path):
 def test_sparse_rewards_stay_where_nobody_asked(labelled, tokenizer, tmp_path):
     """Too few pairs decide nothing, and a user's own rewards, or a reading without labels, are not to be replaced."""
     dataset, doctor = labelled
-    few = trainer_of(dataset.select(range(127)), tokenizer, tmp_path, copy.deepcopy(doctor))
+    few = make_trainer(dataset.select(range(127)), tmp_path, copy.deepcopy(doctor))
     assert few.calibration is None and few.rewards_summary is None
     for reward in ({"reward_direction": "faces"}, {"function": "mine.my_rewards"}):
         chosen = dataset.select(range(160))
         chosen.info.description = SETTINGS_KEY + json.dumps({"reward": reward})
-        assert trainer_of(chosen, tokenizer, tmp_path, copy.deepcopy(doctor)).calibration is None
+        assert make_trainer(chosen, tmp_path, copy.deepcopy(doctor)).calibration is None
     from_a_file = Dataset.from_list(dataset.to_list())  # whose rewards may be anybody's
-    assert trainer_of(from_a_file, tokenizer, tmp_path, copy.deepcopy(doctor)).calibration is None
+    assert make_trainer(from_a_file, tmp_path, copy.deepcopy(doctor)).calibration is None
     without_gaps = dataset.remove_columns(["chosen_gaps", "rejected_gaps"])
     trainer = TFPOTrainer(
         model=doctor,
@@ -324,6 +310,6 @@ def test_one_warning_before_training(tokenizer, tmp_path):
     ):
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            trainer_of(rows, tokenizer, tmp_path)
+            make_trainer(rows, tmp_path, make_llama(2, hidden_size=8))
         told = [str(x.message) for x in told if "labels" in str(x.message)]
         assert len(told) == 1 and expected in told[0], told

@@ -6,13 +6,12 @@ import sys
 
 import pytest
 import torch
-from conftest import conversational_rows, make_llama, make_tokenizer
+from conftest import FACES, conversational_rows, make_llama, make_tokenizer, save_model
 from datasets import Dataset
 from transformers import GenerationConfig
 
 from trl_tfpo import (
     DoctorGuidedLogitsProcessor,
-    Faces,
     LogGuidedCompletionsCallback,
     TFPOConfig,
     TFPOTrainer,
@@ -21,7 +20,6 @@ from trl_tfpo import (
 )
 
 
-FACES = Faces(positive="you are kind", negative="you are rude")
 GREEDY = GenerationConfig(do_sample=False, max_new_tokens=6, eos_token_id=None, pad_token_id=0)
 
 
@@ -46,7 +44,7 @@ def make_trainer(tmp_path, annotated, **settings):
 
 @pytest.mark.parametrize("policy", ["ratio", "guided", "doctor"])
 def test_it_shows_what_guided_decoding_would_say(policy, annotated, tmp_path, capsys):
-    """A doctor alone, or with other exponents than it is decoded with, would show a text that no user will ever get."""
+    """Sampled texts are those of the guided patient, with the exponents that the doctor is decoded with."""
     trainer = make_trainer(tmp_path, annotated, policy=policy)
     patient = make_llama(1, 32)
     given = None if policy == "guided" else patient
@@ -84,9 +82,8 @@ def test_training_is_the_same_with_and_without(annotated, tmp_path):
 
 
 def test_a_patient_by_name_and_prompts_of_the_evaluation(annotated, tmp_path):
-    """The patient that annotated is let go; its name is enough to ask it again, and prompts are held out where some are."""
-    make_llama(1, 32).save_pretrained(tmp_path / "patient")
-    make_tokenizer().save_pretrained(tmp_path / "patient")
+    """The patient, which the trainer has released, is loaded again by name; prompts are held-out ones if any."""
+    save_model(tmp_path / "patient", make_llama(1, 32))
     trainer = TFPOTrainer(
         model=make_llama(2),
         patient_model=str(tmp_path / "patient"),

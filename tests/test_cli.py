@@ -6,16 +6,18 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import datasets
 import pytest
-from conftest import WORDS, conversational_rows, hear_interruptions, make_llama, make_tokenizer
+from accelerate.state import AcceleratorState
+from conftest import WORDS, conversational_rows, hear_interruptions, make_llama, make_tokenizer, save_model, write_rows
 from datasets import Dataset, load_dataset, load_from_disk
+from processes import finish, in_child, start_ranks
 
 from trl_tfpo import Faces, annotate_token_rewards
 from trl_tfpo.annotation.token_rewards import annotation_settings
@@ -36,18 +38,16 @@ def environment(monkeypatch):
 def folder(tmp_path_factory):
     """Preferences, a patient and a doctor, as files."""
     folder = tmp_path_factory.mktemp("cli")
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in conversational_rows(8)))
+    write_rows(folder / "pairs.jsonl", conversational_rows(8))
     (folder / "config.yaml").write_text("num_pairs: 3\nworld: praise\n")
     (folder / "launch.yaml").write_text("num_processes: 1\ncpu: true\n")
     for name, seed in (("patient", 1), ("doctor", 2)):
-        make_llama(seed).save_pretrained(folder / name)
-        make_tokenizer().save_pretrained(folder / name)
-    make_llama(3).save_pretrained(folder / "stranger")
-    make_tokenizer(" ".join(reversed(WORDS.split()))).save_pretrained(folder / "stranger")
+        save_model(folder / name, make_llama(seed))
+    save_model(folder / "stranger", make_llama(3), make_tokenizer(" ".join(reversed(WORDS.split()))))
     rows = {"a": ["kind", "rude"], "b": ["kind", "kind"]}
     for name, texts in rows.items():
         lines = [{"prompt": "you are", "completion": text} for text in texts]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_rows(folder / f"{name}.jsonl", lines)
     return folder
 
 
@@ -68,7 +68,7 @@ def trl_tfpo(*arguments, cwd):
 
 @pytest.mark.parametrize("verb", [name for name in VERBS if name != "train"])
 def test_help_of_a_verb_is_instant(verb, tmp_path):
-    """Nobody looks up an option twice when it takes ten seconds. `train` has those of transformers, which need torch."""
+    """The help of a verb loads no torch, but for `train`, whose options include those of transformers."""
     script = (
         "import sys; from trl_tfpo.cli import main\n"
         "try: main([sys.argv[1], '--help'])\n"
@@ -81,7 +81,7 @@ def test_help_of_a_verb_is_instant(verb, tmp_path):
 
 
 def test_help_needs_nothing(tmp_path):
-    """Help that loads torch first takes seconds, every time somebody asks."""
+    """The list of verbs loads none of the large libraries."""
     script = (
         "import sys; from trl_tfpo.cli import main; status = main(['--help']);"
         "heavy = {'torch', 'transformers', 'trl', 'datasets', 'accelerate', 'numpy'} & set(sys.modules);"
@@ -129,7 +129,7 @@ def test_version_and_environment(capsys):
     assert "trl-tfpo 0." in printed and "- torch: 2" in printed and "- Accelerators: " in printed
 
 
-# Mistakes; `test_bad_input.py` has all of them
+# Mistakes; `bad_input/test_cli.py` has all of them
 
 
 def test_a_mistake_in_a_process_of_its_own(folder):
@@ -178,7 +178,7 @@ def test_a_mistake_in_processes_that_were_launched(launch, folder):
 @pytest.mark.parametrize("launch", [[], ["--num_processes", "1", "--cpu"], ["--accelerate_config", "cpu"]])
 def test_ctrl_c_in_a_terminal(launch, folder, tmp_path):
     """A terminal interrupts every process of a command at once; one of them speaks, and none is left."""
-    rows = [json.dumps(row) + "\n" for row in conversational_rows(20_000)]
+    rows = [json.dumps(row) + "\n" for row in conversational_rows(2_000)]
     (tmp_path / "pairs.jsonl").write_text("".join(rows))
     command = [sys.executable, "-m", "trl_tfpo", "annotate", "--dataset_name", "pairs.jsonl", "--output", "out.jsonl"]
     process = subprocess.Popen(
@@ -191,7 +191,7 @@ def test_ctrl_c_in_a_terminal(launch, folder, tmp_path):
         start_new_session=True,
         preexec_fn=hear_interruptions,
     )
-    while not list(tmp_path.glob("cache/trl_tfpo/*/*.arrow")):  # of 1,250 shards
+    while not list(tmp_path.glob("cache/trl_tfpo/*/*.arrow")):  # of 125 shards
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
@@ -333,17 +333,22 @@ def test_evaluate_reads_and_writes_what_generate_does(suffix, folder, tmp_path):
     assert main(["evaluate", "--completions", *files, *arguments, "--overwrite"]) == 0
 
 
+def annotate_in(folder, output):
+    """The command in a forked process, alone or as one of several."""
+    datasets.config.HF_DATASETS_CACHE = folder / "cache"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return main(["annotate", "--world", "praise", "--num_pairs", "40", "--output", str(folder / output)])
+
+
 @pytest.mark.slow
 def test_two_processes_annotate_what_one_does(tmp_path):
     """Processes that do not know of each other do all the work twice, and write the same file at the same time."""
-    common = ["annotate", "--world", "praise", "--num_pairs", 300, "--output"]
-    one = trl_tfpo(*common, "one.parquet", cwd=tmp_path)
-    shutil.rmtree(tmp_path / "cache")
-    launch = ["--accelerate_config", "cpu", "--num_processes", 2]
-    two = trl_tfpo(*common, "two.parquet", *launch, cwd=tmp_path)
-    assert one.returncode == two.returncode == 0, one.stderr[-2000:] + two.stderr[-2000:]
-    assert two.stdout.count("300 pairs with token rewards") == 1
-    rows = [load_dataset("parquet", data_files=str(tmp_path / f"{x}.parquet"), split="train") for x in ("one", "two")]
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    finish([in_child(annotate_in, one, "out.parquet"), *start_ranks(two, annotate_in, two, "out.parquet")])
+    said = "".join(path.read_text() for path in two.glob("rank-*.txt"))
+    assert said.count("40 pairs with token rewards") == 1
+    rows = [load_dataset("parquet", data_files=str(path / "out.parquet"), split="train") for path in (one, two)]
     assert rows[0].column_names == rows[1].column_names
     assert rows[0].to_list() == rows[1].to_list()
 

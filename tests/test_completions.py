@@ -2,13 +2,12 @@
 
 """`/v1/completions`: prompts in all their forms, and log-likelihoods of given texts under the guided policy."""
 
-import json
 import threading
 
 import pytest
 import torch
 import yaml
-from conftest import KEY, make_llama, make_tokenizer
+from conftest import KEY, make_llama, make_tokenizer, write_rows
 
 from trl_tfpo.server import Engine, Generation
 from trl_tfpo.server import engine as engine_module
@@ -186,7 +185,7 @@ QUESTIONS = [
 def task(tmp_path):
     """A folder with a multiple-choice task of the harness, and its questions."""
     rows = [{"question": question, "choices": choices, "gold": 0} for question, choices in QUESTIONS]
-    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "questions.jsonl", rows)
     config = {
         "task": "reviews",
         "dataset_path": "json",

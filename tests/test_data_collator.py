@@ -6,13 +6,13 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import FACES, save_model
 from torch.utils.data import DataLoader
 
-from trl_tfpo import Faces, TokenRewardCollator, annotate_token_rewards
+from trl_tfpo import TokenRewardCollator, annotate_token_rewards
 from trl_tfpo.functional import token_rewards
 
 
-FACES = Faces(positive="you are kind", negative="you are rude")
 PAIRS = [
     {
         "prompt_ids": [5, 6],
@@ -119,8 +119,7 @@ def test_asking_the_patient_from_a_worker_is_refused(preferences, patient, token
 
 def test_tokenizer_comes_with_the_patient(patient, tokenizer, tmp_path):
     """`TokenRewardCollator(patient=..., faces=...)` is enough when the patient was loaded from a folder."""
-    patient.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    save_model(tmp_path, patient, tokenizer)
     loaded = type(patient).from_pretrained(tmp_path)
     collator = TokenRewardCollator(patient=loaded, faces=FACES)
     assert collator.processing_class.get_vocab() == tokenizer.get_vocab()

@@ -24,6 +24,9 @@ from trl_tfpo import Doctor, DoctorGuidedLogitsProcessor, guided_generate
 from trl_tfpo.decoding.doctors import DoctorMemory
 
 
+pytestmark = pytest.mark.slow
+
+
 ARCHITECTURES = {"RoPE": llama, "GPT-2 positions": gpt2}
 PROMPTS = {
     "1 prompt": batch([BOS, 5, 9, 5, 9, 5]),

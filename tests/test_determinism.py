@@ -9,6 +9,7 @@ import sys
 import tempfile
 
 import datasets
+import pytest
 import torch
 from conftest import conversational_rows, make_llama, make_tokenizer
 from datasets import Dataset
@@ -23,6 +24,9 @@ from trl_tfpo import (
     guided_generate,
 )
 from trl_tfpo.evaluation import generate_completions
+
+
+pytestmark = pytest.mark.slow
 
 
 def hashes(seed: int) -> dict[str, str]:

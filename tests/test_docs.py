@@ -44,6 +44,7 @@ def test_docstring_examples(name, tmp_path, monkeypatch):
     assert failures == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_snippets(page, tmp_path, monkeypatch, endpoint):
     """
@@ -65,6 +66,7 @@ def test_python_snippets(page, tmp_path, monkeypatch, endpoint):
     assert "```py\n" not in page.read_text(encoding="utf-8")  # which would not be run
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_a_broken_link(tmp_path):
     """A page that leads nowhere, or a name that is gone from the reference, is found by whoever needs it."""
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path]

@@ -3,18 +3,17 @@
 """Every engine in real processes: the same global batch gives the same doctor, as one process, saved and resumed."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import engine_run
 import pytest
 import torch
-from conftest import conversational_rows, make_llama, make_tokenizer
+from accelerate.commands.launch import launch_command, launch_command_parser
+from conftest import conversational_rows, make_llama, make_tokenizer, save_model, write_rows
 from datasets import Dataset
 from peft import LoraConfig
+from processes import end_of, start_ranks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -38,29 +37,28 @@ pytestmark = pytest.mark.slow
 
 
 def make_folder(folder, doctor_size=16, patient_size=32):
-    with open(folder / "preferences.jsonl", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in conversational_rows(24))
-    for name, model in (("patient", make_llama(1, patient_size)), ("doctor", make_llama(2, doctor_size))):
-        model.save_pretrained(folder / name)
-        make_tokenizer().save_pretrained(folder / name)
+    """Preferences, a patient and a doctor, as files."""
+    write_rows(folder / "preferences.jsonl", conversational_rows(24))
+    save_model(folder / "patient", make_llama(1, patient_size))
+    save_model(folder / "doctor", make_llama(2, doctor_size))
     return folder
 
 
 def launch(engine, folder, output, *jobs, mixed_precision="no"):
-    """Run the jobs in two processes of the engine whose config is shipped."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = [
-        *[sys.executable, "-m", "accelerate.commands.launch", "--num_processes", 2, "--main_process_port", port],
-        *["--config_file", ROOT / "examples" / "accelerate_configs" / f"{engine}.yaml"],
-        *["--mixed_precision", mixed_precision, ROOT / "tests" / "engine_run.py", folder, output, *jobs],
-    ]
-    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(output / "cache")}
-    result = subprocess.run(
-        [str(part) for part in command], env=os.environ | environment, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    """
+    Run jobs in two processes, by Accelerate's launcher with the shipped config of an engine. The launcher's last step,
+    which starts the processes, is replaced by a fork, so that nothing is imported again.
+    """
+    config = ROOT / "examples" / "accelerate_configs" / f"{engine}.yaml"
+    options = ["--config_file", config, "--num_processes", 2, "--mixed_precision", mixed_precision, "engine_run.py"]
+    launched = []
+    with patch(
+        "torch.distributed.run.run",
+        lambda _: launched.extend(start_ranks(output, engine_run.run_as_rank, folder, output, *jobs)),
+    ):
+        launch_command(launch_command_parser().parse_args([str(option) for option in options]))
+    ends = [end_of(child) for child in launched]
+    assert ends == [0, 0], [path.read_text(errors="replace")[-6000:] for path in output.glob("rank-*.txt")]
 
 
 @pytest.fixture(scope="module")
@@ -122,28 +120,37 @@ def test_engine_equals_one_process(one_process, tmp_path, engine, jobs):
 
 
 def assert_usable(path, patient, **kwargs):
-    """The folder is an ordinary model that guides, and a doctor with the value head that was trained."""
-    (file,) = path.glob("*model.safetensors")
-    (head_file,) = [file] if "adapter" in file.name else path.glob(VALUE_HEAD_FILE)
-    (saved,) = (
-        tensor
-        for name, tensor in load_file(head_file).items()
-        if name.endswith("weight") and (head_file != file or VALUE_HEAD in name)
-    )
+    """A saved doctor has the value head that was trained, and guides: as a doctor, and as an ordinary model."""
     doctor = load_doctor(path, **kwargs)
-    (head,) = (
-        tensor
-        for name, tensor in doctor.named_parameters()
-        if VALUE_HEAD in name and name.endswith("default.weight" if "adapter" in file.name else f"{VALUE_HEAD}.weight")
-    )
-    assert head.equal(saved) and head.dtype == torch.float32 and head.abs().sum() > 0
+    head = value_head(doctor)
+    assert head.equal(saved_value_head(path)) and head.dtype == torch.float32 and head.abs().sum() > 0
+    for model in (doctor, AutoModelForCausalLM.from_pretrained(path, **kwargs).eval()):
+        assert not torch.allclose(next_logps(patient, model), next_logps(patient), atol=1e-3)
+
+
+def value_head(doctor):
+    """The weight of the value head, which is that of the adapter where there is one."""
+    names = (f"{VALUE_HEAD}.weight", f"{VALUE_HEAD}.modules_to_save.default.weight")
+    (weight,) = [tensor for name, tensor in doctor.named_parameters() if name.endswith(names)]
+    return weight
+
+
+def saved_value_head(path):
+    """The same in a file: that of the adapter, or else one of its own."""
+    file = path / WEIGHTS["lora"]
+    tensors = load_file(file if file.exists() else path / VALUE_HEAD_FILE)
+    (weight,) = [
+        tensor for name, tensor in tensors.items() if name == "weight" or name.endswith(f"{VALUE_HEAD}.weight")
+    ]
+    return weight
+
+
+def next_logps(patient, doctor=None):
+    """The log-probabilities of the next token, with or without a doctor's guidance."""
     inputs = {"input_ids": torch.tensor([[1, 5, 11, 17]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
-    settings = dict(max_new_tokens=4, do_sample=False, output_scores=True, return_dict_in_generate=True)
-    alone = patient.generate(**inputs, **settings).scores[0].log_softmax(-1)
-    for guide in (doctor, AutoModelForCausalLM.from_pretrained(path, **kwargs).eval()):
-        processor = DoctorGuidedLogitsProcessor(guide, beta=0.5, attention_mask=inputs["attention_mask"])
-        guided = patient.generate(**inputs, **settings, logits_processor=[processor]).scores[0]
-        assert not torch.allclose(guided, alone, atol=1e-3)
+    guides = [DoctorGuidedLogitsProcessor(doctor, beta=0.5, attention_mask=inputs["attention_mask"])] if doctor else []
+    settings = dict(max_new_tokens=1, do_sample=False, output_scores=True, return_dict_in_generate=True)
+    return patient.generate(**inputs, **settings, logits_processor=guides).scores[0].log_softmax(-1)
 
 
 @pytest.mark.parametrize("engine", ["zero3", "fsdp2"])

@@ -223,7 +223,7 @@ def test_samples_are_of_the_policy_itself(tokenizer):
     ids=lambda settings: next(iter(settings)),
 )
 def test_what_a_patient_says_of_generation_does_not_apply(tokenizer, settings):
-    """Many models come with settings of their own: their samples would be of another policy than that which is measured."""
+    """Sampling ignores the generation config of a model: samples are of the policy that is measured."""
     plain = llama(0)
     kwargs = dict(num_samples_per_prompt=5, max_new_tokens=5, seed=3)
     expected = generate_completions(plain, tokenizer, PROMPTS, **kwargs)

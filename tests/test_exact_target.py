@@ -11,6 +11,9 @@ from trl_tfpo.functional import guided_logps
 from trl_tfpo.training.objective import tfpo_objective
 
 
+pytestmark = pytest.mark.slow
+
+
 NUM_SYMBOLS, LENGTH = 4, 5
 TEXTS = torch.tensor(list(itertools.product(range(NUM_SYMBOLS), repeat=LENGTH)))  # (1024, 5)
 NUM_PREFIXES = [NUM_SYMBOLS**length for length in range(LENGTH + 1)]

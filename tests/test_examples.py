@@ -4,15 +4,18 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from conftest import conversational_rows, make_llama, make_tokenizer
-from datasets import Dataset
+from processes import finish, in_child, start_ranks
 from transformers import AutoModelForCausalLM
 
 from trl_tfpo import DoctorGuidedLogitsProcessor
@@ -129,44 +132,25 @@ def test_own_models_from_a_yaml_config(small):
     assert (small / "run" / "adapter_model.safetensors").exists()
 
 
+def train(folder, *options):
+    """The example, in a forked process."""
+    os.chdir(folder)
+    datasets.config.HF_DATASETS_CACHE = folder / "cache"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    sys.argv = ["train.py", *map(str, options)]
+    runpy.run_path(str(ROOT / "examples" / "train.py"), run_name="__main__")
+
+
 def test_two_processes_equal_one_with_twice_the_batch(small):
     """Processes that do not average their gradients, or score only their share, still finish without a word."""
-    train = ROOT / "examples" / "train.py"
-    run(*TWO_PROCESSES, train, *arguments(small, output_dir=small / "two", per_device_train_batch_size=4), cwd=small)
-    run(sys.executable, train, *arguments(small, output_dir=small / "one", per_device_train_batch_size=8), cwd=small)
-    two, one = (logged_losses(small / name / "checkpoint-4") for name in ("two", "one"))
-    assert two == pytest.approx(one, rel=1e-4)
-    weights = [AutoModelForCausalLM.from_pretrained(small / name).state_dict() for name in ("two", "one")]
+    one, two = small / "one", small / "two"
+    finish([in_child(train, small, *arguments(small, output_dir=one, per_device_train_batch_size=8))])
+    options = arguments(small, output_dir=two, per_device_train_batch_size=4)
+    finish(start_ranks(small / "ranks", train, small, *options))
+    assert logged_losses(two / "checkpoint-4") == pytest.approx(logged_losses(one / "checkpoint-4"), rel=1e-4)
+    weights = [AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (one, two)]
     for name, value in weights[0].items():
         torch.testing.assert_close(value, weights[1][name], rtol=1e-3, atol=1e-4)
-
-
-def test_annotation_is_shared_between_processes(small):
-    """Each process scores its share and gets the whole, in order."""
-    script = small / "annotate.py"
-    script.write_text(
-        "import sys\n"
-        "from datasets import load_dataset\n"
-        "from transformers import AutoTokenizer\n"
-        "from trl_tfpo import Faces, TFPOConfig, annotate_token_rewards\n"
-        "state = TFPOConfig('run', report_to='none').distributed_state\n"
-        "dataset = load_dataset('json', data_files='preferences.jsonl')['train'].select(range(int(sys.argv[2])))\n"
-        "annotated = annotate_token_rewards(dataset, 'patient', AutoTokenizer.from_pretrained('patient'),\n"
-        "    faces=Faces(positive='you are kind', negative='you are rude'))\n"
-        "annotated.save_to_disk(f'{sys.argv[1]}-{state.process_index}')\n"
-    )
-    for rows in (23, 1):  # also a share that is empty
-        run(*TWO_PROCESSES, script, f"two-{rows}", rows, cwd=small)
-        run(sys.executable, script, f"one-{rows}", rows, cwd=small)
-        one, *two = (
-            Dataset.load_from_disk(small / f"{name}-{rows}-{rank}")
-            for name, rank in (("one", 0), ("two", 0), ("two", 1))
-        )
-        for other in two:
-            assert other.column_names == one.column_names and len(other) == rows
-            for row, expected in zip(other, one, strict=True):
-                assert row["chosen_ids"] == expected["chosen_ids"]
-                assert row["chosen_gaps"] == pytest.approx(expected["chosen_gaps"], abs=1e-5)
 
 
 @pytest.mark.skipif(not HH_RLHF.exists(), reason="real preference data is not on this machine")

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Commands that are killed, or have no room: the same command again writes the same bytes; and a server that is killed."""
+"""A command that is killed, or has no room, writes the same bytes when it is run again; and a server is killed."""
 
+import functools
 import json
 import os
 import random
@@ -13,33 +14,26 @@ from http.client import HTTPException
 
 import datasets
 import pytest
-from conftest import conversational_rows, make_llama, make_tokenizer
-from injection import (
-    NUM_FAULTS,
-    PATIENCE,
-    end_of,
-    fails,
-    finish,
-    free_port,
-    in_child,
-    kill,
-    on_read_only,
-    strike,
-    without_room,
-)
+from conftest import conversational_rows, make_llama, save_model, write_rows
+from injection import NUM_FAULTS, on_read_only, strike, without_room
 from matplotlib import figure  # noqa: F401  imported here once, and not in each child
+from processes import PATIENCE, end_of, fails, finish, free_port, in_child, kill
 
 from trl_tfpo import evaluation, testbed  # noqa: F401
 from trl_tfpo.cli import main
 from trl_tfpo.evaluation import ChatJudge
 
 
+pytestmark = pytest.mark.slow
+
+
 COMMANDS = {
     "annotate": "annotate --dataset_name {data}/preferences.jsonl --patient {data}/patient "
     "--positive_face kind --negative_face rude --output {output}/annotated.parquet --overwrite",
-    "generate": "generate --world --doctor {data}/world --num_samples_per_prompt 2 --seed 3 --output {output}/texts.jsonl",
-    "evaluate": "evaluate --overwrite --completions patient={data}/patient.jsonl doctor={data}/doctor.jsonl --world praise "
-    "--baseline patient --output_dir {output}",
+    "generate": "generate --world --doctor {data}/world --num_samples_per_prompt 2 --seed 3 "
+    "--output {output}/texts.jsonl",
+    "evaluate": "evaluate --overwrite --completions patient={data}/patient.jsonl doctor={data}/doctor.jsonl "
+    "--world praise --baseline patient --output_dir {output}",
 }
 
 
@@ -47,15 +41,14 @@ COMMANDS = {
 def data(tmp_path_factory):
     """What the commands read."""
     folder = tmp_path_factory.mktemp("data")
-    (folder / "preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in conversational_rows(300)))
-    make_llama(1, 32).save_pretrained(folder / "patient")
-    make_tokenizer().save_pretrained(folder / "patient")
+    write_rows(folder / "preferences.jsonl", conversational_rows(300))
+    save_model(folder / "patient", make_llama(1, 32))
     (folder / "world").symlink_to(testbed.load_world().weights / "doctor")
     draw = random.Random(0)
     for name in ("patient", "doctor"):
         texts = [" ".join(draw.choices(["splendid", "awful", "the", "soup", "was"], k=9)) for _ in range(40)]
         rows = [{"prompt": f"prompt {index // 4}", "completion": text} for index, text in enumerate(texts)]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(folder / f"{name}.jsonl", rows)
     return folder
 
 
@@ -134,6 +127,7 @@ def test_a_judge_that_is_killed_is_not_paid_twice(endpoint, tmp_path, record_pro
 
 
 def ask(port: str, seed: int) -> str:
+    """The text of an answer, which is a stream for odd seeds."""
     body = {"model": "world", "messages": [{"role": "user", "content": "please review the park inn."}]}
     body |= {"seed": seed, "stream": seed % 2 == 1, "max_tokens": 64}
     request = urllib.request.Request(
@@ -162,8 +156,8 @@ def serve(port: str) -> int:
     pytest.fail("the server does not start")
 
 
-def start_asking(port: str) -> tuple[list[threading.Thread], dict[int, str | Exception]]:
-    """Clients that ask at once, and what they have got so far."""
+def answers_while(port: str, action) -> dict[int, str | Exception]:
+    """What eight clients get, or which error, while an action runs."""
     answers = {}
 
     def be_a_client(seed):
@@ -175,32 +169,37 @@ def start_asking(port: str) -> tuple[list[threading.Thread], dict[int, str | Exc
     clients = [threading.Thread(target=be_a_client, args=(seed,)) for seed in range(8)]
     for client in clients:
         client.start()
-    return clients, answers
+    action()
+    for client in clients:
+        client.join(PATIENCE)
+    return answers
+
+
+def stop(child: int, signal_number: signal.Signals, seconds: float = 0.0) -> None:
+    """Send a signal to a process after so many seconds, and wait for its end."""
+    time.sleep(seconds)
+    os.kill(child, signal_number)
+    end_of(child)
 
 
 def test_a_server_that_is_killed_gives_whole_answers_or_errors(record_property):
-    """Half an answer that looks like a whole one, or a client that waits for ever, is worse than an error."""
+    """A client gets its whole answer, or an error, and never waits. A server that is asked to end finishes answers."""
     port = free_port()
     child, begin = serve(port), time.monotonic()
-    clients, expected = start_asking(port)
-    for client in clients:
-        client.join(PATIENCE)
+    expected = answers_while(port, lambda: None)
     duration, draw, num_errors = time.monotonic() - begin, random.Random(0), 0
     for fault in range(NUM_FAULTS):
-        clients, answers = start_asking(port)
-        time.sleep(draw.uniform(0.0, duration / 2))
-        is_asked = fault % 3 == 2  # to end, which finishes what is under way
-        os.kill(child, signal.SIGTERM if is_asked else signal.SIGKILL)
-        end_of(child)
-        for client in clients:
-            client.join(PATIENCE)
-        assert answers.keys() == expected.keys()  # nobody waits
-        assert all(isinstance(answer, Exception) or answer == expected[seed] for seed, answer in answers.items())
-        assert not is_asked or not any(isinstance(answer, HTTPException) for answer in answers.values())
-        num_errors += sum(isinstance(answer, Exception) for answer in answers.values())
+        is_asked_to_end = fault % 3 == 2
+        how = (signal.SIGTERM if is_asked_to_end else signal.SIGKILL, draw.uniform(0.0, duration / 2))
+        answers = answers_while(port, functools.partial(stop, child, *how))
+        errors = {seed for seed, answer in answers.items() if isinstance(answer, Exception)}
+        assert answers.keys() == expected.keys()
+        assert all(answers[seed] == expected[seed] for seed in answers.keys() - errors)
+        if is_asked_to_end:  # clients that come too late are refused
+            assert not any(isinstance(answers[seed], HTTPException) for seed in errors)
+        num_errors += len(errors)
         child = serve(port)
         assert ask(port, fault % 8) == expected[fault % 8]
-    os.kill(child, signal.SIGTERM)
-    end_of(child)
+    stop(child, signal.SIGTERM)
     assert num_errors >= 1  # or the test shows nothing
     record_property("the server is killed, with 8 answers under way", NUM_FAULTS)

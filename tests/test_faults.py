@@ -3,7 +3,7 @@
 """
 Death, damage and a full disk, at random moments: the same command again ends as if nothing had happened.
 
-`TRL_TFPO_FAULTS` says how many random faults each test injects; `make test-reliability` asks for more than `make test`.
+`TRL_TFPO_FAULTS` is the number of random faults that each test injects; `make test-reliability` raises it.
 """
 
 import math
@@ -17,31 +17,19 @@ import datasets
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from conftest import conversational_rows, make_llama, make_tokenizer
+from conftest import FACES, conversational_rows, make_llama, make_tokenizer, save_model
 from datasets import Dataset, load_from_disk
-from injection import (
-    NUM_FAULTS,
-    PATIENCE,
-    end_of,
-    fails,
-    finish,
-    free_port,
-    in_child,
-    kill,
-    on_read_only,
-    strike,
-    wait_for,
-    without_room,
-)
+from injection import NUM_FAULTS, on_read_only, strike, without_room
+from processes import PATIENCE, end_of, fails, finish, in_child, kill, start_ranks, wait_for
 from safetensors.torch import load_file
 
-from trl_tfpo import Faces, TFPOConfig, TFPOTrainer, TokenRewardCollator, annotate_token_rewards
+from trl_tfpo import TFPOConfig, TFPOTrainer, TokenRewardCollator, annotate_token_rewards
 from trl_tfpo.annotation.score_cache import SHARD_SIZE
 from trl_tfpo.cli import main
 from trl_tfpo.training.checkpoints import CONTENTS_FILE, check_checkpoint, mark_whole, resolve_checkpoint
 
 
-FACES = Faces(positive="you are kind", negative="you are rude")
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -243,8 +231,7 @@ def test_a_dataset_that_vanishes(annotated, undisturbed, tmp_path, record_proper
     assert_equal(outcome(run), outcome(undisturbed[0]))
 
     doctor, data, run = tmp_path / "doctor", tmp_path / "data.parquet", tmp_path / "again"
-    make_llama(2).save_pretrained(doctor)
-    make_tokenizer().save_pretrained(doctor)
+    save_model(doctor, make_llama(2))
     annotated.to_parquet(data)
     command = ["train", "--dataset_name", data, "--doctor", doctor, "--output_dir", run]
     command += ["--max_steps", "4", "--save_steps", "2", "--report_to", "none", "--resume_from_checkpoint", "True"]
@@ -281,20 +268,18 @@ def test_a_worker_that_dies_ends_the_training(annotated, undisturbed, tmp_path, 
     record_property("a worker of the data loader is killed", 1)
 
 
-def train_in_two(annotated, output_dir, rank, port):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+def train_as_rank(annotated, output_dir):
+    os.environ["ACCELERATE_USE_CPU"] = "true"
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState(cpu=True)
-    output_dir.mkdir(exist_ok=True)
-    (output_dir / f"met-{rank}").touch()
+    (output_dir / f"met-{os.environ['RANK']}").touch()
     train(annotated, output_dir, use_cpu=True)
     PartialState().destroy_process_group()
 
 
 def start_two(annotated, output_dir) -> list[int]:
-    port = free_port()
-    return [in_child(train_in_two, annotated, output_dir, rank, port) for rank in range(2)]
+    """Begin or resume a training in two processes."""
+    return start_ranks(output_dir, train_as_rank, annotated, output_dir)
 
 
 def test_a_rank_that_dies_ends_the_training_of_all(annotated, tmp_path, record_property):

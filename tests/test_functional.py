@@ -44,7 +44,7 @@ def kept(values, mask):
 
 class TestTokenRewards:
     def test_by_hand(self):
-        """Gaps 0, 2, -2, 0 have mean 1: importance tanh(2 / 1.05 / 3); a wrong mean or sign rewards the wrong words."""
+        """Gaps 0, 2, -2, 0 have a mean size of 1, and importance tanh(2 / 1.05 / 3)."""
         positive, negative = torch.tensor([[0.0, -1.0, -3.0, -1.0]]), torch.tensor([[0.0, -3.0, -1.0, -1.0]])
         common = dict(
             positive_logps=positive,

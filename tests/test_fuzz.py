@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-What nobody thought of: laws for whatever preferences, tensors and requests hypothesis comes up with. That of the processor is
+Laws for random preferences, tensors and requests, drawn by hypothesis. That of the logits processor is
 `test_decoding_modes.py::test_any_text_any_weights`.
 
 `TRL_TFPO_FUZZ=900` in the environment asks the server for so many seconds, at random; `-s` shows what it answered.
 """
 
+import itertools
 import json
 import os
 import time
@@ -180,7 +181,7 @@ def url():
 
 
 def make_likelier_to_be_answered(body):
-    """A request for a model, doctors and tokens that are there, and few of them; else most would end at the first check."""
+    """Replace names and numbers by valid ones; otherwise most requests would end at the first check."""
     body["model"] = "tiny"
     for name in {"n", "max_tokens", "max_completion_tokens"} & body.keys():
         if type(body[name]) is int and body[name] > 0:
@@ -207,46 +208,62 @@ def known_ids(part):
     return part % len(WORDS.split()) if type(part) is int and part > 0 else part
 
 
-def test_any_request(url):
-    """A request that a program could send, right or wrong, and gets a traceback for, is a door."""
-    schemathesis = pytest.importorskip("schemathesis")
-    headers, answers, fields = {"authorization": f"Bearer {KEY}"}, Counter(), Counter()
-    schema = schemathesis.openapi.from_url(f"{url}/openapi.json", headers=headers)
+class Client:
+    """Sends requests, checks each answer, and counts them."""
 
-    def ask(case):
+    def __init__(self, url: str):
+        self.url, self.headers = url, {"authorization": f"Bearer {KEY}"}
+        self.statuses, self.fields = Counter(), Counter()
+
+    def send_case(self, case) -> None:
+        """A request that was drawn from the schema."""
         if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
             make_likelier_to_be_answered(case.body)
-        check(answer := case.call(headers=headers, timeout=60))
+        answer = case.call(headers=self.headers, timeout=60)
+        self.check(answer)
         if answer.status_code == 200 and isinstance(case.body, dict):
-            fields.update(name for name, value in case.body.items() if value is not None)
+            self.fields.update(name for name, value in case.body.items() if value is not None)
 
-    def ask_anything(body):
+    def send_body(self, body: bytes | str) -> None:
+        """A request of any content."""
+        headers = self.headers | {"content-type": "application/json"}
         for path in ("/v1/completions", "/v1/chat/completions"):
-            check(httpx.post(url + path, content=body, headers=headers | {"content-type": "application/json"}))
+            self.check(httpx.post(self.url + path, content=body, headers=headers))
 
-    def check(answer):
-        answers[answer.status_code] += 1
+    def check(self, answer) -> None:
+        """An answer is no failure of the server; an error has a message."""
+        self.statuses[answer.status_code] += 1
         assert answer.status_code < 500, answer.text
         if answer.status_code >= 400 and answer.request.method != "HEAD":
             assert answer.json()["error"]["message"]
 
-    strategies = [
-        (
-            ask_anything,
-            st.binary(max_size=99) | st.recursive(st.none() | st.text() | st.floats(), st.lists).map(json.dumps),
-        )
-    ]
-    modes = (schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE)
-    for operation in schema.get_all_operations():
-        wrong = modes if operation.ok().method == "post" else modes[:1]  # without a body nothing can be wrong
-        strategies += [(ask, operation.ok().as_strategy(generation_mode=mode)) for mode in wrong]
-    options = settings(HERE, max_examples=50, derandomize=False) if SECONDS else settings(HERE, max_examples=20)
-    start, is_over = time.monotonic(), False
-    while not is_over:
-        for function, strategy in strategies:
-            options(given(strategy)(function))()
-            is_over = time.monotonic() - start >= SECONDS
-            if SECONDS and is_over:
-                break
-    told = f"{answers.total()} requests in {time.monotonic() - start:.0f} s: {dict(sorted(answers.items()))}"
-    print(f"{told}; fields of those answered by 200: {dict(fields)}")  # noqa: T201
+
+def requests_of(schema) -> list:
+    """Strategies for the requests of each operation: right ones, and wrong ones where there is a body."""
+    from schemathesis import GenerationMode
+
+    strategies = []
+    for operation in (result.ok() for result in schema.get_all_operations()):
+        modes = [GenerationMode.POSITIVE] + [GenerationMode.NEGATIVE] * (operation.method == "post")
+        strategies += [operation.as_strategy(generation_mode=mode) for mode in modes]
+    return strategies
+
+
+@pytest.mark.slow
+def test_any_request(url):
+    """Every request, right or wrong, is answered, or refused with a message."""
+    schemathesis = pytest.importorskip("schemathesis")
+    client = Client(url)
+    schema = schemathesis.openapi.from_url(f"{url}/openapi.json", headers=client.headers)
+    any_json = st.recursive(st.none() | st.text() | st.floats(), st.lists).map(json.dumps)
+    questions = [(client.send_body, st.binary(max_size=99) | any_json)]
+    questions += [(client.send_case, strategy) for strategy in requests_of(schema)]
+
+    start = time.monotonic()
+    examples = settings(HERE, max_examples=50, derandomize=False) if SECONDS else settings(HERE, max_examples=20)
+    for send, strategy in itertools.cycle(questions) if SECONDS else questions:
+        examples(given(strategy)(send))()
+        if SECONDS and time.monotonic() - start >= SECONDS:
+            break
+    told = f"{client.statuses.total()} requests in {time.monotonic() - start:.0f} s: {dict(client.statuses)}"
+    print(f"{told}; fields of requests answered by 200: {dict(client.fields)}")  # noqa: T201

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""A head in the span of the vocabulary embeddings: the same doctor in training, in a folder, and loaded as any model."""
+"""A head in the span of the vocabulary embeddings is the same doctor in training, saved, and loaded as any model."""
 
 import pytest
 import torch

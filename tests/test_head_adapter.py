@@ -6,11 +6,11 @@ import json
 
 import pytest
 import torch
-from conftest import make_llama
+from conftest import FACES, make_llama
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from test_tfpo_trainer import FACES, config
+from trainers import config
 
 from trl_tfpo import DoctorGuidedLogitsProcessor, TFPOTrainer, annotate_token_rewards, guided_generate, load_doctor
 from trl_tfpo.decoding.shared_forward import can_share
@@ -119,7 +119,7 @@ def test_a_trained_doctor_goes_on_with_its_credits(trainer, tmp_path):
 
 
 def test_the_folder_is_a_small_ordinary_adapter(trainer, base, tmp_path):
-    """PEFT would put the embeddings of the patient beside an adapter on its head: 113 MB of them for a model of 135M."""
+    """An adapter on the head is saved without the tied embeddings, which PEFT adds: 113 MB for a model of 135M."""
     trainer.train()
     trainer.save_model()
     state = load_file(tmp_path / "doctor" / "adapter_model.safetensors")

@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 from conftest import make_llama
-from test_calibration import EOS, SIZE, annotated_pairs, made_up_pairs, trainer_of
+from test_calibration import EOS, SIZE, annotated_pairs, made_up_pairs
+from trainers import make_trainer
 from transformers import AutoModelForCausalLM
 
 from trl_tfpo.models.guidance_head import GuidanceHead
@@ -15,7 +16,7 @@ from trl_tfpo.training.head_choice import explained_gaps
 
 
 def test_what_tokens_and_embeddings_explain():
-    """Values of variance about 1 under noise of variance 1 are half of the variance of the gaps, whoever knows them."""
+    """Values with variance 1 under noise with variance 1 explain half of the variance of the gaps."""
     dataset, embeddings, values = made_up_pairs(num_pairs=600)
     expected = values[3:].var() / (values[3:].var() + 1)
     by_token, by_embedding = explained_gaps(dataset, embeddings, [EOS])
@@ -29,7 +30,7 @@ def test_what_tokens_and_embeddings_explain():
 
 
 @pytest.mark.parametrize("is_tied", [False, True])
-def test_a_head_outside_the_span(is_tied, tokenizer, tmp_path):
+def test_a_head_outside_the_span(is_tied, tmp_path):
     """Else a small doctor learns half of what it could, as its words are alike where the faces differ."""
     dataset, embeddings = annotated_pairs(100, noise=1.0)
     doctor = make_llama(2, hidden_size=8)
@@ -40,11 +41,11 @@ def test_a_head_outside_the_span(is_tied, tokenizer, tmp_path):
         knowing.get_output_embeddings().weight.zero_()[: len(embeddings), :SIZE] = embeddings
         doctor.get_output_embeddings().weight[:, 1:] = 0  # one random number for each token
     settings = dict(calibrate_rewards=False)
-    assert isinstance(trainer_of(dataset, tokenizer, tmp_path, knowing, **settings).model.lm_head, GuidanceHead)
-    few = trainer_of(dataset.select(range(63)), tokenizer, tmp_path, copy.deepcopy(doctor), **settings)
+    assert isinstance(make_trainer(dataset, tmp_path, knowing, **settings).model.lm_head, GuidanceHead)
+    few = make_trainer(dataset.select(range(63)), tmp_path, copy.deepcopy(doctor), **settings)
     assert isinstance(few.model.lm_head, GuidanceHead)
 
-    trainer = trainer_of(dataset, tokenizer, tmp_path, doctor, **settings)
+    trainer = make_trainer(dataset, tmp_path, doctor, **settings)
     head = trainer.model.lm_head
     assert type(head) is torch.nn.Linear and not head.weight.any()  # it starts at what is guided
     embeddings = trainer.model.get_input_embeddings().weight

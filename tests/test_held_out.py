@@ -5,9 +5,9 @@
 import warnings
 
 import pytest
-from conftest import make_llama
+from conftest import FACES, make_llama
 from datasets import Dataset
-from test_tfpo_trainer import FACES, config
+from trainers import config
 from transformers import EarlyStoppingCallback
 
 from trl_tfpo import TFPOTrainer, annotate_token_rewards
@@ -78,6 +78,7 @@ def test_learning_by_heart_is_told_once(annotated, tokenizer, tmp_path):
     assert len(told) == 1 and "`eval_other_loss` was best at step" in told[0]
 
 
+@pytest.mark.slow
 def test_a_training_that_is_sound_or_watched_is_left_alone(annotated, tokenizer, tmp_path):
     """Users who stop by themselves know; and pairs that get better are no news."""
     assert not train(annotated, annotated, tokenizer, tmp_path)

@@ -4,7 +4,7 @@
 
 import pytest
 import torch
-from conftest import make_tokenizer
+from conftest import make_tokenizer, save_model
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from trl_tfpo.evaluation import ChatJudge, RewardModel, head_to_head, parse_verdict
@@ -175,8 +175,7 @@ def test_a_reward_does_not_depend_on_its_neighbours(pad_token_id, tmp_path):
         ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
         expected.append(model(torch.tensor([ids])).logits[0, 0].item())
     assert RewardModel(model, tokenizer, batch_size=3)(prompts, texts) == pytest.approx(expected, abs=1e-5)
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    save_model(tmp_path, model, tokenizer)
     assert RewardModel(str(tmp_path))(prompts, texts) == pytest.approx(expected, abs=1e-5)
     result = head_to_head(prompts[:2], texts[:2], texts[2:], RewardModel(model, tokenizer))
     assert result["win"] == sum(a > b for a, b in zip(expected[:2], expected[2:], strict=True)) / 2

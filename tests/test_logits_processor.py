@@ -98,6 +98,7 @@ def test_cached_guidance_generates_the_tokens_of_plain_guidance(patient, guided,
     assert torch.equal(run_mode(patient, processor, mode), expected(mode))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_mask_given", [True, False])
 def test_one_processor_serves_all_modes_in_a_row(patient, guided, is_mask_given):
     """Else what is left of one `generate` call would leak into the next."""

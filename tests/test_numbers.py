@@ -13,12 +13,11 @@ import threading
 
 import pytest
 import torch
-from conftest import WORDS, conversational_rows, make_llama, make_tokenizer
+from conftest import FACES, WORDS, conversational_rows, make_llama, make_tokenizer, save_model
 from datasets import Dataset
 
 from trl_tfpo import (
     DoctorGuidedLogitsProcessor,
-    Faces,
     TFPOConfig,
     TFPOTrainer,
     annotate_token_rewards,
@@ -35,7 +34,6 @@ from trl_tfpo.server import Engine, Generation
 
 
 NUM_BATCHES = int(os.environ.get("TRL_TFPO_BATCHES", 300))
-FACES = Faces(positive="you are kind", negative="you are rude")
 PROMPT = torch.tensor([[1, 10, 12, 13]])
 GREEDY = dict(do_sample=False, max_new_tokens=8, eos_token_id=None)
 
@@ -344,8 +342,7 @@ def test_a_named_model_has_a_dtype_that_the_cpu_computes_in(monkeypatch, tmp_pat
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_verb_loads_models_in_the_dtype_that_is_asked_for(tmp_path, dtype):
     """Else the only way to a patient in float32 would be to convert its files."""
-    make_llama(1).save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
+    save_model(tmp_path / "model", make_llama(1))
     path = str(tmp_path / "model")
     patient, _, doctors = load_models(path, [f"kind={path}"], in_4bit=False, trust_remote_code=False, dtype=dtype)
     assert patient.dtype == doctors["kind"].dtype == getattr(torch, dtype)

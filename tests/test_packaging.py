@@ -53,6 +53,7 @@ def test_the_wheel_installs_and_imports_from_outside(tmp_path):
     assert int(result.stdout) > 50_000
 
 
+@pytest.mark.slow
 def test_a_source_tree_needs_no_installation(tmp_path):
     """Whoever clones the repository and sets PYTHONPATH, as on a cluster, has no metadata of an installed package."""
     (tmp_path / "trl_tfpo").symlink_to(ROOT / "trl_tfpo")
@@ -83,7 +84,8 @@ def test_a_source_tree_needs_no_installation(tmp_path):
     assert f"trl-tfpo {trl_tfpo.__version__}" in result.stdout
 
 
-def test_the_version_is_said_in_one_way():
-    """The version in keys of the cache and in checkpoints is that of the package which wrote them."""
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert tomllib.loads(text)["project"]["version"] == trl_tfpo.__version__
+def test_the_version_is_said_in_one_place():
+    """The version of a release is that of `__version__`, which keys of the cache and checkpoints have as well."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert settings["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "trl_tfpo.__version__"}
+    assert settings["project"]["dynamic"] == ["version"] and "version" not in settings["project"]

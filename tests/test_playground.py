@@ -19,7 +19,7 @@ from trl_tfpo.testbed import load_world
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SCREENSHOT = os.environ.get("TRL_TFPO_SCREENSHOT")  # `make screenshot` keeps it for the documentation
-MAX_STEPS = 200 if SCREENSHOT else 20
+MAX_STEPS = 200 if SCREENSHOT else 5
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +29,15 @@ def cache_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def url(cache_dir):
-    page = world_playground(cache_dir, max_steps=MAX_STEPS)
-    yield launch(page)
-    page.close()
+    with pytest.MonkeyPatch.context() as patch:
+        if not SCREENSHOT:
+            patch.setattr("trl_tfpo.server.playground.NUM_FRONTIER_SAMPLES", 20)
+        page = world_playground(cache_dir, max_steps=MAX_STEPS)
+        yield launch(page)
+        page.close()
 
 
+@pytest.mark.slow
 def test_doctors_are_trained_once(url, cache_dir):
     """A page that trains for a minute at every start is opened once."""
     before = {path: path.stat().st_mtime_ns for path in cache_dir.rglob("*.safetensors")}
@@ -60,62 +64,72 @@ def test_the_dot_is_where_the_setting_is(monkeypatch):
     assert frontiers.picture((0.0,)).startswith("<svg")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
-def test_in_a_browser(url, tmp_path):
-    """What users see: two answers that stream, sliders that change one of them, and no error in the console."""
-    from playwright.sync_api import expect, sync_playwright
+@pytest.fixture
+def page(url):
+    """The page in a browser, which must meet no error in the console, in a script or in a request."""
+    from playwright.sync_api import sync_playwright
 
+    errors = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 900})
-        errors = []
+        page.set_default_timeout(60_000)
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on(
-            "requestfailed", lambda request: errors.append(request.url) if "127.0.0.1" not in request.url else None
-        )
+        page.on("requestfailed", lambda request: None if "127.0.0.1" in request.url else errors.append(request.url))
         page.goto(url)
-
-        def text(name: str) -> str:
-            return page.locator(f"#{name} p").first.inner_text()
-
-        def settled(name: str) -> str:
-            """The answer once it has stopped to grow."""
-            expect(page.locator(f"#{name} p").first).not_to_be_empty(timeout=60_000)
-            before, now = None, text(name)
-            while before != now:
-                page.wait_for_timeout(1500)
-                before, now = now, text(name)
-            return now
-
-        unguided, guided = settled("unguided"), settled("guided")
-        assert unguided.rstrip().endswith(".")
-        expect(page.locator("#frontier svg")).to_be_visible(timeout=60_000)
-        picture = page.locator("#frontier svg").inner_html()
-
-        def move(label: str, value: str) -> None:
-            slider = page.get_by_label(f"range slider for {label}")
-            assert float(slider.input_value()) != float(value)
-            slider.evaluate(
-                "(slider, value) => { slider.value = value; slider.dispatchEvent(new Event('input', {bubbles: true}));"
-                " slider.dispatchEvent(new Event('pointerup', {bubbles: true})); }",
-                value,
-            )
-
-        move("praise", "0.3" if SCREENSHOT else "1")  # where the frontier is known; or as much as there is
-        page.wait_for_function("before => document.querySelector('#guided p')?.innerText !== before", arg=guided)
-        changed = settled("guided")
-        assert changed != guided and settled("unguided") == unguided
-        assert page.locator("#guided span[title]").count() > 5
-        page.wait_for_function(
-            "before => document.querySelector('#frontier svg')?.innerHTML !== before", arg=picture, timeout=60_000
-        )
-        shot = SCREENSHOT or str(tmp_path / "playground.png")
-        page.screenshot(path=shot)
-        assert os.path.getsize(shot) > 20_000
+        yield page
         browser.close()
     assert not errors
+
+
+def whole_answer(page, name: str) -> str:
+    """The text of an answer, once it has stopped growing."""
+    paragraph = page.locator(f"#{name} p").first
+    page.wait_for_function("name => document.querySelector(`#${name} p`)?.innerText", arg=name)
+    before, now = None, paragraph.inner_text()
+    while before != now:
+        page.wait_for_timeout(1000)
+        before, now = now, paragraph.inner_text()
+    return now
+
+
+def move_slider(page, label: str, value: str) -> None:
+    """Move a slider as a user does: change its value, then let go."""
+    slider = page.get_by_label(f"range slider for {label}")
+    assert float(slider.input_value()) != float(value)
+    slider.evaluate("(slider, value) => { slider.value = value; }", value)
+    slider.dispatch_event("input")
+    slider.dispatch_event("pointerup")
+
+
+def wait_until_changed(page, selector: str, before: str) -> None:
+    """Wait until the markup of an element is another."""
+    page.wait_for_function(
+        "([selector, before]) => ![undefined, before].includes(document.querySelector(selector)?.innerHTML)",
+        arg=[selector, before],
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+def test_in_a_browser(page, tmp_path):
+    """Both answers stream in. A slider changes the guided answer and the picture, and leaves the unguided answer."""
+    unguided, guided = whole_answer(page, "unguided"), whole_answer(page, "guided")
+    assert unguided.rstrip().endswith(".")
+    guided_markup = page.locator("#guided p").first.inner_html()
+    picture = page.locator("#frontier svg").inner_html()
+
+    move_slider(page, "praise", "0.3" if SCREENSHOT else "1")  # where the frontier is known, or the greatest weight
+    wait_until_changed(page, "#guided p", guided_markup)
+    assert whole_answer(page, "guided") != guided
+    assert whole_answer(page, "unguided") == unguided
+    assert page.locator("#guided span[title]").count() > 5  # each token with its change in nats
+    wait_until_changed(page, "#frontier svg", picture)
+
+    screenshot = SCREENSHOT or tmp_path / "playground.png"
+    page.screenshot(path=screenshot)
+    assert os.path.getsize(screenshot) > 20_000
 
 
 @pytest.mark.slow

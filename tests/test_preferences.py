@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""How a row of a preference dataset is read: one prompt, two answers of the assistant, or an error that names the fault."""
+"""How a row of a preference dataset is read: one prompt and two answers, or an error that names the fault."""
 
 import pytest
 
@@ -182,7 +182,8 @@ def test_texts_that_repeat_their_prompt():
 def test_transcripts_become_messages():
     """A chat model must be trained in the format in which it will be asked."""
     row = {
-        "chosen": "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: soup?\n\nAssistant: Yes.\n\nHuman: why?\n\nAssistant: So.",
+        "chosen": "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: soup?\n\nAssistant: Yes."
+        "\n\nHuman: why?\n\nAssistant: So.",
         "rejected": "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: soup?\n\nAssistant: Never.",
     }
     pair = read_pair(row, convert_transcripts=True)

@@ -4,7 +4,6 @@
 
 import gzip
 import hashlib
-import importlib.util
 import itertools
 import json
 import math
@@ -18,12 +17,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE, make_llama
+from conftest import make_llama
 from gguf import GGUFWriter
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from scripts import EOS, REAL, load, make_chat_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -31,48 +28,32 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
-    PreTrainedTokenizerFast,
 )
 
 from trl_tfpo.testbed import reward_kl_frontier
 
 
-REAL = Path(__file__).parents[1] / "benchmarks" / "real"
-EOS = 2
-
-
-def load(name: str):
-    """A script, imported as a module."""
-    spec = importlib.util.spec_from_file_location(name, REAL / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(autouse=True)
-def neighbours(monkeypatch):
-    """The folder of the script, which Python puts first for whoever runs it."""
-    monkeypatch.syspath_prepend(REAL)
+SCRIPTS = REAL
 
 
 @pytest.fixture
 def model_script():
-    return load("model")
+    return load(REAL, "model")
 
 
 @pytest.fixture
 def tasks():
-    return load("tasks")
+    return load(REAL, "tasks")
 
 
 @pytest.fixture
 def samples():
-    return load("samples")
+    return load(REAL, "samples")
 
 
 @pytest.fixture
 def demo():
-    return load("demo")
+    return load(REAL, "demo")
 
 
 # The model
@@ -502,21 +483,10 @@ def test_a_damaged_file_is_drawn_again(samples, tmp_path, caplog):
 # The demo
 
 
-def make_chat_model(folder: Path, words: list[str]) -> Path:
-    """A random Llama that speaks these words, with a chat template that puts a question and its answer in one line."""
-    special = ["<pad>", "<s>", "</s>", "<unk>", "<user>", "<assistant>"]
-    backend = Tokenizer(WordLevel({word: i for i, word in enumerate(special + words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = WhitespaceSplit()
-    names = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names, chat_template=CHAT_TEMPLATE)
-    tokenizer.save_pretrained(folder)
-    make_llama(0, vocab_size=len(special + words)).save_pretrained(folder)
-    return folder
-
-
+@pytest.mark.slow
 def test_the_demo_from_a_folder_to_a_table(demo, tmp_path, capsys):
     """Every step, on a model that is made in a second: guidance raises the score, and moves away from the patient."""
-    words = "good bad great sad happy be cheerful, warm gloomy, cold and the is a".split()
+    words = "good bad great sad happy be cheerful, warm gloomy, cold and the is a"
     model = make_chat_model(tmp_path / "model", words)
     demo.main(
         [
@@ -583,13 +553,13 @@ def test_more_questions_than_there_are(demo, tmp_path):
 
 @pytest.fixture(scope="module")
 def chat_model(tmp_path_factory):
-    words = "good bad great sad happy be cheerful, warm gloomy, cold and the is a".split()
+    words = "good bad great sad happy be cheerful, warm gloomy, cold and the is a"
     return make_chat_model(tmp_path_factory.mktemp("bench"), words)
 
 
 def test_states_are_those_of_a_whole_forward(chat_model, tasks):
     """The common beginning of prompts and the prompts themselves are read once: a wrong position would go unseen."""
-    states = load("states")
+    states = load(REAL, "states")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(chat_model), AutoTokenizer.from_pretrained(chat_model)
     reader, messages = states.Reader(model.eval(), tokenizer, EOS), tasks.as_messages("good bad sad")
     completions = [[7, 8, 9, EOS], [10, EOS]]
@@ -609,9 +579,10 @@ def test_states_are_those_of_a_whole_forward(chat_model, tasks):
     assert answers[0].ends and all(answer.faces["cheerful"][0].any() for answer in answers)
 
 
+@pytest.mark.slow
 def test_the_bench_from_samples_to_tables(chat_model, tmp_path, capsys):
     """Every stage, resumed once: what is measured twice is not measured again, and every method is in the table."""
-    bench = load("bench")
+    bench = load(REAL, "bench")
     arguments = ["--quick", "--model", str(chat_model), "--cache", str(tmp_path), "--seeds", "0"]
     arguments += ["--output", str(tmp_path / "bench.jsonl"), "--tasks", "cheerful"]
     bench.main(arguments)
@@ -629,7 +600,7 @@ def test_the_bench_from_samples_to_tables(chat_model, tmp_path, capsys):
 
 def test_too_few_prompts(chat_model, tmp_path):
     """Splits begin at fixed places: with fewer prompts there would be nothing to train on, an hour later."""
-    bench = load("bench")
+    bench = load(REAL, "bench")
     path = tmp_path / "questions.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": f"Who is {i}?"}) for i in range(135)))
     with pytest.raises(ValueError, match="at least 136 prompts. Got 135"):
@@ -643,7 +614,7 @@ def test_too_few_prompts(chat_model, tmp_path):
 
 def test_states_of_other_samples_are_not_used(chat_model, tasks, tmp_path):
     """States have no fingerprint of the model: those of another one would be taken for its own."""
-    states = load("states")
+    states = load(REAL, "states")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(chat_model), AutoTokenizer.from_pretrained(chat_model)
     reader = states.Reader(model.eval(), tokenizer, EOS)
     arguments = [tmp_path / "states", "train"]
@@ -655,7 +626,7 @@ def test_states_of_other_samples_are_not_used(chat_model, tasks, tmp_path):
 
 def test_a_signal_that_is_the_score_reaches_the_frontier():
     """The yardstick itself: tilted by its own score, a sample has all that can be had at that KL."""
-    signals, generator = load("signals"), torch.Generator().manual_seed(0)
+    signals, generator = load(REAL, "signals"), torch.Generator().manual_seed(0)
     scores, noise = torch.randn(2, 3, 64, generator=generator).double()
     best = reward_kl_frontier(scores)
     possible = best.best_reward(0.5) - best.patient_reward
@@ -663,9 +634,9 @@ def test_a_signal_that_is_the_score_reaches_the_frontier():
     assert signals.gain_by(scores + noise, scores, 0.5) < 0.9 * possible
 
 
-def test_logits_of_candidates(neighbours):
+def test_logits_of_candidates():
     """Bags of embeddings in place of their gathered copies: the same numbers, and the same gradient."""
-    states, generator = load("states"), torch.Generator().manual_seed(0)
+    states, generator = load(REAL, "states"), torch.Generator().manual_seed(0)
     embeddings, directions = torch.randn(11, 3, generator=generator), torch.randn(5, 3, generator=generator)
     candidates = torch.randint(11, (5, 7), generator=generator).int()
     upstream = torch.randn(5, 7, generator=generator)
@@ -685,7 +656,7 @@ def test_logits_of_candidates(neighbours):
 @pytest.fixture
 def made(chat_model, tasks):
     """The patient, two prompts, answers that were sampled for each, and a doctor that says something."""
-    states, samples = load("states"), load("samples")
+    states, samples = load(REAL, "states"), load(REAL, "samples")
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(chat_model).eval(),
         AutoTokenizer.from_pretrained(chat_model),
@@ -748,7 +719,7 @@ def test_genarm_is_a_language_model(made):
 def test_sampled_and_weighted_kls_agree(made):
     """Two ways to the KL of a guided patient: along its own texts, and on weighted texts of the patient."""
     states, samples, model, prompts, groups, doctor = made
-    guided = load("guided")
+    guided = load(REAL, "guided")
     weighted = states.weigh(groups, states.logits_on(doctor, groups), 0.7)
     rows = [ids for ids in prompts for _ in range(400)]
     guide, generator = guided.Guide(doctor, 0.7, len(rows)), torch.Generator().manual_seed(1)
@@ -767,7 +738,7 @@ def test_sampled_and_weighted_kls_agree(made):
 def test_the_greedy_guide(made):
     """AAD takes the doctor's favourite among likely tokens, and its KL is the surprise of the patient."""
     _, samples, model, prompts, _, doctor = made
-    guided = load("guided")
+    guided = load(REAL, "guided")
     guide, generator = guided.Greedy(doctor, 1.0, 1), torch.Generator().manual_seed(0)
     (drawn,) = samples.draw(model, prompts[:1], max_new_tokens=3, generator=generator, eos_token_id=EOS, guide=guide)
     ids, kl = list(prompts[0]), 0.0
@@ -784,7 +755,7 @@ def test_the_greedy_guide(made):
 
 def test_the_best_of_weighted_samples():
     """Against enumeration: all pairs and triples that are drawn with these weights, the best of each kept."""
-    measures = load("measures")
+    measures = load(REAL, "measures")
     weights = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]).double()
     signal = torch.tensor([[0.3, -1.0, 2.0], [5.0, 4.0, 3.0]])
     assert torch.equal(measures.best_of_weights(weights, signal, 1), weights)
@@ -800,7 +771,7 @@ def test_the_best_of_weighted_samples():
 def test_two_doctors_at_once(made):
     """With all the weight one doctor speaks alone; between them the logits are those of the mixed map."""
     states, _, _, _, groups, doctor = made
-    measures = load("measures")
+    measures = load(REAL, "measures")
     other = states.new_doctor(doctor.embeddings, groups)
     torch.nn.init.normal_(other.map, std=2.0)
     logits = {"cheerful": states.logits_on(doctor, groups), "plain": states.logits_on(other, groups)}
@@ -826,7 +797,7 @@ def test_a_mixture_of_tasks(tasks):
 
 def test_the_strength_at_a_distance():
     """A KL that grows with the square of the strength: 4 nats need twice the strength of 1."""
-    guided = load("guided")
+    guided = load(REAL, "guided")
     rows = [{"kl": kl, "strength": 3 * kl**0.5} for kl in (0.25, 0.5, 1.0, 2.0)]
     assert guided.strength_at(rows, 2.0) == pytest.approx(3 * 2**0.5)
     assert guided.strength_at(rows, 4.0) == pytest.approx(6)
@@ -835,7 +806,7 @@ def test_the_strength_at_a_distance():
 
 def test_the_mean_over_weightings():
     """By hand: each weighting has a unit of its own, so efficiencies are averaged and not gains."""
-    tables = load("tables")
+    tables = load(REAL, "tables")
     half = {"seed": 0, "efficiency": 0.5, "gain": 2.0, "by_prompt": [1.0, 3.0]}  # 0.25 and 0.75
     small = {"seed": 0, "efficiency": 0.2, "gain": 0.01, "by_prompt": [0.0, 0.02]}  # 0 and 0.4
     torch.testing.assert_close(tables.over_weightings([half, small]), torch.tensor([[0.125, 0.575]]))
@@ -843,10 +814,11 @@ def test_the_mean_over_weightings():
     assert tables.over_weightings([{"seed": 0, "gain": 1.0, "by_prompt": [1.0]}]) is None
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The (token rewards|faces) do not:UserWarning")  # random models
 def test_adapters_by_tfpo_and_by_dpo(chat_model, tmp_path, capsys):
     """Every stage, resumed once: training, a choice of rates and checkpoints, and what is measured."""
-    lora, output = load("lora"), tmp_path / "lora.jsonl"
+    lora, output = load(REAL, "lora"), tmp_path / "lora.jsonl"
     arguments = ["--quick", "--model", str(chat_model), "--cache", str(tmp_path), "--output", str(output)]
     lora.main(arguments)
     printed, written = capsys.readouterr().out, output.read_text()
@@ -862,8 +834,8 @@ def test_adapters_by_tfpo_and_by_dpo(chat_model, tmp_path, capsys):
 
 
 def test_an_adapter_is_measured_as_the_ratio_to_the_patient(chat_model, tasks):
-    """Logits at a few candidates in the place of two models: a head that is left out would be measured as no doctor at all."""
-    states, lora = load("states"), load("lora")
+    """The logits of an adapter at some candidates are the difference of two whole models, its head included."""
+    states, lora = load(REAL, "states"), load(REAL, "lora")
     patient, tokenizer = (
         AutoModelForCausalLM.from_pretrained(chat_model).eval(),
         AutoTokenizer.from_pretrained(chat_model),

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
+"""The task of people's labels, on a model that is made in a second."""
 
 import gzip
 import json
@@ -8,24 +9,21 @@ import math
 import pytest
 import torch
 from conftest import make_tokenizer
-from test_real_bench import EOS, REAL, load, make_chat_model
+from scripts import EOS, REAL, load, make_chat_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-@pytest.fixture(autouse=True)
-def neighbours(monkeypatch):
-    """The folder of the script, which Python puts first for whoever runs it."""
-    monkeypatch.syspath_prepend(REAL)
+SCRIPTS = REAL
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def human():
-    return load("human")
+    return load(REAL, "human")
 
 
 @pytest.fixture(scope="module")
 def chat_model(tmp_path_factory):
-    words = "good bad who why how is it the a b c d e f considerate reckless assistant. You are".split()
+    words = "good bad who why how is it the a b c d e f considerate reckless assistant. You are"
     return make_chat_model(tmp_path_factory.mktemp("human"), words)
 
 
@@ -42,7 +40,7 @@ def write_pairs(path, pairs):
 
 
 def test_pairs_are_last_turns_of_one_prompt_each(human, tmp_path):
-    """A prompt in two splits would be learned by heart, and an answer that is cut has another meaning than the label."""
+    """A prompt is in one split only, and a pair with an answer that is too long is left out."""
     tokenizer = make_tokenizer("<pad> <s> </s> <unk> <user> <assistant> who why is it good bad")
     path = write_pairs(
         tmp_path / "pairs.jsonl.gz",
@@ -66,7 +64,7 @@ def test_pairs_are_last_turns_of_one_prompt_each(human, tmp_path):
 
 
 def test_what_prompts_share_is_read_once(chat_model, human):
-    """The cache of one prompt serves the next: with a token too many, or of the other, states would be wrong unnoticed."""
+    """States read with the shared cache of prompts are those of whole forward passes."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(chat_model), AutoTokenizer.from_pretrained(chat_model)
     reader, completions = human.Reader(model.eval(), tokenizer, EOS), [[7, 8, EOS], [9, EOS]]
     prompts = ["who is it good", "who is it bad", "who", "who", "who is", "why the a b c"]
@@ -79,7 +77,7 @@ def test_what_prompts_share_is_read_once(chat_model, human):
 
 
 def test_fewer_candidates_stand_for_the_same_probability(human):
-    """The normalizer of a policy is right on average, and exact without guidance: else all log-ratios would have an offset."""
+    """With fewer candidates, a normalizer is unbiased, and exact without guidance."""
     chance = torch.Generator().manual_seed(0)
     answer = human.Answer(
         ids=torch.tensor([7, EOS]),
@@ -102,7 +100,7 @@ def test_fewer_candidates_stand_for_the_same_probability(human):
 
 
 def test_the_best_scale_is_the_log_odds_of_agreement(human):
-    """Three of four pairs agree by one nat: the likelihood is greatest at log 3. Where most disagree, at nothing at all."""
+    """Where three of four pairs agree by one nat, the best scale is log 3; where most disagree, it is 0."""
     margins = torch.tensor([1.0, 1.0, 1.0, -1.0]).double()
     assert human.best_scale(margins) == pytest.approx(math.log(3), rel=0.06)
     assert human.best_scale(margins * 1000) == pytest.approx(math.log(3) / 1000, rel=0.06)
@@ -133,10 +131,11 @@ def test_an_interval_of_pairs(human):
     assert low == pytest.approx(0.5 - 1.96 * 0.025, abs=0.006) and high == pytest.approx(0.5 + 1.96 * 0.025, abs=0.006)
 
 
+@pytest.mark.slow
 def test_the_human_task_from_pairs_to_a_table(chat_model, human, tmp_path, capsys):
     """
-    People prefer the answers that say "good". Whatever sees words must find it, a score that sees the length must not, and what is
-    measured is not measured again.
+    People prefer answers that say "good": scores that see words find that, the length does not. What has been measured
+    is not measured again.
     """
     first = [f"{x} {y} {z}" for x in "abcdef" for y in "abcdef" for z in "abcdef"][:70]
     pairs = [(transcript(x, "it is good"), transcript(x, "it is bad")) for x in first]

@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from conftest import WORDS, conversational_rows, make_llama, make_tokenizer, serving
+from conftest import FACES, WORDS, conversational_rows, make_llama, make_tokenizer, save_model, serving, write_rows
 from datasets import Dataset
 
 from trl_tfpo import (
@@ -38,7 +38,6 @@ from trl_tfpo.training.checkpoints import mark_whole
 
 
 PACKAGE = Path(__file__).parents[1] / "trl_tfpo"
-FACES = Faces(positive="you are kind", negative="you are rude")
 
 
 class Trap:
@@ -55,8 +54,7 @@ class Trap:
 def trap(tmp_path):
     """A model folder whose weights are a pickle that does something."""
     folder = tmp_path / "model"
-    make_llama(1).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    save_model(folder, make_llama(1))
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
     return folder
@@ -156,7 +154,7 @@ def test_remote_code_is_off_unless_asked_for():
 
 
 def test_code_in_a_model_folder_is_not_run(tmp_path, capsys, monkeypatch):
-    """Most people try a model before they read its code. Nor may anybody be asked, as nobody reads a server's terminal."""
+    """Code that comes with a model is not run, and no question is asked on a terminal."""
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     folder = tmp_path / "model"
     make_tokenizer().save_pretrained(folder)
@@ -201,11 +199,10 @@ def test_nothing_shown_is_markup_or_moves_a_cursor(tmp_path, monkeypatch, capsys
     tokenizer = make_tokenizer(f"{WORDS} {EVIL}")
     patient = make_llama(1, vocab_size=len(tokenizer))
     patient.generation_config.suppress_tokens = list(range(22))  # it has nothing else to say
-    tokenizer.save_pretrained(tmp_path / "patient")
-    patient.save_pretrained(tmp_path / "patient")
+    save_model(tmp_path / "patient", patient, tokenizer)
     texts = {"prompt": f"say {EVIL}", "chosen": f"good {EVIL}", "rejected": f"bad {EVIL} soup"}
     rows = [{k: [{"role": "user" if k == "prompt" else "assistant", "content": v}] for k, v in texts.items()}] * 4
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "pairs.jsonl", rows)
     faces = Faces(positive=EVIL, negative="you are rude")
     annotated = annotate_token_rewards(Dataset.from_list(rows), patient, tokenizer, faces=faces)
     guide = DoctorGuidedLogitsProcessor(make_llama(2, vocab_size=len(tokenizer)), return_trace=True)
@@ -297,7 +294,8 @@ HOSTS = [
     "",
 ]
 TARGETS = """
-    /v1/completions /v1/models /metrics /openapi.json /docs / * //health /health/ /health/../v1/models /health;/v1/models
+    /v1/completions /v1/models /metrics /openapi.json /docs / *
+    //health /health/ /health/../v1/models /health;/v1/models
     /health%2f..%2fv1/models /./health /v1/../health /HEALTH /health%00 /%2fhealth http://x/v1/models http://x/health/
     http://health?/v1/models
 """.split()
@@ -312,7 +310,7 @@ HEADERS = [
 
 
 def test_no_host_opens_the_server(raw_url, engine):
-    """With some versions of Starlette the path of a request's URL has the Host header in it, which anybody can write."""
+    """The Host header, which is part of a URL's path in some versions of Starlette, does not open a path."""
     before = engine.num_tokens
     for host in HOSTS:
         for line, body in (("POST /v1/completions", BODY), ("GET /v1/models", b""), ("GET /metrics", b"")):

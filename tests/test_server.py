@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 import torch
-from conftest import KEY, hear_interruptions
+from conftest import KEY, hear_interruptions, save_model
 from transformers import AutoModelForCausalLM
 
 from trl_tfpo import DoctorGuidedLogitsProcessor, guided_generate
@@ -79,6 +79,7 @@ def test_exponents_are_those_of_the_library(world):
     engine.close()
 
 
+@pytest.mark.slow
 def test_32_clients_get_what_each_would_get_alone(client, engine, world, doctors, monkeypatch):
     """One batch with the weights or the caches of two requests mixed up gives a wrong answer that reads well."""
     read, sizes = engine._read, []
@@ -295,14 +296,13 @@ def test_metrics_count(client, url, engine):
 
 @pytest.mark.slow
 def test_serve_as_a_command(world, tmp_path):
-    """What the first page of the documentation promises: a command, a client, and another weight for the same prompt."""
+    """The command serves a client, and another weight gives another answer to the same prompt."""
     for name, seed in (("helpful", 1), ("harmless", 2)):
         torch.manual_seed(seed)
         doctor = AutoModelForCausalLM.from_pretrained(world.weights / "doctor")
         with torch.no_grad():
             doctor.lm_head.weight.add_(torch.randn_like(doctor.lm_head.weight) / 4)
-        doctor.save_pretrained(tmp_path / name)
-        world.tokenizer.save_pretrained(tmp_path / name)
+        save_model(tmp_path / name, doctor, world.tokenizer)
     command = [sys.executable, "-m", "trl_tfpo", "serve", "--world", "--port", "0"]
     command += ["--alias", "half=helpful:0.9,harmless:0", "--max_choices", "2"]
     process = subprocess.Popen(

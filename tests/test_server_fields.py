@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What clients of OpenAI's interface send, and what they expect: a field that changes nothing is accepted, no other is lost."""
+"""Fields of OpenAI's interface: a field that would change nothing is accepted, and no other is ignored."""
 
 import httpx
 import openai
@@ -70,6 +70,7 @@ NEUTRAL = {
 }
 
 
+@pytest.mark.slow
 def test_fields_that_change_nothing_are_accepted(url):
     """Clients send them whether they are asked to or not; a server that refuses them has no clients."""
     plain = say(url)
@@ -243,6 +244,7 @@ class Counted(LogitsProcessor):
         return scores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [None, 1.0, 0.25])
 @pytest.mark.parametrize(
     "settings",
@@ -256,7 +258,7 @@ class Counted(LogitsProcessor):
     ids=lambda settings: "+".join(settings),
 )
 def test_penalties_act_where_they_do_in_generate(settings, alpha, client, world, doctors):
-    """After guidance instead of before, a penalty has another strength, and the text is none that the library would give."""
+    """Penalties are applied before guidance, as by the library."""
     inputs = world.tokenizer.apply_chat_template(
         PARK, add_generation_prompt=True, return_dict=True, return_tensors="pt"
     )
@@ -312,7 +314,7 @@ def test_truncation_is_that_of_generate():
 
 
 def test_logprobs_are_of_the_guided_policy_alone(client, world):
-    """With penalties and temperature in them, nobody could compare two answers, or add an answer's up to its likelihood."""
+    """Log-probabilities of an answer are those before penalties and temperature."""
     prompt = world.tokenizer.apply_chat_template(PARK, add_generation_prompt=True, return_dict=False)
     settings = dict(temperature=1.7, top_p=0.9, seed=4, presence_penalty=1.0, frequency_penalty=1.0, max_tokens=12)
     said = client.completions.create(model="world", prompt=prompt, logprobs=2, **settings).choices[0].logprobs

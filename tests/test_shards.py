@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import conversational_rows
-from datasets import Dataset
-from injection import NUM_FAULTS, end_of, finish, free_port, in_child, kill, wait_for, without_room
+from accelerate.state import AcceleratorState
+from conftest import conversational_rows, make_llama, make_tokenizer
+from datasets import Dataset, load_from_disk
+from injection import NUM_FAULTS, without_room
+from processes import end_of, finish, free_port, in_child, kill, start_ranks, wait_for
 
 from trl_tfpo import annotate_token_rewards
 from trl_tfpo.annotation import score_cache as shards
@@ -73,6 +75,7 @@ def files(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.rglob("*.arrow"))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_bytes(tmp_path, num_processes, record_property):
     """Else a night of annotation would be lost to a preempted machine, or end in a file that is half written."""
@@ -104,6 +107,7 @@ def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_bytes(tmp_path, 
     record_property(f"annotation is killed, processes: {num_processes}", num_faults)
 
 
+@pytest.mark.slow
 def test_death_in_the_middle_of_a_shard(tmp_path, record_property):
     """Half a shard that is taken for a whole one would be rewards of other pairs."""
     (tmp_path / "calm").mkdir()
@@ -122,6 +126,7 @@ def test_death_in_the_middle_of_a_shard(tmp_path, record_property):
     record_property("death while a shard is written", NUM_FAULTS)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_does_not_leave_the_other_waiting(tmp_path, record_property):
     """A rank that waits for one that is dead holds eight GPUs until somebody looks."""
     (tmp_path / "calm").mkdir()
@@ -150,6 +155,32 @@ def test_one_process_goes_on_where_two_were(tmp_path):
         kill(child)
     finish(start(tmp_path, 0.0))
     assert len((tmp_path / "log").read_text().split()) <= -(-NUM_ROWS // SHARD_SIZE) + 2
+
+
+def annotate_in(folder, num_rows):
+    """Annotate in one process, or as one of several; the scores go to a file for each process."""
+    datasets.config.HF_DATASETS_CACHE = folder / "cache"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    state = PartialState(cpu=True)
+    rows, faces = Dataset.from_list(conversational_rows(num_rows)), Faces(positive="you are kind", negative="rude")
+    annotated = annotate_token_rewards(rows, make_llama(1, 32), make_tokenizer(), faces=faces)
+    annotated.save_to_disk(folder / f"of-{state.process_index}")
+
+
+@pytest.mark.parametrize("num_rows", [23, 1])  # of a single row, one process has none to score
+def test_processes_share_the_scoring(tmp_path, num_rows):
+    """Each process scores its share of the rows, and gets the scores of all, in order."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    finish([in_child(annotate_in, one, num_rows), *start_ranks(two, annotate_in, two, num_rows)])
+    expected = load_from_disk(one / "of-0")
+    assert len(expected) == num_rows
+    for rank in range(2):
+        found = load_from_disk(two / f"of-{rank}")
+        assert found.column_names == expected.column_names
+        assert found["chosen_ids"][:] == expected["chosen_ids"][:]
+        for gaps, others in zip(found["chosen_gaps"], expected["chosen_gaps"], strict=True):
+            assert gaps == pytest.approx(others, abs=1e-5)
 
 
 def test_what_is_done_is_not_done_again(patient, tokenizer, tmp_path, monkeypatch):

@@ -81,7 +81,7 @@ def test_greedy_search_gives_the_tokens_of_plain_guided_decoding(patient, doctor
     ],
 )
 def test_other_patients_and_processors(make, extra):
-    """Absolute positions, a cache with a window that is cut back, processors on both sides of the guide, early ends."""
+    """Absolute positions, a windowed cache that is cropped, processors before and after the guide, early ends."""
     patient, settings = make(0), GREEDY | extra
     for inputs in (ONE, {name: tensor[1:2] for name, tensor in PADDED.items()}):  # one row may be padded too
         guide = DoctorGuidedLogitsProcessor(llama(1), beta=0.9)

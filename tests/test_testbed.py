@@ -185,6 +185,7 @@ def test_shipped_folders_are_self_contained(world):
     assert load_world().patient is not world.patient
 
 
+@pytest.mark.slow
 def test_grammar_rates(world, unguided):
     """A patient that stammers by itself leaves no way to see what guidance breaks."""
     patient = [REVIEWS.is_grammatical(text) for text in itertools.chain(*unguided)]
@@ -196,6 +197,7 @@ def test_grammar_rates(world, unguided):
     assert sum(doctor) / len(doctor) >= 0.95
 
 
+@pytest.mark.slow
 def test_patient_reviews_the_place_it_is_asked_about(world, unguided):
     """If prompts did not matter, a test on new prompts would test nothing."""
     about = [
@@ -206,6 +208,7 @@ def test_patient_reviews_the_place_it_is_asked_about(world, unguided):
     assert sum(about) / len(about) > 0.98
 
 
+@pytest.mark.slow
 def test_attributes_vary_and_are_independent(world, unguided):
     """Correlated attributes could not be weighed against each other; a still reward leaves nothing to gain."""
     scores = torch.tensor(
@@ -216,6 +219,7 @@ def test_attributes_vary_and_are_independent(world, unguided):
     assert scores.T.corrcoef()[0, 1].abs() < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["praise", "calm"])
 def test_patient_obeys_its_faces(world, name):
     """Token rewards are read from the difference between the faces; a deaf patient gives noise."""
@@ -235,6 +239,7 @@ def test_patient_obeys_its_faces(world, name):
     assert abs(lengths[0] - lengths[2]) < 5  # standard error 1.2
 
 
+@pytest.mark.slow
 def test_token_rewards_find_the_words_that_matter(world, pairs):
     """The premise of the method: where the faces disagree are the words that the annotator counts."""
     tokenizer, attribute = world.tokenizer, world.attributes["praise"]
@@ -366,6 +371,7 @@ def test_weight_never_moves_between_prompts():
     assert unequal.best_reward(0.15) == pytest.approx(alone.best_reward(0.3) / 2, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_efficiency_of_a_tilted_policy_is_one(world, unguided):
     """The scale on which every method is read: 0 is the patient, 1 is the best there is."""
     rewards = torch.tensor([[world.attributes["praise"].oracle(text) for text in texts] for texts in unguided])
@@ -403,6 +409,7 @@ def test_the_unreliable_end_is_refused():
 # The build
 
 
+@pytest.mark.slow
 def test_build_makes_a_world_that_loads(tmp_path):
     """Whoever changes the language must be able to train its models again."""
     build(tmp_path / "first", steps=3, seed=0)
@@ -419,7 +426,7 @@ def test_build_makes_a_world_that_loads(tmp_path):
 
 @pytest.mark.parametrize("seed", range(30))
 def test_drawn_languages_are_languages(seed):
-    """A drawn world with text that is too long, ungrammatical or leans to a mood would judge methods by its own faults."""
+    """Texts of a drawn world are grammatical, short enough, and without a mood of their own."""
     language, rng = random_language(seed), random.Random(seed)
     tokenizer, attributes = language.make_tokenizer(), language.attributes
     assert language == random_language(seed) != random_language(seed + 1)

@@ -8,16 +8,15 @@ import warnings
 
 import pytest
 import torch
-from conftest import conversational_rows, make_llama
+from conftest import FACES, conversational_rows, make_llama, save_model
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from trainers import config, losses, make_trainer
 from transformers import AutoModelForCausalLM
 
 from trl_tfpo import (
     DoctorGuidedLogitsProcessor,
-    Faces,
-    TFPOConfig,
     TFPOTrainer,
     TokenRewardCollator,
     annotate_token_rewards,
@@ -27,7 +26,6 @@ from trl_tfpo.annotation.token_rewards import annotation_settings
 from trl_tfpo.models.fingerprint import model_fingerprint
 
 
-FACES = Faces(positive="you are kind", negative="you are rude")
 METRICS = {
     "loss/subtb",
     "loss/value",
@@ -44,25 +42,6 @@ METRICS = {
     "logps/rejected",
     "values/start",
 }
-
-
-def config(output_dir, **settings):
-    defaults = dict(
-        max_steps=4,
-        per_device_train_batch_size=4,
-        learning_rate=1e-2,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        activation_checkpointing=False,
-        dataloader_pin_memory=False,
-    )
-    return TFPOConfig(str(output_dir), **(defaults | settings))
-
-
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 @pytest.fixture
@@ -101,7 +80,7 @@ class TestTraining:
             assert evaluated[f"eval_{split}_loss"] == pytest.approx(evaluated["eval_one_loss"])
 
     def test_all_parts_know_the_same_ends(self, preferences, patient, doctor, tokenizer, tmp_path):
-        """Gemma ends turns with a token that only its generation config names: without it no flow is bounded, in silence."""
+        """All parts know the end tokens of the generation config, where alone Gemma names the end of a turn."""
         tokenizer.chat_template = tokenizer.chat_template.replace("' ' + eos_token", "' <unk>'")
         patient.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.unk_token_id]
         options = dict(train_dataset=preferences, processing_class=tokenizer, faces=FACES)
@@ -114,7 +93,7 @@ class TestTraining:
         assert next(iter(trainer.get_train_dataloader()))["is_complete"].all()
 
     def test_the_collators_patient_says_where_answers_end(self, preferences, patient, doctor, tokenizer, tmp_path):
-        """A patient that only the collator has may end its turns with a token of its own, and what follows is never said."""
+        """The end tokens of a patient that only the collator has are known: a completion ends at the first one."""
         patient.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.unk_token_id]
         dataset = preferences.map(lambda row: {"prompt": "say", "chosen": " good <unk> and", "rejected": " bad"})
         trainer = TFPOTrainer(
@@ -148,12 +127,10 @@ class TestTraining:
     def test_some_completion_is_whole_within_max_length(self, annotated, doctor, tokenizer, tmp_path):
         """Where all are cut there is no boundary, and rewards do not reach the doctor."""
         with pytest.raises(ValueError, match="must end in EOS.*within `max_length`=9"):
-            TFPOTrainer(
-                model=doctor, args=config(tmp_path, max_length=9), train_dataset=annotated, processing_class=tokenizer
-            )
+            make_trainer(annotated, tmp_path, doctor, max_length=9)
 
     def test_several_turns(self, preferences, patient, doctor, tokenizer, tmp_path):
-        """Answers of several turns: the doctor trains on its own, after what it guides and the reference scored the same."""
+        """The loss falls on answers of several turns, under either policy."""
         more = [{"role": "user", "content": "and the bread"}, {"role": "assistant", "content": "very good"}]
         dataset = preferences.map(lambda row: {"chosen": row["chosen"] + more})
         for policy in ("ratio", "doctor"):
@@ -229,8 +206,7 @@ class TestTraining:
     def test_models_by_path(self, preferences, patient, doctor, tokenizer, tmp_path):
         """How real models are given."""
         for name, model in (("patient", patient), ("doctor", doctor)):
-            model.save_pretrained(tmp_path / name)
-            tokenizer.save_pretrained(tmp_path / name)
+            save_model(tmp_path / name, model, tokenizer)
         trainer = TFPOTrainer(
             model=str(tmp_path / "doctor"),
             patient_model=str(tmp_path / "patient"),
@@ -243,23 +219,20 @@ class TestTraining:
         assert "loaded" not in vars(trainer.patient_model)  # let go
         trainer.evaluate(trainer.train_dataset)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("reference_weight", [0.0, 1.0])
     def test_accumulation_8x1_equals_1x8(self, annotated, tokenizer, tmp_path, reference_weight):
         """A loss scaled twice, or not at all, trains at another learning rate whenever memory is short."""
         weights, subtb = [], []
         for batch_size, accumulation in ((8, 1), (1, 8), (3, 3)):  # in threes the last batch has two pairs
-            trainer = TFPOTrainer(
-                model=make_llama(2),
-                args=config(
-                    tmp_path,
-                    per_device_train_batch_size=batch_size,
-                    gradient_accumulation_steps=accumulation,
-                    reference_weight=reference_weight,
-                    max_steps=3,
-                    optim="sgd",
-                ),
-                train_dataset=annotated,
-                processing_class=tokenizer,
+            trainer = make_trainer(
+                annotated,
+                tmp_path,
+                per_device_train_batch_size=batch_size,
+                gradient_accumulation_steps=accumulation,
+                reference_weight=reference_weight,
+                max_steps=3,
+                optim="sgd",
             )
             trainer.train()
             weights.append(trainer.model.state_dict())
@@ -283,19 +256,15 @@ class TestTraining:
         dataset = annotated.map(lengthen, with_indices=True)
 
         def train(strategy, batch_size, accumulation):
-            trainer = TFPOTrainer(
-                model=make_llama(2),
-                args=config(
-                    tmp_path,
-                    per_device_train_batch_size=batch_size,
-                    gradient_accumulation_steps=accumulation,
-                    train_sampling_strategy=strategy,
-                    max_steps=-1,
-                    num_train_epochs=1,
-                    optim="sgd",
-                ),
-                train_dataset=dataset,
-                processing_class=tokenizer,
+            trainer = make_trainer(
+                dataset,
+                tmp_path,
+                per_device_train_batch_size=batch_size,
+                gradient_accumulation_steps=accumulation,
+                train_sampling_strategy=strategy,
+                max_steps=-1,
+                num_train_epochs=1,
+                optim="sgd",
             )
             batches = []
             collate = trainer.data_collator
@@ -362,12 +331,7 @@ class TestReference:
         silent = annotated.map(
             lambda row: {name: [0.0] * len(row[name]) for name in ("chosen_token_rewards", "rejected_token_rewards")}
         )
-        trainer = TFPOTrainer(
-            model=make_llama(2),
-            args=config(tmp_path, max_steps=1, reference_weight=1.0, value_loss_weight=0.0),
-            train_dataset=silent,
-            processing_class=tokenizer,
-        )
+        trainer = make_trainer(silent, tmp_path, max_steps=1, reference_weight=1.0, value_loss_weight=0.0)
         trainer.train()
         assert losses(trainer)[0] == pytest.approx(0, abs=1e-8)
 
@@ -391,6 +355,7 @@ class TestReference:
             trainer.evaluate(annotated)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("peft_config", [None, LoraConfig(r=2, target_modules=["q_proj"])], ids=["full", "lora"])
 def test_the_head_learns_at_its_own_rate(annotated, tokenizer, tmp_path, peft_config):
     """log V spans hundreds of nats: at the rate of a pretrained model its head may never get there."""
@@ -422,16 +387,12 @@ def test_the_head_learns_at_its_own_rate(annotated, tokenizer, tmp_path, peft_co
     assert len({tuple(values) for values, _ in runs.values()}) >= 3
 
 
+@pytest.mark.slow
 def test_a_compiled_doctor_learns_the_same(annotated, tokenizer, tmp_path):
     """Compiled for speed, it must not lose the value head, nor be saved under other names."""
 
     def run(name, **settings):
-        trainer = TFPOTrainer(
-            model=make_llama(2),
-            args=config(tmp_path / name, **settings),
-            train_dataset=annotated,
-            processing_class=tokenizer,
-        )
+        trainer = make_trainer(annotated, tmp_path / name, **settings)
         trainer.train()
         trainer.save_model()
         return trainer
@@ -470,7 +431,7 @@ class TestCheckpoints:
 
     def test_full_model_folder(self, annotated, patient, doctor, tokenizer, tmp_path):
         """Saved, it is an ordinary causal language model that guides, and a doctor that can go on training."""
-        trainer = TFPOTrainer(model=doctor, args=config(tmp_path), train_dataset=annotated, processing_class=tokenizer)
+        trainer = make_trainer(annotated, tmp_path, doctor)
         trainer.train()
         trainer.save_model()
         assert load_doctor(tmp_path).value_head.weight.equal(doctor.value_head.weight)
@@ -512,12 +473,7 @@ class TestCheckpoints:
 
     def test_model_card(self, annotated, doctor, tokenizer, tmp_path):
         """A checkpoint on the Hub has to say what it is and how it is used."""
-        trainer = TFPOTrainer(
-            model=doctor,
-            args=config(tmp_path, save_strategy="steps", save_steps=4),
-            train_dataset=annotated,
-            processing_class=tokenizer,
-        )
+        trainer = make_trainer(annotated, tmp_path, doctor, save_strategy="steps", save_steps=4)
         trainer.train()
         card = (tmp_path / "README.md").read_text()
         assert "DoctorGuidedLogitsProcessor" in card and "2601.10416" in card and "tfpo" in card
@@ -588,11 +544,8 @@ def test_streamed_datasets(annotated, preferences, patient, doctor, tokenizer, t
     }
     runs = []
     for name, stream in streams.items():
-        trainer = TFPOTrainer(
-            model=copy.deepcopy(doctor),
-            args=config(tmp_path / name, reference_weight=0.0, train_sampling_strategy="sequential"),
-            train_dataset=stream,
-            processing_class=tokenizer,
+        trainer = make_trainer(
+            stream, tmp_path / name, copy.deepcopy(doctor), reference_weight=0.0, train_sampling_strategy="sequential"
         )
         trainer.train()
         runs.append(losses(trainer))
@@ -663,6 +616,7 @@ class TestRewards:
             assert metrics[f"{prefix}_rewards/accuracies"] == pytest.approx((margins > 0).float().mean().item())
             assert metrics[f"{prefix}_token_rewards/chosen"] == start["eval_token_rewards/chosen"]
 
+    @pytest.mark.slow
     def test_pairs_count_alike_under_accumulation(self, annotated, tokenizer, tmp_path):
         """A mean over batches of different sizes is not the mean over pairs."""
         logged = []
@@ -670,12 +624,7 @@ class TestRewards:
             settings = dict(
                 per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation, optim="sgd"
             )
-            trainer = TFPOTrainer(
-                model=make_llama(2),
-                args=config(tmp_path, **settings),
-                train_dataset=annotated,
-                processing_class=tokenizer,
-            )
+            trainer = make_trainer(annotated, tmp_path, **settings)
             trainer.train()
             names = ("rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected")
             logged.append(
@@ -686,12 +635,7 @@ class TestRewards:
 
     def test_without_a_reference_there_are_none(self, annotated, doctor, tokenizer, tmp_path):
         """A ratio to nothing would be a log-probability under the name of a reward."""
-        trainer = TFPOTrainer(
-            model=doctor,
-            args=config(tmp_path, policy="doctor", reference_weight=0.0),
-            train_dataset=annotated,
-            processing_class=tokenizer,
-        )
+        trainer = make_trainer(annotated, tmp_path, doctor, policy="doctor", reference_weight=0.0)
         predicted = trainer.predict(annotated)
         assert predicted.predictions is None and "test_loss" in predicted.metrics
         assert not any(name.startswith("test_rewards/") for name in predicted.metrics)
@@ -699,8 +643,7 @@ class TestRewards:
 
     def test_predictions_for_raw_preferences(self, preferences, annotated, doctor, patient, tokenizer, tmp_path):
         """`predict` takes what `evaluate` takes, and leaves nothing behind for the next evaluation."""
-        make_llama(1, 32).save_pretrained(tmp_path / "patient")
-        tokenizer.save_pretrained(tmp_path / "patient")
+        save_model(tmp_path / "patient", make_llama(1, 32), tokenizer)
         trainer = TFPOTrainer(
             model=doctor,
             patient_model=str(tmp_path / "patient"),
@@ -723,8 +666,8 @@ def test_a_dict_of_splits_is_not_a_training_set(preferences, annotated, doctor, 
     with pytest.raises(
         ValueError, match=r"`train_dataset` must be one split. Got a `DatasetDict` of \['test', 'train'\]"
     ):
-        TFPOTrainer(model=doctor, args=config(tmp_path), train_dataset=splits, processing_class=tokenizer)
-    trainer = TFPOTrainer(model=doctor, args=config(tmp_path), train_dataset=annotated, processing_class=tokenizer)
+        make_trainer(splits, tmp_path, doctor)
+    trainer = make_trainer(annotated, tmp_path, doctor)
     with pytest.raises(ValueError, match="`test_dataset` must be one split"):
         trainer.predict(splits)
 
@@ -746,9 +689,7 @@ def test_faces_that_say_nothing_are_noticed_before_training(is_streamed, annotat
         return dataset.to_iterable_dataset() if is_streamed else dataset
 
     def make(dataset):
-        return TFPOTrainer(
-            model=make_llama(2), args=config(tmp_path), train_dataset=dataset, processing_class=tokenizer
-        )
+        return make_trainer(dataset, tmp_path)
 
     with pytest.warns(
         UserWarning,
@@ -767,12 +708,7 @@ def test_keyword_arguments_for_a_loaded_model_are_not_ignored_in_silence(annotat
     with pytest.warns(
         UserWarning, match=r"`model_init_kwargs` are for a `model` given by name.*\['dtype'\] are ignored"
     ):
-        TFPOTrainer(
-            model=make_llama(2),
-            args=config(tmp_path, model_init_kwargs={"dtype": "bfloat16"}),
-            train_dataset=annotated,
-            processing_class=tokenizer,
-        )
+        make_trainer(annotated, tmp_path, model_init_kwargs={"dtype": "bfloat16"})
     with pytest.warns(UserWarning, match="`patient_model_init_kwargs` are for a `patient_model`"):
         TFPOTrainer(
             model=make_llama(2),

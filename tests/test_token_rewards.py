@@ -11,7 +11,7 @@ import oracles
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import conversational_rows, make_llama
+from conftest import FACES, conversational_rows, make_llama, save_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -22,9 +22,6 @@ from trl_tfpo.data.tokenization import ID_COLUMNS
 from trl_tfpo.models import named_model
 from trl_tfpo.models.fingerprint import model_fingerprint
 from trl_tfpo.models.named_model import NamedModel
-
-
-FACES = Faces(positive="you are kind", negative="you are rude")
 
 
 def plain_logps(model, prompt_ids, completion_ids):
@@ -131,15 +128,14 @@ def test_settings_travel_with_the_dataset(preferences, patient, tokenizer, tmp_p
 
 def test_a_patient_by_path_gives_the_same(preferences, patient, tokenizer, tmp_path):
     """A name or path is how real patients are given."""
-    patient.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    save_model(tmp_path, patient, tokenizer)
     by_path = annotate_token_rewards(preferences, str(tmp_path), tokenizer, faces=FACES)
     by_model = annotate_token_rewards(preferences, patient, tokenizer, faces=FACES)
     assert by_path["chosen_token_rewards"] == by_model["chosen_token_rewards"]
 
 
 def test_a_patient_by_name_is_loaded_once_for_a_dataset(patient, tokenizer, tmp_path, monkeypatch):
-    """Minutes of loading 70B parameters, to find that there is nothing left to ask; or the rewards of other weights."""
+    """A patient given by name is loaded only if scores are missing, and its weights are told apart."""
     loads = []
     load_model = named_model.load_model
     monkeypatch.setattr(
@@ -152,8 +148,7 @@ def test_a_patient_by_name_is_loaded_once_for_a_dataset(patient, tokenizer, tmp_
     (folder.parents[1] / "refs").mkdir()
     (folder.parents[1] / "refs" / "main").write_text("0" * 40)
     for path in (tmp_path / "patient", folder):
-        patient.save_pretrained(path)
-        tokenizer.save_pretrained(path)
+        save_model(path, patient, tokenizer)
     rows = Dataset.from_list(conversational_rows())
 
     def annotate(name, **settings):

@@ -8,7 +8,7 @@ from importlib.resources import files
 from itertools import islice
 
 import pytest
-from conftest import CHAT_TEMPLATE, make_tokenizer
+from conftest import CHAT_TEMPLATE, FACES, make_tokenizer
 from datasets import Dataset
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
@@ -23,7 +23,6 @@ from trl_tfpo.data.tokenization import MASK_COLUMNS, tokenize_pair, tokenize_pre
 from trl_tfpo.faces import BUILT_IN_FACES, Faces, apply_face, has_system_role, resolve_faces
 
 
-FACES = Faces(positive="you are kind", negative="you are rude")
 PAIR = {
     "prompt": [{"role": "user", "content": "say soup"}],
     "chosen": [{"role": "assistant", "content": "soup is good"}],
@@ -464,7 +463,7 @@ def conversations(draw):
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(templates(), conversations())
 def test_only_what_the_assistant_answers_is_scored(template, conversation):
-    """The user's question, a tool's result or a role marker among the rewarded tokens: the loss falls, the doctor is wrong."""
+    """Only tokens of the assistant are rewarded: no question, tool result or role marker."""
     tokenizer = make_tokenizer(VOCABULARY)
     tokenizer.chat_template = template
     prompt, answer = conversation
@@ -521,7 +520,7 @@ def byte_tokenizer():
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_templates_of_well_known_models(name, byte_tokenizer):
-    """The templates that TRL ships, Llama's and Qwen's and Gemma's among them: what is read is right, the rest is refused."""
+    """The chat templates that TRL ships are read correctly, or refused."""
     byte_tokenizer.chat_template = files("trl").joinpath("chat_templates", name).read_text(encoding="utf-8")
     options = dict(
         system_role=has_system_role(byte_tokenizer), eos_token_ids=byte_tokenizer.convert_tokens_to_ids(ENDS)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the package leans on in TRL, transformers, PEFT and Accelerate still is as it was; else, what to change here."""
+"""What the package needs of TRL, transformers, PEFT and Accelerate is unchanged; docstrings say what to do if not."""
 
 import inspect
 import os

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Rewards and traces as people see them: the right figure at the right token, and no text that does more than be read."""
+"""Reports of rewards and traces show the right number at each token, and escape all text."""
 
 import re
 

@@ -60,7 +60,7 @@ class Comparison:
     >>> from trl_tfpo import DoctorGuidedLogitsProcessor
     >>> from trl_tfpo.testbed import Comparison, load_world
     >>> world = load_world()
-    >>> comparison = Comparison(world, "praise", num_samples_per_prompt=32)
+    >>> comparison = Comparison(world, "praise", num_samples_per_prompt=8)
     >>> guide = DoctorGuidedLogitsProcessor(world.doctor, beta=0.5)
     >>> row = comparison.add("untrained doctor", guide, beta=0.5)
     >>> len(comparison.rows)  # the patient comes first

@@ -102,7 +102,7 @@ def _score_reference(
     prompts, completions = batch["prompt_ids"] * 2, batch["chosen_ids"] + batch["rejected_ids"]
     # PEFT's `disable_adapter` makes frozen parts of an adapter trainable
     with using_adapters(adapter_layers(doctor), ()) if is_peft_model(doctor) else nullcontext():
-        scored = score_completions(doctor, prompts, completions, batch_size=batch_size, longest=longest)
+        scored = score_completions(doctor, prompts, completions, **settings)
     logps = [row.numpy() for row in scored]
     num_pairs = len(batch["prompt_ids"])
     return dict(zip(REFERENCE_COLUMNS, (logps[:num_pairs], logps[num_pairs:]), strict=True))

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Processes for tests: forked, so that nothing is imported again, and waited for within a bounded time."""
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from tqdm import tqdm
+
+
+PATIENCE = 300  # seconds after which a process counts as hung: many times what it takes, for busy machines
+
+
+def in_child(function, *args, said: str | int | None = None) -> int:
+    """Run in a forked process; returns its id. Its output goes to `said`, a file or its descriptor."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        tqdm.set_lock(threading.RLock())  # its own is shared with other children, which are killed while they hold it
+        if said is not None:
+            file = said if isinstance(said, int) else os.open(said, os.O_WRONLY | os.O_CREAT)
+            os.dup2(file, 1)
+            os.dup2(file, 2)
+            sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)
+        status = function(*args)
+        status = status if isinstance(status, int) else 0
+    except BaseException as error:
+        for _ in range(2):
+            with suppress(BaseException):  # the signal of a worker that died may raise here, once
+                traceback.print_exception(error)
+                break
+    finally:
+        os._exit(status)
+
+
+def start_ranks(output: Path, function, *args) -> list[int]:
+    """Run in two processes of one distributed job, with torchrun's environment. Output goes to OUTPUT/rank-N.txt."""
+    output.mkdir(exist_ok=True)
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+
+    def run(rank: int):
+        os.environ |= shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        return function(*args)
+
+    return [in_child(run, rank, said=str(output / f"rank-{rank}.txt")) for rank in range(2)]
+
+
+def wait_for(paths: list[Path]) -> None:
+    """Wait until all of these files exist."""
+    deadline = time.monotonic() + PATIENCE
+    while not all(path.exists() for path in paths):
+        if time.monotonic() > deadline:
+            pytest.fail(f"{paths} were not written")
+        time.sleep(0.001)
+
+
+def free_port() -> str:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def kill(child: int) -> None:
+    """Kill a process, and wait for its end."""
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def end_of(child: int) -> int:
+    """Wait for a process; returns its status, as `waitpid` does."""
+    deadline = time.monotonic() + PATIENCE
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGABRT)  # pytest's fault handler says where
+            os.waitpid(child, 0)
+            pytest.fail(f"a process hangs for {PATIENCE} seconds")
+        time.sleep(0.02)
+    return ended[1]
+
+
+def finish(children: list[int]) -> None:
+    """Wait for processes that must succeed."""
+    assert [end_of(child) for child in children] == [0] * len(children)
+
+
+def fails(function, *args) -> str:
+    """Run in a process that must end with an error, by itself; returns its output."""
+    reader, writer = os.pipe()  # a file would be full, too
+    child = in_child(function, *args, said=writer)
+    os.close(writer)
+    with open(reader, errors="replace") as pipe, ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(pipe.read)
+        status, text = end_of(child), reading.result(PATIENCE)
+    assert os.WIFEXITED(status) and os.WEXITSTATUS(status) != 0, text[-2000:]
+    return text
