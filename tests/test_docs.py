@@ -24,7 +24,9 @@ from trl_tfpo.testbed import load_world
 ROOT = Path(__file__).parents[1]
 MODULES = [module.name for module in pkgutil.walk_packages(trl_tfpo.__path__, "trl_tfpo.")]
 REWARD_MODEL = "Skywork/Skywork-Reward-V2-Qwen3-0.6B"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PROSE = [*PAGES, *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md"))]
+URL = "https://github.com/trl-tfpo/trl-tfpo"
 
 
 @pytest.fixture(autouse=True, scope="module")
