@@ -90,3 +90,8 @@ def generate(patient, processor, inputs, **kwargs):
     torch.manual_seed(0)
     settings = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=PAD)
     return patient.generate(**inputs, logits_processor=[processor], **(settings | kwargs))
+
+
+def run_out_of_memory(*_):
+    """A forward hook that stands for a failure in the middle of a call."""
+    raise MemoryError

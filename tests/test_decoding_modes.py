@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from plain_guidance import BOS, VOCABULARY, PlainGuidance, batch, generate, gpt2, llama
+from plain_guidance import BOS, VOCABULARY, PlainGuidance, batch, generate, gpt2, llama, run_out_of_memory
 from transformers import GenerationConfig
 
 from trl_tfpo import Doctor, DoctorGuidedLogitsProcessor, guided_generate
@@ -120,10 +120,10 @@ def test_an_adapter_doctor_leaves_no_trace_in_the_patient(cast):
     settings = dict(input_ids=ids, max_new_tokens=4, do_sample=False, eos_token_id=None)
     guided_generate(shared, guide, **settings)
     assert shared.active_adapter == active and torch.equal(shared(ids).logits, with_adapter)
-    given[0].model.base_model.model.forward, forward = None, given[0].model.base_model.model.forward
-    with pytest.raises(TypeError):
+    hook = given[0].model.base_model.model.register_forward_pre_hook(run_out_of_memory)
+    with pytest.raises(MemoryError):
         guided_generate(shared, guide, **settings)
-    given[0].model.base_model.model.forward = forward
+    hook.remove()
     assert torch.equal(shared(ids).logits, with_adapter)  # also after a failure in the middle
 
 

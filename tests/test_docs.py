@@ -6,6 +6,7 @@ import contextlib
 import doctest
 import importlib
 import inspect
+import operator
 import os
 import pkgutil
 import re
@@ -99,6 +100,17 @@ def public_names(module):
         for name, value in vars(module).items()
         if not name.startswith("_") and getattr(value, "__module__", None) == module.__name__
     ]
+
+
+def test_the_walks_in_the_concepts_name_what_exists():
+    """Whoever follows a pair or a token through the code must find each step where the page says it is."""
+    page = (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8")
+    steps = re.findall(r"^\| \d+ \|.*\| `([\w/]+)\.py` \| (.*) \|$", page, flags=re.MULTILINE)
+    assert len(steps) >= 15
+    for path, names in steps:
+        module = importlib.import_module(f"trl_tfpo.{path.replace('/', '.')}")
+        for name in re.findall(r"`([\w.]+)`", names):
+            assert operator.attrgetter(name)(module), f"{path}.py: {name}"
 
 
 def test_every_page_is_in_the_navigation():

@@ -7,8 +7,11 @@ import math
 import oracles
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from trl_tfpo import functional
 from trl_tfpo.functional import (
+    FactoredLogits,
     first_divergence,
     flow_potential,
     guided_logps,
@@ -18,6 +21,7 @@ from trl_tfpo.functional import (
     subtb_loss,
     terminal_boundary,
     token_importance,
+    token_logps,
     token_rewards,
     value_discrimination_loss,
 )
@@ -383,3 +387,66 @@ def test_plausibility_is_relative_to_the_likeliest_token():
     assert found.tolist() == [[True, True, False, True], [True] * 4]
     alone = plausible_mask(patient_logits=probs.log()[:1], min_patient_prob=1.0)
     assert alone.tolist() == [[True, False, False, False]]
+
+
+class TestTokenLogps:
+    """The one number that everything is computed from."""
+
+    @staticmethod
+    def factors():
+        """Two policies of 13 and 12 ids: one with a bias and a cap, one without."""
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(7, 4), (13, 4), (13,), (7, 6), (12, 6)]
+        return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+
+    TARGETS = torch.tensor([0, 4, 5, 9, 11, 3, 10])
+
+    @pytest.mark.parametrize("width", [1, 5, 12, 1024])
+    def test_values_and_gradients_are_those_of_the_dense_product(self, monkeypatch, width):
+        """A tile that is left out, or counted twice, would train another policy."""
+        monkeypatch.setattr(functional, "TILE_WIDTH", width)
+        factors, twins = self.factors(), self.factors()
+        policies = [FactoredLogits(*factors[:3], softcap=2.0), FactoredLogits(*factors[3:])]
+        found = token_logps(logits=policies, targets=self.TARGETS)
+        capped = 2 * torch.tanh((twins[0] @ twins[1].T + twins[2]) / 2)
+        logits = capped[:, :12] + twins[3] @ twins[4].T
+        expected = logits.log_softmax(dim=-1).gather(1, self.TARGETS[:, None]).squeeze(1)
+        torch.testing.assert_close(found, expected)
+        found.square().sum().backward()
+        expected.square().sum().backward()
+        for factor, twin in zip(factors, twins, strict=True):
+            torch.testing.assert_close(factor.grad, twin.grad, atol=1e-4, rtol=1e-4)
+
+    def test_factors_and_tensors_mix(self):
+        """A patient whose head is no product guides, and is guided, all the same."""
+        factors = self.factors()
+        first, second = FactoredLogits(*factors[:3]), FactoredLogits(*factors[3:])
+        expected = token_logps(logits=[first, second], targets=self.TARGETS)
+        for mixed in ([first.dense(), second], [first, second.dense()], [first.dense(), second.dense()]):
+            torch.testing.assert_close(token_logps(logits=mixed, targets=self.TARGETS), expected)
+
+    def test_half_precision_is_computed_in_it_and_summed_in_float32(self):
+        """A sum of 50,000 probabilities in bfloat16 would stop growing early."""
+        hidden, weight = torch.zeros(1, 4, dtype=torch.bfloat16), torch.zeros(50_000, 4, dtype=torch.bfloat16)
+        found = token_logps(logits=[FactoredLogits(hidden, weight)], targets=torch.tensor([7]))
+        torch.testing.assert_close(found, torch.tensor([-math.log(50_000)]))
+
+    def test_logits_are_never_held(self):
+        """N x V numbers would be the largest tensor of a training step."""
+        hidden = torch.randn(64, 4, requires_grad=True)
+        weight = torch.randn(50_000, 4)
+        with TorchDispatchSizes() as sizes:
+            token_logps(logits=[FactoredLogits(hidden, weight)], targets=torch.arange(64)).sum().backward()
+        assert sizes.largest <= 64 * functional.TILE_WIDTH
+
+
+class TorchDispatchSizes(TorchDispatchMode):
+    """The number of elements of the largest tensor that an operation returns, views of inputs aside."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        if isinstance(output, torch.Tensor) and output._base is None:
+            self.largest = max(self.largest, output.numel())
+        return output

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from trl_tfpo.models.doctor import add_value_head, make_doctor
 from trl_tfpo.models.guidance import start_guidance
 from trl_tfpo.models.guidance_head import GuidanceHead
-from trl_tfpo.training.guided_flow import read_patient, start_at_credits
+from trl_tfpo.training.guided_flow import read_base_policy, start_at_credits
 
 
 def trained_doctor(tied: bool = True):
@@ -68,7 +68,7 @@ def test_one_product_stands_for_two(same_vocabulary):
         for layer in patient.model.layers:
             layer.mlp.up_proj.weight.mul_(2)
     add_value_head(doctor)
-    found = tokens_of(doctor(**BATCH, guided=read_patient(patient, **BATCH)[0]))
+    found = tokens_of(doctor(**BATCH, base_logits=read_base_policy(patient, **BATCH)[0]))
     found.square().sum().backward()
     gradient = doctor.lm_head.map.grad.clone()
     doctor.lm_head.map.grad = None

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from trl_tfpo import DoctorGuidedLogitsProcessor, TFPOTrainer, annotate_token_rewards, load_doctor
 from trl_tfpo.models.doctor import add_value_head, make_doctor
 from trl_tfpo.models.guidance import save_guidance, start_guidance
-from trl_tfpo.training.guided_flow import read_patient
+from trl_tfpo.training.guided_flow import read_base_policy
 
 
 LORA = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
@@ -39,8 +39,8 @@ def test_log_probabilities_and_gradients_are_those_of_the_product(patient_vocab,
     doctor, twin, patient = make_llama(3), make_llama(3), make_llama(1, vocab_size=patient_vocab, hidden_size=24)
     vars(patient.config).update(scale)  # one that Llama does not look at, but others do: then the logits are asked
     add_value_head(doctor)
-    guided, reference_logps = read_patient(patient, **BATCH)
-    found = tokens_of(doctor(**BATCH, guided=guided))
+    guided, reference_logps = read_base_policy(patient, **BATCH)
+    found = tokens_of(doctor(**BATCH, base_logits=guided))
     found.square().sum().backward()
 
     patient_logps = plain_logits(patient).log_softmax(-1).detach()
@@ -117,7 +117,7 @@ class TestTraining:
             assert parameter.equal(trainer.guided_model.get_parameter(name))
         batch = {name: tensor for name, tensor in next(iter(trainer.get_train_dataloader())).items() if name in BATCH}
         trainer.model.eval()
-        output = trainer.model(**batch, guided=read_patient(patient, **batch)[0])
+        output = trainer.model(**batch, base_logits=read_base_policy(patient, **batch)[0])
         guide = DoctorGuidedLogitsProcessor.from_pretrained(trainer.args.output_dir)
         assert (guide.alpha, guide.betas) == (1.0, [1.0])
         for row, ids in enumerate(batch["input_ids"]):
@@ -172,8 +172,8 @@ def test_a_ratio_starts_at_the_doctor_before_training(preferences, patient, toke
     settings = dict(args=config(tmp_path / "run", policy="ratio"), train_dataset=annotated, processing_class=tokenizer)
     trainer = TFPOTrainer(model=str(tmp_path / "base") if by_name else make_llama(2), **settings)
     batch = {name: tensor for name, tensor in next(iter(trainer.get_train_dataloader())).items() if name in BATCH}
-    guided, reference_logps = read_patient(trainer.guided_model, **batch)
-    output = trainer.model(**batch, guided=guided)
+    guided, reference_logps = read_base_policy(trainer.guided_model, **batch)
+    output = trainer.model(**batch, base_logits=guided)
     mask = output.completion_mask
     torch.testing.assert_close(output.doctor_logps[mask], reference_logps[mask], atol=1e-5, rtol=1e-5)
     expected = make_llama(2)(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
@@ -181,8 +181,8 @@ def test_a_ratio_starts_at_the_doctor_before_training(preferences, patient, toke
     expected = expected[batch["completion_mask"][:, 1:]]
     torch.testing.assert_close(reference_logps[mask], expected, atol=1e-5, rtol=1e-5)
     trainer.train()
-    again, _ = read_patient(trainer.guided_model, **batch)
-    torch.testing.assert_close(again.logits(), guided.logits())
+    again, _ = read_base_policy(trainer.guided_model, **batch)
+    torch.testing.assert_close(again[0].dense(), guided[0].dense())
     with pytest.raises(ValueError, match="already learned to guide"):
         TFPOTrainer(model=trainer.model, **settings)
 

@@ -24,6 +24,7 @@ from plain_guidance import (
     gpt2,
     llama,
     mistral,
+    run_out_of_memory,
     sharpen,
 )
 from tokenizers import Tokenizer
@@ -398,10 +399,10 @@ def test_an_interrupted_call_leaves_no_half_true_memory(patient):
     processor = DoctorGuidedLogitsProcessor([first, second], beta=0.3)
     scores, ids = torch.zeros(1, VOCABULARY, dtype=torch.float64), torch.tensor([[BOS, 4, 5, 6]])
     processor(ids[:, :3], scores)
-    forward, second.forward = second.forward, None
-    with pytest.raises(TypeError):
+    hook = second.register_forward_pre_hook(run_out_of_memory)
+    with pytest.raises(MemoryError):
         processor(ids, scores)
-    second.forward = forward
+    hook.remove()
     torch.testing.assert_close(
         processor(ids, scores), DoctorGuidedLogitsProcessor([first, second], beta=0.3)(ids, scores)
     )

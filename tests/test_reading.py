@@ -15,8 +15,9 @@ from trl_tfpo.common._upstream import in_float32
 from trl_tfpo.decoding.doctors import DoctorMemory
 from trl_tfpo.decoding.generation import check_reads
 from trl_tfpo.evaluation import generate_completions
+from trl_tfpo.functional import FactoredLogits
 from trl_tfpo.models.doctor import add_value_head
-from trl_tfpo.models.states import has_fused_head, has_plain_head, labelled_logits, prove_head
+from trl_tfpo.models.states import PLAIN, HeadForm, head_form, read_logits
 from trl_tfpo.server import Engine
 
 
@@ -148,12 +149,12 @@ def test_halves_compute_in_float32(name):
     assert {parameter.dtype for parameter in half.parameters()} >= {torch.bfloat16}
 
 
-HEADS = {  # whether it is plain, and whether TRL's fused head knows it
-    "Llama": (True, True),
-    "OPT": (True, True),
-    "Gemma2": (False, True),
-    "Cohere2": (False, True),
-    "RecurrentGemma": (False, False),
+HEADS = {
+    "Llama": PLAIN,
+    "OPT": PLAIN,
+    "Gemma2": HeadForm(softcap=30.0),
+    "Cohere2": HeadForm(scale=0.0625),
+    "RecurrentGemma": HeadForm(softcap=30.0),
 }
 
 
@@ -163,8 +164,7 @@ def test_a_head_is_known_by_what_it_does(name, dtype):
     """A cap on logits has another name in every config; a head that is zero, as at the start, must not hide it."""
     model = make(name).to(dtype)
     model.get_output_embeddings().weight.data.zero_()
-    assert (has_plain_head(model), has_fused_head(model)) == HEADS[name]
-    assert "forward" not in vars(model) and "forward" not in vars(model.base_model)
+    assert head_form(model) == HEADS[name]
 
 
 def test_a_head_that_looks_at_more_than_states_is_left_alone():
@@ -178,8 +178,9 @@ def test_a_head_that_looks_at_more_than_states_is_left_alone():
             return output
 
     model.__class__ = Strange
-    proof = prove_head(model)
-    assert not proof.is_plain and not proof.is_fused
+    assert head_form(model) is None
+    logits, _ = read_logits(model, torch.ones(1, 15, dtype=torch.bool), input_ids=TEXT)
+    assert not isinstance(logits[0], FactoredLogits)
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -198,14 +199,15 @@ def test_scores_are_those_of_the_models_own_head(name):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["RecurrentGemma", "OPT"])
+@pytest.mark.parametrize("name", HEADS)
 def test_a_doctor_is_trained_by_its_own_head(name):
     """Else what is trained would not be what is decoded."""
     doctor = make(name)
     mask = torch.arange(16)[None] >= 6
-    labels = TEXT.masked_fill(~mask, -100)
     own = doctor(input_ids=TEXT, use_cache=False).logits[0, 5:-1]
-    torch.testing.assert_close(labelled_logits(doctor, doctor, labels, input_ids=TEXT), own)
+    (logits,), hidden = read_logits(doctor, mask[:, 1:], input_ids=TEXT)
+    torch.testing.assert_close(logits.dense(), own, atol=1e-4, rtol=1e-4)
+    assert hidden.shape == (1, 16, 32)
     add_value_head(doctor)
     output = doctor(input_ids=TEXT, attention_mask=torch.ones_like(TEXT), completion_mask=mask)
     expected = own.log_softmax(dim=-1).gather(1, TEXT[0, 6:, None])[:, 0]

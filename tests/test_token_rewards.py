@@ -213,7 +213,7 @@ def test_a_reward_function_of_ones_own(preferences, patient, tokenizer):
 
 def test_processes_with_different_weights_are_refused(preferences, patient, tokenizer, monkeypatch):
     """Each process scores its share: one that never loaded the weights would fill it with noise."""
-    monkeypatch.setattr("trl_tfpo.annotation.scoring.gather_object", lambda names: [*names, "of another process"])
+    monkeypatch.setattr("trl_tfpo.models.fingerprint.gather_object", lambda names: [*names, "of another process"])
     assert len(model_fingerprint(patient)) == 16
     monkeypatch.setitem(PartialState._shared_state, "num_processes", 2)
     with pytest.raises(ValueError, match="same weights"):

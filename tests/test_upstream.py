@@ -27,7 +27,6 @@ from trl_tfpo.common._upstream import (
     unsharded,
     using_adapters,
 )
-from trl_tfpo.models.states import fused_lm_head, fused_logps, has_plain_head
 from trl_tfpo.training.doctor_files import DoctorFiles
 
 
@@ -66,43 +65,6 @@ def test_loss_scaling_flag_is_read():
     assert _BaseTrainer.loss_is_scaled_for_ga is None and TFPOTrainer.loss_is_scaled_for_ga is True
 
 
-def test_fused_head_gives_log_probabilities():
-    """The one number everything is computed from.
-
-    Change: `_compat.fused_lm_head` and `_compat.fused_logps`.
-    """
-    model = make_llama(1)
-    ids = torch.tensor([[5, 6, 7, 8]])
-    labels = torch.tensor([[-100, -100, 7, 8]])
-    expected = model(ids).logits[0, 1:3].log_softmax(-1).gather(1, ids[0, 2:, None])[:, 0]
-    with fused_lm_head(model):
-        found = model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs
-    assert found.shape == (1, 3)
-    torch.testing.assert_close(found[0, 1:], expected)
-    assert "forward" not in vars(model)
-
-
-def test_fused_head_is_looked_up_and_takes_what_the_backbone_gives():
-    """Two models that are multiplied are one with a wide head: TRL must take the head and the states that it is shown.
-
-    Change: `_compat.fused_logps` with `guided`, and `_compat.has_plain_head`.
-    """
-    model, other = make_llama(1), make_llama(2, hidden_size=24)
-    ids = torch.tensor([[5, 6, 7, 8]])
-    labels = torch.tensor([[-100, -100, 7, 8]])
-    both = (model(ids).logits + other(ids).logits)[0, 1:3]
-    assert has_plain_head(model) and has_plain_head(other)
-    with torch.no_grad(), fused_lm_head(model), fused_lm_head(other):
-        _, guided = fused_logps(other, other, labels, input_ids=ids)
-        found, _ = fused_logps(model, model, labels, guided=guided, input_ids=ids)
-    torch.testing.assert_close(guided.logits(), other(ids).logits[0, 1:3])
-    torch.testing.assert_close(found[0, 1:], both.log_softmax(-1).gather(1, ids[0, 2:, None])[:, 0])
-    assert "get_output_embeddings" not in vars(model) and model.get_output_embeddings() is model.lm_head
-    capped = make_llama(2)
-    capped.config.final_logit_softcapping = 3.0  # which TRL looks at, and a Llama does not
-    assert not has_plain_head(capped)
-
-
 def test_prompts_are_extracted_as_before():
     """TRL's rule for implicit prompts, which the cut of transcripts builds on.
 
@@ -116,7 +78,7 @@ def test_prompts_are_extracted_as_before():
 def test_adapters_are_switched_by_two_attributes():
     """What guides for one token must speak for the patient in the next, without a walk over all modules.
 
-    Change: `_compat.adapter_layers`, `active_adapters` and `using_adapters`.
+    Change: `_upstream.adapter_layers`, `active_adapters` and `using_adapters`.
     """
     torch.manual_seed(0)
     config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, modules_to_save=["lm_head"])
@@ -179,7 +141,7 @@ def test_a_custom_generate_gets_what_speculation_needs():
 def test_models_can_be_loaded_whole_under_any_engine(monkeypatch):
     """Read from a shard, or from weights that were never loaded, rewards and references are noise.
 
-    Change: `_compat.unsharded`.
+    Change: `_upstream.unsharded`.
     """
     pytest.importorskip("deepspeed")
     config = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})  # lives as long as this name
@@ -196,7 +158,7 @@ def test_models_can_be_loaded_whole_under_any_engine(monkeypatch):
 def test_shards_of_deepspeed_are_marked():
     """A doctor that is scored from its shards has empty weights.
 
-    Change: `_compat.is_sharded`.
+    Change: `_upstream.is_sharded`.
     """
     model = make_llama(1)
     assert not is_sharded(model)
@@ -207,7 +169,7 @@ def test_shards_of_deepspeed_are_marked():
 def test_fsdp2_policy_rounds_outputs_unless_told():
     """The trainer takes back the one field of the policy that would round flows; it has to be there.
 
-    Change: `_compat.keep_output_precision`.
+    Change: `_upstream.keep_output_precision`.
     """
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
     plugin.set_mixed_precision("bf16")
@@ -217,7 +179,7 @@ def test_fsdp2_policy_rounds_outputs_unless_told():
 def test_four_bit_weights_stay_differentiable():
     """After one forward in eval mode, gradients must still be those of the weights.
 
-    Change: `_compat.keep_differentiable`; it may no longer be needed.
+    Change: `_upstream.keep_differentiable`; it may no longer be needed.
     """
     bitsandbytes = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)

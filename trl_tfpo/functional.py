@@ -24,10 +24,14 @@ Deviations from the paper, each chosen by a function argument unless said otherw
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+
+TILE_WIDTH = 1024  # ids whose logits are held at once: on a CPU these fit its cache
 
 
 # Stage 1: token rewards
@@ -390,6 +394,150 @@ def value_discrimination_loss(
     after = (divergence + 1)[:, None]  # the state that contains the differing token
     advantage = (chosen_log_values.gather(1, after) - rejected_log_values.gather(1, after)).squeeze(1)  # (B,)
     return (value_margin - advantage).clamp(min=0).masked_fill(divergence < 0, 0)
+
+
+# The policy in the balance
+
+
+class FactoredLogits(NamedTuple):
+    r"""
+    Logits $\ell = c \tanh\big((h W^\top + b) / c\big)$ as their factors, so that N x V numbers are never held.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(N, H)`):
+            Hidden states at N positions.
+        weight (`torch.Tensor` of shape `(V, H)`):
+            Weights of the language model head.
+        bias (`torch.Tensor` of shape `(V,)`, *optional*):
+            Bias of the head.
+        softcap (`float`, *optional*):
+            $c$, where the model caps its logits; `None` stands for $\ell = h W^\top + b$.
+    """
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    softcap: float | None = None
+
+    def columns(self, start: int, stop: int) -> torch.Tensor:
+        """Logits of the ids from `start` to `stop` (N, stop - start), float32."""
+        weight = self.weight[start:stop].to(self.hidden.dtype)
+        bias = None if self.bias is None else self.bias[start:stop].to(self.hidden.dtype)
+        logits = F.linear(self.hidden, weight, bias).float()
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def dense(self) -> torch.Tensor:
+        """All logits (N, V), float32."""
+        return self.columns(0, len(self.weight))
+
+    def detach(self) -> "FactoredLogits":
+        """The same logits, without gradients."""
+        bias = None if self.bias is None else self.bias.detach()
+        return FactoredLogits(self.hidden.detach(), self.weight.detach(), bias, self.softcap)
+
+
+def token_logps(*, logits: Sequence[FactoredLogits | torch.Tensor], targets: torch.LongTensor) -> torch.Tensor:
+    r"""
+    Log-probability of each target under the product of policies, which is the sum of their logits.
+
+    $$\log \pi(y \mid s) = \log \operatorname{softmax}\Big( \sum_k \ell_k(s) \Big)_y$$
+
+    Logits in factors are computed for some ids at a time, and again in the backward pass.
+
+    Args:
+        logits (sequence of [`FactoredLogits`] or `torch.Tensor` of shape `(N, V_k)`):
+            Logits of each policy, at least one. The distribution is over the ids that all of them have.
+        targets (`torch.LongTensor` of shape `(N,)`):
+            Token ids.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`: log-probabilities in nats, float32, differentiable in hidden states, weights and
+        biases.
+
+    Examples:
+
+    ```python
+    >>> import torch
+    >>> from trl_tfpo.functional import FactoredLogits, token_logps
+    >>> doctor = FactoredLogits(hidden=torch.eye(2), weight=torch.tensor([[0.8, 0.5], [0.2, 0.5]]).log())
+    >>> patient = torch.tensor([[0.5, 0.5], [0.1, 0.9]]).log()
+    >>> token_logps(logits=[patient, doctor], targets=torch.tensor([0, 1])).exp()
+    tensor([0.8000, 0.9000])
+
+    ```
+    """
+    if all(isinstance(one, FactoredLogits) for one in logits):
+        factors = [tensor for one in logits for tensor in (one.hidden, one.weight, one.bias)]
+        return _TiledLogps.apply(targets, [one.softcap for one in logits], *factors)
+    dense = [one.dense() if isinstance(one, FactoredLogits) else one.float() for one in logits]
+    size = min(one.size(-1) for one in dense)
+    total = sum((one[:, :size] for one in dense[1:]), start=dense[0][:, :size])
+    return total.log_softmax(dim=-1).gather(1, targets[:, None]).squeeze(1)
+
+
+class _TiledLogps(torch.autograd.Function):
+    """[`token_logps`] of factors, a tile of ids at a time: no more than N x TILE_WIDTH logits are held."""
+
+    @staticmethod
+    def forward(ctx, targets, softcaps, *factors):
+        ctx.dtype = _compute_dtype(factors[0])
+        ctx.softcaps = softcaps
+        policies = _as_policies(factors, softcaps, ctx.dtype)
+        log_norm = torch.full(targets.shape, -math.inf, device=targets.device)  # (N,)
+        chosen = torch.zeros_like(log_norm)
+        for start, stop in _tiles(policies):
+            tile = sum(policy.columns(start, stop) for policy in policies)  # (N, W)
+            log_norm = torch.logaddexp(log_norm, tile.logsumexp(dim=1))
+            column = (targets - start).clamp(0, stop - start - 1)
+            is_here = (targets >= start) & (targets < stop)
+            chosen = torch.where(is_here, tile.gather(1, column[:, None]).squeeze(1), chosen)
+        ctx.save_for_backward(targets, log_norm, *factors)
+        return chosen - log_norm
+
+    @staticmethod
+    def backward(ctx, grad_logps):
+        targets, log_norm, *factors = ctx.saved_tensors
+        policies = _as_policies(factors, ctx.softcaps, ctx.dtype)
+        is_needed = ctx.needs_input_grad[2:]
+        grads = [
+            torch.zeros_like(x, dtype=torch.float32) if y else None for x, y in zip(factors, is_needed, strict=True)
+        ]
+        for start, stop in _tiles(policies):
+            parts = [policy.columns(start, stop) for policy in policies]  # (N, W) each
+            grad_tile = (sum(parts) - log_norm[:, None]).exp() * -grad_logps[:, None]
+            column = (targets - start).clamp(0, stop - start - 1)
+            is_here = (targets >= start) & (targets < stop)
+            grad_tile.scatter_add_(1, column[:, None], (grad_logps * is_here)[:, None])
+            for k, (policy, part) in enumerate(zip(policies, parts, strict=True)):
+                slope = 1.0 if policy.softcap is None else 1 - (part / policy.softcap) ** 2
+                grad = (grad_tile * slope).to(ctx.dtype)
+                grad_hidden, grad_weight, grad_bias = grads[3 * k : 3 * k + 3]
+                if grad_hidden is not None:
+                    grad_hidden += grad @ policy.weight[start:stop].to(ctx.dtype)
+                if grad_weight is not None:
+                    grad_weight[start:stop] += grad.T @ policy.hidden
+                if grad_bias is not None:
+                    grad_bias[start:stop] += grad.sum(dim=0, dtype=torch.float32)
+        return None, None, *(x if x is None else x.to(y.dtype) for x, y in zip(grads, factors, strict=True))
+
+
+def _compute_dtype(hidden: torch.Tensor) -> torch.dtype:
+    """The dtype of matrix products: that of autocast, or of the hidden states."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def _as_policies(factors: Sequence, softcaps: Sequence[float | None], dtype: torch.dtype) -> list[FactoredLogits]:
+    triples = zip(factors[::3], factors[1::3], factors[2::3], softcaps, strict=True)
+    return [FactoredLogits(hidden.to(dtype), weight, bias, softcap) for hidden, weight, bias, softcap in triples]
+
+
+def _tiles(policies: Sequence[FactoredLogits]) -> Iterator[tuple[int, int]]:
+    """Bounds of the tiles of ids that all policies have."""
+    size = min(len(policy.weight) for policy in policies)
+    width = TILE_WIDTH if policies[0].weight.device.type == "cpu" else 16 * TILE_WIDTH
+    for start in range(0, size, width):
+        yield start, min(start + width, size)
 
 
 # Stage 3: guided decoding

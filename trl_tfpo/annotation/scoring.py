@@ -22,8 +22,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from ..common._upstream import HALVES, float32_residuals, inference, is_sharded, unsharded, unwrap_peft
+from ..functional import token_logps
 from ..models.adapters import check_speaks
-from ..models.states import fused_lm_head, fused_logps, has_fused_head, plain_logps
+from ..models.states import read_logits
 
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def score_completions(
     check_whole(model)
     check_speaks(model)
     logps: list[torch.Tensor | None] = [None] * len(completion_ids)
-    with inference(model), unsharded(), _precisely(model), fused_lm_head(model, in_float32=True):
+    with inference(model), unsharded(), _precisely(model):
         rows = _rows(prompt_ids, max_branches=2)
         if max(map(len, rows), default=1) > 1 and not _reads_branches(model):
             rows = _rows(prompt_ids, max_branches=1)
@@ -126,7 +127,7 @@ def _rows(prompt_ids: list[list[int]], max_branches: int) -> list[list[int]]:
 
 
 def _score_rows(model: PreTrainedModel, rows: list[tuple[list[int], list[list[int]]]]) -> list[list[torch.Tensor]]:
-    """Log-probabilities of the branches of each row, prompt and completions. Within [`fused_lm_head`]."""
+    """Log-probabilities of the branches of each row, prompt and completions."""
     device = model.get_input_embeddings().weight.device
     ids, labels, positions, branches = [], [], [], []
     for prompt, completions in rows:
@@ -147,10 +148,12 @@ def _score_rows(model: PreTrainedModel, rows: list[tuple[list[int], list[list[in
     if branch.max() > 1:
         inputs = {"attention_mask": _branch_mask(branch, model), "position_ids": pad(positions, 0)}
     inputs["input_ids"] = pad(ids, 0)
-    if has_fused_head(model):
-        log_probs, _ = fused_logps(model, model, pad(labels, -100), **inputs)  # (B, L - 1)
-    else:
-        log_probs = plain_logps(model, pad(labels, -100), **inputs)
+    targets = pad(labels, -100)[:, 1:]  # (B, L - 1)
+    is_target = targets != -100
+    logits, hidden = read_logits(model, is_target, in_float32=True, **inputs)
+    with torch.autocast(hidden.device.type, enabled=False):
+        logps = token_logps(logits=logits, targets=targets[is_target].to(hidden.device))  # (N,)
+    log_probs = logps.new_zeros(targets.shape).masked_scatter(is_target.to(logps.device), logps)
     scored = []
     for row, (prompt, completions) in zip(log_probs.float().cpu(), rows, strict=True):
         ends = torch.tensor([len(completion) + 1 for completion in completions]).cumsum(0) + len(prompt) - 2
@@ -192,7 +195,7 @@ def _reads_branches(model: PreTrainedModel) -> bool:
 
 
 def _tries_branches(model: PreTrainedModel) -> bool:
-    """Whether two completions side by side are to the model what each is alone. Within [`fused_lm_head`]."""
+    """Whether two completions side by side are to the model what each is alone."""
     base = unwrap_peft(model)
     config = base.config.get_text_config()
     if (

@@ -6,7 +6,7 @@ import copy
 import functools
 import json
 import os
-import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,16 +18,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, ModelOutput, cached_file
-from trl.trainer import add_fused_lm_head
 
-from ..common._upstream import backbone_of, is_peft_model, is_sharded, unwrap_peft
+from ..common._upstream import is_peft_model, unwrap_peft
 from ..common.atomic import written_whole
-from ..functional import guided_logps
+from ..functional import FactoredLogits, token_logps
 from .adapters import VALUE_HEAD, check_adapters, record_exponents, trained_exponents, why_unreadable
 from .guidance import GUIDANCE, is_guidance, load_guidance, start_guidance, untie_head
 from .guidance_head import GuidanceHead
-from .head_adapter import has_adapted_head, has_columns, keep_head, save_without_embeddings, with_head
-from .states import LabelledStates, fused_logps, has_plain_head, labelled_logits, prove_head
+from .head_adapter import keep_head, save_without_embeddings, with_head
+from .states import PLAIN, add_logits, head_form, read_logits
 
 
 if TYPE_CHECKING:
@@ -44,8 +43,8 @@ class DoctorOutput(ModelOutput):
 
     Args:
         doctor_logps (`torch.Tensor` of shape `(B, T)`):
-            Log-probability of each completion token, in nats, float32. Arbitrary outside the mask. That of the guided
-            patient where its logits were given.
+            Log-probability of each completion token, in nats, float32; zero outside the mask. That of base policy times
+            doctor where the logits of a base policy were given.
         log_values (`torch.Tensor` of shape `(B, S)`):
             Value head at each state, log V in nats, float32. Arbitrary outside the mask.
         completion_ids (`torch.Tensor` of shape `(B, T)`):
@@ -85,11 +84,9 @@ def add_value_head(model: PreTrainedModel) -> None:
     """
     Turn a causal language model, or a `PeftModel` of one, into a doctor, in place.
 
-    `model(input_ids, attention_mask, completion_mask=mask)` then returns a [`DoctorOutput`], where `mask` of shape
-    `(B, L)` marks what the assistant says in each row (at least one token, not the first of the row).
-    Given `guided` as well, from [`~trl_tfpo.training.guided_flow.read_patient`], its log-probabilities are those of what it guides,
-    patient times doctor.
-    Without `completion_mask` the forward is the original one, so `generate` is unchanged. The head is the submodule
+    `model(input_ids, attention_mask, completion_mask=mask, base_logits=logits)` then returns a [`DoctorOutput`], see
+    [`read_completions`]. Without `completion_mask` the forward is that of the language model, so `generate` is
+    unchanged. The class becomes a subclass of the language model's, of the same name. The head is the submodule
     `value_head`: it is saved with the model, and ignored when the folder is loaded as a plain causal language model.
 
     Args:
@@ -107,69 +104,69 @@ def add_value_head(model: PreTrainedModel) -> None:
             head = ModulesToSaveWrapper(head, model.active_adapter)
             head.set_adapter(model.active_adapter)
         setattr(base, VALUE_HEAD, head)
-    add_fused_lm_head(base)
-    fused_forward = base.forward
-    is_fused = prove_head(base).is_fused
-
-    @functools.wraps(type(base).forward)
-    def forward(self, *args, completion_mask=None, guided=None, **kwargs):
-        if completion_mask is None:
-            return fused_forward(*args, **kwargs)
-        captured = []
-        hook = backbone_of(self).register_forward_hook(lambda _, __, output: captured.append(output.last_hidden_state))
-        try:
-            labels = kwargs["input_ids"].masked_fill(~completion_mask, -100)
-            one_forward = functools.partial(fused_forward, *args)
-            if guided is None:
-                head = self.get_output_embeddings()
-                can_fuse = is_fused and (not has_adapted_head(self) or (has_columns(head) and not is_sharded(self)))
-            else:
-                can_fuse = isinstance(guided, LabelledStates) and has_plain_head(self)
-            if can_fuse:
-                log_probs, _ = fused_logps(one_forward, self, labels, guided=guided, **kwargs)  # (B, L - 1)
-            else:
-                logits = labelled_logits(one_forward, self, labels, **kwargs)  # (N, V)
-                guided_logits = guided.logits() if isinstance(guided, LabelledStates) else guided
-                log_probs = guided_token_logps(logits, guided_logits, labels)
-        finally:
-            hook.remove()
-        log_values = getattr(self, VALUE_HEAD)(captured[0]).to(log_probs.device)  # (B, L)
-        states, tokens, token_mask = locate_completions(completion_mask)
-        return DoctorOutput(
-            doctor_logps=log_probs.float().gather(1, states[:, :-1].clamp(max=log_probs.size(1) - 1)),
-            log_values=log_values.gather(1, states),
-            completion_ids=kwargs["input_ids"].gather(1, tokens),
-            completion_mask=token_mask,
-        )
-
-    base.forward = types.MethodType(forward, base)
+    if not hasattr(type(base), "language_model_class"):
+        base.__class__ = _doctor_class(type(base))
 
 
-def guided_token_logps(
-    logits: torch.Tensor, patient_logits: torch.Tensor | None, labels: torch.LongTensor
-) -> torch.Tensor:
+@functools.cache
+def _doctor_class(language_model: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The class of language models with a value head, under the name of the class itself, which is saved in configs."""
+
+    class DoctorModel(language_model):
+        language_model_class = language_model
+
+        @functools.wraps(language_model.forward)
+        def forward(self, *args, completion_mask=None, base_logits=None, **kwargs):
+            forward = functools.partial(super().forward, *args)
+            if completion_mask is None:
+                return forward(**kwargs)
+            return read_completions(self, forward, completion_mask, base_logits, **kwargs)
+
+    DoctorModel.__name__, DoctorModel.__qualname__ = language_model.__name__, language_model.__qualname__
+    DoctorModel.__module__ = language_model.__module__
+    return DoctorModel
+
+
+def read_completions(
+    model: PreTrainedModel,
+    forward: Callable[..., ModelOutput],
+    completion_mask: torch.Tensor,
+    base_logits: list[FactoredLogits | torch.Tensor] | None,
+    **inputs: torch.Tensor,
+) -> DoctorOutput:
     """
-    Log-probabilities of tokens under the product of patient and doctor, or under the doctor alone.
+    The forward of a doctor in training: log-probabilities and values of completions, left-aligned.
 
     Args:
-        logits (`torch.Tensor` of shape `(N, V)`):
-            The doctor's, where the N labels are predicted.
-        patient_logits (`torch.Tensor` of shape `(N, V')`, *optional*):
-            The patient's. Ids that only one of them has, beyond the tokenizer's, take no part.
-        labels (`torch.LongTensor` of shape `(B, L)`):
-            Token ids, -100 where nothing is predicted.
+        model ([`~transformers.PreTrainedModel`]):
+            The doctor.
+        forward (`Callable`):
+            The forward of its language model.
+        completion_mask (`torch.Tensor` of shape `(B, L)`):
+            Which tokens belong to completions: at least one in each row, and not the first. N in all rows.
+        base_logits (list of [`~trl_tfpo.functional.FactoredLogits`] or `torch.Tensor` of shape `(N, V)`, *optional*):
+            Logits of the base policy where completion tokens are predicted, see
+            [`~trl_tfpo.training.guided_flow.read_base_policy`]. `None` stands for a doctor with a policy of its own.
+        inputs:
+            `input_ids` and `attention_mask` of shape `(B, L)`.
 
     Returns:
-        `torch.Tensor` of shape `(B, L - 1)`: in nats, zero where there is no label.
+        [`DoctorOutput`]
     """
-    has_label = labels[:, 1:] != -100
-    if patient_logits is None:
-        guided = logits.log_softmax(dim=-1)
-    else:
-        size = min(logits.size(-1), patient_logits.size(-1))
-        guided = guided_logps(patient_logits=patient_logits[:, :size], doctor_logits=[logits[:, :size]], beta=[1.0])
-    log_probs = guided.gather(1, labels[:, 1:][has_label][:, None]).squeeze(1)  # (N,)
-    return log_probs.new_zeros(has_label.shape).masked_scatter(has_label, log_probs)
+    has_label = completion_mask[:, 1:]  # (B, L - 1)
+    logits, hidden = read_logits(model, has_label, forward=forward, **inputs)
+    if base_logits is not None:
+        logits = add_logits(model, logits, base_logits)
+    targets = inputs["input_ids"][:, 1:][has_label].to(hidden.device)
+    logps = token_logps(logits=logits, targets=targets)  # (N,)
+    log_values = getattr(model, VALUE_HEAD)(hidden).to(logps.device)  # (B, L)
+    states, tokens, token_mask = locate_completions(completion_mask)
+    return DoctorOutput(
+        doctor_logps=logps.new_zeros(token_mask.shape).masked_scatter(token_mask, logps),
+        log_values=log_values.gather(1, states),
+        completion_ids=inputs["input_ids"].gather(1, tokens),
+        completion_mask=token_mask,
+    )
 
 
 def make_doctor(
@@ -235,7 +232,7 @@ def make_doctor(
             raise ValueError(
                 f"{reason}. Got {type(peft_config).__name__}; use an adapter of the weights, such as `LoraConfig`."
             )
-        if has_credits and not guides and (model.device.type == "meta" or prove_head(model).is_plain):
+        if has_credits and not guides and (model.device.type == "meta" or head_form(model) == PLAIN):
             peft_config = with_head(model, peft_config)
         add_value_head(model)
         peft_config = copy.deepcopy(peft_config)  # the caller's stays as it is

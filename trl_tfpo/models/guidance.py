@@ -16,7 +16,7 @@ from ..common.atomic import FORMAT, check_format
 from .adapters import trained_exponents
 from .guidance_head import GuidanceHead
 from .named_model import check_there
-from .states import prove_head
+from .states import PLAIN, head_form
 
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def start_guidance(model: PreTrainedModel, in_span: bool = False) -> None:
     if not is_new:
         return
     is_outline = embeddings.device.type == "meta"  # whose logits cannot be looked at
-    if in_span and type(head) is torch.nn.Linear and head.bias is None and (is_outline or prove_head(model).is_plain):
+    if in_span and type(head) is torch.nn.Linear and head.bias is None and (is_outline or head_form(model) == PLAIN):
         model.set_output_embeddings(GuidanceHead(embeddings))
         return
     head.weight = torch.nn.Parameter(torch.zeros_like(head.weight))

@@ -41,6 +41,7 @@ class GuidanceHead(torch.nn.Module):
             1 / min(1.0, max(embeddings.detach().float().norm(dim=1).mean().item(), 1e-6)) if is_known else 1.0
         )
         self.map = torch.nn.Parameter(embeddings.new_zeros(size, size))
+        self._compared: tuple | None = None
 
     @property
     def in_features(self) -> int:
@@ -52,6 +53,14 @@ class GuidanceHead(torch.nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return F.linear(self.to_embedding_space(hidden_states), self.weight)
+
+    def has_embeddings(self, weight: torch.Tensor) -> bool:
+        """Whether another head has these weights too, so that its hidden states can be added. The answer is kept."""
+        key = tuple((x.data_ptr(), x._version, x.dtype, x.shape) for x in (self.weight, weight))
+        if self._compared is None or self._compared[0] != key:
+            is_alike = self.weight.dtype == weight.dtype and self.weight.device == weight.device
+            self._compared = key, is_alike and torch.equal(self.weight, weight)
+        return self._compared[1]
 
     @torch.no_grad()
     def start_at(self, logits: torch.Tensor, hidden_states: torch.Tensor) -> None:

@@ -42,16 +42,23 @@ def has_columns(head: torch.nn.Module) -> bool:
     )
 
 
-def states_beside(head: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """What [`columns_beside`] are multiplied with (..., R), made of the hidden states (..., H)."""
-    names = head.active_adapters
-    states = [head.lora_A[name](hidden.to(head.lora_A[name].weight.dtype)) * head.scaling[name] for name in names]
-    return torch.cat(states, dim=-1).to(hidden.dtype)
+def adapter_factors(head: torch.nn.Module, hidden: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """
+    What the active adapters add to the logits of a head, see [`has_columns`].
 
+    Args:
+        head (`torch.nn.Module`):
+            The LoRA layer.
+        hidden (`torch.Tensor` of shape `(N, H)`):
+            Hidden states.
 
-def columns_beside(head: torch.nn.Module) -> torch.Tensor:
-    """Columns (V, R) that the active adapters put beside the weights of a head: R is the sum of their ranks."""
-    return torch.cat([head.lora_B[name].weight for name in head.active_adapters], dim=1).to(head.weight.dtype)
+    Returns:
+        For each adapter its hidden states (N, R) and weights (V, R): the logits are their product.
+    """
+    return [
+        (head.lora_A[name](hidden.to(head.lora_A[name].weight.dtype)) * head.scaling[name], head.lora_B[name].weight)
+        for name in head.active_adapters
+    ]
 
 
 def with_head(model: PreTrainedModel, peft_config: "PeftConfig") -> "PeftConfig":

@@ -21,11 +21,12 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from ..common._upstream import backbone_of, inference, is_sharded, load_shared_out, share_out, shares_out
+from ..functional import FactoredLogits, token_logps
 from ..models.guidance import is_guidance
 from ..models.guidance_head import GuidanceHead, constant_over
 from ..models.head_adapter import start_head_at, starts_at_zero
 from ..models.named_model import NamedModel
-from ..models.states import LabelledStates, fused_lm_head, fused_logps, has_plain_head, labelled_logits
+from ..models.states import read_logits
 
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def keep_patient(patient: PreTrainedModel | NamedModel, accelerator: Accelerator
             Of the training.
 
     Returns:
-        `torch.nn.Module`: what [`read_patient`] reads, in all processes at the same time.
+        `torch.nn.Module`: what [`read_base_policy`] reads, in all processes at the same time.
     """
     if isinstance(patient, NamedModel):
         if (
@@ -121,18 +122,18 @@ def keep_patient(patient: PreTrainedModel | NamedModel, accelerator: Accelerator
     return share_out(patient, accelerator) if shares_out(accelerator) else patient.to(accelerator.device)
 
 
-def read_patient(
-    patient: PreTrainedModel,
+def read_base_policy(
+    model: PreTrainedModel,
     *,
     input_ids: torch.LongTensor,
     attention_mask: torch.Tensor,
     completion_mask: torch.Tensor,
-) -> tuple[LabelledStates | torch.Tensor, torch.Tensor]:
+) -> tuple[list[FactoredLogits | torch.Tensor], torch.Tensor]:
     """
-    What the patient, or its stand-in, says of completions, under no instruction but the prompt.
+    What the base policy says of completions, under no instruction but the prompt.
 
     Args:
-        patient ([`~transformers.PreTrainedModel`]):
+        model ([`~transformers.PreTrainedModel`]):
             The frozen model; read in eval mode, without gradients.
         input_ids (`torch.LongTensor` of shape `(B, L)`):
             Prompts and completions, padded on the right.
@@ -142,20 +143,14 @@ def read_patient(
             The tokens of the assistant, N in all rows together, boolean.
 
     Returns:
-        [`~trl_tfpo.models.states.LabelledStates`] or `torch.Tensor` of shape `(N, V)`: what stands for the logits where completion
-        tokens are predicted, row by row, or the logits themselves, float32, of a model for which that is not enough; and
+        Its logits where completion tokens are predicted, as [`~trl_tfpo.models.states.read_logits`] returns them; and
         `torch.Tensor` of shape `(B, T)`: log-probabilities of the completion tokens in nats, left-aligned, zero after.
     """
-    labels = input_ids.masked_fill(~completion_mask, -100)
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-    with inference(patient):
-        if has_plain_head(patient):
-            with fused_lm_head(patient):
-                log_probs, guided = fused_logps(patient, patient, labels, **inputs)
-            logps = log_probs.float().to(input_ids.device)[completion_mask[:, 1:]]  # (N,)
-        else:
-            guided = labelled_logits(patient, patient, labels, **inputs).to(input_ids.device)  # (N, V)
-            logps = guided.log_softmax(dim=-1).gather(1, input_ids[completion_mask][:, None]).squeeze(1)  # (N,)
+    has_label = completion_mask[:, 1:]
+    with inference(model):
+        logits, hidden = read_logits(model, has_label, input_ids=input_ids, attention_mask=attention_mask)
+        logps = token_logps(logits=logits, targets=input_ids[:, 1:][has_label].to(hidden.device))  # (N,)
     num_tokens = completion_mask.sum(dim=1)  # (B,)
-    is_token = torch.arange(int(num_tokens.max()), device=logps.device) < num_tokens[:, None]  # (B, T)
-    return guided, logps.new_zeros(is_token.shape).masked_scatter(is_token, logps)
+    is_token = torch.arange(int(num_tokens.max()), device=input_ids.device) < num_tokens[:, None]  # (B, T)
+    logps = logps.to(input_ids.device)
+    return [one.detach() for one in logits], logps.new_zeros(is_token.shape).masked_scatter(is_token, logps)

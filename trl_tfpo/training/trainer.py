@@ -65,7 +65,7 @@ from .checks import (
 from .collator import TokenRewardCollator, settle_with_collator
 from .config import TFPOConfig, resolve_args
 from .doctor_files import DoctorFiles
-from .guided_flow import former_doctor, keep_patient, read_patient, start_at_credits
+from .guided_flow import former_doctor, keep_patient, read_base_policy, start_at_credits
 from .head_choice import choose_head
 from .held_out import WarnWhenHeldOutTurns
 from .objective import describe_batch, pair_rewards, tfpo_objective
@@ -408,8 +408,8 @@ class TFPOTrainer(DoctorFiles):
         if self.guided_model is None:
             outputs, reference_logps = model(**tokens), inputs.get("reference_logps")
         else:
-            guided, reference_logps = read_patient(self.guided_model, **tokens)
-            outputs = model(**tokens, guided=guided)
+            base_logits, reference_logps = read_base_policy(self.guided_model, **tokens)
+            outputs = model(**tokens, base_logits=base_logits)
         loss, metrics = self.objective(
             **outputs,
             token_rewards=inputs["token_rewards"],
