@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Weak to strong: what is left of a doctor's gain as the patient grows, in the controlled world.
+Gain of a doctor as the patient grows, in the controlled world.
 
 ```bash
 python benchmarks/weak_to_strong.py --output_dir runs/weak_to_strong
 ```
 
-Patients and doctors of several widths learn the language by the recipe of `trl_tfpo.testbed.build`, unless they are those
-that ship; each doctor is then aligned by the defaults for each patient, on pairs that this patient has sampled and with rewards
-that it has given, and measured as in `sweep.py`. What the output folder already has is not made again.
+Patients and doctors of several widths learn the language by the recipe of `trl_tfpo.testbed.build`; the models that
+ship are used as they are. Each doctor is aligned by the defaults for each patient, on pairs sampled from this patient
+and with its token rewards, and measured as in `sweep.py`. Results in the output folder are reused.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
 
 
 def make_world(patient: int, doctor: int, args: argparse.Namespace) -> Path:
-    """The folder of a patient and a doctor of these widths, as `load_world` reads it."""
+    """Return the folder of a patient and a doctor of these widths, in the format of `load_world`."""
     world = args.output_dir / f"{patient}-{doctor}"
     for name, width in (("patient", patient), ("doctor", doctor)):
         if not (world / name).is_dir():
@@ -62,7 +62,7 @@ def make_world(patient: int, doctor: int, args: argparse.Namespace) -> Path:
 
 
 def learned(name: str, width: int, args: argparse.Namespace) -> Path:
-    """The folder of a model of this width that has learned the language."""
+    """Return the folder of a model of this width, trained on the language."""
     folder, recipe, shipped = args.output_dir / f"{name}-{width}", RECIPES[name], load_world()
     if width == recipe["size"]["hidden_size"]:
         return shipped.weights / name

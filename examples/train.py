@@ -7,7 +7,7 @@
 """
 Train a doctor and guide a patient with it.
 
-Without arguments, in the controlled world (minutes on a laptop CPU): a table, a picture, and completions side by side.
+Without arguments it runs in the controlled world (minutes on a laptop CPU): a table, a figure, and completions.
 
 ```bash
 python examples/train.py
@@ -28,7 +28,7 @@ accelerate launch examples/train.py \
     --output_dir qwen3-doctor
 ```
 
-The same from a file, `examples/configs` has some; and what it would cost in 8 processes, without loading or running it:
+The same from a file (see `examples/configs`), here with an estimate for 8 processes instead of a training:
 
 ```bash
 python examples/train.py --config examples/configs/ultrafeedback_qwen3.yaml --dry_run 8

@@ -176,7 +176,7 @@ def test_the_changelog_names_the_declared_bounds():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     groups = [project["dependencies"], *project["optional-dependencies"].values()]
     bounds = dict(re.findall(r"^([\w-]+).*?>=([\d.]+)", "\n".join(sum(groups, [])), flags=re.MULTILINE))
-    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").lower()
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     named = re.findall(r"`([\w-]+)>=([\d.]+)", changelog)
     assert len(named) >= 8
     assert all(bounds[name] == version for name, version in named), named
