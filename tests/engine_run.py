@@ -89,7 +89,7 @@ def run(folder: Path, output: Path, job: str) -> None:
             "seen": seen,
             "engine": trainer.accelerator.distributed_type.value,
             "is_sharded": is_sharded(trainer.model),
-            "guided_is_sharded": trainer.guided_model is not None and is_sharded(trainer.guided_model),
+            "guided_is_sharded": trainer.base_policy is not None and is_sharded(trainer.base_policy),
         }
         (output / f"{job}.json").write_text(json.dumps(report), encoding="utf-8")
 

@@ -5,13 +5,13 @@
 import pytest
 import torch
 from conftest import make_llama
-from test_guided_flow import BATCH, plain_logits, tokens_of
+from test_base_policy import BATCH, plain_logits, tokens_of
 from transformers import AutoModelForCausalLM
 
 from trl_tfpo.models.doctor import add_value_head, make_doctor
-from trl_tfpo.models.guidance import start_guidance
+from trl_tfpo.models.guidance import start_at_credits, start_guidance
 from trl_tfpo.models.guidance_head import GuidanceHead
-from trl_tfpo.training.guided_flow import read_base_policy, start_at_credits
+from trl_tfpo.training.base_policy import read_base_policy
 
 
 def trained_doctor(tied: bool = True):

@@ -46,9 +46,9 @@ __all__ = [
     "keep_differentiable",
     "keep_output_precision",
     "load_model",
-    "load_shared_out",
-    "share_out",
-    "shares_out",
+    "load_sharded",
+    "shard",
+    "shards_models",
     "tree_leaves",
     "unsharded",
     "unwrap_peft",
@@ -144,9 +144,9 @@ def load_model(name: str, **init_kwargs) -> PreTrainedModel:
         return create_model_from_path(name, **init_kwargs)
 
 
-def load_shared_out(name: str, **init_kwargs) -> PreTrainedModel:
+def load_sharded(name: str, **init_kwargs) -> PreTrainedModel:
     """
-    A model by name or path, on its way to [`share_out`]: under ZeRO-3 each process reads its part, and none holds the
+    A model by name or path, on its way to [`shard`]: under ZeRO-3 each process reads its part, and none holds the
     whole; under FSDP2 it is whole in the memory of the CPU.
     """
     return create_model_from_path(
@@ -154,13 +154,13 @@ def load_shared_out(name: str, **init_kwargs) -> PreTrainedModel:
     )
 
 
-def shares_out(accelerator: Accelerator) -> bool:
+def shards_models(accelerator: Accelerator) -> bool:
     """Whether the engine shares out the parameters of models between processes: DeepSpeed ZeRO-3 and FSDP2 do."""
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     return accelerator.is_fsdp2 or (plugin is not None and plugin.zero_stage == 3)
 
 
-def share_out(model: PreTrainedModel, accelerator: Accelerator) -> torch.nn.Module:
+def shard(model: PreTrainedModel, accelerator: Accelerator) -> torch.nn.Module:
     """
     A frozen model as the engine holds models, each process its part, to be read by all at the same time.
 

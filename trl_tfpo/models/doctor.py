@@ -146,7 +146,7 @@ def read_completions(
             Which tokens belong to completions: at least one in each row, and not the first. N in all rows.
         base_logits (list of [`~trl_tfpo.functional.FactoredLogits`] or `torch.Tensor` of shape `(N, V)`, *optional*):
             Logits of the base policy where completion tokens are predicted, see
-            [`~trl_tfpo.training.guided_flow.read_base_policy`]. `None` stands for a doctor with a policy of its own.
+            [`~trl_tfpo.training.base_policy.read_base_policy`]. `None` stands for a doctor with a policy of its own.
         inputs:
             `input_ids` and `attention_mask` of shape `(B, L)`.
 

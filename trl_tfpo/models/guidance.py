@@ -5,6 +5,7 @@
 import copy
 import json
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,9 +13,11 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
+from ..common._upstream import backbone_of, inference, is_sharded
 from ..common.atomic import FORMAT, check_format
 from .adapters import trained_exponents
-from .guidance_head import GuidanceHead
+from .guidance_head import GuidanceHead, constant_over
+from .head_adapter import start_head_at, starts_at_zero
 from .named_model import check_there
 from .states import PLAIN, head_form
 
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 
 
 GUIDANCE_FILE = "guidance.json"
+NUM_ROWS = 8  # read at once by `start_at_credits`
 GUIDANCE = {"alpha": 1.0, "beta": 1.0}  # exponents of the patient and of the doctor in training
 
 
@@ -65,6 +69,45 @@ def free_head(model: PreTrainedModel) -> None:
     torch.nn.init.zeros_(head.weight)
     former.weight.requires_grad_(former.froze_embeddings)
     model.set_output_embeddings(head)
+
+
+@torch.no_grad()
+def start_at_credits(model: PreTrainedModel, logits: torch.Tensor, rows: Sequence[dict], collate: Callable) -> None:
+    """
+    Let a doctor start with the same logits at every state, in place.
+
+    A [`~trl_tfpo.models.guidance_head.GuidanceHead`] starts at them. An adapter on the head adds them to the logits of
+    the language model. Other doctors are left as they are.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The doctor.
+        logits (`torch.Tensor` of shape `(V',)`):
+            Of the tokens, in nats, up to a constant.
+        rows (`Sequence[dict]`):
+            Rows of the training data. Reading stops after twice as many states as a hidden state has entries.
+        collate (`Callable`):
+            From rows to a batch.
+    """
+    head = model.get_output_embeddings()
+    if is_sharded(model) or not (isinstance(head, GuidanceHead) or starts_at_zero(model)):
+        return
+    wanted = logits.new_zeros(len(head.weight))
+    wanted[: len(logits)] = logits[: len(wanted)]
+    states, num_states = [], 0
+    for first in range(0, len(rows), NUM_ROWS):
+        batch = collate([rows[index] for index in range(first, min(first + NUM_ROWS, len(rows)))])
+        tokens = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+        with inference(model):
+            hidden = backbone_of(model)(**tokens).last_hidden_state[:, :-1]
+        states.append(hidden[batch["completion_mask"][:, 1:].to(hidden.device)])
+        num_states += len(states[-1])
+        if num_states >= 2 * hidden.size(-1):
+            break
+    if isinstance(head, GuidanceHead):
+        head.start_at(wanted.to(model.device), torch.cat(states))
+    else:
+        start_head_at(model, wanted.to(model.device), constant_over(torch.cat(states)))
 
 
 def _own_config(model: PreTrainedModel) -> None:

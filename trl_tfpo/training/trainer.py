@@ -4,7 +4,6 @@
 
 import textwrap
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,9 +19,7 @@ from transformers import (
 )
 from transformers.data.data_collator import DataCollator
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput
-from trl.trainer import disable_dropout_in_model
 
-from .. import functional
 from ..annotation.token_rewards import (
     GAP_COLUMNS,
     REWARD_COLUMNS,
@@ -31,7 +28,7 @@ from ..annotation.token_rewards import (
     check_given,
     check_patient,
 )
-from ..common._upstream import is_peft_model, keep_differentiable, keep_output_precision
+from ..common._upstream import keep_output_precision
 from ..common.arguments import explains_unknown
 from ..common.atomic import check_writable
 from ..data.tokenization import (
@@ -41,15 +38,15 @@ from ..data.tokenization import (
     all_eos_token_ids,
     check_some_completion_ends,
     columns_of,
-    resolve_processing_class,
     row_lengths,
     tokenize_preferences,
 )
-from ..data.tokenizer_identity import check_embeddings
 from ..faces import Faces
-from ..models.doctor import make_doctor, set_head_learning_rate
+from ..models.doctor import set_head_learning_rate
 from ..models.fingerprint import model_fingerprint
-from ..models.named_model import NamedModel, outline_of, resolve_model
+from ..models.guidance import start_at_credits
+from ..models.named_model import NamedModel, outline_of
+from .base_policy import POLICIES, place_base_policy, read_base_policy
 from .calibration import choose_rewards
 from .checkpoints import check_loss, kept_whole, resolve_checkpoint
 from .checks import (
@@ -57,20 +54,18 @@ from .checks import (
     check_can_annotate,
     check_can_calibrate,
     check_collator,
-    check_language_model,
     check_one_device,
     check_split,
-    warn_of_ignored,
 )
 from .collator import TokenRewardCollator, settle_with_collator
 from .config import TFPOConfig, resolve_args
 from .doctor_files import DoctorFiles
-from .guided_flow import former_doctor, keep_patient, read_base_policy, start_at_credits
 from .head_choice import choose_head
 from .held_out import WarnWhenHeldOutTurns
-from .objective import describe_batch, pair_rewards, tfpo_objective
+from .objective import describe_batch, pair_rewards
 from .pair_means import PairMeans
 from .reference import REFERENCE_COLUMNS, check_not_streamed, with_reference_logps
+from .setup import objective_of, ready_doctor, resolve_doctor, resolve_patient, resolve_tokenizer, reward_fn_of
 
 
 if TYPE_CHECKING:
@@ -182,58 +177,27 @@ class TFPOTrainer(DoctorFiles):
         reward_fn: Callable[..., torch.Tensor] | None = None,
         objective: Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]] | None = None,
     ):
-        # Args
+        # Settings
         args = resolve_args(args, model)
         check_callables(reward_fn=reward_fn, objective=objective)
         check_split(train_dataset, "train_dataset")
         if isinstance(train_dataset, IterableDataset):
             args.accelerator_config.dispatch_batches = False  # batches of different lengths cannot be concatenated
-
-        # Model
-        warn_of_ignored(model, "model", args.model_init_kwargs)
-        warn_of_ignored(patient_model, "patient_model", args.patient_model_init_kwargs)
-        set_seed(args.seed)  # adapters start at random
-        defaults = {"device_map": None} if args.distributed_state.num_processes > 1 else {}  # the engine places it
-        defaults["trust_remote_code"] = args.trust_remote_code
-        model = resolve_model(model, "model", quantization_config, **defaults | (args.model_init_kwargs or {}))
-        former = former_doctor(model) if args.policy == "ratio" else None
-        model = model.loaded if isinstance(model, NamedModel) else model
-        check_language_model(model)
-
-        # Processing class
-        processing_class = resolve_processing_class(processing_class, model, args.trust_remote_code)
-        model.config.get_text_config().pad_token_id = processing_class.pad_token_id
-        model.generation_config.pad_token_id = processing_class.pad_token_id
-        check_embeddings("doctor", model, processing_class)
-
-        # Value head and PEFT
-        model = make_doctor(model, peft_config, guides=args.policy != "doctor", has_credits=args.calibrate_rewards)
-        keep_differentiable(model)
-        if is_peft_model(model) and args.gradient_checkpointing:
-            model.enable_input_require_grads()
-        if args.disable_dropout:
-            disable_dropout_in_model(model)
-
-        # Rewards and objective
+        policy = POLICIES[args.policy]
         self.faces = faces
-        self.reward_fn = reward_fn or partial(
-            functional.token_rewards,
-            reward_direction=args.reward_direction,
-            disagreement_weight=args.disagreement_weight,
-            importance_temperature=args.importance_temperature,
-            gap_floor=args.gap_floor,
-            sparsity_threshold=args.sparsity_threshold,
-        )
-        self.objective = objective or partial(
-            tfpo_objective,
-            reward_temperature=args.reward_temperature,
-            reference_weight=args.reference_weight,
-            subtb_lambda=args.subtb_lambda,
-            value_loss_weight=args.value_loss_weight,
-            value_margin=args.value_margin,
-        )
+        self.reward_fn = reward_fn or reward_fn_of(args)
+        self.objective = objective or objective_of(args)
 
-        # Data collator
+        # Models and tokenizer
+        set_seed(args.seed)  # adapters start at random
+        self.patient_model = resolve_patient(patient_model, args, patient_quantization_config)
+        model = resolve_doctor(model, args, quantization_config)
+        base_policy = policy.base(model, self.patient_model)  # before the doctor gets its heads
+        model = model.loaded if isinstance(model, NamedModel) else model
+        processing_class = resolve_tokenizer(processing_class, model, args)
+        model = ready_doctor(model, args, policy, peft_config)
+
+        # Data
         if data_collator is None:
             data_collator = TokenRewardCollator(
                 processing_class,
@@ -241,37 +205,11 @@ class TFPOTrainer(DoctorFiles):
                 pad_to_multiple_of=args.pad_to_multiple_of,
                 convert_transcripts=args.convert_transcripts,
             )
-        self._online_faces = data_collator.faces if isinstance(data_collator, TokenRewardCollator) else None
         check_collator(data_collator, args)
-
-        # Dataset
-        defaults = {"dtype": "auto", "trust_remote_code": args.trust_remote_code}
-        self.patient_model = patient_model
-        if patient_model is not None:
-            self.patient_model = resolve_model(
-                patient_model,
-                "patient_model",
-                patient_quantization_config,
-                **defaults | (args.patient_model_init_kwargs or {}),
-            )
-        patient = None if self.patient_model is None else outline_of(self.patient_model)
-        self._eos_token_ids = all_eos_token_ids(processing_class, model, patient)
-        max_length = args.max_length
-        if isinstance(data_collator, TokenRewardCollator):
-            self._eos_token_ids = settle_with_collator(data_collator, args, train_dataset, self._eos_token_ids)
-            max_length = data_collator.max_length
-        train_dataset = self._annotate(train_dataset, processing_class, args)
-        eval_dataset = self._annotate(eval_dataset, processing_class, args)
-        check_some_completion_ends(train_dataset, self._eos_token_ids, max_length)
-        if args.calibrate_rewards:
-            check_can_calibrate(train_dataset, self._online_faces, model)
-        self.calibration, self.rewards_summary = choose_rewards(
-            train_dataset, eval_dataset, model, args, self._eos_token_ids, is_online=bool(self._online_faces)
+        train_dataset, eval_dataset = self._prepare_data(
+            train_dataset, eval_dataset, model, processing_class, data_collator, args
         )
-        train_dataset, eval_dataset = self._calibrate(train_dataset), self._calibrate(eval_dataset)
-        if self.calibration is None:  # whose credits lie in the span of the embeddings
-            choose_head(model, train_dataset, self._eos_token_ids, is_online=bool(self._online_faces))
-        if args.policy == "guided":
+        if policy.needs_patient:
             check_given(self.patient_model)
         elif isinstance(self.patient_model, NamedModel):
             self.patient_model.let_go()
@@ -294,12 +232,9 @@ class TFPOTrainer(DoctorFiles):
         self.add_callback(WarnWhenHeldOutTurns(self.callback_handler))
 
         keep_output_precision(self.accelerator)
-        self.guided_model = former
-        if args.policy == "guided":
+        if policy.needs_patient:
             check_patient(self.patient_model, processing_class)
-            self.guided_model = self.patient_model
-        if self.guided_model is not None:
-            self.guided_model = keep_patient(self.guided_model, self.accelerator)
+        self.base_policy = None if base_policy is None else place_base_policy(base_policy, self.accelerator)
 
         # Where the doctor starts
         if self.calibration is not None:
@@ -307,7 +242,7 @@ class TFPOTrainer(DoctorFiles):
             start_at_credits(self.model, credits, self.train_dataset, data_collator)
 
         # Reference log-probabilities
-        self._has_reference = args.reference_weight > 0 and args.policy == "doctor"  # otherwise what is guided
+        self._has_reference = args.reference_weight > 0 and not policy.has_base  # else the base policy
         self._reference_fingerprint = model_fingerprint(self.model) if self._has_reference else None
         self.train_dataset = self._add_reference_logps(self.train_dataset)
         self.eval_dataset = self._add_reference_logps(self.eval_dataset)
@@ -319,6 +254,37 @@ class TFPOTrainer(DoctorFiles):
 
     # Data
 
+    def _prepare_data(
+        self,
+        train_dataset: Dataset | IterableDataset,
+        eval_dataset: AnyDataset | None,
+        model: "PreTrainedModel | PeftModel",
+        processing_class: PreTrainedTokenizerBase,
+        data_collator: DataCollator,
+        args: TFPOConfig,
+    ) -> tuple[Dataset | IterableDataset, AnyDataset | None]:
+        """Both datasets with token rewards. The rewards decide on the head of the doctor."""
+        patient = None if self.patient_model is None else outline_of(self.patient_model)
+        self._eos_token_ids = all_eos_token_ids(processing_class, model, patient)
+        self._online_faces, max_length = None, args.max_length
+        if isinstance(data_collator, TokenRewardCollator):
+            self._online_faces = data_collator.faces
+            self._eos_token_ids = settle_with_collator(data_collator, args, train_dataset, self._eos_token_ids)
+            max_length = data_collator.max_length
+        train_dataset = self._annotate(train_dataset, processing_class, args)
+        eval_dataset = self._annotate(eval_dataset, processing_class, args)
+        check_some_completion_ends(train_dataset, self._eos_token_ids, max_length)
+        is_online = bool(self._online_faces)
+        if args.calibrate_rewards:
+            check_can_calibrate(train_dataset, self._online_faces, model)
+        self.calibration, self.rewards_summary = choose_rewards(
+            train_dataset, eval_dataset, model, args, self._eos_token_ids, is_online=is_online
+        )
+        train_dataset, eval_dataset = self._calibrate(train_dataset), self._calibrate(eval_dataset)
+        if self.calibration is None:  # calibrated rewards lie in the span of the embeddings
+            choose_head(model, train_dataset, self._eos_token_ids, is_online=is_online)
+        return train_dataset, eval_dataset
+
     def _annotate(
         self, dataset: AnyDataset | None, processing_class: PreTrainedTokenizerBase, args: TFPOConfig
     ) -> AnyDataset | None:
@@ -328,7 +294,7 @@ class TFPOTrainer(DoctorFiles):
         if isinstance(dataset, dict):
             return {name: self._annotate(split, processing_class, args) for name, split in dataset.items()}
         columns = columns_of(dataset)
-        if args.reference_weight and args.policy == "doctor":
+        if args.reference_weight and not POLICIES[args.policy].has_base:
             check_not_streamed(dataset, columns, args.reference_weight)
         if self._online_faces:
             if FACE_COLUMNS[0] in columns:
@@ -405,10 +371,10 @@ class TFPOTrainer(DoctorFiles):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         tokens = {name: inputs[name] for name in ("input_ids", "attention_mask", "completion_mask")}
-        if self.guided_model is None:
+        if self.base_policy is None:
             outputs, reference_logps = model(**tokens), inputs.get("reference_logps")
         else:
-            base_logits, reference_logps = read_base_policy(self.guided_model, **tokens)
+            base_logits, reference_logps = read_base_policy(self.base_policy, **tokens)
             outputs = model(**tokens, base_logits=base_logits)
         loss, metrics = self.objective(
             **outputs,

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from trl_tfpo import DoctorGuidedLogitsProcessor, TFPOTrainer, annotate_token_rewards, load_doctor
 from trl_tfpo.models.doctor import add_value_head, make_doctor
 from trl_tfpo.models.guidance import save_guidance, start_guidance
-from trl_tfpo.training.guided_flow import read_base_policy
+from trl_tfpo.training.base_policy import read_base_policy
 
 
 LORA = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
@@ -114,7 +114,7 @@ class TestTraining:
         assert losses(trainer)[-1] < losses(trainer)[0]
         before = patient if policy == "guided" else make_llama(2)
         for name, parameter in before.named_parameters():  # what is guided in training stays as it was
-            assert parameter.equal(trainer.guided_model.get_parameter(name))
+            assert parameter.equal(trainer.base_policy.get_parameter(name))
         batch = {name: tensor for name, tensor in next(iter(trainer.get_train_dataloader())).items() if name in BATCH}
         trainer.model.eval()
         output = trainer.model(**batch, base_logits=read_base_policy(patient, **batch)[0])
@@ -172,7 +172,7 @@ def test_a_ratio_starts_at_the_doctor_before_training(preferences, patient, toke
     settings = dict(args=config(tmp_path / "run", policy="ratio"), train_dataset=annotated, processing_class=tokenizer)
     trainer = TFPOTrainer(model=str(tmp_path / "base") if by_name else make_llama(2), **settings)
     batch = {name: tensor for name, tensor in next(iter(trainer.get_train_dataloader())).items() if name in BATCH}
-    guided, reference_logps = read_base_policy(trainer.guided_model, **batch)
+    guided, reference_logps = read_base_policy(trainer.base_policy, **batch)
     output = trainer.model(**batch, base_logits=guided)
     mask = output.completion_mask
     torch.testing.assert_close(output.doctor_logps[mask], reference_logps[mask], atol=1e-5, rtol=1e-5)
@@ -181,7 +181,7 @@ def test_a_ratio_starts_at_the_doctor_before_training(preferences, patient, toke
     expected = expected[batch["completion_mask"][:, 1:]]
     torch.testing.assert_close(reference_logps[mask], expected, atol=1e-5, rtol=1e-5)
     trainer.train()
-    again, _ = read_base_policy(trainer.guided_model, **batch)
+    again, _ = read_base_policy(trainer.base_policy, **batch)
     torch.testing.assert_close(again[0].dense(), guided[0].dense())
     with pytest.raises(ValueError, match="already learned to guide"):
         TFPOTrainer(model=trainer.model, **settings)

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+
+r"""
+The policy in the balance: what `policy` in the settings stands for.
+
+| `policy` | the flow is balanced under | base policy |
+|---|---|---|
+| `"ratio"` | base policy times doctor | the doctor before training |
+| `"guided"` | base policy times doctor | the patient |
+| `"doctor"` (the paper) | the doctor | none |
+
+With a base policy (guided flow),
+
+$$\log \pi(y \mid s) = \log \operatorname{softmax}\big( \log \pi_{\text{base}} + \log \pi_{\text{doctor}} \big),$$
+
+and $\pi_{\text{base}}$ is the reference. The doctor's language model head starts at zero, so training starts at the
+base policy, and the doctor learns the log-ratio to it. Any patient can be multiplied by this ratio.
+"""
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from ..common._upstream import inference, load_sharded, shard, shards_models
+from ..functional import FactoredLogits, token_logps
+from ..models.guidance import is_guidance
+from ..models.named_model import NamedModel
+from ..models.states import read_logits
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+class Policy:
+    """`policy="doctor"`: the doctor's own policy, without a base policy."""
+
+    has_base = False
+    needs_patient = False  # in training, beyond annotation
+
+    def base(
+        self, doctor: "PreTrainedModel | PeftModel | NamedModel", patient: PreTrainedModel | NamedModel | None
+    ) -> PreTrainedModel | NamedModel | None:
+        """The base policy, before the doctor gets its heads. `None` where there is none."""
+        return None
+
+
+class RatioPolicy(Policy):
+    """`policy="ratio"`: the base policy is a frozen copy of the doctor before training."""
+
+    has_base = True
+
+    def base(self, doctor, patient):
+        if isinstance(doctor, NamedModel):
+            return NamedModel(doctor.name, **doctor.init_kwargs)  # loaded when it is first read
+        if is_guidance(doctor):
+            raise ValueError(
+                "With `policy='ratio'` the doctor starts as a language model. Got one that has already learned to guide; "
+                "start from the model before its training, or train it on for its patient with `policy='guided'`."
+            )
+        return copy.deepcopy(doctor)
+
+
+class GuidedPolicy(Policy):
+    """`policy="guided"`: the base policy is the patient."""
+
+    has_base = True
+    needs_patient = True
+
+    def base(self, doctor, patient):
+        return patient
+
+
+POLICIES = {"doctor": Policy(), "ratio": RatioPolicy(), "guided": GuidedPolicy()}
+
+
+def place_base_policy(model: PreTrainedModel | NamedModel, accelerator: Accelerator) -> torch.nn.Module:
+    """
+    Put the base policy where the doctor is trained: sharded where the engine shards the doctor (ZeRO-3, FSDP2), otherwise
+    whole in each process. A model that is quantized, or spread over devices, stays where it is.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~trl_tfpo.models.named_model.NamedModel`]):
+            The frozen model. One that has not been loaded yet is loaded in parts under ZeRO-3.
+        accelerator ([`~accelerate.Accelerator`]):
+            Of the training.
+
+    Returns:
+        `torch.nn.Module`: what [`read_base_policy`] reads, in all processes at the same time.
+    """
+    if isinstance(model, NamedModel):
+        is_loaded, is_quantized = "loaded" in vars(model), "quantization_config" in model.init_kwargs
+        if shards_models(accelerator) and not is_loaded and not is_quantized:
+            return shard(load_sharded(model.name, **model.init_kwargs), accelerator)
+        model = model.loaded
+    is_spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1
+    if getattr(model, "is_quantized", False) or is_spread:
+        return model
+    return shard(model, accelerator) if shards_models(accelerator) else model.to(accelerator.device)
+
+
+def read_base_policy(
+    model: PreTrainedModel,
+    *,
+    input_ids: torch.LongTensor,
+    attention_mask: torch.Tensor,
+    completion_mask: torch.Tensor,
+) -> tuple[list[FactoredLogits | torch.Tensor], torch.Tensor]:
+    """
+    What the base policy says of completions, under no instruction but the prompt.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The frozen model; read in eval mode, without gradients.
+        input_ids (`torch.LongTensor` of shape `(B, L)`):
+            Prompts and completions, padded on the right.
+        attention_mask (`torch.Tensor` of shape `(B, L)`):
+            Which tokens are real.
+        completion_mask (`torch.Tensor` of shape `(B, L)`):
+            The tokens of the assistant, N in all rows together, boolean.
+
+    Returns:
+        Its logits where completion tokens are predicted, as [`~trl_tfpo.models.states.read_logits`] returns them; and
+        `torch.Tensor` of shape `(B, T)`: log-probabilities of the completion tokens in nats, left-aligned, zero after.
+    """
+    has_label = completion_mask[:, 1:]
+    with inference(model):
+        logits, hidden = read_logits(model, has_label, input_ids=input_ids, attention_mask=attention_mask)
+        logps = token_logps(logits=logits, targets=input_ids[:, 1:][has_label].to(hidden.device))  # (N,)
+    num_tokens = completion_mask.sum(dim=1)  # (B,)
+    is_token = torch.arange(int(num_tokens.max()), device=input_ids.device) < num_tokens[:, None]  # (B, T)
+    logps = logps.to(input_ids.device)
+    return [one.detach() for one in logits], logps.new_zeros(is_token.shape).masked_scatter(is_token, logps)

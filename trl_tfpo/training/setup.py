@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What a trainer makes of its arguments, before it looks at data: models, tokenizer, rewards and objective."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from trl.trainer import disable_dropout_in_model
+
+from .. import functional
+from ..common._upstream import is_peft_model, keep_differentiable
+from ..data.tokenization import resolve_processing_class
+from ..data.tokenizer_identity import check_embeddings
+from ..models.doctor import make_doctor
+from ..models.named_model import NamedModel, resolve_model
+from .base_policy import Policy
+from .checks import check_language_model, warn_of_ignored
+from .config import TFPOConfig
+from .objective import tfpo_objective
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+
+def resolve_patient(
+    patient_model: str | PreTrainedModel | None, args: TFPOConfig, quantization_config: BitsAndBytesConfig | None
+) -> PreTrainedModel | NamedModel | None:
+    """The patient: loaded by the caller, or by name, to be loaded when it is first read."""
+    warn_of_ignored(patient_model, "patient_model", args.patient_model_init_kwargs)
+    if patient_model is None:
+        return None
+    init_kwargs = {"dtype": "auto", "trust_remote_code": args.trust_remote_code}
+    init_kwargs |= args.patient_model_init_kwargs or {}
+    return resolve_model(patient_model, "patient_model", quantization_config, **init_kwargs)
+
+
+def resolve_doctor(
+    model: "str | PreTrainedModel | PeftModel", args: TFPOConfig, quantization_config: BitsAndBytesConfig | None
+) -> "PreTrainedModel | PeftModel | NamedModel":
+    """The language model that becomes the doctor, as it is before training."""
+    warn_of_ignored(model, "model", args.model_init_kwargs)
+    # Where there are several processes, the engine places the model
+    init_kwargs = {"device_map": None} if args.distributed_state.num_processes > 1 else {}
+    init_kwargs |= {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
+    return resolve_model(model, "model", quantization_config, **init_kwargs)
+
+
+def resolve_tokenizer(
+    processing_class: PreTrainedTokenizerBase | None, model: "PreTrainedModel | PeftModel", args: TFPOConfig
+) -> PreTrainedTokenizerBase:
+    """The tokenizer, whose padding token the doctor takes over."""
+    processing_class = resolve_processing_class(processing_class, model, args.trust_remote_code)
+    model.config.get_text_config().pad_token_id = processing_class.pad_token_id
+    model.generation_config.pad_token_id = processing_class.pad_token_id
+    check_embeddings("doctor", model, processing_class)
+    return processing_class
+
+
+def ready_doctor(
+    model: "PreTrainedModel | PeftModel", args: TFPOConfig, policy: Policy, peft_config: "PeftConfig | None"
+) -> "PreTrainedModel | PeftModel":
+    """The doctor with its heads and adapter, ready to be trained."""
+    check_language_model(model)
+    model = make_doctor(model, peft_config, guides=policy.has_base, has_credits=bool(args.calibrate_rewards))
+    keep_differentiable(model)
+    if is_peft_model(model) and args.gradient_checkpointing:
+        model.enable_input_require_grads()
+    if args.disable_dropout:
+        disable_dropout_in_model(model)
+    return model
+
+
+def reward_fn_of(args: TFPOConfig) -> Callable[..., torch.Tensor]:
+    """[`~trl_tfpo.functional.token_rewards`] with these settings."""
+    return partial(
+        functional.token_rewards,
+        reward_direction=args.reward_direction,
+        disagreement_weight=args.disagreement_weight,
+        importance_temperature=args.importance_temperature,
+        gap_floor=args.gap_floor,
+        sparsity_threshold=args.sparsity_threshold,
+    )
+
+
+def objective_of(args: TFPOConfig) -> Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """[`~trl_tfpo.training.objective.tfpo_objective`] with these settings."""
+    return partial(
+        tfpo_objective,
+        reward_temperature=args.reward_temperature,
+        reference_weight=args.reference_weight,
+        subtb_lambda=args.subtb_lambda,
+        value_loss_weight=args.value_loss_weight,
+        value_margin=args.value_margin,
+    )
