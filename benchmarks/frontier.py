@@ -65,16 +65,16 @@ OURS = ("guided flow", "TFPO", "guided flow, more diverse", "TFPO, more diverse"
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", help="some of them; all unless given")
+    parser.add_argument("--methods", nargs="+", help="names of methods (default: all)")
     parser.add_argument("--attributes", nargs="+", default=["praise"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument(
-        "--world", type=Path, help="folder of `trl_tfpo.testbed.build`; the one that ships unless given"
+        "--world", type=Path, help="folder of `trl_tfpo.testbed.build` (default: the world that ships)"
     )
     parser.add_argument("--output", type=Path, default=Path("runs/frontier.jsonl"))
-    parser.add_argument("--everything", type=Path, help="a folder for what else is measured in this world, too")
-    parser.add_argument("--report", type=Path, nargs="+", help="measure nothing, report these outputs")
-    parser.add_argument("--quick", action="store_true", help="few pairs, steps and samples: whether it runs")
+    parser.add_argument("--everything", type=Path, help="run all parts, with results in this folder")
+    parser.add_argument("--report", type=Path, nargs="+", help="report these existing outputs")
+    parser.add_argument("--quick", action="store_true", help="few pairs, steps and samples, to check that it runs")
     args = parser.parse_args(arguments)
     if unknown := set(args.methods or ()) - set(METHODS):
         parser.error(f"`--methods` must be among {list(METHODS)}. Got {sorted(unknown)}.")

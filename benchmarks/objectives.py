@@ -47,7 +47,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kl", type=float, default=1.0, help="nats per completion")
     parser.add_argument("--output", type=Path, default=Path("runs/objectives.jsonl"))
-    parser.add_argument("--quick", action="store_true", help="few pairs, steps, samples and weightings")
+    parser.add_argument(
+        "--quick", action="store_true", help="few pairs, steps, samples and weightings, to check that it runs"
+    )
     args = parser.parse_args(arguments)
     sizes, num_weightings = (QUICK, 2) if args.quick else (FULL, 7)
     tasks = {name: Task(name, args.seed, **sizes) for name in NAMES}

@@ -26,10 +26,10 @@ from trl_tfpo.testbed.build import build
 
 def main(arguments: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the languages")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds of the languages")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/worlds"))
     parser.add_argument(
-        "--quick", action="store_true", help="one world, few steps, pairs and samples: whether it runs"
+        "--quick", action="store_true", help="one world, few steps, pairs and samples, to check that it runs"
     )
     args = parser.parse_args(arguments)
     rows = []

@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> dict[int, list[float]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, nargs="+", default=[4, 16, 32])
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="twice, and 4 clients: whether it runs")
+    parser.add_argument("--quick", action="store_true", help="two repetitions and 4 clients, to check that it runs")
     args = parser.parse_args(arguments)
     clients, repetitions = ([4], 2) if args.quick else (args.clients, args.repetitions)
     world = load_world()

