@@ -133,6 +133,13 @@ def test_troubles_are_those_that_the_code_has():
     assert not [text for text in quoted if text not in joined]
 
 
+def test_continuous_integration_runs_what_the_readme_promises():
+    """A command of the README that breaks must be noticed before a newcomer types it."""
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    steps = [step.get("run") for job in workflow["jobs"].values() for step in job["steps"]]
+    assert {"make demo", "make test", "make quality", "make docs"} <= set(steps)
+
+
 def test_make_targets_of_the_readme_exist():
     """README promises commands."""
     promised = set(re.findall(r"`?make ([\w-]+)`?", (ROOT / "README.md").read_text(encoding="utf-8")))
