@@ -45,7 +45,7 @@ def token_importance(
     gap_floor: float = 0.05,
 ) -> torch.Tensor:
     r"""
-    How differently the two faces of the patient see each token, relative to the rest of the completion.
+    How much the two faces of the patient differ about each token, relative to the rest of the completion.
 
     $$S_t = \tanh\Big(\frac{1}{\tau}\,\frac{|\Delta_t|}{\operatorname{mean}_j |\Delta_j| + \epsilon}\Big)$$
 
@@ -53,12 +53,11 @@ def token_importance(
         gap (`torch.Tensor` of shape `(B, T)`):
             $\Delta_t = \log \pi_{\text{pos}} - \log \pi_{\text{neg}}$ of each token, in nats.
         completion_mask (`torch.Tensor` of shape `(B, T)`):
-            Tokens that count; the mean runs over them.
+            True for the tokens of the completion. The mean is taken over them.
         importance_temperature (`float`, *optional*, defaults to `3.0`):
             $\tau > 0$. At 1 a token with the mean gap is already at 0.76; at 3 it is at 0.32.
         gap_floor (`float`, *optional*, defaults to `0.05`):
-            $\epsilon > 0$, in nats. Where the faces differ by much less on average, they differ by noise, and no token
-            is important.
+            $\epsilon > 0$, in nats. Where the mean gap is much smaller, it is noise, and no token is important.
 
     Returns:
         `torch.Tensor` of shape `(B, T)`: importance in `[0, 1]`, zero outside the mask.
@@ -100,8 +99,8 @@ def token_rewards(
 
     $$r_t = \operatorname{sign} \cdot S_t \cdot 1[S_t > \theta]$$
 
-    where the sign is that of the label (`"label"`, the paper) or of the gap $\Delta_t$ (`"faces"`). By `"agreement"` it is
-    that of the gap, times $w$ where the label is another.
+    The sign is that of the label (`"label"`, the paper) or of the gap $\Delta_t$ (`"faces"`). With `"agreement"` it is that
+    of the gap, and the reward is multiplied by $w$ where the label has the other sign.
 
     Args:
         positive_logps, negative_logps (`torch.Tensor` of shape `(B, T)`):
@@ -113,7 +112,7 @@ def token_rewards(
         reward_direction (`str`, *optional*, defaults to `"agreement"`):
             `"label"`, `"agreement"` or `"faces"`.
         disagreement_weight (`float`, *optional*, defaults to `0.5`):
-            $w$ in `[0, 1]`, by `"agreement"`. At 0 a reward that the label contradicts is none; 1 is `"faces"`.
+            $w$ in `[0, 1]`, for `"agreement"`. At 0 the label overrules the faces; 1 is the same as `"faces"`.
         importance_temperature, gap_floor (`float`, *optional*, default to `3.0` and `0.05`):
             $\tau$ and $\epsilon$ of [`token_importance`].
         sparsity_threshold (`float`, *optional*, defaults to `0.3`):
@@ -436,7 +435,7 @@ class FactoredLogits(NamedTuple):
         return FactoredLogits(self.hidden.detach(), self.weight.detach(), bias, self.softcap)
 
 
-def token_logps(*, logits: Sequence[FactoredLogits | torch.Tensor], targets: torch.LongTensor) -> torch.Tensor:
+def token_logps(*, logits: Sequence[FactoredLogits | torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
     r"""
     Log-probability of each target under the product of policies, which is the sum of their logits.
 
@@ -466,9 +465,10 @@ def token_logps(*, logits: Sequence[FactoredLogits | torch.Tensor], targets: tor
 
     ```
     """
-    if all(isinstance(one, FactoredLogits) for one in logits):
-        factors = [tensor for one in logits for tensor in (one.hidden, one.weight, one.bias)]
-        return _TiledLogps.apply(targets, [one.softcap for one in logits], *factors)
+    policies = [one for one in logits if isinstance(one, FactoredLogits)]
+    if len(policies) == len(logits):
+        factors = [factor for one in policies for factor in (one.hidden, one.weight, one.bias)]
+        return _TiledLogps.apply(targets, [one.softcap for one in policies], *factors)
     dense = [one.dense() if isinstance(one, FactoredLogits) else one.float() for one in logits]
     size = min(one.size(-1) for one in dense)
     total = sum((one[:, :size] for one in dense[1:]), start=dense[0][:, :size])
@@ -587,9 +587,9 @@ def guided_logps(
     """
     if len(doctor_logits) != len(beta):
         raise ValueError(f"`beta` needs one weight for each doctor. Got {len(beta)} for {len(doctor_logits)} doctors.")
-    guided = _add_weighed(None, patient_logits, alpha)
+    guided = _add_weighted(None, patient_logits, alpha)
     for logits, weight in zip(doctor_logits, beta, strict=True):
-        guided = _add_weighed(guided, logits, weight)
+        guided = _add_weighted(guided, logits, weight)
     if not _is_positive_number(alpha):
         guided = guided.masked_fill(patient_logits == float("-inf"), float("-inf"))
     return guided.log_softmax(dim=-1)
@@ -653,7 +653,7 @@ def next_token_entropy(logits: torch.Tensor) -> torch.Tensor:
     return torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1)
 
 
-def _add_weighed(total: torch.Tensor | None, logits: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:
+def _add_weighted(total: torch.Tensor | None, logits: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:
     """
     `total + weight * log pi` (..., V), up to a constant for each row, which goes in the next softmax.
 
@@ -663,12 +663,12 @@ def _add_weighed(total: torch.Tensor | None, logits: torch.Tensor, weight: float
     if _is_positive_number(weight):
         if total is None:
             return logits if weight == 1 else weight * logits
-        return torch.add(total, logits, alpha=weight)
+        return torch.add(total, logits, alpha=float(weight))
     weight = torch.as_tensor(weight, dtype=logits.dtype, device=logits.device)
     absent = logits == float("-inf")
-    weighed = weight * logits.log_softmax(dim=-1).masked_fill(absent, 0)
-    weighed = weighed.masked_fill(absent & (weight > 0), float("-inf"))
-    return weighed if total is None else total + weighed
+    weighted = weight * logits.log_softmax(dim=-1).masked_fill(absent, 0)
+    weighted = weighted.masked_fill(absent & (weight > 0), float("-inf"))
+    return weighted if total is None else total + weighted
 
 
 def _is_positive_number(weight: float | torch.Tensor) -> bool:

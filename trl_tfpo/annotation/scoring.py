@@ -1,27 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-How likely a model finds given completions, without reading a prompt twice.
+Log-probabilities of given completions under a model. Each prompt is read once for all its completions.
 
-Shapes: B rows of a forward pass, L tokens of a row. A row is a prompt and all its completions, side by side:
+Shapes: B rows of a forward pass, L tokens of a row. A row holds a prompt and its completions side by side:
 
     prompt[:-1] | prompt[-1] completion_0 | prompt[-1] completion_1 | padding
 
-Each branch sees the prompt and itself, at the positions it would have alone, and begins with the prompt's last token,
-from which its first token is predicted.
+Each branch attends to the prompt and to itself, at the positions that it has alone. It begins with the prompt's last
+token, which predicts its first token.
 """
 
 import inspect
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from ..common._upstream import HALVES, float32_residuals, inference, is_sharded, unsharded, unwrap_peft
+from ..common._upstream import unsharded
+from ..common.language_model import LanguageModel, device_of, inference, is_sharded, unwrap_peft
+from ..common.precision import HALVES, float32_residuals
 from ..functional import token_logps
 from ..models.adapters import check_speaks
 from ..models.states import read_logits
@@ -31,11 +34,11 @@ logger = logging.getLogger(__name__)
 
 PADDING_BRANCH = -1
 PROMPT_BRANCH = 0
-READS_BRANCHES = WeakKeyDictionary()  # by model
+_READS_BRANCHES: WeakKeyDictionary[PreTrainedModel, dict[tuple, bool]] = WeakKeyDictionary()
 
 
 def score_completions(
-    model: PreTrainedModel,
+    model: LanguageModel,
     prompt_ids: list[list[int]],
     completion_ids: list[list[int]],
     *,
@@ -46,9 +49,9 @@ def score_completions(
     """
     Log-probability of every completion token after its prompt.
 
-    Completions of one prompt share a row, so that the prompt is read once, where the model's attention takes a mask of
-    that form; rows of similar length share a forward pass, the more the shorter they are; the (tokens, vocabulary)
-    logits are never held. Of a model in half precision the residual stream, the norms and the head are computed in float32.
+    Completions of one prompt share a row where the model's attention takes such a mask, so the prompt is read once.
+    Rows of similar length share a forward pass; the shorter the rows, the more of them. The (tokens, vocabulary) logits
+    are never held. For a model in half precision the residual stream, the norms and the head are computed in float32.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -58,11 +61,11 @@ def score_completions(
         completion_ids (`list[list[int]]`):
             One completion for each prompt.
         batch_size (`int`):
-            Completions in a forward pass of the longest; of shorter ones as many as take no more tokens.
+            Completions of the greatest length in one forward pass. A pass of shorter ones has at most as many tokens.
         longest (`int`, *optional*, defaults to `0`):
-            Tokens of the longest completion with its prompt in all calls of a task, if that is more than in this one.
+            Tokens of the longest completion with its prompt over all calls, if it is not in this call.
         on_progress (`Callable`, *optional*):
-            Told after each forward pass which share of the completions it has scored, in [0, 1].
+            Called after each forward pass with the share of the completions that it has scored, in [0, 1].
 
     Returns:
         `list[torch.Tensor]` of shape `(T_i,)`: log-probabilities in nats, float32, on the CPU, in the given order.
@@ -73,8 +76,8 @@ def score_completions(
     """
     check_whole(model)
     check_speaks(model)
-    logps: list[torch.Tensor | None] = [None] * len(completion_ids)
-    with inference(model), unsharded(), _precisely(model):
+    logps: dict[int, torch.Tensor] = {}
+    with inference(model), unsharded(), _with_float32_residuals(model):
         rows = _rows(prompt_ids, max_branches=2)
         if max(map(len, rows), default=1) > 1 and not _reads_branches(model):
             rows = _rows(prompt_ids, max_branches=1)
@@ -88,26 +91,24 @@ def score_completions(
         while rows:
             num_rows = max_tokens // length(rows[0])
             batch, rows = rows[:num_rows], rows[num_rows:]
-            scored = _score_rows(
-                model, [(prompt_ids[row[0]], [completion_ids[index] for index in row]) for row in batch]
-            )
-            for row, branches in zip(batch, scored, strict=True):
+            texts = [(prompt_ids[row[0]], [completion_ids[index] for index in row]) for row in batch]
+            for row, branches in zip(batch, _score_rows(model, texts), strict=True):
                 for index, branch in zip(row, branches, strict=True):
                     logps[index] = branch
             if on_progress is not None:
                 on_progress(sum(map(len, batch)) / len(completion_ids))
-    for index, scored in enumerate(logps):
+    for index, scored in logps.items():
         if not scored.isfinite().all():
             raise ValueError(
                 f"Log-probabilities must be finite. {type(model).__name__} gives {scored[~scored.isfinite()][0].item()} "
                 f"to a token of sequence {index} ({len(prompt_ids[index]) + len(scored)} tokens); load it in float32 or "
                 "bfloat16, and check its weights and that no token of the data is masked out."
             )
-    return logps
+    return [logps[index] for index in range(len(completion_ids))]
 
 
-def check_whole(model: PreTrainedModel) -> None:
-    """Raise `ValueError` when the parameters of the model are shared out between processes."""
+def check_whole(model: torch.nn.Module) -> None:
+    """Raise `ValueError` when the parameters of the model are sharded."""
     if is_sharded(model):
         raise ValueError(
             f"A model that scores completions must be whole in each process. Got a {type(model).__name__} with sharded "
@@ -116,7 +117,7 @@ def check_whole(model: PreTrainedModel) -> None:
 
 
 def _rows(prompt_ids: list[list[int]], max_branches: int) -> list[list[int]]:
-    """Indices of completions that share a prompt, at most so many in a row."""
+    """Indices of the completions in each row: those of one prompt, at most `max_branches`."""
     rows: dict[tuple[int, ...], list[list[int]]] = {}
     for index, prompt in enumerate(prompt_ids):
         of_prompt = rows.setdefault(tuple(prompt), [[]])
@@ -126,9 +127,9 @@ def _rows(prompt_ids: list[list[int]], max_branches: int) -> list[list[int]]:
     return [row for of_prompt in rows.values() for row in of_prompt]
 
 
-def _score_rows(model: PreTrainedModel, rows: list[tuple[list[int], list[list[int]]]]) -> list[list[torch.Tensor]]:
-    """Log-probabilities of the branches of each row, prompt and completions."""
-    device = model.get_input_embeddings().weight.device
+def _score_rows(model: LanguageModel, rows: list[tuple[list[int], list[list[int]]]]) -> list[list[torch.Tensor]]:
+    """Log-probabilities of the completions of each row, a prompt and its completions."""
+    device = device_of(model)
     ids, labels, positions, branches = [], [], [], []
     for prompt, completions in rows:
         last = len(prompt) - 1
@@ -161,8 +162,8 @@ def _score_rows(model: PreTrainedModel, rows: list[tuple[list[int], list[list[in
     return scored
 
 
-def _branch_mask(branch: torch.LongTensor, model: PreTrainedModel) -> torch.Tensor:
-    """Who sees whom, (B, 1, L, L): each token the prompt and its own branch, up to itself."""
+def _branch_mask(branch: torch.Tensor, model: LanguageModel) -> torch.Tensor:
+    """Attention mask (B, 1, L, L): each token attends to the prompt and to its own branch, up to itself."""
     is_earlier = torch.ones(branch.size(1), branch.size(1), dtype=torch.bool, device=branch.device).tril()
     is_seen = (branch[:, None] == PROMPT_BRANCH) | (branch[:, None] == branch[:, :, None])  # (B, L, L)
     mask = (is_seen & is_earlier)[:, None]
@@ -171,41 +172,44 @@ def _branch_mask(branch: torch.LongTensor, model: PreTrainedModel) -> torch.Tens
     return torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
 
 
-def _precisely(model: PreTrainedModel) -> AbstractContextManager[None]:
-    """[`float32_residuals`] for a model in half precision whose layers take them, which is tried out. Within [`inference`]."""
-    if model.dtype not in HALVES or getattr(unwrap_peft(model), "is_quantized", False):
+def _with_float32_residuals(model: LanguageModel) -> AbstractContextManager[None]:
+    """
+    [`float32_residuals`] for a model in half precision, if a forward pass within it works. Otherwise a context without
+    effect. To be called within [`inference`].
+    """
+    base = unwrap_peft(model)
+    if model.dtype not in HALVES or getattr(base, "is_quantized", False):
         return nullcontext()
-    tokens = torch.arange(1, 5, device=model.device)[None] % unwrap_peft(model).config.get_text_config().vocab_size
+    tokens = torch.arange(1, 5, device=device_of(model))[None] % base.config.get_text_config().vocab_size
     try:
-        with float32_residuals(model):
+        with float32_residuals(base):
             is_finite = model(input_ids=tokens, use_cache=False).logits.isfinite().all()
-    except Exception as error:  # whatever a kernel raises on another dtype
+    except Exception as error:  # kernels raise various errors on another dtype
         logger.info("%s is read in %s throughout: %r", type(model).__name__, model.dtype, error)
         return nullcontext()
-    return float32_residuals(model) if is_finite else nullcontext()
+    return float32_residuals(base) if is_finite else nullcontext()
 
 
-def _reads_branches(model: PreTrainedModel) -> bool:
-    """Whether [`_tries_branches`], which is tried once for a model and the way it attends."""
-    found = READS_BRANCHES.setdefault(unwrap_peft(model), {})
+def _reads_branches(model: LanguageModel) -> bool:
+    """The cached result of [`_tries_branches`] for a model, its attention implementation and its dtype."""
+    found = _READS_BRANCHES.setdefault(unwrap_peft(model), {})
     way = (unwrap_peft(model).config._attn_implementation, model.dtype)
     if way not in found:
         found[way] = _tries_branches(model)
     return found[way]
 
 
-def _tries_branches(model: PreTrainedModel) -> bool:
-    """Whether two completions side by side are to the model what each is alone."""
+def _tries_branches(model: LanguageModel) -> bool:
+    """Whether the model gives two completions in one row the log-probabilities that each has alone."""
     base = unwrap_peft(model)
     config = base.config.get_text_config()
-    if (
-        base.config._attn_implementation not in ("sdpa", "eager")
-        or getattr(config, "sliding_window", None) is not None
-    ):
+    takes_masks = base.config._attn_implementation in ("sdpa", "eager")
+    if not takes_masks or getattr(config, "sliding_window", None) is not None:
         return False
     if "position_ids" not in inspect.signature(type(base).forward).parameters:
         return False
-    tokens = [token % base.get_input_embeddings().num_embeddings for token in range(1, 8)]
+    embeddings: Any = base.get_input_embeddings()
+    tokens = [token % embeddings.num_embeddings for token in range(1, 8)]
     prompt, completions = tokens[:3], [tokens[3:5], tokens[4:7]]
     together = torch.cat(_score_rows(model, [(prompt, completions)])[0])
     apart = torch.cat([_score_rows(model, [(prompt, [completion])])[0][0] for completion in completions])

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,18 +19,19 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, ModelOutput, cached_file
 
-from ..common._upstream import is_peft_model, unwrap_peft
 from ..common.atomic import written_whole
+from ..common.language_model import LanguageModel, device_of, is_peft_model, unwrap_peft
 from ..functional import FactoredLogits, token_logps
 from .adapters import VALUE_HEAD, check_adapters, record_exponents, trained_exponents, why_unreadable
 from .guidance import GUIDANCE, is_guidance, load_guidance, start_guidance, untie_head
 from .guidance_head import GuidanceHead
 from .head_adapter import keep_head, save_without_embeddings, with_head
+from .named_model import SOURCE
 from .states import PLAIN, add_logits, head_form, read_logits
 
 
 if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig
 
 
 VALUE_HEAD_FILE = "value_head.safetensors"  # of a full model
@@ -39,18 +40,18 @@ VALUE_HEAD_FILE = "value_head.safetensors"  # of a full model
 @dataclass
 class DoctorOutput(ModelOutput):
     """
-    What the doctor says about the completions of a batch, left-aligned: B rows, T tokens, S = T + 1 states.
+    What a doctor in training returns about the completions of a batch, left-aligned: B rows, T tokens, S = T + 1 states.
 
     Args:
         doctor_logps (`torch.Tensor` of shape `(B, T)`):
             Log-probability of each completion token, in nats, float32; zero outside the mask. That of base policy times
             doctor where the logits of a base policy were given.
         log_values (`torch.Tensor` of shape `(B, S)`):
-            Value head at each state, log V in nats, float32. Arbitrary outside the mask.
+            Output of the value head at each state: log V in nats, float32. Arbitrary outside the mask.
         completion_ids (`torch.Tensor` of shape `(B, T)`):
-            The completion tokens themselves.
+            The completion tokens.
         completion_mask (`torch.Tensor` of shape `(B, T)`):
-            Which of them are real.
+            True for completion tokens, False for padding.
     """
 
     doctor_logps: torch.Tensor | None = None
@@ -63,7 +64,8 @@ class ValueHead(torch.nn.Linear):
     """
     Linear map from the last hidden state to log V, in nats. Starts at zero; always computed in float32.
 
-    In bfloat16 training DeepSpeed and FSDP2 round its weights for the forward, like all others; the optimizer's are float32.
+    In bfloat16 training DeepSpeed and FSDP2 round its weights for the forward pass, as they do all weights. The
+    optimizer keeps them in float32.
 
     Args:
         hidden_size (`int`):
@@ -80,14 +82,14 @@ class ValueHead(torch.nn.Linear):
             return F.linear(hidden_states.float(), self.weight.float(), self.bias.float()).squeeze(-1)
 
 
-def add_value_head(model: PreTrainedModel) -> None:
+def add_value_head(model: LanguageModel) -> None:
     """
     Turn a causal language model, or a `PeftModel` of one, into a doctor, in place.
 
     `model(input_ids, attention_mask, completion_mask=mask, base_logits=logits)` then returns a [`DoctorOutput`], see
     [`read_completions`]. Without `completion_mask` the forward is that of the language model, so `generate` is
-    unchanged. The class becomes a subclass of the language model's, of the same name. The head is the submodule
-    `value_head`: it is saved with the model, and ignored when the folder is loaded as a plain causal language model.
+    unchanged. The model's class becomes a subclass of the same name. The value head is the submodule `value_head`. It
+    is saved with the model, and ignored when the folder is loaded as a plain causal language model.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -95,22 +97,23 @@ def add_value_head(model: PreTrainedModel) -> None:
     """
     base = unwrap_peft(model)
     if not hasattr(base, VALUE_HEAD):
-        head = ValueHead(base.config.get_text_config().hidden_size).to(base.get_input_embeddings().weight.device)
+        head: Any = ValueHead(base.config.get_text_config().hidden_size).to(device_of(base))
         if is_peft_model(model):
             from peft.utils import ModulesToSaveWrapper
 
-            config = model.peft_config[model.active_adapter]
+            adapter: Any = model.active_adapter
+            config: Any = model.peft_config[adapter]
             config.modules_to_save = [*(config.modules_to_save or []), VALUE_HEAD]
-            head = ModulesToSaveWrapper(head, model.active_adapter)
-            head.set_adapter(model.active_adapter)
+            head = ModulesToSaveWrapper(head, adapter)
+            head.set_adapter(adapter)
         setattr(base, VALUE_HEAD, head)
     if not hasattr(type(base), "language_model_class"):
         base.__class__ = _doctor_class(type(base))
 
 
 @functools.cache
-def _doctor_class(language_model: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The class of language models with a value head, under the name of the class itself, which is saved in configs."""
+def _doctor_class(language_model: Any) -> type[PreTrainedModel]:
+    """The subclass of a language model's class whose forward reads completions. Configs record its name, so it is kept."""
 
     class DoctorModel(language_model):
         language_model_class = language_model
@@ -129,13 +132,13 @@ def _doctor_class(language_model: type[PreTrainedModel]) -> type[PreTrainedModel
 
 def read_completions(
     model: PreTrainedModel,
-    forward: Callable[..., ModelOutput],
+    forward: Callable[..., Any],
     completion_mask: torch.Tensor,
     base_logits: list[FactoredLogits | torch.Tensor] | None,
-    **inputs: torch.Tensor,
+    **inputs: Any,
 ) -> DoctorOutput:
     """
-    The forward of a doctor in training: log-probabilities and values of completions, left-aligned.
+    The forward pass of a doctor in training: log-probabilities and values of completions, left-aligned.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -143,10 +146,10 @@ def read_completions(
         forward (`Callable`):
             The forward of its language model.
         completion_mask (`torch.Tensor` of shape `(B, L)`):
-            Which tokens belong to completions: at least one in each row, and not the first. N in all rows.
+            True for the tokens of completions: at least one in each row, and not the first. N in all rows together.
         base_logits (list of [`~trl_tfpo.functional.FactoredLogits`] or `torch.Tensor` of shape `(N, V)`, *optional*):
             Logits of the base policy where completion tokens are predicted, see
-            [`~trl_tfpo.training.base_policy.read_base_policy`]. `None` stands for a doctor with a policy of its own.
+            `read_base_policy` in `training/base_policy.py`. `None` for a doctor with a policy of its own.
         inputs:
             `input_ids` and `attention_mask` of shape `(B, L)`.
 
@@ -170,25 +173,25 @@ def read_completions(
 
 
 def make_doctor(
-    model: "PreTrainedModel | PeftModel",
+    model: LanguageModel,
     peft_config: "PeftConfig | None" = None,
     *,
     guides: bool = False,
     has_credits: bool = False,
-) -> "PreTrainedModel | PeftModel":
+) -> LanguageModel:
     """
-    The doctor with its value head, and with a new adapter if there is a config for one.
+    Turn a language model into a doctor for training: value head, head for guided flow, adapter.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The language model; changed in place.
         peft_config ([`~peft.PeftConfig`], *optional*):
-            Config of the adapter; left as it is. The value head is trained and saved with the adapter.
+            Config of a new adapter; not changed. The value head is trained and saved with the adapter.
         guides (`bool`, *optional*, defaults to `False`):
-            Whether it is for guided flow: its language model head starts at zero, see
+            Whether the doctor is for guided flow. Its language model head then starts at zero, see
             [`~trl_tfpo.models.guidance.start_guidance`], and is trained and saved with the adapter.
         has_credits (`bool`, *optional*, defaults to `False`):
-            Whether it is to start at credits: a new LoRA of a language model gets a place for them, see
+            Whether the doctor starts at token credits. A new LoRA with a policy of its own gets a place for them, see
             [`~trl_tfpo.models.head_adapter.with_head`].
 
     Returns:
@@ -255,15 +258,15 @@ def make_doctor(
 
 def set_head_learning_rate(optimizer: torch.optim.Optimizer, model: torch.nn.Module, learning_rate: float) -> None:
     """
-    Give the value head a learning rate of its own: parameter groups of the same settings, at the end.
+    Give the value head its own learning rate, by new parameter groups at the end with otherwise equal settings.
 
     Args:
         optimizer ([`~torch.optim.Optimizer`]):
-            Optimizer of the model, before its first step and before a scheduler is made for it; changed in place.
+            Optimizer of the model, before its first step and before a scheduler is created; changed in place.
         model ([`~torch.nn.Module`]):
             The doctor.
         learning_rate (`float`):
-            Of the value head, at the start of the schedule.
+            Learning rate of the value head at the start of the schedule.
     """
     of_head = {id(parameter) for name, parameter in model.named_parameters() if VALUE_HEAD in name.split(".")}
     for group in list(optimizer.param_groups):
@@ -275,18 +278,18 @@ def set_head_learning_rate(optimizer: torch.optim.Optimizer, model: torch.nn.Mod
 
 def locate_completions(completion_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Where in each row the states of its completion are read, and where its tokens are.
+    Find the positions of the states and tokens of each completion.
 
-    A state comes before each token of the assistant, and one after the last. What a user or a tool says between two of its
-    turns belongs to the state before the second: tokens that are masked are as good as deleted.
+    One state precedes each token of the assistant, and one follows the last. Text of a user or tool between two turns of
+    the assistant is part of the state that follows it: a masked token counts as deleted.
 
     Args:
         completion_mask (`torch.Tensor` of shape `(B, L)`):
-            The tokens of the assistant in each row, boolean. At least one, and not the first of the row.
+            True for the tokens of the assistant: at least one in each row, and not the first.
 
     Returns:
         `torch.Tensor` of shape `(B, S)`: position of the last token of each state; `torch.Tensor` of shape `(B, T)`:
-        positions of the tokens; and `torch.Tensor` of shape `(B, T)`: which of these are real. The others are arbitrary.
+        position of each token; `torch.Tensor` of shape `(B, T)`: True where there is a token. Other entries are arbitrary.
     """
     num_tokens = completion_mask.sum(dim=1, keepdim=True)  # (B, 1)
     is_token = torch.arange(int(num_tokens.max()), device=completion_mask.device) < num_tokens  # (B, T)
@@ -296,16 +299,16 @@ def locate_completions(completion_mask: torch.Tensor) -> tuple[torch.Tensor, tor
     return torch.cat([before, last], dim=1), tokens, is_token
 
 
-def load_doctor(path: str | os.PathLike, with_value_head: bool = True, **kwargs) -> PreTrainedModel:
+def load_doctor(path: str | os.PathLike, with_value_head: bool = True, **kwargs) -> LanguageModel:
     """
-    Load a trained doctor together with its value head, to go on training or to inspect the flow.
+    Load a trained doctor with its value head, to continue training or to inspect the flow.
 
-    For decoding the head is not needed: `AutoModelForCausalLM.from_pretrained(path)` does, or for an adapter
+    Decoding does not need the value head: `AutoModelForCausalLM.from_pretrained(path)` is enough, or for an adapter
     `PeftModel.from_pretrained(base, path)`.
 
     Args:
         path (`str`):
-            Folder or Hub id that [`TFPOTrainer`] saved: a full model or an adapter.
+            Folder or Hub id with a doctor that [`TFPOTrainer`] saved: a full model or an adapter.
         with_value_head (`bool`, *optional*, defaults to `True`):
             Whether to restore the value head.
         kwargs:
@@ -319,9 +322,9 @@ def load_doctor(path: str | os.PathLike, with_value_head: bool = True, **kwargs)
         `ValueError`: when there is no value head at `path`, several adapters or one that is not in safetensors, or an
             adapter that does not say for which exponents it was trained.
     """
-    kwargs.setdefault("use_safetensors", True)  # a pickle could do anything
-    kwargs.setdefault("trust_remote_code", False)  # otherwise transformers asks, and so could code of the folder
-    guidance = load_guidance(path)
+    kwargs.setdefault("use_safetensors", True)  # a pickle can run code
+    kwargs.setdefault("trust_remote_code", False)  # without a value transformers asks whether to run code
+    guidance = load_guidance(path, **{key: kwargs[key] for key in SOURCE if key in kwargs})
     path = _adapter_folder(path)
     adapter_config = cached_file(path, "adapter_config.json", _raise_exceptions_for_missing_entries=False)
     if adapter_config is not None:
@@ -358,7 +361,7 @@ def load_doctor(path: str | os.PathLike, with_value_head: bool = True, **kwargs)
 
 
 def _adapter_folder(path: str | os.PathLike) -> str | os.PathLike:
-    """Where PEFT saved the adapter of a doctor: an adapter that is not called "default" has a folder of its own."""
+    """The folder of a doctor's adapter. PEFT saves an adapter that is not named "default" in a subfolder."""
     if not Path(path).is_dir() or any((Path(path) / name).exists() for name in ("adapter_config.json", CONFIG_NAME)):
         return path
     named = sorted(file.parent for file in Path(path).glob("*/adapter_config.json"))
@@ -371,23 +374,23 @@ def _adapter_folder(path: str | os.PathLike) -> str | os.PathLike:
 
 
 def save_value_head(state: dict[str, torch.Tensor], folder: str | os.PathLike) -> None:
-    """Write the tensors of a full model's value head into its folder, next to the other weights."""
+    """Save the value head of a full model in its folder, in a file of its own."""
     with written_whole(Path(folder) / VALUE_HEAD_FILE) as part:
         save_file({name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}, part)
 
 
 def fold_map(model: PreTrainedModel, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
-    Give the weights of a doctor an ordinary head in the place of a [`~trl_tfpo.models.guidance_head.GuidanceHead`], in place.
+    Replace the weights of a [`~trl_tfpo.models.guidance_head.GuidanceHead`] by those of an ordinary head, in place.
 
     Returns:
-        `dict[str, torch.Tensor]`: the map of that head, for those who go on training; empty where there is none.
+        `dict[str, torch.Tensor]`: the map of the GuidanceHead, needed to resume training; empty where there is none.
     """
     head = model.get_output_embeddings()
     if not isinstance(head, GuidanceHead):
         return {}
     name = next(name for name, module in model.named_modules() if module is head)
-    if f"{name}.map" in state_dict:  # gathered by an engine, which reads parameters
+    if f"{name}.map" in state_dict:  # an engine has gathered the parameters
         map = state_dict.pop(f"{name}.map")
         state_dict[f"{name}.weight"] = head.folded(state_dict[f"{name}.weight"], map)
         return {"map": map}
@@ -396,8 +399,8 @@ def fold_map(model: PreTrainedModel, state_dict: dict[str, torch.Tensor]) -> dic
 
 def load_value_head(model: PreTrainedModel, folder: str | os.PathLike) -> None:
     """
-    Read the value head of a full model from its folder, in place, and the map of its head; from one that keeps it elsewhere
-    nothing.
+    Load the value head of a full model from its folder, in place, and the map of a GuidanceHead. Does nothing where the
+    folder has no such file.
     """
     path = Path(folder) / VALUE_HEAD_FILE
     if path.is_file():
@@ -409,7 +412,7 @@ def load_value_head(model: PreTrainedModel, folder: str | os.PathLike) -> None:
 
 
 def _read_value_head(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """The tensors of the value head in a saved full model: among its weights, sharded or not, or in their own file."""
+    """The tensors of the value head of a saved full model: among its weights, sharded or not, or in their own file."""
     file_names = ["model.safetensors"]
     index = cached_file(path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
     if index is not None:

@@ -1,29 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""How a language model becomes a doctor that guides, and the file that says so beside its weights."""
+"""Guided flow in the model: the head that starts at zero, and the exponents that are saved with the doctor."""
 
 import copy
 import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from ..common._upstream import backbone_of, inference, is_sharded
 from ..common.atomic import FORMAT, check_format
+from ..common.language_model import LanguageModel, backbone_of, head_of, inference, is_sharded
 from .adapters import trained_exponents
 from .guidance_head import GuidanceHead, constant_over
 from .head_adapter import start_head_at, starts_at_zero
 from .named_model import check_there
 from .states import PLAIN, head_form
-
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 
 GUIDANCE_FILE = "guidance.json"
@@ -33,28 +29,28 @@ GUIDANCE = {"alpha": 1.0, "beta": 1.0}  # exponents of the patient and of the do
 
 def start_guidance(model: PreTrainedModel, in_span: bool = False) -> None:
     """
-    Set the language model head to zero, in place, so that the doctor leaves any patient as it is.
+    Set the language model head to zero, in place. The doctor then changes no patient.
 
-    A head that is tied to the embeddings gets weights of its own. A doctor that has been trained by guided flow keeps what it
-    has learned.
+    A head that is tied to the embeddings gets its own weights. A doctor that was trained by guided flow is left as it
+    is.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
             The language model, before an adapter is added.
         in_span (`bool`, *optional*, defaults to `False`):
-            Whether the head becomes a [`~trl_tfpo.models.guidance_head.GuidanceHead`], and the weights of the present
-            one are frozen. A head that is more than a product gets weights of its own nevertheless.
+            Whether the head becomes a [`~trl_tfpo.models.guidance_head.GuidanceHead`] on the frozen weights of the
+            present one. A head with a bias, a scale or a cap gets its own weights in any case.
     """
-    is_new, embeddings = not getattr(model.config, "guidance", None), model.get_output_embeddings().weight
-    if is_new:
-        _own_config(model)
-        untie_head(model)
-        model.config.guidance = GUIDANCE
-    head = model.get_output_embeddings()
-    if not is_new:
+    if getattr(model.config, "guidance", None):
         return
-    is_outline = embeddings.device.type == "meta"  # whose logits cannot be looked at
-    if in_span and type(head) is torch.nn.Linear and head.bias is None and (is_outline or head_form(model) == PLAIN):
+    embeddings = head_of(model).weight
+    _own_config(model)
+    untie_head(model)
+    model.config.guidance = GUIDANCE
+    head = head_of(model)
+    has_product = type(head) is torch.nn.Linear and head.bias is None
+    is_outline = embeddings.device.type == "meta"  # a model without weights, which cannot be run
+    if in_span and has_product and (is_outline or head_form(model) == PLAIN):
         model.set_output_embeddings(GuidanceHead(embeddings))
         return
     head.weight = torch.nn.Parameter(torch.zeros_like(head.weight))
@@ -63,11 +59,11 @@ def start_guidance(model: PreTrainedModel, in_span: bool = False) -> None:
 
 
 def free_head(model: PreTrainedModel) -> None:
-    """Put a head of zeros, with a free row for each token, in the place of a new GuidanceHead, in place."""
-    former = model.get_output_embeddings()
-    head = torch.nn.Linear(former.in_features, len(former.weight), bias=False).to(former.weight)
+    """Replace an untrained GuidanceHead by a head with a free row for each token, all zero, in place."""
+    replaced = head_of(model)
+    head = torch.nn.Linear(replaced.in_features, len(replaced.weight), bias=False).to(replaced.weight)
     torch.nn.init.zeros_(head.weight)
-    former.weight.requires_grad_(former.froze_embeddings)
+    replaced.weight.requires_grad_(replaced.froze_embeddings)
     model.set_output_embeddings(head)
 
 
@@ -83,13 +79,13 @@ def start_at_credits(model: PreTrainedModel, logits: torch.Tensor, rows: Sequenc
         model ([`~transformers.PreTrainedModel`]):
             The doctor.
         logits (`torch.Tensor` of shape `(V',)`):
-            Of the tokens, in nats, up to a constant.
+            Logit of each token, in nats, up to a constant.
         rows (`Sequence[dict]`):
-            Rows of the training data. Reading stops after twice as many states as a hidden state has entries.
+            Rows of the training data. At least 2 H hidden states are read, where there are as many.
         collate (`Callable`):
-            From rows to a batch.
+            Turns rows into a batch.
     """
-    head = model.get_output_embeddings()
+    head = head_of(model)
     if is_sharded(model) or not (isinstance(head, GuidanceHead) or starts_at_zero(model)):
         return
     wanted = logits.new_zeros(len(head.weight))
@@ -111,8 +107,8 @@ def start_at_credits(model: PreTrainedModel, logits: torch.Tensor, rows: Sequenc
 
 
 def _own_config(model: PreTrainedModel) -> None:
-    """Give the model a config of its own: one that was made from the patient's would say that the patient is a doctor."""
-    own = {}  # copies, by the identity of what they are copies of
+    """Give the model its own copy of its config. A config that the patient shares would mark the patient as a doctor."""
+    own: dict[int, Any] = {}  # copies by the identity of the original
     copy.deepcopy(model.config, own)
     for module in model.modules():
         if id(getattr(module, "config", None)) in own:
@@ -120,33 +116,41 @@ def _own_config(model: PreTrainedModel) -> None:
 
 
 def untie_head(model: PreTrainedModel) -> None:
-    """Let the language model head have weights of its own, in place: it will be replaced, and the embeddings will not."""
+    """Untie the language model head from the input embeddings, in place, before its weights are replaced."""
     if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
         model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
-        model.tie_weights()  # forgets that they were
+        model.tie_weights()  # drops the record of tied weights
 
 
-def is_guidance(model: "PreTrainedModel | PeftModel") -> bool:
-    """Whether the model is a doctor of guided flow, trained or about to be."""
+def is_guidance(model: LanguageModel) -> bool:
+    """Whether the model is a doctor of guided flow, before or after training."""
     return bool(trained_exponents(model))
 
 
-def save_guidance(model: "PreTrainedModel | PeftModel", output_dir: str | os.PathLike) -> None:
-    """Write down the exponents that the doctor was trained for, if there are any, and its format, next to its weights."""
+def save_guidance(model: LanguageModel, output_dir: str | os.PathLike) -> None:
+    """Save the format, and the exponents that the doctor was trained for if there are any, next to its weights."""
     contents = {"format": FORMAT} | trained_exponents(model)
     (Path(output_dir) / GUIDANCE_FILE).write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
 
 
-def load_guidance(path: str | os.PathLike) -> dict[str, float] | None:
+def load_guidance(path: str | os.PathLike, **source: Any) -> dict[str, float] | None:
     """
-    The exponents `alpha` and `beta` that the doctor in a folder, or on the Hub, was trained for; empty for a doctor with a
-    policy of its own, `None` where nothing is written down.
+    Load the exponents that a doctor was trained for.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            Folder or Hub id.
+        source:
+            `revision`, `subfolder`, `cache_dir` and `token`, as of `from_pretrained`.
+
+    Returns:
+        `dict`: `alpha` and `beta`; empty for a doctor with a policy of its own, `None` where there is no record.
 
     Raises:
-        `ValueError`: when there is no such folder, or a later version of this package wrote it, in another format.
+        `ValueError`: when there is no such folder, or a later version of this package saved it in another format.
     """
     check_there(path)
-    file = cached_file(path, GUIDANCE_FILE, _raise_exceptions_for_missing_entries=False)
+    file = cached_file(path, GUIDANCE_FILE, _raise_exceptions_for_missing_entries=False, **source)
     if file is None:
         return None
     contents = json.loads(Path(file).read_text(encoding="utf-8"))

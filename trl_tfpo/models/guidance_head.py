@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-The head of a doctor that guides: its logits lie in the span of the vocabulary embeddings.
+A language model head whose logits lie in the span of the vocabulary embeddings.
 
 $$g(y \mid s) = c \, e_y^\top M h_s$$
 
-$e_y$ is the embedding of token $y$, frozen, and $M$ a square matrix that starts at zero. $c$ is 1, or more where embeddings are
-shorter than 1 on average, so that they learn as fast. A new head of one free row for each
-token learns nothing about tokens that the pairs do not show. Here a token moves with those whose embeddings are like its own,
-and there are H x H weights to train in place of V x H.
+$e_y$ is the frozen embedding of token $y$. $M$ is a square matrix that starts at zero. $c$ is 1, or larger where the
+mean norm of the embeddings is below 1, so that learning is as fast.
 
-A saved doctor has an ordinary head, $W = (E - \bar e) M$: it loads as any causal language model does. Rows that add up to zero
-change no probability, see `adapters.py`. [`GuidanceHead`] finds $M$ again when it is given these weights.
+A head with a free row for each token learns nothing about tokens that the pairs do not contain. With this head, tokens
+with similar embeddings get similar logits, and H x H weights are trained in place of V x H.
+
+A saved doctor has an ordinary head, $W = (E - \bar e) M$, and loads as any causal language model does. Subtracting the
+mean row changes no probability. [`GuidanceHead`] recovers $M$ when it loads $W$.
 """
 
 import torch
@@ -21,11 +22,11 @@ from torch.distributed.tensor import DTensor
 
 class GuidanceHead(torch.nn.Module):
     """
-    Language model head with logits in the span of the vocabulary embeddings; guides nowhere until it is trained.
+    Language model head with logits in the span of the vocabulary embeddings. All logits are zero before training.
 
     Args:
         embeddings (`torch.nn.Parameter` of shape `(V, H)`):
-            Weights of the head so far. They are frozen, and stay shared with the input embeddings where they are tied.
+            Weights of the language model's head. They are frozen. Tied weights stay tied to the input embeddings.
     """
 
     bias = None
@@ -34,7 +35,7 @@ class GuidanceHead(torch.nn.Module):
         super().__init__()
         self.froze_embeddings = embeddings.requires_grad
         embeddings.requires_grad_(False)
-        size = getattr(embeddings, "ds_shape", embeddings.shape)[1]  # of DeepSpeed ZeRO-3, which leaves a part of them
+        size = getattr(embeddings, "ds_shape", embeddings.shape)[1]  # under ZeRO-3 the parameter itself is a shard
         self.weight = embeddings
         is_known = embeddings.numel() > 0 and embeddings.device.type != "meta"
         self.scale = (
@@ -55,7 +56,7 @@ class GuidanceHead(torch.nn.Module):
         return F.linear(self.to_embedding_space(hidden_states), self.weight)
 
     def has_embeddings(self, weight: torch.Tensor) -> bool:
-        """Whether another head has these weights too, so that its hidden states can be added. The answer is kept."""
+        """Whether the weights of another head are equal, so that hidden states can be added. The answer is cached."""
         key = tuple((x.data_ptr(), x._version, x.dtype, x.shape) for x in (self.weight, weight))
         if self._compared is None or self._compared[0] != key:
             is_alike = self.weight.dtype == weight.dtype and self.weight.device == weight.device
@@ -65,34 +66,34 @@ class GuidanceHead(torch.nn.Module):
     @torch.no_grad()
     def start_at(self, logits: torch.Tensor, hidden_states: torch.Tensor) -> None:
         r"""
-        Let the head start with the same logits at every state, as nearly as it can.
+        Start with the same logits at every state, by least squares.
 
-        A direction $b$ in embedding space is fitted to the logits. As the head has no bias, $M = b a^\top$, where
+        A direction $b$ in embedding space is fitted to the logits. The head has no bias, so $M = b a^\top$, where
         $a^\top h \approx 1$ is fitted to hidden states.
 
         Args:
             logits (`torch.Tensor` of shape `(V,)`):
-                Of the tokens, in nats, up to a constant.
+                Logit of each token, in nats, up to a constant.
             hidden_states (`torch.Tensor` of shape `(N, H)`):
-                Where completion tokens are predicted, N larger than H if possible.
+                Hidden states that predict completion tokens. N should be larger than H.
         """
         direction = fitted_direction(self.weight, logits)
         self.map.copy_(torch.outer(direction, constant_over(hidden_states)) / self.scale)
 
     @torch.no_grad()
     def folded(self, embeddings: torch.Tensor, map: torch.Tensor) -> torch.Tensor:
-        """The weights (V, H) of an ordinary head with the same probabilities, in rows that add up to zero."""
+        """Weights (V, H) of an ordinary head with the same probabilities. Their mean row is zero."""
         weight = embeddings.float() @ (map.float() * self.scale)
         return (weight - weight.mean(dim=0)).to(embeddings.dtype)
 
     @torch.no_grad()
     def unfolded(self, embeddings: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """The map (H, H) of which [`folded`] makes this weight (V, H); of any other the closest in least squares."""
+        """The map (H, H) that [`folded`] turns into these weights (V, H), or the nearest one by least squares."""
         centered = embeddings.double() - embeddings.double().mean(dim=0)
         map = torch.linalg.lstsq(centered.T @ centered, centered.T @ weight.double()).solution / self.scale
         return map.to(embeddings.dtype)
 
-    # On disk the head is an ordinary one. Engines that shard it ask for its parameters, and `fold_map` comes later.
+    # The head is saved as an ordinary one. Engines that shard it save its parameters, which `fold_map` converts later.
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         if isinstance(self.map, DTensor) or hasattr(self.map, "ds_id"):
@@ -111,19 +112,19 @@ class GuidanceHead(torch.nn.Module):
 
 
 def fitted_direction(embeddings: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """The direction (H,), in double precision, whose products with the embeddings (V, H) are nearest to logits (V,), up to a constant."""
+    """The direction (H,), float64, whose products with embeddings (V, H) are nearest to logits (V,), up to a constant."""
     embeddings = embeddings.detach().double()
     centered, logits = embeddings - embeddings.mean(dim=0), logits.to(embeddings) - logits.mean().to(embeddings)
     return _ridge(centered.T @ centered, centered.T @ logits, 1e-4)
 
 
 def constant_over(hidden_states: torch.Tensor) -> torch.Tensor:
-    """Direction (H,) whose product with each of the hidden states (N, H) is about 1, in float64."""
+    """The direction (H,), float64, whose product with each of the hidden states (N, H) is about 1."""
     hidden_states = hidden_states.double()
     return _ridge(hidden_states.T @ hidden_states, hidden_states.sum(dim=0), 1e-3)
 
 
 def _ridge(second_moments: torch.Tensor, products: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Least squares (H,) with a ridge that is a share of the mean variance."""
+    """Ridge regression (H,) from second moments (H, H) and products (H,). The ridge is a share of the mean variance."""
     diagonal = torch.eye(len(second_moments)).to(second_moments) * ridge * second_moments.diagonal().mean()
     return torch.linalg.solve(second_moments + diagonal, products)

@@ -1,39 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-A LoRA on the language model head: where a doctor that is an adapter on a language model starts at its credits.
+Token credits in a LoRA on the language model head: where a LoRA doctor with a policy of its own starts.
 
 $$\log \pi(y \mid s) \propto (W h_s)_y + c_y \, a^\top h_s, \qquad a^\top h_s \approx 1$$
 
-$c$ are the credits of the tokens, and $c \, a^\top$ is a LoRA of rank 1 on the head $W$. It takes V + H numbers, where a head of its
-own would take V x H, and is a part of an ordinary adapter, which `PeftModel` loads. Training leaves it as it is: one free number
-for each token would learn the noise of the pairs. The adapters of the layers decide how much the credits count at each state, and
-what else there is to say.
+$c$ are the token credits, and $c \, a^\top$ is a LoRA of rank 1 on the head $W$. It has V + H weights, where a separate
+head would have V x H, and is part of an ordinary adapter that `PeftModel` loads. It is not trained: a free number for
+each token would fit the noise of the pairs. The adapters of the layers learn everything else.
 """
 
 import copy
 import functools
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
 
+from ..common.language_model import LanguageModel, head_of, unwrap_peft
+
 
 if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
-HAS_USUAL_START = (True, "gaussian")  # of `init_lora_weights`, where the product of the two matrices starts at zero
+STARTS_AT_ZERO = (True, "gaussian")  # values of `init_lora_weights` for which the product of the matrices is zero
 
 
-def has_adapted_head(model: "PreTrainedModel | PeftModel") -> bool:
-    """Whether the head is read with an adapter on it, so that its weights are not all that it is."""
-    head = model.get_output_embeddings()
+def has_adapted_head(model: LanguageModel) -> bool:
+    """Whether an adapter on the head is active and not merged."""
+    head = head_of(model)
     return hasattr(head, "base_layer") and not head._disable_adapters and not head.merged
 
 
-def has_columns(head: torch.nn.Module) -> bool:
-    """Whether all that the active adapters of a head do is to add a product of two matrices to its weights."""
+def is_plain_lora(head: Any) -> bool:
+    """Whether each active adapter of a head only adds the product of two matrices to its weights."""
     return all(
         name in getattr(head, "lora_A", {})
         and not getattr(head, "use_dora", {}).get(name, False)
@@ -42,9 +43,9 @@ def has_columns(head: torch.nn.Module) -> bool:
     )
 
 
-def adapter_factors(head: torch.nn.Module, hidden: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def adapter_factors(head: Any, hidden: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """
-    What the active adapters add to the logits of a head, see [`has_columns`].
+    What the active adapters add to the logits of a head, in factors. See [`is_plain_lora`].
 
     Args:
         head (`torch.nn.Module`):
@@ -53,7 +54,7 @@ def adapter_factors(head: torch.nn.Module, hidden: torch.Tensor) -> list[tuple[t
             Hidden states.
 
     Returns:
-        For each adapter its hidden states (N, R) and weights (V, R): the logits are their product.
+        A list of hidden states (N, R) and weights (V, R), one for each adapter, whose products are added to the logits.
     """
     return [
         (head.lora_A[name](hidden.to(head.lora_A[name].weight.dtype)) * head.scaling[name], head.lora_B[name].weight)
@@ -61,29 +62,29 @@ def adapter_factors(head: torch.nn.Module, hidden: torch.Tensor) -> list[tuple[t
     ]
 
 
-def with_head(model: PreTrainedModel, peft_config: "PeftConfig") -> "PeftConfig":
+def with_head(model: PreTrainedModel, peft_config: Any) -> Any:
     """
-    The config of an adapter that has a place for credits as well: rank 1 on the language model head.
+    Add a LoRA of rank 1 on the language model head to the config of an adapter, as a place for token credits.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
             The language model, before it gets the adapter.
         peft_config ([`~peft.PeftConfig`]):
-            Left as it is.
+            Config of the adapter; not changed.
 
     Returns:
-        [`~peft.PeftConfig`]: a copy; or the config itself where the head has its place in it already, or the adapter is no LoRA
-        that starts at zero.
+        [`~peft.PeftConfig`]: a changed copy. The config itself, where it covers the head already or is no LoRA that
+        starts at zero.
     """
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as USUAL_TARGETS
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 
-    head, name = model.get_output_embeddings(), _place_of_head(model)
+    head, name = head_of(model), _name_of_head(model)
     targets = getattr(peft_config, "target_modules", None)
     if targets is None:
-        targets = USUAL_TARGETS.get(getattr(model.config, "model_type", None))
+        targets = DEFAULT_TARGETS.get(getattr(model.config, "model_type", None))
     is_plain = getattr(peft_config.peft_type, "value", peft_config.peft_type) == "LORA" and not peft_config.use_dora
     last, kept = name.rsplit(".", 1)[-1], {*(peft_config.modules_to_save or ()), *peft_config.rank_pattern}
-    if not is_plain or peft_config.init_lora_weights not in HAS_USUAL_START or targets is None or {name, last} & kept:
+    if not is_plain or peft_config.init_lora_weights not in STARTS_AT_ZERO or targets is None or {name, last} & kept:
         return peft_config
     if targets == "all-linear":
         from transformers.pytorch_utils import Conv1D
@@ -103,51 +104,52 @@ def with_head(model: PreTrainedModel, peft_config: "PeftConfig") -> "PeftConfig"
     return peft_config
 
 
-def _place_of_head(model: PreTrainedModel) -> str:
-    """The name of its head among the modules of a model."""
-    head = model.get_output_embeddings()
+def _name_of_head(model: PreTrainedModel) -> str:
+    """The name of the language model head among the modules of a model."""
+    head = head_of(model)
     return next(name for name, module in model.named_modules() if module is head)
 
 
 def keep_head(model: "PeftModel") -> None:
-    """Let training leave credits as they are: the place on the head that [`with_head`] has made."""
-    head, place = model.get_output_embeddings(), _place_of_head(model.get_base_model())
+    """Exclude the LoRA that [`with_head`] has added from training, so that the credits stay as they are."""
+    head, name_of_head = head_of(model), _name_of_head(unwrap_peft(model))
+    configs: dict[str, Any] = model.peft_config
     for name, matrix in getattr(head, "lora_A", {}).items():
-        if model.peft_config[name].rank_pattern.get(place) == 1:
+        if configs[name].rank_pattern.get(name_of_head) == 1:
             matrix.requires_grad_(False)
             head.lora_B[name].requires_grad_(False)
 
 
 def save_without_embeddings(model: "PeftModel") -> None:
-    """Let an adapter that is partly on the head be saved without the embeddings, which PEFT would save with it."""
-    if hasattr(model.get_output_embeddings(), "base_layer"):
+    """Save an adapter on the head without the embeddings. PEFT would save these with it."""
+    if hasattr(head_of(model), "base_layer"):
         save = functools.partial(type(model).save_pretrained, model, save_embedding_layers=False)
-        model.save_pretrained = functools.wraps(type(model).save_pretrained)(save)
+        vars(model)["save_pretrained"] = functools.wraps(type(model).save_pretrained)(save)
 
 
-def starts_at_zero(model: "PreTrainedModel | PeftModel") -> bool:
-    """Whether the active adapter has a LoRA on the head that changes nothing yet."""
-    head, name = model.get_output_embeddings(), getattr(model, "active_adapter", None)
-    if not hasattr(head, "base_layer") or name not in getattr(head, "lora_B", {}) or not has_columns(head):
+def starts_at_zero(model: LanguageModel) -> bool:
+    """Whether the active adapter has a LoRA on the head whose product is still zero."""
+    head, name = head_of(model), getattr(model, "active_adapter", None)
+    if not hasattr(head, "base_layer") or name not in getattr(head, "lora_B", {}) or not is_plain_lora(head):
         return False
     return not head.lora_B[name].weight.any()
 
 
 @torch.no_grad()
-def start_head_at(model: "PeftModel", logits: torch.Tensor, constant: torch.Tensor) -> None:
+def start_head_at(model: LanguageModel, logits: torch.Tensor, constant: torch.Tensor) -> None:
     """
-    Let the active adapter add the same logits to those of the head at every state, in place.
+    Set the LoRA on the head so that it adds the same logits at every state, in place.
 
     Args:
         model ([`~peft.PeftModel`]):
             The doctor, see [`starts_at_zero`].
         logits (`torch.Tensor` of shape `(V,)`):
-            In nats.
+            Logit of each token, in nats.
         constant (`torch.Tensor` of shape `(H,)`):
-            Its product with every hidden state is about 1.
+            Direction whose product with every hidden state is about 1.
     """
-    head, name = model.get_output_embeddings(), model.active_adapter
+    head, name = head_of(model), model.active_adapter
     first, second = head.lora_A[name].weight, head.lora_B[name].weight  # (R, H), (V, R)
-    size = first.norm(dim=1).mean() / constant.norm()  # as long as the other rows
+    size = first.norm(dim=1).mean() / constant.norm()  # the norm of the other rows
     first[0] = constant * size
     second[:, 0] = logits / (size * head.scaling[name])

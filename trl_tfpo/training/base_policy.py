@@ -18,21 +18,18 @@ base policy, and the doctor learns the log-ratio to it. Any patient can be multi
 """
 
 import copy
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from ..common._upstream import inference, load_sharded, shard, shards_models
+from ..common._upstream import load_sharded, shard, shards_models
+from ..common.language_model import LanguageModel, inference
 from ..functional import FactoredLogits, token_logps
 from ..models.guidance import is_guidance
 from ..models.named_model import NamedModel
 from ..models.states import read_logits
-
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 
 class Policy:
@@ -42,8 +39,8 @@ class Policy:
     needs_patient = False  # in training, beyond annotation
 
     def base(
-        self, doctor: "PreTrainedModel | PeftModel | NamedModel", patient: PreTrainedModel | NamedModel | None
-    ) -> PreTrainedModel | NamedModel | None:
+        self, doctor: "LanguageModel | NamedModel", patient: PreTrainedModel | NamedModel | None
+    ) -> "LanguageModel | NamedModel | None":
         """The base policy, before the doctor gets its heads. `None` where there is none."""
         return None
 
@@ -77,7 +74,7 @@ class GuidedPolicy(Policy):
 POLICIES = {"doctor": Policy(), "ratio": RatioPolicy(), "guided": GuidedPolicy()}
 
 
-def place_base_policy(model: PreTrainedModel | NamedModel, accelerator: Accelerator) -> torch.nn.Module:
+def place_base_policy(model: "LanguageModel | NamedModel", accelerator: Accelerator) -> torch.nn.Module:
     """
     Put the base policy where the doctor is trained: sharded where the engine shards the doctor (ZeRO-3, FSDP2), otherwise
     whole in each process. A model that is quantized, or spread over devices, stays where it is.
@@ -103,14 +100,14 @@ def place_base_policy(model: PreTrainedModel | NamedModel, accelerator: Accelera
 
 
 def read_base_policy(
-    model: PreTrainedModel,
+    model: Any,
     *,
-    input_ids: torch.LongTensor,
+    input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
     completion_mask: torch.Tensor,
 ) -> tuple[list[FactoredLogits | torch.Tensor], torch.Tensor]:
     """
-    What the base policy says of completions, under no instruction but the prompt.
+    Read completions by the base policy, after the prompt alone, without either face.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -120,11 +117,11 @@ def read_base_policy(
         attention_mask (`torch.Tensor` of shape `(B, L)`):
             Which tokens are real.
         completion_mask (`torch.Tensor` of shape `(B, L)`):
-            The tokens of the assistant, N in all rows together, boolean.
+            True for the tokens of the assistant: N in all rows together.
 
     Returns:
-        Its logits where completion tokens are predicted, as [`~trl_tfpo.models.states.read_logits`] returns them; and
-        `torch.Tensor` of shape `(B, T)`: log-probabilities of the completion tokens in nats, left-aligned, zero after.
+        Logits where completion tokens are predicted, as [`~trl_tfpo.models.states.read_logits`] returns them; and
+        `torch.Tensor` of shape `(B, T)`: log-probabilities of the completion tokens in nats, left-aligned, padded with 0.
     """
     has_label = completion_mask[:, 1:]
     with inference(model):

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The reference: what the doctor thinks of the completions before it is trained, cached as columns of the dataset."""
+"""Reference log-probabilities: those of the doctor before training, cached as columns of the dataset."""
 
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
+import torch
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 
 from ..annotation.score_cache import add_scores
 from ..annotation.scoring import score_completions
-from ..common._upstream import adapter_layers, is_peft_model, is_sharded, using_adapters
+from ..common._upstream import adapter_layers, using_adapters
+from ..common.language_model import LanguageModel, is_peft_model, is_sharded
 from ..data.tokenization import ID_COLUMNS, column_lengths, row_lengths
 
 
@@ -18,35 +21,35 @@ REFERENCE_COLUMNS = ["chosen_ref_logps", "rejected_ref_logps"]
 
 
 def check_not_streamed(dataset: Dataset | IterableDataset, columns: set[str], reference_weight: float) -> None:
-    """Raise `ValueError` when a reference would have to score a streamed dataset, whose columns are these."""
+    """Raise `ValueError` when the reference would have to score a streamed dataset. `columns` are its columns."""
     if isinstance(dataset, IterableDataset) and not columns.issuperset(REFERENCE_COLUMNS):
         raise ValueError(
-            f"With `reference_weight={reference_weight}` the reference scores the dataset before training, "
-            "which a streamed dataset does not allow. Load it with `streaming=False`, or use `policy='ratio'`."
+            "A streamed dataset cannot be scored by the reference before training. Got one with "
+            f"`reference_weight={reference_weight}`; load it with `streaming=False`, or use `policy='ratio'`."
         )
 
 
-def check_untrained(doctor: PreTrainedModel, num_steps: int) -> None:
-    """Raise `ValueError` when the doctor is no longer what it was before training, or no longer whole."""
+def check_untrained(doctor: torch.nn.Module, num_steps: int) -> None:
+    """Raise `ValueError` when the doctor has been trained for some steps, or is sharded."""
     if num_steps > 0 or is_sharded(doctor):
         raise ValueError(
-            "The reference is the doctor before training, whole in each process; this one has been trained or "
-            f"sharded. Got a new dataset without the columns {REFERENCE_COLUMNS}; pass it as `eval_dataset` when the "
-            "trainer is made, and a doctor for DeepSpeed ZeRO-3 by name."
+            "The reference must be the doctor before training, whole in each process. Got a new dataset without the "
+            f"columns {REFERENCE_COLUMNS}, and a doctor that has been trained or sharded; pass the dataset as "
+            "`eval_dataset` of the trainer, and a doctor for DeepSpeed ZeRO-3 by name."
         )
 
 
 def with_reference_logps(dataset: Dataset | dict, trainer: Trainer, *, fingerprint: str) -> Dataset | dict:
     """
-    The dataset of a trainer, or each of a dict of them, with the columns of [`add_reference_logps`] unless they are there.
+    Add the columns of [`add_reference_logps`] to a dataset, or to each of a dict of them, where they are missing.
 
     Args:
         dataset ([`~datasets.Dataset`], or `dict` of them):
             Tokenized preferences.
         trainer ([`~transformers.Trainer`]):
-            Its model is the doctor before training.
+            Trainer whose model is the doctor before training.
         fingerprint (`str`):
-            Of that model.
+            Fingerprint of that model.
 
     Raises:
         `ValueError`: when the doctor has been trained or sharded.
@@ -55,16 +58,17 @@ def with_reference_logps(dataset: Dataset | dict, trainer: Trainer, *, fingerpri
         return {name: with_reference_logps(split, trainer, fingerprint=fingerprint) for name, split in dataset.items()}
     if set(REFERENCE_COLUMNS) <= set(dataset.column_names or next(iter(dataset))):
         return dataset
-    doctor, args = trainer.model, trainer.args
+    doctor: Any = trainer.model
+    args: Any = trainer.args
     check_untrained(doctor, trainer.state.global_step)
     if args.world_size > 1 and not getattr(doctor, "is_quantized", False):
-        doctor.to(args.device)  # an engine that shards it would do so later
+        doctor.to(args.device)  # an engine that shards the doctor moves it later
     return add_reference_logps(dataset, doctor, fingerprint=fingerprint, batch_size=args.scoring_batch_size)
 
 
-def add_reference_logps(dataset: Dataset, doctor: PreTrainedModel, *, fingerprint: str, batch_size: int) -> Dataset:
+def add_reference_logps(dataset: Dataset, doctor: LanguageModel, *, fingerprint: str, batch_size: int) -> Dataset:
     """
-    Add the log-probability of each completion token under the doctor as it is, or under what its adapter is on.
+    Add the log-probability of each completion token under the doctor, or under the base model of its adapter.
 
     Args:
         dataset ([`~datasets.Dataset`]):
@@ -72,9 +76,9 @@ def add_reference_logps(dataset: Dataset, doctor: PreTrainedModel, *, fingerprin
         doctor ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The doctor before training, whole in each process.
         fingerprint (`str`):
-            From [`~trl_tfpo.models.fingerprint.model_fingerprint`]: what the cache knows the doctor by.
+            From [`~trl_tfpo.models.fingerprint.model_fingerprint`]; the key of the doctor in the cache.
         batch_size (`int`):
-            Sequences in one forward pass.
+            Completions in a forward pass, see [`~trl_tfpo.annotation.scoring.score_completions`].
 
     Returns:
         [`~datasets.Dataset`]: the dataset with `chosen_ref_logps` and `rejected_ref_logps`, in nats.
@@ -92,12 +96,10 @@ def add_reference_logps(dataset: Dataset, doctor: PreTrainedModel, *, fingerprin
     )
 
 
-def _score_reference(batch: dict[str, list], *, doctor: PreTrainedModel, **settings) -> dict[str, list]:
-    # PEFT's own `disable_adapter` would let frozen parts of an adapter be trained afterwards
+def _score_reference(batch: dict[str, list], *, doctor: LanguageModel, **settings: int) -> dict[str, list]:
+    prompts, completions = batch["prompt_ids"] * 2, batch["chosen_ids"] + batch["rejected_ids"]
+    # PEFT's `disable_adapter` makes frozen parts of an adapter trainable
     with using_adapters(adapter_layers(doctor), ()) if is_peft_model(doctor) else nullcontext():
-        logps = score_completions(
-            doctor, batch["prompt_ids"] * 2, batch["chosen_ids"] + batch["rejected_ids"], **settings
-        )
+        logps = [row.numpy() for row in score_completions(doctor, prompts, completions, **settings)]
     num_pairs = len(batch["prompt_ids"])
-    logps = [row.numpy() for row in logps]
     return dict(zip(REFERENCE_COLUMNS, (logps[:num_pairs], logps[num_pairs:]), strict=True))

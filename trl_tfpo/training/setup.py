@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a trainer makes of its arguments, before it looks at data: models, tokenizer, rewards and objective."""
+"""Resolve the arguments of a trainer: models, tokenizer, reward function and objective."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer import disable_dropout_in_model
 
 from .. import functional
-from ..common._upstream import is_peft_model, keep_differentiable
+from ..common._upstream import keep_differentiable
+from ..common.language_model import LanguageModel, is_peft_model
 from ..data.tokenization import resolve_processing_class
 from ..data.tokenizer_identity import check_embeddings
 from ..models.doctor import make_doctor
@@ -23,36 +24,41 @@ from .objective import tfpo_objective
 
 
 if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig
 
 
 def resolve_patient(
     patient_model: str | PreTrainedModel | None, args: TFPOConfig, quantization_config: BitsAndBytesConfig | None
 ) -> PreTrainedModel | NamedModel | None:
-    """The patient: loaded by the caller, or by name, to be loaded when it is first read."""
-    warn_of_ignored(patient_model, "patient_model", args.patient_model_init_kwargs)
+    """The patient: a loaded model, or a [`NamedModel`] that is loaded when it is first read."""
+    warn_of_ignored(patient_model, "patient_model", _parsed(args.patient_model_init_kwargs))
     if patient_model is None:
         return None
-    init_kwargs = {"dtype": "auto", "trust_remote_code": args.trust_remote_code}
-    init_kwargs |= args.patient_model_init_kwargs or {}
+    init_kwargs: dict[str, Any] = {"dtype": "auto", "trust_remote_code": args.trust_remote_code}
+    init_kwargs |= _parsed(args.patient_model_init_kwargs)
     return resolve_model(patient_model, "patient_model", quantization_config, **init_kwargs)
 
 
+def _parsed(init_kwargs: dict[str, Any] | str | None) -> dict[str, Any]:
+    """Keyword arguments, which the config has parsed if they were given as JSON."""
+    return init_kwargs if isinstance(init_kwargs, dict) else {}
+
+
 def resolve_doctor(
-    model: "str | PreTrainedModel | PeftModel", args: TFPOConfig, quantization_config: BitsAndBytesConfig | None
-) -> "PreTrainedModel | PeftModel | NamedModel":
-    """The language model that becomes the doctor, as it is before training."""
-    warn_of_ignored(model, "model", args.model_init_kwargs)
+    model: "str | LanguageModel", args: TFPOConfig, quantization_config: BitsAndBytesConfig | None
+) -> "LanguageModel | NamedModel":
+    """The language model that becomes the doctor: a loaded model, or a [`NamedModel`]."""
+    warn_of_ignored(model, "model", _parsed(args.model_init_kwargs))
     # Where there are several processes, the engine places the model
-    init_kwargs = {"device_map": None} if args.distributed_state.num_processes > 1 else {}
-    init_kwargs |= {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
+    init_kwargs: dict[str, Any] = {"device_map": None} if args.distributed_state.num_processes > 1 else {}
+    init_kwargs |= {"trust_remote_code": args.trust_remote_code} | _parsed(args.model_init_kwargs)
     return resolve_model(model, "model", quantization_config, **init_kwargs)
 
 
 def resolve_tokenizer(
-    processing_class: PreTrainedTokenizerBase | None, model: "PreTrainedModel | PeftModel", args: TFPOConfig
+    processing_class: PreTrainedTokenizerBase | None, model: LanguageModel, args: TFPOConfig
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer, whose padding token the doctor takes over."""
+    """The tokenizer. Its padding token is set in the configs of the doctor."""
     processing_class = resolve_processing_class(processing_class, model, args.trust_remote_code)
     model.config.get_text_config().pad_token_id = processing_class.pad_token_id
     model.generation_config.pad_token_id = processing_class.pad_token_id
@@ -61,9 +67,9 @@ def resolve_tokenizer(
 
 
 def ready_doctor(
-    model: "PreTrainedModel | PeftModel", args: TFPOConfig, policy: Policy, peft_config: "PeftConfig | None"
-) -> "PreTrainedModel | PeftModel":
-    """The doctor with its heads and adapter, ready to be trained."""
+    model: LanguageModel, args: TFPOConfig, policy: Policy, peft_config: "PeftConfig | None"
+) -> LanguageModel:
+    """The doctor with its heads and adapter, ready for training."""
     check_language_model(model)
     model = make_doctor(model, peft_config, guides=policy.has_base, has_credits=bool(args.calibrate_rewards))
     keep_differentiable(model)

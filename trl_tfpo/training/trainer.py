@@ -5,7 +5,7 @@
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from accelerate.utils import set_seed
@@ -18,7 +18,7 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.data.data_collator import DataCollator
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput, TrainOutput
 
 from ..annotation.token_rewards import (
     GAP_COLUMNS,
@@ -31,6 +31,7 @@ from ..annotation.token_rewards import (
 from ..common._upstream import keep_output_precision
 from ..common.arguments import explains_unknown
 from ..common.atomic import check_writable
+from ..common.language_model import LanguageModel
 from ..data.tokenization import (
     FACE_COLUMNS,
     ID_COLUMNS,
@@ -72,7 +73,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
 
-AnyDataset = Dataset | IterableDataset | DatasetDict | IterableDatasetDict | dict
+AnyDataset: TypeAlias = Dataset | IterableDataset | DatasetDict | IterableDatasetDict | dict
 
 
 @explains_unknown(settings=TFPOConfig)
@@ -85,39 +86,40 @@ class TFPOTrainer(DoctorFiles):
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The doctor: a causal language model with the patient's tokenizer, or its name or path.
         patient_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
-            Frozen language model that gives token rewards to datasets without them. Not needed, and not kept, once
-            the datasets are annotated; but kept, and read for each batch, for `policy="guided"`.
+            Frozen language model that annotates datasets without token rewards. It is released after annotation, and
+            not needed for annotated datasets. With `policy="guided"` it is kept and read for each batch.
         args ([`TFPOConfig`], *optional*):
             Settings. Defaults to `TFPOConfig("<model name>-TFPO")`.
         data_collator ([`~transformers.DataCollator`], *optional*):
-            Defaults to a [`TokenRewardCollator`] that reads annotated columns. One with a patient asks it batch by
-            batch instead, and no dataset is annotated.
+            Defaults to a [`TokenRewardCollator`] that reads annotated columns. A `TokenRewardCollator` with a patient
+            annotates each batch instead, and the datasets stay as they are.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Preference dataset of any of TRL's formats, or one annotated by [`annotate_token_rewards`], which is used
-            as it is. A streamed one must be annotated; with `policy="doctor"` it needs `reference_weight=0`.
+            Preference dataset in any of TRL's formats, or one that [`annotate_token_rewards`] has annotated. A
+            streamed dataset must be annotated, and with `policy="doctor"` it needs `reference_weight=0`.
         eval_dataset ([`~datasets.Dataset`], or `dict` of them, *optional*):
-            The same, for evaluation.
+            Preference dataset for evaluation.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer of doctor and patient. Defaults to the doctor's.
         compute_metrics, callbacks, optimizers (*optional*):
             As in [`~transformers.Trainer`]; `compute_metrics` receives no predictions.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
-            For a doctor given by name.
+            Quantization of a doctor given by name.
         patient_quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
-            For a patient given by name.
+            Quantization of a patient given by name.
         peft_config ([`~peft.PeftConfig`], *optional*):
-            Train an adapter. The value head is trained and saved with it.
+            Config of an adapter to train. The value head is trained and saved with the adapter.
         faces ([`~trl_tfpo.faces.Faces`] or `str`, *optional*):
-            Pair of opposite instructions for the patient, or `"helpfulness"`, `"harmlessness"`, `"honesty"`. Needed
-            to annotate a dataset.
+            Contrastive prompts: a pair of opposite instructions for the patient, or one of the pairs `"helpfulness"`,
+            `"harmlessness"` and `"honesty"`. Required to annotate a dataset.
         reward_fn (`Callable`, *optional*):
             Replaces [`~trl_tfpo.functional.token_rewards`] when a dataset is annotated.
         objective (`Callable`, *optional*):
-            Replaces [`~trl_tfpo.training.objective.tfpo_objective`]: keyword-only tensors in, `(loss, metrics)` out.
+            Replaces [`~trl_tfpo.training.objective.tfpo_objective`]. Takes keyword-only tensors and returns
+            `(loss, metrics)`.
 
     Raises:
-        `ValueError`: when doctor, patient, tokenizer, datasets and settings do not fit together; each message says
-        why and what to do.
+        `ValueError`: when doctor, patient, tokenizer, datasets and settings do not fit together. Each message states
+        the rule, the value, and the remedy.
 
     Examples:
 
@@ -150,13 +152,14 @@ class TFPOTrainer(DoctorFiles):
         # docstyle-ignore
         "citation": textwrap.dedent("""\
             @inproceedings{llmdoctor2026,
-                title     = {{LLMdoctor: Token-Level Flow-Guided Preference Optimization for Efficient Test-Time Alignment of Large Language Models}},
+                title     = {{LLMdoctor: Token-Level Flow-Guided Preference Optimization for Efficient Test-Time
+                             Alignment of Large Language Models}},
                 year      = 2026,
                 booktitle = {Proceedings of the AAAI Conference on Artificial Intelligence},
                 eprint    = {2601.10416},
             }"""),
     }
-    loss_is_scaled_for_ga = True  # by the pairs of the whole step, see `get_batch_samples`
+    loss_is_scaled_for_ga = True  # type: ignore[assignment]  # by the pairs of a step, see `get_batch_samples`
 
     def __init__(
         self,
@@ -182,7 +185,8 @@ class TFPOTrainer(DoctorFiles):
         check_callables(reward_fn=reward_fn, objective=objective)
         check_split(train_dataset, "train_dataset")
         if isinstance(train_dataset, IterableDataset):
-            args.accelerator_config.dispatch_batches = False  # batches of different lengths cannot be concatenated
+            accelerator_config: Any = args.accelerator_config
+            accelerator_config.dispatch_batches = False  # batches of different lengths cannot be concatenated
         policy = POLICIES[args.policy]
         self.faces = faces
         self.reward_fn = reward_fn or reward_fn_of(args)
@@ -191,11 +195,11 @@ class TFPOTrainer(DoctorFiles):
         # Models and tokenizer
         set_seed(args.seed)  # adapters start at random
         self.patient_model = resolve_patient(patient_model, args, patient_quantization_config)
-        model = resolve_doctor(model, args, quantization_config)
-        base_policy = policy.base(model, self.patient_model)  # before the doctor gets its heads
-        model = model.loaded if isinstance(model, NamedModel) else model
-        processing_class = resolve_tokenizer(processing_class, model, args)
-        model = ready_doctor(model, args, policy, peft_config)
+        language_model = resolve_doctor(model, args, quantization_config)
+        base_policy = policy.base(language_model, self.patient_model)  # before the doctor gets its heads
+        doctor = language_model.loaded if isinstance(language_model, NamedModel) else language_model
+        processing_class = resolve_tokenizer(processing_class, doctor, args)
+        doctor = ready_doctor(doctor, args, policy, peft_config)
 
         # Data
         if data_collator is None:
@@ -207,7 +211,7 @@ class TFPOTrainer(DoctorFiles):
             )
         check_collator(data_collator, args)
         train_dataset, eval_dataset = self._prepare_data(
-            train_dataset, eval_dataset, model, processing_class, data_collator, args
+            train_dataset, eval_dataset, doctor, processing_class, data_collator, args
         )
         if policy.needs_patient:
             check_given(self.patient_model)
@@ -218,7 +222,7 @@ class TFPOTrainer(DoctorFiles):
 
         # Trainer
         super().__init__(
-            model=model,
+            model=doctor,
             args=args,
             data_collator=data_collator,
             train_dataset=train_dataset,
@@ -232,25 +236,27 @@ class TFPOTrainer(DoctorFiles):
         self.add_callback(WarnWhenHeldOutTurns(self.callback_handler))
 
         keep_output_precision(self.accelerator)
+
+        # Base policy, and where the doctor starts
         if policy.needs_patient:
             check_patient(self.patient_model, processing_class)
         self.base_policy = None if base_policy is None else place_base_policy(base_policy, self.accelerator)
-
-        # Where the doctor starts
         if self.calibration is not None:
             credits = self.calibration.credits / args.reward_temperature
-            start_at_credits(self.model, credits, self.train_dataset, data_collator)
+            start_at_credits(doctor, credits, self.train_dataset, data_collator)
 
         # Reference log-probabilities
-        self._has_reference = args.reference_weight > 0 and not policy.has_base  # else the base policy
-        self._reference_fingerprint = model_fingerprint(self.model) if self._has_reference else None
+        self._has_reference = (
+            args.reference_weight > 0 and not policy.has_base
+        )  # else the base policy is the reference
+        self._reference_fingerprint = model_fingerprint(doctor) if self._has_reference else None
         self.train_dataset = self._add_reference_logps(self.train_dataset)
         self.eval_dataset = self._add_reference_logps(self.eval_dataset)
 
         # Metrics
         self._means = PairMeans()
         self._metric_key_prefix = "eval"
-        self.model.add_model_tags(self._tag_names)
+        doctor.add_model_tags(self._tag_names)
 
     # Data
 
@@ -258,12 +264,12 @@ class TFPOTrainer(DoctorFiles):
         self,
         train_dataset: Dataset | IterableDataset,
         eval_dataset: AnyDataset | None,
-        model: "PreTrainedModel | PeftModel",
+        model: LanguageModel,
         processing_class: PreTrainedTokenizerBase,
         data_collator: DataCollator,
         args: TFPOConfig,
-    ) -> tuple[Dataset | IterableDataset, AnyDataset | None]:
-        """Both datasets with token rewards. The rewards decide on the head of the doctor."""
+    ) -> tuple[AnyDataset, AnyDataset | None]:
+        """Both datasets with token rewards. The rewards decide which head the doctor gets."""
         patient = None if self.patient_model is None else outline_of(self.patient_model)
         self._eos_token_ids = all_eos_token_ids(processing_class, model, patient)
         self._online_faces, max_length = None, args.max_length
@@ -288,7 +294,7 @@ class TFPOTrainer(DoctorFiles):
     def _annotate(
         self, dataset: AnyDataset | None, processing_class: PreTrainedTokenizerBase, args: TFPOConfig
     ) -> AnyDataset | None:
-        """The dataset with token rewards, from wherever they come; with token ids only if the collator asks for them."""
+        """The dataset with token rewards, or with token ids only where the collator annotates batches."""
         if dataset is None:
             return None
         if isinstance(dataset, dict):
@@ -326,17 +332,17 @@ class TFPOTrainer(DoctorFiles):
         )
 
     def _calibrate(self, dataset: AnyDataset | None) -> AnyDataset | None:
-        """The dataset with the rewards that explain the labels of the training data, if these are used."""
+        """The dataset with calibrated rewards, where these are used."""
         return dataset if dataset is None or self.calibration is None else self.calibration.apply(dataset)
 
     def _add_reference_logps(self, dataset: AnyDataset | None) -> AnyDataset | None:
-        """The dataset with the log-probabilities of the doctor before training, cached."""
+        """The dataset with the log-probabilities of the doctor before training, where these are the reference."""
         if dataset is None or not self._has_reference:
             return dataset
         return with_reference_logps(dataset, self, fingerprint=self._reference_fingerprint)
 
     def _set_signature_columns_if_needed(self):
-        # What the collator reads, not what the model's forward takes
+        # Columns that the collator reads. The default is the arguments of the model's forward
         if self._signature_columns is None:
             scores = [*REWARD_COLUMNS, *GAP_COLUMNS, *REFERENCE_COLUMNS]
             self._signature_columns = [*ID_COLUMNS, *MASK_COLUMNS, *FACE_COLUMNS, *scores]
@@ -350,15 +356,21 @@ class TFPOTrainer(DoctorFiles):
         return super()._get_train_sampler(dataset)
 
     def _prepare_inputs(self, inputs: dict) -> dict:
-        # DeepSpeed's half precision would cast token rewards as well
+        # With DeepSpeed in half precision the parent class would also cast token rewards
         return {name: tensor.to(self.args.device) for name, tensor in inputs.items()}
 
     # Loss
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
         if self.args.should_save:
             check_writable(self.args.output_dir)
-        return super().train(resolve_checkpoint(resume_from_checkpoint, self.args.output_dir), **kwargs)
+        checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        return super().train(checkpoint, trial, ignore_keys_for_eval)
 
     def create_optimizer(self, model=None):
         is_new = self.optimizer is None
@@ -405,7 +417,7 @@ class TFPOTrainer(DoctorFiles):
         return (loss, {**outputs, "rewards": rewards}) if return_outputs else loss
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The batches of one optimizer step and how many pairs they have, in all processes: each counts alike."""
+        """The batches of one optimizer step, and the number of their pairs in all processes: every pair has equal weight."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         num_pairs = torch.tensor(sum(len(batch["is_complete"]) // 2 for batch in batches), device=device)
         return batches, self.accelerator.gather(num_pairs).sum()
@@ -416,7 +428,7 @@ class TFPOTrainer(DoctorFiles):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         prefix = f"{self._metric_key_prefix}_" if self._mode == "eval" else ""
-        # In place: `evaluate` returns this dict, from which `metric_for_best_model` is taken
+        # In place, because `evaluate` returns this dict, which has the `metric_for_best_model`
         logs.update(self._means.take(self._mode, prefix))
         super().log(logs, start_time)
 
@@ -444,20 +456,20 @@ class TFPOTrainer(DoctorFiles):
         self, test_dataset: Dataset, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
         """
-        Metrics and rewards of the pairs of another dataset.
+        Compute metrics and the implicit rewards of pairs.
 
         Args:
             test_dataset ([`~datasets.Dataset`]):
-                As for [`TFPOTrainer`].
+                Preference dataset, as for [`TFPOTrainer`].
             ignore_keys (`list[str]`, *optional*):
                 Has no effect.
             metric_key_prefix (`str`, *optional*, defaults to `"test"`):
-                Precedes the names of the metrics.
+                Prefix of the names of the metrics.
 
         Returns:
-            [`~transformers.trainer_utils.PredictionOutput`]: `predictions` of shape `(num_pairs, 2)`, the rewards of the
-            chosen and of the rejected completion, see [`~trl_tfpo.training.objective.pair_rewards`], or None where nothing is known of
-            the doctor before training; and `metrics`, as those of `evaluate`.
+            [`~transformers.trainer_utils.PredictionOutput`]: `predictions` of shape `(num_pairs, 2)`, the implicit rewards
+            of the chosen and of the rejected completion, see [`~trl_tfpo.training.objective.pair_rewards`], or None
+            where there is no reference; and `metrics` as in `evaluate`.
         """
         check_split(test_dataset, "test_dataset")
         test_dataset = self._calibrate(self._annotate(test_dataset, self.processing_class, self.args))

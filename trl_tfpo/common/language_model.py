@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Questions that every stage asks of a language model, with adapters or without."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+LanguageModel: TypeAlias = "PreTrainedModel | PeftModel"
+
+
+def is_peft_model(model: torch.nn.Module) -> bool:
+    """Whether the model is a `PeftModel`. Accelerate's function looks into the installed packages at every call."""
+    return hasattr(model, "get_base_model")
+
+
+def unwrap_peft(model: LanguageModel) -> PreTrainedModel:
+    """The transformers model inside a `PeftModel`, or the model itself."""
+    wrapped: Any = model
+    return wrapped.get_base_model() if is_peft_model(model) else wrapped
+
+
+def backbone_of(model: LanguageModel) -> torch.nn.Module:
+    """The module whose last hidden states the language model head reads. In OPT it is a part of the base model."""
+    base = unwrap_peft(model)
+    decoder = base.get_decoder()
+    return base.base_model if decoder is base else decoder
+
+
+def head_of(model: LanguageModel) -> Any:
+    """The language model head: a linear layer, a PEFT layer around one, or whatever else the model has."""
+    return unwrap_peft(model).get_output_embeddings()
+
+
+def device_of(model: LanguageModel) -> torch.device:
+    """The device that token ids are read on."""
+    embeddings: Any = unwrap_peft(model).get_input_embeddings()
+    return embeddings.weight.device
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether a process holds only its part of the parameters: DeepSpeed ZeRO-3 marks them, FSDP2 replaces them."""
+    return any(hasattr(parameter, "ds_id") or isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+@contextmanager
+def inference(model: torch.nn.Module) -> Iterator[None]:
+    """Within the context the model is in eval mode and records no gradients. Its mode is restored afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The precision that models are loaded in, and ways to compute in float32 with weights in half precision."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode  # documented under this name only
+from torch.utils._pytree import tree_map  # the same
+from transformers import PreTrainedModel
+
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def default_dtype() -> str:
+    """
+    The dtype to load a model in by default: `"auto"`, that of its checkpoint, or `"float32"` on a CPU without bfloat16
+    instructions, where half precision is several times slower.
+    """
+    get_capabilities = getattr(torch.cpu, "get_capabilities", None)
+    capabilities = {} if get_capabilities is None else get_capabilities()
+    has_bfloat16 = any(value for name, value in capabilities.items() if "bf16" in name)
+    return "auto" if torch.accelerator.is_available() or has_bfloat16 else "float32"
+
+
+@contextmanager
+def float32_residuals(model: PreTrainedModel) -> Iterator[None]:
+    """
+    Within the context a model in half precision keeps its residual stream in float32, and so its norms. Matrices are
+    multiplied in half precision as before: autocast does this once the embeddings are float32.
+    """
+    hook = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.float())
+    try:
+        with torch.autocast(model.device.type, dtype=model.dtype):
+            yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def in_float32() -> Iterator[None]:
+    """
+    Within the context models in bfloat16 or float16 compute in float32, with the weights that they have.
+
+    Each weight is converted where it is used, which needs memory for one weight more. It is slow, and kernels that take
+    only half precision raise.
+    """
+    with _Float32(), _Float32Convolutions():
+        yield
+
+
+def _widened(x: Any) -> Any:
+    if isinstance(x, torch.dtype):
+        return torch.float32 if x in HALVES else x
+    return x.float() if isinstance(x, torch.Tensor) and x.dtype in HALVES else x
+
+
+class _Float32(TorchDispatchMode):
+    """Runs operations in half precision in float32. A tensor that is written in place keeps its dtype."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.embedding.default:  # convert the rows that are read, not the table
+            return _widened(func(*args, **kwargs))
+        written = {id(args[0])} if func._schema.is_mutable and args else set()
+        args, kwargs = tree_map(lambda x: x if id(x) in written else _widened(x), (args, kwargs))
+        return func(*args, **kwargs)
+
+
+class _Float32Convolutions(TorchFunctionMode):
+    """Convolutions compare the dtypes of their arguments before dispatch."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (torch.conv1d, torch.conv2d):
+            args, kwargs = tree_map(_widened, (args, kwargs))
+        return func(*args, **kwargs)
