@@ -182,7 +182,7 @@ def test_adapters_from_before_there_was_a_record(folder, base, tmp_path):
     doctor = load_doctor(tmp_path / "ratio", with_value_head=False)
     assert guided_logps(doctor).equal(guided_logps(load_doctor(folder / "ratio", with_value_head=False)))
     doctor.save_pretrained(tmp_path / "again")
-    with pytest.raises(ValueError, match="saved without a record, with \\['lm_head'\\] of its own; load it with"):
+    with pytest.raises(ValueError, match="Got one without a record, with \\['lm_head'\\] of its own; load it with"):
         guided_logps(PeftModel.from_pretrained(base, tmp_path / "ratio").eval())
     base = AutoModelForCausalLM.from_pretrained(folder / "base")
     assert DoctorGuidedLogitsProcessor(PeftModel.from_pretrained(base, tmp_path / "again").eval()).alpha == 1.0
@@ -194,7 +194,7 @@ def test_an_adapter_without_its_head_is_refused(folder, base):
     """On the language model's own head the changes of a ratio's layers mean nothing."""
     model = PeftModel.from_pretrained(base, folder / "ratio").eval()
     base.lm_head = base.lm_head.original_module
-    with pytest.raises(ValueError, match="must be whole. Got one without its \\['lm_head'\\]"):
+    with pytest.raises(ValueError, match="must be complete. Got one without its \\['lm_head'\\]"):
         guided_logps(model)
 
 
@@ -302,7 +302,7 @@ def test_the_head_is_looked_at_once(folder, base, monkeypatch):
     assert trained_exponents(model) == {} and len(calls) == num_calls > 0
     with torch.no_grad():
         model.lm_head.weight -= model.lm_head.weight.mean(dim=0)
-    with pytest.raises(ValueError, match="must say for which exponents"):
+    with pytest.raises(ValueError, match="must have a record of the exponents"):
         trained_exponents(model)
 
 

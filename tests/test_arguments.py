@@ -28,24 +28,24 @@ def parse(tmp_path, text: str, *arguments: str, types=(TFPOScriptArguments, TFPO
 
 
 WRONG = [
-    ("max_steps: 2.5", "`max_steps` must be a whole number. Got 2.5"),
-    ("max_steps: yes", "`max_steps` must be a whole number. Got True"),
-    ("max_steps: null", "`max_steps` must be a whole number. Got None"),
+    ("max_steps: 2.5", "`max_steps` must be an integer. Got 2.5"),
+    ("max_steps: yes", "`max_steps` must be an integer. Got True"),
+    ("max_steps: null", "`max_steps` must be an integer. Got None"),
     ("learning_rate: [1.0e-3]", "`learning_rate` must be a number. Got \\[0.001\\]"),
     ("reward_temperature: no", "`reward_temperature` must be a number. Got False"),
-    ("max_length: 512.5", "`max_length` must be a whole number. Got 512.5"),
+    ("max_length: 512.5", "`max_length` must be an integer. Got 512.5"),
     ("bf16: 2", "`bf16` must be true or false. Got 2"),
     ("drop_unusable: [true]", "`drop_unusable` must be true or false"),
-    ("run_name: yes", "`run_name` must be a text. Got True .bool.; write it in quotes, as YAML reads `yes`"),
+    ("run_name: yes", "`run_name` must be a string. Got True .bool.; write it in quotes, because YAML reads `yes`"),
     ("model_init_kwargs: 5", "`model_init_kwargs` must be a dictionary"),
-    ("policy: [ratio]", "`policy` must be a text"),
+    ("policy: [ratio]", "`policy` must be a string"),
     ("lr_scheduler_kwargs: num_cycles=2", "`lr_scheduler_kwargs` must be a dictionary"),
     ("model_init_kwargs: '[1]'", "`model_init_kwargs` must be a dictionary"),
-    ("lora_r: 8.5", "`lora_r` must be a whole number. Got 8.5"),
+    ("lora_r: 8.5", "`lora_r` must be an integer. Got 8.5"),
     ("lora_target_modules: [1, 2]", "`lora_target_modules` must be a list"),
     ("use_peft: 3", "`use_peft` must be true or false"),
-    ("dry_run: 1.5", "`dry_run` must be a whole number"),
-    ("faces: [a, b]", "`faces` must be a text"),
+    ("dry_run: 1.5", "`dry_run` must be an integer"),
+    ("faces: [a, b]", "`faces` must be a string"),
 ]
 
 
@@ -57,7 +57,7 @@ def test_a_value_of_another_type_is_refused(text, message, tmp_path):
 
 
 def test_a_file_may_say_it_in_any_way(tmp_path):
-    """YAML reads 5e-4 as a text and `on` as a switch; recipes are full of both, and of quoted numbers and null."""
+    """YAML reads 5e-4 as a string and `on` as a switch; recipes are full of both, and of quoted numbers and null."""
     text = """
         output_dir: run
         learning-rate: 5e-4
@@ -151,7 +151,7 @@ def test_settings_stay_what_they_were():
         other: "OnlyForTypeCheckers | None" = None  # noqa: F821
 
     assert Mine("run", other=3).other == 3
-    with pytest.raises(ValueError, match="`max_steps` must be a whole number"):
+    with pytest.raises(ValueError, match="`max_steps` must be an integer"):
         Mine("run", max_steps=2.5)
     TFPOConfig("run", model_init_kwargs={"dtype": torch.float32}, warmup_steps=3, bf16=0)  # what Python may pass
 

@@ -206,7 +206,7 @@ ANNOTATION = {
     "messages without a role": (lambda _: annotate(edited(prompt=[{"content": "say"}])), "messages that have a role"),
     "prompt without messages": (lambda _: annotate(edited(prompt=[])), "messages that have a role"),
     "no patient": (lambda _: annotate_token_rewards(Dataset.from_list(ROWS), None, make_tokenizer(), faces=FACES), "`patient` must be a causal language model, .*Got None"),
-    "patient that is not there": (lambda _: annotate(patient="./absent"), "Got './absent', which is not there; check the path"),
+    "patient that is not there": (lambda _: annotate(patient="./absent"), "Got './absent', which does not exist; check the path"),
     "not a tokenizer": (lambda _: annotate(tokenizer="words"), "must be a tokenizer.*Got a `str`"),
     "faces of a dict": (lambda _: annotate(faces={"positive": "a"}), "must be a `Faces` or one of"),
     "face that is no text": (lambda _: Faces(positive=3, negative="be rude"), "non-blank instruction. Got positive=3"),
@@ -247,7 +247,7 @@ TRAINING = {
     "no rows": (lambda tmp: train(tmp, train_dataset=annotate().select([])), "at least one row"),
     "settings in a dict": (lambda _: TFPOTrainer(model=make_llama(2), args={}, train_dataset=annotate()), "`args` must be a `TFPOConfig`. Got a `dict`"),
     "objective that is none": (lambda tmp: train(tmp, objective=3), "`objective` must be callable. Got 3"),
-    "ids of a larger vocabulary": (lambda tmp: train(tmp, train_dataset=Dataset.from_list([{**row, "prompt_ids": [99]} for row in annotate()])), "Got the token id 99, and that knows 0 to 21"),
+    "ids of a larger vocabulary": (lambda tmp: train(tmp, train_dataset=Dataset.from_list([{**row, "prompt_ids": [99]} for row in annotate()])), "Got the token id 99, and its ids are 0 to 21"),
 }  # fmt: skip
 SETTINGS = {
     "negative reward temperature": (lambda _: TFPOConfig("run", **{"reward_temperature": -0.25}), "`reward_temperature` must be positive"),
@@ -394,7 +394,6 @@ EVALUATION = {
 }  # fmt: skip
 WORLD = {
     "unknown attribute": (lambda _: load_world().preference_dataset("prais", num_pairs=1, seed=0), r"one of \['calm', 'praise'\]. Got 'prais'"),
-    "noise temperature of zero": (lambda _: load_world().preference_dataset("praise", num_pairs=1, seed=0, noise_temperature=0), "must be positive. Got 0"),
     "no pairs": (lambda _: load_world().preference_dataset("praise", num_pairs=0, seed=0), "at least one prompt"),
     "unknown split": (lambda _: load_world().prompts("dev"), "`split` must be one of .* Got 'dev'"),
     "world that is not there": (lambda _: load_world("absent"), "must hold the folders 'patient' and 'doctor'.*testbed.build"),
@@ -415,7 +414,7 @@ SERVING = {
     "patient in training mode": (lambda _: Engine(make_llama(1).train(), make_tokenizer(), {}), "eval mode"),
     "empty key": (lambda _: make_app(None, model_name="world", api_key=""), "an empty key; leave out `api_key`"),
     "model without a name": (lambda _: make_app(None, model_name=""), "must have names"),
-    "weight that is not finite": (lambda _: submit([1], alpha=float("nan")), "Weights must be finite. Got `alpha` nan"),
+    "weight that is not finite": (lambda _: submit([1], alpha=float("nan")), "`alpha` must be finite. Got nan"),
     "unknown doctor": (lambda _: submit([1], weights={"kind": 1.0}), r"among \[\]. Got \['kind'\]"),
     "negative temperature": (lambda _: submit([1], temperature=-1.0), r"`temperature` must be at least 0.* Got \(-1.0"),
     "no new tokens": (lambda _: submit([1], max_new_tokens=0), "`max_new_tokens` at least 1"),
@@ -520,7 +519,10 @@ COMMANDS = {
     "train without data": ("train --output_dir run", "needs preferences"),
     "train without a doctor": ("train --dataset_name pairs.jsonl --output_dir run", "needs a doctor"),
     "train out of range": (f"{TRAIN} --subtb_lambda 2", "must be in [0, 1]"),
-    "train in batches of nothing": (f"{TRAIN} --per_device_train_batch_size 0", "at least 1 token or sequence. Got 0"),
+    "train in batches of nothing": (
+        f"{TRAIN} --per_device_train_batch_size 0",
+        "`per_device_train_batch_size` must be at least 1. Got 0",
+    ),
     "train at a negative rate": (f"{TRAIN} --learning_rate -1", "`learning_rate` must be at least 0. Got -1.0"),
     "train on no such split": (f"{TRAIN} --dataset_train_split dev", "must be one of ['train']. Got 'dev'"),
     "train and evaluate on no such split": (f"{TRAIN} --eval_strategy steps", "must be one of ['train']. Got 'test'"),
@@ -629,7 +631,7 @@ REQUESTS = {
     "no such model": ("POST", "/v1/chat/completions", CHAT | {"model": "/etc/passwd"}, 404, "must be 'world'"),
     "no such model for a text": ("POST", "/v1/completions", TEXT | {"model": "../world"}, 404, "must be 'world'"),
     "unknown doctor": ("POST", "/v1/chat/completions", CHAT | {"weights": {"kind": 1.0}}, 400, "must name doctors"),
-    "weights above one": ("POST", "/v1/chat/completions", CHAT | {"weights": {"calm": 0.9, "wild": 0.9}}, 400, "at most 1"),
+    "weights above one": ("POST", "/v1/chat/completions", CHAT | {"weights": {"calm": 0.9, "wild": 0.9}}, 400, "must not exceed 1 in sum"),
     "weight that is no number": ("POST", "/v1/chat/completions", CHAT | {"weights": {"calm": "much"}}, 400, "weights.calm"),
     "weight that is not finite": ("POST", "/v1/completions", b'{"model": "world", "prompt": "a", "alpha": Infinity}', 400, "alpha"),
     "weight out of range": ("POST", "/v1/completions", TEXT | {"alpha": 11}, 400, "alpha"),

@@ -180,9 +180,9 @@ def test_too_little_to_calibrate_is_refused():
     sharded = make_llama(2)
     sharded.lm_head.weight.ds_id = 0  # what DeepSpeed ZeRO-3 leaves on a parameter
     with pytest.raises(
-        ValueError, match="needs the doctor's embeddings whole. Got a doctor that was loaded in shards"
+        ValueError, match="needs the whole embeddings of the doctor. Got a doctor that was loaded in shards"
     ):
-        check_can_calibrate(dataset, None, sharded)
+        check_can_calibrate(dataset, sharded, is_online=False)
 
 
 def test_a_doctor_is_trained_on_calibrated_rewards(preferences, patient, tokenizer, tmp_path):
@@ -262,6 +262,24 @@ def test_the_trainer_lets_labels_choose(labelled, tokenizer, tmp_path):
         trainer = trainer_of(dataset, tokenizer, tmp_path, copy.deepcopy(doctor), **settings)
         assert trainer.calibration is None and trainer.rewards_summary is None
         assert trainer.train_dataset[0]["chosen_token_rewards"][0] == pytest.approx(0.1)
+
+
+def test_other_data_without_gaps_are_evaluated(labelled, tokenizer, tmp_path):
+    """Calibrated rewards that nobody asked for must not make a dataset unusable for evaluation."""
+    dataset, doctor = labelled
+    without_gaps = dataset.select(range(8)).remove_columns(["chosen_gaps", "rejected_gaps"])
+    trainer = trainer_of(dataset, tokenizer, tmp_path, copy.deepcopy(doctor))
+    assert trainer.calibration is not None
+    with pytest.warns(UserWarning, match="own token rewards are used: the loss is not comparable"):
+        metrics = trainer.evaluate(without_gaps)
+    mean_sum = 0.1 * sum(map(len, without_gaps["chosen_ids"])) / len(without_gaps)
+    assert metrics["eval_token_rewards/chosen"] == pytest.approx(mean_sum, rel=1e-4)
+    with pytest.warns(UserWarning, match="own token rewards are used"):
+        assert trainer.predict(without_gaps).predictions.shape == (8, 2)
+
+    asked = trainer_of(dataset, tokenizer, tmp_path, copy.deepcopy(doctor), calibrate_rewards=True)
+    with pytest.raises(ValueError, match="Calibrated rewards need the columns"):
+        asked.evaluate(without_gaps)
 
 
 def test_sparse_rewards_stay_where_nobody_asked(labelled, tokenizer, tmp_path):

@@ -110,6 +110,18 @@ def test_help_of_a_verb_is_complete(verb, option, capsys):
     assert exit.value.code == 0 and option in printed and f"trl-tfpo {verb}" in printed
 
 
+@pytest.mark.parametrize("verb", ["annotate", "generate", "evaluate", "serve", "demo"])
+def test_help_of_a_verb_fits_a_screen(verb, monkeypatch, capsys):
+    """Nobody reads help that gives each option three names and four lines."""
+    monkeypatch.setenv("COLUMNS", "119")
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    names = re.findall(r"^  (--\w+)", "\n".join(lines), flags=re.MULTILINE)
+    assert len(names) == len(set(names)) > 10
+    assert len(lines) <= 50 and max(map(len, lines)) <= 119
+
+
 def test_version_and_environment(capsys):
     """A bug report needs versions."""
     assert main(["--version"]) == 0 and main(["env"]) == 0
@@ -185,7 +197,7 @@ def test_ctrl_c_in_a_terminal(launch, folder, tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 130, error
-    assert error.count("interrupted. To go on, run the same command again: finished shards are kept.") == 1
+    assert error.count("interrupted. To resume, run the same command again: finished shards are kept.") == 1
     ignored = re.compile(r"Exception ignored in.*?KeyboardInterrupt: ?\n", re.DOTALL)  # Python's, of a destructor
     assert "Traceback" not in ignored.sub("", error), error
     with pytest.raises(ProcessLookupError):

@@ -334,7 +334,7 @@ def test_the_patient_alone_is_at_no_distance(patient, tokenizer):
     assert evaluate_guidance(patient, tokenizer, PROMPTS, guide=idle, **kwargs)["kl"] == pytest.approx(0, abs=1e-6)
 
 
-def test_match_kl_finds_the_beta_of_a_kl(patient, tokenizer):
+def test_match_kl_finds_the_beta_of_a_kl(patient, tokenizer, monkeypatch):
     """Else methods would be compared at different distances from the patient."""
     doctor, evaluated = llama(1), []
 
@@ -353,10 +353,11 @@ def test_match_kl_finds_the_beta_of_a_kl(patient, tokenizer):
 
     with pytest.raises(ValueError, match="within reach. Got 100"):
         match_kl(patient, tokenizer, PROMPTS, make_guide, 100.0, **kwargs)
-    with pytest.raises(ValueError, match="met within 2 evaluations"):
-        match_kl(patient, tokenizer, PROMPTS, make_guide, wanted / 7, tolerance=1e-9, max_evaluations=2, **kwargs)
     with pytest.raises(ValueError, match="`target_kl` must be positive"):
         match_kl(patient, tokenizer, PROMPTS, make_guide, 0.0, **kwargs)
+    monkeypatch.setattr("trl_tfpo.evaluation.guidance.MAX_EVALUATIONS", 2)
+    with pytest.raises(ValueError, match="met within 2 evaluations"):
+        match_kl(patient, tokenizer, PROMPTS, make_guide, wanted / 7, tolerance=1e-9, **kwargs)
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,15 @@
 
 """A doctor's folder guides by itself, and an annotated dataset says what it is."""
 
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import conversational_rows, make_llama, make_tokenizer
 from datasets import Dataset
-from huggingface_hub import DatasetCard
+from huggingface_hub import DatasetCard, HfApi
 
 from trl_tfpo import (
     DoctorGuidedLogitsProcessor,
@@ -62,6 +66,40 @@ def prompts():
     }
 
 
+def test_every_push_is_a_whole_doctor(annotated, tmp_path, monkeypatch):
+    """A doctor that is taken from the Hub while its training goes on must guide, and rank its own answers, as it will."""
+    pushed = []
+
+    def upload_folder(_, folder_path, **settings):
+        pushed.append({str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*")})
+        done = Future()
+        done.set_result(None)
+        return done
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda _, name, **settings: SimpleNamespace(repo_id=name))
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    trainer = TFPOTrainer(
+        model=make_llama(2),
+        args=TFPOConfig(
+            str(tmp_path / "doctor"),
+            calibrate_rewards=True,
+            max_steps=2,
+            save_steps=1,
+            push_to_hub=True,
+            hub_strategy="every_save",
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_list(annotated.to_list() * 4),
+        processing_class=make_tokenizer(),
+    )
+    trainer.train()
+    assert len(pushed) >= 2
+    for files in pushed:
+        assert {"model.safetensors", "value_head.safetensors", "guidance.json", "token_credits.safetensors"} <= files
+        assert "custom_generate/generate.py" in files
+
+
 def test_a_folder_is_its_own_generate(saved, tmp_path):
     """One line, also where the folder has been moved: what is trained on one machine is served on another."""
     patient = make_llama(1, 32).eval()
@@ -110,7 +148,7 @@ def test_an_annotated_dataset_has_a_card(annotated, tmp_path):
     annotation_card(annotated).save(tmp_path / "README.md")
     card = DatasetCard.load(tmp_path / "README.md")
     assert "trl-tfpo" in card.data.tags
-    place = "| where the faces stand | system message |"
+    place = "| placement of the faces | system message |"
     for told in ("8 preference pairs", "you are kind \\| always", place, '`reward_direction="agreement"`'):
         assert told in card.text
 
@@ -123,4 +161,4 @@ def test_the_card_says_where_the_faces_stand(annotated, placement, told):
     other = "" if placement is None else f', "placement": "{placement}"'
     dataset.info.description = dataset.info.description.replace(f", {recorded}", other)
     assert recorded not in dataset.info.description
-    assert f"| where the faces stand | {told} |" in annotation_card(dataset).text
+    assert f"| placement of the faces | {told} |" in annotation_card(dataset).text

@@ -308,7 +308,7 @@ def test_the_rounding_of_a_patient_in_halves_is_measured(monkeypatch, caplog, tm
     share = (rewarded[0] ^ rewarded[1]).sum() / (rewarded[0] | rewarded[1]).sum()
     assert found["flipped"] == pytest.approx(share.item(), abs=0.02)
     assert reward_report(annotated, tokenizer, tmp_path)["rounding"] == found
-    assert "gaps are off by" in (tmp_path / "rewards.html").read_text(encoding="utf-8")
+    assert "the mean error of its gaps is" in (tmp_path / "rewards.html").read_text(encoding="utf-8")
     monkeypatch.setattr("trl_tfpo.annotation.token_rewards.MAX_FLIPPED", -1.0)
     annotate_token_rewards(rows, half, tokenizer, faces=FACES)
     assert "Load it in float32" in caplog.text

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from trl_tfpo import DoctorGuidedLogitsProcessor, guided_generate
 from trl_tfpo.cli import main
+from trl_tfpo.models.guidance import start_guidance
 from trl_tfpo.server import Engine, Generation, Limits
 from trl_tfpo.server.engine import Row
 from trl_tfpo.testbed import load_world
@@ -55,6 +56,27 @@ def test_answers_are_those_of_the_library(client, world, doctors):
         assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
         answers.append(answer.choices[0].message.content)
     assert len(set(answers)) > 1
+
+
+def test_exponents_are_those_of_the_library(world):
+    """Another default, or another rest for the patient, would be another policy than that of `generate`."""
+    guiding = load_world().doctor
+    start_guidance(guiding)
+    doctors = {"calm": world.doctor, "guiding": guiding.eval()}
+    engine = Engine(world.patient, world.tokenizer, doctors)
+    assert engine.default_weights == {"calm": 0.5, "guiding": 1.0}
+    for weights, alpha in (
+        ({}, 0.5),
+        ({"calm": 0.8, "guiding": 2.0}, 0.2),
+        ({"calm": 1.0}, 0.0),
+        ({"calm": -0.5}, 1.5),
+    ):
+        found, betas = engine.exponents(Generation([1], print, weights=weights))
+        guide = DoctorGuidedLogitsProcessor(list(doctors.values()), beta=betas)
+        assert betas == guide.betas and found == guide.alpha == pytest.approx(alpha)
+    with pytest.raises(ValueError, match="must not exceed 1 in sum"):
+        engine.exponents(Generation([1], print, weights={"calm": 1.2}))
+    engine.close()
 
 
 def test_32_clients_get_what_each_would_get_alone(client, engine, world, doctors, monkeypatch):

@@ -207,9 +207,9 @@ def test_the_chi_square_test_sees_a_wrong_rule_of_acceptance(monkeypatch, rule):
         if rule == "accept everything":
             return token, True
         accepted = torch.rand(()) * draft[0, token] <= target[0, token]
-        return (token, True) if accepted else (speculative._sample.token(target), False)
+        return (token, True) if accepted else (speculative._Sampling.token(target), False)
 
-    monkeypatch.setattr(speculative._sample, "verify", verify)
+    monkeypatch.setattr(speculative._Sampling, "verify", verify)
     assert chi_square_p_value("one doctor", num_draft_tokens=2, num_seeds=8) < 1e-6
 
 
@@ -218,17 +218,17 @@ def test_the_chi_square_test_sees_a_wrong_rule_of_acceptance(monkeypatch, rule):
 
 def test_the_pace_follows_the_acceptance():
     """Else a doctor that disagrees would make decoding slower than without drafts."""
-    pace = speculative._Pace(draft_cost=0.1, verify_cost=0.1)
-    first = pace.num_draft_tokens()
+    length = speculative._DraftLength(draft_cost=0.1, verify_cost=0.1)
+    first = length.num_tokens()
     for _ in range(100):
-        pace.saw(0.98)
-    assert pace.num_draft_tokens() == speculative.MAX_DRAFT_TOKENS > first > 0
+        length.observe(0.98)
+    assert length.num_tokens() == speculative.MAX_DRAFT_TOKENS > first > 0
     for _ in range(100):
-        pace.saw(0.02)
-    assert pace.num_draft_tokens() == 0
+        length.observe(0.02)
+    assert length.num_tokens() == 0
     for _ in range(100):
-        pace.saw(0.9)  # seen on plain steps, it drafts again
-    assert pace.num_draft_tokens() > 0
+        length.observe(0.9)  # seen on plain steps, it drafts again
+    assert length.num_tokens() > 0
 
 
 # What comes with it
@@ -297,7 +297,7 @@ def test_a_refused_call_streams_nothing(patient):
 def test_what_the_policy_rules_out_is_never_accepted(monkeypatch):
     """Also when the random number is exactly zero."""
     monkeypatch.setattr(torch, "rand", lambda *args, **kwargs: torch.zeros(()))
-    token, is_accepted = speculative._sample.verify(
+    token, is_accepted = speculative._Sampling.verify(
         torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.5]]), torch.tensor([0])
     )
     assert token.item() == 1 and not is_accepted

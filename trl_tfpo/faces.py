@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The two faces of the patient: the instructions under which it is asked what it thinks of each token."""
+"""
+Faces: a pair of contrastive prompts, two opposite instructions under which the patient scores each token.
+
+The difference between the log-probabilities under both is the source of the token rewards.
+"""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -9,7 +13,22 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 
+__all__ = [
+    "BUILT_IN_FACES",
+    "HARMLESSNESS",
+    "HELPFULNESS",
+    "HONESTY",
+    "Faces",
+    "Placement",
+    "Prompt",
+    "apply_face",
+    "check_placement",
+    "has_system_role",
+    "resolve_faces",
+]
+
 Placement = Literal["system", "user"]
+Prompt = str | list[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -23,12 +42,12 @@ class Faces:
         negative (`str`):
             Instruction that asks for its opposite.
         placement (`str`, *optional*, defaults to `"system"`):
-            Where the instruction stands, see [`apply_face`]: `"system"` is the system message, `"user"` the end of the
-            last user message. Small chat models follow instructions better in the user turn.
+            Place of the instruction, see [`apply_face`]: `"system"` is the system message, `"user"` the end of the
+            last user message. Small chat models follow instructions better in the user message.
 
     Raises:
-        `ValueError`: when the two are the same, or one is blank: every token reward would be zero; on another
-            `placement`.
+        `ValueError`: when an instruction is blank, or both are the same, which would make every token reward zero; on
+            another `placement`.
 
     Examples:
 
@@ -44,7 +63,7 @@ class Faces:
     negative: str
     placement: Placement = "system"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not all(isinstance(face, str) and face.strip() for face in (self.positive, self.negative)):
             raise ValueError(
                 f"A face must be a non-blank instruction. Got positive={self.positive!r} and "
@@ -59,7 +78,7 @@ class Faces:
 
 
 def check_placement(placement: str) -> None:
-    """Raise `ValueError` unless it is a place where the instruction of a face can stand."""
+    """Raise `ValueError` unless `placement` is `"system"` or `"user"`."""
     if placement not in get_args(Placement):
         raise ValueError(
             f"`placement` must be 'system' or 'user'. Got {placement!r}; use 'system' for the system message, 'user' "
@@ -105,10 +124,17 @@ BUILT_IN_FACES = {"helpfulness": HELPFULNESS, "harmlessness": HARMLESSNESS, "hon
 
 def resolve_faces(faces: "Faces | str") -> Faces:
     """
-    A [`Faces`] as it is, or the built-in pair of that name.
+    Return the built-in [`Faces`] of this name. Faces are returned unchanged.
+
+    Args:
+        faces ([`Faces`] or `str`):
+            Faces, or a name in `BUILT_IN_FACES`.
+
+    Returns:
+        [`Faces`]
 
     Raises:
-        `ValueError`: when no built-in pair has that name.
+        `ValueError`: when there are no built-in faces of this name.
     """
     if isinstance(faces, Faces):
         return faces
@@ -121,7 +147,7 @@ def resolve_faces(faces: "Faces | str") -> Faces:
 
 
 def has_system_role(processing_class: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template shows a system message to the model: some raise on one, some leave it out."""
+    """Whether the chat template renders system messages. Some templates raise on them, others drop them."""
     if processing_class.chat_template is None:
         return False
     probe = [{"role": "system", "content": "sentinel-7f3a"}, {"role": "user", "content": "x"}]
@@ -132,29 +158,29 @@ def has_system_role(processing_class: PreTrainedTokenizerBase) -> bool:
 
 
 def apply_face(
-    prompt: str | list[dict], instruction: str, *, system_role: bool = True, placement: Placement = "system"
-) -> str | list[dict]:
+    prompt: Prompt, instruction: str, *, system_role: bool = True, placement: Placement = "system"
+) -> Prompt:
     r"""
-    The prompt as the patient sees it under one of its faces.
+    Add the instruction of a face to a prompt.
 
     Args:
         prompt (`str` or `list[dict]`):
             A text, or the messages of a conversation.
         instruction (`str`):
-            The face.
+            The instruction.
         system_role (`bool`, *optional*, defaults to `True`):
             Whether the chat template has a system role, see [`has_system_role`].
         placement (`str`, *optional*, defaults to `"system"`):
-            `"system"`: the instruction becomes the system message, goes before the one that is there, or, without a
-            system role, to the front of the first user message; a text gets it as its first paragraph. `"user"`: it
-            becomes the last line of the last user message; a text gets it as its last paragraph. A transcript, which
-            ends with the opening of the assistant's turn, should be converted to messages first.
+            `"system"`: the instruction becomes the system message, or the first paragraph of the system message that
+            is there. Without a system role it becomes the first paragraph of the first user message; in a text, the
+            first paragraph. `"user"`: it becomes the last line of the last user message; in a text, the last
+            paragraph. Convert a transcript, which ends with the start of the assistant's turn, to messages first.
 
     Returns:
-        `str` or `list[dict]`: the prompt with the instruction; the given one is left as it was.
+        `str` or `list[dict]`: a new prompt with the instruction.
 
     Raises:
-        `ValueError`: when there is no message to carry the instruction: no user message, and by `"system"` no system
+        `ValueError`: when no message can take the instruction: there is no user message, and for `"system"` no system
             role either; on another `placement`.
 
     Examples:
@@ -186,8 +212,8 @@ def apply_face(
     )
 
 
-def _append(prompt: str | list[dict], instruction: str) -> str | list[dict]:
-    """The prompt with the instruction at the end of what the user says."""
+def _append(prompt: Prompt, instruction: str) -> Prompt:
+    """Add the instruction to the end of the text, or of the last user message."""
     if isinstance(prompt, str):
         return f"{prompt}\n\n{instruction}"
     for index in reversed(range(len(prompt))):

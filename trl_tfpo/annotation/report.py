@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""
-Token rewards of a pair as a heat map, and of a dataset as a page with figures.
-"""
+"""Reports of token rewards: a heat map of a pair, and a page with figures for a dataset."""
 
 import html
 import math
@@ -10,6 +8,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -19,25 +18,26 @@ from ..common.atomic import written_whole
 from ..common.printable import printable
 from ..data.token_map import TokenMap, token_texts
 from ..functional import token_importance
-from .token_rewards import agreement_of_faces, annotation_settings, warn_unless_faces_separate
+from .agreement import agreement_of_faces, warn_unless_faces_separate
+from .token_rewards import annotation_settings
 
 
 def show_token_rewards(example: Mapping, processing_class: PreTrainedTokenizerBase) -> TokenMap:
     """
-    The token rewards of a preference pair as a heat map.
+    Show the token rewards of a preference pair as a heat map.
 
     Args:
         example (`dict`):
-            A row of what [`annotate_token_rewards`] returned.
+            Row of a dataset from [`annotate_token_rewards`].
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
-            The tokenizer that it was annotated with.
+            Tokenizer of the annotation.
 
     Returns:
-        [`TokenMap`]: rewards as colors; gap, importance and reward of each token in its notes. The importance is that
-        of the default settings, as a row does not say with which it was annotated.
+        [`TokenMap`]: rewards as colors; gap, importance and reward of each token as notes. The importance is that of
+        the default settings, because a row does not have the settings of its annotation.
 
     Raises:
-        `ValueError`: when the row has no token rewards.
+        `ValueError`: if the row has no token rewards.
 
     Examples:
 
@@ -72,7 +72,7 @@ def show_token_rewards(example: Mapping, processing_class: PreTrainedTokenizerBa
                 for x, share, note in zip(gap[0].tolist(), importance.tolist(), notes, strict=True)
             ]
         rows.append((name, token_texts(example[f"{name}_ids"], processing_class), rewards, notes))
-    return TokenMap(rows, "⁺ rewarded, ⁻ punished; the darker, the more. Gap: positive minus negative face, in nats.")
+    return TokenMap(rows, "⁺ rewarded, ⁻ punished; darker means stronger. Gap: positive minus negative face, in nats.")
 
 
 def reward_report(
@@ -81,33 +81,32 @@ def reward_report(
     output_dir: str | os.PathLike,
     *,
     num_examples: int = 5,
-) -> dict:
+) -> dict[str, Any]:
     """
-    What the token rewards of a dataset look like: `rewards.png`, and `rewards.html` with the picture's figures and
-    examples.
+    Summarize the token rewards of a dataset in `rewards.png`, and in `rewards.html` with figures and examples.
 
     Args:
         dataset ([`~datasets.Dataset`]):
-            Annotated by [`annotate_token_rewards`].
+            Dataset from [`annotate_token_rewards`].
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
-            The tokenizer that it was annotated with.
+            Tokenizer of the annotation.
         output_dir (`str` or `os.PathLike`):
             Folder for the two files.
         num_examples (`int`, *optional*, defaults to `5`):
-            Pairs in the page.
+            Number of pairs on the page.
 
     Returns:
-        `dict`: `sparsity`, the share of tokens without a reward; `agreement`, the share of pairs whose chosen completion
-        the positive face prefers by more than the rejected one, with its standard error `agreement_se`; `by_position`,
-        the mean magnitude of the reward in each tenth of a completion; `most_rewarded` and `most_punished`, tokens with
-        the sum of their rewards; `rounding`, of a patient in half precision, as in [`annotation_settings`], otherwise `None`.
+        `dict`: `num_pairs`; `sparsity`, the share of tokens without a reward; `agreement`, the share of pairs whose
+        faces agree with the label, with its standard error `agreement_se`; `by_position`, the mean absolute reward in
+        each tenth of a completion; `most_rewarded` and `most_punished`, tokens with the sum of their rewards;
+        `rounding`, the rounding error of a patient in half precision, or `None`.
 
     Raises:
-        `ValueError`: when the dataset has no token rewards and gaps.
+        `ValueError`: if the dataset has no token rewards or no gaps.
 
     Warns:
-        `UserWarning`: when the faces do not tell chosen from rejected: `agreement` is within two standard errors of one
-        half, or below.
+        `UserWarning`: if the faces do not distinguish chosen from rejected completions: `agreement` is less than two
+            standard errors above one half.
     """
     needed = {f"{name}_{kind}" for name in ("chosen", "rejected") for kind in ("ids", "token_rewards", "gaps")}
     if not needed <= set(dataset.column_names) or len(dataset) == 0:
@@ -116,17 +115,18 @@ def reward_report(
             f"{dataset.column_names}; pass it through `annotate_token_rewards` first."
         )
     num_tokens = num_rewarded = 0
-    sums, tenths = Counter(), defaultdict(list)
+    sums: Counter[int] = Counter()
+    tenths = defaultdict(list)
     for row in dataset:
         for name in ("chosen", "rejected"):
             mask = row.get(f"{name}_mask") or [1] * len(row[f"{name}_ids"])
-            scored = zip(row[f"{name}_ids"], row[f"{name}_token_rewards"], mask, strict=True)
-            scored = [(token_id, reward) for token_id, reward, spoken in scored if spoken]
+            tokens = zip(row[f"{name}_ids"], row[f"{name}_token_rewards"], mask, strict=True)
+            scored = [(token_id, reward) for token_id, reward, is_spoken in tokens if is_spoken]
             num_tokens, num_rewarded = num_tokens + len(scored), num_rewarded + sum(x != 0 for _, x in scored)
             for position, (token_id, reward) in enumerate(scored):
                 sums[token_id] += reward
                 tenths[10 * position // len(scored)].append(abs(reward))
-    agreement, error, _ = agreement_of_faces(dataset)
+    agreement, error, _ = agreement_of_faces(dataset) or (math.nan, math.nan, 0)
     ordered = [(processing_class.decode([i]), total) for i, total in sums.most_common()]
     report = {
         "num_pairs": len(dataset),
@@ -150,13 +150,13 @@ def reward_report(
 
 
 def _plot(report: dict, path: Path) -> None:
-    """Rewards by position, and the tokens at both ends."""
+    """Plot rewards by position, and the tokens with the largest and smallest sums."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.bar(range(10), report["by_position"])
-    left.set(xlabel="tenth of the completion", ylabel="mean magnitude of the reward")
+    left.set(xlabel="tenth of the completion", ylabel="mean absolute reward")
     ends = report["most_rewarded"] + report["most_punished"][::-1]
     colors = ["#008844" if total > 0 else "#cc3333" for _, total in ends]
     right.barh(range(len(ends)), [total for _, total in ends], color=colors)
@@ -172,14 +172,14 @@ def _plot(report: dict, path: Path) -> None:
 
 
 def _write_page(report: dict, examples: Sequence[TokenMap], folder: Path) -> None:
-    """A page that needs nothing but the picture next to it."""
+    """Write a page that needs no other file than the picture beside it."""
     cells = "".join(
         f"<tr><td>{html.escape(printable(token))}</td><td>{total:+.2f}</td></tr>"
         for token, total in report["most_rewarded"] + report["most_punished"][::-1]
     )
     rounding = report["rounding"] and (
-        f"<p>The patient computed in half precision: gaps are off by {report['rounding']['mean']:.3f} nats on average, and rounding "
-        f"decides about {report['rounding']['flipped']:.0%} of the rewards.</p>"
+        f"<p>The patient computed in half precision: the mean error of its gaps is {report['rounding']['mean']:.3f} "
+        f"nats, and {report['rounding']['flipped']:.0%} of the rewards depend on rounding.</p>"
     )
     page = (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Token rewards</title>'

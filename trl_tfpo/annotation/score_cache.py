@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""
-Scores of a dataset, computed shard by shard: divided among processes, kept as they come, and never computed twice.
-"""
+"""Cache of the scores of a dataset: shards are divided among processes, and each shard is computed once."""
 
 import logging
 from collections.abc import Callable
@@ -24,7 +22,7 @@ from ..common.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-SHARD_SIZE = 16  # pairs; at most as many are scored again after an interruption
+SHARD_SIZE = 16  # pairs in a shard: the most that an interruption loses
 SHARDS_IN_WINDOW = 64  # the pairs of a window are divided among its shards by their length
 
 
@@ -40,28 +38,28 @@ def add_scores(
     """
     Add columns of one float for each completion token.
 
-    Each process scores its share of the shards, and all get the whole result. A shard that is done is a file in the
-    cache of Datasets, written whole or not at all, so an interrupted call goes on where it was, with any number of
-    processes, and ends with the same bytes. Caching can be switched off with `datasets.disable_caching()`.
+    Each process scores a share of the shards, and all processes get the whole result. A finished shard is a file in
+    the cache of Datasets, written atomically. An interrupted call resumes, with any number of processes, and gives the
+    same bytes. `datasets.disable_caching()` turns the cache off.
 
-    A shard is small, so that little is lost. Its pairs have like lengths, longest first in a window of some shards, so that
-    little of a batch is padding.
+    Shards are small, so that an interruption loses little. The pairs of a shard have similar lengths, sorted within a
+    window of 64 shards, so that batches have little padding.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             Tokenized preferences.
         function (`Callable`):
-            From a batch of rows to the new columns. It is given `on_progress` as well, a callable to be told the share of
-            the batch, in [0, 1], that has been scored since it was last told.
+            Function from a batch of rows to the new columns. It also gets `on_progress`, a callable that it calls with
+            the share of the batch, in [0, 1], that it has scored since the last call.
         lengths (`np.ndarray` of shape `(len(dataset),)`):
-            Tokens of each row, by which rows are put together in shards.
+            Tokens of each row, by which rows are grouped in shards.
         key (`object`):
-            What the scores depend on beside the token ids of the dataset and the version of this package. The same on
-            every process.
+            Everything that the scores depend on, except the token ids of the dataset and the version of this package.
+            It must be the same in all processes.
         columns (`list[str]`):
-            The new columns.
+            Names of the new columns.
         desc (`str`):
-            Label of the progress, see [`~trl_tfpo.common.progress.Progress`].
+            Label of the progress bar, see [`~trl_tfpo.common.progress.Progress`].
 
     Returns:
         [`~datasets.Dataset`]: the dataset with the columns.
@@ -70,33 +68,26 @@ def add_scores(
     windows = _windows(lengths)
     sizes = (SHARD_SIZE, SHARDS_IN_WINDOW, lengths.tobytes())
     fingerprint = Hasher.hash((__version__, sizes, _hash_of_ids(dataset), key, columns))
-    is_kept = datasets.is_caching_enabled()
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "trl_tfpo" / fingerprint
+    is_cached = datasets.is_caching_enabled()
     schema = pa.schema({name: pa.list_(pa.float32()) for name in columns})
     shards = [shard for window in windows for shard in window]
-    plain, done = dataset.with_format(None), {}
+    rows_of, done = dataset.with_format(None), {}
     with Progress(len(dataset), desc, "pairs", is_shown=state.is_main_process) as progress:
         for index in range(state.process_index, len(shards), state.num_processes):
             rows, file = shards[index], folder / f"{index:06d}.arrow"
-            share = len(rows) * state.num_processes  # the others are about as far
-            table = _read_shard(file, len(rows)) if is_kept else None
-            if table is None:
-                told = []
-
-                def on_progress(part, told=told, share=share):
-                    told.append(part)
-                    progress.update(part * share)
-
-                table = pa.table(function(plain[rows], on_progress=on_progress), schema)
-                if is_kept:
+            share = len(rows) * state.num_processes  # other processes are about as far
+            table = _read_shard(file, len(rows)) if is_cached else None
+            if table is not None:
+                progress.update(share, is_skipped=True)
+            else:
+                table = _score_shard(function, rows_of[rows], schema, progress, share)
+                if is_cached:
                     with written_whole(file) as part, pa.ipc.new_stream(str(part), schema) as stream:
                         stream.write_table(table)
-                progress.update((1 - sum(told)) * share)
-            else:
-                progress.update(share, is_skipped=True)
             done[index] = table
     if state.num_processes > 1:
-        parts = [None] * state.num_processes
+        parts: list[dict[int, pa.Table]] = [{} for _ in range(state.num_processes)]
         torch.distributed.all_gather_object(parts, done)
         done = {index: table for part in parts for index, table in part.items()}
     tables = iter([done[index] for index in range(len(shards))])
@@ -106,8 +97,23 @@ def add_scores(
     return concatenate_datasets([dataset, Dataset(table, fingerprint=fingerprint)], axis=1)
 
 
+def _score_shard(
+    function: Callable[..., dict], batch: dict[str, list], schema: pa.Schema, progress: Progress, share: int
+) -> pa.Table:
+    """Score one shard, which is `share` units of the progress."""
+    reported: list[float] = []
+
+    def on_progress(part: float) -> None:
+        reported.append(part)
+        progress.update(part * share)
+
+    table = pa.table(function(batch, on_progress=on_progress), schema)
+    progress.update((1 - sum(reported)) * share)
+    return table
+
+
 def _windows(lengths: np.ndarray) -> list[list[np.ndarray]]:
-    """Row numbers of each shard of each window: in a window the longest rows come first."""
+    """Row numbers of each shard of each window, longest rows first within a window."""
     window_size = SHARD_SIZE * SHARDS_IN_WINDOW
     windows = []
     for start in range(0, len(lengths), window_size):
@@ -117,7 +123,7 @@ def _windows(lengths: np.ndarray) -> list[list[np.ndarray]]:
 
 
 def _read_shard(file: Path, num_rows: int) -> pa.Table | None:
-    """The scores in a file; None where there is none, or one that has been damaged since it was written."""
+    """Read the scores in a file, or return `None` if the file is missing or damaged."""
     if not file.is_file():
         return None
     try:
@@ -132,7 +138,7 @@ def _read_shard(file: Path, num_rows: int) -> pa.Table | None:
 
 
 def _hash_of_ids(dataset: Dataset) -> str:
-    """Hash of all columns of token ids, whatever the dataset's other columns, its file and its history."""
+    """Hash all columns of token ids; other columns, file and history of the dataset do not matter."""
     hasher, table = Hasher(), dataset.with_format("arrow")[:]
     for name, feature in sorted(dataset.features.items()):
         if isinstance(feature, datasets.List) and getattr(feature.feature, "dtype", "").startswith("int"):

@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""From preferences between texts to rewards of tokens: the patient is read under its two faces (Stage 1 of LLMdoctor)."""
+"""
+Token rewards from preference pairs (Stage 1 of LLMdoctor).
+
+A frozen language model, the patient, scores each completion under two *faces*: contrastive prompts with a positive and
+a negative instruction. The gap at a token is its log-probability under the positive face minus that under the negative
+one.
+"""
 
 import inspect
 import json
 import logging
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
+from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow.compute as pc
@@ -19,13 +25,13 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import functional
 from ..common._upstream import HALVES, in_float32
+from ..common.arguments import check_counts
 from ..common.atomic import FORMAT, check_format
 from ..data.tokenization import (
     FACE_COLUMNS,
     ID_COLUMNS,
     MASK_COLUMNS,
     all_eos_token_ids,
-    check_counts,
     check_is_tokenizer,
     column_lengths,
     tokenize_preferences,
@@ -42,10 +48,9 @@ from .scoring import check_whole, score_completions
 REWARD_COLUMNS = ["chosen_token_rewards", "rejected_token_rewards"]
 GAP_COLUMNS = ["chosen_gaps", "rejected_gaps"]
 SETTINGS_KEY = "trl_tfpo settings: "
-MIN_PAIRS = 16  # of which it is said whether the faces separate them
-NUM_STREAMED = 64  # pairs of a streamed dataset that are looked at beforehand: each may ask the patient
-NUM_CHECKED_PAIRS = 8  # which a patient in half precision reads in float32 as well
-MAX_FLIPPED = 0.1  # share of rewarded tokens that rounding may decide about without a warning
+NUM_STREAMED = 64  # pairs of a streamed dataset that are checked beforehand: each may query the patient
+NUM_CHECKED_PAIRS = 8  # pairs that a patient in half precision scores in float32 as well
+MAX_FLIPPED = 0.1  # share of rewarded tokens that may depend on rounding without a warning
 
 logger = logging.getLogger(__name__)
 
@@ -65,57 +70,58 @@ def annotate_token_rewards(
     **reward_settings,
 ) -> Dataset | IterableDataset | DatasetDict | IterableDatasetDict:
     """
-    Give every token of a preference dataset a reward, by asking a frozen patient what its two faces think of it.
+    Add a reward for each token to a preference dataset, from a frozen patient under two contrastive prompts.
 
-    The patient scores token ids: the completion's ids are the same under both faces and for the doctor. Under
-    `accelerate launch` every process scores its share, and all get the whole result. What has been scored is kept in
-    the cache of Datasets, shard by shard: a call that was interrupted goes on where it was, and the same call again
-    takes no time.
+    The patient scores token ids; the ids of a completion are the same under both faces and for the doctor. Under
+    `accelerate launch`, each process scores a share of the dataset, and all processes get the whole result. Scores are
+    cached shard by shard in the cache of Datasets: an interrupted call resumes, and a repeated call scores nothing.
 
-    A streamed dataset is annotated as it is read, 16 pairs at a time, and nothing is kept: each pass asks the patient
-    again, and each process asks about all that it reads (see `datasets.distributed.split_dataset_by_node`).
+    A streamed dataset is annotated as it is read, 16 pairs at a time, and nothing is cached. Each pass queries the
+    patient again. Each process scores all pairs that it reads (see `datasets.distributed.split_dataset_by_node`).
 
     Args:
         dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`], or a dict of them):
-            Any preference dataset of TRL: standard or conversational, with an explicit or implicit prompt.
+            Preference dataset in any of TRL's formats: standard or conversational, with an explicit or implicit
+            prompt.
         patient (`str`, [`~transformers.PreTrainedModel`] or [`~trl_tfpo.models.named_model.NamedModel`]):
-            Causal language model, or its name or path, or that with keyword arguments of `from_pretrained`. Only read:
-            never trained, its weights never change. One by name is not even loaded where all has been scored before.
+            Causal language model, its name or path, or a name with keyword arguments of `from_pretrained`. Its weights
+            never change. A patient given by name is loaded only if something is not cached.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the patient and of the doctor.
         faces ([`~trl_tfpo.faces.Faces`] or `str`):
-            Pair of opposite instructions, or `"helpfulness"`, `"harmlessness"`, `"honesty"`.
+            Contrastive prompts: a pair of opposite instructions, or `"helpfulness"`, `"harmlessness"` or `"honesty"`.
         reward_fn (`Callable`, *optional*, defaults to [`~trl_tfpo.functional.token_rewards`]):
-            Takes the keyword arguments `positive_logps`, `negative_logps` (B, T) in nats, `preference_sign` (B,) and
-            `completion_mask` (B, T), and returns rewards (B, T).
+            Function from the keyword arguments `positive_logps` and `negative_logps` (B, T) in nats, `preference_sign`
+            (B,) and `completion_mask` (B, T) to rewards (B, T).
         max_length (`int`, *optional*):
-            Completions are cut so that prompt and completion have at most this many tokens. By default nothing is cut.
+            Maximum number of tokens of prompt and completion together; longer completions are truncated at the end. By
+            default nothing is truncated.
         drop_unusable (`bool`, *optional*, defaults to `False`):
-            Whether to leave out unusable pairs rather than to raise: those with an empty completion or prompt, with a
-            prompt of `max_length` tokens or more, or that the chat template cannot render. See
-            [`~trl_tfpo.data.tokenization.tokenize_pair`].
+            Whether to drop unusable pairs instead of raising an error. A pair is unusable if its prompt or a
+            completion is empty, if its prompt has `max_length` or more tokens, or if the chat template cannot render
+            it. See [`~trl_tfpo.data.tokenization.tokenize_pair`].
         batch_size (`int`, *optional*, defaults to `16`):
-            Sequences in one forward of the patient, of the longest; of shorter ones as many as take no more tokens. A
-            pair makes four.
+            Sequences of the longest length in one forward pass of the patient. Of shorter sequences, as many as have
+            the same number of tokens. A pair has four sequences.
         convert_transcripts (`bool`, *optional*, defaults to `False`):
-            Whether texts with turns of `"\n\nHuman:"` and `"\n\nAssistant:"` (HH-RLHF) are read as messages, as a chat
-            model expects.
+            Whether to convert texts with turns of `"\n\nHuman:"` and `"\n\nAssistant:"` (HH-RLHF) to messages, as a
+            chat model expects.
         eos_token_ids (`Sequence[int]`, *optional*):
-            Ids that end a completion beside those of the tokenizer and of the patient's generation config, such as the
-            doctor's.
+            Further ids that end a completion, such as those of the doctor. Those of the tokenizer and of the patient's
+            generation config are always included.
         reward_settings:
             Further keyword arguments of `reward_fn`, such as `reward_direction` and `sparsity_threshold`.
 
     Returns:
-        the same type as `dataset`: the dataset with `prompt_ids`, `chosen_ids`, `rejected_ids`; `chosen_mask`,
-        `rejected_mask` (1 where the assistant speaks, 0 where a user or a tool does between its turns);
-        `chosen_token_rewards`, `rejected_token_rewards` (one reward for each token of the completion) and `chosen_gaps`,
-        `rejected_gaps` (positive minus negative log-probability, in nats), both 0 where the mask is. The settings are kept
-        in its info, see [`annotation_settings`].
+        the dataset, of the same type, with these columns: `prompt_ids`, `chosen_ids`, `rejected_ids`; `chosen_mask`,
+        `rejected_mask` (1 for tokens of the assistant, 0 for users and tools between its turns);
+        `chosen_token_rewards`, `rejected_token_rewards` (one reward for each token of the completion); `chosen_gaps`,
+        `rejected_gaps` (positive minus negative log-probability, in nats). Rewards and gaps are 0 where the mask is 0.
+        The settings are stored in the info of the dataset, see [`annotation_settings`].
 
     Raises:
-        `ValueError`: when the dataset has images or lacks the columns; when a pair is unusable; when the patient's
-        log-probabilities are not finite; when all rewards are zero, unless the dataset is streamed.
+        `ValueError`: if the dataset has images or lacks columns; if a pair is unusable; if a log-probability is not
+            finite; if all rewards are zero, unless the dataset is streamed.
 
     Examples:
 
@@ -163,7 +169,7 @@ def annotate_token_rewards(
             eos_token_ids=eos_token_ids,
             **reward_settings,
         )
-        return type(dataset)({name: annotate(split) for name, split in dataset.items()})
+        return type(dataset)({name: annotate(dataset=split) for name, split in dataset.items()})
 
     reward_fn = partial(reward_fn, **reward_settings)
     tokenized = tokenize_preferences(
@@ -179,32 +185,53 @@ def annotate_token_rewards(
     if isinstance(dataset, IterableDataset):
         annotated = tokenized.map(score, batched=True, batch_size=SHARD_SIZE)
     else:
-        fingerprint = patient.fingerprint if isinstance(patient, NamedModel) else model_fingerprint(patient)
-        *prompts, chosen, rejected = column_lengths(tokenized, [*FACE_COLUMNS, *ID_COLUMNS[1:]])
-        prompt = np.maximum(*prompts)
-        score = partial(score, longest=int((prompt + np.maximum(chosen, rejected)).max()))
-        scoring = {
-            "lengths": prompt + chosen + rejected,
-            "key": (fingerprint, dict(settings), reward_fn),
-            "columns": REWARD_COLUMNS + GAP_COLUMNS,
-        }
-        annotated = add_scores(tokenized, score, desc="Annotating token rewards", **scoring)
-        if patient.dtype in HALVES:
-            settings["rounding"] = _measure_rounding(tokenized, annotated, score, **scoring)
-        table = annotated.data
-        if not any(pc.any(pc.not_equal(pc.list_flatten(table.column(name)), 0.0)).as_py() for name in REWARD_COLUMNS):
-            raise ValueError(
-                "At least one token must have a reward that is not zero. All are: the patient's two faces do not "
-                "differ on this dataset, or no token passes the `sparsity_threshold`. Use faces the patient "
-                "understands, a lower threshold, or a stronger patient."
-            )
+        annotated, rounding = _annotate_cached(tokenized, patient, score, key=(dict(settings), reward_fn))
+        if rounding is not None:
+            settings["rounding"] = rounding
     annotated = annotated.remove_columns(FACE_COLUMNS)
     annotated.info.description = f"{annotated.info.description}\n{SETTINGS_KEY}{json.dumps(settings)}".strip()
     return annotated
 
 
-def annotation_settings(dataset: Dataset) -> dict | None:
-    """The settings [`annotate_token_rewards`] left in the dataset's info, or None where there are none."""
+def _annotate_cached(
+    tokenized: Dataset, patient: PreTrainedModel | NamedModel, score: Callable[..., dict[str, list]], *, key: tuple
+) -> tuple[Dataset, dict[str, float] | None]:
+    """
+    Score a tokenized dataset, shard by shard in the cache of Datasets.
+
+    Returns the dataset with rewards and gaps, and the rounding error of a patient in half precision.
+    """
+    fingerprint = patient.fingerprint if isinstance(patient, NamedModel) else model_fingerprint(patient)
+    positive, negative, chosen, rejected = column_lengths(tokenized, [*FACE_COLUMNS, *ID_COLUMNS[1:]])
+    prompt = np.maximum(positive, negative)
+    score = partial(score, longest=int((prompt + np.maximum(chosen, rejected)).max()))
+    scoring: _Scoring = {
+        "lengths": prompt + chosen + rejected,
+        "key": (fingerprint, *key),
+        "columns": REWARD_COLUMNS + GAP_COLUMNS,
+    }
+    annotated = add_scores(tokenized, score, desc="Annotating token rewards", **scoring)
+    rounding = _measure_rounding(tokenized, annotated, score, **scoring) if patient.dtype in HALVES else None
+    table = annotated.data
+    if not any(pc.any(pc.not_equal(pc.list_flatten(table.column(name)), 0.0)).as_py() for name in REWARD_COLUMNS):
+        raise ValueError(
+            "At least one token must have a reward that is not zero. Got zeros only: the patient's two faces do not "
+            "differ on this dataset, or no token passes the `sparsity_threshold`; use faces that the patient "
+            "understands, a lower threshold, or a stronger patient."
+        )
+    return annotated, rounding
+
+
+class _Scoring(TypedDict):
+    """Arguments of [`add_scores`] that annotation and its check in float32 share."""
+
+    lengths: np.ndarray
+    key: tuple
+    columns: list[str]
+
+
+def annotation_settings(dataset: Dataset | IterableDataset) -> dict[str, Any] | None:
+    """Return the settings that [`annotate_token_rewards`] stored in the info of a dataset, or `None`."""
     for line in reversed((dataset.info.description or "").splitlines()):
         if line.startswith(SETTINGS_KEY):
             return json.loads(line.removeprefix(SETTINGS_KEY))
@@ -212,7 +239,7 @@ def annotation_settings(dataset: Dataset) -> dict | None:
 
 
 def check_annotated_for(dataset: Dataset | IterableDataset, processing_class: PreTrainedTokenizerBase) -> None:
-    """Raise `ValueError` when the dataset says that it was annotated with another tokenizer, or in a later format."""
+    """Raise `ValueError` if a dataset was annotated with another tokenizer, or in a later format."""
     settings = annotation_settings(dataset) or {}
     check_format(settings.get("format", FORMAT), "An annotated dataset")
     if settings.get("tokenizer") not in (None, tokenizer_fingerprint(processing_class)):
@@ -223,87 +250,33 @@ def check_annotated_for(dataset: Dataset | IterableDataset, processing_class: Pr
         )
     largest = max(processing_class.get_vocab().values())
     num_rows = 1000 if isinstance(dataset, Dataset) else NUM_STREAMED
-    for row in islice(dataset, num_rows):  # files keep the ids and lose the info
+    for row in islice(dataset, num_rows):  # a dataset in a file has no info
         for token_id in (token_id for name in ID_COLUMNS for token_id in row[name]):
             if not 0 <= token_id <= largest:
                 raise ValueError(
-                    f"A dataset must be annotated with the doctor's tokenizer. Got the token id {token_id}, and that "
-                    f"knows 0 to {largest}; annotate the dataset again, or use a doctor of the patient's family."
+                    f"A dataset must be annotated with the doctor's tokenizer. Got the token id {token_id}, and its "
+                    f"ids are 0 to {largest}; annotate the dataset again, or use a doctor of the patient's family."
                 )
 
 
-def agreement_of_faces(dataset: Dataset | IterableDataset) -> tuple[float, float, int] | None:
-    """
-    How often the faces agree with the labels: the share of pairs whose chosen completion the positive face prefers by more
-    than the rejected one, in the sum of its gaps. A tie counts as one half.
-
-    Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            With `chosen_gaps` and `rejected_gaps`. Of a streamed one the first 64 pairs are read.
-
-    Returns:
-        the share, the standard error of one half, and the number of pairs; None where there are no gaps.
-    """
-    if isinstance(dataset, IterableDataset):
-        rows = [row for row in islice(dataset, NUM_STREAMED) if row.keys() >= set(GAP_COLUMNS)]
-        dataset = Dataset.from_list([{name: row[name] for name in GAP_COLUMNS} for row in rows])
-    if len(dataset) == 0 or not set(GAP_COLUMNS) <= set(dataset.column_names):
-        return None
-    table = dataset.select_columns(GAP_COLUMNS).with_format("arrow")[:]
-    sums = []
-    for name in GAP_COLUMNS:
-        ends = pc.list_value_length(table.column(name)).to_numpy().cumsum()
-        gaps = pc.list_flatten(table.column(name)).to_numpy()
-        totals = np.concatenate([[0.0], gaps.cumsum(dtype=np.float64)])[np.concatenate([[0], ends])]
-        sums.append(np.diff(totals))
-    preferred = sums[0] - sums[1]
-    return float(((preferred > 0) + (preferred == 0) / 2).mean()), math.sqrt(0.25 / len(dataset)), len(dataset)
-
-
-def warn_unless_faces_separate(dataset: Dataset | IterableDataset) -> None:
-    """
-    Warn when the faces do not tell chosen from rejected: what a doctor learns from them is not what the labels say.
-
-    Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            An annotated dataset. Passed over are one without gaps, of fewer than 16 pairs, or annotated with
-            `reward_direction="faces"`, for which labels do not count.
-
-    Warns:
-        `UserWarning`: when [`agreement_of_faces`] is within two standard errors of one half, or below.
-    """
-    found = agreement_of_faces(dataset)
-    if found is None:
-        return
-    agreement, error, num_pairs = found
-    ignores_labels = (annotation_settings(dataset) or {}).get("reward", {}).get("reward_direction") == "faces"
-    if num_pairs >= MIN_PAIRS and agreement < 0.5 + 2 * error and not ignores_labels:
-        warnings.warn(
-            f"The faces do not separate these data: they prefer the chosen completion of {agreement:.0%} of {num_pairs} "
-            f"pairs, and chance is 50 ± {200 * error:.0f}%. Word the faces by what the labels reward, or use a stronger "
-            "patient."
-        )
-
-
 def check_given(patient: PreTrainedModel | NamedModel | None) -> None:
-    """Raise `ValueError` when a training needs a patient and has none."""
+    """Raise `ValueError` if a training needs a patient and has none."""
     if patient is None:
         raise ValueError(
             "A dataset without token rewards needs a patient to annotate it, and so does `policy='guided'`. Got "
             f"`patient_model=None`; pass one, or a dataset with the columns {ID_COLUMNS + REWARD_COLUMNS} from "
-            "`annotate_token_rewards`. A patient given as a model is let go once the datasets given with it are "
-            "annotated."
+            "`annotate_token_rewards`. A trainer releases a patient given as a model once its datasets are annotated."
         )
 
 
 def check_patient(patient: PreTrainedModel | NamedModel, processing_class: PreTrainedTokenizerBase) -> None:
-    """Raise `ValueError` unless the patient is a whole causal language model for this tokenizer, and no ratio."""
+    """Raise `ValueError` unless the patient is an unsharded causal language model with this tokenizer."""
     check_is_tokenizer(processing_class)
     patient = outline_of(patient)
     if patient.config.is_encoder_decoder:
         raise ValueError(
-            "The patient must be a causal language model: its completion continues the prompt. Got the encoder-decoder "
-            f"{type(patient).__name__}; use a decoder-only model."
+            "The patient must be a causal language model: its completion continues the prompt. Got the "
+            f"encoder-decoder {type(patient).__name__}; use a decoder-only model."
         )
     check_whole(patient)
     check_speaks(patient)
@@ -314,7 +287,7 @@ def check_patient(patient: PreTrainedModel | NamedModel, processing_class: PreTr
 
 
 def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
-    """The tokenizer saved where the model came from, or None where there is none."""
+    """The tokenizer in the folder or repository of the model, or `None`."""
     if not model.config._name_or_path:
         return None
     try:
@@ -336,9 +309,11 @@ def _measure_rounding(
     columns: list[str],
 ) -> dict[str, float] | None:
     """
-    How far the gaps of a patient in half precision are from those that the same weights give in float32, on some pairs: `mean` and
-    `p95` of the error in nats, and `flipped`, the share of rewarded tokens that have a reward in one of the two only.
-    `None` where the patient's kernels take nothing but half precision.
+    Compare the gaps of a patient in half precision with those of the same weights in float32, on eight pairs.
+
+    Returns:
+        `dict[str, float]`: `mean` and `p95` of the error in nats, and `flipped`, the share of rewarded tokens that
+        have a reward in only one of the two. `None` if the patient's kernels do not support float32.
     """
     some = range(0, len(tokenized), -(-len(tokenized) // NUM_CHECKED_PAIRS))
 
@@ -346,7 +321,7 @@ def _measure_rounding(
         try:
             with in_float32():
                 return score(batch, on_progress=on_progress)
-        except Exception as error:  # whatever a kernel raises; the other processes wait for a result
+        except Exception as error:  # kernels raise errors of any type, and other processes wait for a result
             logger.info("The rounding of gaps could not be measured: %r", error)
             return {
                 f"{name}_{kind}": [[math.nan] * len(ids) for ids in batch[f"{name}_ids"]]
@@ -364,7 +339,7 @@ def _measure_rounding(
     )
 
     def values(dataset: Dataset, columns: list[str]) -> torch.Tensor:
-        """Of the tokens of the assistant, those of the chosen completions first."""
+        """Values at the tokens of the assistant, chosen completions first."""
         masks = (mask for name in MASK_COLUMNS for mask in rounded[name])
         rows = (row for name in columns for row in dataset[name])
         return torch.tensor(
@@ -380,8 +355,8 @@ def _measure_rounding(
     measured = {"mean": errors.mean().item(), "p95": errors.quantile(0.95).item(), "flipped": flipped.item()}
     if measured["flipped"] > MAX_FLIPPED:
         logger.warning(
-            "The patient computes in half precision: on %d pairs its gaps are off by %.3f nats on average, and rounding decides about "
-            "%.0f%% of the rewards. Load it in float32 (`dtype`), or raise `gap_floor` above the error.",
+            "The patient computes in half precision: on %d pairs the mean error of its gaps is %.3f nats, and %.0f%% "
+            "of the rewards depend on rounding. Load it in float32 (`dtype`), or raise `gap_floor` above the error.",
             len(some),
             measured["mean"],
             100 * measured["flipped"],
@@ -395,17 +370,16 @@ def _score_pairs(
     patient: PreTrainedModel | NamedModel,
     **settings,
 ) -> dict[str, list]:
-    """Rewards and gaps of a batch of tokenized pairs."""
+    """Score a batch of tokenized pairs: rewards and gaps, by column."""
     if isinstance(patient, NamedModel):
         patient = patient.loaded
     rewards, gaps = score_token_rewards(batch, patient=patient, **settings)
     num_pairs = len(batch["prompt_ids"])
-    rewards, gaps = [row.tolist() for row in rewards], [row.tolist() for row in gaps]
     return {
-        "chosen_token_rewards": rewards[:num_pairs],
-        "rejected_token_rewards": rewards[num_pairs:],
-        "chosen_gaps": gaps[:num_pairs],
-        "rejected_gaps": gaps[num_pairs:],
+        "chosen_token_rewards": [row.tolist() for row in rewards[:num_pairs]],
+        "rejected_token_rewards": [row.tolist() for row in rewards[num_pairs:]],
+        "chosen_gaps": [row.tolist() for row in gaps[:num_pairs]],
+        "rejected_gaps": [row.tolist() for row in gaps[num_pairs:]],
     }
 
 
@@ -417,24 +391,26 @@ def score_token_rewards(
     **settings,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """
-    Token rewards of P tokenized pairs, read from the patient.
+    Score P tokenized pairs with the patient.
 
     Args:
         batch (`dict[str, list]`):
             `chosen_ids`, `rejected_ids`, `positive_prompt_ids` and `negative_prompt_ids` of P pairs, and optionally
             `chosen_mask` and `rejected_mask`.
         patient ([`~transformers.PreTrainedModel`]):
-            The frozen model that is read.
+            The frozen model.
         reward_fn (`Callable`):
             See [`annotate_token_rewards`].
         settings:
-            `batch_size`, and what else [`~trl_tfpo.annotation.scoring.score_completions`] takes.
+            `batch_size`, and further arguments of [`~trl_tfpo.annotation.scoring.score_completions`].
 
     Returns:
-        two lists of 2P `torch.Tensor` of shape `(T_i,)`, the chosen first: rewards, and gaps in nats; zero where a mask is.
+        two lists of 2P `torch.Tensor` of shape `(T_i,)`, chosen completions first: rewards, and gaps in nats. Both are
+        zero where the mask is zero.
 
     Raises:
-        `ValueError`: when a log-probability is not finite, or `reward_fn` returns another shape or values not finite.
+        `ValueError`: if a log-probability is not finite, or if `reward_fn` returns another shape or values that are
+            not finite.
     """
     completions = batch["chosen_ids"] + batch["rejected_ids"]  # 2P
     num_rows = len(completions)
@@ -472,8 +448,8 @@ def score_token_rewards(
     )
 
 
-def describe(function: partial) -> dict:
-    """Name and settings of a callable, defaults included, as plain values that identify it."""
+def describe(function: partial) -> dict[str, Any]:
+    """Return the name and settings of a callable, including defaults, as plain values that identify it."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except ValueError as error:

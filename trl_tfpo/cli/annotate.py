@@ -1,138 +1,119 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""`trl-tfpo annotate`: preferences in, token rewards out."""
+"""`trl-tfpo annotate`: compute token rewards for a preference dataset."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from .parser import DTYPE_HELP, Parser, old_name
+from . import options
+from .parser import Parser
 
 
 if TYPE_CHECKING:
-    from ..faces import Faces
+    import torch
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..faces import Faces, Placement
+    from ..models.named_model import NamedModel
 
 
 @dataclass
 class AnnotateArguments:
-    """Models, data, faces and rewards."""
+    """Options of `trl-tfpo annotate`."""
 
-    output: str = field(metadata={"help": "A `.jsonl` or `.parquet` file, or a folder for `datasets.load_from_disk`."})
+    output: str = field(metadata={"help": "Output: a `.jsonl` or `.parquet` file, or a folder."})
     dataset_name: str | None = field(
         default=None, metadata={"help": "Preferences: a Hub name, a folder, or a JSON lines or Parquet file."}
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset of the Hub."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_split: str = field(default="train", metadata={"help": "Split to annotate."})
-    patient: str | None = field(
-        default=None,
-        metadata={
-            "aliases": old_name("patient_model_name_or_path"),
-            "help": "Hub name or path of the model that is asked.",
-        },
+    patient: str | None = field(default=None, metadata=options.PATIENT)
+    dtype: str = field(default="auto", metadata=options.DTYPE)
+    patient_load_in_4bit: bool = field(default=False, metadata=options.IN_4BIT)
+    patient_load_in_8bit: bool = field(default=False, metadata={"help": "Load the patient in 8 bits."})
+    trust_remote_code: bool = field(default=False, metadata=options.REMOTE_CODE)
+    faces: str = field(default="helpfulness", metadata=options.FACES)
+    positive_face: str | None = field(default=None, metadata=options.POSITIVE_FACE)
+    negative_face: str | None = field(default=None, metadata=options.NEGATIVE_FACE)
+    face_placement: str = field(default="system", metadata=options.FACE_PLACEMENT)
+    max_length: int | None = field(
+        default=None, metadata={"help": "Maximum tokens of prompt and completion. Longer completions are cut."}
     )
-    dtype: str = field(default="auto", metadata=DTYPE_HELP)
-    patient_load_in_4bit: bool = field(default=False, metadata={"help": "Load it in 4-bit NF4."})
-    patient_load_in_8bit: bool = field(default=False, metadata={"help": "Load it in 8 bits."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Let the model run code of its own."})
-    faces: str = field(
-        default="helpfulness", metadata={"help": "Built-in faces: 'helpfulness', 'harmlessness' or 'honesty'."}
+    drop_unusable: bool = field(
+        default=False, metadata={"help": "Drop pairs that cannot be used. By default they are an error."}
     )
-    positive_face: str | None = field(default=None, metadata={"help": "Your own faces: the wanted behaviour."})
-    negative_face: str | None = field(default=None, metadata={"help": "Your own faces: its opposite."})
-    face_placement: str = field(
-        default="system",
-        metadata={"help": "Where the faces stand: 'system', or 'user', at the end of the last user message."},
-    )
-    max_length: int | None = field(default=None, metadata={"help": "Cut completions to this many tokens with prompt."})
-    drop_unusable: bool = field(default=False, metadata={"help": "Leave out pairs that cannot be used."})
     convert_transcripts: bool = field(
-        default=False, metadata={"help": "Read transcripts with turns of 'Human:' and 'Assistant:' as messages."}
+        default=False, metadata={"help": "Read texts with turns of 'Human:' and 'Assistant:' as messages."}
     )
-    scoring_batch_size: int = field(default=16, metadata={"help": "Sequences in one forward of the patient."})
-    reward_direction: str = field(default="agreement", metadata={"help": "'label', 'agreement' or 'faces'."})
+    scoring_batch_size: int = field(default=16, metadata={"help": "Sequences in one forward pass of the patient."})
+    reward_direction: str = field(
+        default="agreement", metadata={"help": "Source of the sign of rewards: 'label', 'agreement' or 'faces'."}
+    )
     disagreement_weight: float = field(
-        default=0.5, metadata={"help": "What is left of a reward that the label contradicts, by 'agreement'."}
+        default=0.5, metadata={"help": "With 'agreement': factor of rewards that the label contradicts."}
     )
-    importance_temperature: float = field(default=3.0, metadata={"help": "tau in the paper."})
-    gap_floor: float = field(default=0.05, metadata={"help": "epsilon in the paper, in nats."})
-    sparsity_threshold: float = field(default=0.3, metadata={"help": "theta in the paper, in [0, 1)."})
-    show: int = field(default=0, metadata={"help": "Print the rewards of this many pairs as a heat map."})
+    importance_temperature: float = field(default=3.0, metadata={"help": "Importance temperature (tau in the paper)."})
+    gap_floor: float = field(
+        default=0.05, metadata={"help": "Nats added to the mean gap of a completion (epsilon in the paper)."}
+    )
+    sparsity_threshold: float = field(
+        default=0.3, metadata={"help": "Importance up to which rewards are 0, in [0, 1) (theta in the paper)."}
+    )
+    show: int = field(default=0, metadata={"help": "Number of pairs to print as heat maps."})
     report: str | None = field(
-        default=None, metadata={"help": "Folder for a picture and a page that show what all rewards look like."}
+        default=None, metadata={"help": "Folder for a plot and a web page about the distribution of rewards."}
     )
     push_to_hub: str | None = field(
-        default=None, metadata={"help": "Push the result, with its card, to this dataset repository as well."}
+        default=None, metadata={"help": "Hub dataset to which the result is pushed as well."}
     )
-    overwrite: bool = field(default=False, metadata={"help": "Replace an output that exists."})
+    overwrite: bool = field(default=False, metadata=options.OVERWRITE)
     world: str | None = field(
         default=None,
-        metadata={
-            "help": "Annotate the controlled world: 'praise' or 'calm'. Needs no models or data, and has its own faces, "
-            "unless you give yours."
-        },
+        metadata={"help": "Annotate the controlled world, which needs no models or data: 'praise' or 'calm'."},
     )
-    num_pairs: int = field(default=100, metadata={"help": "Pairs to draw in the controlled world."})
+    num_pairs: int = field(default=100, metadata={"help": "With --world: pairs to sample."})
 
 
 def resolve_given_faces(faces: str, positive: str | None, negative: str | None, placement: str) -> "Faces":
-    """Faces of one's own, or the built-in pair of that name, at their place."""
-    if (positive is None) != (negative is None):
-        raise ValueError("Faces are a pair. Got only one of `--positive_face` and `--negative_face`; give both.")
+    """Return the two given faces, or else the built-in pair of the name `faces`, with their placement."""
     from ..faces import Faces, resolve_faces
 
-    if positive is None:
-        return replace(resolve_faces(faces), placement=placement)
-    return Faces(positive=positive, negative=negative, placement=placement)
+    place = cast("Placement", placement)  # checked by `Faces`
+    if positive is not None and negative is not None:
+        return Faces(positive=positive, negative=negative, placement=place)
+    if positive is not None or negative is not None:
+        raise ValueError("Faces are a pair. Got only one of `--positive_face` and `--negative_face`; give both.")
+    return replace(resolve_faces(faces), placement=place)
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Annotate, in as many processes as are asked for."""
-    parser = Parser(AnnotateArguments, "annotate", "Give every token of a preference dataset a reward.")
-    parsed = parser.parse_or_launch(arguments, "annotate")
+    """Annotate, in one process or several."""
+    description = (
+        "Compute token rewards for a preference dataset. Takes the options of `accelerate launch` as well, such as "
+        "`--num_processes 8` or `--accelerate_config ddp`."
+    )
+    parsed = Parser([AnnotateArguments], "annotate", description).parse_or_launch(arguments)
     if isinstance(parsed, int):
         return parsed
     (args,) = parsed
-    if args.show < 0 or args.scoring_batch_size < 1:
-        raise ValueError(
-            "`--show` must not be negative, and `--scoring_batch_size` at least 1. Got "
-            f"{args.show} and {args.scoring_batch_size}; leave them out for the defaults"
-        )
-    if args.world is None and (args.dataset_name is None or args.patient is None):
-        raise ValueError(
-            "`annotate` needs preferences and a patient. Pass `--dataset_name` and `--patient`, or `--world praise` to try "
-            "it"
-        )
+    names = input_names(args)
     faces = resolve_given_faces(args.faces, args.positive_face, args.negative_face, args.face_placement)
 
     import torch
     from accelerate import PartialState
 
     from ..annotation.token_rewards import annotate_token_rewards
-    from .files import check_output, push_dataset, read_split, write_dataset
-    from .models import name_patient
+    from .files import check_output
 
-    # Else processes on CPUs would not know of each other
+    # With `cpu=False`, processes on CPUs would not be connected
     state = PartialState(cpu=not torch.accelerator.is_available())
     check_output(args.output, overwrite=args.overwrite)
-    if args.world is not None:
-        from ..testbed import load_world
-
-        world = load_world()
-        if args.world not in world.attributes:
-            raise ValueError(f"`--world` must be one of {sorted(world.attributes)}. Got {args.world!r}")
-        patient, tokenizer = world.patient.to(state.device), world.tokenizer
-        dataset = world.preference_dataset(args.world, num_pairs=args.num_pairs, seed=0)
-        if args.positive_face is None:
-            faces = replace(world.attributes[args.world].faces, placement=args.face_placement)
+    if names is None:
+        dataset, patient, tokenizer, faces = sample_world(args, faces, state.device)
     else:
-        dataset = read_split(args.dataset_name, args.dataset_split, args.dataset_config)
-        patient, tokenizer = name_patient(
-            args.patient,
-            dtype=args.dtype,
-            in_4bit=args.patient_load_in_4bit,
-            in_8bit=args.patient_load_in_8bit,
-            trust_remote_code=args.trust_remote_code,
-        )
+        dataset, patient, tokenizer = load_inputs(args, *names)
     annotated = annotate_token_rewards(
         dataset,
         patient,
@@ -149,18 +130,75 @@ def run(arguments: Sequence[str]) -> int:
         sparsity_threshold=args.sparsity_threshold,
     )
     if state.is_main_process:
-        from ..annotation.report import reward_report, show_token_rewards
-        from ..annotation.token_rewards import warn_unless_faces_separate
-
-        write_dataset(annotated, args.output)
-        for row in annotated.select(range(min(args.show, len(annotated)))):
-            print(show_token_rewards(row, tokenizer))
-        if args.report is None:
-            warn_unless_faces_separate(annotated)
-        else:
-            reward_report(annotated, tokenizer, args.report)
-        if args.push_to_hub is not None:
-            push_dataset(annotated, args.push_to_hub)
-        print(f"{len(annotated)} pairs with token rewards: {args.output}")
+        write_outputs(args, annotated, tokenizer)
     state.destroy_process_group()
     return 0
+
+
+def input_names(args: AnnotateArguments) -> tuple[str, str] | None:
+    """Return the names of dataset and patient, or `None` for the controlled world; check options."""
+    if args.show < 0 or args.scoring_batch_size < 1:
+        raise ValueError(
+            "`--show` must not be negative, and `--scoring_batch_size` at least 1. Got "
+            f"{args.show} and {args.scoring_batch_size}; leave them out for the defaults"
+        )
+    if args.world is not None:
+        return None
+    if args.dataset_name is None or args.patient is None:
+        raise ValueError(
+            "`annotate` needs preferences and a patient. Pass `--dataset_name` and `--patient`, or `--world praise` "
+            "to try it"
+        )
+    return args.dataset_name, args.patient
+
+
+def load_inputs(
+    args: AnnotateArguments, dataset_name: str, patient_name: str
+) -> "tuple[Dataset, NamedModel | PreTrainedModel, PreTrainedTokenizerBase]":
+    """Return the dataset, the patient, which is not loaded yet, and its tokenizer."""
+    from .files import read_split
+    from .models import name_patient
+
+    dataset = read_split(dataset_name, args.dataset_split, args.dataset_config)
+    patient, tokenizer = name_patient(
+        patient_name,
+        dtype=args.dtype,
+        in_4bit=args.patient_load_in_4bit,
+        in_8bit=args.patient_load_in_8bit,
+        trust_remote_code=args.trust_remote_code,
+    )
+    return dataset, patient, tokenizer
+
+
+def sample_world(
+    args: AnnotateArguments, faces: "Faces", device: "torch.device"
+) -> "tuple[Dataset, NamedModel | PreTrainedModel, PreTrainedTokenizerBase, Faces]":
+    """Return pairs, patient, tokenizer and faces of the controlled world. Faces that the user gave replace its own."""
+    from ..testbed import load_world
+
+    world = load_world()
+    if args.world not in world.attributes:
+        raise ValueError(f"`--world` must be one of {sorted(world.attributes)}. Got {args.world!r}")
+    if args.positive_face is None:
+        faces = replace(world.attributes[args.world].faces, placement=faces.placement)
+    dataset = world.preference_dataset(args.world, num_pairs=args.num_pairs, seed=0)
+    patient = world.patient.to(device)  # type: ignore[arg-type]  # Transformers wraps `to` without its types
+    return dataset, patient, world.tokenizer, faces
+
+
+def write_outputs(args: AnnotateArguments, annotated: "Dataset", tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Write an annotated dataset, and print and plot its rewards as options ask for."""
+    from ..annotation.agreement import warn_unless_faces_separate
+    from ..annotation.report import reward_report, show_token_rewards
+    from .files import push_dataset, write_dataset
+
+    write_dataset(annotated, args.output)
+    for row in annotated.select(range(min(args.show, len(annotated)))):
+        print(show_token_rewards(row, tokenizer))
+    if args.report is None:
+        warn_unless_faces_separate(annotated)
+    else:
+        reward_report(annotated, tokenizer, args.report)
+    if args.push_to_hub is not None:
+        push_dataset(annotated, args.push_to_hub)
+    print(f"{len(annotated)} pairs with token rewards: {args.output}")

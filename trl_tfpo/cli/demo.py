@@ -1,48 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""`trl-tfpo demo`: a page to play with."""
+"""`trl-tfpo demo`: open the playground."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .parser import DTYPE_HELP, Parser, Repeated
+from . import options
+from .parser import Parser
 from .serve import listen
 
 
 @dataclass
 class DemoArguments:
-    """Models and address; without models the controlled world."""
+    """Options of `trl-tfpo demo`."""
 
     patient: str | None = field(
-        default=None, metadata={"help": "Hub name or path of the model that speaks. By default the controlled world."}
+        default=None, metadata={"help": "Patient: a Hub name or a folder. By default the controlled world is shown."}
     )
-    dtype: str = field(default="auto", metadata=DTYPE_HELP)
-    patient_load_in_4bit: bool = field(default=False, metadata={"help": "Load it in 4-bit NF4."})
-    doctor: list[str] = field(
-        default_factory=list, metadata={"action": Repeated, "help": "PATH or NAME=PATH of each doctor."}
-    )
+    dtype: str = field(default="auto", metadata=options.DTYPE)
+    patient_load_in_4bit: bool = field(default=False, metadata=options.IN_4BIT)
+    doctor: list[str] = field(default_factory=list, metadata=options.DOCTORS)
     prompt: list[str] = field(
-        default_factory=lambda: ["Hello!"], metadata={"action": Repeated, "help": "Prompts to offer."}
+        default_factory=lambda: ["Hello!"], metadata={"action": options.Repeated, "help": "Prompts to choose from."}
     )
-    max_new_tokens: int = field(default=256, metadata={"help": "Longest answer."})
-    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen at."})
-    port: int | None = field(default=None, metadata={"help": "Port to listen at; by default the first free one."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Maximum length of an answer, in tokens."})
+    host: str = field(default="127.0.0.1", metadata={"help": "Address of the server."})
+    port: int | None = field(
+        default=None, metadata={"help": "Port of the server. By default Gradio takes the first free one."}
+    )
     cache_dir: str = field(
         default=str(Path.home() / ".cache" / "trl_tfpo" / "doctors"),
-        metadata={"help": "Where the doctors of the controlled world are kept."},
+        metadata={"help": "Folder for the doctors of the controlled world, which the first start trains."},
     )
-    max_steps: int = field(default=200, metadata={"help": "Steps with which they are trained, at the first start."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Let the models run code of their own."})
+    max_steps: int = field(default=200, metadata={"help": "Training steps of these doctors."})
+    trust_remote_code: bool = field(default=False, metadata=options.REMOTE_CODE)
 
 
 def run(arguments: Sequence[str]) -> int:
     """Open the page until interrupted."""
-    (args,) = Parser(DemoArguments, "demo", "A page to play with.").parse(arguments)
+    description = "Open the playground: a web page with a slider for each doctor."
+    (args,) = Parser([DemoArguments], "demo", description).parse(arguments)
     if args.patient is None and args.doctor:
         raise ValueError("`--doctor` needs `--patient`. Pass both, or none for the controlled world")
     if args.patient is not None and not args.doctor:
-        raise ValueError("`--patient` needs at least one `--doctor` to play with")
+        raise ValueError("`--patient` needs at least one `--doctor`. Pass it as well")
     try:
         from ..server import Engine, Limits
         from ..server.playground import launch, make_playground, world_playground
@@ -51,16 +53,16 @@ def run(arguments: Sequence[str]) -> int:
             f'the playground needs more packages ({error}). Install them: pip install "trl-tfpo[demo]"'
         ) from error
 
-    from ..data.tokenization import check_counts
+    from ..common.arguments import check_counts
 
     check_counts(max_steps=args.max_steps, max_new_tokens=args.max_new_tokens)
-    listen(args.host, args.port or 0).close()  # Gradio would find out last, and by a traceback
+    listen(args.host, args.port or 0).close()  # Gradio would fail after loading, with a traceback
     from .models import load_models
 
     if args.patient is None:
         import torch
 
-        torch.set_num_threads(1)  # models so small that a second thread only waits for the first
+        torch.set_num_threads(1)  # the models are so small that more threads are slower
         print(
             f"The first start trains two small doctors, about a minute, and keeps them in {args.cache_dir}.",
             flush=True,

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""`trl-tfpo env`: what is installed, ready to paste in a bug report."""
+"""`trl-tfpo env`: print versions, for a bug report."""
 
 import importlib.metadata
 import platform

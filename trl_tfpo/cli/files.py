@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Datasets, prompts and completions, from wherever they are, and into files that are whole or not there."""
+"""Reading and writing datasets. Files are written atomically."""
 
 import os
 from pathlib import Path
@@ -19,20 +19,30 @@ def read_dataset(
     name: str, config: str | None = None, *, streaming: bool = False, data_dir: str | None = None
 ) -> DatasetDict:
     """
-    A dataset by Hub name, a folder (of files, or written by `save_to_disk`), or a JSON lines or Parquet file.
+    Read a dataset.
+
+    Args:
+        name (`str`):
+            Hub name, folder (of files, or written by `save_to_disk`), JSON lines or Parquet file.
+        config (`str`, *optional*):
+            Configuration of a Hub dataset.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Whether rows are read on demand.
+        data_dir (`str`, *optional*):
+            Folder within a Hub dataset.
 
     Raises:
-        `ValueError`: when a path is meant and there is nothing, or a file cannot be read.
+        `ValueError`: when there is nothing at a path, or a file cannot be read.
     """
     path = Path(name)
     if path.is_file():
         builder = "parquet" if ".parquet" in path.suffixes else "json"
         try:
             return load_dataset(builder, data_files={"train": str(path)}, streaming=streaming)
-        except (DatasetGenerationError, StopIteration, ValueError) as error:  # as the version of Datasets has it
+        except (DatasetGenerationError, StopIteration, ValueError) as error:  # depends on the version of Datasets
             raise ValueError(
-                f"A file must be JSON lines, or Parquet with the suffix `.parquet`. Got {name!r}, which cannot be read: "
-                f"{error.__cause__ or str(error) or 'it is empty'}; mend it."
+                "A file must be JSON lines, or Parquet with the suffix `.parquet`. Got "
+                f"{name!r}, which cannot be read: {error.__cause__ or str(error) or 'it is empty'}; correct it."
             ) from error
     if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
         dataset = load_from_disk(path)
@@ -50,20 +60,20 @@ def read_dataset(
 
 def read_split(name: str, split: str, config: str | None = None) -> Dataset:
     """
-    A split of [`read_dataset`].
+    Read one split of a dataset, see [`read_dataset`].
 
     Raises:
-        `ValueError`: when there is no such split, or nothing in it.
+        `ValueError`: when there is no such split, or it is empty.
     """
     return take_split(read_dataset(name, config), split, name)
 
 
 def take_split(dataset: DatasetDict, split: str, name: str) -> Dataset:
     """
-    A split of a dataset, which a message calls by its name.
+    Return one split of a dataset. Its name is for messages.
 
     Raises:
-        `ValueError`: when there is no such split, or nothing in it.
+        `ValueError`: when there is no such split, or it is empty.
     """
     if split not in dataset:
         raise ValueError(f"The split must be one of {sorted(dataset)}. Got {split!r} of {name!r}; pass another.")
@@ -73,10 +83,10 @@ def take_split(dataset: DatasetDict, split: str, name: str) -> Dataset:
 
 def check_output(path: str | os.PathLike, *, overwrite: bool) -> None:
     """
-    Whether something can be written to a path; asked before the work begins.
+    Check that an output can be written, before the work begins.
 
     Raises:
-        `ValueError`: when there is something already, or the folder cannot be written to.
+        `ValueError`: when it exists already, or its folder is not writable.
     """
     path = Path(path)
     check_writable(path.absolute().parent)
@@ -91,7 +101,7 @@ def check_output(path: str | os.PathLike, *, overwrite: bool) -> None:
 
 
 def write_dataset(dataset: Dataset, path: str | os.PathLike) -> None:
-    """Write JSON lines (`.jsonl`), Parquet (`.parquet`), or a folder for `load_from_disk`; in one stroke."""
+    """Write JSON lines (`.jsonl`), Parquet (`.parquet`) or a folder for `load_from_disk`, atomically."""
     with written_whole(path) as part:
         if Path(path).suffix in (".json", ".jsonl"):
             dataset.to_json(part, force_ascii=False)
@@ -104,11 +114,11 @@ def write_dataset(dataset: Dataset, path: str | os.PathLike) -> None:
 
 
 def push_dataset(dataset: Dataset, name: str) -> None:
-    """Push to the Hub; an annotated dataset with its card."""
+    """Push a dataset to the Hub. An annotated dataset gets its card."""
     dataset.push_to_hub(name)
     if annotation_settings(dataset):
         card = annotation_card(dataset)
-        pushed = DatasetCard.load(name)  # has the features and the files
-        pushed.data.tags = card.data.tags
+        pushed = DatasetCard.load(name)  # lists the features and files, which must be kept
+        pushed.data["tags"] = card.data["tags"]
         pushed.text = card.text
         pushed.push_to_hub(name, repo_type="dataset")

@@ -1,25 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Models of a verb: a patient by name, or that of the controlled world, and doctors."""
+"""Loading patients and doctors that options name."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..common._upstream import default_dtype
+from ..common.language_model import LanguageModel
+from ..common.precision import default_dtype
 from ..data.tokenizer_identity import check_same_tokenizer
 from ..models.doctor import load_doctor
 from ..models.named_model import NamedModel
-from .parser import DTYPES
+from .options import DTYPES
 
 
 def check_dtype(dtype: str) -> str:
     """
-    A dtype for `from_pretrained`.
+    Return a dtype for `from_pretrained`, without `"auto"` where that would be slow.
 
     Raises:
-        `ValueError`: when it is none.
+        `ValueError`: when it is not one of `DTYPES`.
     """
     if dtype not in DTYPES:
         raise ValueError(f"`--dtype` must be one of {DTYPES}. Got {dtype!r}; leave it out for 'auto'")
@@ -27,7 +28,7 @@ def check_dtype(dtype: str) -> str:
 
 
 def quantization(in_4bit: bool, in_8bit: bool = False) -> BitsAndBytesConfig | None:
-    """How a patient is loaded in fewer bits, if it is."""
+    """Return the quantization of a patient, or `None`."""
     if in_4bit and in_8bit:
         raise ValueError("A patient is loaded in 4 or in 8 bits. Got both options; leave one out")
     if in_4bit:
@@ -42,9 +43,9 @@ def name_patient(
     in_4bit: bool = False,
     in_8bit: bool = False,
     trust_remote_code: bool = False,
-    **settings,
+    **settings: object,
 ) -> tuple[NamedModel, PreTrainedTokenizerBase]:
-    """A patient that is not loaded yet, and its tokenizer."""
+    """Return a patient that is loaded on demand, and its tokenizer."""
     check_dtype(dtype)
     if quantized := quantization(in_4bit, in_8bit):
         settings["quantization_config"] = quantized
@@ -52,20 +53,24 @@ def name_patient(
     return patient, AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
-def load_patient(name: str | None, **settings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A patient in eval mode, and its tokenizer; without a name those of the controlled world."""
+def load_patient(
+    name: str | None, *, dtype: str = "auto", in_4bit: bool = False, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a patient in eval mode, and its tokenizer. Without a name they are those of the controlled world."""
     if name is None:
         from ..testbed import load_world
 
         world = load_world()
         return world.patient, world.tokenizer
-    patient, tokenizer = name_patient(name, **settings)
+    patient, tokenizer = name_patient(
+        name, dtype=dtype, in_4bit=in_4bit, trust_remote_code=trust_remote_code, device_map="auto"
+    )
     return patient.loaded.eval(), tokenizer
 
 
 def name_doctor(text: str) -> tuple[str, str]:
     """
-    Name and path of a doctor, from NAME=PATH or from the path alone, whose last part is the name then.
+    Split NAME=PATH into name and path of a doctor. The name of a path alone is its last part.
 
     Raises:
         `ValueError`: when the name or the path is empty.
@@ -79,12 +84,29 @@ def name_doctor(text: str) -> tuple[str, str]:
 
 
 def load_models(
-    name: str | None, given: Sequence[str], *, in_4bit: bool, trust_remote_code: bool, dtype: str = "auto"
-) -> tuple:
-    """Patient (`None` is that of the controlled world), tokenizer, and doctors by name, from `--doctor` each."""
-    settings = {"dtype": dtype, "in_4bit": in_4bit, "trust_remote_code": trust_remote_code}
-    patient, tokenizer = load_patient(name, device_map="auto", **settings)
-    doctors = {}
+    name: str | None,
+    given: Sequence[str],
+    *,
+    dtype: str = "auto",
+    in_4bit: bool = False,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, LanguageModel]]:
+    """
+    Load models in eval mode.
+
+    Args:
+        name (`str` or `None`):
+            Name of the patient; `None` for that of the controlled world.
+        given (sequence of `str`):
+            NAME=PATH, or PATH, of each doctor.
+        dtype, in_4bit, trust_remote_code:
+            As in the options. Only the patient is loaded in 4 bits.
+
+    Returns:
+        `tuple`: the patient, its tokenizer, and the doctors by name.
+    """
+    patient, tokenizer = load_patient(name, dtype=dtype, in_4bit=in_4bit, trust_remote_code=trust_remote_code)
+    doctors: dict[str, LanguageModel] = {}
     for text in given:
         label, path = name_doctor(text)
         if label in doctors:
@@ -98,6 +120,6 @@ def load_models(
             dtype=check_dtype(dtype),
             trust_remote_code=trust_remote_code,
         ).eval()
-        its_tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        check_same_tokenizer(tokenizer, its_tokenizer, names=("patient", f"doctor {label!r}"))
+        doctor_tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        check_same_tokenizer(tokenizer, doctor_tokenizer, names=("patient", f"doctor {label!r}"))
     return patient, tokenizer, doctors

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Options of a verb: TRL's parser, with errors of one line, and those of `accelerate launch`."""
+"""Options of a verb: TRL's parser, with short help, errors of one line, and the options of `accelerate launch`."""
 
 import contextlib
+import inspect
 import os
+import shutil
 import signal
 import subprocess  # nosec B404
-from argparse import Action, Namespace
-from collections.abc import Sequence
+import textwrap
+from argparse import SUPPRESS, Action, Namespace
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import yaml
 from trl import TrlParser
@@ -18,23 +22,12 @@ from . import LAUNCHED, did_you_mean
 
 
 ACCELERATE_CONFIGS = Path(__file__).parents[1] / "training" / "accelerate_configs"
-DTYPES = ("auto", "bfloat16", "float16", "float32")
-DTYPE_HELP = {
-    "help": "Dtype of the models: 'bfloat16', 'float16', 'float32', or 'auto', that of each checkpoint, but float32 on a CPU "
-    "without bfloat16 instructions."
-}
-
-
-class Repeated(Action):
-    """A list, in one go (`--doctor a b`) or word by word (`--doctor a --doctor b`), in place of that of a config."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        before = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, values if before is self.default else [*before, *values])
+HELP_COLUMN, HELP_WIDTH = 34, 119
+VALUES = {"int": "N", "float": "X", "string_to_bool": "BOOL"}  # in help, by the type of an option
 
 
 class ConfigParser(TrlParser):
-    """TRL's parser; a configuration file may use every name of an option, and one value where a list belongs."""
+    """TRL's parser, with configuration files that may use any name of an option, and one value for a list."""
 
     def set_defaults_with_config(self, **kwargs) -> list[str]:
         options = {
@@ -57,31 +50,67 @@ class ConfigParser(TrlParser):
 
 
 class Parser(ConfigParser):
-    """An error raises `ValueError` instead of printing hundreds of options."""
+    """Parser of one verb. Its options are the fields of dataclasses."""
 
-    def __init__(self, dataclass_types, verb: str, description: str):
-        super().__init__(dataclass_types, prog=f"trl-tfpo {verb}", description=description, allow_abbrev=False)
+    def __init__(self, dataclass_types: Sequence[type], verb: str, description: str):
+        super().__init__(
+            dataclass_types,  # type: ignore[arg-type]  # annotated by a NewType that no class is of
+            prog=f"trl-tfpo {verb}",
+            description=description,
+            allow_abbrev=False,
+        )
+        self.verb, self._types = verb, dataclass_types
 
-    def error(self, message: str):
+    def format_help(self) -> str:
+        """Return the help: one entry for each option, by its first name, grouped by the library that defines it."""
+        titles = {"trl_tfpo": "Options:", "trl": "Options of TRL:", "transformers": "Options of Transformers:"}
+        entries: dict[str, list[str]] = {library: [] for library in titles}
+        for action in self._actions:
+            if action.dest != "help":
+                entries[self._library_of(action.dest)].append(help_entry(action))
+        width = min(shutil.get_terminal_size().columns, HELP_WIDTH)
+        indent = " " * HELP_COLUMN
+        wrapper = textwrap.TextWrapper(width, "", indent, break_long_words=False, break_on_hyphens=False)
+        lines = [f"usage: {self.prog} [OPTIONS]", "", *textwrap.wrap(self.description or "", width)]
+        for library, title in titles.items():
+            if entries[library]:
+                lines += ["", title, "", *(line for entry in entries[library] for line in wrapper.wrap(entry))]
+        return "\n".join(lines) + "\n"
+
+    def _library_of(self, name: str) -> str:
+        bases = (base for cls in self._types for base in cls.__mro__ if name in inspect.get_annotations(base))
+        return next(bases).__module__.split(".")[0]
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `ValueError` instead of printing all options."""
         raise ValueError(message)
 
     def parse(self, arguments: Sequence[str]) -> tuple:
         """
-        Instances of the dataclasses.
+        Parse options.
+
+        Returns:
+            `tuple`: an instance of each dataclass.
 
         Raises:
-            `ValueError`: on an unknown option, with the nearest one there is.
+            `ValueError`: on an unknown option, with the most similar one.
         """
         *parsed, from_config, from_line = self._parse(arguments)
         self._refuse(from_config + from_line, ())
         return self._checked(parsed)
 
-    def parse_or_launch(self, arguments: Sequence[str], verb: str) -> tuple | int:
+    def parse_or_launch(self, arguments: Sequence[str]) -> tuple | int:
         """
-        The same where no option of `accelerate launch` is given, or in a process that was launched by them; else the exit
-        status of the launched processes.
+        Parse options, or launch the verb in several processes if there are options of `accelerate launch`.
 
-        `--accelerate_config` is a file, or the name of a config of this package or of TRL.
+        `--accelerate_config` is a file, or the name of a configuration of this package or of TRL.
+
+        Returns:
+            `tuple` or `int`: an instance of each dataclass, also in a launched process; or the exit status of the
+            launched processes.
+
+        Raises:
+            `ValueError`: on an unknown option, with the most similar one.
         """
         *parsed, from_config, from_line = self._parse(arguments)
         if not from_config + from_line:
@@ -90,29 +119,30 @@ class Parser(ConfigParser):
 
         launcher = launch_command_parser()
         launcher.error = self.error
-        options = {name: action.nargs for action in launcher._actions for name in action.option_strings}
-        launch = []
+        num_values = {name: action.nargs for action in launcher._actions for name in action.option_strings}
+        launch_options = []
         for name, value in zip(from_config[::2], from_config[1::2], strict=True):
-            if options.get(name) != 0:
-                launch += [name, value]
-            elif value == "True":  # a switch, which is followed by nothing
-                launch.append(name)
-        launch += from_line
-        self._refuse(launch, {"--accelerate_config", *options})
+            if num_values.get(name) != 0:
+                launch_options += [name, value]
+            elif value == "True":  # a switch, which takes no value
+                launch_options.append(name)
+        launch_options += from_line
+        self._refuse(launch_options, {"--accelerate_config", *num_values})
         if LAUNCHED in os.environ or "LOCAL_RANK" in os.environ:
             return self._checked(parsed)
-        rest, remaining = [], list(from_line)
+        own_options, remaining = [], list(from_line)
         for argument in split_names(arguments):  # `from_line` is a part of them, in order
             if remaining and argument == remaining[0]:
                 remaining.pop(0)
             else:
-                rest.append(argument)
-        launch_args = launcher.parse_args([*with_config_file(launch), "--module", "trl_tfpo", verb, *rest])
+                own_options.append(argument)
+        module = ["--module", "trl_tfpo", self.verb]
+        launch_args = launcher.parse_args([*with_config_file(launch_options), *module, *own_options])
         if launch_args.training_script != "trl_tfpo":
             raise ValueError(f"unexpected argument {launch_args.training_script!r}. Options begin with `--`")
         os.environ[LAUNCHED] = "1"
         try:
-            return exit_status(launch_args)
+            return launch(launch_args)
         finally:
             del os.environ[LAUNCHED]
 
@@ -130,39 +160,51 @@ class Parser(ConfigParser):
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"`--config` must be a YAML file. Got {config!r}: {error}") from error
 
-    def _checked(self, parsed: Sequence) -> tuple:
-        """The instances; a value of a configuration file comes in any type."""
+    def _checked(self, parsed: Sequence[object]) -> tuple:
+        """Check the types of all values. Those of a configuration file may have any."""
         for instance in parsed:
             check_types(instance)
         return tuple(parsed)
 
-    def _refuse(self, remaining: Sequence[str], known: Sequence[str]) -> None:
-        """Complain of the first option that nobody knows."""
+    def _refuse(self, remaining: Sequence[str], known: Collection[str]) -> None:
+        """Raise `ValueError` on the first option that is not among the known ones."""
         for argument in remaining:
             name = argument.split("=")[0]
             if name.startswith("--") and name not in known:
                 names = [*self._option_string_actions, *known]
                 plain = name.lstrip("-").replace("-", "_")
-                if INSTEAD.get(plain, OF_TRAINER) not in (OF_TRAINER, INSTEAD["tokenizer"]):  # these are of Python
+                if INSTEAD.get(plain, OF_TRAINER) not in (OF_TRAINER, INSTEAD["tokenizer"]):  # advice on Python code
                     raise ValueError(f"unknown option {name!r}. Instead: {INSTEAD[plain]}")
                 raise ValueError(f"unknown option {name!r}{did_you_mean(name, names)}")
         if remaining and not remaining[0].startswith("--"):
             raise ValueError(f"unexpected argument {remaining[0]!r}. Options begin with `--`")
 
 
-def old_name(name: str) -> list[str]:
-    """Option strings of a name that an option had before, for the `aliases` of its field."""
-    return [f"--{name}", f"--{name.replace('_', '-')}"]
+def help_entry(action: Action) -> str:
+    """Return the help of an option: name, kind of value, meaning and default."""
+    name = next(x for x in action.option_strings if x.startswith("--"))
+    is_switch = action.nargs == 0 or action.const is True
+    kind = "|".join(map(str, action.choices or ())) or VALUES.get(getattr(action.type, "__name__", ""), "TEXT")
+    value = "" if is_switch else f" {kind} ..." if action.nargs in ("+", "*") else f" {kind}"
+    text = (action.help or "").replace("%%", "%")
+    default = action.default
+    if action.nargs == 0 and action.const is False:
+        text = f"Opposite of `--{action.dest}`."
+    elif action.required:
+        text += " (required)"
+    elif not (default is None or default is False or default == [] or default is SUPPRESS):
+        text += f" (default: {' '.join(map(str, default)) if isinstance(default, list) else default})"
+    return f"{f'  {name}{value}':<{HELP_COLUMN - 2}}  {text}"
 
 
 def split_names(arguments: Sequence[str]) -> list[str]:
-    """Arguments with `--config=FILE` as two words, as those who look for the option expect it."""
+    """Split `--config=FILE` and `--accelerate_config=NAME` into two arguments each."""
     names = ("--config=", "--accelerate_config=")
     return [part for x in arguments for part in (x.split("=", 1) if x.startswith(names) else [x])]
 
 
-def exit_status(launch_args: Namespace) -> int:
-    """Launch, and the status of the first process that failed, which has said why; 0 if none did."""
+def launch(launch_args: Namespace) -> int:
+    """Launch processes. Returns the exit status of the first that failed (it has printed why), or 0."""
     from accelerate.commands.launch import launch_command
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -173,7 +215,7 @@ def exit_status(launch_args: Namespace) -> int:
         return error.returncode
     except KeyboardInterrupt:
         with contextlib.suppress(ChildProcessError):
-            os.waitpid(-1, 0)  # the process was interrupted as well, and ends in a moment
+            os.waitpid(-1, 0)  # the process was interrupted as well, and is about to end
         raise
     except ChildFailedError as error:
         return error.get_first_failure()[1].exitcode
@@ -184,13 +226,13 @@ def exit_status(launch_args: Namespace) -> int:
     return 0
 
 
-def with_config_file(launch: Sequence[str]) -> list[str]:
-    """Launch options with `--accelerate_config NAME` replaced by `--config_file PATH`."""
-    launch = list(launch)
-    if "--accelerate_config" not in launch:
-        return launch
-    index = launch.index("--accelerate_config")
-    name = launch[index + 1] if index + 1 < len(launch) else ""
+def with_config_file(options: Sequence[str]) -> list[str]:
+    """Replace `--accelerate_config NAME` by `--config_file PATH` in options of `accelerate launch`."""
+    options = list(options)
+    if "--accelerate_config" not in options:
+        return options
+    index = options.index("--accelerate_config")
+    name = options[index + 1] if index + 1 < len(options) else ""
     path = Path(name) if Path(name).is_file() else ACCELERATE_CONFIGS / f"{name}.yaml"
     if not path.is_file():
         import trl
@@ -199,7 +241,7 @@ def with_config_file(launch: Sequence[str]) -> list[str]:
     if not path.is_file():
         ours = sorted(file.stem for file in ACCELERATE_CONFIGS.glob("*.yaml"))
         raise ValueError(
-            f"`--accelerate_config` must be a file or a name. Got {name!r}{did_you_mean(name, ours)}; there are {ours}, "
-            "and those of TRL."
+            f"`--accelerate_config` must be a file or a name. Got {name!r}{did_you_mean(name, ours)}; the names are "
+            f"{ours}, and those of TRL."
         )
-    return ["--config_file", str(path), *launch[:index], *launch[index + 2 :]]
+    return ["--config_file", str(path), *options[:index], *options[index + 2 :]]

@@ -1,45 +1,79 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""`trl-tfpo serve`: an OpenAI-compatible server."""
+"""`trl-tfpo serve`: run an OpenAI-compatible server."""
 
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .parser import DTYPE_HELP, Parser, Repeated
+from . import options
+from .parser import Parser
+
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 
 @dataclass
 class ServeArguments:
-    """Models, address and limits."""
+    """Options of `trl-tfpo serve`."""
 
-    patient: str | None = field(default=None, metadata={"help": "Hub name or path of the model that speaks."})
-    dtype: str = field(default="auto", metadata=DTYPE_HELP)
-    patient_load_in_4bit: bool = field(default=False, metadata={"help": "Load it in 4-bit NF4."})
-    doctor: list[str] = field(
-        default_factory=list, metadata={"action": Repeated, "help": "PATH or NAME=PATH of each doctor."}
-    )
+    patient: str | None = field(default=None, metadata={"help": "Patient: a Hub name or a folder."})
+    dtype: str = field(default="auto", metadata=options.DTYPE)
+    patient_load_in_4bit: bool = field(default=False, metadata=options.IN_4BIT)
+    doctor: list[str] = field(default_factory=list, metadata=options.DOCTORS)
     alias: list[str] = field(
         default_factory=list,
-        metadata={"action": Repeated, "help": "NAME=DOCTOR:WEIGHT,...: a further model name, with these weights."},
+        metadata={
+            "action": options.Repeated,
+            "help": "Further model names with exponents of doctors, each NAME=DOCTOR:WEIGHT,DOCTOR:WEIGHT.",
+        },
     )
-    model_name: str | None = field(default=None, metadata={"help": "What clients call the patient."})
-    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen at; 0.0.0.0 is the whole network."})
-    port: int = field(default=8000, metadata={"help": "Port to listen at; 0 is any that is free."})
-    api_key_file: str | None = field(default=None, metadata={"help": "File with the key that clients must send."})
+    model_name: str | None = field(
+        default=None, metadata={"help": "Name of the patient in requests. By default the last part of `--patient`."}
+    )
+    host: str = field(
+        default="127.0.0.1", metadata={"help": "Address of the server. 0.0.0.0 accepts the whole network."}
+    )
+    port: int = field(default=8000, metadata={"help": "Port of the server. 0 takes any free one."})
+    api_key_file: str | None = field(
+        default=None, metadata={"help": "File with the key that clients must send. By default none is needed."}
+    )
     max_rows: int = field(default=32, metadata={"help": "Completions decoded at once."})
     max_choices: int = field(default=8, metadata={"help": "Completions of one request, over all its prompts."})
-    max_prompt_tokens: int = field(default=4096, metadata={"help": "Longest prompt."})
-    max_new_tokens: int = field(default=2048, metadata={"help": "Longest completion."})
+    max_prompt_tokens: int = field(default=4096, metadata={"help": "Maximum length of a prompt."})
+    max_new_tokens: int = field(default=2048, metadata={"help": "Maximum length of a completion."})
     max_queue: int = field(default=256, metadata={"help": "Completions that may wait."})
-    max_seconds: float = field(default=600.0, metadata={"help": "Longest time for a request."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Let the models run code of their own."})
-    world: bool = field(default=False, metadata={"help": "The patient of the controlled world, to try it."})
+    max_seconds: float = field(default=600.0, metadata={"help": "Maximum time of a request."})
+    trust_remote_code: bool = field(default=False, metadata=options.REMOTE_CODE)
+    world: bool = field(default=False, metadata={"help": "Serve the patient of the controlled world, to try it."})
 
 
-def build(args: ServeArguments):
-    """The app that the arguments ask for."""
+def run(arguments: Sequence[str]) -> int:
+    """Serve until interrupted."""
+    description = "Run an OpenAI-compatible server for a patient and doctors, with exponents for each request."
+    (args,) = Parser([ServeArguments], "serve", description).parse(arguments)
+    with listen(args.host, args.port) as listener:
+        app = build(args)
+        import uvicorn
+
+        listener.listen()
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        print(f"Serving at http://{host}:{listener.getsockname()[1]}/v1 (Ctrl-C ends it)", flush=True)
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            server_header=False,
+            limit_concurrency=2 * (args.max_rows + args.max_queue),  # connections, including refused requests
+        )
+        uvicorn.Server(config).run(sockets=[listener])
+    return 0
+
+
+def build(args: ServeArguments) -> "FastAPI":
+    """Load models, and return the app that options ask for."""
     try:
         from ..server import Engine, Limits, make_app
     except ImportError as error:
@@ -55,10 +89,11 @@ def build(args: ServeArguments):
         key = Path(args.api_key_file).read_text(encoding="utf-8").strip()
         if not key:
             raise ValueError(f"`--api_key_file` must hold a key. Got {args.api_key_file!r}, which is empty; write one")
-    if not args.world and args.patient is None:
+    name = None if args.world else args.patient
+    if name is None and not args.world:
         raise ValueError("a patient is needed. Pass `--patient`, or `--world` to try it")
     patient, tokenizer, doctors = load_models(
-        None if args.world else args.patient,
+        name,
         args.doctor,
         dtype=args.dtype,
         in_4bit=args.patient_load_in_4bit,
@@ -72,23 +107,23 @@ def build(args: ServeArguments):
         max_queue=args.max_queue,
         max_seconds=args.max_seconds,
     )
-    default_name = "world" if args.world else Path(args.patient).name
+    default_name = "world" if name is None else Path(name).name
     engine = Engine(patient, tokenizer, doctors, limits)
     return make_app(engine, model_name=args.model_name or default_name, api_key=key, aliases=aliases)
 
 
 def read_aliases(given: Sequence[str]) -> dict[str, dict[str, float]]:
     """
-    Weights of doctors by the name of a model, from NAME=DOCTOR:WEIGHT,... each.
+    Read model names with exponents of doctors, from NAME=DOCTOR:WEIGHT,... each.
 
     Raises:
         `ValueError`: when one is not of this form, or a name is given twice.
     """
-    aliases = {}
+    aliases: dict[str, dict[str, float]] = {}
     for text in given:
         name, _, pairs = text.partition("=")
         try:
-            weights = {}
+            weights: dict[str, float] = {}
             for pair in pairs.split(","):
                 doctor, weight = pair.rsplit(":", 1)
                 if not doctor or doctor in weights:
@@ -107,10 +142,10 @@ def read_aliases(given: Sequence[str]) -> dict[str, dict[str, float]]:
 
 def listen(host: str, port: int) -> socket.socket:
     """
-    A socket at an address, before models are loaded, which takes long.
+    Bind a socket to an address. Done before models are loaded, which takes long.
 
     Raises:
-        `ValueError`: when there is no such address, or somebody else is there.
+        `ValueError`: when there is no such address, or it is taken.
     """
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -122,23 +157,3 @@ def listen(host: str, port: int) -> socket.socket:
             f"`--host` and `--port` must be an address of this machine that is free. Got {host!r} and {port}: {error}"
         ) from error
     return listener
-
-
-def run(arguments: Sequence[str]) -> int:
-    """Serve until interrupted."""
-    (args,) = Parser(ServeArguments, "serve", "Serve a patient and its doctors.").parse(arguments)
-    with listen(args.host, args.port) as listener:
-        app = build(args)
-        import uvicorn
-
-        listener.listen()
-        host = f"[{args.host}]" if ":" in args.host else args.host
-        print(f"Serving at http://{host}:{listener.getsockname()[1]}/v1 (Ctrl-C ends it)", flush=True)
-        config = uvicorn.Config(
-            app,
-            log_level="warning",
-            server_header=False,
-            limit_concurrency=2 * (args.max_rows + args.max_queue),  # connections, with those that are refused
-        )
-        uvicorn.Server(config).run(sockets=[listener])
-    return 0

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Files and folders that are whole or not there, whatever happens while they are written, and the format they are in."""
+"""Atomic writing of files and folders, and their format version."""
 
 import os
 import shutil
@@ -10,27 +10,28 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-FORMAT = 1  # of what this package writes; the next one when an older version could misread it
+FORMAT = 1  # format version of written files; increased if an older version could misread them
 
 
 def check_format(found: int, name: str) -> None:
-    """Raise `ValueError` when what `name` calls by its name was written in a format that this version cannot know."""
+    """Raise `ValueError` if a format version is not supported. `name` is the subject of the message."""
     if found != FORMAT:
         raise ValueError(
-            f"{name} must have format {FORMAT}. Got format {found}; use the version of trl-tfpo that wrote it, or a later one."
+            f"{name} must have format {FORMAT}. Got format {found}; use the version of trl-tfpo that wrote it, or a "
+            "later one."
         )
 
 
 def check_writable(folder: str | os.PathLike) -> None:
     """
-    Check that there can be files in a folder, before the work that would be lost; nothing is left of the check.
+    Check that a folder is writable, before work that would be lost. The check leaves no files.
 
     Args:
         folder (`str` or `os.PathLike`):
-            The folder. Where it does not exist yet, the nearest that does is looked at.
+            The folder. If it does not exist, its nearest existing parent is checked.
 
     Raises:
-        `ValueError`: when nothing can be written there.
+        `ValueError`: if the folder is not writable.
     """
     nearest = Path(folder)
     while not nearest.exists():
@@ -41,21 +42,21 @@ def check_writable(folder: str | os.PathLike) -> None:
     except OSError as error:
         raise ValueError(
             f"The output must be in a folder that can be written to. Got {str(folder)!r}: {error.strerror}; choose "
-            "another, or make room."
+            "another folder, or free disk space."
         ) from error
 
 
 @contextmanager
 def written_whole(path: str | os.PathLike) -> Iterator[Path]:
     """
-    Something to write instead of `path`, whose place it takes when all went well; otherwise nothing is left of it.
+    Write to a temporary path, then replace `path` atomically. After an error the temporary path is deleted.
 
     Args:
         path (`str` or `os.PathLike`):
-            A file or a folder, which is replaced if it exists. Its parents are made.
+            A file or folder, which is replaced if it exists. Its parents are created.
 
     Yields:
-        `Path`: where to write the file, or to make the folder.
+        `Path`: temporary path, at which to write the file or create the folder.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +66,7 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
         if part.is_file():
             with open(part, "rb") as file:
                 os.fsync(file.fileno())
-        elif path.is_dir():  # a folder is not replaced in one step: the old one steps aside
+        elif path.is_dir():  # `os.replace` does not replace a folder that is not empty
             os.replace(path, old)
         os.replace(part, path)
     finally:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Texts of models, datasets and clients, made fit to be shown: nothing in them moves a cursor, or passes for markup."""
+"""Escaping of texts from models, datasets and clients for terminals and Markdown tables."""
 
 import html
 
 
 def printable(text: str) -> str:
     """
-    The text without anything that moves a cursor, colors a terminal or turns the direction of writing.
+    Escape control characters, which could move the cursor, color the terminal or reverse the writing direction.
 
     Examples:
 
@@ -22,6 +22,6 @@ def printable(text: str) -> str:
 
 
 def cell(text: str) -> str:
-    """The text for a cell of a Markdown table: one line, with neither HTML nor links nor columns of its own."""
+    """Escape a text for a cell of a Markdown table: one line, without HTML, links or column separators."""
     escaped = html.escape(" ".join(printable(line) for line in text.splitlines()), quote=False)
     return "".join(f"\\{x}" if x in "|[]" else x for x in escaped)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""How far a long task is: a bar in a terminal, a line every now and then in a log."""
+"""Progress of a long task: a bar in a terminal, occasional lines in a log."""
 
 import sys
 import time
@@ -14,23 +14,23 @@ LINE_SECONDS = 15.0  # between two lines
 
 class Progress:
     """
-    Progress of a task, on standard error. To be used as a context manager.
+    Context manager that shows the progress of a task on standard error.
 
-    In a terminal it is a bar. Elsewhere, as in a job's log, it is a line at most every 15 seconds, and none for a task
-    that takes less. Both are silent after `datasets.disable_progress_bars()`.
+    In a terminal, it shows a bar. Elsewhere, such as in a log, it prints a line at most every 15 seconds, and none for
+    shorter tasks. `datasets.disable_progress_bars()` turns both off.
 
     Args:
         total (`int`):
-            Units of work.
+            Number of units of work.
         desc (`str`):
-            What is done.
+            Name of the task.
         unit (`str`):
-            Name of the units, in the plural.
+            Name of the units, in plural.
         is_shown (`bool`, *optional*, defaults to `True`):
-            False where another process shows the progress.
+            Whether this process shows the progress.
     """
 
-    def __init__(self, total: int, desc: str, unit: str, is_shown: bool = True):
+    def __init__(self, total: int, desc: str, unit: str, is_shown: bool = True) -> None:
         self.total, self.desc, self.unit = total, desc, unit
         self.bar = tqdm(total=total, desc=desc, unit=f" {unit}", leave=False, disable=None if is_shown else True)
         self.has_lines = is_shown and not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
@@ -41,20 +41,20 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(self, error_type, *_) -> None:
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         self.bar.close()
         if error_type is None and self.num_lines:
             self._print(f"took {tqdm.format_interval(time.monotonic() - self.begin)}")
 
     def update(self, amount: float, *, is_skipped: bool = False) -> None:
         """
-        Move on.
+        Add finished units.
 
         Args:
             amount (`float`):
-                Units that are done, may be a part of one.
+                Number of units, possibly fractional.
             is_skipped (`bool`, *optional*, defaults to `False`):
-                Whether they took no time, because they had been done before.
+                Whether they were finished before, and do not count for the estimate of the remaining time.
         """
         self.done = min(self.done + amount, self.total)
         self.skipped += amount if is_skipped else 0

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-TRL's preference formats, each row read as one prompt and two answers of the assistant.
+Preference formats of TRL: each row becomes one prompt and two completions of the assistant.
 
-A row is made of texts or of messages. Its prompt may stand in a column of its own, or at the start of both answers.
+A row has texts or messages. The prompt has its own column, or is the start of both completions.
 """
 
 import os
@@ -15,36 +15,36 @@ from itertools import takewhile
 from trl.trainer.utils import remove_none_values
 
 
-TRANSCRIPT_TURN = "\n\nAssistant:"  # as in HH-RLHF, whose `chosen` and `rejected` are whole transcripts
+TRANSCRIPT_TURN = "\n\nAssistant:"  # of HH-RLHF, whose `chosen` and `rejected` are whole transcripts
 OTHER_TURN = "\n\nHuman:"
 TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
-THOUGHTS = ("reasoning_content", "thinking")  # keys of a message beside its content
+THOUGHTS = ("reasoning_content", "thinking")  # keys of a message
 REMEDY = "correct the row, leave it out, or pass `drop_unusable=True`."
 
 
 def read_pair(example: dict, *, openings: Sequence[str] = (), convert_transcripts: bool = False) -> dict:
     r"""
-    One row as a prompt and what the assistant answers.
+    Split a row into a prompt and two completions.
 
-    The formats and their order of precedence are those of TRL. A prompt that is a text is ignored where the answers are
-    conversations: they repeat it. An answer that begins with the messages of the prompt loses them.
+    The formats and their order of precedence are those of TRL. A prompt that is a text is ignored if the completions
+    are conversations, which repeat it. Completions that begin with the messages of the prompt lose them.
 
     Args:
         example (`dict`):
-            A row with `chosen`, `rejected` and, optionally, `prompt`.
+            Row with `chosen`, `rejected` and, optionally, `prompt`.
         openings (`Sequence[str]`, *optional*):
-            Texts that open the assistant's turn, beside `"\n\nAssistant:"`. A prompt that is contained in both texts ends
-            with the last opening that they share. In texts without an opening it ends between two words.
+            Texts that open the assistant's turn, in addition to `"\n\nAssistant:"`. A prompt without its own column
+            ends after the last opening that both texts share, or between two words if there is none.
         convert_transcripts (`bool`, *optional*, defaults to `False`):
-            Whether texts with turns of `"\n\nHuman:"` and `"\n\nAssistant:"` become messages.
+            Whether to convert texts with turns of `"\n\nHuman:"` and `"\n\nAssistant:"` to messages.
 
     Returns:
-        `dict`: `prompt`, `chosen` and `rejected`, all texts or all lists of messages. The contents of messages are texts.
-        A prompt that ends with a message of the assistant is continued by the answers.
+        `dict`: `prompt`, `chosen` and `rejected`, all texts or all lists of messages with texts as content. If the
+        prompt ends with a message of the assistant, the completions continue it.
 
     Raises:
-        `ValueError`: when the row mixes texts and messages, a message has no role or no text, the answers have no prompt in
-        common, or one of them does not start with the assistant.
+        `ValueError`: if the row mixes texts and messages, a message has no role or no text, the completions do not
+            share a prompt, or one of them does not start with the assistant.
 
     Examples:
 
@@ -64,7 +64,7 @@ def read_pair(example: dict, *, openings: Sequence[str] = (), convert_transcript
     """
     pair = {name: example[name] for name in ("prompt", "chosen", "rejected") if name in example}
     if isinstance(pair.get("prompt"), str) and not isinstance(pair["chosen"], str):
-        del pair["prompt"]  # UltraFeedback's column, which the conversations repeat
+        del pair["prompt"]  # in UltraFeedback, the conversations repeat it
     are_texts = all(isinstance(value, str) for value in pair.values())
     if not (are_texts or all(map(_are_messages, pair.values()))):
         raise ValueError(
@@ -79,16 +79,16 @@ def read_pair(example: dict, *, openings: Sequence[str] = (), convert_transcript
     if not are_texts:
         pair = _split_messages(**{name: clean_messages(messages) for name, messages in pair.items()})
     for name in ("chosen", "rejected"):
-        if not _says_something(pair[name]):
+        if not _has_content(pair[name]):
             raise empty_completion(name)
     return pair
 
 
 def empty_completion(name: str) -> ValueError:
-    """The error for a completion, `"chosen"` or `"rejected"`, in which the assistant says nothing of its own."""
+    """Return the error for a completion, `"chosen"` or `"rejected"`, without tokens of its own."""
     return ValueError(
-        f"A completion must have at least one token before EOS. Got an empty {name!r} one, after the prompt and what both "
-        f"completions begin with; {REMEDY}"
+        f"A completion must have at least one token before EOS. Got an empty {name!r} completion, after the prompt "
+        f"and the common start of both completions; {REMEDY}"
     )
 
 
@@ -99,7 +99,8 @@ def is_transcript(text: object) -> bool:
 
 def transcript_to_messages(text: str) -> list[dict[str, str]]:
     r"""
-    The turns of a transcript as messages, without the spaces around them. What comes before the first is a system message.
+    Convert the turns of a transcript to messages, without surrounding whitespace. Text before the first turn is a
+    system message.
 
     Examples:
 
@@ -121,13 +122,13 @@ def transcript_to_messages(text: str) -> list[dict[str, str]]:
 
 def clean_messages(messages: list[dict]) -> list[dict]:
     """
-    Copies of messages whose content is a text, without keys that are `None`.
+    Copy messages, with texts as content and without keys that are `None`.
 
-    Text parts (`[{"type": "text", "text": ...}]`) are joined. A message may lack content where it calls tools. Arrow gives
-    all rows the same keys; those that it filled in do not reach the chat template.
+    Text parts (`[{"type": "text", "text": ...}]`) are joined. A message with tool calls needs no content. Keys that
+    Arrow adds from other rows are `None`, and do not reach the chat template.
 
     Raises:
-        `ValueError`: when it is not a list of messages with a role, or a message has no text.
+        `ValueError`: if the argument is not a list of messages with a role, or a message has no text.
     """
     if not _are_messages(messages):
         raise ValueError(
@@ -157,8 +158,8 @@ def _are_messages(value: object) -> bool:
     )
 
 
-def _says_something(answer: str | list[dict]) -> bool:
-    """Whether an answer is more than spaces. A message may call tools, or think, instead of having a content."""
+def _has_content(answer: str | list[dict]) -> bool:
+    """Whether a completion is more than whitespace. A message may have tool calls or thoughts instead of content."""
     if isinstance(answer, str):
         return bool(answer.strip())
     return any(message.get(name) for message in answer for name in ("tool_calls", *THOUGHTS)) or any(
@@ -167,12 +168,12 @@ def _says_something(answer: str | list[dict]) -> bool:
 
 
 def _split_messages(chosen: list[dict], rejected: list[dict], prompt: list[dict] | None = None) -> dict:
-    """Messages with an explicit prompt, which the answers do not repeat, and nothing after the assistant's last one."""
+    """Separate the prompt from both conversations, and drop messages after the last one of the assistant."""
     if prompt is None:
         shared = takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False))
         prompt = [message for message, _ in shared]
         while prompt and prompt[-1]["role"] == "assistant":
-            prompt.pop()  # a turn of both answers
+            prompt.pop()  # an answer that both completions share
     if chosen[: len(prompt)] == rejected[: len(prompt)] == prompt:
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     if not prompt:
@@ -183,17 +184,17 @@ def _split_messages(chosen: list[dict], rejected: list[dict], prompt: list[dict]
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if answer and answer[0]["role"] != "assistant":
             raise ValueError(
-                "An answer must start with a message of the assistant, after the whole prompt. Got roles "
+                "A completion must start with a message of the assistant, after the whole prompt. Got roles "
                 f"{[message['role'] for message in answer]} in {name!r}, after a prompt with roles "
                 f"{[message['role'] for message in prompt]}; {REMEDY}"
             )
         while answer and answer[-1]["role"] != "assistant":
-            answer.pop()  # nobody answers these
+            answer.pop()  # without an answer
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def _split_texts(chosen: str, rejected: str, openings: Sequence[str], prompt: str | None = None) -> dict:
-    """Texts with an explicit prompt that opens the assistant's turn, which the answers do not repeat."""
+    """Separate the prompt, with the opening of the assistant's turn, from both texts."""
     if prompt is None:
         shared = os.path.commonprefix([chosen, rejected])
         end = _end_of_prompt(chosen, rejected, shared, openings)
@@ -212,7 +213,8 @@ def _split_texts(chosen: str, rejected: str, openings: Sequence[str], prompt: st
         if starts[0] != starts[1]:
             raise ValueError(
                 "Both completions must open the assistant's turn in the same way, or neither. Got "
-                f"{reprlib.repr(chosen)} and {reprlib.repr(rejected)}; end the prompt with {opening!r}. Otherwise {REMEDY}"
+                f"{reprlib.repr(chosen)} and {reprlib.repr(rejected)}; end the prompt with {opening!r}. Otherwise "
+                f"{REMEDY}"
             )
         prompt, chosen, rejected = prompt + starts[0], chosen[len(starts[0]) :], rejected[len(starts[0]) :]
     if is_transcript(prompt):
@@ -221,28 +223,28 @@ def _split_texts(chosen: str, rejected: str, openings: Sequence[str], prompt: st
 
 
 def _end_of_prompt(chosen: str, rejected: str, shared: str, openings: Sequence[str]) -> int:
-    """Where the prompt ends that both texts begin with."""
+    """Length of the prompt at the start of both texts, which share a prefix."""
     ends = [shared.rfind(opening) + len(opening) for opening in openings if opening in shared]
     if ends:
         return max(ends)
     if any(opening in text for opening in openings for text in (chosen, rejected)):
         raise ValueError(
-            "Chosen and rejected must answer the same prompt. Got texts that differ before the assistant's turn, after "
-            f"{reprlib.repr(shared)}; {REMEDY}"
+            "Chosen and rejected must answer the same prompt. Got texts that differ before the assistant's turn, "
+            f"after {reprlib.repr(shared)}; {REMEDY}"
         )
     if shared in (chosen, rejected):
-        return len(shared)  # nothing is left of one of them
+        return len(shared)  # one of the completions is empty
     return max((place.start() for place in re.finditer(r"\s", shared)), default=0)
 
 
 def _without_last_question(answer: str) -> str:
-    """An answer of a transcript without a turn of the human at its end, which nobody answers."""
+    """Remove a last turn of the human, without an answer, from a completion."""
     *_, last = [None, *TURN.finditer(answer)]
     return answer[: last.start()] if last is not None and last[1] == "Human" else answer
 
 
 def _to_messages(prompt: str, chosen: str, rejected: str) -> dict:
-    """A transcript and its answers as messages."""
+    """Convert a transcript and its completions to messages."""
     messages = transcript_to_messages(prompt)
     is_started = messages[-1]["role"] == "assistant" and messages[-1]["content"]
     if messages[-1]["role"] == "assistant" and not is_started:

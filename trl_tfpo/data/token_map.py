@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Tokens with a number each as a heat map, in a terminal and in a notebook.
+Heat map of tokens with a number each, for terminals and notebooks.
 
-Colors never carry a meaning alone: a sign stands beside each token. Texts of models and datasets are escaped.
+Each colored token also has a sign, so that no information is in colors alone. Texts of models and datasets are
+escaped.
 """
 
 import html
@@ -24,14 +25,14 @@ GREEN, RED = (0, 136, 68), (204, 51, 51)
 @dataclass(frozen=True)
 class TokenMap:
     """
-    Tokens with a number each, to be looked at: `print(...)` it, or leave it at the end of a notebook cell.
+    Heat map of tokens with a number each. `print` it, or return it from a notebook cell.
 
     Args:
         rows (sequence of `(title, tokens, values, notes)`):
-            Texts, one below the other. A value of largest magnitude has the strongest color; a note has the figures of
-            its token.
+            Texts, one below the other. The value with the largest magnitude has the strongest color; a note has the
+            figures of its token.
         legend (`str`):
-            What the values mean.
+            Meaning of the values.
     """
 
     rows: Sequence[tuple[str, Sequence[str], Sequence[float], Sequence[str]]]
@@ -42,7 +43,7 @@ class TokenMap:
         return max((abs(x) for _, _, values, _ in self.rows for x in values if math.isfinite(x)), default=0) or 1.0
 
     def _strength(self, value: float) -> float:
-        """In [-1, 1], zero for what is not a number."""
+        """Value in [-1, 1]; zero for NaN."""
         return 0.0 if math.isnan(value) else max(-1.0, min(1.0, value / self._scale))
 
     def __rich__(self) -> Text:
@@ -66,7 +67,7 @@ class TokenMap:
         return capture.get().rstrip("\n")
 
     def table(self) -> str:
-        """All tokens with their figures, a line each."""
+        """Return all tokens with their notes, one line each."""
         lines = []
         for title, tokens, _, notes in self.rows:
             width = max((len(printable(token)) for token in tokens), default=0)
@@ -77,7 +78,7 @@ class TokenMap:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        """For notebooks: hold the pointer over a token to see its figures."""
+        """HTML for notebooks, with the note of a token as its tooltip."""
         lines = []
         for title, tokens, values, notes in self.rows:
             spans = []
@@ -100,16 +101,17 @@ def _sign(strength: float) -> str:
 
 
 def token_texts(ids: Sequence[int], processing_class: PreTrainedTokenizerBase) -> list[str]:
-    """The text that each token adds, special tokens by their name; bytes that make up a character show at the last one."""
-    special, pieces, before = set(processing_class.all_special_ids), [], ""
+    """Text of each token, and names of special tokens. A character of several tokens belongs to the last of them."""
+    special, before = set(processing_class.all_special_ids), ""
+    pieces: list[str] = []
     for end, token_id in enumerate(ids, start=1):
         if token_id in special:
             pieces.append(f" {processing_class.convert_ids_to_tokens(token_id)}")
             continue
-        text = processing_class.decode([i for i in ids[:end] if i not in special])
+        text = str(processing_class.decode([i for i in ids[:end] if i not in special]))
         if text.endswith("\ufffd"):
             pieces.append("")
             continue
-        pieces.append(text[len(before) :] if text.startswith(before) else processing_class.decode([token_id]))
+        pieces.append(text[len(before) :] if text.startswith(before) else str(processing_class.decode([token_id])))
         before = text
     return pieces

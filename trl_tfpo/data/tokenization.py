@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-From the rows of a preference dataset to token ids, the same for patient and doctor.
+Tokenization of preference datasets, the same for patient and doctor.
 
-A completion follows the prompt, and ends where the assistant's last turn ends. Its mask marks the tokens that the
-assistant says. Those of users and tools between its turns are read, but never scored or rewarded.
+A completion follows the prompt, and ends with the assistant's last turn. Its mask marks the tokens of the assistant.
+Tokens of users and tools between its turns are context, without score or reward.
 """
 
 import os
@@ -50,20 +50,20 @@ def tokenize_preferences(
     Add the columns of [`tokenize_pair`] to a preference dataset.
 
     Raises:
-        `ValueError`: when the dataset has images or lacks the columns, or a row is unusable (unless these are dropped).
+        `ValueError`: if the dataset has images or lacks columns, or if a row is unusable and `drop_unusable` is false.
     """
     check_preference_columns(dataset)
     first = next(iter(dataset))
     has_transcripts = any(is_transcript(first.get(name)) for name in ("prompt", "chosen"))
     if has_transcripts and processing_class.chat_template is not None and not convert_transcripts:
         warnings.warn(
-            f"The dataset has transcripts ({OTHER_TURN!r}, {TRANSCRIPT_TURN!r}), and the tokenizer has a chat template, so "
-            "that the model will be asked in another format than it is trained on. Pass `convert_transcripts=True` to read "
-            "the transcripts as messages.",
+            f"The dataset has transcripts ({OTHER_TURN!r}, {TRANSCRIPT_TURN!r}), but the tokenizer has a chat "
+            "template: the model will be used in another format than it is trained on. Pass "
+            "`convert_transcripts=True` to convert the transcripts to messages.",
             stacklevel=2,
         )
     is_map_style = isinstance(dataset, Dataset)
-    features = dataset.features  # declared, as rows that are left out have empty lists
+    features = dataset.features  # declared, because unusable rows have empty lists
     if features is not None:
         new = ID_COLUMNS + MASK_COLUMNS + (FACE_COLUMNS if faces else [])
         features = Features({**features, **dict.fromkeys(new, List(Value("int64")))})
@@ -86,8 +86,8 @@ def tokenize_preferences(
         tokenized = tokenized.filter(lambda row: len(row["prompt_ids"]) > 0)
         if is_map_style and len(tokenized) == 0:
             raise ValueError(
-                f"At least one pair must be usable. None of {len(dataset)} is; call without `drop_unusable` to see what is "
-                f"wrong with the first. A prompt must be shorter than `max_length`={max_length} tokens."
+                f"At least one pair must be usable. Got {len(dataset)} unusable pairs; call without `drop_unusable` "
+                f"to see why the first is. A prompt must be shorter than `max_length`={max_length} tokens."
             )
     return tokenized
 
@@ -112,37 +112,37 @@ def tokenize_pair(
     convert_transcripts: bool = False,
 ) -> dict[str, list[int]]:
     """
-    Token ids of one preference pair.
+    Tokenize one preference pair.
 
-    Prompt and completion are tokenized together. The completion ends with the EOS that ends the assistant's last turn: what a
-    chat template prints after it is never generated. If an answer changes the last tokens of the prompt, the new ones belong
-    to the completion. Those among them that end in the prompt are masked.
+    Prompt and completion are tokenized together. The completion ends with the EOS of the assistant's last turn; text
+    that a chat template adds after it is never generated. If the completion changes the tokens at the end of the
+    prompt, the new tokens belong to the completion, and are masked if they end within the prompt.
 
     Args:
         example (`dict`):
-            A row, see [`~trl_tfpo.data.preferences.read_pair`]. `tools` (a list of schemas) and `chat_template_kwargs`
-            (a `dict`), or either as JSON, reach the chat template.
+            Row, see [`~trl_tfpo.data.preferences.read_pair`]. The chat template also gets `tools` (a list of schemas)
+            and `chat_template_kwargs` (a `dict`), both optionally as JSON.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             The tokenizer.
         faces ([`~trl_tfpo.faces.Faces`], *optional*):
-            Under which the prompt is rendered as well.
+            Contrastive prompts, under which the prompt is rendered as well.
         system_role (`bool`):
             Whether the chat template has a system role, see [`~trl_tfpo.faces.has_system_role`].
         eos_token_ids (`list[int]`):
             Ids at which generation stops, see [`all_eos_token_ids`].
         max_length (`int`, *optional*):
-            Most tokens of prompt and completion; completions are cut at the end.
+            Maximum number of tokens of prompt and completion together; longer completions are truncated at the end.
         convert_transcripts (`bool`, *optional*, defaults to `False`):
-            Whether transcripts become messages.
+            Whether to convert transcripts to messages.
 
     Returns:
-        `dict[str, list[int]]`: `prompt_ids`, `chosen_ids` and `rejected_ids`; `chosen_mask` and `rejected_mask`, 1 where the
-        assistant speaks and 0 elsewhere; given faces, `positive_prompt_ids` and `negative_prompt_ids`.
+        `dict[str, list[int]]`: `prompt_ids`, `chosen_ids` and `rejected_ids`; `chosen_mask` and `rejected_mask`, 1 for
+        tokens of the assistant and 0 for others; with faces, `positive_prompt_ids` and `negative_prompt_ids`.
 
     Raises:
-        `ValueError`: when the row cannot be read, see [`~trl_tfpo.data.preferences.read_pair`]; the chat template fails on it, or
-        renders its prompt differently once an answer follows; the prompt is empty, or has `max_length` tokens or more; a
-        completion has no token but EOS.
+        `ValueError`: if the row is not a preference pair, see [`~trl_tfpo.data.preferences.read_pair`]; if the chat
+            template fails, or renders the prompt differently when a completion follows; if the prompt is empty, or has
+            `max_length` or more tokens; if a completion has no token but EOS.
     """
     template = ChatTemplate(processing_class, template_variables(example, processing_class))
     is_text = isinstance(example.get("prompt", example["chosen"]), str) and isinstance(example["chosen"], str)
@@ -150,14 +150,14 @@ def tokenize_pair(
     pair = read_pair(example, openings=openings, convert_transcripts=convert_transcripts)
     prompt, completions = pair["prompt"], [pair["chosen"], pair["rejected"]]
     if isinstance(prompt, str):
-        opened, (leading, start) = prompt, _leading(prompt, processing_class)
+        opened, (leading, start) = prompt, _leading_tokens(prompt, processing_class)
         rendered = [complete_text(prompt, completion, processing_class) for completion in completions]
     else:
         opened, leading, start = _open(prompt, template), [], ""
         eos_tokens = list(filter(None, processing_class.convert_ids_to_tokens(eos_token_ids)))
         rendered = [complete_messages(prompt, completion, opened, template, eos_tokens) for completion in completions]
     prompt_ids = leading + _encode(opened, processing_class)
-    completed = [_read(text, stretches, leading, template, eos_token_ids) for text, stretches in rendered]
+    completed = [_tokenize_spans(text, spans, leading, template, eos_token_ids) for text, spans in rendered]
     prompt_length = min(_common_prefix_length(prompt_ids, ids) for ids, _ in completed)
     merged = prompt_ids[prompt_length:]  # with the first characters of a completion
     row = {"prompt_ids": prompt_ids[:prompt_length]}
@@ -195,14 +195,14 @@ def tokenize_pair(
 
 def tokenize_prompt(prompt: str | list[dict], processing_class: PreTrainedTokenizerBase, **template) -> list[int]:
     """
-    Token ids of a text, or of messages followed by what opens the assistant's turn. A last message of the assistant is
-    left open instead.
+    Tokenize a text, or messages with the opening of the assistant's turn. A last message of the assistant is left
+    open.
 
     Raises:
-        `ValueError`: when it is neither, or the chat template fails on it.
+        `ValueError`: if the prompt is neither, or the chat template fails.
     """
     if isinstance(prompt, str):
-        return _leading(prompt, processing_class)[0] + _encode(prompt, processing_class)
+        return _leading_tokens(prompt, processing_class)[0] + _encode(prompt, processing_class)
     return _encode(_open(clean_messages(prompt), ChatTemplate(processing_class, template)), processing_class)
 
 
@@ -213,19 +213,19 @@ def _open(messages: list[dict], template: ChatTemplate) -> str:
     return template.render_prompt(messages, is_continued=messages[-1]["role"] == "assistant")
 
 
-def _read(
+def _tokenize_spans(
     text: str,
-    stretches: list[tuple[int, int]],
+    spans: list[tuple[int, int]],
     leading: list[int],
     template: ChatTemplate,
     eos_token_ids: list[int],
 ) -> tuple[list[int], list[bool]]:
     """
-    Token ids of a text, after some that lead it, and for each of them whether the assistant says it.
+    Tokenize a text after leading special tokens, and mark the tokens of the assistant.
 
-    In a stretch the assistant speaks up to EOS. A text that was rendered before may hold more of its turns after that: each
-    begins after what the chat template prints to open one. A token across the start of a stretch is spoken, one across its end
-    is not.
+    Within a span, tokens up to EOS are the assistant's. A text that was rendered before may have further turns of the
+    assistant in the span: each begins after the opening of the chat template. A token across the start of a span is
+    the assistant's; a token across its end is not.
     """
     processing_class = template.processing_class
     encoded = processing_class(text, add_special_tokens=False, return_offsets_mapping=processing_class.is_fast)
@@ -234,13 +234,13 @@ def _read(
         ends = [0] * len(leading) + [end for _, end in encoded["offset_mapping"]]
 
     def num_tokens(end: int) -> int:
-        """How many tokens end there or before."""
+        """Number of tokens that end there or before."""
         if processing_class.is_fast:
             return bisect_right(ends, end)
         return _common_prefix_length(leading + _encode(text[:end], processing_class), ids)
 
     is_spoken = [False] * len(ids)
-    for start, end in stretches:
+    for start, end in spans:
         start, end = num_tokens(start), num_tokens(end)
         opening, speaks = None, True
         for at in range(start, end):
@@ -256,8 +256,8 @@ def _encode(text: str, processing_class: PreTrainedTokenizerBase) -> list[int]:
     return processing_class(text, add_special_tokens=False)["input_ids"]
 
 
-def _leading(text: str, processing_class: PreTrainedTokenizerBase) -> tuple[list[int], str]:
-    """The special tokens with which the tokenizer starts a text: as ids to be added, or as the start of the text itself."""
+def _leading_tokens(text: str, processing_class: PreTrainedTokenizerBase) -> tuple[list[int], str]:
+    """Special tokens that the tokenizer puts before a text: ids to be added, or the start of the text if it has them."""
     plain, whole = _encode("a", processing_class), processing_class("a")["input_ids"]
     starts = [k for k in range(len(whole)) if plain and whole[k : k + len(plain)] == plain]
     special = whole[: starts[0]] if starts else []
@@ -277,7 +277,7 @@ def _common_prefix_length(first: list[int], second: list[int]) -> int:
 def resolve_processing_class(
     processing_class: PreTrainedTokenizerBase | None, model: PreTrainedModel, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer, the model's own by default, with a padding token. Raises `ValueError` when it is none."""
+    """Return a tokenizer with a padding token, by default that of the model. Raise `ValueError` for other objects."""
     if processing_class is None:
         processing_class = AutoTokenizer.from_pretrained(
             model.config._name_or_path, trust_remote_code=trust_remote_code
@@ -288,24 +288,18 @@ def resolve_processing_class(
     return processing_class
 
 
-def check_counts(**counts: int | None) -> None:
-    """Raise `ValueError` unless each of the named counts is at least 1, or `None` for none."""
-    for name, value in counts.items():
-        if value is not None and not value >= 1:
-            raise ValueError(f"`{name}` must be at least 1. Got {value}; leave it out for the default.")
-
-
 def check_is_tokenizer(processing_class: PreTrainedTokenizerBase) -> None:
-    """Raise `ValueError` unless it is a tokenizer, rather than a multimodal processor or something else."""
+    """Raise `ValueError` for a multimodal processor, or any other object that is not a tokenizer."""
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise ValueError(
-            "`processing_class` must be a tokenizer: token rewards are defined for text only. Got a "
-            f"`{type(processing_class).__name__}`; pass a tokenizer, or that of the processor, and a text dataset."
+            "`processing_class` must be a tokenizer, because token rewards are defined for text only. Got a "
+            f"`{type(processing_class).__name__}`; pass a tokenizer, such as that of the processor, and a text "
+            "dataset."
         )
 
 
 def all_eos_token_ids(processing_class: PreTrainedTokenizerBase, *models: PreTrainedModel | None) -> list[int]:
-    """All ids at which generation stops: the tokenizer's EOS, and those of the generation configs of the models."""
+    """Collect the ids at which generation stops, from the tokenizer and the generation configs of the models."""
     found = {processing_class.eos_token_id}
     for model in models:
         if model is not None and model.can_generate():
@@ -315,13 +309,13 @@ def all_eos_token_ids(processing_class: PreTrainedTokenizerBase, *models: PreTra
 
 
 def row_lengths(dataset: Dataset) -> list[int]:
-    """Tokens of the longer of the two rows that each tokenized pair makes."""
+    """Tokens of the longer of the two rows of each tokenized pair."""
     prompt, chosen, rejected = column_lengths(dataset, ID_COLUMNS)
     return np.maximum(prompt + chosen, prompt + rejected).tolist()
 
 
 def column_lengths(dataset: Dataset, columns: Sequence[str]) -> np.ndarray:
-    """Tokens in each row of columns of token ids, (columns, rows)."""
+    """Number of tokens in columns of token ids, (columns, rows)."""
     table = dataset.select_columns(list(columns)).with_format("arrow")[:]
     return np.stack([pc.list_value_length(table.column(name)).to_numpy() for name in columns])
 
@@ -333,33 +327,31 @@ def _check_prompt(prompt_ids: list[int], max_length: int | None) -> None:
         )
     if max_length is not None and len(prompt_ids) >= max_length:
         raise ValueError(
-            f"A prompt must be shorter than `max_length`, or no completion token is left. Got {len(prompt_ids)} tokens "
-            f"with `max_length`={max_length}; raise it, or {REMEDY}"
+            f"A prompt must be shorter than `max_length`, or no completion token is left. Got {len(prompt_ids)} "
+            f"tokens with `max_length`={max_length}; raise it, or {REMEDY}"
         )
 
 
 def columns_of(dataset: Dataset | IterableDataset) -> set[str]:
-    """Names of the columns, also of a streamed dataset. Raises `ValueError` where there is no row, or no dataset."""
+    """Return the column names, also of a streamed dataset. Raise `ValueError` if it is empty, or not a dataset."""
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise ValueError(
-            "A dataset must be one of the library Datasets. Got a "
-            f"`{type(dataset).__name__}`; make one, with `Dataset.from_list(rows)` for instance."
+            "A dataset must be a `Dataset` or `IterableDataset` of the library Datasets. Got a "
+            f"`{type(dataset).__name__}`; make one, for instance with `Dataset.from_list(rows)`."
         )
     columns = dataset.column_names or next(iter(dataset), None)
     if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
-        raise ValueError(
-            "A dataset must have at least one row. Got none; look at the file and the split it came from."
-        )
+        raise ValueError("A dataset must have at least one row. Got none; check its file and its split.")
     return set(columns)
 
 
 def check_preference_columns(dataset: Dataset | IterableDataset) -> None:
-    """Raise `ValueError` unless the dataset holds preference pairs of text."""
+    """Raise `ValueError` unless the dataset has preference pairs of texts."""
     columns = columns_of(dataset)
     if columns & {"image", "images"}:
         raise ValueError(
-            f"Token rewards are defined for text only. Got a vision dataset with {sorted(columns & {'image', 'images'})}; "
-            "remove the column, or use a text dataset."
+            "Token rewards are defined for text only. Got a vision dataset with "
+            f"{sorted(columns & {'image', 'images'})}; remove the column, or use a text dataset."
         )
     if not {"chosen", "rejected"} <= columns:
         raise ValueError(
@@ -369,14 +361,14 @@ def check_preference_columns(dataset: Dataset | IterableDataset) -> None:
 
 
 def is_complete(completion_ids: Sequence[int], mask: Sequence[int] | None, eos_token_ids: Sequence[int]) -> bool:
-    """Whether a completion ends with an EOS that the assistant says, rather than being cut."""
+    """Whether a completion ends with an EOS of the assistant rather than being truncated."""
     return len(completion_ids) > 0 and completion_ids[-1] in eos_token_ids and (mask is None or bool(mask[-1]))
 
 
 def check_some_completion_ends(
     dataset: Dataset | IterableDataset, eos_token_ids: list[int], max_length: int | None = None
 ) -> None:
-    """Raise `ValueError` when none of the first 1,000 pairs has a completion that ends in EOS, within `max_length`."""
+    """Raise `ValueError` if no completion of the first 1,000 pairs ends in EOS within `max_length`."""
     for row in islice(dataset, 1000):
         for name in ("chosen", "rejected"):
             ids = row[f"{name}_ids"]
@@ -384,7 +376,7 @@ def check_some_completion_ends(
             if is_whole and is_complete(ids, row.get(f"{name}_mask"), eos_token_ids):
                 return
     raise ValueError(
-        "Some completions must end in EOS: without the boundary there every policy balances the flow, and rewards do not "
-        f"reach the doctor. Got none that end in one of the ids {eos_token_ids} within `max_length`={max_length}; use a "
-        "chat template that closes the assistant's turn with EOS, or raise `max_length`."
+        "Some completions must end in EOS: without the boundary at EOS every policy balances the flow, and rewards do "
+        f"not reach the doctor. Got none that end in one of the ids {eos_token_ids} within `max_length`={max_length}; "
+        "use a chat template that closes the assistant's turn with EOS, or raise `max_length`."
     )

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Whether two tokenizers mean the same text by the same ids.
+Comparison of tokenizers: whether the same ids stand for the same tokens.
 
-Patient and doctor meet in token ids, never in text, so all that matters is which token each id stands for: added and
-special tokens included, whatever the file names, chat template, padding side or role (EOS, padding) of a token.
+Patient and doctor exchange token ids, never texts. So only the token of each id matters, including added and special
+tokens. File names, chat template, padding side and the role of a token (EOS, padding) do not matter.
 """
 
 import hashlib
@@ -16,13 +16,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """
-    Name of a vocabulary: equal for two tokenizers exactly when every id stands for the same token in both.
+    Hash a vocabulary. Two tokenizers have the same fingerprint if and only if every id stands for the same token in
+    both.
 
-    The same in every process and on every machine, so it may be saved and compared later.
+    The fingerprint is the same in all processes and on all machines, so it can be saved and compared later.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer, or a processor that has one.
+            Tokenizer, or a processor with a tokenizer.
 
     Returns:
         `str`: 64 hexadecimal digits, the SHA-256 of the `(id, token)` pairs in the order of their ids.
@@ -49,18 +50,18 @@ def check_same_tokenizer(
     a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase, *, names: tuple[str, str] = ("patient", "doctor")
 ) -> None:
     """
-    Raise `ValueError`, naming the first difference, unless every id stands for the same token in both tokenizers.
+    Raise `ValueError`, with the first difference, unless every id stands for the same token in both tokenizers.
 
     Args:
         a ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer, or a processor that has one.
+            Tokenizer, or a processor with a tokenizer.
         b ([`~transformers.PreTrainedTokenizerBase`]):
             The other one.
         names (`tuple[str, str]`, *optional*, defaults to `("patient", "doctor")`):
-            What to call them in the message.
+            Names of the two in the message.
 
     Raises:
-        `ValueError`: when some id stands for different tokens, or is missing in one of the two.
+        `ValueError`: if an id stands for different tokens, or is missing in one of the two.
     """
     if a is b:
         return
@@ -81,7 +82,7 @@ def check_same_tokenizer(
 def check_all_same(
     processing_classes: Sequence[PreTrainedTokenizerBase], num_doctors: int, num_references: int
 ) -> None:
-    """Raise `ValueError` unless there is a tokenizer for the patient, each doctor and each reference, all the same."""
+    """Raise `ValueError` unless patient, doctors and references have one tokenizer each, and all are the same."""
     if len(processing_classes) != 1 + num_doctors + num_references:
         raise ValueError(
             "`processing_classes` must be the tokenizers of the patient, each doctor and each reference. Got "
@@ -92,9 +93,9 @@ def check_all_same(
 
 
 def check_embeddings(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise `ValueError` unless the model has an embedding for every token; `name` is what the message calls it."""
-    weight = model.get_input_embeddings().weight
-    num_embeddings = getattr(weight, "ds_shape", weight.shape)[0]  # of all shards
+    """Raise `ValueError` unless the model, called `name` in the message, has an embedding for every token."""
+    weight = model.get_input_embeddings().get_parameter("weight")
+    num_embeddings = getattr(weight, "ds_shape", weight.shape)[0]  # in all shards
     if len(tokenizer) > num_embeddings:
         raise ValueError(
             f"The {name} must have an embedding for every token of the tokenizer. Got {num_embeddings} embeddings for "
@@ -103,6 +104,6 @@ def check_embeddings(name: str, model: PreTrainedModel, tokenizer: PreTrainedTok
 
 
 def _tokens_by_id(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """Token of every id, added and special ones included."""
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a multimodal processor holds its tokenizer
+    """Token of every id, including added and special tokens."""
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a multimodal processor
     return {index: token for token, index in tokenizer.get_vocab().items()}

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Best of n: of several guided completions, the one that the doctors value most.
+Best of n: the guided completion with the largest sum of the doctors' token credits.
 
-Guidance learns what a token leads to; a finished completion shows it. So the sum of token credits ranks completions better than
-guidance could have steered them, at the price of generating several. The KL from the guided policy is at most
-`log n - (n - 1) / n` nats.
+Guidance estimates the credits of the tokens to come; in a finished completion they are known. The best of n therefore
+gains reward at n times the cost. Its KL from the guided policy is at most `log n - (n - 1) / n` nats.
+
+Shapes: B rows (the completions of a prompt follow each other), L tokens of the prompt, T of a completion, V
+vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,36 +15,37 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..models.token_credits import credited_rewards
-from .exponents import weight_at
+from .doctors import Doctor
+from .exponents import Weight, weight_at
 from .logits_processor import DoctorGuidedLogitsProcessor
 
 
 def completion_rewards(
-    guide: DoctorGuidedLogitsProcessor, completion_ids: torch.LongTensor, mask: torch.BoolTensor
+    guide: DoctorGuidedLogitsProcessor, completion_ids: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:
     r"""
-    Rewards of whole completions by the doctors' token credits, each times its exponent: $\sum_i \beta_i \sum_t c_i(y_t)$.
+    Rewards of completions: the doctors' token credits, weighted by their exponents, $\sum_i \beta_i \sum_t c_i(y_t)$.
 
     Args:
         guide ([`DoctorGuidedLogitsProcessor`]):
-            The guidance. An exponent that follows a schedule counts with its first value.
+            The guidance. Of an exponent that follows a schedule, the first value is used.
         completion_ids (`torch.LongTensor` of shape `(B, T)`):
             Completions.
         mask (`torch.BoolTensor` of shape `(B, T)`):
-            Which tokens count.
+            Mask of the completions. Other tokens are not counted.
 
     Returns:
         `torch.Tensor` of shape `(B,)`: in nats.
 
     Raises:
-        `ValueError`: when a doctor whose exponent is not 0 has no credits, when all exponents are 0, or on tokens for which
-            there are no credits.
+        `ValueError`: when a doctor whose exponent is not 0 has no credits, when all exponents are 0, or on tokens
+            without credits.
     """
     check_credits(guide)
     total = torch.zeros(len(completion_ids), device=completion_ids.device)
     for doctor, beta in _without_references(guide):
         if doctor.credits is not None:
-            weight = torch.as_tensor(weight_at(beta, 0)).to(total)  # of all, or of each prompt
+            weight = torch.as_tensor(weight_at(beta, 0)).to(total)  # () or (prompts,)
             if weight.dim():
                 weight = weight.repeat_interleave(len(total) // len(weight))
             total += weight * credited_rewards(doctor.credits, completion_ids, mask)
@@ -54,8 +57,8 @@ def check_credits(guide: DoctorGuidedLogitsProcessor) -> None:
     weights = [(doctor, torch.as_tensor(weight_at(beta, 0))) for doctor, beta in _without_references(guide)]
     if not any(weight.any() for _, weight in weights):
         raise ValueError(
-            "Completions are ranked by doctors whose exponent is not 0 at the first token. Got 0 for all; give `beta` "
-            "numbers, or leave out `best_of`."
+            "Completions are ranked by doctors whose exponent is not 0 at the first token. Got 0 for all; pass "
+            "another `beta`, or leave out `best_of`."
         )
     for doctor, weight in weights:
         if doctor.credits is None and weight.any():
@@ -65,9 +68,9 @@ def check_credits(guide: DoctorGuidedLogitsProcessor) -> None:
             )
 
 
-def check_best_of(guide: DoctorGuidedLogitsProcessor, best_of: int, setting: Callable) -> None:
+def check_best_of(guide: DoctorGuidedLogitsProcessor, best_of: int, setting: Callable[[str], object]) -> None:
     """
-    Raise `ValueError` when `generate` could not sample several completions, or the guide not rank them.
+    Raise `ValueError` when `generate` cannot sample several completions, or the guide cannot rank them.
 
     Args:
         guide ([`DoctorGuidedLogitsProcessor`]):
@@ -75,7 +78,7 @@ def check_best_of(guide: DoctorGuidedLogitsProcessor, best_of: int, setting: Cal
         best_of (`int`):
             Completions of each prompt.
         setting (callable):
-            Returns a setting of `generate`, given its name.
+            From the name of a setting of `generate` to its value.
     """
     if not isinstance(best_of, int) or best_of < 1:
         raise ValueError(f"`best_of` must be a number of completions, at least 1. Got {best_of!r}; 2 is a good start.")
@@ -93,29 +96,29 @@ def check_best_of(guide: DoctorGuidedLogitsProcessor, best_of: int, setting: Cal
 
 def keep_best(
     guide: DoctorGuidedLogitsProcessor,
-    sequences: torch.LongTensor,
+    sequences: torch.Tensor,
     best_of: int,
     *,
     prompt_length: int,
     eos_token_id: int | Sequence[int] | None,
     pad_token_id: int | None,
-) -> torch.LongTensor:
+) -> torch.Tensor:
     """
-    Of each prompt's sequences the one with the largest reward.
+    Select for each prompt the sequence with the largest reward.
 
     Args:
         guide ([`DoctorGuidedLogitsProcessor`]):
             The guidance.
         sequences (`torch.LongTensor` of shape `(B * best_of, L + T)`):
-            Prompts and completions, those of one prompt together.
+            Prompts and completions. The sequences of a prompt follow each other.
         best_of (`int`):
             Completions of each prompt.
         prompt_length (`int`):
             L.
         eos_token_id (`int` or sequence of `int`, *optional*):
-            What ends a completion. Tokens after it do not count.
+            Ids that end a completion. Tokens after them are not counted.
         pad_token_id (`int`, *optional*):
-            What fills up a completion that something else has ended. Such tokens at the end do not count.
+            Padding of completions that a stopping criterion has ended. Such ids at the end are not counted.
 
     Returns:
         `torch.LongTensor` of shape `(B, L + T)`
@@ -123,14 +126,14 @@ def keep_best(
     completions = sequences[:, prompt_length:]
     eos = [] if eos_token_id is None else torch.as_tensor(eos_token_id).flatten().tolist()
     is_eos = torch.isin(completions, torch.tensor(eos, dtype=torch.long, device=completions.device)).long()
-    mask = is_eos.cumsum(dim=1) == is_eos  # as far as the first EOS, itself included
+    mask = is_eos.cumsum(dim=1) == is_eos  # up to the first EOS, included
     if pad_token_id is not None:
         mask &= (completions != pad_token_id).flip(1).cumsum(dim=1).flip(1) > 0  # without padding at the end
     best = completion_rewards(guide, completions, mask).view(-1, best_of).argmax(dim=1)
     return sequences[torch.arange(len(best), device=best.device) * best_of + best]
 
 
-def _without_references(guide: DoctorGuidedLogitsProcessor) -> list[tuple]:
-    """The doctors with their exponents; references, which stand at the end, are left out."""
+def _without_references(guide: DoctorGuidedLogitsProcessor) -> list[tuple[Doctor, Weight]]:
+    """The doctors and their exponents, without the references at the end."""
     pairs = list(zip(guide.doctors, guide.betas, strict=True))
     return pairs[: len(pairs) - guide.num_references]

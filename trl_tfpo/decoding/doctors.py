@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-A doctor, and what it says next, remembered: a KV cache addressed by the tokens it holds.
+Doctors, and a cache of their next-token logits.
 
 Shapes: B rows, L tokens so far (padding included), V vocabulary.
 """
@@ -10,92 +10,88 @@ import math
 import reprlib
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import nn
-from transformers import DynamicCache, DynamicLayer, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, DynamicLayer, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..common._upstream import active_adapters, adapter_layers, unwrap_peft, using_adapters
 from ..models.adapters import check_adapters, trained_exponents
+from .padding import PADDING, check_left_padded
 from .reading import accepted_inputs, next_inputs, reading_fault
 
 
-WITH_POSITIONS = "with positions"
-PADDING = -1  # stands for a padding token in `tokens`, whatever id pads the batch
 NO_ADAPTER = "__base__"  # PEFT's name for the base model
+NUM_RECENT = 32  # logits kept for the prefixes to which assisted decoding returns
+
+# Ways to read a doctor, each of which is tested on a short text before it is used
+WITH_POSITIONS = "with positions"
+TOKEN_BY_TOKEN = "token by token"  # nosec B105
+IN_PIECES = "in pieces"
+CUT_BACK = "cut back"
+WITH_PADDING = "with padding"
 
 
 @dataclass(frozen=True, eq=False)
 class Doctor:
     """
-    A model that guides, and how it is read. A bare model is read as it is, on the prompts of the patient.
+    A model that guides the patient, and how it is read. A bare model reads the prompts of the patient.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            A causal language model with the patient's tokenizer, in eval mode. May be the patient itself.
+            A causal language model with the patient's tokenizer, in eval mode. It may be the patient itself.
         adapter (`str`, *optional*):
-            Name of the PEFT adapter to read it with, `"__base__"` for none. By default what is active now, also if
-            another is later. It is switched on for the doctor alone, so it may sit on the patient's own weights, see
-            [`guided_generate`].
+            Name of the PEFT adapter of the doctor; `"__base__"` for none. By default the adapter that is active now,
+            even if another one is activated later. The adapter is on only while the doctor is read, so it may be an
+            adapter on the patient, see [`guided_generate`].
         prompt (mapping of `torch.Tensor`, *optional*):
-            Prompts of its own, one for each of the patient's: left-padded `input_ids` and `attention_mask` of shape
-            `(B, L')`, as a tokenizer gives them. For a doctor that follows another instruction, or another template.
+            Prompts for the doctor, one for each prompt of the patient: left-padded `input_ids` and `attention_mask` of
+            shape `(B, L')`, as returned by a tokenizer. For a doctor with another instruction or chat template.
         credits (`torch.Tensor` of shape `(V,)`, *optional*):
-            What each token is worth to it, in nats, see [`~trl_tfpo.models.token_credits.load_credits`]: completions are ranked by
-            their sum.
+            Token credits in nats, see [`~trl_tfpo.models.token_credits.load_credits`]. Their sum ranks completions.
 
     Attributes:
-        adapters (`tuple[str]`): names of the adapters that it is read with.
+        adapters (`tuple[str]`): names of the adapters with which the doctor is read.
+        prompt_tokens (`torch.LongTensor` of shape `(B, L')`, *optional*): ids of `prompt`, padding hidden.
 
     Raises:
         `ValueError`: for an encoder-decoder, a model in training mode, an adapter that the model does not have or that
-            cannot be switched off (prompt learning, activated LoRA), adapters merged into its weights, a prompt that is
-            not left-padded.
+            cannot be switched off (prompt learning, activated LoRA), merged adapters, or a prompt that is not
+            left-padded.
     """
 
     model: PreTrainedModel
     adapter: str | None = None
     prompt: Mapping[str, torch.Tensor] | None = None
     credits: torch.Tensor | None = None
+    adapters: tuple[str, ...] = field(init=False)
+    prompt_tokens: torch.Tensor | None = field(init=False, default=None)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_is_doctor(self.model)
         layers = adapter_layers(self.model)
         known = getattr(self.model, "peft_config", {})
         if self.adapter not in (None, NO_ADAPTER, *known):
             raise ValueError(
-                f"`adapter` must be one of the model's. Got {self.adapter!r}, and it has {sorted(known)}; load it with "
-                "`model.load_adapter`."
+                f"`adapter` must be one of the model's. Got {self.adapter!r}, and it has {sorted(known)}; load it "
+                "with `model.load_adapter`."
             )
         if any(getattr(layer, "merged_adapters", None) for layer in layers):
             raise ValueError(
-                "A doctor's adapters are switched on and off, so they must not be merged. Got merged ones; call "
-                "`unmerge_adapter()`, or make it a model without adapters by `merge_and_unload()`."
+                "The adapters of a doctor are switched on and off, so they must not be merged. Got merged ones; call "
+                "`unmerge_adapter()`, or make it a model without adapters with `merge_and_unload()`."
             )
-        by_name = {None: active_adapters(layers), NO_ADAPTER: ()}
-        object.__setattr__(self, "adapters", by_name.get(self.adapter, (self.adapter,)))
+        adapters = () if self.adapter == NO_ADAPTER else (self.adapter,) if self.adapter else active_adapters(layers)
+        object.__setattr__(self, "adapters", adapters)
         if self.prompt is not None:
-            ids = self.prompt.get("input_ids")
-            if not isinstance(ids, torch.Tensor):
-                raise ValueError(
-                    f"`prompt` must have the `input_ids` of a tokenizer, as a tensor. Got {reprlib.repr(self.prompt)}; "
-                    'pass `tokenizer(texts, padding=True, return_tensors="pt")`.'
-                )
-            mask = self.prompt.get("attention_mask")
-            mask = torch.ones_like(ids) if mask is None else mask
-            check_left_padded(mask)
-            if mask.shape != ids.shape:
-                raise ValueError(
-                    "`prompt` must have a mask of the shape of its ids. Got "
-                    f"{tuple(mask.shape)} for ids {tuple(ids.shape)}; pass what the tokenizer returned together."
-                )
-            object.__setattr__(self, "prompt_tokens", ids.masked_fill(~mask.bool(), PADDING))
+            object.__setattr__(self, "prompt_tokens", _prompt_tokens(self.prompt))
 
-    def __call__(self, **inputs):
-        """What the model returns, read with its adapters."""
+    def __call__(self, **inputs: object) -> CausalLMOutputWithPast:
+        """Run the model with the adapters of the doctor."""
         with using_adapters(adapter_layers(self.model), self.adapters):
             return self.model(**inputs)
 
@@ -105,108 +101,141 @@ class Doctor:
 
     @property
     def exponents(self) -> dict[str, float]:
-        """`alpha` and `beta` of its training, see [`~trl_tfpo.models.adapters.trained_exponents`]; empty for a language model."""
+        """
+        `alpha` and `beta` of the training, see [`~trl_tfpo.models.adapters.trained_exponents`]. Empty for a language
+        model.
+        """
         return trained_exponents(self.model, self.adapters)
 
     def is_on(self, model: PreTrainedModel) -> bool:
-        """Whether it shares the weights of a model."""
+        """Whether the doctor shares the weights of a model."""
         return unwrap_peft(self.model) is unwrap_peft(model)
 
-    def own_tokens(self, tokens: torch.LongTensor, num_prompt_tokens: int) -> torch.LongTensor:
-        """What this doctor reads where the patient reads `tokens` (B, L), the first of them the prompt."""
-        if self.prompt is None:
+    def own_tokens(self, tokens: torch.Tensor, num_prompt_tokens: int) -> torch.Tensor:
+        """Replace the prompt, the first columns of the patient's tokens (B, L), by the prompt of the doctor."""
+        if self.prompt_tokens is None:
             return tokens
         prompt = self.prompt_tokens.to(tokens.device)
         prompt = prompt.repeat_interleave(len(tokens) // len(prompt), dim=0)
         return torch.cat([prompt, tokens[:, num_prompt_tokens:]], dim=1)
 
 
+def _prompt_tokens(prompt: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Ids of a tokenizer's output, with [`PADDING`] in place of padding ids."""
+    ids = prompt.get("input_ids")
+    if not isinstance(ids, torch.Tensor):
+        raise ValueError(
+            f"`prompt` must have the `input_ids` of a tokenizer, as a tensor. Got {reprlib.repr(prompt)}; "
+            'pass `tokenizer(texts, padding=True, return_tensors="pt")`.'
+        )
+    mask = prompt.get("attention_mask")
+    mask = torch.ones_like(ids) if mask is None else mask
+    check_left_padded(mask)
+    if mask.shape != ids.shape:
+        raise ValueError(
+            "`prompt` must have a mask of the shape of its ids. Got "
+            f"{tuple(mask.shape)} for ids {tuple(ids.shape)}; pass what the tokenizer returned together."
+        )
+    return ids.masked_fill(~mask.bool(), PADDING)
+
+
 class DoctorMemory:
     """
-    Next-token logits of a doctor: a pure function of tokens and weights, with a memory.
+    Next-token logits of a doctor, with a KV cache that is addressed by the tokens in it.
 
-    Every call compares its tokens with those that the KV cache holds. Rows with new tokens are read on from there;
-    rows permuted, repeated or dropped are looked up; beyond a common prefix the cache is cut; else all is read anew.
-    What of this a model allows is tried out on a short text, [`~trl_tfpo.decoding.reading.reading_fault`].
+    The logits depend on the tokens and the weights only, never on the cache. Each call compares its tokens with the
+    cached tokens. New tokens are read after the cache; reordered, repeated or dropped rows are looked up; after a
+    common prefix the cache is cut; otherwise the whole text is read. A way of reading is used only if the model passes
+    a test of it on a short text, [`~trl_tfpo.decoding.reading.reading_fault`].
 
     Args:
         doctor ([`Doctor`]):
             The doctor.
         is_trial (`bool`, *optional*, defaults to `False`):
-            Whether this is the memory that is tried out.
+            Whether this object runs such a test. It then takes every way of reading.
     """
-
-    num_recent = 32  # logits kept, for the prefixes that assisted decoding comes back to
 
     def __init__(self, doctor: Doctor, is_trial: bool = False):
         self.doctor, self.is_trial = doctor, is_trial
         model = doctor.model
         self.accepted = accepted_inputs(model)
         self.max_positions = _num_absolute_positions(model)
-        self.num_embeddings = getattr(model.get_input_embeddings(), "num_embeddings", math.inf)
-        self.weights_version = None
+        self.num_embeddings: float = getattr(model.get_input_embeddings(), "num_embeddings", math.inf)
+        self.weights_version: torch.Tensor | None = None
         self.forget()
 
     def forget(self) -> None:
+        """Free the cache."""
         self.layers = adapter_layers(self.doctor.model)
-        self.known_faults = {}  # by way of reading, as it is asked at every token
-        self.tokens = None  # (B, n), what the cache holds
-        self.cache = None  # of a model that has one
-        self.recent = []  # for each of the last prefixes of `tokens`, the logits (B, V)
+        self.known_faults: dict[str, str] = {}  # by way of reading; looked up at every token
+        self.tokens: torch.Tensor | None = None  # (B, n), in the cache
+        self.has_padding = False  # whether `tokens` have padding
+        self.cache: Cache | None = None  # of models that return one
+        self.recent: list[torch.Tensor] = []  # logits (B, V) after each of the last prefixes of `tokens`
 
     @torch.no_grad()
-    def logits(self, tokens: torch.LongTensor) -> torch.Tensor:
-        """Logits (B, V) after `tokens` (B, L)."""
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """
+        Logits of the next token.
+
+        Args:
+            tokens (`torch.LongTensor` of shape `(B, L)`):
+                Ids of prompts and completions so far, [`PADDING`] where there is none.
+
+        Returns:
+            `torch.Tensor` of shape `(B, V)`.
+
+        Raises:
+            `ValueError`: in training mode, when the model has fewer positions than the text has tokens, or cannot read
+                the padding.
+        """
         _check_mode(self.doctor.model)
         num_known = tokens.size(1) - 1
-        if self.tokens is None or not torch.equal(tokens[:, :-1], self.tokens):  # else the plain step, one token more
-            weights_version = self._weights_version()
-            if self.tokens is None or not torch.equal(weights_version, self.weights_version):
-                self.forget()
-            self.weights_version = weights_version
+        if self.tokens is None or not torch.equal(tokens[:, :-1], self.tokens):  # not simply one token more
+            self._forget_if_trained()
             num_known = self._look_up(tokens)
-            if num_known == tokens.size(1):
+            if self.tokens is not None and num_known == tokens.size(1):
                 num_after = self.tokens.size(1) - num_known
                 if num_after < len(self.recent):
                     return self.recent[-1 - num_after]
-                num_known -= 1  # logits come from reading at least one token
+                num_known -= 1  # only a forward pass gives logits
             num_known = self._crop(num_known)
-        how = "token by token" if num_known == tokens.size(1) - 1 else "in pieces"
-        if num_known and not self._can(how):
-            if how == "token by token":
+        how = TOKEN_BY_TOKEN if num_known == tokens.size(1) - 1 else IN_PIECES
+        if num_known and not self._can_read(how):
+            if how == TOKEN_BY_TOKEN:
                 warnings.warn(
-                    f"The doctor {type(unwrap_peft(self.doctor.model)).__name__} reads the whole text for each token, as it "
-                    f"cannot go on from its cache: {self._fault(how)}",
+                    f"The doctor {type(unwrap_peft(self.doctor.model)).__name__} reads the whole text for each token, "
+                    f"because it cannot continue from its cache: {self._fault(how)}",
                     stacklevel=2,
                 )
             self.forget()
             num_known = 0
-        self._check_readable(tokens)
+        self._check_length(tokens)
         has_padding = self.has_padding if num_known else bool((tokens == PADDING).any())
         if has_padding and not num_known:
             self.check_padding()
-        self.tokens = None  # until it has read on, lest an interrupted call leave a half-true memory
+        self.tokens = None  # an interrupted forward pass must not leave tokens that do not match the cache
         logits = self._read(tokens, num_known, has_padding)
         self.tokens, self.has_padding = tokens, has_padding
         if tokens.size(0) > 1 or num_known < tokens.size(1) - 1:
-            self.recent = []  # only one text is decoded speculatively; logits between are not known
-        self.recent = [*self.recent, logits][-self.num_recent :]
+            self.recent = []  # kept for speculation, which has one row, and valid only without a gap
+        self.recent = [*self.recent, logits][-NUM_RECENT:]
         return logits
 
     def check_padding(self) -> None:
-        """Raise `ValueError` when padding on the left changes what the doctor says."""
-        if not self._can("with padding"):
+        """Raise `ValueError` when padding on the left changes the logits of the doctor."""
+        if not self._can_read(WITH_PADDING):
             raise ValueError(
                 "A doctor must read prompts that are padded on the left as it reads them alone. Got "
-                f"{type(unwrap_peft(self.doctor.model)).__name__}: {self._fault('with padding')}. Decode prompts one by "
+                f"{type(unwrap_peft(self.doctor.model)).__name__}: {self._fault(WITH_PADDING)}. Decode prompts one by "
                 "one (`batch_size=1`), or those of one length together."
             )
 
     def faults(self) -> dict[str, str]:
-        """What is wrong with each way of reading the doctor, empty where nothing is."""
+        """Test every way of reading the doctor. Each has a description of what is wrong, empty where nothing is."""
         return {how: self._fault(how) for how in _TRIALS}
 
-    def _can(self, how: str) -> bool:
+    def _can_read(self, how: str) -> bool:
         if not self.is_trial and how not in self.known_faults:
             self.known_faults[how] = self._fault(how)
         return not self.known_faults.get(how)
@@ -217,8 +246,8 @@ class DoctorMemory:
             memory.accepted = memory.accepted - {"position_ids"}
         return reading_fault(self.doctor.model, f"doctor, {how}", partial(_TRIALS[how], memory), forward=self.doctor)
 
-    def _look_up(self, tokens: torch.LongTensor) -> int:
-        """How many leading columns of `tokens` the cache holds, with its rows reordered if that helps."""
+    def _look_up(self, tokens: torch.Tensor) -> int:
+        """Count the leading columns of `tokens` in the cache. Reorders its rows where that makes them more."""
         if self.tokens is None:
             return 0
         num_held, num_known = self.tokens.size(1), 0
@@ -228,7 +257,7 @@ class DoctorMemory:
             num_known = int(same.int().cumprod(dim=0).sum())
         if num_known < num_held < tokens.size(1):
             row = torch.cat([self.tokens, tokens[:, :num_held]]).unique(dim=0, return_inverse=True)[1]
-            is_same = row[len(self.tokens) :, None] == row[: len(self.tokens)]  # (B, rows held)
+            is_same = row[len(self.tokens) :, None] == row[: len(self.tokens)]  # (B, rows in the cache)
             if is_same.any(dim=1).all():
                 source = is_same.int().argmax(dim=1)
                 if self.cache is not None:
@@ -237,19 +266,20 @@ class DoctorMemory:
         return num_known
 
     def _crop(self, num_known: int) -> int:
-        """Cut the cache back to so many columns, or to none where it cannot be cut; returns how many."""
+        """Cut the cache back to `num_known` columns, or empty it where it cannot be cut. Returns how many are left."""
         num_extra = 0 if self.tokens is None else self.tokens.size(1) - num_known
         if num_extra == 0:
             return num_known
         layers = getattr(self.cache, "layers", [None])
-        if num_known == 0 or any(type(layer) is not DynamicLayer for layer in layers) or not self._can("cut back"):
+        is_croppable = num_known > 0 and all(type(layer) is DynamicLayer for layer in layers)
+        if self.cache is None or not is_croppable or not self._can_read(CUT_BACK):
             self.forget()
             return 0
         self.cache.crop(-num_extra)
         self.recent = self.recent[:-num_extra]
         return num_known
 
-    def _check_readable(self, tokens: torch.LongTensor) -> None:
+    def _check_length(self, tokens: torch.Tensor) -> None:
         if tokens.size(1) > self.max_positions:
             length = (tokens != PADDING).sum(dim=1).max()
             if length > self.max_positions:
@@ -258,33 +288,41 @@ class DoctorMemory:
                     f"{self.max_positions} positions; shorten the prompt or lower `max_new_tokens`."
                 )
 
-    def _read(self, tokens: torch.LongTensor, num_known: int, has_padding: bool) -> torch.Tensor:
-        """Logits (B, V) of the doctor, which reads the tokens that its cache does not hold."""
+    def _read(self, tokens: torch.Tensor, num_known: int, has_padding: bool) -> torch.Tensor:
+        """Run the doctor on the tokens that are not in the cache. Returns logits (B, V)."""
         model, cache = self.doctor.model, self.cache
         if cache is None:
             num_known = 0
             config = model.config.get_text_config()
-            if getattr(config, "sliding_window", None) is not None and _keeps_keys_and_values(config):
-                cache = DynamicCache()  # told of no window, it keeps all states and can be cut anywhere
-        if not self._can(WITH_POSITIONS):  # RoBERTa's begin behind the padding id
+            if getattr(config, "sliding_window", None) is not None and _has_key_value_cache(config):
+                cache = DynamicCache()  # without the config it ignores the window, keeps all states and can be cut
+        if not self._can_read(WITH_POSITIONS):  # RoBERTa's positions start after the padding id
             self.accepted = self.accepted - {"position_ids"}
         tokens = tokens.to(model.device)
         mask = tokens != PADDING if has_padding else None
-        inputs = next_inputs(tokens.clamp(min=0), self.accepted, num_read=num_known, mask=mask) | {"use_cache": True}
+        settings: dict[str, Cache | int] = {"use_cache": True}
         if cache is not None:
-            inputs["past_key_values"] = cache
+            settings["past_key_values"] = cache
         if "logits_to_keep" in self.accepted:
-            inputs["logits_to_keep"] = 1
+            settings["logits_to_keep"] = 1
+        inputs = next_inputs(tokens.clamp(min=0), self.accepted, num_read=num_known, mask=mask)
         with using_adapters(self.layers, self.doctor.adapters):
-            output = model(**inputs)
-        if getattr(output, "past_key_values", None) is not None:  # else the model reads all again next time
+            output = model(**inputs, **settings)
+        if getattr(output, "past_key_values", None) is not None:  # a model without one reads the whole text each time
             self.cache = output.past_key_values
         return output.logits[:, -1]
 
+    def _forget_if_trained(self) -> None:
+        """Free the cache if the weights have changed since it was filled."""
+        version = self._weights_version()
+        if self.tokens is None or self.weights_version is None or not torch.equal(version, self.weights_version):
+            self.forget()
+        self.weights_version = version
+
     def _weights_version(self) -> torch.Tensor:
         """
-        Changes when the doctor is trained: by the counters of writes in place, which fused optimizers leave alone, and
-        by one value of every weight.
+        A vector that changes when the doctor is trained: for each weight the counter of writes in place, and one of
+        its values, because fused optimizers leave the counter as it is.
         """
         weights = [weight.detach() for weight in self.doctor.model.parameters() if weight.numel()]
         values = [weight.reshape(-1)[weight.numel() // 2].to(self.doctor.device, torch.float64) for weight in weights]
@@ -292,58 +330,64 @@ class DoctorMemory:
         return torch.cat([torch.stack(values).cpu(), torch.tensor(counters, dtype=torch.float64)])
 
 
-def _keeps_keys_and_values(config: PreTrainedConfig) -> bool:
-    """Whether the cache of a model has keys and values, perhaps of a window, and nothing else."""
+def _has_key_value_cache(config: PreTrainedConfig) -> bool:
+    """Whether the cache of a model consists of keys and values, with or without a window."""
     return all(
         type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=config).layers
     )
 
 
-def _with_positions(memory: DoctorMemory, text: torch.LongTensor) -> Iterator[tuple[torch.Tensor, list[int]]]:
+# Tests of the ways to read a doctor. Each reads parts of a text (16,), and yields logits (B, V) with the index of the
+# token that each row ends in.
+
+_Readings = Iterator[tuple[torch.Tensor, list[int]]]
+
+
+def _read_with_positions(memory: DoctorMemory, text: torch.Tensor) -> _Readings:
     yield memory.logits(text[None]), [len(text) - 1]
 
 
-def _token_by_token(memory: DoctorMemory, text: torch.LongTensor) -> Iterator[tuple[torch.Tensor, list[int]]]:
+def _read_token_by_token(memory: DoctorMemory, text: torch.Tensor) -> _Readings:
     for length in range(6, 10):
         yield memory.logits(text[None, :length]), [length - 1]
 
 
-def _in_pieces(memory: DoctorMemory, text: torch.LongTensor) -> Iterator[tuple[torch.Tensor, list[int]]]:
+def _read_in_pieces(memory: DoctorMemory, text: torch.Tensor) -> _Readings:
     for length in (5, 9, 14):
         yield memory.logits(text[None, :length]), [length - 1]
 
 
-def _cut_back(memory: DoctorMemory, text: torch.LongTensor) -> Iterator[tuple[torch.Tensor, list[int]]]:
+def _read_cut_back(memory: DoctorMemory, text: torch.Tensor) -> _Readings:
     for length in (12, 6, 7):
         yield memory.logits(text[None, :length]), [length - 1]
 
 
-def _with_padding(memory: DoctorMemory, text: torch.LongTensor) -> Iterator[tuple[torch.Tensor, list[int]]]:
-    """Two rows, one of them mostly padding, which change places."""
+def _read_with_padding(memory: DoctorMemory, text: torch.Tensor) -> _Readings:
+    """Read two rows, one of them mostly padding, and swap them at the end."""
     padding = text.new_full((10,), PADDING)
     for num_more in range(3):
         rows = [text[: 12 + num_more], torch.cat([padding, text[: 2 + num_more]])]
-        places = [11 + num_more, 1 + num_more]
+        ends = [11 + num_more, 1 + num_more]
         if num_more == 2:
-            rows, places = rows[::-1], places[::-1]
-        yield memory.logits(torch.stack(rows)), places
+            rows, ends = rows[::-1], ends[::-1]
+        yield memory.logits(torch.stack(rows)), ends
 
 
 _TRIALS = {
-    WITH_POSITIONS: _with_positions,
-    "token by token": _token_by_token,
-    "in pieces": _in_pieces,
-    "cut back": _cut_back,
-    "with padding": _with_padding,
+    WITH_POSITIONS: _read_with_positions,
+    TOKEN_BY_TOKEN: _read_token_by_token,
+    IN_PIECES: _read_in_pieces,
+    CUT_BACK: _read_cut_back,
+    WITH_PADDING: _read_with_padding,
 }
 
 
 def check_is_doctor(model: PreTrainedModel) -> None:
-    """Raise `ValueError` unless the model is a causal language model in eval mode, with adapters of its weights only."""
+    """Raise `ValueError` unless the model is a causal language model in eval mode, with adapters that can be off."""
     if not isinstance(model, nn.Module):
         raise ValueError(
-            f"A doctor must be a language model. Got {reprlib.repr(model)}; load one with `load_doctor`, or name it to "
-            "`DoctorGuidedLogitsProcessor.from_pretrained`."
+            f"A doctor must be a language model. Got {reprlib.repr(model)}; load one with `load_doctor`, or pass its "
+            "name to `DoctorGuidedLogitsProcessor.from_pretrained`."
         )
     if model.config.is_encoder_decoder:
         raise ValueError(
@@ -359,22 +403,6 @@ def _check_mode(model: PreTrainedModel) -> None:
         raise ValueError("A doctor must be in eval mode, as dropout is random. Got training mode; call `.eval()`.")
 
 
-def check_left_padded(attention_mask: torch.Tensor) -> None:
-    """Raise `ValueError` unless every row of the mask is zeros, or none, before ones."""
-    shape = tuple(getattr(attention_mask, "shape", ()))
-    if len(shape) != 2 or 0 in shape:
-        raise ValueError(
-            "`attention_mask` must have shape (B, L), with at least one token. Got "
-            f"{type(attention_mask).__name__} of shape {shape}; pass what the tokenizer returned with "
-            '`return_tensors="pt"`.'
-        )
-    if not (attention_mask[:, -1].all() and (attention_mask.int().diff(dim=1) >= 0).all()):
-        raise ValueError(
-            "`attention_mask` must be left-padded, zeros before ones in every row. Got something else; set "
-            "`padding_side='left'` on the tokenizer that makes the prompts."
-        )
-
-
 def _num_absolute_positions(model: PreTrainedModel) -> float:
     """Size of the table of learned positions; infinity where positions are rotary or relative."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
@@ -383,40 +411,12 @@ def _num_absolute_positions(model: PreTrainedModel) -> float:
     return limit if any(table.num_embeddings - limit in (0, 2) for table in tables) else math.inf  # OPT has 2 more
 
 
-def special_ids(model: PreTrainedModel, name: str) -> list[int]:
-    """Ids of the BOS, EOS or padding tokens, as far as the model knows them."""
-    configs = (getattr(model, "generation_config", None), model.config.get_text_config())
-    values = [getattr(config, f"{name}_token_id", None) for config in configs]
-    return [i for value in values if value is not None for i in (value if isinstance(value, list) else [value])]
-
-
-def guess_mask(input_ids: torch.LongTensor, model: PreTrainedModel) -> tuple[torch.BoolTensor, str | None]:
-    """
-    Mask (B, L) without the leading padding ids; where these are also BOS or EOS, the longest row has none, and there is
-    a doubt to be told.
-    """
-    bos, eos, pad = (special_ids(model, name) for name in ("bos", "eos", "pad"))
-    if not pad + eos:
-        return torch.ones_like(input_ids, dtype=torch.bool), None
-    pad_token_id, doubt = (pad + eos)[0], None  # as `generate` does, EOS where there is no padding token
-    run = (input_ids == pad_token_id).int().cumprod(dim=1).sum(dim=1, keepdim=True)  # (B, 1)
-    if pad_token_id in bos + eos and run.any():
-        run = run - run.min()
-        doubt = (
-            f"Prompts begin with id {pad_token_id}, which both pads and begins or ends texts: what is padding is a "
-            'guess. Pass `attention_mask=inputs["attention_mask"]` to `DoctorGuidedLogitsProcessor`.'
-        )
-    position = torch.arange(input_ids.size(1), device=input_ids.device)
-    return position >= run.clamp(max=input_ids.size(1) - 1), doubt
-
-
 def check_reference(doctor: Doctor, reference: Doctor | None) -> None:
-    """Raise `ValueError` when the reference of a doctor is the doctor itself, or the doctor has one in its weights."""
+    """Raise `ValueError` when the reference is the doctor itself, or the doctor is one of guided flow."""
+    if reference is None:
+        return
     is_the_doctor = (
-        reference is not None
-        and reference.is_on(doctor.model)
-        and reference.prompt is doctor.prompt
-        and reference.adapters == doctor.adapters
+        reference.is_on(doctor.model) and reference.prompt is doctor.prompt and reference.adapters == doctor.adapters
     )
     if is_the_doctor:
         raise ValueError(
@@ -424,8 +424,8 @@ def check_reference(doctor: Doctor, reference: Doctor | None) -> None:
             "its base model in place), which undoes the guidance; load the reference separately, or for a doctor that "
             f"is an adapter pass `reference=Doctor(model, adapter={NO_ADAPTER!r})`."
         )
-    if reference is not None and doctor.exponents and not reference.exponents:
+    if doctor.exponents and not reference.exponents:
         raise ValueError(
-            "`reference` is for a doctor that is a language model. Got one for a doctor of guided flow, which is the ratio "
-            "to its reference already; leave it out."
+            "`reference` is for a doctor that is a language model. Got one for a doctor of guided flow, whose logits "
+            "are the log-ratio to its reference already; leave it out."
         )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-The front door of guided decoding: `generate` of the patient, with what it would otherwise do wrong without a word.
+`guided_generate`: the patient's `generate` with a guide, and checks of what would go wrong silently.
 
 Shapes: B rows, L tokens of the prompt (padding included).
 """
@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
@@ -29,53 +30,54 @@ def guided_generate(
     patient: PreTrainedModel,
     guide: DoctorGuidedLogitsProcessor,
     *,
-    input_ids: torch.LongTensor,
+    input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     speculative: bool = False,
     keep_memory: bool = False,
     streamer: BaseStreamer | None = None,
     best_of: int = 1,
-    **kwargs,
-) -> ModelOutput | torch.LongTensor:
+    **kwargs: object,
+) -> ModelOutput | torch.Tensor:
     """
-    `patient.generate` under guidance.
+    Generate from the patient under guidance.
 
-    The same as `patient.generate(..., logits_processor=[guide])`, and beyond that the guide is told the mask and where
-    the prompt ends. A doctor that is an adapter on the patient's own weights is kept apart from the patient, and where
-    each text is one row they share the forward pass. What would leave the guide out is refused.
+    This is `patient.generate(..., logits_processor=[guide])`, except that the guide gets the mask of the prompts, and
+    that a doctor which is an adapter on the patient is off while the patient is read. In greedy search and sampling
+    such a doctor shares the forward pass of the patient. Arguments that would disable the guide are refused.
 
     Args:
         patient ([`~transformers.PreTrainedModel`]):
-            The patient. May be a `PeftModel` whose adapters are doctors: it is read with the adapters that are active,
-            less those that are doctors.
+            The patient. It may be a `PeftModel` with doctors among its adapters: it is read with the active adapters
+            that are not doctors.
         guide ([`DoctorGuidedLogitsProcessor`]):
             The guidance.
         input_ids (`torch.LongTensor` of shape `(B, L)`):
             Prompts, left-padded.
         attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*):
-            Their mask. May be left out where no prompt is padded.
+            Mask of the prompts. Needed where a prompt is padded.
         speculative (`bool`, *optional*, defaults to `False`):
             Let the doctors draft, [`speculative_guided_generate`]: faster, for one prompt, without beams.
         keep_memory (`bool`, *optional*, defaults to `False`):
-            Keep what the doctors remember of the call before, so that a conversation that goes on is not read again.
-            Otherwise their caches are freed first.
+            Keep the caches of the doctors from the previous call, for the next turn of a conversation. By default they
+            are freed first.
         streamer ([`~transformers.generation.BaseStreamer`], *optional*):
-            Gets the tokens as they come.
+            Gets the tokens as they are generated.
         best_of (`int`, *optional*, defaults to `1`):
-            Sample this many completions of each prompt, and return the one with the largest reward by the doctors' token
-            credits, [`~best_of.completion_rewards`]. The KL from the guided policy is at most `log n - (n - 1) / n` nats; from
-            the patient it grows by more, as the choice goes the way of the guidance. The cost is n times as large.
+            Sample n completions of each prompt, and return the one with the largest reward according to the doctors'
+            token credits, [`~best_of.completion_rewards`]. Its KL from the guided policy is at most
+            `log n - (n - 1) / n` nats. The KL from the patient grows by more, as the choice follows the guidance. The
+            cost is n times as large.
         **kwargs:
-            Anything else for `patient.generate`, or for [`speculative_guided_generate`].
+            Further arguments of `patient.generate`, or of [`speculative_guided_generate`].
 
     Returns:
         What `patient.generate` returns: `(B, L + T)` ids, or an output object.
 
     Raises:
         `ValueError`: on an encoder-decoder, a patient that is a doctor of guided flow or has adapters that add tokens,
-            padding without a mask, a cache of part of the text alone, a second guide, a mode that would leave out the
-            guide, a patient that [`check_reads`] refuses, `best_of` without sampling or without token credits, and whatever
-            `generate` and the guide refuse.
+            padding without a mask, `input_ids` without the text in the cache, a second guide, a mode without
+            processors, a patient that [`check_reads`] refuses, `best_of` without sampling or token credits, and on
+            errors of `generate` and of the guide.
 
     Examples:
 
@@ -95,30 +97,21 @@ def guided_generate(
 
     ```
     """
-    _check_mode(patient, guide, input_ids, speculative, kwargs)
+    _check_ids(patient, input_ids)
+    _check_mode(patient, guide, input_ids, kwargs)
+    if speculative:
+        _check_no_other_drafts(patient, kwargs)
     if best_of != 1:
         of_modes = kwargs | {"speculative": speculative, "streamer": streamer}
         check_best_of(guide, best_of, lambda name: _setting(patient, of_modes, name))
         kwargs["num_return_sequences"] = best_of
-    if attention_mask is None:
-        attention_mask = torch.ones_like(input_ids)
-        pad_token_id = _setting(patient, kwargs, "pad_token_id")
-        if pad_token_id is not None and (input_ids[:, 0] == pad_token_id).any():
-            raise ValueError(
-                "`attention_mask` must be given where prompts are padded. Got none, and a prompt that begins with the "
-                f"padding id {pad_token_id}; pass the mask that the tokenizer returns with the ids."
-            )
-    if attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            "`attention_mask` must have the shape of `input_ids`. Got "
-            f"{tuple(attention_mask.shape)} for ids {tuple(input_ids.shape)}; pass what the tokenizer returned together."
-        )
+    attention_mask = _mask_of(patient, input_ids, attention_mask, kwargs)
     guide.reset(attention_mask=attention_mask, keep_memory=keep_memory)
     with without_doctors(patient, guide):
         check_reads(patient, attention_mask, prefill_chunk_size=_setting(patient, kwargs, "prefill_chunk_size"))
     if not attention_mask.all():
         for memory in guide.memories:
-            if memory.doctor.prompt is None:  # else it reads another prompt, which has its own mask
+            if memory.doctor.prompt is None:  # a prompt of its own has its own mask
                 memory.check_padding()
     if speculative:
         kwargs["custom_generate"] = speculative_guided_generate
@@ -127,42 +120,45 @@ def guided_generate(
     else:
         kwargs["streamer"] = streamer
     num_calls = guide.num_calls
-    is_shared = _keeps_rows(patient, kwargs) and can_share(patient, guide)
-    if is_shared:
-        context, patient = shared_forward(patient, guide, num_rows=len(input_ids)), unwrap_peft(patient)
-    else:
-        context = without_doctors(patient, guide)
-    with context:
-        output = patient.generate(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            logits_processor=[*(kwargs.pop("logits_processor", None) or ()), guide],
-            **kwargs,
-        )
+    output = _generate(patient, guide, kwargs | {"input_ids": input_ids, "attention_mask": attention_mask})
     if speculative and streamer is not None:
         streamer.end()
-    if is_shared and getattr(output, "past_key_values", None) is not None:
-        output.past_key_values.reorder_cache(
-            torch.arange(len(input_ids), device=input_ids.device)
-        )  # the patient's rows
     if guide.num_calls == num_calls:
         raise ValueError(
-            "`generate` must ask the guide at every step. It never did, so the text is the patient's alone; leave out "
-            f"the arguments that change how `generate` works. Got {sorted(kwargs)}."
+            "`generate` must call the guide at every step. It never did, so the text is the patient's alone; leave "
+            f"out the arguments that change how `generate` works. Got {sorted(kwargs)}."
         )
-    if best_of == 1:
+    if best_of == 1 or not isinstance(output, torch.Tensor):  # `best_of` refuses `return_dict_in_generate`
         return output
     eos_token_id = _setting(patient, kwargs, "eos_token_id")
     ends = dict(eos_token_id=eos_token_id, pad_token_id=_setting(patient, kwargs, "pad_token_id"))
     return keep_best(guide, output, best_of, prompt_length=input_ids.size(1), **ends)
 
 
+def _generate(
+    patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor, kwargs: dict
+) -> ModelOutput | torch.Tensor:
+    """Call `generate`. Doctors on the patient's weights share its forward pass if they can, and are off otherwise."""
+    kwargs["logits_processor"] = [*(kwargs.get("logits_processor") or ()), guide]
+    if not (_keeps_rows(patient, kwargs) and can_share(patient, guide)):
+        with without_doctors(patient, guide):
+            return patient.generate(**kwargs)  # type: ignore[operator]  # a model's own `GenerationMixin`
+    num_rows = len(kwargs["input_ids"])
+    with shared_forward(patient, guide, num_rows):
+        output = unwrap_peft(patient).generate(**kwargs)  # type: ignore[operator]
+    cache = getattr(output, "past_key_values", None)
+    if cache is not None:  # drop the rows of the doctors
+        cache.reorder_cache(torch.arange(num_rows, device=kwargs["input_ids"].device))
+    return output
+
+
 def check_reads(
     patient: PreTrainedModel, attention_mask: torch.Tensor, *, prefill_chunk_size: int | None = None
 ) -> None:
     """
-    Raise `ValueError` when `patient.generate` would read prompts otherwise than as whole texts: upstream, some models
-    take padding into their state, or lose it between pieces of a prompt.
+    Raise `ValueError` when padding, or reading a prompt in pieces, would change the logits of `patient.generate`.
+
+    Some models take padding into their state, or lose the state between pieces of a prompt.
 
     Args:
         patient ([`~transformers.PreTrainedModel`]):
@@ -172,53 +168,54 @@ def check_reads(
         prefill_chunk_size (`int`, *optional*):
             Tokens of a prompt that `generate` reads at once. By default all.
     """
-    settings = {"is_padded": not attention_mask.all(), "in_pieces": bool(prefill_chunk_size)}
-    how = " and ".join(["generate", *(name for name, value in settings.items() if value)])
-    if fault := reading_fault(patient, how, partial(_generate_along, patient, **settings), errors_count=False):
+    is_padded, in_pieces = not attention_mask.all(), bool(prefill_chunk_size)
+    how = " and ".join(["generate", *["is_padded"] * is_padded, *["in_pieces"] * in_pieces])
+    read = partial(_generate_along, patient, is_padded=is_padded, in_pieces=in_pieces)
+    if fault := reading_fault(patient, how, read, errors_count=False):
         raise ValueError(
             "A prompt that is padded or split must give the logits of the prompt read alone and in one piece. Got "
-            f"{type(unwrap_peft(patient)).__name__}: {fault}. Decode prompts one by one (`batch_size=1`), or those of one "
-            "length together, without `prefill_chunk_size`."
+            f"{type(unwrap_peft(patient)).__name__}: {fault}. Decode prompts one by one (`batch_size=1`), or those of "
+            "one length together, without `prefill_chunk_size`."
         )
 
 
-class _Dictated(LogitsProcessor):
-    """Lets each row be continued by the ids (B, L) of a text."""
+class _ForcedTokens(LogitsProcessor):
+    """Makes `generate` follow the ids (B, L) of a given text."""
 
-    def __init__(self, ids: torch.LongTensor):
+    def __init__(self, ids: torch.Tensor):
         self.ids = ids
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        following = self.ids[:, input_ids.size(1)][:, None]
-        return torch.full_like(scores, -math.inf).scatter(1, following, 0.0)
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        next_ids = self.ids[:, input_ids.size(1)][:, None]
+        return torch.full_like(scores, -math.inf).scatter(1, next_ids, 0.0)
 
 
 def _generate_along(
-    patient: PreTrainedModel, text: torch.LongTensor, *, is_padded: bool, in_pieces: bool
+    patient: PreTrainedModel, text: torch.Tensor, *, is_padded: bool, in_pieces: bool
 ) -> Iterator[tuple[torch.Tensor, list[int]]]:
-    """The logits of `generate` along a text: of its first 12 tokens on, and with padding of its first 2 on as well."""
-    missing = torch.tensor([0, 10] if is_padded else [0], device=text.device)[:, None]  # (B, 1)
-    places = torch.arange(len(text), device=text.device) - missing  # (B, 16)
+    """Yield the logits of `generate` after 12 and more tokens of a text (16,), in a second row after 2 and more."""
+    num_padding = torch.tensor([0, 10] if is_padded else [0], device=text.device)[:, None]  # (B, 1)
+    places = torch.arange(len(text), device=text.device) - num_padding  # (B, 16)
     ids = text[places.clamp(min=0)]
-    output = patient.generate(
+    settings = {"max_new_tokens": 3, "do_sample": False, "num_beams": 1, "num_return_sequences": 1}
+    neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}  # set, or the values of the patient apply with a warning
+    outputs = {"output_logits": True, "return_dict_in_generate": True}
+    config = GenerationConfig(**settings, **neutral, **outputs, prefill_chunk_size=5 if in_pieces else None)
+    output = patient.generate(  # type: ignore[operator]
         input_ids=ids[:, :12],
         attention_mask=(places >= 0)[:, :12].long(),
-        logits_processor=[_Dictated(ids)],
-        generation_config=GenerationConfig(
-            **{"max_new_tokens": 3, "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "temperature": 1.0},
-            **{"top_p": 1.0, "top_k": 50, "prefill_chunk_size": 5 if in_pieces else None},
-            **{"output_logits": True, "return_dict_in_generate": True},
-        ),
+        logits_processor=[_ForcedTokens(ids)],
+        generation_config=config,
     )
     for step, logits in enumerate(output.logits):
         yield logits, places[:, 11 + step].tolist()
 
 
-def _after_prompt(streamer: BaseStreamer, input_ids: torch.LongTensor) -> Callable[[torch.LongTensor], None]:
-    """Puts tokens to the streamer, the prompt before the first: when nothing can be refused any more."""
+def _after_prompt(streamer: BaseStreamer, input_ids: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    """A function that streams tokens, and the prompt before the first, so that a refused request streams nothing."""
     prompts = [input_ids.cpu()]
 
-    def put(token):
+    def put(token: torch.Tensor) -> None:
         if prompts:
             streamer.put(prompts.pop())
         streamer.put(token)
@@ -226,17 +223,34 @@ def _after_prompt(streamer: BaseStreamer, input_ids: torch.LongTensor) -> Callab
     return put
 
 
-def _check_mode(patient, guide, input_ids, speculative, kwargs) -> None:
-    if not isinstance(guide, DoctorGuidedLogitsProcessor):
+def _mask_of(
+    patient: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, kwargs: dict
+) -> torch.Tensor:
+    """The mask (B, L), by default without padding."""
+    if attention_mask is None:
+        pad_token_id = _setting(patient, kwargs, "pad_token_id")
+        if pad_token_id is not None and (input_ids[:, 0] == pad_token_id).any():
+            raise ValueError(
+                "`attention_mask` must be given where prompts are padded. Got none, and a prompt that begins with the "
+                f"padding id {pad_token_id}; pass the mask that the tokenizer returns with the ids."
+            )
+        return torch.ones_like(input_ids)
+    if attention_mask.shape != input_ids.shape:
         raise ValueError(
-            f"`guide` must be a `DoctorGuidedLogitsProcessor`. Got a `{type(guide).__name__}`; make one of the doctor."
+            "`attention_mask` must have the shape of `input_ids`. Got "
+            f"{tuple(attention_mask.shape)} for ids {tuple(input_ids.shape)}; pass what the tokenizer returned "
+            "together."
         )
+    return attention_mask
+
+
+def _check_ids(patient: PreTrainedModel, input_ids: torch.Tensor) -> None:
     is_tensor = isinstance(input_ids, torch.Tensor)
     if not is_tensor or input_ids.dim() != 2 or input_ids.numel() == 0 or input_ids.is_floating_point():
         raise ValueError(
             "`input_ids` must be token ids of shape (B, L), with at least one token. Got "
-            f"{f'{tuple(input_ids.shape)}, {input_ids.dtype}' if is_tensor else type(input_ids).__name__}; pass what the "
-            'tokenizer returns with `return_tensors="pt"`.'
+            f"{f'{tuple(input_ids.shape)}, {input_ids.dtype}' if is_tensor else type(input_ids).__name__}; pass what "
+            'the tokenizer returns with `return_tensors="pt"`.'
         )
     known = getattr(patient.get_input_embeddings(), "num_embeddings", None)
     if known is not None and not 0 <= input_ids.min() <= input_ids.max() < known:
@@ -244,33 +258,36 @@ def _check_mode(patient, guide, input_ids, speculative, kwargs) -> None:
             f"`input_ids` must be ids of the patient's tokenizer, from 0 to {known - 1}. Got {input_ids.min()} to "
             f"{input_ids.max()}; tokenize the prompt with it."
         )
+
+
+def _check_mode(
+    patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor, input_ids: torch.Tensor, kwargs: dict
+) -> None:
+    if not isinstance(guide, DoctorGuidedLogitsProcessor):
+        raise ValueError(
+            f"`guide` must be a `DoctorGuidedLogitsProcessor`. Got a `{type(guide).__name__}`; make one of the doctor."
+        )
     if patient.config.is_encoder_decoder:
         raise ValueError(
-            f"The patient must be a causal language model. Got {type(patient).__name__}, an encoder-decoder: a doctor "
-            "cannot read what its encoder has read."
+            f"The patient must be a causal language model. Got {type(patient).__name__}, an encoder-decoder, whose "
+            "doctors could not read the input of the encoder."
         )
     check_speaks(patient, patient_adapters(patient, guide))
     if _setting(patient, kwargs, "cache_implementation") == "paged":
         raise ValueError(
-            "Guidance needs `generate` to ask its processors. Got `cache_implementation='paged'`, which does not; "
+            "Guidance needs `generate` to call its processors. Got `cache_implementation='paged'`, which does not; "
             "leave it out."
         )
     if _setting(patient, kwargs, "assistant_early_exit") and any(doctor.is_on(patient) for doctor in guide.doctors):
         raise ValueError(
-            "Early exit shortens the patient while it drafts, and a doctor on its weights with it. Got "
+            "Early exit shortens the patient while it drafts, and with it a doctor on its weights. Got "
             "`assistant_early_exit`; leave it out."
         )
-    if speculative:
-        for name in ("assistant_model", "prompt_lookup_num_tokens"):
-            if _setting(patient, kwargs, name):
-                raise ValueError(
-                    f"With `speculative=True` the doctors draft. Got `{name}`, another way to draft; leave out one."
-                )
     for name in ("custom_generate", "inputs_embeds", "inputs"):
         if kwargs.get(name) is not None:
             raise ValueError(
-                f"`guided_generate` takes `input_ids`, which doctors read too, and sets `custom_generate`. Got `{name}`; "
-                "leave it out, or call `patient.generate(..., logits_processor=[guide])`."
+                "`guided_generate` needs `input_ids`, which doctors read too, and sets `custom_generate`. Got "
+                f"`{name}`; leave it out, or call `patient.generate(..., logits_processor=[guide])`."
             )
     if any(isinstance(other, DoctorGuidedLogitsProcessor) for other in kwargs.get("logits_processor") or ()):
         raise ValueError(
@@ -280,19 +297,27 @@ def _check_mode(patient, guide, input_ids, speculative, kwargs) -> None:
     cache = kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length() >= input_ids.size(1):
         raise ValueError(
-            "`input_ids` must be the whole text, also with a cache, for doctors have not read it. Got "
+            "`input_ids` must be the whole text, also with a cache, because the doctors have not read it. Got "
             f"{input_ids.size(1)} ids and a cache of {cache.get_seq_length()} tokens; pass all ids."
         )
 
 
-def _setting(patient: PreTrainedModel, kwargs: dict, name: str):
-    """A setting as `generate` resolves it: an argument, else that of the config given, else the patient's."""
+def _check_no_other_drafts(patient: PreTrainedModel, kwargs: dict) -> None:
+    for name in ("assistant_model", "prompt_lookup_num_tokens"):
+        if _setting(patient, kwargs, name):
+            raise ValueError(
+                f"With `speculative=True` the doctors draft. Got `{name}`, another way to draft; leave out one."
+            )
+
+
+def _setting(patient: PreTrainedModel, kwargs: dict, name: str) -> Any:
+    """A setting as `generate` resolves it: the argument, else that of the config given, else that of the patient."""
     given = [kwargs.get(name), getattr(kwargs.get("generation_config"), name, None)]
     return next((value for value in given if value is not None), getattr(patient.generation_config, name, None))
 
 
 def _keeps_rows(patient: PreTrainedModel, kwargs: dict) -> bool:
-    """Whether this is greedy search or sampling with nothing to it: one row for each prompt, one pass for each token."""
+    """Whether this is plain greedy search or sampling: one row for each prompt, one forward pass for each token."""
     if any(_setting(patient, kwargs, name) not in (None, 1) for name in ("num_beams", "num_return_sequences")):
         return False
     others = (
@@ -305,7 +330,7 @@ def _keeps_rows(patient: PreTrainedModel, kwargs: dict) -> bool:
 @contextmanager
 def without_doctors(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor) -> Iterator[None]:
     """
-    Within the context the patient is read without those adapters on its weights that are doctors of the guide.
+    Within the context, adapters of the patient that are doctors of the guide are off.
 
     Args:
         patient ([`~transformers.PreTrainedModel`]):

@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-Guided decoding: doctors steer `patient.generate(...)` through a logits processor.
+Guided decoding: a logits processor with which doctors steer `patient.generate(...)`.
+
+`generate` passes a processor the ids and the patient's scores only. It passes no mask, does not say from which row a
+beam came, and does not announce a new generation. The doctors' logits are therefore a function of the tokens alone,
+and their KV caches are addressed by the tokens in them, [`DoctorMemory`].
 
 Shapes: B rows, L tokens so far (padding included), V vocabulary. Units: nats.
-
-A processor is told the ids and the patient's scores, nothing else: not the mask, not which beam a row came from, not
-that a new generation began. So nothing here depends on being told. What the doctors say is a pure function of the
-tokens, and their KV caches are only a memory of it, addressed by content, [`DoctorMemory`].
 """
 
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -23,66 +24,79 @@ from ..data.tokenizer_identity import check_all_same
 from ..functional import guided_logps, next_token_entropy, plausible_mask
 from ..models.doctor import load_doctor
 from ..models.token_credits import load_credits
-from .doctors import PADDING, Doctor, DoctorMemory, check_left_padded, check_reference, guess_mask
-from .exponents import Weight, check_weight, opposite_weight, remaining_weight, weight_at
+from .doctors import Doctor, DoctorMemory, check_reference
+from .exponents import (
+    DEFAULT_BETA,
+    Number,
+    Weight,
+    check_weight,
+    default_beta,
+    opposite_weight,
+    remaining_weight,
+    weight_at,
+)
+from .padding import Prompts
 from .trace import GuidanceTrace, TraceRecorder
 
 
-DEFAULT_BETA = 0.5
+MIN_DRAFT_WEIGHT = 1e-6  # of a doctor in the draft, where its exponent is smaller or negative
 
 
 class DoctorGuidedLogitsProcessor(LogitsProcessor):
     r"""
-    Next-token distribution of the patient, guided by doctors: $\pi \propto \pi_{\text{patient}}^\alpha \prod_i
-    \pi_{\text{doctor}_i}^{\beta_i}$.
+    Logits processor that multiplies the patient's next-token distribution with those of doctors: $\pi \propto
+    \pi_{\text{patient}}^\alpha \prod_i \pi_{\text{doctor}_i}^{\beta_i}$.
 
-    Works with greedy search, sampling, beams, `num_return_sequences` and assisted decoding. One processor may serve
-    any number of `generate` calls, one at a time; the doctors read every token once. It comes after repetition penalty
-    and the like, and before temperature, top-k and top-p, which therefore act on the guided distribution.
+    It works with greedy search, sampling, beams, `num_return_sequences` and assisted decoding, and with any number of
+    `generate` calls, one at a time. Each doctor reads each token once. The processor comes after the repetition
+    penalty and processors that ban tokens. It comes before temperature, top-k and top-p, which act on the guided
+    distribution.
 
     Args:
         doctor ([`~transformers.PreTrainedModel`] or [`Doctor`], or list of them):
             Causal language models with the patient's tokenizer, in eval mode. A PEFT model is used with its adapter. A
-            [`Doctor`] says more: which adapter, or a prompt of its own.
+            [`Doctor`] may name an adapter or have prompts of its own.
         alpha (`float`, `torch.Tensor` of shape `(B,)` or callable, *optional*):
-            Exponent of the patient. By default the exponents add up to 1: the *mixture*, `1 - sum(beta)`, or with a
-            `reference` the *ratio*, `1`. The *product* (the paper) is `alpha=1`; a doctor of guided flow is made for
-            it, and takes nothing from the patient by default.
+            Exponent of the patient. By default the exponents add up to 1, which is the *mixture*: `1 - sum(beta)`.
+            Doctors with a `reference` (the *ratio*) and doctors of guided flow leave the patient's exponent at 1. The
+            *product* of the paper is `alpha=1`.
         beta (`float`, `torch.Tensor` of shape `(B,)` or callable, or list of them, *optional*, defaults to `0.5`):
-            Exponent of the doctor, or of each doctor. 0 leaves the patient alone, without a doctor's forward pass;
-            negative steers away. A tensor has a weight for each prompt of the batch. A callable is a schedule: it is
-            given how many tokens have been generated since the prompt, and returns either.
+            Exponent of the doctor, or of each doctor. At 0 the patient generates alone, and the doctor is not read. A
+            negative exponent steers away from the doctor. A tensor has one number for each prompt of the batch. A
+            callable is a schedule: it maps the number of tokens since the prompt to a number or a tensor.
         reference ([`~transformers.PreTrainedModel`] or [`Doctor`], or list of them, *optional*):
-            What the doctor was before training, or one for each doctor (`None` for none). Gets the exponent `-beta`.
+            The doctor before training, or one for each doctor (`None` for none). Its exponent is `-beta`.
         attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*):
-            Mask of the prompts, as given to `generate`. For a later batch give its mask to [`reset`]. Without it the
-            leading run of padding ids is taken for padding, which is a guess where the padding id is also BOS or EOS,
-            and the first ids seen are taken for the prompt.
+            Mask of the prompts, as given to `generate`. Pass the mask of a later batch to [`reset`]. Without a mask,
+            the first ids seen are the prompts, and a leading run of padding ids is padding. This is a guess where the
+            padding id is also BOS or EOS.
         processing_classes (sequence of [`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Tokenizer of the patient, then of each doctor and reference. Checked to be the same, then let go.
+            Tokenizer of the patient, then of each doctor, then of each reference. They are checked to be the same, and
+            not kept.
         min_patient_prob (`float`, *optional*, defaults to `0.0`):
             Rule out tokens to which the patient gives less than this share of its likeliest token's probability, in
             [0, 1]: [`~functional.plausible_mask`]. 0 rules out none.
         min_patient_entropy (`float`, *optional*, defaults to `0.0`):
-            Leave the patient alone where its entropy is below this many nats. Where that is so in every row of a batch
-            the doctors do not read; they catch up when they are needed.
+            Leave the patient's distribution as it is where its entropy is below this many nats. Where that holds in
+            all rows of a batch the doctors are not read; they read the missing tokens later.
         return_trace (`bool`, *optional*, defaults to `False`):
-            Keep the log-probabilities of what is generated, for [`~DoctorGuidedLogitsProcessor.trace`]. Not with beams.
+            Keep the log-probabilities of the generated tokens, for [`~DoctorGuidedLogitsProcessor.trace`]. Not
+            supported with beams.
 
     Attributes:
         alpha (`float`, `torch.Tensor` or callable): exponent of the patient.
         doctors (`list` of [`Doctor`]): the doctors, then their references.
         betas (`list`): exponent of each of `doctors`.
         num_references (`int`): how many of `doctors`, at the end, are references.
-        memories (`list` of [`DoctorMemory`]): what each of `doctors` has said and holds in its cache.
-        num_calls (`int`): how often `generate` has asked.
+        memories (`list` of [`DoctorMemory`]): logits and KV cache of each of `doctors`.
+        num_calls (`int`): number of calls by `generate`.
 
     Raises:
-        `ValueError`: at construction, on exponents that are not finite or of the wrong number, a mixture whose `alpha`
-            would be negative, thresholds out of range, what [`Doctor`] refuses, a doctor of guided flow without a record
-            of it (unless `alpha` is given) or with a `reference`, different tokenizers, a mask that is not left-padded.
-            At a call, on prompts that the mask is not for, `inputs_embeds` without ids, ids or positions that a doctor
-            does not have, NaN.
+        `ValueError`: at construction, on exponents that are not finite or of the wrong number, a mixture with a
+            negative `alpha`, thresholds out of range, doctors that [`Doctor`] refuses, a doctor of guided flow without
+            a record of it (unless `alpha` is given) or with a `reference`, different tokenizers, and a mask that is
+            not left-padded. At a call, on prompts other than those of the mask, `inputs_embeds` without ids, ids or
+            positions that a doctor does not have, and NaN.
 
     Examples:
 
@@ -103,7 +117,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
     ```
     """
 
-    supports_continuous_batching = False  # its rows are not requests, and it hands over the last token only
+    supports_continuous_batching = False  # there, rows are not requests, and only the last token is passed
 
     def __init__(
         self,
@@ -118,15 +132,14 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         min_patient_entropy: float = 0.0,
         return_trace: bool = False,
     ):
-        doctors = list(doctor) if isinstance(doctor, (list, tuple)) else [doctor]
-        betas = list(beta) if isinstance(beta, (list, tuple)) else [beta] * len(doctors)
-        references = list(reference) if isinstance(reference, (list, tuple)) else [reference] * len(doctors)
-        if not doctors or not len(doctors) == len(betas) == len(references):
+        models = _as_list(doctor)
+        betas, references = _as_list(beta, len(models)), _as_list(reference, len(models))
+        if not models or not len(models) == len(betas) == len(references):
             raise ValueError(
-                f"There must be at least one doctor, and a `beta` and a `reference` for each. Got {len(doctors)}, "
+                f"There must be at least one doctor, and a `beta` and a `reference` for each. Got {len(models)}, "
                 f"{len(betas)} and {len(references)}; for a doctor without a reference, give None."
             )
-        doctors = [x if isinstance(x, Doctor) else Doctor(x) for x in doctors]
+        doctors = [x if isinstance(x, Doctor) else Doctor(x) for x in models]
         references = [x if x is None or isinstance(x, Doctor) else Doctor(x) for x in references]
         for one, ref in zip(doctors, references, strict=True):
             check_reference(one, ref)
@@ -139,44 +152,44 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
                 "`min_patient_prob` must be in [0, 1] and `min_patient_entropy` a number of nats, at least 0. Got "
                 f"{min_patient_prob} and {min_patient_entropy}; 0 switches them off."
             )
-        # What enters the product beside the patient: doctors, then their references with the opposite exponent
+        # The factors of the product besides the patient: doctors, then their references
+        opposite = [opposite_weight(beta) for beta, ref in zip(betas, references, strict=True) if ref is not None]
         self.alpha = check_weight("alpha", alpha)
-        self.betas = betas + [
-            opposite_weight(beta) for beta, ref in zip(betas, references, strict=True) if ref is not None
-        ]
-        self.doctors = doctors + [ref for ref in references if ref is not None]
+        self.betas: list[Weight] = betas + opposite
+        self.doctors: list[Doctor] = doctors + [ref for ref in references if ref is not None]
         self.num_references = len(self.doctors) - len(doctors)
         self.min_patient_prob = min_patient_prob
         self.min_patient_entropy = min_patient_entropy
         self.num_calls = 0
         if processing_classes is not None:
-            check_all_same(processing_classes, len(doctors), len(self.doctors) - len(doctors))
-        self._same_tokenizer = processing_classes is not None
-        self._warned = set()
+            check_all_same(processing_classes, len(doctors), self.num_references)
+        self._has_same_tokenizer = processing_classes is not None
+        self._warned: set[str] = set()
         self._trace = TraceRecorder() if return_trace else None
         self.memories = [DoctorMemory(doctor) for doctor in self.doctors]
+        self._external: Mapping[int, Callable[[torch.Tensor], torch.Tensor]] = {}  # by index of `doctors`
         self._num_common_tokens = min(memory.num_embeddings for memory in self.memories)
         self.reset(attention_mask)
 
     @classmethod
     def from_pretrained(
         cls,
-        doctor: str | Sequence[str],
+        doctor: str | os.PathLike | Sequence[str],
         alpha: Weight | None = None,
         beta: Weight | Sequence[Weight] | None = None,
         *,
         model_init_kwargs: dict | None = None,
-        **settings,
+        **settings: object,
     ) -> "DoctorGuidedLogitsProcessor":
         """
         Load doctors, and guide with the exponents for which they were trained.
 
         Args:
             doctor (`str` or sequence of `str`):
-                Folders or Hub ids of doctors that [`TFPOTrainer`] saved: full models or adapters.
+                Folders or Hub ids of doctors that [`TFPOTrainer`] saved, full models or adapters.
             alpha, beta (*optional*):
-                As above. By default a doctor of guided flow, and the patient, have the exponents of its training, 1 and
-                1; doctors that were trained on their own get 0.5 each, which is taken from the patient.
+                As above. By default a doctor of guided flow and the patient have the exponents of its training, 1 and
+                1. A doctor that is a language model has 0.5, and the patient what the doctors leave of 1.
             model_init_kwargs (`dict`, *optional*):
                 Keyword arguments of `from_pretrained` of the doctors, such as `dtype` and `device_map`.
             settings:
@@ -192,25 +205,24 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
             for name in names
         ]
         if beta is None:
-            beta = [doctor.exponents.get("beta", DEFAULT_BETA) for doctor in doctors]
-        return cls(doctors, alpha, beta, **settings)
+            beta = [default_beta(doctor.exponents) for doctor in doctors]
+        arguments: dict = settings
+        return cls(doctors, alpha, beta, **arguments)
 
     def reset(self, attention_mask: torch.Tensor | None = None, *, keep_memory: bool = False) -> None:
         """
-        Take the mask of the prompts that come next, and free what the doctors remember.
+        Prepare for other prompts, and free the caches of the doctors.
 
         Args:
             attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*):
                 Mask of the next prompts. Without it padding is guessed from the ids.
             keep_memory (`bool`, *optional*, defaults to `False`):
-                Keep the doctors' caches, for prompts that go on from what was generated.
+                Keep the caches, for prompts that continue what was generated.
+
+        Raises:
+            `ValueError`: when the mask is not left-padded.
         """
-        if attention_mask is not None:
-            check_left_padded(attention_mask)
-            attention_mask = attention_mask.bool()
-        self._is_mask_given = attention_mask is not None
-        self._prompt_mask = attention_mask  # (B, prompt), True where there is a token
-        self._prompt_ids = None  # (B, prompt), the prompts that the mask belongs to
+        self._prompts = Prompts(self.doctors[0].model, attention_mask)
         if self._trace:
             self._trace.restart()
         if not keep_memory:
@@ -220,7 +232,23 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         for memory in self.memories:
             memory.forget()
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    @contextmanager
+    def external_logits(self, sources: Mapping[int, Callable[[torch.Tensor], torch.Tensor]]) -> Iterator[None]:
+        """
+        Within the context, get the logits of some doctors from elsewhere, such as a forward pass of the patient.
+
+        Args:
+            sources (mapping from `int` to callable):
+                For each index of `doctors` concerned a function, called once at each step, from the tokens `(B, L)` to
+                the doctor's logits `(B, V)` of the next token.
+        """
+        before, self._external = self._external, sources
+        try:
+            yield
+        finally:
+            self._external = before
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """
         Log-probabilities of the guided policy.
 
@@ -228,39 +256,43 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
             input_ids (`torch.LongTensor` of shape `(B, L)`):
                 Prompts and completions so far.
             scores (`torch.FloatTensor` of shape `(B, V)`):
-                Logits or log-probabilities of the patient. Left as they are.
+                Logits or log-probabilities of the patient. Not modified.
 
         Returns:
             `torch.FloatTensor` of shape `(B, V)`: log-probabilities in nats, in float64 if `scores` are, else float32.
         """
         self.num_calls += 1
-        tokens = self._hide_padding(input_ids)
-        if self.min_patient_entropy and self._is_sure(scores).all():
-            heard = [None] * len(self.doctors)
+        tokens = self._tokens(input_ids)
+        doctor_logits: list[torch.Tensor | None]
+        if self.min_patient_entropy and self._is_confident(scores).all():
+            doctor_logits = [None] * len(self.doctors)
             guided = self._only_common(_float(scores)).log_softmax(dim=-1)
         else:
-            heard = self._listen(tokens, scores.size(-1))
-            guided = self.combine(scores, heard, self._step(tokens))
+            doctor_logits = self._doctor_logits(tokens, scores.size(-1))
+            guided = self.combine(scores, doctor_logits, self._step(tokens))
         if self._trace:
-            self._trace.record(input_ids, scores, heard, guided)
+            self._trace.record(input_ids, scores, doctor_logits, guided)
         return guided
 
-    def trace(self, sequences: torch.LongTensor) -> GuidanceTrace:
+    def trace(self, sequences: torch.Tensor) -> GuidanceTrace:
         """
-        What guidance did to each token of the last generation, with `return_trace=True`.
+        Log-probabilities of the last generation, for a processor made with `return_trace=True`.
 
         Args:
             sequences (`torch.LongTensor` of shape `(B, L + T)`):
                 What `generate` returned.
+
+        Raises:
+            `ValueError`: when there is no trace, or it is of another generation.
         """
         if self._trace is None:
             raise ValueError("There is no trace. Got a processor made without `return_trace=True`; make one with it.")
         return self._trace.finish(sequences)
 
     @torch.no_grad()
-    def draft_logits(self, input_ids: torch.LongTensor, vocab_size: int) -> torch.FloatTensor:
+    def draft_logits(self, input_ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
         """
-        What a patient would say who agrees with the doctors: the mean of those that it is drawn to.
+        A guess at the patient's logits: the mean of the doctors' logits, weighted by their exponents.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(B, L)`):
@@ -269,16 +301,18 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
                 V of the patient.
 
         Returns:
-            `torch.FloatTensor` of shape `(B, V)`: logits. Called on them, the processor gives a guess at the guided
-            policy, without the patient.
+            `torch.FloatTensor` of shape `(B, V)`: logits. Called with them, the processor returns a guess at the
+            guided policy.
         """
-        tokens = self._hide_padding(input_ids)
+        tokens = self._tokens(input_ids)
         step = self._step(tokens)
-        total, total_weight = torch.zeros(len(tokens), vocab_size, device=input_ids.device), 0.0
-        for logits, beta in zip(self._listen(tokens, vocab_size), self.betas, strict=True):
+        total = torch.zeros(len(tokens), vocab_size, device=input_ids.device)
+        total_weight: Number = 0.0
+        for logits, beta in zip(self._doctor_logits(tokens, vocab_size), self.betas, strict=True):
             if logits is not None:
-                weight = torch.as_tensor(self._per_row(weight_at(beta, step), total)).clamp(min=1e-6).to(total)
-                total = total + weight * self._over_same_tokens(logits, total)
+                weight = torch.as_tensor(self._per_row(weight_at(beta, step), total))
+                weight = weight.clamp(min=MIN_DRAFT_WEIGHT).to(total)
+                total = total + weight * self._over_patient_tokens(logits, total)
                 total_weight = total_weight + weight
         return total / total_weight if isinstance(total_weight, torch.Tensor) else total
 
@@ -286,39 +320,42 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         self, patient_logits: torch.Tensor, doctor_logits: Sequence[torch.Tensor | None], step: int = 0
     ) -> torch.Tensor:
         """
-        Log-probabilities of the guided policy, given what patient and doctors say.
+        Log-probabilities of the guided policy, given logits of patient and doctors.
 
         Args:
             patient_logits (`torch.Tensor` of shape `(B, V)`):
                 Logits or log-probabilities of the patient.
             doctor_logits (sequence of `torch.Tensor` of shape `(B, V)`):
-                The same of each of `doctors`. Their V may be padded otherwise; `None` where the exponent is 0.
+                The same of each of `doctors`, whose V may include other padding. `None` where the exponent is 0.
             step (`int`, *optional*, defaults to `0`):
                 Tokens generated since the prompt, for exponents that follow a schedule.
 
         Returns:
             `torch.Tensor` of shape `(B, V)`: log-probabilities in nats, in float64 if the patient's are, else float32.
+
+        Raises:
+            `ValueError`: on NaN, or when no token is allowed by all models.
         """
         patient_logits = logits = self._only_common(_float(patient_logits))
         if self.min_patient_prob:
             plausible = plausible_mask(patient_logits=logits, min_patient_prob=self.min_patient_prob)
             logits = logits.masked_fill(~plausible, -math.inf)
-        heard = [
-            (self._over_same_tokens(doctor, logits), self._per_row(weight_at(beta, step), logits))
+        factors = [
+            (self._over_patient_tokens(doctor, logits), self._per_row(weight_at(beta, step), logits))
             for doctor, beta in zip(doctor_logits, self.betas, strict=True)
             if doctor is not None
         ]
         guided = guided_logps(
             patient_logits=logits,
-            doctor_logits=[doctor for doctor, _ in heard],
+            doctor_logits=[doctor for doctor, _ in factors],
             alpha=self._per_row(weight_at(self.alpha, step), logits),
-            beta=[beta for _, beta in heard],
+            beta=[beta for _, beta in factors],
         )
         if self.min_patient_entropy:
-            guided = torch.where(self._is_sure(patient_logits), patient_logits.log_softmax(dim=-1), guided)
-        if guided[:, 0].isnan().any():  # a NaN anywhere in a row is a NaN everywhere, by the softmax
+            guided = torch.where(self._is_confident(patient_logits), patient_logits.log_softmax(dim=-1), guided)
+        if guided[:, 0].isnan().any():  # the softmax spreads a NaN over its row
             self._forget()
-            named = {"the patient": patient_logits} | {f"doctor {i}": x for i, (x, _) in enumerate(heard)}
+            named = {"the patient": patient_logits} | {f"doctor {i}": x for i, (x, _) in enumerate(factors)}
             culprits = [name for name, logits in named.items() if logits.log_softmax(dim=-1).isnan().any()]
             raise ValueError(
                 "Patient and doctors must allow at least one token in common and give no NaN. Got NaN from "
@@ -327,93 +364,67 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
             )
         return guided
 
-    def _step(self, tokens: torch.LongTensor) -> int:
-        """Tokens generated since the prompt."""
-        return tokens.size(1) - self._prompt_mask.size(1)
+    def _tokens(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The ids (B, L), with `PADDING` in place of padding ids."""
+        tokens = self._prompts.hide_padding(input_ids)
+        if self._prompts.doubt:
+            self._warn_once(self._prompts.doubt)
+        return tokens
 
-    def _listen(self, tokens: torch.LongTensor, vocab_size: int) -> list[torch.Tensor | None]:
-        """Logits (B, V) of each doctor after `tokens` (B, L), `None` where it does not count."""
-        heard = []
-        for doctor, beta, memory in zip(self.doctors, self.betas, self.memories, strict=True):
-            beta = weight_at(beta, self._step(tokens))
+    def _step(self, tokens: torch.Tensor) -> int:
+        """Tokens generated since the prompt."""
+        return tokens.size(1) - self._prompts.length
+
+    def _doctor_logits(self, tokens: torch.Tensor, vocab_size: int) -> list[torch.Tensor | None]:
+        """Logits (B, V) of each doctor after `tokens` (B, L), `None` where its exponent is 0."""
+        doctor_logits: list[torch.Tensor | None] = []
+        for index, (doctor, memory) in enumerate(zip(self.doctors, self.memories, strict=True)):
+            beta = weight_at(self.betas[index], self._step(tokens))
             if isinstance(beta, float) and beta == 0:
-                heard.append(None)
+                doctor_logits.append(None)
                 continue
             if vocab_size > memory.num_embeddings and (largest := tokens.max()) >= memory.num_embeddings:
                 raise ValueError(
                     f"The doctor must know every token. Got id {largest}, and it knows {memory.num_embeddings}; take "
                     "a doctor with the patient's tokenizer, and a `pad_token_id` that both know."
                 )
-            if doctor.prompt is not None:
-                self._check_by_prompt("A doctor's `prompt` must have", len(doctor.prompt["input_ids"]), len(tokens))
-            heard.append(memory.logits(doctor.own_tokens(tokens, self._prompt_mask.size(1))))
-        return heard
+            if doctor.prompt_tokens is not None:
+                self._check_by_prompt("A doctor's `prompt` must have", len(doctor.prompt_tokens), len(tokens))
+            read = self._external.get(index, memory.logits)
+            doctor_logits.append(read(doctor.own_tokens(tokens, self._prompts.length)))
+        return doctor_logits
 
     def _only_common(self, logits: torch.Tensor) -> torch.Tensor:
-        """The logits (B, V), without tokens that a doctor does not know: it could not read them later."""
+        """Rule out tokens, in logits (B, V), that have no embedding in one of the doctors."""
         if logits.size(-1) <= self._num_common_tokens:
             return logits
         is_unknown = torch.arange(logits.size(-1), device=logits.device) >= self._num_common_tokens
         return logits.masked_fill(is_unknown, -math.inf)
 
-    def _per_row(self, weight: float | torch.Tensor, scores: torch.Tensor) -> float | torch.Tensor:
-        """A weight for each prompt, (B,), as one for each row, (rows, 1): beams and return sequences copy prompts."""
+    def _per_row(self, weight: Number, scores: torch.Tensor) -> Number:
+        """Expand an exponent for each prompt to one for each row, (B, 1): beams and return sequences copy prompts."""
         if not isinstance(weight, torch.Tensor):
             return weight
         self._check_by_prompt("`alpha` and `beta` must be numbers, or tensors with", len(weight), len(scores))
         return weight.to(scores).repeat_interleave(len(scores) // len(weight))[:, None]
 
     def _check_by_prompt(self, rule: str, num_entries: int, num_rows: int) -> None:
-        num_prompts = len(self._prompt_mask) if self._is_mask_given else num_rows
-        if num_rows % num_entries or (self._is_mask_given and num_entries != num_prompts):
+        is_mask_given = self._prompts.is_mask_given
+        num_prompts = len(self._prompts) if is_mask_given else num_rows
+        if num_rows % num_entries or (is_mask_given and num_entries != num_prompts):
             raise ValueError(
                 f"{rule} an entry for each prompt. Got {num_entries} entries for {num_prompts} "
-                f"{'prompts' if self._is_mask_given else 'rows'}; give as many."
+                f"{'prompts' if is_mask_given else 'rows'}; give as many."
             )
 
-    def _is_sure(self, patient_logits: torch.Tensor) -> torch.BoolTensor:
-        """Rows (B, 1) in which the patient needs no doctor."""
+    def _is_confident(self, patient_logits: torch.Tensor) -> torch.Tensor:
+        """Rows (B, 1) in which the entropy of the patient is below `min_patient_entropy`."""
         return next_token_entropy(_float(patient_logits))[:, None] < self.min_patient_entropy
 
-    def _hide_padding(self, input_ids: torch.LongTensor) -> torch.LongTensor:
-        """The tokens (B, L), with `PADDING` in place of padding ids."""
-        if input_ids.dim() != 2 or input_ids.size(1) == 0:
-            raise ValueError(
-                "`input_ids` must have shape (B, L) with at least one token, for the doctors read them. Got shape "
-                f"{tuple(input_ids.shape)}; give `generate` the `input_ids`, not `inputs_embeds` alone."
-            )
-        if self._is_mask_given and self._prompt_ids is None and input_ids.size(1) == self._prompt_mask.size(1):
-            num_copies = max(input_ids.size(0) // self._prompt_mask.size(0), 1)  # beams, return sequences
-            self._prompt_ids = input_ids[::num_copies].clone()
-        if not self._continues_prompt(input_ids):
-            if self._is_mask_given:
-                raise ValueError(
-                    f"`attention_mask` must be that of the prompts. Got a mask {tuple(self._prompt_mask.shape)} and "
-                    f"ids {tuple(input_ids.shape)} that do not continue its prompts; call `reset(attention_mask=...)` "
-                    "before generating from others."
-                )
-            self._prompt_ids = input_ids.clone()
-            self._prompt_mask, doubt = guess_mask(input_ids, self.doctors[0].model)
-            if doubt:
-                self._warn_once(doubt)
-        prompt_mask = self._prompt_mask.to(input_ids.device)
-        prompt_mask = prompt_mask.repeat_interleave(input_ids.size(0) // prompt_mask.size(0), dim=0)
-        tokens = input_ids.clone()
-        tokens[:, : prompt_mask.size(1)].masked_fill_(~prompt_mask, PADDING)
-        return tokens
-
-    def _continues_prompt(self, input_ids: torch.LongTensor) -> bool:
-        """Whether every row begins with its prompt, each prompt copied to as many rows in sequence."""
-        if self._prompt_ids is None or input_ids.size(0) % self._prompt_mask.size(0):
-            return False
-        num_copies = input_ids.size(0) // self._prompt_mask.size(0)
-        prompts = self._prompt_ids.to(input_ids.device).repeat_interleave(num_copies, dim=0)
-        return torch.equal(input_ids[:, : prompts.size(1)], prompts)
-
-    def _over_same_tokens(self, logits: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Logits of a doctor over the tokens of the patient: sliced, or padded with minus infinity."""
+    def _over_patient_tokens(self, logits: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Slice logits of a doctor to the vocabulary of the patient, or fill them up with minus infinity."""
         size = scores.size(-1)
-        if logits.size(-1) != size and not self._same_tokenizer:
+        if logits.size(-1) != size and not self._has_same_tokenizer:
             self._warn_once(
                 f"The patient has logits for {size} tokens and a doctor for {logits.size(-1)}. That is right only if "
                 "one tokenizer was padded to two sizes: pass `processing_classes` to have it checked."
@@ -428,6 +439,11 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
             warnings.warn(message, stacklevel=3)
 
 
+def _as_list(value: object, num: int = 1) -> list:
+    """The items of a list or tuple; else the value, `num` times."""
+    return list(value) if isinstance(value, (list, tuple)) else [value] * num
+
+
 def _float(scores: torch.Tensor) -> torch.Tensor:
-    """In float64 if they are, else in float32: halves would round the product."""
+    """Convert to float32, unless in float64: the product would be rounded in half precision."""
     return scores if scores.dtype == torch.float64 else scores.float()

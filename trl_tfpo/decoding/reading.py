@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-How a model is read from a cache, and a check that it can be read so.
+How a model reads text with a cache, and a check that it reads the text correctly.
 
-Some models give other logits when a text is padded on the left, or when several tokens follow a filled cache: recurrent
-states take in the padding, positions start again at zero. No list of names can say which. So a short text is read once
-whole, and once in the way that is asked about, and the two must agree.
+Some models return other logits when a text is padded on the left, or when several tokens follow a filled cache:
+padding enters their recurrent state, or their positions start again at zero. No list of names can cover these models.
+The check therefore reads a short text twice, once whole and once in the way in question, and compares the logits.
 
 Shapes: B rows, L tokens (padding included), V vocabulary. Units: nats.
 """
@@ -13,7 +13,7 @@ Shapes: B rows, L tokens (padding included), V vocabulary. Units: nats.
 import inspect
 import math
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from statistics import median
 from weakref import WeakKeyDictionary
 
@@ -21,17 +21,22 @@ import torch
 from transformers import PreTrainedModel
 
 from ..common._upstream import in_float32, is_sharded, unwrap_peft
+from .padding import special_ids
 
 
 NUM_PROBE_TOKENS = 16
 TOLERANCE = 0.005  # of the spread of the logits between positions, in float32; TF32 convolutions round by 0.001
 HALF_TOLERANCE = 0.25  # of the median position, in quantized models and where half precision cannot be avoided
-LEAST_SPREAD = 0.001  # of the logits; a model that hardly looks at its text differs by rounding alone
+LEAST_SPREAD = 0.001  # of the logits; where the text hardly changes the logits, rounding alone would be a fault
+ZERO_LOGITS = 1e-5  # nats; smaller logits come from a head of zeros, which has not been trained
 _FAULTS: WeakKeyDictionary[PreTrainedModel, dict[tuple, str]] = WeakKeyDictionary()
+
+# Reads ids (16,). Yields logits (n, V), and the indices of the n tokens after which these logits come.
+Reader = Callable[[torch.Tensor], Iterable[tuple[torch.Tensor, list[int]]]]
 
 
 def accepted_inputs(model: PreTrainedModel) -> set[str]:
-    """Names of the arguments that the forward of a model, or of the one inside a `PeftModel`, takes."""
+    """Names of the arguments of a model's `forward`, and of the `forward` of the model inside a `PeftModel`."""
     return {
         *inspect.signature(model.forward).parameters,
         *inspect.signature(type(unwrap_peft(model)).forward).parameters,
@@ -39,26 +44,26 @@ def accepted_inputs(model: PreTrainedModel) -> set[str]:
 
 
 def next_inputs(
-    ids: torch.LongTensor, accepted: set[str], *, num_read: int = 0, mask: torch.Tensor | None = None
+    ids: torch.Tensor, accepted: set[str], *, num_read: int = 0, mask: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
     """
-    What a model is given to read on.
+    Inputs with which a model reads the rest of a text.
 
-    The positions are always said: some models count from zero in every forward pass.
+    Positions are always passed, because some models count from zero in every forward pass.
 
     Args:
-        ids (`torch.LongTensor` of shape `(B, L)`):
+        ids (`torch.Tensor` of shape `(B, L)`):
             The whole text.
         accepted (`set[str]`):
-            From [`accepted_inputs`].
+            Result of [`accepted_inputs`].
         num_read (`int`, *optional*, defaults to `0`):
-            How many leading columns the cache holds.
+            Number of leading columns in the cache.
         mask (`torch.Tensor` of shape `(B, L)`, *optional*):
-            Which ids are real, where some are not.
+            Mask of the text. Leave it out where no row is padded.
 
     Returns:
-        `dict`: `input_ids` of the columns that are not read yet, and their `position_ids` and the `attention_mask` of all
-        columns where they are needed.
+        `dict`: `input_ids` of the columns not in the cache; their `position_ids`, if the model takes any; and the
+        `attention_mask` of all columns, if there is a mask.
     """
     inputs = {"input_ids": ids[:, num_read:]}
     if mask is not None:
@@ -72,62 +77,65 @@ def next_inputs(
 def reading_fault(
     model: PreTrainedModel,
     how: str,
-    read: Callable[[torch.LongTensor], Iterable[tuple[torch.Tensor, list[int]]]],
+    read: Reader,
     forward: Callable | None = None,
     errors_count: bool = True,
 ) -> str:
     """
-    What is wrong with reading a model in some way, empty if nothing is.
+    Describe what is wrong with one way to read a model.
 
-    A text of 16 tokens is read whole, without a cache or padding, and by `read`. The logits may differ by rounding, by
-    0.5% of how much logits differ from position to position. Models in half precision compute in float32 for this. Where they
-    cannot, and for quantized models, the median position may differ by 25%. The answer is kept for the model.
+    The model reads a text of 16 tokens whole, without a cache or padding, and then with `read`. Both must give the
+    same logits, up to 0.5% of the spread of the logits between positions. Models in half precision compute in float32
+    for this. Where they cannot, and in quantized models, the median position may differ by 25%. The result is kept
+    for each model.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            In eval mode.
+            The model, in eval mode.
         how (`str`):
-            Name of the way of reading.
-        read (`Callable`):
-            Given the ids of shape `(16,)`, yields logits of shape `(n, V)` with the indices of the n tokens that they
-            come after.
+            Name of the way to read it.
+        read (`Reader`):
+            Reads the text, given its ids of shape `(16,)`. Yields logits of shape `(n, V)` with the indices of the n
+            tokens that these logits follow.
         forward (`Callable`, *optional*):
-            What reads the whole text. By default the model.
+            Reads the whole text. By default the model.
         errors_count (`bool`, *optional*, defaults to `True`):
             Whether an error that `read` raises is a fault.
 
     Returns:
-        `str`: the fault, to be put into a message.
+        `str`: the fault, as part of a message; empty where there is none.
     """
     base = unwrap_peft(model)
     faults = _FAULTS.setdefault(base, {})
     key = (how, getattr(base.config, "_attn_implementation", None), base.dtype)
     if key in faults:
         return faults[key]
-    if is_sharded(base):  # all processes would have to read at the same time
+    if is_sharded(base):  # every process would have to read at the same time
         return ""
-    text, is_quantized = _probe_ids(base), getattr(base, "is_quantized", False)
+    text, is_quantized = _probe_ids(base), bool(getattr(base, "is_quantized", False))
     is_half = is_quantized or base.dtype.itemsize < 4
-    for context in (in_float32, nullcontext) if is_half else (nullcontext,):
-        errors = None
+    contexts: list[Callable[[], AbstractContextManager]] = [in_float32, nullcontext] if is_half else [nullcontext]
+    fault = ""
+    for context in contexts:
+        is_last, errors = context is nullcontext, None
         try:
             with torch.no_grad(), context():
                 whole = (forward or model)(input_ids=text[None], use_cache=False).logits[0].float().log_softmax(dim=-1)
                 scale = _rms(_centred(whole)).item()
-                if scale < 1e-5:  # nats: a head of zeros, before training, which will say something later
+                if scale < ZERO_LOGITS:
                     return ""
                 spread = max(_rms(_centred(whole) - _centred(whole).mean(dim=0)).item(), LEAST_SPREAD * scale)
                 errors = []
                 for logits, places in read(text):
                     errors += [_error(x, whole[place]) / spread for x, place in zip(logits, places, strict=True)]
-        except Exception as error:  # whatever a model, or a kernel, raises on inputs that it does not take
-            if isinstance(error, torch.OutOfMemoryError) and context is nullcontext:
+        except Exception as error:  # a model or a kernel may raise anything on inputs that it does not take
+            if isinstance(error, torch.OutOfMemoryError) and is_last:
                 raise
-            if errors is None and context is nullcontext:  # fewer positions than the text has tokens, say
+            if errors is None and is_last:  # the whole text fails, e.g. where there are fewer than 16 positions
                 return faults.setdefault(key, "")
             fault = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}" if errors_count else ""
             continue
-        is_exact = not is_quantized and (context is in_float32 or not is_half)
+        is_exact = not is_quantized and not (is_half and is_last)
         worst = max(errors) if is_exact else median(errors)
         is_right = worst <= (TOLERANCE if is_exact else HALF_TOLERANCE)
         fault = (
@@ -138,20 +146,18 @@ def reading_fault(
     return fault
 
 
-def _probe_ids(base: PreTrainedModel) -> torch.LongTensor:
-    """Ids from the middle of the vocabulary, none of which begins, ends or pads texts."""
+def _probe_ids(base: PreTrainedModel) -> torch.Tensor:
+    """Ids (16,) from the middle of the vocabulary, without BOS, EOS and padding."""
     size = base.config.get_text_config().vocab_size
-    configs = (getattr(base, "generation_config", None), base.config.get_text_config())
-    named = [getattr(config, f"{name}_token_id", None) for config in configs for name in ("bos", "eos", "pad")]
-    special = {i for value in named if value is not None for i in (value if isinstance(value, list) else [value])}
+    special = {i for name in ("bos", "eos", "pad") for i in special_ids(base, name)}
     ids = [i for i in (*range(size // 4, size), *range(size // 4)) if i not in special] or [0]
     step = max(1, len(ids) // 2 // NUM_PROBE_TOKENS)
-    text = [ids[(index * step + index // 3) % len(ids)] for index in range(NUM_PROBE_TOKENS)]  # no rhythm
+    text = [ids[(index * step + index // 3) % len(ids)] for index in range(NUM_PROBE_TOKENS)]  # aperiodic
     return torch.tensor(text, device=base.device)
 
 
 def _error(found: torch.Tensor, whole: torch.Tensor) -> float:
-    """How far logits (V',) are from log-probabilities (V,), up to a constant; V' <= V."""
+    """Root mean square difference of logits (V',) and log-probabilities (V,), V' <= V, after centring."""
     found, whole = found.to(whole).float(), whole[: found.size(-1)]
     if not torch.equal(found.isfinite(), whole.isfinite()):
         return math.inf
@@ -159,7 +165,7 @@ def _error(found: torch.Tensor, whole: torch.Tensor) -> float:
 
 
 def _centred(logits: torch.Tensor) -> torch.Tensor:
-    """Logits (..., V) less their mean, zero where they are minus infinity."""
+    """Subtract the mean from logits (..., V). Entries of minus infinity become 0."""
     is_finite = logits.isfinite()
     logits = logits.masked_fill(~is_finite, 0)
     return (logits - logits.sum(dim=-1, keepdim=True) / is_finite.sum(dim=-1, keepdim=True)).masked_fill(~is_finite, 0)

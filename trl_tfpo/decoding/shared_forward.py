@@ -1,111 +1,143 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Doctors that are adapters on the patient's own weights, read in the same forward pass.
+One forward pass for the patient and the doctors that are adapters on it.
 
-Shapes: B rows, D doctors that share, V vocabulary. The pass has (1 + D) B rows: the patient's, then each doctor's. They
-have rows of their own in the KV cache too, so nothing of a doctor reaches the patient.
+Shapes: B rows of the patient, D doctors in its forward pass, V vocabulary. The pass has (1 + D) B rows: those of the
+patient, then those of each doctor. The KV cache has as many, so no state of a doctor reaches the patient.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..common._upstream import active_adapters, adapter_layers, unwrap_peft, using_adapters
 from .doctors import NO_ADAPTER
 from .logits_processor import DoctorGuidedLogitsProcessor
 
 
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
 @contextmanager
 def shared_forward(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor, num_rows: int) -> Iterator[None]:
     """
-    Within the context a forward pass of the patient is one of its adapter doctors too, who tell the guide what they saw.
+    Within the context, each forward pass of the patient also computes the logits of the doctors that are its adapters.
 
-    For greedy search and sampling: rows must keep their place, and the guide must ask once for each pass.
+    For greedy search and sampling: rows must keep their place, and the guide must be called once for each pass.
 
     Args:
         patient ([`~transformers.PreTrainedModel`]):
             The patient, or the `PeftModel` around it.
         guide ([`DoctorGuidedLogitsProcessor`]):
-            The guidance. Its doctors on other weights read as always.
+            The guidance. Doctors on other weights have forward passes of their own, as usual.
         num_rows (`int`):
             B, texts generated at once.
     """
     base, layers = unwrap_peft(patient), adapter_layers(patient)
-    sharing = [index for index, doctor in enumerate(guide.doctors) if doctor.is_on(base)]
+    shared = {index: _LogitsOfPass() for index, doctor in enumerate(guide.doctors) if doctor.is_on(base)}
     names = [*patient_adapters(patient, guide), NO_ADAPTER][:1]
-    names += [[*guide.doctors[index].adapters, NO_ADAPTER][0] for index in sharing]
-    rows = [name for name in names for _ in range(num_rows)]
-    memories, told = guide.memories, [_Told() for _ in sharing]
+    names += [[*guide.doctors[index].adapters, NO_ADAPTER][0] for index in shared]
+    adapter_of_row = [name for name in names for _ in range(num_rows)]
 
-    def widen(_, args, kwargs):
-        def is_by_row(value):
+    def repeat_rows(_: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        def is_by_row(value: object) -> bool:
             return isinstance(value, torch.Tensor) and value.dim() > 1 and value.size(0) == num_rows
 
-        return args, {k: torch.cat([v] * (1 + len(told))) if is_by_row(v) else v for k, v in kwargs.items()}
+        return args, {k: torch.cat([v] * len(names)) if is_by_row(v) else v for k, v in kwargs.items()}
 
-    def split(_, args, output):
-        for index, one in enumerate(told):
-            one.hear(output.logits[(1 + index) * num_rows : (2 + index) * num_rows, -1])
-        output.logits = output.logits[:num_rows]
+    def split_logits(_: torch.nn.Module, args: tuple, output: CausalLMOutputWithPast) -> CausalLMOutputWithPast:
+        rows_of_patient, *rows_of_doctors = output["logits"].split(num_rows)
+        for logits, rows in zip(shared.values(), rows_of_doctors, strict=True):
+            logits.put(rows[:, -1])
+        output["logits"] = rows_of_patient
         return output
 
-    def choose_adapters(_, args, kwargs):
-        return args, kwargs | {"adapter_names": rows}
+    def choose_adapters(_: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return args, kwargs | {"adapter_names": adapter_of_row}
 
     with ExitStack() as stack:
         stack.enter_context(using_adapters(layers, [name for name in names if name != NO_ADAPTER]))
         for hook in (
-            base.register_forward_pre_hook(widen, with_kwargs=True),
-            base.register_forward_hook(split),
+            base.register_forward_pre_hook(repeat_rows, with_kwargs=True),
+            base.register_forward_hook(split_logits),
             *(layer.register_forward_pre_hook(choose_adapters, with_kwargs=True) for layer in layers),
         ):
             stack.callback(hook.remove)
-        guide.memories = list(memories)
-        for index, one in zip(sharing, told, strict=True):
-            guide.memories[index] = one
-        try:
-            yield
-        finally:
-            guide.memories = memories
+        stack.enter_context(guide.external_logits({index: logits.take for index, logits in shared.items()}))
+        yield
+
+
+class _LogitsOfPass:
+    """Logits (B, V) of one doctor in the last forward pass of the patient."""
+
+    def __init__(self) -> None:
+        self.logits: list[torch.Tensor] = []
+
+    def put(self, logits: torch.Tensor) -> None:
+        self.logits.append(logits)
+
+    def take(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the logits. Raises `ValueError` unless there was one forward pass since the last call."""
+        if len(self.logits) != 1:
+            raise ValueError(
+                "A doctor in the patient's forward pass must be asked once for each pass. Got "
+                f"{len(self.logits)} passes; use `patient.generate` with adapters disabled, and "
+                "`logits_processor=[guide]`."
+            )
+        return self.logits.pop()
 
 
 def can_share(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor) -> bool:
     """
-    Whether all doctors on the patient's weights, of which there is one at least, can be rows of its forward pass, and
-    are heard at every step.
+    Whether the doctors on the patient's weights can be rows of its forward pass.
 
-    PEFT chooses by row among LoRA adapters without DoRA and biases, one for each row. The rows must reach the adapters
-    as they are, which neither experts of a mixture nor OPT's feed-forward layers see to.
+    There must be at least one, each must be needed at every step, and PEFT must be able to choose its adapter by row.
+    PEFT can do so for LoRA without DoRA and biases, and for one adapter in each row. The rows must reach the adapters
+    unchanged, which is not so in the experts of a mixture and in OPT's feed-forward layers.
+
+    Args:
+        patient ([`~transformers.PreTrainedModel`]):
+            The patient, or the `PeftModel` around it.
+        guide ([`DoctorGuidedLogitsProcessor`]):
+            The guidance.
     """
     base = unwrap_peft(patient)
     doctors = [doctor for doctor in guide.doctors if doctor.is_on(base)]
-    configs = {name: config for doctor in doctors for name, config in getattr(doctor.model, "peft_config", {}).items()}
     used = [patient_adapters(patient, guide), *(doctor.adapters for doctor in doctors)]
     if not doctors or not any(used) or any(len(names) > 1 for names in used):
         return False
     if any(doctor.prompt is not None for doctor in doctors):
         return False
-    if guide.min_patient_entropy or any(
-        not isinstance(x, torch.Tensor) and (callable(x) or x == 0) for x in guide.betas
-    ):
+    is_read_at_every_step = all(isinstance(beta, torch.Tensor) or beta != 0 for beta in guide.betas)
+    if guide.min_patient_entropy or any(map(callable, guide.betas)) or not is_read_at_every_step:
         return False
-    for name in {name for names in used for name in names}:
-        config = configs.get(name)
-        if config is None or config.peft_type != "LORA" or config.use_dora or config.bias != "none":
-            return False
-        if config.target_parameters:
-            return False
+    configs = {name: config for doctor in doctors for name, config in getattr(doctor.model, "peft_config", {}).items()}
+    if not all(_can_choose_by_row(configs.get(name)) for names in used for name in names):
+        return False
     if base.config.get_text_config() is not base.config or base.config.model_type == "opt":
         return False
     return not any("expert" in name for name, module in base.named_modules() if hasattr(module, "_disable_adapters"))
 
 
+def _can_choose_by_row(config: "LoraConfig | None") -> bool:
+    """Whether PEFT can use an adapter with this config in some rows of a batch only."""
+    return (
+        config is not None
+        and config.peft_type == "LORA"
+        and not config.use_dora
+        and config.bias == "none"
+        and not config.target_parameters
+    )
+
+
 def patient_adapters(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor) -> tuple[str, ...]:
-    """Adapters that the patient is read with: those that are active, less those that are doctors of the guide."""
+    """Adapters with which the patient is read: the active ones, without those that are doctors of the guide."""
     doctors = {
         name
         for doctor in guide.doctors
@@ -113,26 +145,3 @@ def patient_adapters(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcesso
         for name in doctor.adapters
     }
     return tuple(name for name in active_adapters(adapter_layers(patient)) if name not in doctors)
-
-
-class _Told:
-    """In place of a doctor's memory: what it said in the forward pass of the patient."""
-
-    num_embeddings = math.inf
-
-    def __init__(self):
-        self.said = []
-
-    def hear(self, logits: torch.Tensor) -> None:
-        self.said.append(logits)
-
-    def logits(self, tokens: torch.LongTensor) -> torch.Tensor:
-        if len(self.said) != 1:
-            raise ValueError(
-                "A doctor in the patient's forward pass must be asked once for each. Got "
-                f"{len(self.said)} passes; use `patient.generate` with adapters disabled, and `logits_processor=[guide]`."
-            )
-        return self.said.pop()
-
-    def forget(self) -> None:
-        self.said.clear()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-What guidance did to each token of a completion: how likely it was to the patient, to the doctors, and to both together.
+Traces: the log-probability of each generated token under the patient, each doctor and the guided policy.
 
 Shapes: B rows, L tokens so far, T generated tokens, V vocabulary, D doctors. Units: nats.
 """
@@ -22,106 +22,112 @@ class GuidanceTrace:
 
     Args:
         token_ids (`torch.LongTensor` of shape `(B, T)`):
-            The tokens; padding follows the end of a text that is shorter than others.
+            The tokens. Shorter texts are padded at the end.
         patient_logps (`torch.Tensor` of shape `(B, T)`):
-            Their log-probability under the patient alone.
+            Log-probabilities under the patient alone.
         doctor_logps (`torch.Tensor` of shape `(D, B, T)`):
-            Under each doctor, then each reference; NaN where one did not have to read.
+            Log-probabilities under each doctor, then each reference; NaN where the doctor was not read.
         guided_logps (`torch.Tensor` of shape `(B, T)`):
-            Under the guided policy.
+            Log-probabilities under the guided policy.
     """
 
-    token_ids: torch.LongTensor
+    token_ids: torch.Tensor
     patient_logps: torch.Tensor
     doctor_logps: torch.Tensor
     guided_logps: torch.Tensor
 
     @property
     def shift(self) -> torch.Tensor:
-        """How much likelier guidance made each token, (B, T); negative where it would rather have had another."""
+        """Log-ratio of guided policy and patient for each token, (B, T), in nats."""
         return self.guided_logps - self.patient_logps
 
 
 class TraceRecorder:
-    """Collects the [`GuidanceTrace`] of a generation: a step is known when the next one tells which token was taken."""
+    """
+    Records the [`GuidanceTrace`] of a generation.
 
-    def __init__(self):
+    The distributions of a step are kept until the ids of the next step contain the chosen token.
+    """
+
+    def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
-        """Forget everything."""
-        self._tokens, self._pending, self._steps = None, None, []
+        """Discard the trace."""
+        self._tokens: torch.Tensor | None = None  # (B, L) of the last step
+        self._pending: list[torch.Tensor | None] | None = None  # log-probabilities (B, V) of the next token
+        self._steps: list[tuple[torch.Tensor, list[torch.Tensor]]] = []  # chosen tokens (B,), log-probabilities (B,)
 
     def record(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         patient_logits: torch.Tensor,
         doctor_logits: Sequence[torch.Tensor | None],
         guided_logps: torch.Tensor,
     ) -> None:
         """
-        Remember what was said after `input_ids`. Tokens that do not go on from the ones before begin a new trace.
+        Record the distributions of the next token. Ids of another length begin a new trace.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(B, L)`):
                 Prompts and completions so far.
             patient_logits, guided_logps (`torch.Tensor` of shape `(B, V)`):
-                Of the next token.
+                Logits of the patient, and log-probabilities of the guided policy.
             doctor_logits (sequence of `torch.Tensor` of shape `(B, V)`):
-                Of the next token, of each doctor; `None` where one did not read.
+                Logits of each doctor; `None` where it was not read.
 
         Raises:
-            `ValueError`: when rows have changed places: beams have no single trace.
+            `ValueError`: when the ids do not continue those of the step before, as with beams.
         """
         if self._tokens is None or input_ids[:, :-1].shape != self._tokens.shape:
             self.restart()
         elif torch.equal(input_ids[:, :-1], self._tokens):
-            self._settle(input_ids[:, -1])
+            self._choose(input_ids[:, -1])
         else:
             raise ValueError(
-                "A trace needs texts that keep their rows. Got tokens that do not go on from the step before; leave out "
-                "`return_trace` with beams, or call `reset()` before other prompts."
+                "A trace needs texts that keep their rows. Got tokens that do not continue those of the step before; "
+                "leave out `return_trace` with beams, or call `reset()` before other prompts."
             )
-        heard = [patient_logits, *doctor_logits]
+        logits = [patient_logits, *doctor_logits]
         self._tokens = input_ids.clone()
-        self._pending = [None if x is None else x.float().log_softmax(dim=-1) for x in heard] + [guided_logps]
+        self._pending = [None if x is None else x.float().log_softmax(dim=-1) for x in logits] + [guided_logps]
 
-    def _settle(self, taken: torch.LongTensor) -> None:
-        """Keep of each distribution the tokens (B,) that were taken."""
-        index = taken[:, None]
+    def _choose(self, tokens: torch.Tensor) -> None:
+        """Keep the log-probabilities of the chosen tokens (B,) from the pending distributions."""
+        index = tokens[:, None]
 
-        def of(logps: torch.Tensor | None) -> torch.Tensor:
+        def chosen(logps: torch.Tensor | None) -> torch.Tensor:
             if logps is None:
                 return torch.full(index.shape, torch.nan)
             inside = (index < logps.size(-1)).to(logps.device)
             found = logps.gather(1, index.to(logps.device).clamp(max=logps.size(-1) - 1))
             return found.masked_fill(~inside, -torch.inf).cpu()
 
-        self._steps.append((taken.cpu(), [of(logps).squeeze(1) for logps in self._pending]))
+        self._steps.append((tokens.cpu(), [chosen(logps).squeeze(1) for logps in self._pending or ()]))
         self._pending = None
 
-    def finish(self, sequences: torch.LongTensor) -> GuidanceTrace:
+    def finish(self, sequences: torch.Tensor) -> GuidanceTrace:
         """
-        The trace of what `generate` returned.
+        Return the trace of a generation.
 
         Args:
             sequences (`torch.LongTensor` of shape `(B, L + T)`):
-                The output of `generate`, which tells the last token.
+                The output of `generate`, which has the last token.
 
         Raises:
-            `ValueError`: when it is not the output of the generation that was traced.
+            `ValueError`: when `sequences` are not the output of the recorded generation.
         """
         if self._tokens is None or sequences.shape[1] < self._tokens.size(1) or len(sequences) != len(self._tokens):
             raise ValueError(
                 "A trace is of the last generation. Got sequences of shape "
-                f"{tuple(sequences.shape)}, and {'none was traced' if self._tokens is None else 'another one was'}; pass "
-                "what `generate` returned."
+                f"{tuple(sequences.shape)}, and {'none was traced' if self._tokens is None else 'another one was'}; "
+                "pass what `generate` returned."
             )
         sequences = sequences.to(self._tokens.device)
         if not torch.equal(sequences[:, : self._tokens.size(1)], self._tokens):
             raise ValueError("A trace is of the last generation. Got other tokens; pass what `generate` returned.")
         if self._pending is not None and sequences.size(1) > self._tokens.size(1):
-            self._settle(sequences[:, self._tokens.size(1)])
+            self._choose(sequences[:, self._tokens.size(1)])
             self._tokens = sequences.clone()
         tokens, logps = zip(*self._steps, strict=True)
         patient, *doctors, guided = (torch.stack(rows, dim=1) for rows in zip(*logps, strict=True))  # (B, T)
@@ -132,18 +138,18 @@ def show_trace(
     trace: GuidanceTrace, processing_class: PreTrainedTokenizerBase, eos_token_ids: Sequence[int] = ()
 ) -> TokenMap:
     """
-    Where the doctors changed the patient's mind, as a heat map.
+    Show a trace as a heat map of how much guidance shifted each token.
 
     Args:
         trace ([`GuidanceTrace`]):
-            From [`DoctorGuidedLogitsProcessor.trace`].
+            Result of [`DoctorGuidedLogitsProcessor.trace`].
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             The tokenizer.
         eos_token_ids (`Sequence[int]`, *optional*):
-            Ids that end a text beside the tokenizer's EOS, such as those of the patient's generation config.
+            Ids that end a text in addition to the tokenizer's EOS, such as those of the patient's generation config.
 
     Returns:
-        [`TokenMap`]: a row for each text, up to its end; the shift of each token as a color.
+        [`TokenMap`]: a row for each text, up to its end. The color of a token is its shift.
     """
     rows = []
     for row, ids in enumerate(trace.token_ids.tolist()):

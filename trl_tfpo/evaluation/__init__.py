@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-How good are completions? Completions in, a report out.
+Evaluation: from completions to a report.
 
-`generate_completions` samples them, or they come from anywhere else. A reward function or a pairwise judge says which
-are good; `evaluate_completions` puts reward, distance from the patient, diversity and head-to-head comparisons into one
-`Report`, with intervals.
+The completions come from `generate_completions` or from elsewhere. A reward function or a pairwise judge says which
+are good. `evaluate_completions` collects reward, KL from the patient, diversity and win rates in a `Report`, with
+confidence intervals.
 """
 
 from .bootstrap import bootstrap_interval
 from .completions import Completion, generate_completions
 from .diversity import distinct_n, self_similarity
 from .guidance import best_of_n, evaluate_guidance, guided_kl, match_kl, next_token_statistics, sampled_kl
-from .head_to_head import head_to_head
 from .judges import ChatJudge, PairwiseJudge, RewardModel, parse_verdict
 from .report import Report, evaluate_completions
+from .win_rates import head_to_head
 
 
 __all__ = [

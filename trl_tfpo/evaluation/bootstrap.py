@@ -1,17 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-How sure a mean is: resampling of prompts, and of seeds.
+Bootstrap confidence intervals of means over prompts and seeds.
 
-Shapes: S seeds, P prompts.
+Shapes: S seeds, P prompts, N samples of a prompt.
 """
 
 import math
+from typing import TypedDict, Unpack
 
 import torch
 
 
-MAX_ELEMENTS = 2**22  # held at once
+MAX_ELEMENTS = 2**22  # of the resampled prompts in memory
+
+
+class IntervalSettings(TypedDict, total=False):
+    """Settings of [`bootstrap_interval`]."""
+
+    level: float
+    num_resamples: int
+    seed: int
 
 
 def bootstrap_interval(
@@ -20,10 +29,9 @@ def bootstrap_interval(
     r"""
     Percentile interval of a mean over prompts, or over seeds and prompts.
 
-    Prompts are drawn with replacement. Where there are several seeds, they are drawn as well, independently, and each
-    meets the same prompts: the seeds of a method share them. Samples of one prompt are not independent of one another,
-    so their mean is one value. With few seeds the interval is too short, by about $\sqrt{(S - 1) / S}$ in the part that
-    is due to them.
+    Prompts are drawn with replacement. Several seeds are drawn as well, independently of the prompts. All seeds of a
+    draw have the same prompts. Samples of one prompt are not independent, so average them first. With few seeds, the
+    part of the interval that is due to seeds is too short, by a factor of about $\sqrt{(S - 1) / S}$.
 
     Args:
         values (`torch.Tensor` of shape `(P,)` or `(S, P)`):
@@ -33,13 +41,13 @@ def bootstrap_interval(
         num_resamples (`int`, *optional*, defaults to `2000`):
             Number of draws.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the draws. The same for all methods, it pairs them.
+            Seed of the draws. Methods with the same seed are compared on the same draws.
 
     Returns:
         `tuple[float, float]`: lower and upper end.
 
     Raises:
-        `ValueError`: when there are fewer than two prompts, a value is not finite, or a setting makes no sense.
+        `ValueError`: when there are fewer than two prompts, a value is not finite, or a setting is out of range.
 
     Examples:
 
@@ -56,16 +64,17 @@ def bootstrap_interval(
     if values.dim() not in (1, 2) or values.shape[-1] < 2 or values.shape[0] < 1 or not values.isfinite().all():
         raise ValueError(
             "`values` must be finite, of shape (P,) or (S, P) with at least two prompts. Got shape "
-            f"{tuple(values.shape)}, {int((~values.isfinite()).sum())} not finite; a single prompt says nothing of others."
+            f"{tuple(values.shape)}, {int((~values.isfinite()).sum())} not finite; add prompts, "
+            "as one has no variance."
         )
     check_interval(level, num_resamples)
     values = values.view(-1, values.shape[-1])  # (S, P)
     num_seeds, num_prompts = values.shape
     generator = torch.Generator().manual_seed(seed)
     means = []
-    at_once = max(1, MAX_ELEMENTS // num_prompts)
-    for start in range(0, num_resamples, at_once):
-        num = min(at_once, num_resamples - start)
+    batch_size = max(1, MAX_ELEMENTS // num_prompts)
+    for start in range(0, num_resamples, batch_size):
+        num = min(batch_size, num_resamples - start)
         prompts = torch.randint(num_prompts, (num, num_prompts), generator=generator)
         by_seed = torch.stack([row[prompts].mean(dim=1) for row in values], dim=1)  # (resamples, S)
         if num_seeds > 1:
@@ -85,19 +94,19 @@ def check_interval(level: float = 0.95, num_resamples: int = 2000, seed: int = 0
         )
 
 
-def mean_with_interval(values: torch.Tensor, **settings) -> dict[str, float | None]:
+def mean_with_interval(values: torch.Tensor, **settings: Unpack[IntervalSettings]) -> dict[str, float | None]:
     """
-    Mean and interval of samples.
+    Mean of samples with its bootstrap interval.
 
     Args:
         values (`torch.Tensor` of shape `(S, P, N)`):
-            A number for each of N samples of each prompt, for each seed.
+            A number for each seed, prompt and sample.
         **settings:
             `level`, `num_resamples` and `seed` of [`bootstrap_interval`].
 
     Returns:
-        `dict`: `mean`, `low` and `high`. The interval is over prompts; over the samples if there is one prompt; `None`
-        if there is one sample of it, or a value is not finite.
+        `dict`: `mean`, and the interval from `low` to `high`. The interval is over prompts; with one prompt, over its
+        samples. It is `None` for a single sample, or where a value is not finite.
     """
     check_interval(**settings)  # also where there is no interval
     units = values.mean(dim=2) if values.size(1) > 1 else values[:, 0]  # (S, P), or (S, N)

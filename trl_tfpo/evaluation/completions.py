@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-What a policy says to a set of prompts.
+Completions of a set of prompts, sampled from a policy.
 """
 
 import math
 import reprlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,31 +17,37 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..common._upstream import unwrap_peft
+from ..common.arguments import check_counts
 from ..common.progress import Progress
-from ..data.tokenization import all_eos_token_ids, check_counts, tokenize_prompt
+from ..data.tokenization import all_eos_token_ids, tokenize_prompt
 from ..decoding.generation import check_reads, guided_generate
 from ..decoding.logits_processor import DoctorGuidedLogitsProcessor
 from ..decoding.shared_forward import patient_adapters
+from ..faces import Prompt
 from ..models.adapters import check_speaks
 
 
-Prompt = str | list[dict[str, str]]
-
-# What is kept of a patient's generation config: how it computes, nothing of what it says
+# Settings of a patient's generation config that are kept: they change the computation, not the policy
 COMPUTATION = ("use_cache", "cache_implementation", "cache_config", "compile_config", "disable_compile")
-# What leaves the policy as it is: these settings of `generate` at any value, and those below at this one or None
+# Settings of `generate` that do not change the policy, at any value
 WITHOUT_EFFECT = {
     "keep_memory",
     "speculative",
     "num_draft_tokens",
-    "draft_cost",
-    "verify_cost",
     "statistics",
     "synced_gpus",
     "prefill_chunk_size",
     *COMPUTATION,
 }
-NEUTRAL = {"do_sample": True, "temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1}
+# Settings of `generate` that do not change the policy at this value
+NEUTRAL: dict[str, float] = {
+    "do_sample": True,
+    "temperature": 1,
+    "top_k": 0,
+    "top_p": 1,
+    "min_p": 0,
+    "repetition_penalty": 1,
+}
 NEUTRAL |= {"num_beams": 1, "num_return_sequences": 1, "length_penalty": 1, "no_repeat_ngram_size": 0}
 
 
@@ -52,20 +58,20 @@ class Completion:
 
     Args:
         prompt (`str` or `list[dict]`):
-            Text or messages that it completes.
+            Text or messages of the prompt.
         prompt_ids (`list[int]`):
-            Token ids of the prompt, as the patient saw them.
+            Token ids of the prompt, as read by the patient.
         completion_ids (`list[int]`):
             Token ids of the completion, EOS included.
         text (`str`):
             The completion without special tokens.
         is_complete (`bool`):
-            Whether it ends in EOS, rather than at `max_new_tokens`.
+            Whether it ends in EOS, not at `max_new_tokens`.
         seconds (`float`, *optional*):
-            Its share of the time that its batch took. Does not count when completions are compared.
+            Its share of the time of its batch. Ignored in comparisons.
         altered_by (`Mapping`, *optional*):
-            Settings of `generate` that made its policy another than that of patient and guide, such as `{"top_k": 1}`.
-            Does not count when completions are compared.
+            Settings of `generate` that changed the policy of patient and guide, such as `{"top_k": 1}`. Ignored in
+            comparisons.
     """
 
     prompt: Prompt
@@ -74,7 +80,11 @@ class Completion:
     text: str
     is_complete: bool
     seconds: float | None = field(default=None, compare=False)
-    altered_by: Mapping = field(default_factory=dict, compare=False)
+    altered_by: Mapping[str, object] = field(default_factory=dict, compare=False)
+
+
+Completions = Sequence[Completion | str] | Sequence[Sequence[Completion | str]]  # of one seed, or of each seed
+Grouped = list[list[list[Completion | str]]]  # by seed, prompt and sample
 
 
 @torch.no_grad()
@@ -89,13 +99,13 @@ def generate_completions(
     temperature: float = 1.0,
     batch_size: int = 16,
     seed: int = 0,
-    **generate_kwargs,
+    **generate_kwargs: object,
 ) -> list[Completion]:
     """
-    What the patient says, guided or alone.
+    Sample completions from the patient, with or without guidance.
 
-    These are samples of the policy itself, unless an argument says otherwise: what the patient's generation config says
-    of sampling, penalties or forbidden tokens does not apply. The random state of the caller is left as it was.
+    By default these are samples of the policy itself: sampling settings, penalties and banned tokens in the generation
+    config of the patient do not apply. The random state of the caller is not changed.
 
     Args:
         patient ([`~transformers.PreTrainedModel`]):
@@ -105,26 +115,28 @@ def generate_completions(
         prompts (sequence of `str` or `list[dict]`):
             Texts, or conversations for the chat template.
         guide ([`DoctorGuidedLogitsProcessor`], *optional*):
-            The guidance. `None` is the patient alone. Its mask is set here, to that of each batch.
+            The guidance; `None` for the patient alone. It gets the mask of each batch.
         num_samples_per_prompt (`int`, *optional*, defaults to `1`):
             Independent samples of each prompt.
         max_new_tokens (`int`, *optional*, defaults to `256`):
-            Longest completion, in tokens.
+            Maximum length of a completion, in tokens.
         temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of the samples; 0 is greedy search.
         batch_size (`int`, *optional*, defaults to `16`):
-            Completions generated at once. The samples depend on it, and so do the `seconds` of each.
+            Completions generated at once. The samples depend on it, and so do their `seconds`.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the samples.
         **generate_kwargs:
-            Anything else for `patient.generate`. What makes another policy, such as `top_k`, is noted in each completion.
+            Further arguments of `patient.generate`. Those that change the policy, such as `top_k`, are recorded in
+            each completion.
 
     Returns:
         `list[Completion]`: the samples of the first prompt, then those of the second, and so on.
 
     Raises:
-        `ValueError`: when there is no prompt, or one without tokens, a setting is out of range, the patient is in training
-            mode, is a doctor of guided flow or has adapters that add tokens, or the guide has a weight for each row.
+        `ValueError`: when there is no prompt, or a prompt without tokens; a setting is out of range; the patient is in
+            training mode, is a doctor of guided flow or has adapters that add tokens; or an exponent of the guide is a
+            tensor or a schedule.
     """
     check_policy(patient, guide)
     if isinstance(prompts, str) or len(prompts) == 0 or num_samples_per_prompt < 1:
@@ -133,21 +145,25 @@ def generate_completions(
             f"{reprlib.repr(prompts)} and `num_samples_per_prompt` {num_samples_per_prompt}; pass a list."
         )
     check_counts(batch_size=batch_size)
-    top_p = generate_kwargs.get("top_p", 1.0)
+    arguments: dict = generate_kwargs
+    top_p = arguments.get("top_p", 1.0)
     if not (0 <= temperature < math.inf and 0 < top_p <= 1):
         raise ValueError(
-            f"`temperature` must be at least 0, and `top_p` in (0, 1]. Got {temperature} and {top_p}; 0 is greedy search."
+            f"`temperature` must be at least 0, and `top_p` in (0, 1]. Got {temperature} and {top_p}; 0 is greedy "
+            "search."
         )
-    eos_ids = all_eos_token_ids(processing_class, patient)
-    pad_token_id = next(x for x in (processing_class.pad_token_id, *eos_ids, 0) if x is not None)
-    sampling = dict(do_sample=True, temperature=temperature) if temperature > 0 else dict(do_sample=False)
-    tokenized = [(prompt, tokenize_prompt(prompt, processing_class)) for prompt in prompts]
-    for prompt, prompt_ids in tokenized:
-        if not prompt_ids:
-            raise ValueError(f"A prompt must have at least one token. Got none for {prompt!r}; leave it out.")
+    tokenized = [(prompt, _prompt_ids(prompt, processing_class)) for prompt in prompts]
     rows = [row for row in tokenized for _ in range(num_samples_per_prompt)]
-    generate = patient.generate if guide is None else partial(guided_generate, patient, guide)
     altered_by = altering_settings({"temperature": temperature, **generate_kwargs})
+    eos_ids = all_eos_token_ids(processing_class, patient)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    settings = {
+        **sampling,
+        **{"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "max_new_tokens": max_new_tokens},
+        "pad_token_id": next(x for x in (processing_class.pad_token_id, *eos_ids, 0) if x is not None),
+        "eos_token_id": eos_ids or None,
+        **generate_kwargs,
+    }
     completions = []
     with (
         _own_policy(patient),
@@ -157,26 +173,11 @@ def generate_completions(
         torch.manual_seed(seed)
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
-            ids, mask = pad([ids for _, ids in batch], padding_side="left", device=patient.device)
-            if guide is None:
-                check_reads(patient, mask)
-            start_time = time.perf_counter()
-            output = generate(
-                input_ids=ids.masked_fill(mask == 0, pad_token_id),
-                attention_mask=mask,
-                **(
-                    sampling
-                    | dict(top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=max_new_tokens)
-                    | dict(pad_token_id=pad_token_id, eos_token_id=eos_ids or None)
-                    | generate_kwargs
-                ),
-            )
-            rows_of_ids = output[:, ids.size(1) :].tolist()  # on the CPU, when all is done
-            seconds = (time.perf_counter() - start_time) / len(batch)
-            for (prompt, prompt_ids), generated in zip(batch, rows_of_ids, strict=True):
-                end = next((i + 1 for i, x in enumerate(generated) if x in eos_ids), None)
-                text = processing_class.decode(generated[:end], skip_special_tokens=True)
-                sample = Completion(prompt, prompt_ids, generated[:end], text, end is not None, seconds, altered_by)
+            generated, seconds = _generate_batch(patient, guide, [ids for _, ids in batch], settings)
+            for (prompt, prompt_ids), ids in zip(batch, generated, strict=True):
+                end = next((i + 1 for i, x in enumerate(ids) if x in eos_ids), None)
+                text = str(processing_class.decode(ids[:end], skip_special_tokens=True))
+                sample = Completion(prompt, prompt_ids, ids[:end], text, end is not None, seconds, altered_by)
                 completions.append(sample)
             progress.update(len(batch))
     if guide is not None:
@@ -184,16 +185,40 @@ def generate_completions(
     return completions
 
 
-def altering_settings(settings: Mapping) -> dict:
+def _prompt_ids(prompt: Prompt, processing_class: PreTrainedTokenizerBase) -> list[int]:
+    ids = tokenize_prompt(prompt, processing_class)
+    if not ids:
+        raise ValueError(f"A prompt must have at least one token. Got none for {prompt!r}; leave it out.")
+    return ids
+
+
+def _generate_batch(
+    patient: PreTrainedModel,
+    guide: DoctorGuidedLogitsProcessor | None,
+    prompts: list[list[int]],
+    settings: dict,
+) -> tuple[list[list[int]], float]:
+    """Generate one completion of each prompt. Returns their ids with padding, and the seconds that each took."""
+    generate: Callable = patient.generate if guide is None else partial(guided_generate, patient, guide)  # type: ignore[assignment]
+    ids, mask = pad(prompts, padding_side="left", device=patient.device)
+    if guide is None:
+        check_reads(patient, mask)
+    start = time.perf_counter()
+    output = generate(input_ids=ids.masked_fill(mask == 0, settings["pad_token_id"]), attention_mask=mask, **settings)
+    generated = output[:, ids.size(1) :].tolist()  # waits for the accelerator
+    return generated, (time.perf_counter() - start) / len(prompts)
+
+
+def altering_settings(settings: Mapping[str, object]) -> dict[str, object]:
     """
-    Those settings of `generate` by which samples are not of the policy itself.
+    Select the settings of `generate` that change the policy.
 
     Args:
         settings (`Mapping`):
-            Keyword arguments of `generate`. One that is not known to leave the policy as it is counts.
+            Keyword arguments of `generate`. Unknown ones are taken to change the policy.
 
     Returns:
-        `dict`: empty where the KL of the policy is that of its samples.
+        `dict`: empty where the samples are of the policy itself.
 
     Examples:
 
@@ -213,7 +238,7 @@ def altering_settings(settings: Mapping) -> dict:
 
 @contextmanager
 def _own_policy(patient: PreTrainedModel) -> Iterator[None]:
-    """Within the context the generation config of the patient says nothing about which tokens it samples."""
+    """Within the context, the generation config of the patient has no settings that choose tokens."""
     base = unwrap_peft(patient)
     config = base.generation_config
     base.generation_config = GenerationConfig(**{name: getattr(config, name, None) for name in COMPUTATION})
@@ -223,27 +248,31 @@ def _own_policy(patient: PreTrainedModel) -> Iterator[None]:
         base.generation_config = config
 
 
-def by_prompt(
-    prompts: Sequence[Prompt], completions: Sequence[Completion | str] | Sequence[Sequence[Completion | str]]
-) -> list[list[list[Completion | str]]]:
+def by_prompt(prompts: Sequence[Prompt], completions: Completions) -> Grouped:
     """
-    Completions by seed, prompt and sample.
+    Group completions by seed, prompt and sample.
 
     Args:
         prompts (sequence of `str` or `list[dict]`):
             P prompts.
         completions (sequence of [`Completion`] or `str`, or sequence of such sequences):
-            The samples of the first prompt, then those of the second, and so on: as many of each. A sequence of
-            sequences has one for each seed.
+            The samples of the first prompt, then those of the second, and so on; as many of each. With several seeds,
+            one such sequence for each.
 
     Returns:
-        `list[list[list]]`: by seed, prompt, sample.
+        `list[list[list]]`: by seed, prompt and sample.
 
     Raises:
-        `ValueError`: when there is no completion, or the samples cannot be shared out evenly.
+        `ValueError`: when there is no completion, prompts have different numbers of samples, or a completion is of
+            another prompt.
     """
-    one_seed = len(completions) > 0 and isinstance(completions[0], (Completion, str))
-    seeds = [completions] if one_seed else completions
+    seeds: list[list[Completion | str]] = []
+    for item in completions:
+        if isinstance(item, (Completion, str)):
+            seeds = seeds or [[]]
+            seeds[0].append(item)
+        else:
+            seeds.append(list(item))
     counts = sorted({len(seed) for seed in seeds})
     if len(prompts) == 0 or len(counts) != 1 or counts[0] == 0 or counts[0] % len(prompts):
         raise ValueError(
@@ -251,9 +280,9 @@ def by_prompt(
             f"{counts or 'none'}; order them as `generate_completions` does, the samples of the first prompt first."
         )
     num = counts[0] // len(prompts)
-    grouped = [[list(seed[i * num : (i + 1) * num]) for i in range(len(prompts))] for seed in seeds]
-    for seed in grouped:
-        for prompt, samples in zip(prompts, seed, strict=True):
+    grouped = [[seed[i * num : (i + 1) * num] for i in range(len(prompts))] for seed in seeds]
+    for of_seed in grouped:
+        for prompt, samples in zip(prompts, of_seed, strict=True):
             if any(isinstance(sample, Completion) and sample.prompt != prompt for sample in samples):
                 raise ValueError(
                     f"Completions must be in the order of the prompts. Got one of another prompt where {prompt!r} has "
@@ -263,19 +292,28 @@ def by_prompt(
 
 
 def text_of(completion: Completion | str) -> str:
-    """The text of a completion, which may be one."""
+    """Return the text of a `Completion`, or the string itself."""
     return completion if isinstance(completion, str) else completion.text
 
 
 def pad(rows: Sequence[list[int]], *, padding_side: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask, (B, L) each, of rows of different lengths."""
+    """Pad rows of ids to the same length. Returns ids and mask, (B, L) each."""
     ids = [torch.tensor(row) for row in rows]
     mask = [torch.ones_like(row) for row in ids]
-    return tuple(pad_sequence(x, batch_first=True, padding_side=padding_side).to(device) for x in (ids, mask))
+    padded = [pad_sequence(x, batch_first=True, padding_side=padding_side).to(device) for x in (ids, mask)]
+    return padded[0], padded[1]
 
 
 def check_policy(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor | None) -> None:
-    """Raise `ValueError` when a model is in training mode or no policy, or the guide has a weight for each row."""
+    """
+    Raise `ValueError` when patient and guide are not one policy that can be evaluated.
+
+    Args:
+        patient ([`~transformers.PreTrainedModel`]):
+            A language model in eval mode.
+        guide ([`DoctorGuidedLogitsProcessor`], *optional*):
+            The guidance, with numbers as exponents, and doctors in eval mode without a prompt of their own.
+    """
     doctors = guide.doctors if guide else []
     check_speaks(patient, patient_adapters(patient, guide) if guide else None)
     if any(model.training for model in (patient, *(doctor.model for doctor in doctors))):

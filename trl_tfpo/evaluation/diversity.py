@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Diversity of texts: how many n-grams they share, and how alike they are in pairs.
+Diversity of texts: distinct n-grams and edit similarity.
 
-Shapes: N pairs, L words of the longer text. Both measures take texts, split at white space, or token ids.
+Both measures take texts, which are split at white space, or token ids.
+
+Shapes: N pairs of texts, L words of the longer text.
 """
 
 import math
@@ -14,21 +16,21 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 
-PAIRS_AT_ONCE = 2048
+BATCH_SIZE = 2048  # of pairs
 
 
 def distinct_n(texts: Sequence[str | Sequence[int]], n: int = 4) -> float:
     r"""
-    Diversity of a pool of texts: the share of its n-grams that are distinct.
+    Share of the n-grams of a pool of texts that are distinct.
 
     $$\frac{\#\ \text{distinct n-grams of the pool}}{\#\ \text{n-grams of the pool}}$$
 
-    An n-gram lies within one text. The share falls as the pool grows, for a language runs out of n-grams: compare
-    pools of the same number of texts of about the same length only.
+    An n-gram lies within one text. The share falls as the pool grows, because n-grams repeat. Compare only pools of
+    the same number of texts, of about the same length.
 
     Args:
         texts (sequence of `str` or of sequences of `int`):
-            Texts, which are split at white space, or token ids.
+            Texts or token ids.
         n (`int`, *optional*, defaults to `4`):
             Length of the n-grams, in words or tokens.
 
@@ -58,19 +60,19 @@ def self_similarity(
     groups: Sequence[Sequence[str | Sequence[int]]], *, max_pairs: int = 1000, seed: int = 0
 ) -> torch.Tensor:
     r"""
-    How alike the texts of a group are: the mean over its pairs of
+    Mean edit similarity of the texts of a group, over its pairs:
 
     $$1 - \frac{\operatorname{Levenshtein}(a, b)}{\max(|a|, |b|)}$$
 
-    in words. Samples of one prompt that are all alike tell that a policy has collapsed. Unlike self-BLEU, which compares
-    each text with all others at once and so grows with their number, a mean over pairs does not depend on the size of
-    the group; it is symmetric, 1 for the same text and 0 where no word is shared.
+    in words. It is 1 for equal texts, and 0 where no word is shared. A high value for the samples of one prompt means
+    that the policy has collapsed. A mean over pairs does not depend on the size of the group. Self-BLEU does: it
+    compares each text with all others at once.
 
     Args:
         groups (sequence of sequences of `str` or of sequences of `int`):
             G groups of texts or token ids, for instance the samples of each prompt.
         max_pairs (`int`, *optional*, defaults to `1000`):
-            Pairs of a group that are looked at, drawn without replacement where it has more.
+            Largest number of pairs of a group. From a group with more, they are drawn without replacement.
         seed (`int`, *optional*, defaults to `0`):
             Seed of that draw.
 
@@ -105,30 +107,28 @@ def self_similarity(
             first.append(ids[pair - later * (later - 1) // 2])
             second.append(ids[later])
             owners.append(owner)
-    total = torch.zeros(len(groups), dtype=torch.float64)
-    if owners:
-        owners = torch.tensor(owners)
-        total.index_add_(0, owners, _edit_similarities(first, second))
-    return total / torch.bincount(torch.as_tensor(owners, dtype=torch.long), minlength=len(groups))
+    group = torch.tensor(owners, dtype=torch.long)  # (N,)
+    total = torch.zeros(len(groups), dtype=torch.float64).index_add(0, group, _edit_similarities(first, second))
+    return total / torch.bincount(group, minlength=len(groups))
 
 
 def _edit_similarities(first: list[torch.Tensor], second: list[torch.Tensor]) -> torch.Tensor:
-    """Similarities (N,) of pairs of ids; all pairs take a row of the table of edit distances in one step."""
+    """Similarities (N,) of pairs of ids. Each step computes one row of the table of edit distances, for all pairs."""
     order = sorted(range(len(first)), key=lambda index: max(len(first[index]), len(second[index])))
     similarities = torch.empty(len(first), dtype=torch.float64)
-    for start in range(0, len(order), PAIRS_AT_ONCE):
-        batch = order[start : start + PAIRS_AT_ONCE]
+    for start in range(0, len(order), BATCH_SIZE):
+        batch = order[start : start + BATCH_SIZE]
         rows = [first[index] for index in batch], [second[index] for index in batch]
         lengths = [torch.tensor([len(row) for row in side]) for side in rows]  # (N,)
         one, other = (pad_sequence(side, batch_first=True, padding_value=-1) for side in rows)  # (N, L)
         columns = torch.arange(other.size(1) + 1)
-        row = columns.expand(len(batch), -1)  # from no word of `one`: insert all
+        row = columns.expand(len(batch), -1)  # no word of `one`: insert all
         distances = lengths[1].clone()
         for step in range(1, one.size(1) + 1):
             delete = row + 1
             replace = row[:, :-1] + (one[:, step - 1 : step] != other)
             best = torch.cat([delete[:, :1], torch.minimum(delete[:, 1:], replace)], dim=1)
-            row = (best - columns).cummin(dim=1).values + columns  # or insert the words between
+            row = (best - columns).cummin(dim=1).values + columns  # or insert words
             at_end = row.gather(1, lengths[1][:, None])[:, 0]
             distances = torch.where(lengths[0] == step, at_end, distances)
         longest = torch.maximum(*lengths)

@@ -1,29 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-What guidance gains and how far it goes: reward and distance from the patient.
+Reward of a guided policy, and its KL divergence from the patient.
 
-Shapes: N completions, T tokens of a completion (EOS included), V vocabulary, P prompts. Units: nats.
+Compare methods at the same KL, [`match_kl`]: at a larger KL, more reward is possible.
 
-Methods are comparable at the same KL from the patient, [`match_kl`]: any reward can be had at some distance.
+Shapes: N completions, T tokens of a completion (EOS included), V vocabulary, P prompts, M samples of a prompt. Units:
+nats.
 """
 
 import math
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from typing import TypedDict
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.tokenization import check_counts
+from ..common.arguments import check_counts
 from ..decoding.doctors import NO_ADAPTER, Doctor
 from ..decoding.generation import without_doctors
 from ..decoding.logits_processor import DoctorGuidedLogitsProcessor
+from ..faces import Prompt
 from ..functional import next_token_entropy
-from .completions import NEUTRAL, Completion, Prompt, altering_settings, check_policy, generate_completions, pad
+from .completions import NEUTRAL, Completion, altering_settings, check_policy, generate_completions, pad
 from .diversity import distinct_n
-from .judges import score_texts
+from .judges import RewardFunction, score_texts
+
+
+MAX_EVALUATIONS = 20  # of the KL, by `match_kl`
+
+
+class GuidanceResult(TypedDict):
+    """Result of [`evaluate_guidance`]."""
+
+    reward: float
+    reward_se: float
+    kl: float
+    kl_se: float
+    entropy: float
+    distinct_4: float
+    num_tokens: float
+    is_complete: float
+    completions: list[Completion]
+    rewards: list[float]
+    kls: list[float]
 
 
 @torch.no_grad()
@@ -35,14 +57,14 @@ def guided_kl(
     batch_size: int = 16,
 ) -> torch.Tensor:
     r"""
-    How far guidance moves the patient: KL divergence of the guided policy from the patient alone.
+    KL divergence of the guided policy from the patient.
 
     $$\operatorname{KL} = \mathbb{E}_{y \sim \pi} \sum_{t=1}^{T} \sum_{v} \pi(v \mid y_{<t}) \log \frac{\pi(v \mid
     y_{<t})}{\pi_{\text{patient}}(v \mid y_{<t})}$$
 
-    The inner sum is exact; only the prefixes are sampled (Rao-Blackwell), so that the mean over samples is unbiased
-    and varies little. This holds for completions that were sampled with the same `guide` at temperature 1, from the
-    whole vocabulary. A completion cut at `max_new_tokens` counts up to there.
+    The inner sum is exact, and only the prefixes are sampled (Rao-Blackwell). The mean over samples is therefore
+    unbiased, with a small variance, if the completions were sampled with the same `guide` at temperature 1 from the
+    whole vocabulary. A completion that was cut at `max_new_tokens` is counted up to the cut.
 
     Args:
         patient ([`~transformers.PreTrainedModel`]):
@@ -52,15 +74,15 @@ def guided_kl(
         completions (sequence of [`Completion`]):
             Samples from [`generate_completions`].
         batch_size (`int`, *optional*, defaults to `16`):
-            Completions read at once. Memory grows with its product with length and vocabulary.
+            Completions read at once. Memory is proportional to its product with length and vocabulary.
 
     Returns:
-        `torch.Tensor` of shape `(N,)`: divergence summed over the tokens of each completion, in nats, at least zero.
+        `torch.Tensor` of shape `(N,)`: the divergence, summed over the tokens of each completion, in nats, at least 0.
         Its mean is the estimate.
 
     Raises:
-        `ValueError`: when the patient is in training mode, the guide has a weight for each row, or completions were
-            sampled with settings such as `top_k`, which make another policy.
+        `ValueError`: when the patient is in training mode, an exponent of the guide is a tensor or a schedule, or the
+            completions were sampled with settings that change the policy, such as `top_k`.
     """
     return next_token_statistics(patient, guide, completions, batch_size=batch_size)["kl"]
 
@@ -74,51 +96,51 @@ def next_token_statistics(
     batch_size: int = 16,
 ) -> dict[str, torch.Tensor]:
     """
-    Distance of a policy from the patient, and how many ways it leaves open: for guidance, or for any other model.
+    KL divergence of a policy from the patient, and its entropy, along completions sampled from it.
 
     Args:
         patient ([`~transformers.PreTrainedModel`]):
             The patient, in eval mode.
         policy ([`DoctorGuidedLogitsProcessor`], [`~transformers.PreTrainedModel`] or [`Doctor`], *optional*):
-            What the completions were sampled with, at temperature 1: guidance of the patient, or another model with
-            its tokenizer (the patient after DPO, say; adapters on its weights are off when the patient is read).
-            `None` is the patient alone.
+            The policy that the completions were sampled from, at temperature 1: guidance of the patient, or another
+            model with the patient's tokenizer, such as the patient after DPO (its adapters are off while the patient
+            is read). `None` is the patient alone.
         completions (sequence of [`Completion`]):
             Samples of the policy from [`generate_completions`].
         batch_size (`int`, *optional*, defaults to `16`):
-            Completions read at once. Memory grows with its product with length and vocabulary.
+            Completions read at once. Memory is proportional to its product with length and vocabulary.
 
     Returns:
         `dict`: `kl` of shape `(N,)`, as in [`guided_kl`], and `entropy` of shape `(N,)`, the entropy of the policy's
         next token in nats, averaged over the tokens of each completion.
 
     Raises:
-        `ValueError`: when a model is in training mode, the policy is a doctor of guided flow without its guide, the guide
-            has a weight for each row, or completions were sampled with settings such as `top_k`, which make another
-            policy.
+        `ValueError`: when a model is in training mode, the policy is a doctor of guided flow without a guide, an
+            exponent of the guide is a tensor or a schedule, or the completions were sampled with settings that change
+            the policy, such as `top_k`.
     """
     guide = policy if isinstance(policy, DoctorGuidedLogitsProcessor) else None
     check_policy(patient, guide)
     check_counts(batch_size=batch_size)
     for completion in completions:
         _check_is_of_policy(completion.altered_by)
-    alone, others = patient, []
-    if guide is not None:
-        others = guide.doctors
+    models: list[PreTrainedModel | Doctor] = [patient]
+    if isinstance(policy, DoctorGuidedLogitsProcessor):
+        models += policy.doctors
     elif policy is not None:
-        others = [policy if isinstance(policy, Doctor) else Doctor(policy)]
-        if others[0].exponents:
+        other = policy if isinstance(policy, Doctor) else Doctor(policy)
+        if other.exponents:
             raise ValueError(
                 "A policy must be a language model, or a guide. Got a doctor of guided flow, which is a ratio of two "
                 "policies; pass `DoctorGuidedLogitsProcessor(doctor)`."
             )
-        if others[0].is_on(patient) and others[0].adapters:
-            alone = Doctor(patient, adapter=NO_ADAPTER)
+        is_adapter = other.is_on(patient) and bool(other.adapters)
+        models = [Doctor(patient, adapter=NO_ADAPTER) if is_adapter else patient, other]
     kls, entropies = [], []
     for start in range(0, len(completions), batch_size):
         batch = completions[start : start + batch_size]
         with without_doctors(patient, guide) if guide else nullcontext():
-            logits = [_completion_logits(model, batch) for model in (alone, *others)]
+            logits = [_completion_logits(model, batch) for model in models]
         for patient_logits, *other_logits in zip(*logits, strict=True):  # (T, V) each
             if guide is not None:
                 policy_logps = guide.combine(patient_logits, other_logits)
@@ -137,12 +159,14 @@ def next_token_statistics(
 
 def sampled_kl(policy_logps: Sequence[torch.Tensor], patient_logps: Sequence[torch.Tensor]) -> torch.Tensor:
     r"""
-    KL from log-probabilities of the sampled tokens alone, as a serving engine returns them.
+    KL divergence from the patient, estimated from log-probabilities of the sampled tokens.
 
-    $$\widehat{\operatorname{KL}} = \sum_{t=1}^{T} \log \pi(y_t \mid y_{<t}) - \log \pi_{\text{patient}}(y_t \mid y_{<t})$$
+    $$\widehat{\operatorname{KL}} = \sum_{t=1}^{T} \log \pi(y_t \mid y_{<t}) - \log \pi_{\text{patient}}(y_t \mid
+    y_{<t})$$
 
-    Unbiased for completions sampled from the policy at temperature 1. Single values may be negative, and the mean
-    varies far more than that of [`next_token_statistics`], which looks at all tokens of the vocabulary.
+    For serving engines, which return no more than these. The estimate is unbiased for completions sampled from the
+    policy at temperature 1. Single values may be negative. The variance is much larger than that of
+    [`next_token_statistics`], which uses all tokens of the vocabulary.
 
     Args:
         policy_logps (sequence of `torch.Tensor` of shape `(T_i,)`):
@@ -166,13 +190,14 @@ def sampled_kl(policy_logps: Sequence[torch.Tensor], patient_logps: Sequence[tor
 
     ```
     """
-    policy_logps, patient_logps = ([torch.as_tensor(x).double() for x in xs] for xs in (policy_logps, patient_logps))
+    policy_logps = [torch.as_tensor(x).double() for x in policy_logps]
+    patient_logps = [torch.as_tensor(x).double() for x in patient_logps]
     shapes = [[tuple(x.shape) for x in xs] for xs in (policy_logps, patient_logps)]
     if shapes[0] != shapes[1]:
         raise ValueError(
             "Both models must have a log-probability for each token of each completion. Got shapes "
-            f"{shapes[0][:3]} and {shapes[1][:3]} (the first three of {len(shapes[0])} and {len(shapes[1])}); score the "
-            "same token ids with both."
+            f"{shapes[0][:3]} and {shapes[1][:3]} (the first three of {len(shapes[0])} and {len(shapes[1])}); score "
+            "the same token ids with both."
         )
     estimates = [(policy - patient).sum() for policy, patient in zip(policy_logps, patient_logps, strict=True)]
     return torch.stack(estimates) if estimates else torch.zeros(0, dtype=torch.float64)
@@ -182,14 +207,14 @@ def evaluate_guidance(
     patient: PreTrainedModel,
     processing_class: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
-    reward_fn: Callable[..., Sequence[float]],
+    reward_fn: RewardFunction,
     *,
     guide: DoctorGuidedLogitsProcessor | None = None,
     batch_size: int = 16,
-    **generate_kwargs,
-) -> dict:
+    **generate_kwargs: object,
+) -> GuidanceResult:
     """
-    Reward, distance from the patient, diversity and length of the guided policy.
+    Measure reward, KL from the patient, entropy, diversity and length of a guided policy.
 
     Args:
         patient, processing_class, prompts:
@@ -202,25 +227,23 @@ def evaluate_guidance(
         batch_size (`int`, *optional*, defaults to `16`):
             Completions generated, and then read, at once.
         **generate_kwargs:
-            `num_samples_per_prompt`, `max_new_tokens`, `seed` and more of [`generate_completions`].
+            `num_samples_per_prompt`, `max_new_tokens`, `seed` and other arguments of [`generate_completions`].
 
     Returns:
-        `dict`: means `reward`, `kl` (nats per completion), `num_tokens` and `is_complete` with their standard errors
-        `reward_se` and `kl_se`, `entropy` (nats per token), `distinct_4` over the words of all texts, and, one entry for
-        each completion, `completions`, `rewards` and `kls`. A standard error is taken over prompts, whose samples are
-        not independent of one another; over the samples, if there is one prompt.
+        `dict`: the means `reward`, `kl` (nats per completion), `entropy` (nats per token), `num_tokens` and
+        `is_complete`; the standard errors `reward_se` and `kl_se`; `distinct_4` over the words of all texts; and for
+        each completion `completions`, `rewards` and `kls`. Standard errors are over prompts, because samples of a
+        prompt are not independent; with one prompt, over its samples.
 
     Raises:
-        `ValueError`: when there is not one finite reward for each completion, or a setting of `generate` makes another
-            policy than that whose KL is measured: another temperature, greedy search, beams, `top_k`, `top_p`,
-            penalties, or anything that is not known to leave the policy as it is.
+        `ValueError`: when there is not one finite reward for each completion, or a setting of `generate` changes the
+            policy: another temperature, greedy search, beams, `top_k`, `top_p`, penalties, or an unknown setting.
     """
+    arguments: dict = generate_kwargs
     own = ("num_samples_per_prompt", "max_new_tokens", "seed")
-    _check_is_of_policy(
-        altering_settings({name: generate_kwargs[name] for name in generate_kwargs if name not in own})
-    )
+    _check_is_of_policy(altering_settings({name: arguments[name] for name in arguments if name not in own}))
     completions = generate_completions(
-        patient, processing_class, prompts, guide=guide, batch_size=batch_size, **generate_kwargs
+        patient, processing_class, prompts, guide=guide, batch_size=batch_size, **arguments
     )
     texts = [completion.text for completion in completions]
     rewards = score_texts(reward_fn, [completion.prompt for completion in completions], texts)
@@ -251,45 +274,44 @@ def match_kl(
     *,
     max_beta: float = 1.0,
     tolerance: float = 0.02,
-    max_evaluations: int = 20,
-    **generate_kwargs,
+    **generate_kwargs: object,
 ) -> float:
     """
-    The strength of guidance that moves the patient by a wanted KL.
+    Find the strength of guidance at which the KL from the patient has a given value.
 
-    Every estimate uses the same seed. The root is bracketed, and sought by interpolation of the square root of the KL,
+    All estimates use the same seed. The root is bracketed, and found by interpolation of the square root of the KL,
     which is nearly linear in `beta`.
 
     Args:
         patient, processing_class, prompts:
             As in [`generate_completions`].
         make_guide (`Callable`):
-            Makes the guidance of a `beta`, e.g. `lambda beta: DoctorGuidedLogitsProcessor(doctor, beta=beta)`. At 0 it
-            is the patient alone.
+            From `beta` to the guidance, e.g. `lambda beta: DoctorGuidedLogitsProcessor(doctor, beta=beta)`. At 0 it
+            must be the patient alone.
         target_kl (`float`):
-            Wanted KL, positive, in nats per completion.
+            KL to reach, positive, in nats per completion.
         max_beta (`float`, *optional*, defaults to `1.0`):
-            Largest `beta` to try; 1 is the most that a mixture has.
+            Largest `beta` to try. 1 is the largest `beta` of a mixture.
         tolerance (`float`, *optional*, defaults to `0.02`):
-            Relative error of the KL to stop at. Less than its standard error is wasted.
-        max_evaluations (`int`, *optional*, defaults to `20`):
-            Number of estimates to give up after.
+            Relative error of the KL at which the search stops. A tolerance below the standard error gains nothing.
         **generate_kwargs:
-            `num_samples_per_prompt`, `max_new_tokens`, `batch_size`, `seed` and more of [`generate_completions`].
+            `num_samples_per_prompt`, `max_new_tokens`, `batch_size`, `seed` and other arguments of
+            [`generate_completions`].
 
     Returns:
         `float`: `beta` in `(0, max_beta]`.
 
     Raises:
-        `ValueError`: when the target is not positive, out of reach of `max_beta`, or not met within `max_evaluations`.
+        `ValueError`: when the target is not positive, needs more than `max_beta`, or is not met within 20 estimates.
     """
     if not target_kl > 0:
         raise ValueError(f"`target_kl` must be positive. Got {target_kl}; 0 is the patient alone.")
 
+    arguments: dict = generate_kwargs
+
     def estimate(beta: float) -> float:
-        ignored = {"reward_fn": lambda prompts, completions: [0.0] * len(completions)}
-        settings = ignored | generate_kwargs
-        return evaluate_guidance(patient, processing_class, prompts, guide=make_guide(beta), **settings)["kl"]
+        guide = make_guide(beta)
+        return evaluate_guidance(patient, processing_class, prompts, _no_reward, guide=guide, **arguments)["kl"]
 
     low, low_kl = 0.0, 0.0
     high, high_kl = max_beta, estimate(max_beta)
@@ -299,11 +321,11 @@ def match_kl(
             f"{high_kl:.4g}; raise `max_beta` (with `alpha=1.0` it may exceed 1) or lower the target."
         )
     beta, kl = high, high_kl
-    for _ in range(max_evaluations - 1):
+    for _ in range(MAX_EVALUATIONS - 1):
         if abs(kl - target_kl) <= tolerance * target_kl:
             return beta
         share = (target_kl**0.5 - low_kl**0.5) / (high_kl**0.5 - low_kl**0.5)
-        beta = low + min(max(share, 0.05), 0.95) * (high - low)  # never stuck at one end
+        beta = low + min(max(share, 0.05), 0.95) * (high - low)  # away from both ends
         kl = estimate(beta)
         if kl < target_kl:
             low, low_kl = beta, kl
@@ -312,28 +334,29 @@ def match_kl(
     if abs(kl - target_kl) <= tolerance * target_kl:
         return beta
     raise ValueError(
-        f"`target_kl` must be met within {max_evaluations} evaluations. Got a KL of {kl:.4g} for {target_kl}; raise "
+        f"`target_kl` must be met within {MAX_EVALUATIONS} evaluations. Got a KL of {kl:.4g} for {target_kl}; raise "
         "`num_samples_per_prompt` for a smoother estimate, or `tolerance`."
     )
 
 
 def best_of_n(rewards: Sequence[Sequence[float]] | torch.Tensor, n: int) -> dict[str, float]:
     r"""
-    The baseline that needs no doctor: sample `n` times from the patient and keep the best.
+    Reward and KL of the best of `n` patient samples: a baseline without a doctor.
 
-    From M samples of each prompt the expected best of `n` is known without resampling: in ascending order, the
-    $i$-th is the best of a random $n$ of them with probability $\binom{i-1}{n-1} / \binom{M}{n}$. Its KL from the
-    patient is at most $\log n - (n - 1) / n$ (https://huggingface.co/papers/2401.01879), and close to that when no
-    completion is likely.
+    The expected best of `n` follows from M samples of each prompt without resampling: in ascending order, the $i$-th
+    is the best of a random $n$ of them with probability $\binom{i-1}{n-1} / \binom{M}{n}$. Its KL from the patient is
+    at most $\log n - (n - 1) / n$ (https://huggingface.co/papers/2401.01879), and close to that if no completion is
+    likely.
 
     Args:
         rewards (`torch.Tensor` of shape `(P, M)`, or nested lists):
             Rewards of M samples of the patient for each prompt.
         n (`int`):
-            How many samples to choose from, from 1 to M.
+            Number of samples to choose from, from 1 to M.
 
     Returns:
-        `dict`: mean `reward` and its standard error over prompts `reward_se`, and the upper bound of the `kl` in nats.
+        `dict`: the mean `reward`, its standard error over prompts `reward_se`, and the upper bound of the `kl` in
+            nats.
 
     Raises:
         `ValueError`: when `n` is not between 1 and M, or a reward is not finite.
@@ -351,8 +374,8 @@ def best_of_n(rewards: Sequence[Sequence[float]] | torch.Tensor, n: int) -> dict
     num_samples = rewards.shape[1] if rewards.dim() == 2 else 0
     if not 1 <= n <= num_samples or not rewards.isfinite().all():
         raise ValueError(
-            f"`n` must be between 1 and the number of samples of a prompt, {num_samples}, with finite rewards. Got {n}, "
-            f"{int((~rewards.isfinite()).sum())} rewards not finite; sample more."
+            f"`n` must be between 1 and the number of samples of a prompt, {num_samples}, with finite rewards. Got "
+            f"{n}, {int((~rewards.isfinite()).sum())} rewards not finite; sample more."
         )
     odds = [math.comb(i, n - 1) / math.comb(num_samples, n) for i in range(num_samples)]
     best = rewards.sort(dim=1).values @ torch.tensor(odds, dtype=torch.float64)  # (P,)
@@ -363,27 +386,31 @@ def best_of_n(rewards: Sequence[Sequence[float]] | torch.Tensor, n: int) -> dict
     }
 
 
-def _check_is_of_policy(altered_by: Mapping) -> None:
+def _no_reward(prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
+    return [0.0] * len(completions)
+
+
+def _check_is_of_policy(altered_by: Mapping[str, object]) -> None:
     if altered_by:
         rules = [f"`{name}` must be {NEUTRAL[name]}" if name in NEUTRAL else f"no `{name}`" for name in altered_by]
         raise ValueError(
             f"The KL of a policy is measured on its own samples, drawn from all tokens: {', '.join(rules)}. Got "
-            f"{', '.join(map(reprlib.repr, altered_by.values()))}, which makes another policy; leave it out, or compare "
-            "rewards alone, of samples from `generate_completions`."
+            f"{', '.join(map(reprlib.repr, altered_by.values()))}, which makes another policy; leave it out, or "
+            "compare rewards alone, of samples from `generate_completions`."
         )
 
 
 def _standard_error(values: torch.Tensor, num_prompts: int) -> float:
-    """Standard error of the mean of (N,) values, over prompts if there are several; `nan` for a single value."""
+    """Standard error of the mean of values (N,): over prompts, or over values if there is one prompt."""
     if num_prompts > 1:
         values = values.view(num_prompts, -1).mean(dim=1)
     return (values.std() / len(values) ** 0.5).item() if len(values) > 1 else math.nan
 
 
 def _completion_logits(model: PreTrainedModel | Doctor, completions: Sequence[Completion]) -> list[torch.Tensor]:
-    """Logits (T, V) at which a model would have sampled each completion, on the CPU or wherever the model ends."""
+    """Logits (T, V) of a model from which the tokens of each completion would be sampled, on the model's device."""
     rows = [completion.prompt_ids + completion.completion_ids for completion in completions]
-    ids, mask = pad(rows, padding_side="right", device=model.device)  # what is padding, no token before it sees
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    ids, mask = pad(rows, padding_side="right", device=model.device)  # padding does not change earlier logits
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False)["logits"]
     ends = [(len(completion.prompt_ids) - 1, len(row) - 1) for completion, row in zip(completions, rows, strict=True)]
     return [logits[i, start:end] for i, (start, end) in enumerate(ends)]

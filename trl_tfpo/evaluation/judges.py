@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Who says what is good: a reward for each completion, or a verdict on a pair.
+Reward functions and pairwise judges.
 
-A reward function is any callable `(prompts, completions) -> list[float]`: an oracle, or a [`RewardModel`]. A pairwise judge
-is anything with the method [`PairwiseJudge.judge`], of which [`ChatJudge`] asks a language model.
+A reward function is a callable `(prompts, completions) -> list[float]`, for example a [`RewardModel`]. A pairwise
+judge is an object with the method [`PairwiseJudge.judge`], for example a [`ChatJudge`], which asks a language model.
 """
 
 import hashlib
@@ -19,14 +19,17 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..faces import Prompt
 from ..models.named_model import check_there
-from .completions import Prompt, pad
+from .completions import pad
 
+
+RewardFunction = Callable[..., Sequence[float]]  # called as `reward_fn(prompts=..., completions=...)`
 
 JUDGE_INSTRUCTION = (
     "You compare two responses to the same prompt. Decide which one is more helpful, honest and harmless. Pay no "
@@ -34,18 +37,19 @@ JUDGE_INSTRUCTION = (
     "in two or three sentences, then end with a line that says exactly one of: Verdict: A, Verdict: B, Verdict: tie."
 )
 VERDICT = re.compile(r"\bverdict\W+(?:response )?(a|b|tie)\W*$", flags=re.IGNORECASE | re.MULTILINE)
-WORTH_A_RETRY = {408, 409, 425, 429}  # of the HTTP statuses below 500
+RETRIED_STATUSES = {408, 409, 425, 429}  # of HTTP, besides those from 500 on
 MAX_DELAY = 60.0  # seconds
 
 
+@runtime_checkable
 class PairwiseJudge(Protocol):
-    """What compares two completions of a prompt. The pairwise judges that TRL used to have are of this form."""
+    """Compares two completions of a prompt. The pairwise judges of earlier versions of TRL have this interface."""
 
     def judge(
         self, prompts: Sequence[Prompt], completions: Sequence[Sequence[str]], shuffle_order: bool = True
     ) -> Sequence[float]:
         """
-        Say which of two completions is better.
+        Decide which of two completions is better.
 
         Args:
             prompts (sequence of `str` or `list[dict]`):
@@ -53,20 +57,18 @@ class PairwiseJudge(Protocol):
             completions (sequence of sequences of `str`):
                 Two completions of each.
             shuffle_order (`bool`, *optional*, defaults to `True`):
-                Whether to show half of the pairs the other way round.
+                Whether to swap the completions in half of the questions.
 
         Returns:
-            sequence of `float`: index of the better one, 0 or 1, whatever the order in which they were shown; 0.5
-            where neither is better; -1 where there is no verdict.
+            sequence of `float`: index of the better completion, 0 or 1, before swapping; 0.5 where neither is better;
+            -1 where there is no verdict.
         """
         ...
 
 
-def score_texts(
-    reward_fn: Callable[..., Sequence[float]], prompts: Sequence[Prompt], completions: Sequence[str]
-) -> torch.Tensor:
+def score_texts(reward_fn: RewardFunction, prompts: Sequence[Prompt], completions: Sequence[str]) -> torch.Tensor:
     """
-    Rewards of texts, checked.
+    Call a reward function, and check what it returns.
 
     Args:
         reward_fn (`Callable`):
@@ -90,28 +92,29 @@ def score_texts(
     if rewards.shape != (len(completions),) or not rewards.isfinite().all():
         raise ValueError(
             "`reward_fn` must return a finite number for each completion. Got "
-            f"{reprlib.repr(found)} for {len(completions)} completions; give texts that cannot be judged a number, too."
+            f"{reprlib.repr(found)} for {len(completions)} completions; return a number for texts that cannot be "
+            "judged as well."
         )
     return rewards
 
 
 class RewardModel:
     """
-    A reward function that asks a reward model, which is a sequence classifier with one label.
+    A reward function by a reward model: a sequence classifier with one label.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]):
             Name, path or the model itself.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Its tokenizer; by default that of the name. Conversations go through its chat template; texts are
-            tokenized as they stand, prompt and completion put together.
+            Its tokenizer; by default loaded from `model`. Conversations are formatted with its chat template. Texts
+            are the concatenation of prompt and completion.
         batch_size (`int`, *optional*, defaults to `8`):
-            Texts read at once, of similar length. A model without a padding token reads them one by one.
+            Texts read at once, of similar length. Without a padding token they are read one by one.
         **model_kwargs:
-            For `from_pretrained`, e.g. `dtype` or `device_map` (by default `"auto"`).
+            Arguments of `from_pretrained`, e.g. `dtype` or `device_map` (by default `"auto"`).
 
     Raises:
-        `ValueError`: when the model has not one label, its head is not in the checkpoint, or a tokenizer is missing.
+        `ValueError`: when the model has several labels, its head is not in the checkpoint, or a tokenizer is missing.
 
     Examples:
 
@@ -134,23 +137,15 @@ class RewardModel:
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
         batch_size: int = 8,
-        **model_kwargs,
+        **model_kwargs: object,
     ):
         if isinstance(model, (str, os.PathLike)):
             check_there(model)
-            defaults = {"device_map": "auto", "use_safetensors": True, "trust_remote_code": False}
             if processing_class is None:
                 processing_class = AutoTokenizer.from_pretrained(
                     model, trust_remote_code=model_kwargs.get("trust_remote_code", False)
                 )
-            model, loading = AutoModelForSequenceClassification.from_pretrained(
-                model, output_loading_info=True, **(defaults | model_kwargs)
-            )
-            if loading["missing_keys"]:
-                raise ValueError(
-                    f"A reward model must come with its head. Got {type(model).__name__} without "
-                    f"{sorted(loading['missing_keys'])[:3]}, which would be random; pass a trained reward model."
-                )
+            model = _load_classifier(model, **model_kwargs)
         if model.config.num_labels != 1:
             raise ValueError(
                 f"A reward model must have one label. Got {type(model).__name__} with "
@@ -165,7 +160,7 @@ class RewardModel:
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
         """
-        Rewards of completions.
+        Compute the rewards of completions.
 
         Args:
             prompts (sequence of `str` or `list[dict]`):
@@ -177,7 +172,7 @@ class RewardModel:
             `list[float]`: N rewards.
 
         Raises:
-            `ValueError`: when a text is too long for the model, or a conversation meets no chat template.
+            `ValueError`: when a text is too long for the model, or the chat template for a conversation is missing.
         """
         config = self.model.config.get_text_config()
         rows = [self._tokenize(*row) for row in zip(prompts, completions, strict=True)]
@@ -185,12 +180,10 @@ class RewardModel:
         if limit is not None and longest > limit:
             raise ValueError(
                 f"Prompt and completion must fit the {limit} positions of the reward model. Got {longest} tokens; "
-                "leave such prompts out, for a text that is cut gets the reward of another."
+                "leave such prompts out, because a truncated text has another reward."
             )
         rewards = [0.0] * len(rows)
-        pad_token_id = (
-            config.pad_token_id
-        )  # a decoder looks for it to find the last token, whatever the tokenizer says
+        pad_token_id = config.pad_token_id  # the model finds the last token by its own padding id
         batch_size = 1 if pad_token_id is None else self.batch_size
         order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
         for start in range(0, len(order), batch_size):
@@ -210,48 +203,62 @@ class RewardModel:
                 "Conversations need a chat template. Got a tokenizer without one; set "
                 "`processing_class.chat_template`, or pass prompts as text."
             )
-        if prompt[-1]["role"] == "assistant":  # an answer that was begun
-            *prompt, begun = prompt
-            completion = begun["content"] + completion
+        if prompt[-1]["role"] == "assistant":  # the completion continues this message
+            *prompt, start = prompt
+            completion = start["content"] + completion
         messages = [*prompt, {"role": "assistant", "content": completion}]
-        return self.processing_class.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+        encoding = self.processing_class.apply_chat_template(messages, tokenize=True, return_dict=True)
+        return encoding["input_ids"]  # type: ignore[call-overload, index, return-value]  # a `BatchEncoding`
+
+
+def _load_classifier(name: str | os.PathLike, **model_kwargs: object) -> PreTrainedModel:
+    """Load a sequence classifier. Raises `ValueError` for missing weights, which transformers would draw at random."""
+    defaults = {"device_map": "auto", "use_safetensors": True, "trust_remote_code": False}
+    model, loading = AutoModelForSequenceClassification.from_pretrained(
+        name, output_loading_info=True, **(defaults | model_kwargs)
+    )
+    if loading["missing_keys"]:
+        raise ValueError(
+            f"A reward model must come with its head. Got {type(model).__name__} without "
+            f"{sorted(loading['missing_keys'])[:3]}, which would be random; pass a trained reward model."
+        )
+    return model
 
 
 class ChatJudge:
     """
-    A pairwise judge that asks a language model behind an OpenAI-compatible endpoint: a hosted one, or vLLM or TGI of
-    your own.
+    A pairwise judge by a language model behind an OpenAI-compatible endpoint, such as a hosted model, vLLM or TGI.
 
-    Every answer is appended to a file as soon as it is there, whatever it says. A run that was killed, or gave up, goes
-    on from that file and asks for nothing twice. It also asks where `HF_HUB_OFFLINE` is set, as on many clusters.
+    Every answer is appended to the cache file at once, with or without a verdict. An interrupted run resumes from that
+    file, and sends no request twice. Requests are also sent where `HF_HUB_OFFLINE` is set.
 
     Args:
         base_url (`str`):
-            Where the endpoint is, up to and with `/v1`.
+            URL of the endpoint, up to and including `/v1`.
         model (`str`):
-            Name of the model there.
+            Name of the model at the endpoint.
         api_key (`str`, *optional*):
-            Sent as a bearer token. Never written anywhere.
+            Sent as a bearer token, and never written to a file.
         cache_file (`str` or `Path`, *optional*):
-            JSONL file of requests and answers. Without one, answers last as long as this object.
+            JSONL file of requests and answers. Without it, answers are kept in this object only.
         instruction (`str`, *optional*):
-            System message, which has to ask for a last line `Verdict: A`, `Verdict: B` or `Verdict: tie`.
+            System message. It must ask for a last line `Verdict: A`, `Verdict: B` or `Verdict: tie`.
         request (mapping, *optional*):
-            More of each request, by default `{"temperature": 0.0}`; for instance `max_tokens`.
+            Further fields of each request, such as `max_tokens`; by default `{"temperature": 0.0}`.
         num_workers (`int`, *optional*, defaults to `8`):
-            Requests under way at once.
+            Number of concurrent requests.
         timeout (`float`, *optional*, defaults to `120.0`):
             Seconds to wait for an answer.
         max_retries (`int`, *optional*, defaults to `6`):
-            How often a request is sent again when the endpoint is busy, broken or away.
+            How often a request is retried when the endpoint is overloaded, fails or cannot be reached.
         backoff (`float`, *optional*, defaults to `1.0`):
-            Seconds before the first of them; doubled each time, to a minute at most, unless the endpoint says when.
+            Seconds before the first retry. Doubled with each retry, up to a minute, unless the endpoint names a delay.
 
     Attributes:
-        num_answered (`int`): answers of the endpoint so far, without those that the file had.
+        num_answered (`int`): answers of the endpoint so far, without those in the cache file.
 
     Raises:
-        `ValueError`: when the URL is not one of HTTP, or a number is out of range.
+        `ValueError`: when the URL is not an HTTP URL, or a number is out of range.
     """
 
     def __init__(
@@ -262,7 +269,7 @@ class ChatJudge:
         api_key: str | None = None,
         cache_file: str | os.PathLike | None = None,
         instruction: str = JUDGE_INSTRUCTION,
-        request: Mapping | None = None,
+        request: Mapping[str, object] | None = None,
         num_workers: int = 8,
         timeout: float = 120.0,
         max_retries: int = 6,
@@ -270,7 +277,7 @@ class ChatJudge:
     ):
         if not base_url.startswith(("http://", "https://")):
             raise ValueError(
-                f"`base_url` must be the URL of an endpoint. Got {base_url!r}; for example 'http://localhost:8000/v1'."
+                f"`base_url` must be the URL of an endpoint. Got {base_url!r}; try 'http://localhost:8000/v1'."
             )
         if not (num_workers >= 1 and timeout > 0 and max_retries >= 0 and backoff >= 0):
             raise ValueError(
@@ -294,51 +301,51 @@ class ChatJudge:
                     entry = json.loads(line)
                     self.answers[entry["key"]] = entry["answer"]
                 except (ValueError, KeyError, TypeError):
-                    continue  # a line that was being written when the run was killed
+                    continue  # an incomplete line of a run that was killed
 
     def judge(
         self, prompts: Sequence[Prompt], completions: Sequence[Sequence[str]], shuffle_order: bool = True
     ) -> list[float]:
         """
-        Say which of two completions is better; [`head_to_head`] asks in both orders.
+        Decide which of two completions is better. [`head_to_head`] asks in both orders.
 
         Args:
             prompts (sequence of `str` or `list[dict]`):
                 N prompts.
             completions (sequence of sequences of `str`):
-                Two completions of each. Where they are the same, it is a tie without a question.
+                Two completions of each. Equal ones are a tie without a request.
             shuffle_order (`bool`, *optional*, defaults to `True`):
-                Whether to show about half of the pairs the other way round, always the same ones.
+                Whether to swap the completions in about half of the questions, always the same ones.
 
         Returns:
-            `list[float]`: 0 or 1, the index of the better one; 0.5 for a tie; -1 where the answer has no verdict.
+            `list[float]`: index of the better completion, 0 or 1; 0.5 for a tie; -1 where the answer has no verdict.
 
         Raises:
             `ValueError`: when there are not two completions for each prompt, or the endpoint refuses a request.
-            `ConnectionError`: when it does not answer. What it did answer is kept.
+            `ConnectionError`: when the endpoint does not answer. Earlier answers are kept.
         """
         if len(prompts) != len(completions) or any(len(pair) != 2 for pair in completions):
             raise ValueError(
                 "A pairwise judge takes two completions for each prompt. Got "
                 f"{len(prompts)} prompts and {[len(pair) for pair in completions][:8]} completions; give two for each."
             )
-        shown, requests = [], {}  # one request for the same pair
+        asked: list[tuple[str | None, bool]] = []  # key of the request, and whether the completions are swapped
+        requests: dict[str, dict] = {}  # by key, so that equal questions are one request
         for prompt, pair in zip(prompts, completions, strict=True):
             is_swapped = shuffle_order and hashlib.sha256(repr((prompt, list(pair))).encode()).digest()[0] % 2 == 1
             if pair[0] == pair[1]:
-                shown.append((None, is_swapped))
+                asked.append((None, is_swapped))
                 continue
-            payload = self._payload(prompt, *(pair[::-1] if is_swapped else pair))
+            first, second = pair[::-1] if is_swapped else pair
+            payload = self._payload(prompt, first, second)
             key = hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
-            shown.append((key, is_swapped))
+            asked.append((key, is_swapped))
             if key not in self.answers:
                 requests[key] = payload
         self._ask_all(requests)
-        verdicts = []
-        for key, is_swapped in shown:
-            verdict = 0.5 if key is None else parse_verdict(self.answers[key])
-            verdicts.append(1 - verdict if is_swapped and verdict >= 0 else verdict)
-        return verdicts
+        verdicts = [0.5 if key is None else parse_verdict(self.answers[key]) for key, _ in asked]
+        swapped = [is_swapped for _, is_swapped in asked]
+        return [1 - x if is_swapped and x >= 0 else x for x, is_swapped in zip(verdicts, swapped, strict=True)]
 
     def _payload(self, prompt: Prompt, first: str, second: str) -> dict:
         if not isinstance(prompt, str):
@@ -359,7 +366,7 @@ class ChatJudge:
             try:
                 for future in as_completed(futures):
                     future.result()
-            except BaseException:  # also an interrupt: what is under way is paid for, and is waited for
+            except BaseException:  # also an interrupt: wait for pending requests, which are paid for
                 stop.set()
                 executor.shutdown(wait=True, cancel_futures=True)
                 raise
@@ -375,11 +382,11 @@ class ChatJudge:
                     urllib.request.Request(self.url, data=body, headers=self.headers), timeout=self.timeout
                 ) as response:
                     reply = json.load(response)
-                answer = reply["choices"][0]["message"]["content"] or ""  # none where the model ran out of tokens
+                answer = reply["choices"][0]["message"]["content"] or ""  # null where the model ran out of tokens
                 break
             except urllib.error.HTTPError as error:
                 reason = f"{error.code}: {error.read(500).decode(errors='replace')}"
-                if error.code < 500 and error.code not in WORTH_A_RETRY:
+                if error.code < 500 and error.code not in RETRIED_STATUSES:
                     stop.set()
                     raise ValueError(
                         f"{self.url} must accept the request. Got {reason}; check the model's name, the key and "
@@ -389,11 +396,11 @@ class ChatJudge:
                 if retry_after.isdigit():
                     delay = min(float(retry_after), MAX_DELAY)
             except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
-                reason = f"{type(error).__name__}: {error}"  # away, too slow, cut off, or not what the protocol says
+                reason = f"{type(error).__name__}: {error}"  # unreachable, timed out, interrupted or malformed
             if attempt == self.max_retries or stop.wait(delay):
-                stop.set()  # before another request is taken up
+                stop.set()  # before another request starts
                 raise ConnectionError(
-                    f"{self.url} must answer. Got {reason} in {attempt + 1} attempts; see to the endpoint and run "
+                    f"{self.url} must answer. Got {reason} in {attempt + 1} attempts; check the endpoint and run "
                     "again. Answers so far are kept" + (f" in {self.cache_file}." if self.cache_file else ".")
                 )
         with self._lock:
@@ -401,17 +408,22 @@ class ChatJudge:
             self.num_answered += 1
             if self.cache_file is not None:
                 entry = {"key": key, "answer": answer, "usage": reply.get("usage"), "request": payload}
-                with open(self.cache_file, "ab+") as file:
-                    if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
-                        file.write(b"\n")  # after a line that was cut off
-                    file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
-                    file.flush()
-                    os.fsync(file.fileno())
+                _append_line(self.cache_file, json.dumps(entry, ensure_ascii=False).encode())
+
+
+def _append_line(path: Path, line: bytes) -> None:
+    """Append a line to a file and flush it to the disk. An incomplete last line is ended first."""
+    with open(path, "ab+") as file:
+        if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+            file.write(b"\n")
+        file.write(line + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def parse_verdict(answer: str) -> float:
     """
-    The verdict at the end of a judge's answer: 0 for A, 1 for B, 0.5 for a tie, -1 for none.
+    Read the verdict at the end of a judge's answer: 0 for A, 1 for B, 0.5 for a tie, -1 for none.
 
     Examples:
 

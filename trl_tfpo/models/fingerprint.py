@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""A hash of a model: other weights, another fingerprint."""
+"""Fingerprint of a model: a hash of its configuration and weights."""
 
 import torch
 from accelerate import PartialState
@@ -11,12 +11,10 @@ from transformers import PreTrainedModel
 
 def model_fingerprint(model: PreTrainedModel) -> str:
     """
-    Hash of the model's configuration and weights: other weights, another fingerprint.
-
-    Where there are several processes, each of them has to ask.
+    Hash the configuration and the weights of a model. With several processes, all of them must call it.
 
     Raises:
-        `ValueError`: when the processes hold different weights.
+        `ValueError`: if the processes hold different weights.
     """
     hasher = Hasher()
     hasher.update(model.config.to_json_string())
@@ -28,8 +26,8 @@ def model_fingerprint(model: PreTrainedModel) -> str:
         fingerprints = gather_object([fingerprint])
         if len(set(fingerprints)) > 1:
             raise ValueError(
-                f"Every process must hold the same weights, as each scores its share of a dataset. Got {fingerprints} of "
-                f"a {type(model).__name__}; pass its name or path, or load it with "
+                "All processes must hold the same weights, because each scores a share of the dataset. Got the "
+                f"fingerprints {fingerprints} of a {type(model).__name__}; pass its name or path, or load it with "
                 "`fsdp_cpu_ram_efficient_loading: false` and the same seed."
             )
     return fingerprint

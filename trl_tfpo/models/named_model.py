@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""A model by name: what it is can be told without its weights, and these are loaded when they are first read."""
+"""Models given by name: config and shapes are known without weights, which are loaded when they are first used."""
 
 import gc
 import os
 import reprlib
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -27,25 +28,25 @@ from ..common._upstream import default_dtype, load_model, unsharded
 from .fingerprint import model_fingerprint
 
 
-SOURCE = ("revision", "cache_dir", "subfolder", "token")  # keyword arguments that say where files are
+SOURCE = ("revision", "cache_dir", "subfolder", "token")  # keyword arguments that locate files
 
 
 class NamedModel:
     """
-    A frozen language model that may not have to be loaded: a dataset it has already annotated needs nothing of it.
+    Frozen language model that is loaded only when it is used. Scores from the cache need no weights.
 
     Args:
         name (`str`):
             Hub id or folder.
         init_kwargs:
-            Keyword arguments of `from_pretrained`, such as `quantization_config`. A `dtype` of `"auto"` is that of the
+            Keyword arguments of `from_pretrained`, such as `quantization_config`. `dtype="auto"` is the dtype of the
             checkpoint, or float32 on a CPU without bfloat16 instructions.
 
     Raises:
-        `ValueError`: when a path is meant, and there is no folder.
+        `ValueError`: if the name is a path, and there is no folder.
     """
 
-    def __init__(self, name: str, **init_kwargs):
+    def __init__(self, name: str, **init_kwargs: Any) -> None:
         check_there(name)
         if init_kwargs.get("dtype") == "auto" and "quantization_config" not in init_kwargs:
             init_kwargs["dtype"] = default_dtype()
@@ -56,7 +57,7 @@ class NamedModel:
         return f"{type(self).__name__}({self.name!r})"
 
     @property
-    def _source(self) -> dict:
+    def _source(self) -> dict[str, Any]:
         return {key: self.init_kwargs[key] for key in SOURCE if key in self.init_kwargs}
 
     @cached_property
@@ -69,7 +70,7 @@ class NamedModel:
             outline = model_without_weights(
                 config, "auto", trust_remote_code=self.init_kwargs.get("trust_remote_code", False)
             )
-        except ValueError:  # of a class that is not found by its config
+        except ValueError:  # the class cannot be found by the config
             return self.loaded
         try:
             outline.generation_config = GenerationConfig.from_pretrained(self.name, **self._source)
@@ -79,7 +80,7 @@ class NamedModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it is loaded in, told without loading it."""
+        """Dtype of the weights, without loading them."""
         if "loaded" in vars(self):
             return self.loaded.dtype
         dtype = self.init_kwargs.get("dtype", torch.float32)
@@ -89,11 +90,11 @@ class NamedModel:
 
     @cached_property
     def loaded(self) -> PreTrainedModel:
-        """The model itself, whole in each process."""
+        """The model with its weights, whole in each process."""
         return load_model(self.name, **self.init_kwargs)
 
     def let_go(self) -> None:
-        """Free the memory of the weights; they are loaded again when they are read again."""
+        """Free the memory of the weights. They are loaded again when they are used again."""
         self.__dict__.pop("loaded", None)
         gc.collect()
         if torch.accelerator.is_available():
@@ -102,15 +103,17 @@ class NamedModel:
     @cached_property
     def fingerprint(self) -> str:
         """
-        Hash of where the weights come from, and how they are loaded: a commit of the Hub, or the names, sizes and times
-        of the files in a folder. Where there are several processes, each of them has to ask.
+        Hash of the source of the weights and of the keyword arguments.
+
+        The source is a commit of the Hub, or the names, sizes and times of the files in a folder. With several
+        processes, all of them must call it.
 
         Raises:
-            `ValueError`: when the processes find different files.
+            `ValueError`: if the processes find different files.
         """
         commit = extract_commit_hash(cached_file(self.name, CONFIG_NAME, **self._source), None)
         files = [(file.name, file.stat()) for file in sorted(Path(self.name).glob("*.safetensors"))]
-        if not commit and not files:  # in another format
+        if not commit and not files:  # the weights are in another format
             return model_fingerprint(self.loaded)
         how = {key: str(value) for key, value in self.init_kwargs.items() if key != "device_map"}
         found = (self.outline.config.to_json_string(), how, commit or [(name, stat.st_size) for name, stat in files])
@@ -120,22 +123,24 @@ class NamedModel:
             everywhere = gather_object(everywhere)
             if any(other != found for other, _ in everywhere):
                 raise ValueError(
-                    f"Every process must load the same weights, as each scores its share of a dataset. Got {self.name!r} "
-                    "with other files on some; copy the folder anew."
+                    "All processes must load the same weights, because each scores a share of the dataset. Got "
+                    f"{self.name!r} with different files in some processes; copy the folder again."
                 )
-        return Hasher.hash(everywhere[0])  # a copy on another machine has other times
+        return Hasher.hash(everywhere[0])  # other machines have other times
 
 
-def check_there(name: str | os.PathLike) -> None:
-    """Raise `ValueError` when what should name a model on the Hub, or its folder, is a path to no folder."""
+def check_there(name: str | os.PathLike[str]) -> None:
+    """Raise `ValueError` if a name is a path, and there is no folder."""
     text = os.fspath(name) if isinstance(name, (str, os.PathLike)) else ""
     is_path = text.startswith((".", "/", "~")) or text.count("/") > 1 or os.path.isfile(text) or not text
     if is_path and not os.path.isdir(text):
-        raise ValueError(f"A model must be a Hub name or a folder. Got {name!r}, which is not there; check the path.")
+        raise ValueError(
+            f"A model must be a Hub name or a folder. Got {name!r}, which does not exist; check the path."
+        )
 
 
 def outline_of(model: PreTrainedModel | NamedModel) -> PreTrainedModel:
-    """The model, or one of the same config and shapes without its weights."""
+    """Return the model, or its outline without weights if it is given by name."""
     return model.outline if isinstance(model, NamedModel) else model
 
 
@@ -143,31 +148,31 @@ def resolve_model(
     model: str | PreTrainedModel | NamedModel,
     name: str,
     quantization_config: BitsAndBytesConfig | None = None,
-    **init_kwargs,
+    **init_kwargs: Any,
 ) -> PreTrainedModel | NamedModel:
     """
-    A model given by name or path, not loaded yet; a model as it is.
+    Return a [`NamedModel`] for a name or path, and a loaded model unchanged.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]):
             The model.
         name (`str`):
-            What a message calls it.
+            Name of the argument, for messages.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
-            For a model given by name.
+            Quantization of a model given by name.
         init_kwargs:
-            Keyword arguments of `from_pretrained`, likewise.
+            Keyword arguments of `from_pretrained` for a model given by name.
 
     Returns:
         [`~transformers.PreTrainedModel`] or [`NamedModel`]
 
     Raises:
-        `ValueError`: when it is neither, or a model that is loaded already is to be quantized.
+        `ValueError`: if the argument is neither, or if a loaded model comes with a quantization config.
     """
     if not isinstance(model, (str, torch.nn.Module, NamedModel)):
         raise ValueError(
             f"`{name}` must be a causal language model, or its name or path. Got {reprlib.repr(model)}; load one with "
-            "`AutoModelForCausalLM.from_pretrained`, or pass what you would load."
+            "`AutoModelForCausalLM.from_pretrained`, or pass its name."
         )
     if isinstance(model, str):
         if quantization_config is not None:
@@ -176,7 +181,7 @@ def resolve_model(
     if quantization_config is not None:
         raise ValueError(
             f"A quantization config applies to a `{name}` given by name or path. Got a loaded {type(model).__name__}; "
-            "quantize it when you load it."
+            "load it with the quantization config."
         )
     return model
 
@@ -184,7 +189,7 @@ def resolve_model(
 def model_without_weights(
     config: PreTrainedConfig, dtype: str | torch.dtype | None, *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The model that a config describes, on the meta device. Its attention is SDPA, whatever will be used."""
+    """Build the model of a config on the meta device. Its attention is SDPA."""
     if dtype in ("auto", None):
         dtype = config.get_text_config().dtype or torch.float32
     if isinstance(dtype, str):

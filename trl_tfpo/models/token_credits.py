@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Token credits: what each token of the vocabulary is worth to a doctor, whatever its context.
+Token credits: a reward for each token of the vocabulary that does not depend on its context.
 
-A doctor that was trained on calibrated rewards (`calibration.py`) keeps their credits in its folder. Their sum is the reward of
-a whole completion. So completions that were generated under guidance can be ranked without another model, and the best of
-several can be kept.
+The folder of a doctor that was trained on calibrated rewards (`training/calibration.py`) has their credits. The sum of
+the credits of its tokens is the reward of a completion, so guided completions can be ranked without another model.
 """
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,15 +22,15 @@ CREDITS_FILE = "token_credits.safetensors"
 SOURCE = ("subfolder", "revision", "token", "cache_dir", "local_files_only")
 
 
-def save_credits(credits: torch.Tensor | None, folder: str | os.PathLike) -> None:
+def save_credits(credits: torch.Tensor | None, folder: str | os.PathLike[str]) -> None:
     """
-    Write the credits of a doctor into its folder, or remove those of another that was saved there before.
+    Save the credits of a doctor in its folder. Without credits, delete those of a doctor that was saved there before.
 
     Args:
         credits (`torch.Tensor` of shape `(V,)`, *optional*):
-            In nats of the doctor's own log-probabilities. `None` for a doctor without credits.
+            Credits in nats of the doctor's log-probabilities. `None` for a doctor without credits.
         folder (`str` or `os.PathLike`):
-            Where the doctor is saved.
+            Folder of the doctor.
     """
     if credits is None:
         (Path(folder) / CREDITS_FILE).unlink(missing_ok=True)
@@ -39,38 +39,39 @@ def save_credits(credits: torch.Tensor | None, folder: str | os.PathLike) -> Non
         save_file({"credits": credits.detach().float().cpu().contiguous()}, part)
 
 
-def load_credits(path: str | os.PathLike, **kwargs) -> torch.Tensor | None:
+def load_credits(path: str | os.PathLike[str], **kwargs: Any) -> torch.Tensor | None:
     """
-    The credits `(V,)` of the doctor in a folder or on the Hub; None where there are none.
+    Load the credits `(V,)` of a doctor in a folder or on the Hub, or return `None` if it has none.
 
     Args:
         path (`str` or `os.PathLike`):
             Folder or name.
         **kwargs:
-            Of `from_pretrained` of the doctor. Those that say where its files are count, such as `subfolder` and `revision`.
+            Keyword arguments of `from_pretrained` of the doctor. Those that locate files are used, such as `subfolder`
+            and `revision`.
     """
     source = {name: kwargs[name] for name in SOURCE if name in kwargs}
     file = cached_file(path, CREDITS_FILE, _raise_exceptions_for_missing_entries=False, **source)
     return None if file is None else load_file(file)["credits"]
 
 
-def credited_rewards(credits: torch.Tensor, completion_ids: torch.LongTensor, mask: torch.BoolTensor) -> torch.Tensor:
+def credited_rewards(credits: torch.Tensor, completion_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """
-    Rewards of whole completions: the sum of the credits of their tokens.
+    Sum the credits of the tokens of each completion.
 
     Args:
         credits (`torch.Tensor` of shape `(V,)`):
-            Credit of each token.
+            Credit of each token of the vocabulary.
         completion_ids (`torch.LongTensor` of shape `(B, T)`):
-            Completions.
+            Token ids of the completions.
         mask (`torch.BoolTensor` of shape `(B, T)`):
-            Which tokens count.
+            Whether each token counts.
 
     Returns:
         `torch.Tensor` of shape `(B,)`
 
     Raises:
-        `ValueError`: on ids for which there are no credits.
+        `ValueError`: if an id has no credit.
 
     Examples:
 
@@ -86,7 +87,7 @@ def credited_rewards(credits: torch.Tensor, completion_ids: torch.LongTensor, ma
     ids = completion_ids.masked_fill(~mask, 0)
     if ids.numel() and not 0 <= ids.min() <= ids.max() < len(credits):
         raise ValueError(
-            f"Completions must consist of tokens that have credits, 0 to {len(credits) - 1}. Got {ids.min()} to {ids.max()}; "
-            "take a doctor with the patient's tokenizer."
+            f"Completions must consist of tokens with credits, 0 to {len(credits) - 1}. Got {ids.min()} to "
+            f"{ids.max()}; use a doctor with the patient's tokenizer."
         )
     return credits.to(ids.device)[ids].masked_fill(~mask, 0).sum(dim=1)

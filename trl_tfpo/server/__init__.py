@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-An OpenAI-compatible server: one patient, some doctors, and for every request its own weights.
+An OpenAI-compatible server: one patient, several doctors, and exponents for each request.
 
-`Engine` decodes what many clients ask for in one batch; `make_app` puts it behind HTTP. `trl-tfpo serve` runs both.
+[`Engine`] decodes the completions of many clients in one batch; [`make_app`] puts it behind HTTP. `trl-tfpo serve`
+runs both.
 """
 
 from .app import make_app
-from .engine import Engine, Generation, Limits
+from .engine import Engine, Limits
+from .sampling import Event, Generation, TokenScore
 
 
-__all__ = ["Engine", "Generation", "Limits", "make_app"]
+__all__ = ["Engine", "Event", "Generation", "Limits", "TokenScore", "make_app"]

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-A page to play with: a slider for each doctor, the patient with and without them side by side, what each token owes to
-them, and, in the controlled world, where that is on the frontier of reward and KL.
+The playground: a web page with a slider for each doctor.
+
+It shows the patient's answer with and without the doctors, and what they changed in each token. In the controlled
+world it also shows reward and KL next to the best that any policy can reach.
 """
 
 import html
 import io
 import os
 import queue
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,34 +20,38 @@ import gradio as gr
 import torch
 
 from ..common.atomic import written_whole
+from ..common.language_model import LanguageModel
 from ..data.token_map import TokenMap
 from ..data.tokenization import tokenize_prompt
 from ..decoding.logits_processor import DoctorGuidedLogitsProcessor
 from ..evaluation import evaluate_guidance
+from ..evaluation.guidance import GuidanceResult
 from ..models.doctor import load_doctor
 from ..testbed import World, load_world, reward_kl_frontier
 from ..testbed.language import MAX_NEW_TOKENS
 from ..training.config import TFPOConfig
 from ..training.trainer import TFPOTrainer
-from .engine import Engine, Generation, Limits
+from .engine import Engine, Limits
+from .sampling import Event, Generation
 
 
-NUM_FRONTIER_SAMPLES = 100  # of the patient, for each test prompt
-NUM_DOT_SAMPLES = 10
+NUM_FRONTIER_SAMPLES = 100  # of the patient for each test prompt
+NUM_DOT_SAMPLES = 10  # of the guided policy for each test prompt
+Piece = tuple[str, float]  # a text, and how much likelier guidance made it, in nats
 
 
 def train_world_doctors(cache_dir: str | os.PathLike, *, max_steps: int = 200) -> dict[str, Path]:
     """
-    A doctor for each attribute of the controlled world, trained once and kept; about half a minute each.
+    Train a doctor for each attribute of the controlled world, unless the folder has it. Each takes half a minute.
 
     Args:
         cache_dir (`str` or `os.PathLike`):
-            Folder that holds them, each written whole or not at all.
+            Folder of the doctors. Each is written atomically.
         max_steps (`int`, *optional*, defaults to `200`):
             Optimizer steps of 16 pairs.
 
     Returns:
-        `dict[str, Path]`: a folder for each attribute.
+        `dict[str, Path]`: folder of each doctor, by attribute.
     """
     world, folders = load_world(), {}
     for name, attribute in world.attributes.items():
@@ -78,12 +85,11 @@ def train_world_doctors(cache_dir: str | os.PathLike, *, max_steps: int = 200) -
 
 
 class Frontiers:
-    """Where a setting of the sliders is, between the patient and the best that any policy can do."""
+    """Reward and KL of guided policies in the controlled world, and the frontier: the best reward at each KL."""
 
-    def __init__(self, world: World, doctors: Mapping):
+    def __init__(self, world: World, doctors: Mapping[str, LanguageModel]):
         self.world, self.doctors = world, doctors
-        patient = self._measure(None, NUM_FRONTIER_SAMPLES)
-        texts = [completion.text for completion in patient["completions"]]
+        texts = [completion.text for completion in self._measure(None, NUM_FRONTIER_SAMPLES)["completions"]]
         num_prompts = len(world.prompts("test"))
         self.frontiers = {
             name: reward_kl_frontier(
@@ -92,7 +98,7 @@ class Frontiers:
             for name in doctors
         }
 
-    def _measure(self, guide: DoctorGuidedLogitsProcessor | None, num_samples: int) -> dict:
+    def _measure(self, guide: DoctorGuidedLogitsProcessor | None, num_samples: int) -> GuidanceResult:
         return evaluate_guidance(
             self.world.patient,
             self.world.tokenizer,
@@ -106,7 +112,7 @@ class Frontiers:
 
     @lru_cache(maxsize=256)  # noqa: B019
     def dot(self, weights: tuple[float, ...]) -> tuple[float, dict[str, float]]:
-        """KL from the patient in nats, and the mean reward of each attribute, of a few samples."""
+        """Measure the KL from the patient in nats, and the mean reward of each attribute, by a few samples."""
         guide = DoctorGuidedLogitsProcessor(list(self.doctors.values()), beta=list(weights)) if any(weights) else None
         result = self._measure(guide, NUM_DOT_SAMPLES)
         texts = [completion.text for completion in result["completions"]]
@@ -114,7 +120,7 @@ class Frontiers:
         return result["kl"], rewards
 
     def picture(self, weights: tuple[float, ...]) -> str:
-        """SVG of the frontier of each attribute, with a dot for the setting."""
+        """Plot the frontier of each attribute, and the guided policy as a dot. Returns SVG."""
         from matplotlib.figure import Figure
 
         kl, rewards = self.dot(weights)
@@ -135,78 +141,41 @@ def make_playground(
     engine: Engine, *, example_prompts: list[str], frontiers: Frontiers | None = None, max_new_tokens: int = 256
 ) -> gr.Blocks:
     """
-    The page.
+    Make the page.
 
     Args:
         engine ([`~trl_tfpo.server.Engine`]):
-            Patient and doctors.
+            Decodes the answers.
         example_prompts (`list[str]`):
-            What to ask; the first is there at the start.
+            Prompts to choose from. The first is answered at the start.
         frontiers ([`Frontiers`], *optional*):
-            For the picture, where there is an oracle.
+            Measures reward and KL for the plot. By default there is none.
         max_new_tokens (`int`, *optional*, defaults to `256`):
-            Longest answer.
+            Maximum length of an answer, in tokens.
 
     Returns:
-        `gradio.Blocks`: to be launched.
+        `gradio.Blocks`: the page, for [`launch`].
     """
 
     def answers(prompt: str, seed: float, *weights: float) -> Iterator[tuple[str, str]]:
-        """Both answers so far, as HTML."""
-        is_chat = engine.processing_class.chat_template is not None
-        asked = [{"role": "user", "content": prompt}] if is_chat else prompt
-        ids = tokenize_prompt(asked, engine.processing_class)
-        given = [dict.fromkeys(engine.names, 0.0), dict(zip(engine.names, weights, strict=True))]
-        events: queue.Queue = queue.Queue()
-        generations = [
-            Generation(
-                list(ids),
-                lambda event, side=side: events.put((side, event)),
-                alpha=1.0 if side == 0 else None,
-                weights=weights,
-                max_new_tokens=max_new_tokens,
-                seed=int(seed),
-                with_patient=True,
-            )
-            for side, weights in enumerate(given)
-        ]
-        pieces, num_open = [[], []], 2
-        try:
-            for generation in generations:
-                try:
-                    engine.submit(generation)
-                except (ValueError, OverflowError) as error:
-                    yield "", f"<p>{html.escape(str(error))}</p>"
-                    return
-            while num_open:
-                side, event = events.get()
-                num_open -= "finish_reason" in event
-                if event.get("text"):
-                    shift = sum(token["logp"] - token["patient_logp"] for token in event["tokens"])
-                    pieces[side].append((event["text"], shift if side else 0.0))
-                    yield tuple(map(_as_html, pieces))
-        finally:
-            for generation in generations:
-                generation.is_cancelled = True
+        yield from stream_answers(engine, prompt, int(seed), weights, max_new_tokens)
 
     def picture(*weights: float) -> str:
         return frontiers.picture(tuple(round(weight, 2) for weight in weights)) if frontiers else ""
 
+    largest = round(1 / len(engine.names), 2) if engine.language_models else 1.0
     with gr.Blocks(title="trl-tfpo", analytics_enabled=False) as page:
-        gr.Markdown("# One patient, your weights\nMove a slider: the answer changes, the patient does not.")
+        gr.Markdown("# One patient, several doctors\nMove a slider to change the strength of a doctor.")
         with gr.Row():
             with gr.Column(scale=2):
                 prompt = gr.Dropdown(
                     example_prompts, value=example_prompts[0], label="Prompt", allow_custom_value=True
                 )
             seed = gr.Number(0, label="Seed", precision=0, minimum=0)
-        largest = 1.0 if all(engine.is_product) else round(1 / len(engine.names), 2)
         with gr.Row():
             sliders = [
-                gr.Slider(
-                    0, largest, value=round(min(engine.default_weights[name], largest) / 2, 2), step=0.01, label=name
-                )
-                for name in engine.names
+                gr.Slider(0, largest, value=round(min(default, largest) / 2, 2), step=0.01, label=name)
+                for name, default in engine.default_weights.items()
             ]
         with gr.Row():
             with gr.Column():
@@ -225,29 +194,77 @@ def make_playground(
     return page
 
 
-def _as_html(pieces: list[tuple[str, float]]) -> str:
-    """Pieces of a text, colored by how much likelier guidance made each."""
+def stream_answers(
+    engine: Engine, prompt: str, seed: int, weights: Sequence[float], max_new_tokens: int
+) -> Iterator[tuple[str, str]]:
+    """
+    Answer a prompt without and with doctors, whose exponents are `weights`.
+
+    Yields:
+        `tuple[str, str]`: both answers so far, as HTML. An error of the engine takes the place of the second.
+    """
+    is_chat = engine.processing_class.chat_template is not None
+    ids = tokenize_prompt([{"role": "user", "content": prompt}] if is_chat else prompt, engine.processing_class)
+    events: queue.Queue[tuple[int, Event]] = queue.Queue()
+
+    def listener(side: int) -> Callable[[Event], None]:
+        return lambda event: events.put((side, event))
+
+    alone = Generation(
+        ids,
+        listener(0),
+        alpha=1.0,
+        weights=dict.fromkeys(engine.names, 0.0),
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        with_patient=True,
+    )
+    weights_by_name = dict(zip(engine.names, weights, strict=True))
+    generations = [alone, replace(alone, on_event=listener(1), alpha=None, weights=weights_by_name)]
+    pieces: tuple[list[Piece], list[Piece]] = ([], [])
+    num_open = 2
+    try:
+        for generation in generations:
+            try:
+                engine.submit(generation)
+            except (ValueError, OverflowError) as error:
+                yield "", f"<p>{html.escape(str(error))}</p>"
+                return
+        while num_open:
+            side, event = events.get()
+            num_open -= "finish_reason" in event
+            if event.get("text"):
+                shift = sum((token["logp"] or 0.0) - token["patient_logp"] for token in event["tokens"])
+                pieces[side].append((event["text"], shift if side else 0.0))
+                yield _as_html(pieces[0]), _as_html(pieces[1])
+    finally:
+        for generation in generations:
+            generation.is_cancelled = True
+
+
+def _as_html(pieces: Sequence[Piece]) -> str:
+    """Color the pieces of a text by how much likelier guidance made each."""
     texts, shifts = [text for text, _ in pieces], [shift for _, shift in pieces]
     notes = [f"{shift:+.2f} nats" for shift in shifts]
-    shown = TokenMap([("", texts, shifts, notes)], "⁺ likelier under guidance, ⁻ less likely" if any(shifts) else "")
-    return shown._repr_html_()
+    caption = "⁺ likelier under guidance, ⁻ less likely" if any(shifts) else ""
+    return TokenMap([("", texts, shifts, notes)], caption)._repr_html_()
 
 
 def world_playground(cache_dir: str | os.PathLike, *, max_steps: int = 200) -> gr.Blocks:
-    """The page of the controlled world, with doctors that are trained when they are first needed."""
+    """Make the page of the controlled world. Trains its doctors on the first call."""
     world = load_world()
     folders = train_world_doctors(cache_dir, max_steps=max_steps)
     doctors = {name: load_doctor(folder, with_value_head=False).eval() for name, folder in folders.items()}
     engine = Engine(world.patient, world.tokenizer, doctors, Limits(max_new_tokens=MAX_NEW_TOKENS))
     prompts = [prompt[0]["content"] for prompt in world.prompts("test")]
-    frontiers = Frontiers(  # with models of its own, as the engine's thread may be reading its
+    frontiers = Frontiers(  # with models of its own, as those of the engine are used in its thread
         load_world(), {name: load_doctor(x, with_value_head=False).eval() for name, x in folders.items()}
     )
     return make_playground(engine, example_prompts=prompts, frontiers=frontiers, max_new_tokens=MAX_NEW_TOKENS)
 
 
 def launch(page: gr.Blocks, *, host: str = "127.0.0.1", port: int | None = None) -> str:
-    """Serve the page, with fonts that need no network, and return its address."""
+    """Serve the page, and return its address. Fonts need no network."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     settings = dict(share=False, quiet=True, prevent_thread_lock=True, footer_links=[])

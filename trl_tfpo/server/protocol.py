@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-OpenAI's requests, with `alpha` and `weights`.
+The bodies of requests: those of OpenAI, with `alpha` and `weights`.
 
-A field that is `null` counts as left out. Fields of OpenAI and vLLM that are not supported are accepted with the value that
-changes nothing, and refused by name with any other; so are unknown fields, as ignoring them would mislead.
+A field that is `null` counts as left out. Fields of OpenAI and vLLM that are not supported are accepted with the value
+that changes nothing, and refused with any other. Unknown fields are refused, as clients would take them for applied.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 
 def check_unicode(text: str) -> str:
-    """The text. Raises `ValueError` where it has half of a surrogate pair, which JSON can spell and no tokenizer can read."""
+    """
+    Return the text.
+
+    Raises:
+        `ValueError`: on half of a surrogate pair. JSON can contain it, and no tokenizer reads it.
+    """
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError("must not have lone surrogates; send whole characters")
     return text
@@ -26,28 +31,29 @@ Stops = Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Fie
 Nothing = Annotated[list, Field(max_length=0)]
 NoEntries = Annotated[dict, Field(max_length=0)]
 One = Annotated[float, Field(ge=1, le=1)]
+TemplateValue = bool | int | float | Text | None
 
 
-def _allow_null(schema: dict) -> None:
-    """Say in the schema that what may be left out may be null."""
+def _allow_null(schema: dict[str, Any]) -> None:
+    """Allow null in the schema of every optional field."""
     for name, field in schema["properties"].items():
         if name not in schema.get("required", ()):
             schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
 
 
 class Part(BaseModel):
-    """A request, or a part of it: unknown fields are refused, null is nothing."""
+    """A request, or a part of one. Unknown fields are refused, and nulls are left out."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, json_schema_extra=_allow_null)
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, value: Any) -> Any:
+    def _leave_out_nulls(cls, value: object) -> object:
         return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 
 
 class Neutral(Part):
-    """Fields that are not supported, with the values that change nothing."""
+    """Fields that are not supported, with the only values that are accepted."""
 
     store: Literal[False] = False
     metadata: NoEntries = {}
@@ -63,13 +69,13 @@ class Neutral(Part):
 
 
 class TextFormat(Part):
-    """The only format of an answer."""
+    """The only supported format of an answer."""
 
     type: Literal["text"]
 
 
 class NeutralChat(Neutral):
-    """The same, of chat completions alone."""
+    """Unsupported fields of chat completions."""
 
     tools: Nothing = []
     tool_choice: Literal["none", "auto"] = "none"
@@ -82,13 +88,13 @@ class NeutralChat(Neutral):
 
 
 class NeutralText(Neutral):
-    """The same, of completions alone."""
+    """Unsupported fields of completions."""
 
     suffix: Literal[""] = ""
 
 
 class NeutralMessage(Part):
-    """The same, of a message, as clients echo it."""
+    """Unsupported fields of a message. Clients send them back as they were received."""
 
     annotations: Nothing = []
     tool_calls: Nothing = []
@@ -103,7 +109,7 @@ NOT_SUPPORTED = {
 
 
 class StreamOptions(Part):
-    """What a stream has beside its chunks."""
+    """Options of a stream."""
 
     include_usage: bool = False
     include_obfuscation: Literal[False] = False
@@ -111,7 +117,7 @@ class StreamOptions(Part):
 
 
 class Sampling(Part):
-    """What chat completions and completions have in common."""
+    """Fields of both chat completions and completions."""
 
     model: str
     n: int = Field(default=1, ge=1)
@@ -131,25 +137,25 @@ class Sampling(Part):
     stream_options: StreamOptions | None = None
     alpha: float | None = Field(default=None, ge=-10, le=10)
     weights: dict[str, Annotated[float, Field(ge=-10, le=10)]] = {}
-    # Who asks, for the server's own records, of which there are none
+    # Accepted without an effect, as the server keeps no records
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
     @field_validator("stop", mode="before")
     @classmethod
-    def _one_or_many(cls, value):
+    def _as_list(cls, value: object) -> object:
         return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _check_stream(self):
+    def _check_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise ValueError("`stream_options` is for streams. Got it without `stream`; leave it out")
         return self
 
 
 class TextPart(Part):
-    """A part of a message. Others than texts are refused."""
+    """A part of a message. Only texts are supported."""
 
     type: Literal["text"]
     text: Text
@@ -166,24 +172,24 @@ class Message(NeutralMessage):
     name: Text | None = None
 
     def to_template(self) -> dict[str, str]:
-        """The message as chat templates know it: with one text, and `system` for `developer`, its older name."""
+        """Return the message for a chat template: parts are joined, and the role `developer` becomes `system`."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         message = {"role": "system" if self.role == "developer" else self.role, "content": content}
         return message | ({} if self.name is None else {"name": self.name})
 
 
 class ChatRequest(Sampling, NeutralChat):
-    """Of `/v1/chat/completions`."""
+    """The body of `/v1/chat/completions`."""
 
     messages: list[Message] = Field(min_length=1)
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=20)
-    chat_template_kwargs: dict[str, bool | int | float | Text | None] = {}
+    chat_template_kwargs: dict[str, TemplateValue] = {}
 
     @model_validator(mode="after")
-    def _check_logprobs(self):
+    def _check_logprobs(self) -> Self:
         if self.top_logprobs and not self.logprobs:
             raise ValueError(
                 f"`top_logprobs` needs `logprobs`. Got {self.top_logprobs} without; pass `logprobs: true`"
@@ -191,14 +197,16 @@ class ChatRequest(Sampling, NeutralChat):
         return self
 
 
-def _kind_of_prompt(value: Any) -> str:
-    first = value[0] if isinstance(value, list) and value else None
-    many = "lists of ids" if isinstance(first, list) else "ids" if isinstance(first, int) else "texts"
-    return many if isinstance(value, list) else "text"
+def _kind_of_prompt(value: object) -> str:
+    """Return the tag of the type of a prompt, so that an error is about that type alone."""
+    if not isinstance(value, list):
+        return "text"
+    first = value[0] if value else None
+    return "lists of ids" if isinstance(first, list) else "ids" if isinstance(first, int) else "texts"
 
 
 class TextRequest(Sampling, NeutralText):
-    """Of `/v1/completions`."""
+    """The body of `/v1/completions`."""
 
     prompt: Annotated[
         Annotated[Text, Tag("text")]
@@ -212,13 +220,15 @@ class TextRequest(Sampling, NeutralText):
     echo: bool = False
 
     @model_validator(mode="after")
-    def _check_length(self):
+    def _check_length(self) -> Self:
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("`max_tokens` must be at least 1 without `echo`. Got 0, which leaves nothing to answer")
         return self
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """Texts, or token ids, one for each prompt."""
-        is_one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
-        return [self.prompt] if is_one else self.prompt
+        """Return the prompts as a list, each a text or token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        ids = [x for x in self.prompt if isinstance(x, int)]
+        return [ids] if ids else [x for x in self.prompt if not isinstance(x, int)]

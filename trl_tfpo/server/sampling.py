@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-A completion to be made, and how its next token is chosen.
+Requested completions, their settings, and the choice of each next token.
 
-Shapes: V vocabulary. The order is that of `generate`: `logit_bias` and penalties change the logits of the patient, guidance
-comes next, then temperature, `top_k`, `top_p` and `min_p`.
+Shapes: V vocabulary. The order of steps is that of `generate`: `logit_bias` and penalties change the patient's logits;
+then come guidance, temperature, `top_k`, `top_p` and `min_p`.
 """
 
 import math
@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NotRequired, TypedDict
 
 import torch
 from transformers.generation import (
@@ -25,53 +26,92 @@ from transformers.generation import (
 BAN = -100.0  # a bias of this or less rules a token out, as in OpenAI's interface
 
 
+class TokenScore(TypedDict):
+    """
+    A token and its log-probability under the guided policy.
+
+    Log-probabilities are in nats, before `logit_bias`, penalties, temperature and truncation.
+
+    Keys:
+        id (`int`):
+            The token.
+        logp (`float` or `None`):
+            Its log-probability; `None` for the first token of a prompt.
+        top (`list[tuple[int, float]]`):
+            The likeliest tokens and their log-probabilities.
+        patient_logp (`float`):
+            Its log-probability under the patient alone. Present for new tokens if `with_patient`.
+    """
+
+    id: int
+    logp: float | None
+    top: list[tuple[int, float]]
+    patient_logp: NotRequired[float]
+
+
+class Event(TypedDict, total=False):
+    """
+    A report on a [`Generation`]. Each event has one of three sets of keys.
+
+    Keys:
+        prompt (`list[TokenScore]`):
+            The tokens of the prompt. Sent once, first, if `with_prompt`.
+        text (`str`), tokens (`list[TokenScore]`):
+            A piece of the completion, and the tokens sampled since the last piece, EOS included.
+        finish_reason (`str`), num_tokens (`int`):
+            The end: `"stop"`, `"length"`, `"timeout"`, `"cancelled"` or `"error"`; and the length of the completion.
+    """
+
+    prompt: list[TokenScore]
+    text: str
+    tokens: list[TokenScore]
+    finish_reason: str
+    num_tokens: int
+
+
 @dataclass
 class Generation:
     """
-    A completion to be made.
+    A requested completion.
 
     Args:
         prompt_ids (`list[int]`):
             Token ids of the prompt.
-        on_event (`Callable[[dict], None]`):
-            Called from the engine's thread. First with `{"prompt"}` if `with_prompt`; then for each piece of text with
-            `{"text", "tokens"}`; at last with `{"finish_reason", "num_tokens"}`: `"stop"`, `"length"`, `"timeout"`,
-            `"cancelled"` or `"error"`. `prompt` and `tokens` are lists with the `id`, `logp` and `top` of each token, EOS
-            included. `logp` is the log-probability in nats under the guided policy, before `logit_bias`, penalties,
-            temperature and truncation; `None` for the first token of a prompt. `top` has the likeliest tokens, as
-            `(id, logp)`.
+        on_event (`Callable[[Event], None]`):
+            Receives the events of the completion, in the engine's thread. See [`Event`].
         alpha (`float`, *optional*):
-            Exponent of the patient; by default what the weights leave to it.
+            Exponent of the patient. Defaults to 1 less the exponents of the doctors that are language models.
         weights (`Mapping[str, float]`, *optional*):
-            Exponent of each doctor, by name; the server's default for those that are not there.
+            Exponents of doctors, by name. Other doctors have the engine's default.
         max_new_tokens (`int`, *optional*, defaults to `256`):
-            Longest completion in tokens. 0 is allowed with `with_prompt`.
+            Maximum length in tokens. 0 is allowed with `with_prompt`.
         temperature (`float`, *optional*, defaults to `1.0`):
-            Divides the log-probabilities of the guided policy; 0 is greedy search.
-        top_p, top_k, min_p (*optional*):
-            Truncation after temperature, as in `generate`; `1.0`, `0` and `0.0` switch them off.
+            Divides the log-probabilities of the guided policy. 0 is greedy search.
+        top_p, top_k, min_p (*optional*, default to `1.0`, `0` and `0.0`):
+            Truncation after temperature, as in `generate`. The defaults switch it off.
         repetition_penalty (`float`, *optional*, defaults to `1.0`):
-            Divides positive logits of the patient for tokens of prompt and completion, multiplies negative ones.
+            Divides positive logits of the patient, and multiplies negative ones, for tokens of prompt and completion.
         presence_penalty, frequency_penalty (`float`, *optional*, defaults to `0.0`):
-            Nats taken from the patient's logit of a token that the completion has: once, and for each time.
+            Nats subtracted from the patient's logits of tokens in the completion: once for each token, and once for
+            each of its occurrences.
         logit_bias (`Mapping[int, float]`, *optional*):
-            Nats added to the patient's logit of a token. -100 or less rules it out.
+            Nats added to the patient's logits, by token id. -100 or less rules the token out.
         stop (`Sequence[str]`, *optional*):
-            Texts at which the completion ends; they are not part of it.
+            Texts that end the completion. They are not part of it.
         seed (`int`, *optional*):
-            Of the samples. By default they differ each time.
+            Seed of the samples. By default they differ each time.
         num_top (`int`, *optional*, defaults to `0`):
-            How many of the likeliest tokens an event has for each token.
+            Number of likeliest tokens reported for each token.
         with_patient (`bool`, *optional*, defaults to `False`):
-            Whether events have the `patient_logp` of each new token, too.
+            Whether to report `patient_logp` for each new token.
         with_prompt (`bool`, *optional*, defaults to `False`):
-            Whether the tokens of the prompt are scored, too.
+            Whether to score the tokens of the prompt.
         continues_prompt (`bool`, *optional*, defaults to `False`):
-            Whether the text goes on from that of the prompt, with the space between them, or begins anew.
+            Whether the text continues that of the prompt, including the space between them, or begins anew.
     """
 
     prompt_ids: list[int]
-    on_event: Callable[[dict], None]
+    on_event: Callable[[Event], None]
     alpha: float | None = None
     weights: Mapping[str, float] = field(default_factory=dict)
     max_new_tokens: int = 256
@@ -94,7 +134,7 @@ class Generation:
 
     @property
     def changes_patient(self) -> bool:
-        """Whether anything acts on the logits of the patient, before guidance."""
+        """Whether a bias or penalty changes the patient's logits."""
         return bool(self.logit_bias or self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
 
     def check(self, vocab_size: int) -> None:
@@ -103,8 +143,8 @@ class Generation:
         fewest = 0 if self.with_prompt else 1
         if not (0 <= sampling[0] < math.inf and 0 < sampling[1] <= 1 and sampling[2] >= fewest and sampling[3] >= 0):
             raise ValueError(
-                f"`temperature` must be at least 0, `top_p` in (0, 1], `max_new_tokens` at least {fewest} and `num_top` "
-                f"at least 0. Got {sampling}; leave them out for the defaults."
+                f"`temperature` must be at least 0, `top_p` in (0, 1], `max_new_tokens` at least {fewest} and "
+                f"`num_top` at least 0. Got {sampling}; leave them out for the defaults."
             )
         truncation = (self.top_k, self.min_p, self.repetition_penalty)
         if not (truncation[0] >= 0 and 0 <= truncation[1] <= 1 and 0.01 <= truncation[2] < math.inf):
@@ -124,23 +164,28 @@ class Generation:
 
 
 class Row:
-    """A generation in progress: its tokens, and the text that may already be shown."""
+    """A generation in progress, with the exponents of patient and doctors: one row of the batch."""
 
     def __init__(self, generation: Generation, alpha: float, betas: list[float]):
         self.generation, self.alpha, self.betas = generation, alpha, betas
         self.ids: list[int] = []
-        self.num_shown, self.held = 0, []  # characters sent, tokens not yet sent
-        self.prompt, self.is_broken = [], False  # tokens of the prompt with their scores; whether one is NaN
+        self.num_sent = 0  # characters of the text
+        self.unsent: list[TokenScore] = []
+        self.prompt_scores: list[TokenScore] = []
+        self.has_nan = False  # in the scores of the prompt
         self.generator = torch.Generator()
-        self.generator.manual_seed(generation.seed) if generation.seed is not None else self.generator.seed()
+        if generation.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(generation.seed)
         bias = {x: -math.inf if value <= BAN else value for x, value in generation.logit_bias.items()}
-        self.biased = torch.tensor(list(bias), dtype=torch.long)
+        self.biased_ids = torch.tensor(list(bias), dtype=torch.long)
         self.bias = torch.tensor(list(bias.values()))
 
     def change_patient(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits (V,) of the patient with bias and penalties."""
+        """Apply bias and penalties to the patient's logits (V,)."""
         generation = self.generation
-        logits = logits.index_add(0, self.biased, self.bias.to(logits))
+        logits = logits.index_add(0, self.biased_ids, self.bias.to(logits))
         if generation.repetition_penalty != 1:
             ids = torch.tensor([[*generation.prompt_ids, *self.ids]])
             logits = RepetitionPenaltyLogitsProcessor(generation.repetition_penalty)(ids, logits[None])[0]
@@ -149,16 +194,17 @@ class Row:
         return logits.index_add(0, torch.tensor(list(counts), dtype=torch.long), -torch.tensor(penalties).to(logits))
 
     def sample(self, logps: torch.Tensor) -> int:
-        """The next token, given the log-probabilities (V,) of the policy that is decoded."""
+        """Sample the next token, given log-probabilities (V,) with bias and penalties."""
         generation = self.generation
         if generation.temperature == 0:
             return int(logps.argmax())
-        smallest = torch.finfo(logps.dtype).tiny  # below, the likeliest token would be divided by zero
+        smallest = torch.finfo(logps.dtype).tiny  # the division of 0 by a smaller temperature would give NaN
         scores = (logps - logps.max())[None] / max(generation.temperature, smallest)
+        ids = torch.LongTensor()  # unused by the truncations
         if generation.top_k:
-            scores = TopKLogitsWarper(generation.top_k)(None, scores)
+            scores = TopKLogitsWarper(generation.top_k)(ids, scores)
         if generation.top_p < 1:
-            scores = TopPLogitsWarper(generation.top_p)(None, scores)
+            scores = TopPLogitsWarper(generation.top_p)(ids, scores)
         if generation.min_p:
-            scores = MinPLogitsWarper(generation.min_p)(None, scores)
+            scores = MinPLogitsWarper(generation.min_p)(ids, scores)
         return int(scores.softmax(dim=-1).multinomial(1, generator=self.generator))

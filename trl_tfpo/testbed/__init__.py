@@ -3,8 +3,8 @@
 """
 A controlled world in which alignment methods can be compared exactly.
 
-A small language of restaurant reviews, a patient and a doctor that speak it, oracles that measure every text, and the
-frontier of what any policy can reach. It needs no network, and its models run on a CPU.
+It has a small language of restaurant reviews; a patient and a doctor, trained on it; oracles that score every text;
+and the frontier of the best possible reward at each KL. It needs no network, and its models run on a CPU.
 """
 
 from .frontier import Frontier, reward_kl_frontier

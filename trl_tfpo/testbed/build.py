@@ -3,15 +3,16 @@
 """
 Train the patient and the doctor of the testbed from scratch: `python -m trl_tfpo.testbed.build --output_dir weights`.
 
-The patient reads conversations under no, one or two instructions, and learns to obey them. The doctor reads conversations
-without instructions only: it is an ordinary small language model, and what it knows of an attribute it must learn
-from preferences. Both read about all places: the splits hold prompts out of the alignment, not out of the language.
+The patient is trained on conversations with no, one or two instructions, and learns to follow them. The doctor is
+trained on conversations without instructions: it is an ordinary small language model, which has to learn about
+attributes from preferences. Both are trained on all places, so the splits separate the prompts of the alignment only.
 """
 
 import argparse
 import itertools
 import random
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from transformers import (
@@ -27,7 +28,16 @@ from .language import MAX_NEW_TOKENS, REVIEWS, Language, random_language
 from .world import LANGUAGE_FILE
 
 
-RECIPES = {
+class Recipe(TypedDict):
+    """How a model is trained: on which conversations, for how long, and its size."""
+
+    is_instructed: bool
+    steps: int
+    learning_rate: float
+    size: dict[str, int]
+
+
+RECIPES: dict[str, Recipe] = {
     "patient": {  # 0.85M parameters
         "is_instructed": True,
         "steps": 2500,
@@ -44,7 +54,7 @@ RECIPES = {
 
 
 def instructions_of(language: Language) -> tuple[str, ...]:
-    """No instruction, a face of one attribute, of two; none again, as that is most of what the patient is used for."""
+    """All combinations of a face, or none, of each attribute. The empty one is repeated, as it is the usual case."""
     choices = [("", faces.positive, faces.negative) for faces in language.faces.values()]
     return tuple(" ".join(filter(None, asked)) for asked in itertools.product(*choices)) + ("",) * 4
 
@@ -57,7 +67,7 @@ def make_model(
     num_hidden_layers: int,
     num_attention_heads: int,
 ) -> LlamaForCausalLM:
-    """A Llama with random weights for the vocabulary of a tokenizer."""
+    """Make a Llama with random weights for the vocabulary of a tokenizer."""
     special = {
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
@@ -70,7 +80,7 @@ def make_model(
         num_hidden_layers=num_hidden_layers,
         num_attention_heads=num_attention_heads,
         max_position_embeddings=256,
-        initializer_range=hidden_size**-0.5,  # the default is made for wide models: attention would wake late
+        initializer_range=hidden_size**-0.5,  # the default suits wide models and delays the learning of attention
         tie_word_embeddings=False,
         **special,
     )
@@ -90,7 +100,7 @@ def sample_batch(
     language: Language = REVIEWS,
 ) -> dict[str, torch.Tensor]:
     """
-    Fresh conversations; only the tokens of the review, its end included, carry a label.
+    Draw a batch of conversations. Only tokens of the review, EOS included, have a label.
 
     Args:
         tokenizer (`transformers.PreTrainedTokenizerBase`):
@@ -98,11 +108,11 @@ def sample_batch(
         rng (`random.Random`):
             Source of all choices.
         instructions (`tuple` of `str`):
-            Instructions to draw from; an empty one is a conversation without.
+            Instructions to draw from. An empty one makes a conversation without an instruction.
         batch_size (`int`):
             Number of conversations, B.
         language ([`Language`], *optional*):
-            What they are about. Defaults to the reviews of the world that ships.
+            Language of the conversations. Defaults to the reviews of the world in the package.
 
     Returns:
         `dict[str, torch.Tensor]`: `input_ids`, `attention_mask` and `labels` of shape `(B, L)`.
@@ -114,12 +124,20 @@ def sample_batch(
         prompt = language.make_prompt(place, instruction)
         review = language.sample_review(rng, place, language.sample_moods(rng, instruction))
         answered = [*prompt, {"role": "assistant", "content": review}]
-        ids.append(tokenizer.apply_chat_template(answered, return_dict=False))
-        num_prompt.append(len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)))
+        ids.append(_token_ids(tokenizer, answered))
+        num_prompt.append(len(_token_ids(tokenizer, prompt, add_generation_prompt=True)))
     batch = tokenizer.pad({"input_ids": ids}, padding_side="right", return_tensors="pt")
     position = torch.arange(batch["input_ids"].size(1))
     is_review = batch["attention_mask"].bool() & (position >= torch.tensor(num_prompt)[:, None])  # (B, L)
     return {**batch, "labels": batch["input_ids"].masked_fill(~is_review, -100)}
+
+
+def _token_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], add_generation_prompt: bool = False
+) -> list[int]:
+    return tokenizer.apply_chat_template(  # type: ignore[return-value]  # ids, for one conversation
+        messages, add_generation_prompt=add_generation_prompt, return_dict=False
+    )
 
 
 def train_model(
@@ -133,7 +151,7 @@ def train_model(
     learning_rate: float,
     language: Language = REVIEWS,
 ) -> None:
-    """Train `model` in place on conversations that it sees once, with AdamW, warmup and cosine decay."""
+    """Train `model` in place on new conversations at each step, with AdamW, warmup and cosine decay."""
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=steps // 10, num_training_steps=steps)
@@ -161,9 +179,9 @@ def build(output_dir: str | Path, *, seed: int, steps: int | None = None, langua
         seed (`int`):
             Seed of weights and text.
         steps (`int`, *optional*):
-            Optimizer steps of each model, of 32 conversations each. Defaults to those of `RECIPES`.
+            Optimizer steps of each model, with 32 conversations each. Defaults to those of `RECIPES`.
         language ([`Language`], *optional*):
-            What they learn. Defaults to the reviews of the world that ships.
+            Language of both models. Defaults to the reviews of the world in the package.
     """
     tokenizer = language.make_tokenizer()
     if language is not REVIEWS:
@@ -187,12 +205,14 @@ def build(output_dir: str | Path, *, seed: int, steps: int | None = None, langua
 
 
 def main() -> None:
-    """Build from the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Train the patient and the doctor of the testbed.")
     parser.add_argument("--output_dir", required=True, help="folder that receives `patient` and `doctor`")
     parser.add_argument("--steps", type=int, help="optimizer steps of each model, instead of the recipe's")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and text")
-    parser.add_argument("--language_seed", type=int, help="draw a language instead of taking the one that ships")
+    parser.add_argument(
+        "--language_seed", type=int, help="draw a language from this seed, instead of that of the package"
+    )
     args = parser.parse_args()
     language = REVIEWS if args.language_seed is None else random_language(args.language_seed)
     build(args.output_dir, steps=args.steps, seed=args.seed, language=language)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-The most reward that any policy can have at a given distance from the patient.
+The frontier: the largest reward of any policy at a given KL divergence from the patient.
 
 Shapes: P prompts, N patient samples of each, L points of the frontier. Units: nats for a divergence, the unit of the
 reward for everything else.
@@ -14,22 +14,22 @@ from dataclasses import dataclass
 import torch
 
 
-MIN_EFFECTIVE_SAMPLES = 10  # per prompt; below, the few best samples pose as the whole tail
+MIN_EFFECTIVE_SAMPLES = 10  # per prompt; with fewer, the best samples are mistaken for the tail
 
 
 @dataclass(frozen=True)
 class Frontier:
     r"""
-    Best expected reward as a function of the KL from the patient, made by [`reward_kl_frontier`].
+    Best expected reward as a function of the KL from the patient, computed by [`reward_kl_frontier`].
 
     Args:
         kls (`torch.Tensor` of shape `(L,)`):
             $\mathrm{KL}(\pi \,\|\, \pi_{\text{patient}})$ of whole completions, in nats, averaged over prompts;
             increasing from 0.
         rewards (`torch.Tensor` of shape `(L,)`):
-            Best expected reward at each.
+            Best expected reward at each KL.
         standard_errors (`torch.Tensor` of shape `(L,)`):
-            Standard error of each reward, for the samples behind it.
+            Standard error of each reward.
     """
 
     kls: torch.Tensor
@@ -38,17 +38,17 @@ class Frontier:
 
     @property
     def patient_reward(self) -> float:
-        """Expected reward of the patient itself: the frontier at KL 0."""
+        """Expected reward of the patient, the frontier at KL 0."""
         return self.rewards[0].item()
 
     @property
     def max_kl(self) -> float:
-        """Largest KL at which the samples still say where the frontier is, in nats."""
+        """Largest KL of the frontier, in nats. The samples are too few for a larger one."""
         return self.kls[-1].item()
 
     def best_reward(self, kl: float) -> float:
         """
-        Reward of the best policy at `kl` nats from the patient.
+        Reward of the best policy at a KL of `kl` nats.
 
         Raises:
             `ValueError`: when `kl` is negative or beyond `max_kl`.
@@ -66,7 +66,7 @@ class Frontier:
 
     def efficiency(self, reward: float, kl: float) -> float:
         """
-        Share of the possible gain over the patient that a policy has, given what it pays.
+        Gain of a policy over the patient, as a share of the largest gain at the same KL.
 
         Args:
             reward (`float`):
@@ -75,7 +75,7 @@ class Frontier:
                 Its KL from the patient, in nats, positive.
 
         Returns:
-            `float`: at most 1, up to the error of the two estimates; 0 for no gain, negative for a loss.
+            `float`: at most 1, up to the errors of the estimates; 0 for no gain, negative for a loss.
 
         Raises:
             `ValueError`: when `kl` is not positive or beyond `max_kl`.
@@ -88,12 +88,12 @@ class Frontier:
         return (reward - self.patient_reward) / (self.best_reward(kl) - self.patient_reward)
 
     def _interpolate(self, values: torch.Tensor, kl: float) -> float:
-        """`values` at `kl`, linear in the root of the KL: near 0 the best reward grows with it."""
+        """Interpolate `values` at `kl`, linearly in the root of the KL, as the best reward is linear in it near 0."""
         kl = float(kl)
         if not 0 <= kl <= self.max_kl:
             raise ValueError(
-                f"`kl` must be in [0, {self.max_kl:.3f}], where the frontier is reliable. Got {kl}; a KL is never "
-                "negative, so average it over more samples, and draw more patient samples per prompt to see further."
+                f"`kl` must be in [0, {self.max_kl:.3f}], where the frontier is reliable. Got {kl}; average a "
+                "negative estimate over more samples, and draw more patient samples per prompt for a larger KL."
             )
         roots = self.kls.sqrt()
         right = int(torch.searchsorted(roots, torch.tensor(kl, dtype=roots.dtype).sqrt()).clamp(1, len(roots) - 1))
@@ -103,23 +103,23 @@ class Frontier:
 
 def reward_kl_frontier(rewards: torch.Tensor) -> Frontier:
     r"""
-    The exact frontier of reward against KL, from rewards of patient samples alone.
+    Compute the frontier of reward against KL from rewards of patient samples.
 
-    The best policy at its own KL is the patient tilted by the reward, with one inverse temperature $\lambda$ for all
-    prompts and a normalizer for each: weight moves between the completions of a prompt, never between prompts.
+    The best policy at each KL is the patient tilted by the reward, with one inverse temperature $\lambda$ for all
+    prompts and a normalizer for each prompt:
 
     $$\pi_\lambda(y \mid x) = \pi_{\text{patient}}(y \mid x)\, e^{\lambda R(x, y)} / Z_x, \qquad
     \mathrm{KL}_x = \lambda\, \mathbb{E}_\lambda[R \mid x] - \log Z_x$$
 
-    Both are estimated by weighing the samples. A large $\lambda$ rests on few of them: of N samples, about
-    $N_{\text{eff}} = (\sum w)^2 / \sum w^2$ still count, and the frontier comes out too low, by about
-    $(1 / N_{\text{eff}} - 1 / N) / 2\lambda$. It therefore ends where the harmonic mean of $N_{\text{eff}}$ over
-    prompts falls below 10; there the gain of a Gaussian reward is still right to 2 percent. As a rule, N = 300 reaches
-    2 nats, and N = 1600 more than 3. It also ends where hardly any reward is left to gain.
+    Reward and KL are importance-weighted estimates. At a large $\lambda$ the effective number of samples
+    $N_{\text{eff}} = (\sum w)^2 / \sum w^2$ is small, and the frontier is too low by about
+    $(1 / N_{\text{eff}} - 1 / N) / 2\lambda$. The frontier therefore ends where the harmonic mean of $N_{\text{eff}}$
+    over prompts falls below 10. At this point the gain of a Gaussian reward is still right to 2 percent. As a rule, N
+    = 300 reaches 2 nats, and N = 1600 more than 3. The frontier also ends where a larger KL gains almost no reward.
 
     The standard error is that of the dual form of the frontier, $\min_\lambda (\mathrm{KL} + \overline{\log Z}) /
-    \lambda$: at the minimum only the noise of $\log Z_x$ counts, whose variance is $1 / N_{\text{eff}} - 1 / N$. It
-    covers the samples, with the prompts as given.
+    \lambda$. At the minimum it depends only on the noise of $\log Z_x$, whose variance is $1 / N_{\text{eff}} - 1 /
+    N$. It covers the choice of the samples, not that of the prompts.
 
     Args:
         rewards (`torch.Tensor` of shape `(P, N)`):
@@ -179,15 +179,18 @@ def tilted(
     rewards: torch.Tensor, grows: Callable[[torch.Tensor], torch.Tensor], wanted: float
 ) -> tuple[float, torch.Tensor]:
     """
-    The tilt by rewards (P, N), and the weights (P, N) that it gives, at which a quantity that grows with it reaches a value.
+    Find the tilt at which a quantity that increases with the tilt has a given value.
 
     Args:
         rewards (`torch.Tensor` of shape `(P, N)`):
             Rewards of N patient samples for each of P prompts.
         grows (`Callable`):
-            From weights to the quantity, such as the mean of [`kl_of`].
+            From the weights of the samples to the quantity, such as the mean of [`kl_of`].
         wanted (`float`):
-            Its value. One that no tilt up to 10,000 reaches gets that tilt.
+            Value of the quantity. Where it needs a tilt above 10,000, the tilt is 10,000.
+
+    Returns:
+        `tuple`: the tilt, and the weights of shape `(P, N)`.
     """
     low, high = 0.0, 1e4
     for _ in range(70):
@@ -198,5 +201,5 @@ def tilted(
 
 
 def kl_of(weights: torch.Tensor) -> torch.Tensor:
-    """KL (P,) in nats from samples that all count alike, of weights (P, N) that sum to 1."""
+    """KL (P,) in nats of weights (P, N), which sum to 1, from uniform weights."""
     return (weights * (weights * weights.size(1)).clamp(min=1e-300).log()).sum(dim=1)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Languages small enough to know: a grammar, the words that color it, and the instructions that ask for a color.
+Small languages: a grammar, attributes of a text, and instructions that ask for an attribute.
 
-A text is drawn from the grammar. *Attributes* color it: each has a mood, positive or negative with even odds, which shows
-only in the words of that attribute and never in the structure, the length or any other word. An instruction (a face of
-the attribute) settles the mood almost surely. [`REVIEWS`] is written by hand; [`random_language`] draws others, in which
-nothing was ever tuned.
+A text is drawn from the grammar. Each *attribute* has a mood, positive or negative with even odds. The mood changes
+the words of that attribute only, not the structure, the length or any other word. An instruction (a face of the
+attribute) determines the mood with a probability near 1. [`REVIEWS`] is written by hand. [`random_language`] draws
+other languages, on which no setting was tuned.
 """
 
 import json
@@ -22,22 +22,22 @@ from transformers import PreTrainedTokenizerFast
 from ..faces import Faces
 
 
-MAX_NEW_TOKENS = 64  # no text is longer, its end included
-FORMAT_VERSION = 1  # of a language in a file
+MAX_NEW_TOKENS = 64  # of the longest text, EOS included
+FORMAT_VERSION = 1  # of a saved language
 
 
 @dataclass(frozen=True)
 class Attribute:
     """
-    A quality of a text that can be asked for, and exactly measured.
+    A property of a text that faces ask for, and that an oracle measures exactly.
 
     Args:
         name (`str`):
             Name in `World.attributes`.
         faces (`Faces`):
-            The instructions that ask the patient for it and for its opposite.
+            The instructions that ask for it and for its opposite.
         words (`dict[str, int]`):
-            +1 or -1 for each word that changes the score; no other word does.
+            +1 or -1 for each word that changes the score.
     """
 
     name: str
@@ -45,36 +45,36 @@ class Attribute:
     words: dict[str, int]
 
     def oracle(self, text: str) -> float:
-        """Positive minus negative words of the attribute in `text`."""
+        """Number of positive words minus number of negative words of the attribute in `text`."""
         return float(sum(self.words.get(word, 0) for word in re.findall(r"\w+", text)))
 
 
 @dataclass(frozen=True)
 class Language:
     """
-    A grammar with attributes. A slot is a name in braces, which stands for a rule or for a word.
+    A grammar with attributes. A name in braces is a slot, which is filled by a rule or a word.
 
     Args:
         rules (`dict[str, list[str]]`):
-            Alternatives of each rule; `"review"` is the first. Rules do not recur.
+            Alternatives of each rule, starting from `"review"`. Rules are not recursive.
         words (`dict[str, list[str]]`):
-            Words of each slot without color.
+            Words of each slot without an attribute.
         colored (`dict[str, list]`):
-            Of each colored slot its attribute, then its positive, negative and neutral words.
+            For each slot with an attribute: name of the attribute, then positive, negative and neutral words.
         request (`str`):
-            What the user asks for; it has the slots of `same`.
+            Message of the user, with the slots of `same`.
         faces (`dict[str, Faces]`):
-            Of each attribute.
+            Faces of each attribute.
         same (`list[str]`):
-            Two slots which have one word each throughout a text: together, the *place* that it is about.
+            Two slots with one word each throughout a text. Both words together are the *place* of the text.
         neutral_rate (`float`, *optional*, defaults to `0.1`):
-            Share of neutral words in a colored slot.
+            Share of neutral words in a slot with an attribute.
         loyalty (`float`, *optional*, defaults to `0.85`):
-            Of the others, the share that follows the mood.
+            Share of the other words that agree with the mood.
         obedience (`float`, *optional*, defaults to `0.99`):
-            Share of the moods that are as an instruction asks.
+            Probability that the mood is what the instruction asks for.
         num_places (`dict[str, int]`, *optional*):
-            Places of each split, none in two.
+            Number of places of each split. Splits have no place in common.
     """
 
     rules: dict[str, list[str]]
@@ -90,7 +90,7 @@ class Language:
 
     @cached_property
     def attributes(self) -> dict[str, Attribute]:
-        """What can be asked for and measured, by name."""
+        """Attributes by name."""
         return {
             name: Attribute(
                 name=name,
@@ -108,11 +108,11 @@ class Language:
 
     @cached_property
     def all_words(self) -> dict[str, list[str]]:
-        """Words of every slot, colored or not."""
+        """Words of every slot, with or without an attribute."""
         return self.words | {slot: sum(words, []) for slot, (_, *words) in self.colored.items()}
 
     def sample_moods(self, rng: random.Random, instruction: str = "") -> dict[str, int]:
-        """Mood of each attribute, +1 or -1: even odds, but nearly always as asked where the instruction has a face of it."""
+        """Draw the mood of each attribute, +1 or -1: as asked with probability `obedience`, else with even odds."""
         moods = {}
         for name, faces in self.faces.items():
             asked = self.obedience if faces.positive in instruction else 0.5
@@ -122,7 +122,7 @@ class Language:
 
     def sample_review(self, rng: random.Random, place: tuple[str, str], moods: dict[str, int]) -> str:
         """
-        A text drawn from the grammar.
+        Draw a text from the grammar.
 
         Args:
             rng (`random.Random`):
@@ -152,7 +152,7 @@ class Language:
         return expand("review")
 
     def is_grammatical(self, text: str) -> bool:
-        """Whether a text could have been drawn from the grammar: its form, and one place only."""
+        """Whether the grammar can generate a text, and the text has one place only."""
         if not self._review.fullmatch(text):
             return False
         words = re.findall(r"\w+", text)
@@ -163,14 +163,14 @@ class Language:
         return re.compile(self._pattern("review"))
 
     def _pattern(self, symbol: str) -> str:
-        """Regular expression of all that a symbol expands to: the rules never recur, so there is one."""
+        """Regular expression of all expansions of a symbol, which exists because rules are not recursive."""
         alternatives = self.rules.get(symbol) or self.all_words[symbol]
         parts = (re.split(r"{(\w+)}", text) for text in alternatives)  # literal, symbol, literal, ...
         texts = ("".join(self._pattern(p) if i % 2 else re.escape(p) for i, p in enumerate(split)) for split in parts)
         return f"(?:{'|'.join(texts)})"
 
     def places(self, split: str) -> list[tuple[str, str]]:
-        """Words of the slots `same` for each place of a split, in a fixed shuffled order."""
+        """Words of the slots `same` for each place of a split, in a fixed random order."""
         sizes = self.num_places
         if split not in sizes:
             raise ValueError(f"`split` must be one of {list(sizes)}. Got {split!r}; 'train' has the most prompts.")
@@ -180,12 +180,12 @@ class Language:
         return every[start : start + sizes[split]]
 
     def make_prompt(self, place: tuple[str, str], instruction: str = "") -> list[dict[str, str]]:
-        """The conversation that asks for a text about a place, under an instruction unless it is empty."""
+        """The conversation that asks for a text about a place. A non-empty instruction is its system message."""
         request = {"role": "user", "content": self.request.format(**dict(zip(self.same, place, strict=True)))}
         return [{"role": "system", "content": instruction}, request] if instruction else [request]
 
     def make_tokenizer(self) -> PreTrainedTokenizerFast:
-        """Word-level tokenizer of the language, with its chat template: a token is a word or a full stop."""
+        """Make the word-level tokenizer of the language, with a chat template. Tokens are words and full stops."""
         special = ["<pad>", "<s>", "</s>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>"]
         texts = [*sum(self.rules.values(), []), *sum(self.all_words.values(), []), self.request]
         texts += [face for faces in self.faces.values() for face in (faces.positive, faces.negative)]
@@ -193,7 +193,7 @@ class Language:
         vocabulary = {word: index for index, word in enumerate(special + words)}
         backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
         backend.pre_tokenizer = pre_tokenizers.Whitespace()
-        backend.decoder = decoders.WordPiece(prefix="##", cleanup=True)  # words apart, full stops attached
+        backend.decoder = decoders.WordPiece(prefix="##", cleanup=True)  # spaces between words, not before full stops
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=backend,
             pad_token="<pad>",
@@ -215,7 +215,7 @@ class Language:
     @classmethod
     def load(cls, path: Path) -> "Language":
         """
-        Read what [`~Language.save`] wrote.
+        Read a language that [`~Language.save`] wrote.
 
         Raises:
             `ValueError`: when the file is of another format.
@@ -223,8 +223,8 @@ class Language:
         fields = json.loads(path.read_text(encoding="utf-8"))
         if (version := fields.pop("format_version", None)) != FORMAT_VERSION:
             raise ValueError(
-                f"The language must be of format {FORMAT_VERSION}. Got {version!r} in {str(path)!r}; build the world again "
-                "with `python -m trl_tfpo.testbed.build`."
+                f"The language must be of format {FORMAT_VERSION}. Got {version!r} in {str(path)!r}; build the world "
+                "again with `python -m trl_tfpo.testbed.build`."
             )
         return cls(**fields | {"faces": {name: Faces(**faces) for name, faces in fields["faces"].items()}})
 
@@ -313,43 +313,74 @@ REVIEWS = Language(
 
 def random_language(seed: int) -> Language:
     """
-    A language with words, grammar, attributes and rates of its own.
+    Draw a language with its own words, grammar, attributes and rates.
 
     Args:
         seed (`int`):
-            Seed of all of it.
+            Seed of the language.
 
     Returns:
-        [`Language`]: with one or two attributes, whose texts have at most 63 tokens.
+        [`Language`]: with one or two attributes, and texts of at most 63 tokens.
     """
     rng = random.Random(f"language {seed}")
-    drawn = set()
-
-    def word() -> str:
-        while True:
-            syllables = (rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(2, 3)))
-            new = "".join(syllables) + rng.choice(["", "", "n", "r", "s", "l"])
-            if new not in drawn:
-                drawn.add(new)
-                return new
-
-    def some(low: int, high: int) -> list[str]:
-        return [word() for _ in range(rng.randint(low, high))]
-
-    names = some(1, 2)
-    colored = {}
+    draw = _Words(rng)
+    names = draw.some(1, 2)
+    colored: dict[str, list] = {}
     for name in names:
         for slot in range(rng.randint(1, 2)):
             num = rng.randint(5, 10)
-            pair = [word() for _ in range(num)], [word() for _ in range(num)]
-            colored[f"{name}_{slot}"] = [name, *pair, some(2, 5)]
-    words = {f"slot_{index}": some(3, 9) for index in range(rng.randint(6, 10))}
-    words |= {"first": [word() for _ in range(8)], "second": [word() for _ in range(8)], "link": some(2, 4)}
-    plain = [slot for slot in words if slot.startswith("slot_")]
+            colored[f"{name}_{slot}"] = [name, draw.exactly(num), draw.exactly(num), draw.some(2, 5)]
+    words = {f"slot_{index}": draw.some(3, 9) for index in range(rng.randint(6, 10))}
+    words |= {"first": draw.exactly(8), "second": draw.exactly(8), "link": draw.some(2, 4)}
+    rules = _random_rules(rng, draw, colored, [slot for slot in words if slot.startswith("slot_")])
+    faces = {}
+    for name in names:
+        shared = draw.some(1, 3)
+        positive, negative = (" ".join([draw.word(), *shared]) + "." for _ in range(2))
+        faces[name] = Faces(positive, negative)
+    return Language(
+        rules=rules,
+        words=words,
+        colored=colored,
+        same=["first", "second"],
+        request=" ".join([*draw.some(1, 3), "{first} {second}"]) + ".",
+        faces=faces,
+        neutral_rate=rng.uniform(0.05, 0.2),
+        loyalty=rng.uniform(0.7, 0.9),
+    )
+
+
+class _Words:
+    """Draws words of two or three syllables, each word once."""
+
+    def __init__(self, rng: random.Random):
+        self.rng = rng
+        self.drawn: set[str] = set()
+
+    def word(self) -> str:
+        rng = self.rng
+        while True:
+            syllables = (rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(2, 3)))
+            new = "".join(syllables) + rng.choice(["", "", "n", "r", "s", "l"])
+            if new not in self.drawn:
+                self.drawn.add(new)
+                return new
+
+    def exactly(self, num: int) -> list[str]:
+        return [self.word() for _ in range(num)]
+
+    def some(self, low: int, high: int) -> list[str]:
+        return self.exactly(self.rng.randint(low, high))
+
+
+def _random_rules(
+    rng: random.Random, draw: _Words, colored: dict[str, list], plain: list[str]
+) -> dict[str, list[str]]:
+    """Draw the rules of a language, given the names of its slots with and without an attribute."""
 
     def clause(color: str) -> str:
-        """Three to seven words, of which one or two are colored; the others are fixed or from a slot."""
-        others = [f"{{{rng.choice(plain)}}}" if rng.random() < 0.6 else word() for _ in range(rng.randint(2, 5))]
+        """Three to seven words. One or two have an attribute, the others are fixed or from a slot without one."""
+        others = [f"{{{rng.choice(plain)}}}" if rng.random() < 0.6 else draw.word() for _ in range(rng.randint(2, 5))]
         colors = [f"{{{color}}}"] + [f"{{{rng.choice(list(colored))}}}"] * (rng.random() < 0.4)
         mixed = others[1:] + colors
         rng.shuffle(mixed)
@@ -357,29 +388,17 @@ def random_language(seed: int) -> Language:
 
     clauses = [clause(color) for color in colored for _ in range(2)]
     clauses += [clause(rng.choice(list(colored))) for _ in range(rng.randint(0, 2))]
-    if rng.random() < 0.5:  # two sentences of one clause or two, or three of one
+    if rng.random() < 0.5:  # two sentences of one or two clauses, or three of one
         num_sentences, sentences = 2, ["{clause}.", "{clause} {link} {clause}."]
     else:
         num_sentences, sentences = 3, ["{clause}."]
     body = " ".join(["{opening}"] + ["{sentence}"] * num_sentences)
-    rules = {
+    return {
         "review": [body, body + " {closing}"] if rng.random() < 0.7 else [body],
-        "opening": [" ".join([*some(1, 3), "{first} {second}", *some(0, 2)]) + "." for _ in range(rng.randint(1, 3))],
+        "opening": [
+            " ".join([*draw.some(1, 3), "{first} {second}", *draw.some(0, 2)]) + "." for _ in range(rng.randint(1, 3))
+        ],
         "sentence": sentences,
         "clause": clauses,
-        "closing": [" ".join([*some(1, 3), rng.choice(["{first}", "{second}"])]) + "." for _ in range(2)],
+        "closing": [" ".join([*draw.some(1, 3), rng.choice(["{first}", "{second}"])]) + "." for _ in range(2)],
     }
-    faces = {}
-    for name in names:
-        shared = some(1, 3)
-        faces[name] = Faces(*(" ".join([word(), *shared]) + "." for _ in range(2)))
-    return Language(
-        rules=rules,
-        words=words,
-        colored=colored,
-        same=["first", "second"],
-        request=" ".join([*some(1, 3), "{first} {second}"]) + ".",
-        faces=faces,
-        neutral_rate=rng.uniform(0.05, 0.2),
-        loyalty=rng.uniform(0.7, 0.9),
-    )

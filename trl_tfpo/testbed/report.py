@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""How methods compare in the testbed: at the same KL, against the frontier, in a table and a picture."""
+"""Comparison of methods in the testbed: reward and KL of each, and the frontier, in a table and a figure."""
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from ..decoding.logits_processor import DoctorGuidedLogitsProcessor
 from ..evaluation import best_of_n, distinct_n, evaluate_guidance, generate_completions, match_kl
+from ..evaluation.guidance import GuidanceResult
 from .frontier import Frontier, reward_kl_frontier
 from .language import MAX_NEW_TOKENS
 from .world import World
@@ -24,12 +26,12 @@ COLUMNS = {
     "grammar": "grammar",
     "distinct_4": "distinct-4",
 }
-POOL = 512  # completions over which distinct-4 is taken, the same number for every method that has as many
+POOL = 512  # completions for distinct-4, or fewer where a method has fewer
 
 
 class Comparison:
     """
-    Rows of a table, one for each policy, all measured on the same prompts.
+    A table with a row for each policy, measured on the same prompts.
 
     Args:
         world ([`World`]):
@@ -39,17 +41,17 @@ class Comparison:
         num_samples_per_prompt (`int`, *optional*, defaults to `200`):
             Samples of a guided policy for each test prompt.
         num_patient_samples_per_prompt (`int`, *optional*):
-            Samples of the patient, on which the frontier and the gain of every other row rest. Defaults to four times as
-            many.
+            Samples of the patient, from which the frontier is estimated. Defaults to four times as many.
         seed (`int`, *optional*, defaults to `0`):
             Seed of all samples.
         split (`str`, *optional*, defaults to `"test"`):
-            Prompts on which the rows are measured. `"validation"` is for choosing settings.
+            Prompts on which the rows are measured. Use `"validation"` to choose settings.
 
     Attributes:
-        rows (`list[dict]`): one for each policy added, with the keys of `COLUMNS`, `reward_se`, `kl_se`, `entropy` (nats per
-            token) and `texts`; the efficiency is None where the frontier is not known, the entropy where it is not.
-        patient_completions (`list[Completion]`): what the patient said, with its token ids.
+        rows (`list[dict]`): one for each policy, with the keys of `COLUMNS`, `reward_se`, `kl_se`, `entropy` (nats per
+            token) and `texts`. The efficiency is `None` beyond the frontier, the entropy where it was not measured.
+        patient_completions (`list[Completion]`): samples of the patient, with their token ids.
+        patient_rewards (`torch.Tensor` of shape `(P, N)`): their rewards.
         frontier ([`Frontier`]): best reward at each KL.
 
     Examples:
@@ -87,12 +89,12 @@ class Comparison:
         self.patient_rewards = torch.tensor(patient["rewards"]).view(len(self.prompts), -1)  # (P, N)
         self.frontier: Frontier = reward_kl_frontier(self.patient_rewards)
         self.rows: list[dict] = []
-        self._add_row("patient", None, patient)
+        self._add_evaluated("patient", None, patient)
 
     def add(self, method: str, guide: DoctorGuidedLogitsProcessor, *, beta: float) -> dict:
-        """Measure a guided policy and append its row; `beta` is what the table shows as its strength."""
+        """Measure a guided policy and append its row. `beta` is only shown in the table."""
         result = self._evaluate(guide, num_samples_per_prompt=self.num_samples_per_prompt)
-        return self._add_row(method, beta, result)
+        return self._add_evaluated(method, beta, result)
 
     def add_at_kl(
         self,
@@ -102,7 +104,7 @@ class Comparison:
         *,
         max_beta: float = 1.0,
     ) -> dict:
-        """Find, on the validation prompts, the strength at which the policy is `target_kl` nats away; then [`add`]."""
+        """Find the strength at which the KL is `target_kl` nats on the validation prompts, then [`add`] the policy."""
         beta = match_kl(
             self.world.patient,
             self.world.tokenizer,
@@ -119,14 +121,14 @@ class Comparison:
         return self.add(method, make_guide(beta), beta=beta)
 
     def add_best_of_n(self, n: int) -> dict:
-        """Append what choosing the best of `n` patient samples by the oracle itself would reach."""
+        """Append the row of the best of `n` patient samples, chosen by the oracle."""
         result = best_of_n(self.patient_rewards, n)
         num_groups = self.patient_rewards.size(1) // n
         groups = torch.arange(self.patient_rewards.numel()).view_as(self.patient_rewards)[:, : num_groups * n]
         groups = groups.reshape(-1, n)  # n samples of one prompt each
         winners = self.patient_rewards.flatten()[groups].argmax(dim=1, keepdim=True)
-        result["texts"] = [self.rows[0]["texts"][index] for index in groups.gather(1, winners).flatten().tolist()]
-        return self._add_row(f"best of {n} (oracle)", None, result)
+        texts = [self.rows[0]["texts"][index] for index in groups.gather(1, winners).flatten().tolist()]
+        return self._add_row(f"best of {n} (oracle)", None, texts, **result)
 
     def add_samples(self, method: str, texts: Sequence[str], *, kl: float, beta: float | None = None) -> dict:
         """
@@ -134,20 +136,20 @@ class Comparison:
 
         Args:
             method (`str`):
-                Its name.
+                Name of the policy.
             texts (sequence of `str`):
-                As many samples of each prompt of `prompts`, those of the first prompt first.
+                Samples, as many of each of `prompts`. Those of the first prompt come first.
             kl (`float`):
-                Its distance from the patient, in nats per completion.
+                KL from the patient, in nats per completion.
             beta (`float`, *optional*):
-                What the table shows as its strength.
+                Strength, which is only shown in the table.
         """
         rewards = torch.tensor([self.oracle(text) for text in texts]).view(len(self.prompts), -1).mean(dim=1)  # (P,)
-        result = {"reward": rewards.mean().item(), "reward_se": (rewards.std() / len(rewards) ** 0.5).item(), "kl": kl}
-        return self._add_row(method, beta, result | {"texts": list(texts)})
+        reward, error = rewards.mean().item(), (rewards.std() / len(rewards) ** 0.5).item()
+        return self._add_row(method, beta, texts, reward=reward, reward_se=error, kl=kl)
 
     def table(self) -> str:
-        """The rows as a Markdown table, with standard errors."""
+        """Format the rows as a Markdown table, with standard errors."""
         lines = ["| " + " | ".join(COLUMNS.values()) + " |", "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
         for row in self.rows:
             cells = [row["method"]]
@@ -157,7 +159,7 @@ class Comparison:
         return "\n".join(lines)
 
     def plot(self, path: str | os.PathLike) -> None:
-        """Draw the reward-KL plane: the frontier with twice its standard error, and the policies."""
+        """Draw reward against KL: the frontier and the policies, each with two standard errors. Needs matplotlib."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -170,7 +172,7 @@ class Comparison:
             axes.errorbar(
                 [row["kl"] for row in points],
                 [row["reward"] for row in points],
-                xerr=[2 * row.get("kl_se", 0) for row in points],
+                xerr=[2 * row["kl_se"] for row in points],
                 yerr=[2 * row["reward_se"] for row in points],
                 marker="o",
                 linestyle=":",
@@ -183,20 +185,22 @@ class Comparison:
         figure.savefig(path, dpi=150)
 
     def show_completions(self, guide: DoctorGuidedLogitsProcessor, num: int = 3) -> str:
-        """Guided next to unguided completions of the first test prompts, from the same seed."""
-        settings = dict(max_new_tokens=MAX_NEW_TOKENS, seed=self.seed, batch_size=num)
-        arguments = (self.world.patient, self.world.tokenizer, self.prompts[:num])
-        unguided = generate_completions(*arguments, **settings)
-        guided = generate_completions(*arguments, guide=guide, **settings)
-        return "\n".join(
-            f"{prompt[-1]['content']}\n"
-            + "\n".join(
-                f"  {name:<9}{self.oracle(c.text):+3.0f}  {c.text}" for name, c in (("unguided", a), ("guided", b))
-            )
-            for prompt, a, b in zip(self.prompts, unguided, guided, strict=False)
+        """Format guided and unguided completions of the first prompts, with the same seed, and their rewards."""
+        model, tokenizer, prompts = self.world.patient, self.world.tokenizer, self.prompts[:num]
+        sample = partial(
+            generate_completions, model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS, batch_size=num
         )
+        unguided, guided = sample(seed=self.seed), sample(seed=self.seed, guide=guide)
+        lines = []
+        for prompt, before, after in zip(prompts, unguided, guided, strict=True):
+            lines.append(prompt[-1]["content"])
+            lines += [
+                f"  {name:<9}{self.oracle(completion.text):+3.0f}  {completion.text}"
+                for name, completion in (("unguided", before), ("guided", after))
+            ]
+        return "\n".join(lines)
 
-    def _evaluate(self, guide: DoctorGuidedLogitsProcessor | None, *, num_samples_per_prompt: int) -> dict:
+    def _evaluate(self, guide: DoctorGuidedLogitsProcessor | None, *, num_samples_per_prompt: int) -> GuidanceResult:
         return evaluate_guidance(
             self.world.patient,
             self.world.tokenizer,
@@ -209,27 +213,50 @@ class Comparison:
             seed=self.seed,
         )
 
-    def _add_row(self, method: str, beta: float | None, result: dict) -> dict:
-        is_on_frontier = 0 < result["kl"] <= self.frontier.max_kl
-        texts = result.get("texts") or [completion.text for completion in result["completions"]]
+    def _add_evaluated(self, method: str, beta: float | None, result: GuidanceResult) -> dict:
+        texts = [completion.text for completion in result["completions"]]
+        return self._add_row(
+            method,
+            beta,
+            texts,
+            reward=result["reward"],
+            reward_se=result["reward_se"],
+            kl=result["kl"],
+            kl_se=result["kl_se"],
+            entropy=result["entropy"],
+        )
+
+    def _add_row(
+        self,
+        method: str,
+        beta: float | None,
+        texts: Sequence[str],
+        *,
+        reward: float,
+        reward_se: float,
+        kl: float,
+        kl_se: float = 0.0,
+        entropy: float | None = None,
+    ) -> dict:
+        is_on_frontier = 0 < kl <= self.frontier.max_kl
         row = {
             "method": method,
             "beta": beta,
-            "reward": result["reward"],
-            "reward_se": result["reward_se"],
-            "kl": result["kl"],
-            "kl_se": result.get("kl_se", 0.0),
-            "entropy": result.get("entropy"),
-            "efficiency": self.frontier.efficiency(result["reward"], result["kl"]) if is_on_frontier else None,
+            "reward": reward,
+            "reward_se": reward_se,
+            "kl": kl,
+            "kl_se": kl_se,
+            "entropy": entropy,
+            "efficiency": self.frontier.efficiency(reward, kl) if is_on_frontier else None,
             "grammar": sum(map(self.world.is_grammatical, texts)) / len(texts),
             "distinct_4": distinct_n(evenly_chosen(texts, POOL)),
-            "texts": texts,
+            "texts": list(texts),
         }
         self.rows.append(row)
         return row
 
 
 def evenly_chosen(texts: Sequence[str], num: int) -> list[str]:
-    """`num` of the texts, evenly spread over all of them so that every prompt is there; all where there are fewer."""
+    """Choose `num` of the texts, at even distances so that all prompts are included; all texts if there are fewer."""
     num = min(num, len(texts))
     return [texts[index * len(texts) // num] for index in range(num)]

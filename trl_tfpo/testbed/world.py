@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""A world small enough to know: a language, its oracles, and two models that speak it."""
+"""The world of the testbed: a language, its oracles, and two models that are trained on it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,24 +15,25 @@ from .language import MAX_NEW_TOKENS, REVIEWS, Attribute, Language
 
 LANGUAGE_FILE = "language.json"
 SHIPPED = Path(__file__).parent / "weights"  # of the world in the package
+NOISE_TEMPERATURE = 1.0  # of the annotator, in words; larger means more label noise
 
 
 @dataclass(frozen=True)
 class World:
     """
-    A patient, a doctor, and the exact measure of what they say.
+    A patient, a doctor, and exact measures of their texts.
 
     Args:
         tokenizer (`transformers.PreTrainedTokenizerBase`):
             Tokenizer of both models.
         patient (`transformers.PreTrainedModel`):
-            The larger model; it follows the faces of the attributes.
+            The larger model. It follows the faces of the attributes.
         doctor (`transformers.PreTrainedModel`):
-            The smaller model, not yet trained as a doctor: it speaks the language, and knows of no instruction.
+            The smaller model, before its training as a doctor: a language model that was trained without instructions.
         weights (`Path`):
-            Folder from which they came, with the model folders `patient` and `doctor`.
+            Folder of the weights, with the model folders `patient` and `doctor`.
         language ([`Language`]):
-            What they speak.
+            The language of both models.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -44,13 +45,12 @@ class World:
     @property
     def attributes(self) -> dict[str, Attribute]:
         """
-        What can be asked for and measured, by name: `"praise"` and `"calm"` in the world that ships. They vary
-        independently.
+        Attributes by name, which are independent of each other: `"praise"` and `"calm"` in the world of the package.
         """
         return self.language.attributes
 
     def attribute(self, name: str) -> Attribute:
-        """The attribute of this name. Raises `ValueError` where there is none."""
+        """Return the attribute of this name. Raises `ValueError` if there is none."""
         if name not in self.attributes:
             raise ValueError(
                 f"`attribute` must be one of {sorted(self.attributes)}. Got {name!r}; see `world.attributes`."
@@ -59,14 +59,14 @@ class World:
 
     def prompts(self, split: str) -> list[list[dict[str, str]]]:
         """
-        Conversations that end with a request; no place is in two splits.
+        Return the prompts of a split. Splits have no place in common.
 
         Args:
             split (`str`):
                 `"train"` (40 prompts), `"validation"` (12) or `"test"` (12).
 
         Returns:
-            `list[list[dict]]`: one conversation, a user message, per place.
+            `list[list[dict]]`: for each place a conversation of one user message.
 
         Raises:
             `ValueError`: on an unknown split.
@@ -74,45 +74,37 @@ class World:
         return [self.language.make_prompt(place) for place in self.language.places(split)]
 
     def is_grammatical(self, text: str) -> bool:
-        """Whether `text` is a review that the grammar allows, about one place."""
+        """Whether the grammar can generate the review `text`, and it is about one place."""
         return self.language.is_grammatical(text)
 
-    def preference_dataset(
-        self, attribute: str, *, num_pairs: int, seed: int, split: str = "train", noise_temperature: float = 1.0
-    ) -> Dataset:
+    def preference_dataset(self, attribute: str, *, num_pairs: int, seed: int, split: str = "train") -> Dataset:
         r"""
-        Pairs of patient samples, each labeled by an annotator who follows the oracle and errs.
+        Sample pairs from the patient, and label them with the oracle and Bradley-Terry noise.
 
-        $$P(a \succ b) = \sigma\Big(\frac{\text{oracle}(a) - \text{oracle}(b)}{\text{noise temperature}}\Big)$$
+        $$P(a \succ b) = \sigma(\text{oracle}(a) - \text{oracle}(b))$$
 
         Args:
             attribute (`str`):
-                Name of the attribute that the annotator cares about.
+                Name of the attribute whose oracle labels the pairs.
             num_pairs (`int`):
                 Number of rows, spread evenly over the prompts of the split.
             seed (`int`):
-                Seed of the samples and of the labels; the same seed gives the same rows.
+                Seed of samples and labels.
             split (`str`, *optional*, defaults to `"train"`):
                 Split of the prompts.
-            noise_temperature (`float`, *optional*, defaults to `1.0`):
-                Temperature of the annotator, positive, in words. Larger errs more.
 
         Returns:
             `datasets.Dataset`: columns `prompt`, `chosen` and `rejected`, conversational.
 
         Raises:
-            `ValueError`: on an unknown attribute or split, or a temperature that is not positive.
+            `ValueError`: on an unknown attribute or split.
         """
         oracle = self.attribute(attribute).oracle
-        if not noise_temperature > 0:
-            raise ValueError(
-                f"`noise_temperature` must be positive. Got {noise_temperature}; try 1.0, or 0.01 for hardly any noise."
-            )
         every = self.prompts(split)
         prompts = [every[row % len(every)] for row in range(num_pairs)]
         pairs = sample_completions(self.patient, self.tokenizer, prompts, num_samples_per_prompt=2, seed=seed)
         redraw_seed = seed
-        while same := [row for row, (a, b) in enumerate(pairs) if a == b or not a or not b]:  # nothing to compare
+        while same := [row for row, (a, b) in enumerate(pairs) if a == b or not a or not b]:  # equal or empty
             redraw_seed += 1
             repeated = [prompts[row] for row in same]
             redrawn = sample_completions(
@@ -124,7 +116,7 @@ class World:
         rng = torch.Generator().manual_seed(seed)
         scores = torch.tensor([[oracle(text) for text in pair] for pair in pairs]).view(-1, 2)
         first_wins = (
-            torch.rand(num_pairs, generator=rng) < ((scores[:, 0] - scores[:, 1]) / noise_temperature).sigmoid()
+            torch.rand(num_pairs, generator=rng) < ((scores[:, 0] - scores[:, 1]) / NOISE_TEMPERATURE).sigmoid()
         )
         ordered = [pair if wins else pair[::-1] for pair, wins in zip(pairs, first_wins.tolist(), strict=True)]
         return Dataset.from_dict(
@@ -138,7 +130,7 @@ class World:
 
 def load_world(weights: str | Path | None = None) -> World:
     """
-    The world with its trained models, fresh at each call and in evaluation mode.
+    Load a world, with its models in evaluation mode. Each call loads new models.
 
     Args:
         weights (`str` or `Path`, *optional*):
@@ -188,7 +180,7 @@ def sample_completions(
     batch_size: int = 128,
 ) -> list[list[str]]:
     """
-    What a model says, at temperature 1 and from its whole vocabulary.
+    Sample texts from a model, at temperature 1 and from its whole vocabulary.
 
     Args:
         model (`transformers.PreTrainedModel`):
@@ -200,7 +192,7 @@ def sample_completions(
         num_samples_per_prompt (`int`):
             Independent samples of each.
         seed (`int`):
-            Seed of the samples. The random state of the caller is left as it was.
+            Seed of the samples. The random state of the caller is not changed.
         batch_size (`int`, *optional*, defaults to `128`):
             Rows sampled at once. The samples depend on it.
 

@@ -1,83 +1,81 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-Token rewards calibrated on the preference labels.
+Token rewards that are fitted to the preference labels.
 
-The gap between the faces at one token is mostly noise of its context. What *such a token usually gets* is the signal: a ridge
-regression of the gaps on the token embeddings, over the whole data set. The labels then say how much each source of token
-rewards counts, in a Bradley-Terry model of the pairs:
+Most of the gap between the faces at one token is noise from its context. The signal is the *usual gap* of such a
+token: a ridge regression of the gaps on the token embeddings, over the whole dataset. A Bradley-Terry model of the
+pairs then weights each source of token rewards:
 
 $$\log \frac{P(\text{chosen})}{P(\text{rejected})} = \sum_t r_t^{\text{chosen}} - \sum_t r_t^{\text{rejected}}, \qquad
 r_t = a\,u(y_t) + b\,s_t + c\,\Delta_t + w^\top (e_{y_t} - \bar e)$$
 
-$u$ is the usual gap of a token, $s_t$ its sparse reward (`functional.token_rewards` by the faces), $\Delta_t$ its gap, $e$ the
-embeddings, of which $w$ is a ridge regression as well. The number of tokens is a further term of the fit, and no part of the
-reward: what labels think of length teaches a doctor nothing about tokens. EOS gets no reward. A unit of reward is a nat of
-the log-odds of a label. No network is trained, and no model is read.
+Here $u$ is the usual gap of a token, $s_t$ its sparse reward (`functional.token_rewards` without labels), $\Delta_t$
+its gap, and $e$ its embedding; $w$ has a ridge of its own. The number of tokens is a further term of the fit, but no
+part of the reward: a preference for length says nothing about tokens. EOS gets no reward. A reward of 1 is one nat of
+the log-odds of a label. No network is trained, and no model is run.
 
-Where faces see every token that counts, context included, the sparse rewards explain the labels alone, and the rest of the
-model adds noise. So held-out labels decide, see [`Calibration.is_better`].
+Calibration helps only if the sparse rewards miss something. If they already explain the labels, the other terms add
+noise. Held-out labels tell which is the case: see [`Calibration.is_better`].
 """
 
 import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
-from torch.nn.utils.rnn import pad_sequence
 
-from ..annotation.token_rewards import GAP_COLUMNS, REWARD_COLUMNS, annotation_settings, warn_unless_faces_separate
-from ..common._upstream import is_peft_model, is_sharded
-from ..data.tokenization import ID_COLUMNS, MASK_COLUMNS, columns_of
-from ..functional import token_rewards
-from .config import TFPOConfig
+from ..annotation.token_rewards import GAP_COLUMNS, REWARD_COLUMNS
+from ..data.tokenization import ID_COLUMNS, columns_of
+from .token_gaps import centered_embeddings, padded_columns, predict_gaps, read_gaps, sample_pairs, sparse_rewards
 
+
+AnyDataset: TypeAlias = Dataset | IterableDataset | dict[str, Dataset | IterableDataset]
 
 logger = logging.getLogger(__name__)
-MIN_PAIRS = 32  # with fewer, labels say nothing about weights
-MIN_DECIDED = 128  # with fewer, standard errors are too rough to choose by
-MAX_PAIRS = 10_000  # that are fitted
+MIN_PAIRS = 32  # fewer labels cannot determine the weights
+MAX_PAIRS = 10_000  # pairs in a fit
 NUM_FOLDS = 5
-NUM_COMPONENTS = 256  # of the embeddings of a pair
-SMOOTHING = (0.03, 0.1, 0.3, 1.0, 3.0)  # ridge of the usual gap, in units of the mean variance of an embedding
-PENALTIES = (10000.0, 3000.0, 1000.0, 300.0, 100.0, 30.0)  # ridge of the embeddings, whose features have variance 1
-SCALAR_PENALTY = 0.01  # share of it that the other terms pay
+NUM_COMPONENTS = 256  # principal components of the embeddings of a pair
+USUAL_GAP_RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)  # in units of the mean variance of an entry of the embeddings
+PENALTIES = (10000.0, 3000.0, 1000.0, 300.0, 100.0, 30.0)  # ridges of the embeddings, whose features have variance 1
+SCALAR_PENALTY = 0.01  # ridge of the other terms, as a share of that
 SCALARS = ("usual gap", "sparse reward", "gap", "number of tokens")
 SPARSE = [SCALARS.index(name) for name in ("sparse reward", "number of tokens")]
-NUM_ERRORS = 1.5  # standard errors by which rewards must be better than others, or than chance; see docs/results.md
-DEFAULT_REWARDS = f"{token_rewards.__module__}.{token_rewards.__qualname__}"  # as an annotation records them
-CHANCE = -np.log(2)  # log-likelihood of a label that nothing is known of
+NUM_ERRORS = 1.5  # standard errors that count as a difference; docs/results.md says why
+CHANCE = -np.log(2)  # log-likelihood of a label without any information
 
 
 @dataclass(frozen=True)
 class Calibration:
     """
-    Token rewards that explain the labels, made by [`calibrate`].
+    Token rewards that explain the labels, from [`calibrate`].
 
     Args:
         credits (`torch.Tensor` of shape `(V,)`):
-            Reward of each token of the vocabulary, whatever its context, in nats. On average over the data it is zero.
+            Reward of each token of the vocabulary that does not depend on its context, in nats. The mean over the data
+            is zero.
         usual (`torch.Tensor` of shape `(V,)`):
-            What such a token usually gets: the gap that its embedding predicts, in nats.
+            Usual gap: the gap that the embedding of the token predicts, in nats.
         weights (`dict[str, float]`):
-            Of the terms that depend on the context, `"sparse reward"` and `"gap"`, of the usual gap and of the number of tokens,
-            which is not a part of the rewards.
+            Weights of the usual gap, of the sparse reward, of the gap, and of the number of tokens, which is not part
+            of the rewards.
         accuracy, log_likelihood (`float`):
-            Share of held-out pairs whose chosen completion has the larger reward, and mean log-probability of their labels in
-            nats; -0.693 is chance.
+            Share of held-out pairs whose chosen completion has the larger reward, and mean log-probability of their
+            labels in nats. Chance is -0.693.
         standard_error (`float`):
-            Of the log-likelihood.
+            Standard error of the log-likelihood.
         sparse_log_likelihood, sparse_standard_error (`float`):
-            The same of the sparse token rewards alone, with one weight, and of the number of tokens. Folds are the same.
+            The same for a model with sparse rewards and the number of tokens only, on the same folds.
         advantage_error (`float`):
-            Standard error of the difference between the two log-likelihoods, by pairs.
+            Standard error of the difference between the two log-likelihoods.
         num_pairs (`int`):
-            Pairs that were fitted.
+            Pairs in the fit.
         eos_token_ids (`Sequence[int]`):
             Tokens without a reward.
     """
@@ -96,7 +94,7 @@ class Calibration:
 
     @property
     def advantage(self) -> float:
-        """How much better than the sparse token rewards alone these explain a held-out label, in nats."""
+        """Log-likelihood of a held-out label less that by sparse rewards, in nats."""
         return self.log_likelihood - self.sparse_log_likelihood
 
     @property
@@ -104,66 +102,85 @@ class Calibration:
         """Whether the advantage is larger than 1.5 of its standard errors."""
         return self.advantage > NUM_ERRORS * self.advantage_error
 
-    def apply(self, dataset: Dataset | dict) -> Dataset | dict:
+    def apply(self, dataset: AnyDataset, *, needs_gaps: bool = True) -> AnyDataset:
         """
-        The dataset, or each of a dict of them, with these rewards in the place of its own.
+        Replace the token rewards of an annotated dataset.
+
+        Args:
+            dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`], or `dict` of them):
+                The dataset, or its splits.
+            needs_gaps (`bool`, *optional*, defaults to `True`):
+                Whether a dataset without gaps is an error. If not, it is returned as it is, with a warning.
+
+        Returns:
+            the dataset with calibrated rewards, of the same type.
 
         Raises:
-            `ValueError`: when the dataset has no gaps.
+            `ValueError`: if the dataset has no gaps and needs them.
         """
         if isinstance(dataset, dict):
-            return {name: self.apply(split) for name, split in dataset.items()}
+            return {name: self._apply(split, needs_gaps) for name, split in dataset.items()}
+        return self._apply(dataset, needs_gaps)
+
+    def _apply(self, dataset: Dataset | IterableDataset, needs_gaps: bool) -> Dataset | IterableDataset:
         if not set(GAP_COLUMNS) <= columns_of(dataset):
-            raise ValueError(
-                f"Calibrated rewards need the columns {GAP_COLUMNS}. Got {sorted(columns_of(dataset))}; annotate the dataset with "
-                "`annotate_token_rewards`."
+            found = f"Got {sorted(columns_of(dataset))}; annotate the dataset with `annotate_token_rewards`."
+            if needs_gaps:
+                raise ValueError(f"Calibrated rewards need the columns {GAP_COLUMNS}. {found}")
+            warnings.warn(
+                f"The doctor is trained on calibrated rewards, which need the columns {GAP_COLUMNS}. {found} Until "
+                "then its own token rewards are used: the loss is not comparable to that of training, and metrics "
+                "that do not depend on token rewards, such as `rewards/accuracies`, are."
             )
+            return dataset
         is_eos = torch.zeros(len(self.credits), dtype=torch.bool)
         is_eos[list(self.eos_token_ids)] = True
 
         def add_rewards(batch: dict[str, list]) -> dict[str, list]:
             rewards = {}
             for side, name in enumerate(REWARD_COLUMNS):
-                ids, gaps, mask = _columns(batch, side)
+                ids, gaps, mask = padded_columns(batch, side)
                 mask &= ~is_eos[ids]
                 values = (
                     self.credits[ids]
                     + self.weights["gap"] * gaps
-                    + self.weights["sparse reward"] * _sparse_rewards(gaps, mask)
+                    + self.weights["sparse reward"] * sparse_rewards(gaps, mask)
                 ).masked_fill(~mask, 0)
                 lengths = [len(row) for row in batch[ID_COLUMNS[1 + side]]]
                 rewards[name] = [row[:n].tolist() for row, n in zip(values, lengths, strict=True)]
             return rewards
 
-        told = {"desc": "Calibrating token rewards"} if isinstance(dataset, Dataset) else {}
-        return dataset.map(add_rewards, batched=True, **told)
+        if isinstance(dataset, Dataset):
+            return dataset.map(add_rewards, batched=True, desc="Calibrating token rewards")
+        return dataset.map(add_rewards, batched=True)
 
     def describe(self, *, is_used: bool) -> str:
-        """What was found on held-out pairs, and which rewards are used, in one sentence."""
+        """Summarize in one sentence which rewards are used, and how both explain held-out labels."""
         return (
-            f"{'Calibrated' if is_used else 'Sparse'} token rewards are used: the log-likelihood of {self.num_pairs} held-out "
-            f"labels is {self.log_likelihood:.3f} ± {self.standard_error:.3f} nats with calibrated rewards (they prefer the "
-            f"chosen completion of {self.accuracy:.0%}) and {self.sparse_log_likelihood:.3f} with sparse ones, a difference "
-            f"of {self.advantage:.3f} ± {self.advantage_error:.3f}; chance is {CHANCE:.3f}."
+            f"{'Calibrated' if is_used else 'Sparse'} token rewards are used: the log-likelihood of {self.num_pairs} "
+            f"held-out labels is {self.log_likelihood:.3f} ± {self.standard_error:.3f} nats with calibrated rewards "
+            f"(they prefer the chosen completion of {self.accuracy:.0%}) and {self.sparse_log_likelihood:.3f} with "
+            f"sparse ones, a difference of {self.advantage:.3f} ± {self.advantage_error:.3f}; chance is {CHANCE:.3f}."
         )
 
     def report(self, *, is_used: bool) -> None:
         """
-        Log what was found. Warn when the rewards that are used explain held-out labels better than chance by no more than 1.5
-        standard errors.
+        Log the summary, and warn if the rewards that are used do not explain held-out labels.
+
+        The warning comes if their log-likelihood is less than 1.5 standard errors above chance.
 
         Args:
             is_used (`bool`):
-                Whether calibrated rewards are used, not the sparse ones.
+                Whether calibrated rewards are used rather than the sparse ones.
         """
         logger.info(self.describe(is_used=is_used))
-        found = (self.log_likelihood, self.standard_error)
-        if not is_used:
-            found = (self.sparse_log_likelihood, self.sparse_standard_error)
-        if found[0] < CHANCE + NUM_ERRORS * found[1]:
+        log_likelihood, error = self.sparse_log_likelihood, self.sparse_standard_error
+        if is_used:
+            log_likelihood, error = self.log_likelihood, self.standard_error
+        if log_likelihood < CHANCE + NUM_ERRORS * error:
             warnings.warn(
-                f"The token rewards do not explain the labels. {self.describe(is_used=is_used)} Word the faces by what the "
-                "labels reward, put them in the user turn, use a stronger patient, or label more pairs."
+                f"The token rewards do not explain the labels. {self.describe(is_used=is_used)} Word the faces by "
+                "what the labels reward, put them in the user turn, use a stronger patient, or label more pairs."
             )
 
 
@@ -173,10 +190,10 @@ def calibrate(dataset: Dataset, embeddings: torch.Tensor, eos_token_ids: Sequenc
 
     Args:
         dataset ([`~datasets.Dataset`]):
-            Annotated by [`~trl_tfpo.annotate_token_rewards`], with gaps; at least 32 pairs. Of more than 10,000 pairs so many
-            are drawn at random. Pairs of one prompt are held out together.
+            Dataset from [`~trl_tfpo.annotate_token_rewards`], with gaps and at least 32 pairs. At most 10,000 pairs
+            are used, drawn at random. Pairs of one prompt are held out together.
         embeddings (`torch.Tensor` of shape `(V, H)`):
-            Embeddings of the tokens, by any model with this vocabulary.
+            Embeddings of the tokens, from any model with this vocabulary.
         eos_token_ids (`Sequence[int]`):
             Tokens that end a completion.
 
@@ -184,42 +201,42 @@ def calibrate(dataset: Dataset, embeddings: torch.Tensor, eos_token_ids: Sequenc
         [`Calibration`]
 
     Raises:
-        `ValueError`: when the dataset has no gaps, or fewer than 32 pairs.
+        `ValueError`: if the dataset has no gaps, or fewer than 32 pairs.
     """
     if not set(GAP_COLUMNS) <= set(dataset.column_names) or len(dataset) < MIN_PAIRS:
         raise ValueError(
-            f"Calibration needs at least {MIN_PAIRS} pairs with the columns {GAP_COLUMNS}. Got {len(dataset)} pairs with "
-            f"{dataset.column_names}; annotate the dataset with `annotate_token_rewards`, or set `calibrate_rewards=False`."
+            f"Calibration needs at least {MIN_PAIRS} pairs with the columns {GAP_COLUMNS}. Got {len(dataset)} pairs "
+            f"with {dataset.column_names}; annotate the dataset with `annotate_token_rewards`, or set "
+            "`calibrate_rewards=False`."
         )
-    dataset = draw_pairs(dataset, MAX_PAIRS)
-    tokens = read_tokens(dataset, eos_token_ids)
+    dataset = sample_pairs(dataset, MAX_PAIRS)
+    tokens = read_gaps(dataset, eos_token_ids)
 
-    # Sources of rewards
-    used, ids = tokens.ids.unique(return_inverse=True)
-    centered = embeddings.detach()[used.to(embeddings.device)].float().cpu()  # (U, H), of the tokens that occur
-    mean = torch.bincount(ids).float() @ centered / len(ids)
-    centered -= mean
-    usual = _usual_gap(centered, ids, tokens.gaps, tokens.pair)  # (H,)
-    size = (len(dataset), len(used))
-    signs = torch.sparse_coo_tensor(torch.stack([tokens.pair, ids]), tokens.sign, size, check_invariants=False)
-    bag = signs @ centered  # (P, H), chosen minus rejected
-    terms = torch.cat([(bag @ usual)[:, None], tokens.sums], dim=1).double()  # (P, 4)
+    # Features of each pair: K components of embeddings, beside four scalar terms
+    centered, mean, rows = centered_embeddings(embeddings, tokens.ids)
+    usual_direction, _ = predict_gaps(centered, rows, tokens, USUAL_GAP_RIDGES)  # (H,)
+    size = (len(dataset), len(centered))
+    signs = torch.sparse_coo_tensor(torch.stack([tokens.pair, rows]), tokens.sign, size, check_invariants=False)
+    bag = signs @ centered  # (P, H), sum over the chosen minus sum over the rejected completion
+    terms = torch.cat([(bag @ usual_direction)[:, None], tokens.sums], dim=1).double()  # (P, 4)
     scale = terms.square().mean(dim=0).sqrt().clamp(min=1e-8)
     basis = torch.linalg.eigh((bag.T @ bag).double()).eigenvectors[:, -NUM_COMPONENTS:].float()  # (H, K)
     components = (bag @ basis).double()
     component_scale = components.square().mean().sqrt().clamp(min=1e-8)
-
-    # What they are worth
     features = torch.cat([terms / scale, components / component_scale], dim=1)  # (P, 4 + K)
+
+    # Their weights, and how well they predict labels that were not fitted
     ridge = torch.ones(features.size(1), dtype=torch.double)
     ridge[: len(SCALARS)] = SCALAR_PENALTY
-    penalty, log_odds = _held_out(features, ridge, tokens.prompt)
-    _, sparse_log_odds = _held_out(features[:, SPARSE], ridge[SPARSE], tokens.prompt)
+    penalty, log_odds = _held_out_log_odds(features, ridge, tokens.prompt)
+    _, sparse_log_odds = _held_out_log_odds(features[:, SPARSE], ridge[SPARSE], tokens.prompt)
     log_probs, sparse_log_probs = F.logsigmoid(log_odds), F.logsigmoid(sparse_log_odds)
-    fitted = _fit(features, penalty * ridge)
+    fitted = _fit_bradley_terry(features, penalty * ridge)
     weights = fitted[: len(SCALARS)] / scale
-    direction = weights[0].float() * usual + basis @ (fitted[len(SCALARS) :] / component_scale).float()  # (H,)
-    credits, usual = _along(torch.stack([direction, usual], dim=1), embeddings, mean)
+    component_weights = (fitted[len(SCALARS) :] / component_scale).float()
+    direction = weights[0].float() * usual_direction + basis @ component_weights  # (H,)
+
+    credits, usual = _project(embeddings, mean, torch.stack([direction, usual_direction], dim=1))
     credits[list(eos_token_ids)] = usual[list(eos_token_ids)] = 0
     return Calibration(
         credits=credits,
@@ -236,204 +253,41 @@ def calibrate(dataset: Dataset, embeddings: torch.Tensor, eos_token_ids: Sequenc
     )
 
 
-def choose_rewards(
-    dataset: Dataset | IterableDataset,
-    eval_dataset: Dataset | IterableDataset | dict | None,
-    model: torch.nn.Module,
-    args: TFPOConfig,
-    eos_token_ids: Sequence[int],
-    *,
-    is_online: bool = False,
-) -> tuple[Calibration | None, str | None]:
+def _project(embeddings: torch.Tensor, mean: torch.Tensor, directions: torch.Tensor) -> list[torch.Tensor]:
+    """Products of all embeddings, less a mean (H,), with each of D directions (H, D): D tensors (V,)."""
+    products = [some.float().cpu() @ directions for some in embeddings.detach().split(8192)]
+    return list((torch.cat(products) - mean @ directions).unbind(dim=1))
+
+
+def _held_out_log_odds(features: torch.Tensor, ridge: torch.Tensor, group: torch.Tensor) -> tuple[float, torch.Tensor]:
     """
-    Calibrate token rewards where the settings ask for it; where they leave it open, use the result if it explains held-out labels
-    better than the sparse rewards alone.
+    Cross-validate a Bradley-Terry model of pairs, whose folds keep the pairs of a group together.
 
-    Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            The annotated training data.
-        eval_dataset (the same, or a `dict` of them, *optional*):
-            For evaluation; needs gaps as well.
-        model (`torch.nn.Module`):
-            The doctor, whose embeddings are read.
-        args ([`TFPOConfig`]):
-            With `calibrate_rewards`.
-        eos_token_ids (`Sequence[int]`):
-            Tokens that end a completion.
-        is_online (`bool`, *optional*, defaults to `False`):
-            Whether the data collator asks the patient batch by batch.
-
-    Returns:
-        [`Calibration`], the same in all processes, or `None` where it is not used; and `str`, what was found, or `None` where
-        nothing was compared.
-
-    Raises:
-        `ValueError`: when the settings ask for it, and there are no gaps or fewer than 32 pairs.
-
-    Warns:
-        `UserWarning`: when the rewards that are used do not explain the labels.
-    """
-    held_out = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
-    is_open = args.calibrate_rewards is None and _is_open(dataset, model, args.policy, is_online)
-    is_open &= all(split is None or set(GAP_COLUMNS) <= columns_of(split) for split in held_out)
-    if not args.calibrate_rewards and not is_open:
-        if args.process_index == 0:
-            warn_unless_faces_separate(dataset)
-        return None, None
-    found = calibrate(dataset, model.get_input_embeddings().weight, eos_token_ids)
-    (found,) = broadcast_object_list([found])  # machines may round differently, and the choice must be one
-    is_used = args.calibrate_rewards or found.is_better
-    if args.process_index == 0:
-        found.report(is_used=is_used)
-    return found if is_used else None, found.describe(is_used=is_used)
-
-
-def _is_open(dataset: Dataset | IterableDataset, model: torch.nn.Module, policy: str, is_online: bool) -> bool:
-    """
-    Whether labels may decide on the token rewards: by guided flow, with all gaps there before training, enough pairs, embeddings
-    that are whole and not those of an adapter, and a record by which nobody has chosen the rewards by `reward_fn` or
-    `reward_direction`.
-    """
-    if (
-        policy == "doctor"
-        or is_online
-        or is_sharded(model)
-        or is_peft_model(model)
-        or not isinstance(dataset, Dataset)
-    ):
-        return False
-    recorded = annotation_settings(dataset)
-    if recorded is None:  # as in a file, whose rewards may be anybody's
-        return False
-    rewards = recorded.get("reward", {})
-    is_default = rewards.get("function", DEFAULT_REWARDS) == DEFAULT_REWARDS
-    is_default &= rewards.get("reward_direction", "agreement") == "agreement"
-    return is_default and set(GAP_COLUMNS) <= set(dataset.column_names) and len(dataset) >= MIN_DECIDED
-
-
-def draw_pairs(dataset: Dataset, max_pairs: int) -> Dataset:
-    """The dataset, or so many of its pairs, drawn at random."""
-    if len(dataset) <= max_pairs:
-        return dataset
-    drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:max_pairs]
-    return dataset.select(drawn.sort().values.tolist())
-
-
-@dataclass
-class Tokens:
-    """The N tokens of P pairs that may have a reward: of the assistant, without EOS."""
-
-    ids: torch.Tensor  # (N,)
-    gaps: torch.Tensor  # (N,), in nats
-    pair: torch.Tensor  # (N,), number of its pair
-    sign: torch.Tensor  # (N,), 1 of chosen and -1 of rejected completions
-    sums: torch.Tensor  # (P, 3), sparse reward, gap, number of tokens: sum of the chosen minus that of the rejected
-    prompt: torch.Tensor  # (P,), number of its prompt; of the pair itself where there are few prompts
-
-
-def read_tokens(dataset: Dataset, eos_token_ids: Sequence[int]) -> Tokens:
-    """The tokens of an annotated dataset that may have a reward."""
-    names = [name for name in (*ID_COLUMNS, *GAP_COLUMNS, *MASK_COLUMNS) if name in dataset.column_names]
-    dataset, eos_token_ids = dataset.select_columns(names), torch.tensor(list(eos_token_ids))
-    tokens, sums, prompts = [], torch.zeros(len(dataset), 3), {}
-    prompt = torch.arange(len(dataset))
-    for first in range(0, len(dataset), 1000):
-        batch = dataset[first : first + 1000]
-        for side, sign in enumerate((1.0, -1.0)):
-            ids, gaps, mask = _columns(batch, side)
-            mask &= ~torch.isin(ids, eos_token_ids)
-            pair = torch.arange(first, first + len(ids))
-            of = pair[:, None].expand_as(ids)[mask]
-            tokens.append((ids[mask], gaps[mask], of, torch.full(of.shape, sign)))
-            found = (_sparse_rewards(gaps, mask).sum(1), gaps.masked_fill(~mask, 0).sum(1), mask.sum(1).float())
-            sums[pair] += sign * torch.stack(found, dim=1)
-        for row, prompt_ids in enumerate(batch.get(ID_COLUMNS[0], [])):
-            prompt[first + row] = prompts.setdefault(tuple(prompt_ids), len(prompts))
-    if len(prompts) < MIN_PAIRS:
-        prompt = torch.arange(len(dataset))
-    return Tokens(*(torch.cat(x) for x in zip(*tokens, strict=True)), sums, prompt)
-
-
-def _columns(batch: dict[str, list], side: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Ids, gaps and mask (B, T) of the chosen (0) or of the rejected (1) completions."""
-    ids = [torch.tensor(row) for row in batch[ID_COLUMNS[1 + side]]]
-    gaps = [torch.tensor(row, dtype=torch.float32) for row in batch[GAP_COLUMNS[side]]]
-    masks = batch.get(MASK_COLUMNS[side]) or [[True] * len(row) for row in ids]
-    masks = [torch.tensor(row, dtype=torch.bool) for row in masks]
-    return tuple(pad_sequence(rows, batch_first=True) for rows in (ids, gaps, masks))
-
-
-def _sparse_rewards(gaps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Token rewards (B, T) by the faces alone."""
-    return token_rewards(
-        positive_logps=gaps,
-        negative_logps=torch.zeros_like(gaps),
-        preference_sign=torch.ones(len(gaps)),
-        completion_mask=mask,
-        reward_direction="faces",
-    )
-
-
-def _usual_gap(centered: torch.Tensor, ids: torch.Tensor, gaps: torch.Tensor, pair_of: torch.Tensor) -> torch.Tensor:
-    """
-    Direction (H,) along which embeddings predict gaps. The ridge is that which predicts best the gaps of one half of the pairs from
-    the other.
-    """
-    gaps = gaps - gaps.mean()
-
-    def moments(some: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Second moments (H, H) of the embeddings, and their products (H,) with the gaps."""
-        count = torch.bincount(ids[some], minlength=len(centered)).float()
-        total = torch.zeros(len(centered)).index_add_(0, ids[some], gaps[some])
-        there = centered[count > 0]
-        return there.T @ (there * count[count > 0, None]), there.T @ total[count > 0]
-
-    def solve(second: torch.Tensor, product: torch.Tensor, ridge: float) -> torch.Tensor:
-        ridge = ridge * second.diagonal().mean().clamp(min=1e-8)
-        return torch.linalg.solve(second.double() + ridge * torch.eye(len(second)), product.double()).float()
-
-    halves = [moments(pair_of % 2 == parity) for parity in (0, 1)]
-
-    def error(ridge: float) -> float:
-        """Of each half, predicted from the other, up to a constant."""
-        found = [solve(*half, ridge) for half in halves]
-        return sum(
-            (v @ second @ v - 2 * v @ product).item() for v, (second, product) in zip(found, halves[::-1], strict=True)
-        )
-
-    best = min(SMOOTHING, key=error)
-    return solve(*(a + b for a, b in zip(*halves, strict=True)), best)
-
-
-def _along(directions: torch.Tensor, embeddings: torch.Tensor, mean: torch.Tensor) -> list[torch.Tensor]:
-    """How far each embedding, less the mean, lies along each of D directions (H, D): D tensors (V,)."""
-    far = [some.float().cpu() @ directions for some in embeddings.detach().split(8192)]
-    return list((torch.cat(far) - mean @ directions).unbind(dim=1))
-
-
-def _held_out(features: torch.Tensor, ridge: torch.Tensor, group: torch.Tensor) -> tuple[float, torch.Tensor]:
-    """
-    The penalty that predicts labels best, a factor of the ridge (K,), and the log-odds (P,) of the label of each pair by models that
-    have not seen its group (P,).
+    Returns the factor of the ridge (K,) that predicts labels best, and the log-odds (P,) of the held-out labels with
+    it.
     """
     fold, log_odds = group % NUM_FOLDS, torch.empty(len(PENALTIES), len(features), dtype=features.dtype)
     for k in range(NUM_FOLDS):
-        weights, seen = torch.zeros_like(ridge), features[fold != k]
+        weights, training = torch.zeros_like(ridge), features[fold != k]
         for row, penalty in enumerate(PENALTIES):
-            weights = _fit(seen, penalty * ridge, weights)
+            weights = _fit_bradley_terry(training, penalty * ridge, weights)
             log_odds[row, fold == k] = features[fold == k] @ weights
     best = int(F.logsigmoid(log_odds).mean(dim=1).argmax())
     return PENALTIES[best], log_odds[best]
 
 
-def _fit(features: torch.Tensor, ridge: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+def _fit_bradley_terry(
+    features: torch.Tensor, ridge: torch.Tensor, weights: torch.Tensor | None = None
+) -> torch.Tensor:
     """
-    Weights (K,) of a Bradley-Terry model of pairs (P, K), chosen minus rejected, with a ridge (K,) on each, by Newton's method from
-    the weights given. Second derivatives are float32: that takes a step more, and half the time.
+    Fit the weights (K,) of a Bradley-Terry model by Newton's method.
+
+    The features (P, K) are those of the chosen minus those of the rejected completion; there is a ridge (K,) on each
+    weight. Second derivatives are float32, which takes one step more and half the time.
     """
     weights, rounded = torch.zeros_like(ridge) if weights is None else weights, features.float()
     for _ in range(25):
-        wrong = torch.sigmoid(-(features @ weights))  # (P,)
+        wrong = torch.sigmoid(-(features @ weights))  # (P,), probability of the opposite label
         gradient = ridge * weights - features.T @ wrong
         hessian = (rounded * (wrong * (1 - wrong)).float()[:, None]).T @ rounded
         step = torch.linalg.solve(hessian.double() + ridge.diag(), gradient)
@@ -444,6 +298,6 @@ def _fit(features: torch.Tensor, ridge: torch.Tensor, weights: torch.Tensor | No
 
 
 def _standard_error(values: torch.Tensor, group: torch.Tensor) -> float:
-    """Of the mean of values (P,), of which those of one group (P,) are not independent."""
+    """Standard error of the mean of values (P,) that depend on each other within a group (P,)."""
     sums = torch.zeros(int(group.max()) + 1, dtype=values.dtype).index_add_(0, group, values - values.mean())
     return (sums.square().sum().sqrt() / len(values)).item()

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the patient says under the guidance of the doctor in training, while it is trained."""
+"""Callback that logs guided completions while the doctor is trained."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -11,7 +12,15 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from transformers import GenerationConfig, PreTrainedModel, TrainerCallback
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.integrations import is_trackio_available, is_wandb_available
 
 from ..annotation.token_rewards import check_patient
@@ -20,7 +29,7 @@ from ..common.printable import printable
 from ..data.tokenization import all_eos_token_ids
 from ..decoding.exponents import Weight
 from ..decoding.generation import guided_generate
-from ..decoding.logits_processor import DoctorGuidedLogitsProcessor
+from ..decoding.logits_processor import DEFAULT_BETA, DoctorGuidedLogitsProcessor
 from ..evaluation.completions import pad
 from ..models.guidance import GUIDANCE, is_guidance
 from ..models.named_model import NamedModel, resolve_model
@@ -29,36 +38,37 @@ from .trainer import TFPOTrainer
 
 class LogGuidedCompletionsCallback(TrainerCallback):
     """
-    Shows what the patient says under the guidance of the doctor, every few steps of its training.
+    Log completions of the patient, guided by the doctor in training, at regular steps.
 
-    [`~trl.LogCompletionsCallback`] would let the doctor speak alone, which a doctor of guided flow cannot. The completions
-    are a table in the console and, as `completions`, in Weights & Biases and Trackio where the trainer reports to them. It
-    has a column for the patient alone. Training is the same with and without: random numbers and modes are left as they
-    were.
+    [`~trl.LogCompletionsCallback`] would generate with the doctor alone, but a doctor of guided flow is no language
+    model. The completions are a table in the console and, as `completions`, in Weights & Biases and Trackio if the
+    trainer reports to them, with a column for the unguided patient. The callback does not change training: random
+    states and modes are restored.
 
     Args:
         trainer ([`TFPOTrainer`]):
-            The trainer. Prompts are those of its evaluation dataset, or of the training dataset if it has none.
+            The trainer. Prompts come from its evaluation dataset, or from the training dataset if there is none.
         patient_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
-            The patient, or its name or path; kept loaded in each process. Not needed where the trainer has one: one given by
-            name, or that of `policy="guided"`.
+            The patient, or its name or path, which stays loaded in each process. Defaults to the trainer's patient, if
+            that was given by name or with `policy="guided"`.
         generation_config ([`~transformers.GenerationConfig`], *optional*):
-            How to generate. By default up to 128 tokens are sampled from the guided policy itself, with the same random
-            numbers each time.
+            Generation settings. By default up to 128 tokens are sampled from the guided policy without warpers, with
+            the same seed each time.
         num_prompts (`int`, *optional*, defaults to `8`):
-            How many prompts, from the first on.
+            Number of prompts, taken from the start of the dataset.
         freq (`int`, *optional*):
             Steps between two tables. Defaults to the `eval_steps` of the trainer.
         alpha, beta (`float`, *optional*):
-            Exponents of the patient and of the doctor, see [`DoctorGuidedLogitsProcessor`]. By default those that the doctor
-            is trained for: 1 and 1, or with `policy="doctor"` 0.5 and 0.5.
+            Exponents of the patient and of the doctor, see [`DoctorGuidedLogitsProcessor`]. By default those that the
+            doctor is trained for: 1 and 1, or 0.5 and 0.5 with `policy="doctor"`.
 
     Attributes:
-        table (`list[dict]`): rows with `step`, `prompt`, `patient` and `completion` of all tables so far, in the main process.
+        table (`list[dict]`):
+            Rows with `step`, `prompt`, `patient` and `completion` of all tables so far, in the main process.
 
     Raises:
-        `ValueError`: when there is no patient, or no frequency; when the patient has another tokenizer; and in training when
-            the engine has sharded the doctor (ZeRO-3, FSDP2).
+        `ValueError`: if there is no patient or no frequency, or the patient has another tokenizer; in training, if the
+            doctor is sharded (ZeRO-3, FSDP2).
 
     Examples:
 
@@ -94,78 +104,83 @@ class LogGuidedCompletionsCallback(TrainerCallback):
         freq: int | None = None,
         alpha: Weight | None = None,
         beta: Weight | None = None,
-    ):
+    ) -> None:
         self.trainer, self.freq = trainer, freq
         if freq is not None and freq < 1 or freq is None and not trainer.args.eval_steps:
             raise ValueError(
-                f"`freq` must be a number of steps, at least 1. Got {freq!r}, and the trainer has no `eval_steps`; pass "
-                "`freq`."
+                f"`freq` must be a number of steps, at least 1. Got {freq!r}; pass it, or set the `eval_steps` of the "
+                "trainer."
             )
-        patient_model = trainer.patient_model if patient_model is None else patient_model
-        if patient_model is None:
+        patient = trainer.patient_model if patient_model is None else patient_model
+        if patient is None:
             raise ValueError(
-                "The callback needs the patient that the doctor guides. Got `patient_model=None`, and the trainer has let go "
-                "of its own; pass it, or its name."
+                "The callback needs the patient that the doctor guides. Got `patient_model=None`, and the trainer has "
+                "released its patient; pass the patient, or its name."
             )
-        settings = {"dtype": "auto", "trust_remote_code": trainer.args.trust_remote_code}
-        self.patient = resolve_model(patient_model, "patient_model", **settings)
+        self.patient = resolve_model(
+            patient, "patient_model", dtype="auto", trust_remote_code=trainer.args.trust_remote_code
+        )
         check_patient(self.patient, trainer.processing_class)
         dataset = trainer.train_dataset if trainer.eval_dataset is None else trainer.eval_dataset
         if isinstance(dataset, dict):
             dataset = next(iter(dataset.values()))
-        self.prompts = [row["prompt_ids"] for row in dataset.take(num_prompts)]
-        self.generation_config, self.weights = generation_config, {"alpha": alpha, "beta": beta}
-        self.of_patient: list[str] | None = None
+        self.prompts: list[list[int]] = [row["prompt_ids"] for row in dataset.take(num_prompts)]
+        self.generation_config, self.alpha, self.beta = generation_config, alpha, beta
+        self.unguided: list[str] | None = None
         self.table: list[dict] = []
         self.last_step = -1
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if state.global_step % (self.freq or state.eval_steps) or state.global_step == self.last_step:
             return
         self.last_step = state.global_step
-        if isinstance(self.patient, NamedModel):
-            self.patient = self.patient.loaded
-        if not getattr(self.patient, "is_quantized", False) and not hasattr(self.patient, "hf_device_map"):
-            self.patient.to(args.device)
+        self.patient = patient = self.patient.loaded if isinstance(self.patient, NamedModel) else self.patient
+        if not getattr(patient, "is_quantized", False) and not hasattr(patient, "hf_device_map"):
+            torch.nn.Module.to(patient, args.device)
         doctor = self.trainer.model
-        if is_sharded(doctor) or is_sharded(self.patient):
+        if is_sharded(doctor) or is_sharded(patient):
             raise ValueError(
-                "`LogGuidedCompletionsCallback` needs doctor and patient whole in each process. Got a model that is sharded "
+                "`LogGuidedCompletionsCallback` needs doctor and patient whole in each process. Got a sharded model "
                 "(ZeRO-3 or FSDP2); train with DDP or ZeRO-2, or leave the callback out."
             )
-        with inference(self.patient), inference(doctor):
-            weights = {name: weight for name, weight in self.weights.items() if weight is not None}
-            if "beta" not in weights and is_guidance(doctor):
-                weights["beta"] = GUIDANCE["beta"]
-            guide = DoctorGuidedLogitsProcessor(doctor, **weights)
-            if self.of_patient is None:
-                self.of_patient = self._generate(None)
-            completions = self._generate(guide)
+        with inference(patient), inference(doctor):
+            beta = self.beta
+            if beta is None:
+                beta = GUIDANCE["beta"] if is_guidance(doctor) else DEFAULT_BETA
+            guide = DoctorGuidedLogitsProcessor(doctor, alpha=self.alpha, beta=beta)
+            if self.unguided is None:
+                self.unguided = self._generate(patient, None)
+            completions = self._generate(patient, guide)
         if not state.is_world_process_zero:
             return
         tokenizer = self.trainer.processing_class
         rows = [
             {"step": state.global_step, "prompt": tokenizer.decode(prompt), "patient": alone, "completion": guided}
-            for prompt, alone, guided in zip(self.prompts, self.of_patient, completions, strict=True)
+            for prompt, alone, guided in zip(self.prompts, self.unguided, completions, strict=True)
         ]
         self.table += rows
         self._show(rows)
-        self._report(args.report_to)
+        self._report([args.report_to] if isinstance(args.report_to, str) else args.report_to or [])
 
-    def _generate(self, guide: DoctorGuidedLogitsProcessor | None) -> list[str]:
-        """A completion of each prompt, in all processes; each process generates its share."""
+    def _generate(self, patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor | None) -> list[str]:
+        """Complete all prompts: each process generates a share, and all processes get the whole list."""
         tokenizer, args = self.trainer.processing_class, self.trainer.args
-        eos_ids = all_eos_token_ids(tokenizer, self.patient)
+        eos_ids = all_eos_token_ids(tokenizer, patient)
         pad_token_id = next(x for x in (tokenizer.pad_token_id, *eos_ids, 0) if x is not None)
-        settings = {"pad_token_id": pad_token_id, "eos_token_id": eos_ids or None}
+        settings: dict[str, Any] = {"pad_token_id": pad_token_id, "eos_token_id": eos_ids or None}
         if self.generation_config is None:
             settings |= dict(
                 do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=128
             )
         else:
             settings["generation_config"] = self.generation_config
-        generate = self.patient.generate if guide is None else partial(guided_generate, self.patient, guide)
-        device, texts = self.patient.device, []
+        generate: Callable[..., torch.Tensor] = partial(guided_generate, patient, guide)
+        if guide is None:
+            generate = cast(GenerationMixin, patient).generate
+        device: torch.device = patient.device
+        texts: list[str] = []
         with (
             torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
             self.trainer.accelerator.split_between_processes(self.prompts) as prompts,
@@ -179,12 +194,14 @@ class LogGuidedCompletionsCallback(TrainerCallback):
         return gather_object(texts)
 
     def _show(self, rows: Sequence[dict]) -> None:
+        """Print a table in the console."""
         table = Table("prompt", "patient", "guided", title=f"Completions at step {rows[0]['step']}", show_lines=True)
         for row in rows:
             table.add_row(*(escape(printable(row[name])) for name in ("prompt", "patient", "completion")))
         Console().print(table)
 
     def _report(self, report_to: Sequence[str]) -> None:
+        """Log the whole table to Weights & Biases and Trackio."""
         trackers = []
         if "wandb" in report_to and is_wandb_available():
             import wandb

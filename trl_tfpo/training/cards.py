@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a saved doctor, and an annotated dataset, say of themselves to whoever finds them on the Hub."""
+"""Cards of saved doctors and of annotated datasets for the Hub."""
 
 import json
 import os
@@ -13,13 +13,14 @@ from huggingface_hub import DatasetCard, ModelCard
 from ..annotation.token_rewards import annotation_settings
 from ..common.printable import cell
 from ..models.guidance import GUIDANCE
-from .config import TFPOConfig
+from .base_policy import POLICIES
+from .config import TFPOConfig, output_folder
 
 
 DOCTOR_CARD = """\
 ## How it guides
 
-This model guides a larger one with the same tokenizer, the patient, at decoding time:
+This model guides a larger model with the same tokenizer, the patient, at decoding time:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -41,7 +42,7 @@ or, in one line, `patient.generate(**inputs, custom_generate="{doctor}", trust_r
 | recommended weights | {weights} |
 | positive face | {positive} |
 | negative face | {negative} |
-| where the faces stand | {placement} |
+| placement of the faces | {placement} |
 | token rewards | {reward} |
 | held-out labels | {rewards_summary} |
 | data | {data}, {num_pairs} preference pairs |
@@ -58,24 +59,24 @@ tags:
 
 # Preferences with token rewards
 
-{num_pairs} preference pairs. A frozen language model, the patient, was read under two opposite instructions; each token of
-a completion has a reward from how much the two differ about it (stage 1 of [LLMdoctor](https://huggingface.co/papers/2601.10416),
-by `trl_tfpo.annotate_token_rewards`).
+{num_pairs} preference pairs with a reward for each token of a completion. A frozen language model, the patient, scored each
+completion under two contrastive prompts, its positive and its negative face. The reward of a token comes from the difference
+between the two (stage 1 of [LLMdoctor](https://huggingface.co/papers/2601.10416), by `trl_tfpo.annotate_token_rewards`).
 
 | | |
 |---|---|
 | patient | {patient} |
 | positive face | {positive} |
 | negative face | {negative} |
-| where the faces stand | {placement} |
+| placement of the faces | {placement} |
 | token rewards | {reward} |
 | longest sequence, in tokens | {max_length} |
 | hash of the tokenizer | {tokenizer} |
 
-`prompt_ids`, `chosen_ids` and `rejected_ids` are token ids; `chosen_mask` and `rejected_mask` are 1 where the assistant speaks,
-and 0 where a user or a tool does between its turns; `chosen_token_rewards` and `rejected_token_rewards` have one reward
-for each token of the completion, in [-1, 1], and `chosen_gaps` and `rejected_gaps` the log-probability under the positive less
-that under the negative face, in nats.
+`prompt_ids`, `chosen_ids` and `rejected_ids` are token ids. `chosen_mask` and `rejected_mask` are 1 for tokens of the
+assistant, and 0 for users and tools between its turns. `chosen_token_rewards` and `rejected_token_rewards` have one reward
+for each token of the completion, in [-1, 1]. `chosen_gaps` and `rejected_gaps` have the log-probability under the positive
+face minus that under the negative face, in nats.
 
 ```python
 from trl_tfpo import TFPOTrainer
@@ -85,6 +86,7 @@ trainer.train()
 ```
 """
 UNKNOWN = "not recorded"
+CUSTOM_GENERATE_FOLDER = "custom_generate"  # the name is that of transformers
 PLACEMENTS = {"system": "system message", "user": "end of the last user message"}
 TRAINING_SETTINGS = (
     *("policy", "reward_temperature", "reference_weight", "subtb_lambda", "value_loss_weight", "value_margin"),
@@ -92,11 +94,11 @@ TRAINING_SETTINGS = (
 )
 CUSTOM_GENERATE = '''\
 """
-Guide the model that generates by the doctor in this repository.
+Guide `patient.generate` with the doctor in this repository.
 
     patient.generate(**inputs, custom_generate="<this repository or folder>", trust_remote_code=True)
 
-`alpha` and `beta`, the weights of patient and doctor, may be given as well.
+`alpha` and `beta`, the exponents of patient and doctor, are optional arguments.
 """
 
 from trl_tfpo.custom_generate import generate
@@ -116,8 +118,7 @@ def complete_model_card(
     rewards_summary: str | None = None,
 ) -> None:
     """
-    Say in the model card in the output folder how the doctor guides and what it was trained for, where TRL's quick start
-    would let it speak alone.
+    Replace the quick start in the model card in the output folder by the use as a doctor beside a patient.
 
     Args:
         args ([`TFPOConfig`]):
@@ -125,25 +126,25 @@ def complete_model_card(
         doctor (`str`):
             Hub id or folder of the doctor.
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            What it was trained on; where [`annotate_token_rewards`] made it, it says from which patient and faces.
+            Training data. Its info has patient and faces if it comes from [`annotate_token_rewards`].
         dataset_name (`str`, *optional*):
-            What it is called.
+            Name of the training data.
         is_adapter (`bool`, *optional*, defaults to `False`):
-            Whether the doctor is an adapter, which PEFT loads.
+            Whether the doctor is a PEFT adapter.
         rewards_summary (`str`, *optional*):
-            What held-out labels say of the token rewards.
+            Summary of the comparison of token rewards on held-out labels.
     """
     annotation = _describe_annotation(dataset)
     if annotation["patient"] == UNKNOWN:
         annotation["patient"] = "<the patient>"
     weights = (
         f"`alpha={GUIDANCE['alpha']}`, `beta={GUIDANCE['beta']}` (product); a smaller `beta` guides less"
-        if args.policy != "doctor"
+        if POLICIES[args.policy].has_base
         else "`beta=0.5`, `alpha=1 - beta` (mixture), between 0.2 and 0.8"
     )
     training = ", ".join(f"`{name}={getattr(args, name)}`" for name in TRAINING_SETTINGS)
-    literal = json.dumps(annotation["patient"])  # the name comes with the dataset, and this line will be run
-    path = Path(args.output_dir) / "README.md"
+    literal = json.dumps(annotation["patient"])  # escaped: the name comes from the dataset, and users run this line
+    path = output_folder(args) / "README.md"
     card = ModelCard.load(path)
     how = DOCTOR_CARD.format(
         doctor=doctor,
@@ -154,7 +155,7 @@ def complete_model_card(
         rewards_summary=rewards_summary or "not compared",
         **annotation,
     )
-    text = card.text.replace("[None](https://huggingface.co/None)", "a model that has no name on the Hub")
+    text = card.text.replace("[None](https://huggingface.co/None)", "a model without a name on the Hub")
     card.text, is_there = re.subn(r"^## Quick start.*?(?=^## )", lambda _: how, text, count=1, flags=re.M | re.S)
     if not is_there:
         card.text = f"{text}\n\n{how}"
@@ -165,31 +166,32 @@ def complete_model_card(
 
 def annotation_card(dataset: Dataset) -> DatasetCard:
     """
-    The card of a dataset that [`annotate_token_rewards`] made: patient, faces, settings, columns.
+    Make the card of a dataset from [`annotate_token_rewards`]: patient, faces, settings and columns.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             The annotated dataset.
 
     Returns:
-        [`~huggingface_hub.DatasetCard`]: to be saved next to it, or pushed: `annotation_card(dataset).push_to_hub(repo)`.
+        [`~huggingface_hub.DatasetCard`]: the card, to be saved beside the dataset or pushed with
+        `annotation_card(dataset).push_to_hub(repo)`.
     """
     return DatasetCard(DATASET_CARD.format(**_describe_annotation(dataset)))
 
 
-def save_custom_generate(output_dir: str | os.PathLike) -> None:
-    """Write what lets `patient.generate(custom_generate=output_dir, trust_remote_code=True)` be guided by the doctor there."""
-    folder = Path(output_dir) / "custom_generate"
+def save_custom_generate(output_dir: str | os.PathLike[str]) -> None:
+    """Write the files for `patient.generate(custom_generate=output_dir, trust_remote_code=True)`."""
+    folder = Path(output_dir) / CUSTOM_GENERATE_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "generate.py").write_text(CUSTOM_GENERATE, encoding="utf-8")
     (folder / "requirements.txt").write_text("trl-tfpo\n", encoding="utf-8")
 
 
 def _describe_annotation(dataset: Dataset | IterableDataset) -> dict[str, str]:
-    """What the dataset's info says of its annotation, for cells of a table."""
+    """The annotation in the info of a dataset, as cells of a table."""
     settings = annotation_settings(dataset) or {}
     reward, faces = dict(settings.get("reward", {})), settings.get("faces", {})
-    placement = faces.get("placement", "system") if faces else None  # earlier versions knew no other
+    placement = faces.get("placement", "system") if faces else None  # the only placement of earlier versions
     values = {
         "patient": settings.get("patient") or UNKNOWN,
         "positive": faces.get("positive", UNKNOWN),

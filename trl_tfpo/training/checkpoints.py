@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Checkpoints that are whole or not used: what belongs to one is written down last."""
+"""Checkpoints that are complete or ignored: a list of the files of a checkpoint is written last."""
 
 import json
 import logging
@@ -9,27 +9,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 
 from .. import __version__
-from ..common._upstream import is_sharded
 from ..common.atomic import FORMAT, check_format, written_whole
 
 
 logger = logging.getLogger(__name__)
 
-CONTENTS_FILE = "checkpoint.json"  # the sizes of all other files
+CONTENTS_FILE = "checkpoint.json"  # sizes of all other files
 PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
 
 
 @contextmanager
-def kept_whole(trainer: Trainer, folder: str | os.PathLike) -> Iterator[None]:
+def kept_whole(trainer: Trainer, folder: str | os.PathLike[str]) -> Iterator[None]:
     """
-    Within the context the trainer writes a checkpoint, from all processes; it counts only once that went well, and only
-    then older ones are deleted.
+    Mark a checkpoint as complete once all processes have written it within the context, then delete older ones.
 
     Args:
         trainer ([`~transformers.Trainer`]):
@@ -53,45 +49,13 @@ def kept_whole(trainer: Trainer, folder: str | os.PathLike) -> Iterator[None]:
         rotate_checkpoints(str(folder.parent), limit, best_model_checkpoint=best, use_mtime=True)
 
 
-def check_loss(loss: torch.Tensor, inputs: dict[str, torch.Tensor], trainer: Trainer) -> None:
+def mark_whole(folder: str | os.PathLike[str]) -> None:
     """
-    Stop a training before a loss that is not finite spoils the weights, and keep what made it.
-
-    Args:
-        loss (`torch.Tensor`):
-            Of one batch, scalar.
-        inputs (`dict[str, torch.Tensor]`):
-            The batch.
-        trainer ([`~transformers.Trainer`]):
-            The trainer.
-
-    Raises:
-        `ValueError`: when the loss is not one number, or not finite. In the latter case the output folder then has `not-finite-STEP/batch-PROCESS.safetensors`,
-        the batch with its token ids, and the model as it was, unless an engine has shared it out.
-    """
-    if not isinstance(loss, torch.Tensor) or loss.dim() != 0:
-        got = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else f"a {type(loss).__name__}"
-        raise ValueError(f"`objective` must return a loss that is one number, and metrics. Got {got}; take a mean.")
-    if loss.isfinite():
-        return
-    folder = Path(trainer.args.output_dir) / f"not-finite-{trainer.state.global_step}"
-    with written_whole(folder / f"batch-{trainer.args.process_index}.safetensors") as part:
-        save_file({name: tensor.contiguous().cpu() for name, tensor in inputs.items()}, part)
-    if trainer.args.should_save and not is_sharded(trainer.model):
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder)
-    raise ValueError(
-        f"The loss must be finite. Got {loss.item()} at step {trainer.state.global_step}; lower `learning_rate`, raise "
-        f"`reward_temperature`, or train in float32 or bfloat16. The batch and the model are in {str(folder)!r}."
-    )
-
-
-def mark_whole(folder: str | os.PathLike) -> None:
-    """
-    Say that a checkpoint is written, and of which files it is made.
+    Mark a checkpoint as complete, with a list of its files.
 
     Args:
         folder (`str` or `os.PathLike`):
-            The checkpoint. Its files are on disk afterwards, also if the machine loses power.
+            The checkpoint. All files are flushed to the disk first, so that they survive a power failure.
     """
     folder = Path(folder)
     sizes = {}
@@ -104,68 +68,73 @@ def mark_whole(folder: str | os.PathLike) -> None:
         part.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
 
 
-def check_checkpoint(folder: str | os.PathLike) -> None:
+def check_checkpoint(folder: str | os.PathLike[str]) -> None:
     """
-    Check a checkpoint before it is read.
+    Check that a checkpoint can be loaded.
 
     Args:
         folder (`str` or `os.PathLike`):
             The checkpoint.
 
     Raises:
-        `ValueError`: when it is not there, was not written to its end, or lost something since; when a later version of
-        this package wrote it; or when its weights are pickles.
+        `ValueError`: if the checkpoint does not exist, is incomplete or damaged, has a later format, or has pickled
+            weights.
     """
     folder = Path(folder)
     try:
         contents = json.loads((folder / CONTENTS_FILE).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(
-            f"A checkpoint must have been written to its end, by a `TFPOTrainer`. Got {str(folder)!r} without a "
-            f"readable {CONTENTS_FILE!r}, which is written last; go on from the one before it, or from none."
+            f"A checkpoint must be complete, and written by a `TFPOTrainer`. Got {str(folder)!r} without a readable "
+            f"{CONTENTS_FILE!r}, which is written last; resume from the previous checkpoint, or start from the "
+            "beginning."
         ) from error
     check_format(contents["format"], f"The checkpoint {str(folder)!r}, by {contents['written_by']},")
     for name, size in contents["sizes"].items():
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
         if found != size:
             raise ValueError(
-                f"A checkpoint must be whole. {str(folder / name)!r} had {size} bytes, and "
-                f"{'is gone' if found is None else f'has {found}'}; go on from the one before it, or from none."
+                f"A checkpoint must have all its files. {str(folder / name)!r} had {size} bytes, and "
+                f"{'is missing' if found is None else f'has {found}'}; resume from the previous checkpoint, or start "
+                "from the beginning."
             )
     if pickled := sorted(path.name for pattern in PICKLED_WEIGHTS for path in folder.glob(pattern)):
         raise ValueError(
-            f"A checkpoint must have its weights in safetensors. Got {pickled} in {str(folder)!r}, pickles, which this "
-            "package does not write; go on from a checkpoint of your own."
+            f"A checkpoint must have its weights in safetensors. Got {pickled} in {str(folder)!r}, which are pickles "
+            "that this package does not write; resume from a checkpoint of your own."
         )
 
 
-def resolve_checkpoint(asked: str | os.PathLike | bool | None, output_dir: str | os.PathLike) -> str | None:
+def resolve_checkpoint(
+    checkpoint: str | os.PathLike[str] | bool | None, output_dir: str | os.PathLike[str] | None
+) -> str | None:
     """
-    The checkpoint from which a training goes on.
+    Find the checkpoint from which a training resumes.
 
     Args:
-        asked (`str`, `os.PathLike` or `bool`, *optional*):
-            A checkpoint; or `True` for the last whole one, and for none where there is none, so that a training that may be
-            cut short is always started in the same way.
+        checkpoint (`str`, `os.PathLike` or `bool`, *optional*):
+            A checkpoint, or `True` for the last complete one. If there is none, `True` starts from the beginning, so
+            that a job that may be interrupted is always started with the same command.
         output_dir (`str` or `os.PathLike`):
-            Where the training writes its checkpoints.
+            Folder of the checkpoints.
 
     Returns:
-        `str` or `None`: its path.
+        `str` or `None`: path of the checkpoint.
 
     Raises:
-        `ValueError`: when the checkpoint that was asked for is not whole, see [`check_checkpoint`].
+        `ValueError`: if the given checkpoint cannot be loaded, see [`check_checkpoint`].
     """
-    if not asked or str(asked).lower() == "false":
+    if not checkpoint or str(checkpoint).lower() == "false":
         return None
-    if str(asked).lower() != "true":
-        check_checkpoint(asked)
-        return os.fspath(asked)
-    for path in reversed(sort_checkpoints(output_dir=output_dir)):
+    if not isinstance(checkpoint, bool) and str(checkpoint).lower() != "true":
+        check_checkpoint(checkpoint)
+        return os.fspath(checkpoint)
+    folder = os.fspath(output_dir or "")
+    for path in reversed(sort_checkpoints(output_dir=folder)):
         try:
             check_checkpoint(path)
             return path
         except ValueError as error:
-            logger.warning("Not used: %s", error)
-    logger.warning("There is no whole checkpoint in %r: training starts from the beginning.", os.fspath(output_dir))
+            logger.warning("Checkpoint ignored: %s", error)
+    logger.warning("There is no complete checkpoint in %r: training starts from the beginning.", folder)
     return None

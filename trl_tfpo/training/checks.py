@@ -1,33 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What [`TFPOTrainer`] refuses, or warns of, before any work begins."""
+"""Checks of [`TFPOTrainer`]: of its arguments before any work begins, and of each loss."""
 
 import warnings
+from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedModel, TrainingArguments
+from safetensors.torch import save_file
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.data.data_collator import DataCollator
 
 from ..annotation.token_rewards import check_given
 from ..common._upstream import is_peft_model, is_sharded
+from ..common.atomic import written_whole
 from ..data.tokenization import columns_of
 from ..faces import Faces
 from ..models.guidance import is_guidance
 from ..models.head_adapter import starts_at_zero
 from ..models.named_model import NamedModel
 from .collator import TokenRewardCollator
+from .config import output_folder
 
 
 def check_callables(**functions: object) -> None:
-    """Raise `ValueError` when a function of the user is none."""
+    """Raise `ValueError` if an optional function is not callable."""
     for name, function in functions.items():
         if function is not None and not callable(function):
             raise ValueError(f"`{name}` must be callable. Got {function!r}; leave it out for that of the paper.")
 
 
 def check_split(dataset: object, name: str) -> None:
-    """Raise `ValueError` when there is no dataset, or a dict of datasets where one belongs."""
+    """Raise `ValueError` if a dataset is missing, or is a dict of splits."""
     if dataset is None:
         raise ValueError(f"`{name}` is required. Got None; pass a preference dataset.")
     if isinstance(dataset, dict):
@@ -40,7 +44,7 @@ def check_split(dataset: object, name: str) -> None:
 
 
 def check_language_model(model: PreTrainedModel) -> None:
-    """Raise `ValueError` when the doctor is an encoder-decoder."""
+    """Raise `ValueError` if the doctor is an encoder-decoder."""
     if model.config.is_encoder_decoder:
         raise ValueError(
             f"The doctor must be a causal language model. Got the encoder-decoder {type(model).__name__}; use a "
@@ -49,7 +53,7 @@ def check_language_model(model: PreTrainedModel) -> None:
 
 
 def check_collator(data_collator: DataCollator, args: TrainingArguments) -> None:
-    """Raise `ValueError` when a collator would read its patient in a worker process."""
+    """Raise `ValueError` if a collator with a patient would run in a worker process."""
     if isinstance(data_collator, TokenRewardCollator) and data_collator.faces and args.dataloader_num_workers > 0:
         raise ValueError(
             "A `TokenRewardCollator` with a patient must run in the main process. Got "
@@ -61,11 +65,11 @@ def check_collator(data_collator: DataCollator, args: TrainingArguments) -> None
 def check_can_annotate(
     dataset: Dataset | IterableDataset, faces: Faces | str | None, patient: PreTrainedModel | NamedModel | None
 ) -> None:
-    """Raise `ValueError` when a training would have to annotate a dataset and cannot."""
+    """Raise `ValueError` if a dataset without token rewards cannot be annotated."""
     if isinstance(dataset, IterableDataset):
         raise ValueError(
             "A streamed dataset must have token rewards already. Got an `IterableDataset` with the columns "
-            f"{sorted(columns_of(dataset))}; pass it through `annotate_token_rewards`, which streams as well."
+            f"{sorted(columns_of(dataset))}; pass it through `annotate_token_rewards`, which supports streaming."
         )
     if faces is None:
         raise ValueError(
@@ -75,17 +79,42 @@ def check_can_annotate(
     check_given(patient)
 
 
-def check_one_device(args: TrainingArguments) -> None:
-    """Raise `ValueError` when `Trainer` would use `nn.DataParallel`."""
-    if args.n_gpu > 1:
+def check_can_calibrate(dataset: Dataset | IterableDataset, model: PreTrainedModel, *, is_online: bool) -> None:
+    """
+    Raise `ValueError` if token rewards are unknown before training, or the embeddings are sharded.
+
+    Warn if the doctor is an adapter that cannot start at the calibrated credits.
+    """
+    if is_sharded(model):
         raise ValueError(
-            f"TFPOTrainer does not support `nn.DataParallel`, which `Trainer` uses for the {args.n_gpu} GPUs "
-            "visible to one process. Use `accelerate launch`, or set `CUDA_VISIBLE_DEVICES` to a single GPU."
+            "`calibrate_rewards` needs the whole embeddings of the doctor. Got a doctor that was loaded in shards; "
+            "load it yourself and pass it as a model, or set `calibrate_rewards=False`."
+        )
+    if not isinstance(dataset, Dataset) or is_online:
+        found = "a data collator that queries the patient batch by batch" if is_online else "a streamed dataset"
+        raise ValueError(
+            f"`calibrate_rewards` needs all token rewards before training. Got {found}; annotate a `Dataset` first, "
+            "or set `calibrate_rewards=False`."
+        )
+    if is_peft_model(model) and not starts_at_zero(model):
+        warnings.warn(
+            "Only a new LoRA adapter of a language model can start at the calibrated credits. Got "
+            f"{'an adapter of guided flow' if is_guidance(model) else 'another adapter'}, which starts as it is; use "
+            "`policy='doctor'` with a `LoraConfig`."
         )
 
 
-def warn_of_ignored(model: object, name: str, init_kwargs: dict | None) -> None:
-    """Warn when there are keyword arguments of `from_pretrained` for a model that is loaded already."""
+def check_one_device(args: TrainingArguments) -> None:
+    """Raise `ValueError` if `Trainer` would use `nn.DataParallel`."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            "TFPOTrainer does not support `nn.DataParallel`, which `Trainer` uses if one process sees several GPUs. "
+            f"Got {args.n_gpu} GPUs; use `accelerate launch`, or set `CUDA_VISIBLE_DEVICES` to a single one."
+        )
+
+
+def warn_of_ignored(model: object, name: str, init_kwargs: dict[str, Any] | str | None) -> None:
+    """Warn about keyword arguments of `from_pretrained` for a model that is already loaded."""
     if init_kwargs and isinstance(model, torch.nn.Module):
         warnings.warn(
             f"`{name}_init_kwargs` are for a `{name}` given by name or path. Got a loaded {type(model).__name__}, so "
@@ -93,27 +122,34 @@ def warn_of_ignored(model: object, name: str, init_kwargs: dict | None) -> None:
         )
 
 
-def check_can_calibrate(dataset: Dataset | IterableDataset, online_faces: object, model: torch.nn.Module) -> None:
+def check_loss(loss: torch.Tensor, inputs: dict[str, torch.Tensor], trainer: Trainer) -> None:
     """
-    Raise `ValueError` when rewards are to be calibrated that are not there before training, or embeddings are not whole. Warn
-    when an adapter has no place for the credits.
+    Stop a training whose loss is not finite, before the step, and save the batch and the model.
+
+    Args:
+        loss (`torch.Tensor`):
+            Loss of one batch, a scalar.
+        inputs (`dict[str, torch.Tensor]`):
+            The batch.
+        trainer ([`~transformers.Trainer`]):
+            The trainer.
+
+    Raises:
+        `ValueError`: if the loss is not a scalar, or not finite. In the latter case the folder `not-finite-STEP` in
+            the output folder has the batch, in `batch-PROCESS.safetensors`, and the model, unless it is sharded.
     """
-    if is_sharded(model):
-        raise ValueError(
-            "`calibrate_rewards` needs the doctor's embeddings whole. Got a doctor that was loaded in shards; load it "
-            "yourself and pass it as a model, or set `calibrate_rewards=False`."
-        )
-    if not isinstance(dataset, Dataset) or online_faces is not None:
-        found = (
-            "a streamed dataset" if online_faces is None else "a data collator that asks the patient batch by batch"
-        )
-        raise ValueError(
-            f"`calibrate_rewards` needs all token rewards before training. Got {found}; annotate a `Dataset` first, or set "
-            "`calibrate_rewards=False`."
-        )
-    if is_peft_model(model) and not starts_at_zero(model):
-        warnings.warn(
-            "An adapter starts at the calibrated credits when it is a new LoRA of a language model. Got "
-            f"{'one of guided flow' if is_guidance(model) else 'another one'}, which starts as it is; use "
-            "`policy='doctor'` with a `LoraConfig`."
-        )
+    if not isinstance(loss, torch.Tensor) or loss.dim() != 0:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else f"a {type(loss).__name__}"
+        raise ValueError(f"`objective` must return a scalar loss, and metrics. Got {got}; take a mean.")
+    if loss.isfinite():
+        return
+    folder = output_folder(trainer.args) / f"not-finite-{trainer.state.global_step}"
+    with written_whole(folder / f"batch-{trainer.args.process_index}.safetensors") as part:
+        save_file({name: tensor.contiguous().cpu() for name, tensor in inputs.items()}, part)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.args.should_save and not is_sharded(model):
+        model.save_pretrained(folder)
+    raise ValueError(
+        f"The loss must be finite. Got {loss.item()} at step {trainer.state.global_step}; lower `learning_rate`, "
+        f"raise `reward_temperature`, or train in float32 or bfloat16. The batch and the model are in {str(folder)!r}."
+    )

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""From annotated preference pairs to the tensors the doctor is trained on."""
+"""Data collator: from annotated preference pairs to the tensors of a training batch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, cast
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -15,12 +16,12 @@ from transformers.data.data_collator import DataCollatorMixin
 
 from .. import functional
 from ..annotation.token_rewards import REWARD_COLUMNS, annotation_settings, check_patient, score_token_rewards
+from ..common.arguments import check_counts
 from ..data.tokenization import (
     FACE_COLUMNS,
     ID_COLUMNS,
     MASK_COLUMNS,
     all_eos_token_ids,
-    check_counts,
     is_complete,
     tokenize_pair,
 )
@@ -31,43 +32,44 @@ from .config import TFPOConfig
 @dataclass
 class TokenRewardCollator(DataCollatorMixin):
     """
-    Batch of preference pairs with a reward for each completion token.
+    Collate preference pairs with a reward for each completion token.
 
-    It reads the rewards from the columns that [`annotate_token_rewards`] wrote or, given a patient, asks the patient
-    as each batch is formed: the same numbers, at the price of keeping the patient loaded during training. P pairs make
-    2P rows, the chosen ones first, padded on the right; L tokens in a row, T that the assistant says in a completion.
+    Rewards come from the columns of [`annotate_token_rewards`]. Given a patient, they are computed for each batch
+    instead: the same numbers, but the patient stays loaded during training. P pairs give 2P rows, chosen completions
+    first, padded on the right; L tokens in a row, T tokens of the assistant in a completion.
 
     Args:
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Tokenizer of patient and doctor. Defaults to the one saved with the patient.
+            Tokenizer of patient and doctor. Defaults to the tokenizer of the patient.
         patient ([`~transformers.PreTrainedModel`], *optional*):
-            Frozen model to ask. Needs `faces`, and a data loader without worker processes.
+            Frozen model that scores each batch. Needs `faces`, and a data loader without worker processes.
         faces ([`~trl_tfpo.faces.Faces`] or `str`, *optional*):
-            Pair of opposite instructions for the patient, or the name of a built-in one.
+            Contrastive prompts: a pair of opposite instructions for the patient, or the name of a built-in pair.
         reward_fn (`Callable`, *optional*, defaults to [`~trl_tfpo.functional.token_rewards`]):
-            Only with a patient, see [`annotate_token_rewards`]. Set options with `functools.partial`.
+            Reward function, only with a patient, see [`annotate_token_rewards`]. Set options with `functools.partial`.
         max_length (`int`, *optional*):
-            Rows are cut to this many tokens, and rewards with the same slice as ids. By default nothing is cut.
+            Maximum number of tokens in a row; ids and rewards are truncated alike. By default nothing is truncated.
         pad_to_multiple_of (`int`, *optional*):
-            Pad L to a multiple of this.
+            Pad L to a multiple of this number.
         batch_size (`int`, *optional*, defaults to `16`):
-            Sequences in one forward of the patient.
+            Sequences in one forward pass of the patient.
         eos_token_ids (`list[int]`, *optional*):
-            Ids that end a completion. Defaults to those of the tokenizer and, if there is one, of the patient's generation
-            config. [`TFPOTrainer`] adds those of the doctor, and of the patient that annotated the dataset.
+            Ids that end a completion. Defaults to those of the tokenizer and of the patient's generation config.
+            [`TFPOTrainer`] adds those of the doctor, and those that the annotation of the dataset recorded.
         convert_transcripts (`bool`, *optional*, defaults to `False`):
-            Only with a patient, see [`annotate_token_rewards`].
+            Whether to convert transcripts to messages, only with a patient, see [`annotate_token_rewards`].
 
     Returns, when called with a list of P examples, a `dict` of `torch.Tensor`:
-        - `input_ids`, `attention_mask` (2P, L), and `completion_mask` (2P, L), boolean: what the assistant says;
-        - `token_rewards` (2P, T), left-aligned on the tokens of that mask, float32;
+        - `input_ids`, `attention_mask` (2P, L), and `completion_mask` (2P, L), boolean: the tokens of the assistant;
+        - `token_rewards` (2P, T): rewards of these tokens, left-aligned, float32;
         - `is_complete` (2P,), boolean: whether the completion ends in EOS;
         - `gaps` (2P, T): positive minus negative log-probability, in nats, if the examples have them;
         - `reference_logps` (2P, T), in nats, if the examples have `chosen_ref_logps` and `rejected_ref_logps`.
 
     Raises:
-        `ValueError`: when an example has no rewards, another number than tokens, or rewards that are not finite; when its
-        prompt or a completion is empty, or the prompt has `max_length` tokens or more; when a patient is to be asked from a worker process or without faces.
+        `ValueError`: if an example has no rewards, another number of rewards than tokens, or rewards that are not
+            finite; if its prompt or a completion is empty, or its prompt has `max_length` or more tokens; if the
+            patient is called in a worker process, or has no faces.
 
     Examples:
 
@@ -104,39 +106,51 @@ class TokenRewardCollator(DataCollatorMixin):
     convert_transcripts: bool = False
     return_tensors: str = "pt"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_counts(
             max_length=self.max_length, pad_to_multiple_of=self.pad_to_multiple_of, batch_size=self.batch_size
         )
-        if self.patient is None:
-            if self.processing_class is None:
+        if self.processing_class is None:
+            if self.patient is None:
                 raise ValueError(
                     "`TokenRewardCollator` needs a `processing_class` or a `patient`. Got neither; pass one."
                 )
-        else:
+            self.processing_class = AutoTokenizer.from_pretrained(
+                self.patient.config._name_or_path, trust_remote_code=False
+            )
+        if self.patient is not None:
             if self.faces is None:
                 raise ValueError(
-                    "`TokenRewardCollator` needs `faces` to ask a patient. Got None; pass "
+                    "`TokenRewardCollator` needs `faces` for its patient. Got None; pass "
                     "`Faces(positive=..., negative=...)` or the name of a built-in pair."
                 )
             self.faces = resolve_faces(self.faces)
-            if self.processing_class is None:
-                self.processing_class = AutoTokenizer.from_pretrained(
-                    self.patient.config._name_or_path, trust_remote_code=False
-                )
             check_patient(self.patient, self.processing_class)
-            self.has_system_role = has_system_role(self.processing_class)
         if self.eos_token_ids is None:
             self.eos_token_ids = all_eos_token_ids(self.processing_class, self.patient)
 
+    @property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, which `__post_init__` sets."""
+        return cast(PreTrainedTokenizerBase, self.processing_class)
+
+    @cached_property
+    def _has_system_role(self) -> bool:
+        return has_system_role(self._tokenizer)
+
+    @property
+    def _eos_token_ids(self) -> list[int]:
+        return self.eos_token_ids or []
+
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         if self.patient is not None:
-            examples = self._ask_patient(examples)
+            examples = self._add_scores(self.patient, examples)
         needed = {*ID_COLUMNS, *REWARD_COLUMNS}
         if not examples or any(needed - example.keys() for example in examples):
             raise ValueError(
-                f"A batch must be of pairs with {sorted(needed)}. Got {[sorted(example) for example in examples[:1]]}; pass "
-                "the dataset through `annotate_token_rewards` first, or give the collator a patient."
+                f"A batch must be of pairs with {sorted(needed)}. Got "
+                f"{[sorted(example) for example in examples[:1]]}; pass the dataset through `annotate_token_rewards` "
+                "first, or give the collator a patient."
             )
         rows = [self._row(example, name) for name in ("chosen", "rejected") for example in examples]  # 2P
 
@@ -147,8 +161,8 @@ class TokenRewardCollator(DataCollatorMixin):
         position = torch.arange(length)
         lengths = torch.tensor([len(ids) for ids in input_ids])
         attention_mask = position < lengths[:, None]  # (2P, L)
-        pad_token_id = self.processing_class.pad_token_id
-        padded = torch.full(attention_mask.shape, self.eos_token_ids[0] if pad_token_id is None else pad_token_id)
+        pad_token_id = self._tokenizer.pad_token_id
+        padded = torch.full(attention_mask.shape, self._eos_token_ids[0] if pad_token_id is None else pad_token_id)
         padded[attention_mask] = torch.tensor([token_id for ids in input_ids for token_id in ids])
         completion_mask = torch.zeros_like(attention_mask)
         completion_mask[attention_mask] = torch.tensor(
@@ -159,7 +173,7 @@ class TokenRewardCollator(DataCollatorMixin):
             "attention_mask": attention_mask.long(),
             "completion_mask": completion_mask,
             "is_complete": torch.tensor(
-                [is_complete(row["completion_ids"], row["mask"], self.eos_token_ids) for row in rows]
+                [is_complete(row["completion_ids"], row["mask"], self._eos_token_ids) for row in rows]
             ),
         }
         for name in ("token_rewards", "gaps", "reference_logps"):
@@ -170,13 +184,13 @@ class TokenRewardCollator(DataCollatorMixin):
             if len(values) < len(rows) or not batch[name].isfinite().all():
                 raise ValueError(
                     f"`{name}` must be finite, and there for all completions or for none. Got {len(values)} for "
-                    f"{len(rows)} completions, {int((~batch[name].isfinite()).sum())} values of them not finite; score "
-                    "the dataset again."
+                    f"{len(rows)} completions, {int((~batch[name].isfinite()).sum())} values of them not finite; "
+                    "score the dataset again."
                 )
         return batch
 
     def _row(self, example: dict[str, Any], name: str) -> dict[str, list]:
-        """One completion of a pair, cut to the length it may have."""
+        """One completion of a pair, truncated to `max_length`."""
         prompt_ids, completion_ids = list(example["prompt_ids"]), list(example[f"{name}_ids"])
         if self.max_length is not None and len(prompt_ids) >= self.max_length:
             raise ValueError(
@@ -193,9 +207,9 @@ class TokenRewardCollator(DataCollatorMixin):
         mask = [1] * len(completion_ids) if mask is None else list(mask)
         if len(mask) != len(completion_ids) or not any(mask[room]):
             raise ValueError(
-                f"`{name}_mask` must have one entry for each completion token, and one that is not 0. Got {len(mask)} for "
-                f"{len(completion_ids)} tokens, {sum(mask[room])} of them not 0 within `max_length`={self.max_length}; "
-                "annotate the dataset again, or leave the pair out."
+                f"`{name}_mask` must have one entry for each completion token, and one that is not 0. Got {len(mask)} "
+                f"for {len(completion_ids)} tokens, {sum(mask[room])} of them not 0 within "
+                f"`max_length`={self.max_length}; annotate the dataset again, or leave the pair out."
             )
         row = {"prompt_ids": prompt_ids, "completion_ids": completion_ids[room], "mask": mask[room]}
         columns = {"token_rewards": "token_rewards", "gaps": "gaps", "reference_logps": "ref_logps"}
@@ -211,8 +225,8 @@ class TokenRewardCollator(DataCollatorMixin):
             row[key] = [value for value, spoken in zip(values[room], row["mask"], strict=True) if spoken]
         return row
 
-    def _ask_patient(self, examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The examples with the rewards the patient gives them now."""
+    def _add_scores(self, patient: PreTrainedModel, examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Add rewards and gaps from the patient to the examples."""
         if get_worker_info() is not None:
             raise ValueError(
                 "A `TokenRewardCollator` with a patient must run in the main process: a model cannot be shared with "
@@ -225,7 +239,7 @@ class TokenRewardCollator(DataCollatorMixin):
         names = ["chosen_ids", "rejected_ids", *FACE_COLUMNS, *(name for name in MASK_COLUMNS if name in examples[0])]
         columns = {name: [example[name] for example in examples] for name in names}
         rewards, gaps = score_token_rewards(
-            columns, patient=self.patient, reward_fn=self.reward_fn, batch_size=self.batch_size
+            columns, patient=patient, reward_fn=self.reward_fn, batch_size=self.batch_size
         )
         num_pairs = len(examples)
         return [
@@ -242,10 +256,10 @@ class TokenRewardCollator(DataCollatorMixin):
     def _tokenize(self, example: dict[str, Any]) -> dict[str, list[int]]:
         return tokenize_pair(
             example,
-            self.processing_class,
-            faces=self.faces,
-            system_role=self.has_system_role,
-            eos_token_ids=self.eos_token_ids,
+            self._tokenizer,
+            faces=None if self.faces is None else resolve_faces(self.faces),
+            system_role=self._has_system_role,
+            eos_token_ids=self._eos_token_ids,
             max_length=self.max_length,
             convert_transcripts=self.convert_transcripts,
         )
@@ -255,23 +269,24 @@ def settle_with_collator(
     collator: TokenRewardCollator, args: TFPOConfig, dataset: object, eos_token_ids: list[int]
 ) -> list[int]:
     """
-    Let a collator and the trainer read texts alike, in place.
+    Make collator and trainer agree on EOS and on the conversion of transcripts, in place.
 
     Args:
         collator ([`TokenRewardCollator`]):
-            Gets the ids, and converts transcripts where either does.
+            The collator. It gets all EOS ids, and converts transcripts if the settings do.
         args ([`TFPOConfig`]):
-            Converts them as well.
+            The settings. They convert transcripts if the collator does.
         dataset (`object`):
-            The training data; the annotation may have recorded further ids.
+            The training data, whose annotation may have recorded further EOS ids.
         eos_token_ids (`list[int]`):
-            Ids that end a completion, as far as the models and the tokenizer know.
+            Ids that end a completion, from the models and the tokenizer.
 
     Returns:
         `list[int]`: all ids that end a completion.
     """
     recorded = annotation_settings(dataset) if isinstance(dataset, Dataset | IterableDataset) else None
     recorded_ids = (recorded or {}).get("eos_token_ids", [])
-    collator.eos_token_ids = sorted({*eos_token_ids, *collator.eos_token_ids, *recorded_ids})
+    all_ids = sorted({*eos_token_ids, *(collator.eos_token_ids or ()), *recorded_ids})
+    collator.eos_token_ids = all_ids
     collator.convert_transcripts = args.convert_transcripts = collator.convert_transcripts or args.convert_transcripts
-    return collator.eos_token_ids
+    return all_ids

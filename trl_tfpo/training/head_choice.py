@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-Whether the logits of a doctor stay in the span of its vocabulary embeddings.
+Choice of the head of a new doctor: in the span of its vocabulary embeddings, or with a free row for each token.
 
-They do (`guidance_head.py`) where these embeddings know what the faces reward. Those of a small model that has seen few words
-may only know which words can follow each other. So the gaps of one half of the pairs are predicted from the other half, in two
-ways: by the mean gap of the same token, and by a ridge regression on its embedding. A head with a free row for each token is
-trained where embeddings explain less than half of the variance that tokens do, if these explain a twentieth of it.
+The span (`guidance_head.py`) suffices if the embeddings predict the gaps between the faces. Embeddings of a small
+model that has seen few words may encode only which words can follow each other. So the gaps of each half of the pairs
+are predicted from the other half in two ways: by the mean gap of the same token, and by a ridge regression on its
+embedding. The head gets a free row for each token if tokens explain at least 5% of the variance of held-out gaps, and
+embeddings less than half of what tokens explain.
 """
 
 import logging
@@ -15,42 +16,45 @@ from collections.abc import Sequence
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
+from transformers import PreTrainedModel
 
 from ..annotation.token_rewards import GAP_COLUMNS
 from ..common._upstream import is_sharded
 from ..models.guidance import free_head
 from ..models.guidance_head import GuidanceHead
-from .calibration import draw_pairs, read_tokens
+from .token_gaps import centered_embeddings, predict_gaps, read_gaps, sample_pairs
 
 
 logger = logging.getLogger(__name__)
-MIN_PAIRS, MAX_PAIRS = 64, 1000  # that are compared
-MIN_KNOWN = 0.05  # of the variance of gaps, that tokens must explain to be listened to
-MIN_SHARE = 0.5  # of what tokens explain, that embeddings must explain
+MIN_PAIRS, MAX_PAIRS = 64, 1000  # pairs that are compared
+MIN_EXPLAINED = 0.05  # share of the variance of gaps that tokens must explain
+MIN_SHARE = 0.5  # share of that which embeddings must explain
 SHRINKAGES = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # gaps of zero that are added to those of a token
-RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 1.0)  # in units of the mean variance of an embedding
+RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 1.0)  # in units of the mean variance of an entry of the embeddings
 
 
 def choose_head(
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     dataset: Dataset | IterableDataset,
     eos_token_ids: Sequence[int],
     *,
     is_online: bool = False,
 ) -> None:
     """
-    Give a new doctor whose head is a [`~trl_tfpo.models.guidance_head.GuidanceHead`] one with a free row for each token, in place, where
-    its embeddings do not know what the faces reward. Fewer than 64 pairs, or pairs without gaps, change nothing.
+    Replace the head of a new doctor, in place, if its embeddings do not predict the gaps.
+
+    Nothing changes without a [`~trl_tfpo.models.guidance_head.GuidanceHead`], without gaps, or with fewer than 64
+    pairs.
 
     Args:
-        model (`torch.nn.Module`):
+        model ([`~transformers.PreTrainedModel`]):
             The doctor.
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            The annotated training data.
+            Annotated training data.
         eos_token_ids (`Sequence[int]`):
             Tokens that end a completion.
         is_online (`bool`, *optional*, defaults to `False`):
-            Whether the data collator asks the patient batch by batch.
+            Whether the data collator queries the patient batch by batch.
     """
     head = model.get_output_embeddings()
     if not isinstance(head, GuidanceHead) or is_sharded(model) or head.map.any() or is_online:
@@ -58,13 +62,13 @@ def choose_head(
     has_gaps = isinstance(dataset, Dataset) and set(GAP_COLUMNS) <= set(dataset.column_names)
     if not has_gaps or len(dataset) < MIN_PAIRS:
         return
-    found = explained_gaps(dataset, head.weight, eos_token_ids)
-    ((by_token, by_embedding),) = broadcast_object_list([found])  # one choice, in all processes
-    if by_token > MIN_KNOWN and by_embedding < MIN_SHARE * by_token:
+    shares = explained_gaps(dataset, head.weight, eos_token_ids)
+    ((by_token, by_embedding),) = broadcast_object_list([shares])  # one choice for all processes
+    if by_token > MIN_EXPLAINED and by_embedding < MIN_SHARE * by_token:
         free_head(model)
         logger.info(
-            "The doctor gets a head with a free row for each token: its embeddings explain %.3f of the variance of held-out gaps, "
-            "tokens themselves %.3f.",
+            "The doctor gets a head with a free row for each token: its embeddings explain %.3f of the variance of "
+            "held-out gaps, and tokens explain %.3f.",
             by_embedding,
             by_token,
         )
@@ -72,42 +76,33 @@ def choose_head(
 
 def explained_gaps(dataset: Dataset, embeddings: torch.Tensor, eos_token_ids: Sequence[int]) -> tuple[float, float]:
     """
-    Share of the variance of held-out gaps that is explained by the mean gap of the same token, and by its embedding.
+    Share of the variance of held-out gaps that tokens explain, and the share that their embeddings explain.
 
     Args:
         dataset ([`~datasets.Dataset`]):
-            With gaps. Of more than 1,000 pairs so many are drawn at random.
+            Dataset with gaps. At most 1,000 of its pairs are used, drawn at random.
         embeddings (`torch.Tensor` of shape `(V, H)`):
-            Of the tokens.
+            Embeddings of the vocabulary.
         eos_token_ids (`Sequence[int]`):
             Tokens that are left out.
 
     Returns:
-        `float` and `float`, at most 1, 0 or less where nothing is known: each with the amount of smoothing that does best.
+        `float` and `float`: by the mean gap of the same token, and by its embedding. Each is at most 1, with the best
+        amount of smoothing; 0 or less means that nothing is explained.
     """
-    tokens = read_tokens(draw_pairs(dataset, MAX_PAIRS), eos_token_ids)
-    used, ids = tokens.ids.unique(return_inverse=True)
-    gaps, size = tokens.gaps - tokens.gaps.mean(), len(used)
-    half = tokens.pair % 2 * size + ids  # of the pairs, and the token
-    count = torch.bincount(half, minlength=2 * size).float().view(2, size)
-    total = torch.zeros(2 * size).index_add_(0, half, gaps).view(2, size)
-    centered = embeddings.detach()[used.to(embeddings.device)].float().cpu()  # (U, H)
-    centered -= count.sum(dim=0) @ centered / count.sum()
+    tokens = read_gaps(sample_pairs(dataset, MAX_PAIRS), eos_token_ids)
+    centered, _, rows = centered_embeddings(embeddings, tokens.ids)
+    _, by_embedding = predict_gaps(centered, rows, tokens, RIDGES)
 
-    def explained(predicted: Sequence[torch.Tensor]) -> float:
-        """By predictions (U,) for each half, from the other."""
-        parts = [2 * p @ t - p.square() @ n for p, t, n in zip(predicted, total, count, strict=True)]
-        return (sum(parts) / gaps.square().sum().clamp(min=1e-12)).item()
+    gaps, size = tokens.gaps - tokens.gaps.mean(), len(centered)
+    index = tokens.pair % 2 * size + rows  # half of the pairs, and token
+    count = torch.bincount(index, minlength=2 * size).float().view(2, size)
+    total = torch.zeros(2 * size).index_add_(0, index, gaps).view(2, size)
 
-    def by_embedding(ridge: float) -> list[torch.Tensor]:
-        predicted = []
-        for n, t in zip(count.flip(0), total.flip(0), strict=True):
-            second = (centered.T @ (centered * n[:, None])).double()
-            diagonal = ridge * second.diagonal().mean().clamp(min=1e-8) * torch.eye(len(second))
-            predicted.append(centered @ torch.linalg.solve(second + diagonal, (centered.T @ t).double()).float())
-        return predicted
+    def explained(shrinkage: float) -> float:
+        """By the mean gap of each token in the other half."""
+        predicted = (total / (count + shrinkage)).flip(0)  # (2, U)
+        explained_sum = (2 * predicted * total - predicted.square() * count).sum()
+        return (explained_sum / gaps.square().sum().clamp(min=1e-12)).item()
 
-    return (
-        max(explained((total / (count + k)).flip(0)) for k in SHRINKAGES),
-        max(explained(by_embedding(ridge)) for ridge in RIDGES),
-    )
+    return max(explained(shrinkage) for shrinkage in SHRINKAGES), by_embedding

@@ -1,77 +1,90 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What held-out pairs say while a doctor is trained."""
+"""Warning about overfitting, from the evaluations of a training."""
 
 import math
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
 
-MIN_RISE = 0.01  # share of the best loss, below which a rise is noise
+MIN_RISE = 0.01  # a smaller relative rise of the loss is noise
 FLOW_LOSS, ACCURACY = "_loss", "_rewards/accuracies"  # ends of the names of metrics
 
 
 class WarnWhenHeldOutTurns(TrainerCallback):
     """
-    Warns once in a training that held-out pairs get worse: the flow loss has risen, or the share of pairs that the doctor gets
-    right has fallen, in the last two evaluations, each time, and is beyond the best by 1% or one standard error.
+    Warn once in a training that held-out metrics get worse.
 
-    Silent where the best model is loaded at the end, or an `EarlyStoppingCallback` stops. [`TFPOTrainer`] adds it by itself.
+    The warning comes if the loss has risen, or the accuracy on pairs has fallen, in each of the last two evaluations,
+    and is worse than the best value by more than 1% (loss) or one standard error (accuracy). There is no warning with
+    `load_best_model_at_end` or an `EarlyStoppingCallback`. [`TFPOTrainer`] always adds this callback.
 
     Args:
         handler ([`~transformers.trainer_callback.CallbackHandler`]):
-            Of the trainer; knows the other callbacks.
+            Callback handler of the trainer, which has the other callbacks.
     """
 
-    def __init__(self, handler: CallbackHandler):
+    def __init__(self, handler: CallbackHandler) -> None:
         self.handler = handler
-        self.watches = False
+        self.is_active = False
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.watches = state.is_world_process_zero and not args.load_best_model_at_end
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.is_active = state.is_world_process_zero and not args.load_best_model_at_end
 
-    def on_train_end(self, args, state, control, **kwargs):
-        self.watches = False
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.is_active = False
 
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         stops = any(isinstance(callback, EarlyStoppingCallback) for callback in self.handler.callbacks)
-        if not self.watches or stops:
+        if not self.is_active or stops or metrics is None:
             return
-        for name in metrics or {}:
+        for name in metrics:
             if not name.endswith((FLOW_LOSS, ACCURACY)):
                 continue
             values = {entry["step"]: entry[name] for entry in state.log_history if name in entry}
             prefix = name.removesuffix(FLOW_LOSS).removesuffix(ACCURACY)
             num_pairs = metrics.get(f"{prefix}_runtime", 0) * metrics.get(f"{prefix}_samples_per_second", 0)
-            best = turned(list(values.values()), num_pairs=num_pairs if name.endswith(ACCURACY) else None)
+            best = turning_point(list(values.values()), num_pairs=num_pairs if name.endswith(ACCURACY) else None)
             if best is not None:
-                self.watches = False
+                self.is_active = False
                 step, *since = list(values)[best:]
                 warnings.warn(
-                    f"Held-out pairs get worse: `{name}` was best at step {step} ({values[step]:.4g}); since then it was "
-                    f"{', '.join(f'{values[x]:.4g}' for x in since)} (steps {', '.join(map(str, since))}). Train for fewer "
-                    "passes; or keep the best doctor by `load_best_model_at_end=True` with "
-                    f"`metric_for_best_model={name!r}`, and stop by `EarlyStoppingCallback`."
+                    f"Held-out pairs get worse: `{name}` was best at step {step} ({values[step]:.4g}), and then "
+                    f"{', '.join(f'{values[x]:.4g}' for x in since)} (steps {', '.join(map(str, since))}). Train for "
+                    "fewer epochs, or keep the best doctor with `load_best_model_at_end=True` and "
+                    f"`metric_for_best_model={name!r}`, and stop early with `EarlyStoppingCallback`."
                 )
                 return
 
 
-def turned(values: Sequence[float], *, num_pairs: float | None) -> int | None:
+def turning_point(values: Sequence[float], *, num_pairs: float | None) -> int | None:
     """
-    Where the best of some evaluations is, if the last two each got worse, and the last is worse than the best by more than noise.
+    Index of the best evaluation, if each of the last two got worse and the last is significantly worse than the best.
 
     Args:
         values (`Sequence[float]`):
-            One for each evaluation.
+            Loss or accuracy of each evaluation.
         num_pairs (`float`, *optional*):
-            Pairs of which these are shares, of which more is better; noise is then one standard error. None of a loss, of which
-            less is better; noise is then 1%.
+            For accuracies: number of pairs, for the standard error that counts as noise. `None` for losses, whose
+            noise is 1%.
 
     Returns:
-        `int` or `None`: its index.
+        `int` or `None`
     """
     losses = list(values) if num_pairs is None else [-value for value in values]
     if len(losses) < 3:

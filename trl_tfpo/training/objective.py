@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the doctor is trained on: sub-trajectory balance plus value discrimination (Stage 2 of LLMdoctor)."""
+"""Objective of the doctor: sub-trajectory balance plus value discrimination (Stage 2 of LLMdoctor)."""
 
 import torch
 
@@ -30,49 +30,50 @@ def tfpo_objective(
     value_margin: float = 0.1,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     r"""
-    Token-level flow-guided preference optimization of a batch of pairs.
+    Loss of token-level flow-guided preference optimization for a batch of pairs.
 
     $$L = L_{\text{SubTB}} + \lambda L_{\text{value}}$$
 
-    Any callable with the same tensors as keyword arguments can take its place in [`TFPOTrainer`]. P pairs give B = 2P
-    rows, the chosen ones first; T tokens, S = T + 1 states.
+    [`TFPOTrainer`] accepts any callable with the same tensors as keyword arguments. P pairs give B = 2P rows, chosen
+    completions first; T tokens, S = T + 1 states.
 
     Args:
         doctor_logps (`torch.Tensor` of shape `(B, T)`):
-            Log-probability of each token under the doctor, in nats.
+            Log-probability of each token under the policy in training, in nats.
         log_values (`torch.Tensor` of shape `(B, S)`):
-            Value head at each state, in nats.
+            Output of the value head at each state, in nats.
         token_rewards (`torch.Tensor` of shape `(B, T)`):
             Reward of each token.
         completion_ids (`torch.Tensor` of shape `(B, T)`):
-            The tokens.
+            Token ids.
         completion_mask (`torch.Tensor` of shape `(B, T)`):
-            Which of them are real.
+            Whether each token is real rather than padding.
         is_complete (`torch.Tensor` of shape `(B,)`):
-            Whether the completion ends in EOS, rather than being cut.
+            Whether the completion ends in EOS rather than being truncated.
         reference_logps (`torch.Tensor` of shape `(B, T)`, *optional*):
-            Log-probability of each token under the doctor before training, in nats.
+            Log-probability of each token under the reference, in nats.
         reward_temperature (`float`, *optional*, defaults to `0.25`):
-            Rewards are divided by it, see [`~trl_tfpo.functional.log_prefix_scores`].
+            Divisor of the rewards, see [`~trl_tfpo.functional.log_prefix_scores`].
         reference_weight (`float`, *optional*, defaults to `1.0`):
             Exponent of the reference in the target; 0 is the paper.
         subtb_lambda (`float`, *optional*, defaults to `0.95`):
-            Decay of the weight of long sub-trajectories, see [`~trl_tfpo.functional.subtb_loss`].
+            Decay of the weights of sub-trajectories with their length, see [`~trl_tfpo.functional.subtb_loss`].
         value_loss_weight (`float`, *optional*, defaults to `0.1`):
             $\lambda$, weight of the value discrimination loss.
         value_margin (`float`, *optional*, defaults to `0.1`):
-            $\gamma$, in nats.
+            $\gamma$, margin of the value discrimination loss in nats.
 
     Returns:
-        `torch.Tensor`: the loss, a scalar, mean over pairs; and `dict[str, torch.Tensor]`: metrics, detached scalars.
+        `torch.Tensor`: the loss, a scalar, the mean over pairs; and `dict[str, torch.Tensor]`: metrics, detached
+        scalars.
 
     Raises:
-        `ValueError`: when the rows are not pairs, a setting is out of range, or reference log-probabilities are missing.
+        `ValueError`: if the rows are not pairs, a setting is out of range, or reference log-probabilities are missing.
     """
     if len(completion_ids) == 0 or len(completion_ids) % 2:
         raise ValueError(
-            f"The rows must be pairs, all chosen ones before all rejected ones. Got {len(completion_ids)} rows; pass "
-            "both completions of each pair."
+            "The rows must be pairs, all chosen completions before all rejected ones. Got "
+            f"{len(completion_ids)} rows; pass both completions of each pair."
         )
     log_values = terminal_boundary(log_values=log_values, completion_mask=completion_mask, is_complete=is_complete)
     scores = log_prefix_scores(
@@ -123,11 +124,11 @@ def pair_rewards(
     reward_temperature: float,
 ) -> torch.Tensor:
     r"""
-    Rewards of whole completions that the doctor implies, as [`~trl.DPOTrainer`] defines them.
+    Implicit rewards of whole completions, as [`~trl.DPOTrainer`] defines them.
 
     $$r(y) = T \big( \log \pi(y \mid x) - \log \pi_{\text{before}}(y \mid x) \big)$$
 
-    Of what has learned the target they are the sums of the token rewards, up to a constant of each prompt.
+    Under the target policy, they are the sums of the token rewards, up to a constant for each prompt.
 
     Args:
         doctor_logps (`torch.Tensor` of shape `(B, T)`):
@@ -135,12 +136,12 @@ def pair_rewards(
         reference_logps (`torch.Tensor` of shape `(B, T)`):
             The same before training.
         completion_mask (`torch.Tensor` of shape `(B, T)`):
-            Which tokens are real.
+            Whether each token is real rather than padding.
         reward_temperature (`float`):
-            $T$, what a nat is worth; `beta` of DPO.
+            $T$, the reward of one nat; `beta` of DPO.
 
     Returns:
-        `torch.Tensor` of shape `(P, 2)`: of the chosen and of the rejected completion of each pair; detached.
+        `torch.Tensor` of shape `(P, 2)`: rewards of the chosen and of the rejected completion of each pair, detached.
     """
     ratios = (doctor_logps.detach() - reference_logps).masked_fill(~completion_mask, 0).sum(dim=1)  # (B,)
     return reward_temperature * torch.stack(ratios.chunk(2), dim=1)
@@ -155,25 +156,25 @@ def describe_batch(
     rewards: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """
-    Metrics of a batch of pairs that do not depend on the objective.
+    Metrics of a batch of pairs that do not depend on the objective, as detached scalars.
 
     Args:
         doctor_logps (`torch.Tensor` of shape `(B, T)`):
-            Log-probability of each token under the doctor, in nats.
+            Log-probability of each token under the policy in training, in nats.
         completion_mask (`torch.Tensor` of shape `(B, T)`):
-            Which tokens are real.
+            Whether each token is real rather than padding.
         token_rewards (`torch.Tensor` of shape `(B, T)`):
             Reward of each token.
         gaps (`torch.Tensor` of shape `(B, T)`, *optional*):
             Positive minus negative log-probability of the patient, in nats.
         rewards (`torch.Tensor` of shape `(P, 2)`, *optional*):
-            From [`pair_rewards`], if what came before training is known.
+            Result of [`pair_rewards`], if there is a reference.
 
     Returns:
-        `dict[str, torch.Tensor]`: share of tokens without a reward; mean sum of token rewards and of log-probabilities of
-        the chosen and of the rejected; the share of the gaps that agrees with the label; and as in [`~trl.DPOTrainer`]
-        the mean reward of the chosen and of the rejected, their difference, and the share of pairs where it is positive.
-        Detached scalars.
+        `dict[str, torch.Tensor]`: the share of tokens without a reward; the mean sum of token rewards, and of
+        log-probabilities, of chosen and of rejected completions; the share of the absolute gaps whose sign agrees with
+        the label; and, as in [`~trl.DPOTrainer`], the mean rewards of chosen and rejected completions, their
+        difference, and the share of pairs where it is positive.
     """
     token_rewards = token_rewards.masked_fill(~completion_mask, 0)
     chosen_rewards, rejected_rewards = token_rewards.sum(dim=1).chunk(2)

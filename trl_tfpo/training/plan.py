@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a training will read, do and hold in memory, worked out from configs and data: no weights, no accelerator."""
+"""Plan of a training: its counts, and the memory of weights and optimizer, from configs and data alone."""
 
 import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
@@ -17,17 +17,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from trl.trainer import disable_dropout_in_model
 
 from ..annotation.score_cache import SHARD_SIZE
 from ..annotation.token_rewards import REWARD_COLUMNS
-from ..common._upstream import unwrap_peft
 from ..data.tokenization import FACE_COLUMNS, ID_COLUMNS, all_eos_token_ids, tokenize_preferences
 from ..faces import Faces, resolve_faces
 from ..models.doctor import make_doctor
-from ..models.guidance_head import GuidanceHead
 from ..models.named_model import model_without_weights
-from .activation_memory import peak_activations, reads_branches
+from .base_policy import POLICIES
 from .config import TFPOConfig
 from .reference import REFERENCE_COLUMNS
 
@@ -36,90 +33,78 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
 
-LOGPS_TOKENS, LOGPS_IDS = 4096, 32768  # the tile of TRL's fused head
 ZERO3_LIVE_PARAMETERS = 10**9  # DeepSpeed's default of `stage3_max_live_parameters`
 GIB = 2**30
 NOTE = (
-    "An estimate: nothing was loaded or run. Counts of parameters and bytes of weights are exact. Activations are those "
-    "of the model's own operations, by shape, for a batch in which every row is as long as the longest, with SDPA that "
-    "does not hold attention weights. Peaks that need not coincide are added, and the optimizer is AdamW. Weights in 4 or "
-    "8 bits count whole in each process. Left out: padding in the counts of tokens, what CUDA, NCCL and the allocator "
-    "keep for themselves, buffers of communication other than DDP's buckets and gathered weights, evaluation, "
-    "offloading, and a head with a row for each token, where the data ask for one."
+    "Activations are not counted. They grow with `per_device_train_batch_size` and with the length of the rows; "
+    "`activation_checkpointing` reduces them. Counts of parameters and bytes of weights are exact; nothing was "
+    "loaded. The optimizer is AdamW. Weights in 4 or 8 bits are never sharded. Not counted either: logits, padding in "
+    "the counts of tokens, memory that CUDA, NCCL and the allocator reserve, communication buffers other than the "
+    "buckets of DDP and gathered weights, evaluation, offloading, and a head with a free row for each token."
 )
 
 
 @dataclass(frozen=True)
 class Memory:
     """
-    Bytes that one process holds in one phase.
+    Bytes that one process holds in one phase, without activations.
 
     Args:
         phase (`str`):
-            What is done.
+            Name of the phase.
         weights (`int`):
-            Weights, with those gathered from other processes.
+            Weights, including those that are gathered from other processes.
         gradients (`int`):
-            Gradients, with the buckets in which DDP sends them.
+            Gradients. DDP holds them twice: its communication buckets are a copy.
         optimizer (`int`):
             Two states of AdamW and, with DeepSpeed, its float32 copies of weights and gradients.
-        logps (`int`):
-            Buffers of the log-probabilities.
-        activations (`int`, *optional*):
-            The most that the forward and backward pass hold beside all these. None where the model's operations depend
-            on values, as in some mixtures of experts: not estimated, and not in the total.
-        kept_activations (`int`, *optional*):
-            The same without activation checkpointing. None where there is no backward pass.
     """
 
     phase: str
     weights: int
-    gradients: int
-    optimizer: int
-    logps: int
-    activations: int | None
-    kept_activations: int | None = None
+    gradients: int = 0
+    optimizer: int = 0
 
     @property
     def total(self) -> int:
-        """Sum of all that is estimated, in bytes."""
-        return self.weights + self.gradients + self.optimizer + self.logps + (self.activations or 0)
+        """Sum of weights, gradients and optimizer states, in bytes."""
+        return self.weights + self.gradients + self.optimizer
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
     """
-    What [`training_plan`] found. `str(plan)` is a page of Markdown.
+    Result of [`training_plan`]. `str(plan)` is a page of Markdown.
 
     Args:
         num_pairs (`int`):
-            Preference pairs that are trained on, extrapolated where only some were tokenized.
+            Preference pairs in the training data, extrapolated if only a sample was tokenized.
         num_tokenized_pairs (`int`):
-            How many were tokenized.
+            Pairs that were tokenized.
         is_extrapolated (`bool`):
-            Whether there are more.
+            Whether only a sample was tokenized.
         longest_row (`int`):
-            Tokens of the longest row of a training batch: of all pairs, or `max_length` where only some were tokenized.
+            Tokens of the longest row in a training batch. `max_length` if only a sample was tokenized.
         annotation_tokens (`int`):
-            Tokens that the patient reads, in all processes. 0 for an annotated dataset.
+            Tokens that the patient reads in all processes together. 0 for an annotated dataset.
         reference_tokens (`int`):
-            Tokens that the doctor reads before training, as the reference. 0 without one.
+            Tokens that the reference reads before training. 0 without a reference.
         training_tokens (`int`):
             Tokens in the batches of one epoch.
         num_shards (`int`):
-            Shards of what is scored before training: shared out between processes, and kept as they are done.
+            Shards of the scores that are computed before training. Processes divide the shards among themselves.
         num_update_steps (`int`):
             Optimizer steps of the whole training.
         num_processes (`int`):
-            Processes that share the work.
+            Number of processes.
         patient_parameters (`int`):
             Parameters of the patient. 0 for an annotated dataset.
         doctor_parameters (`int`):
-            Parameters of the doctor with its value head and adapter.
+            Parameters of the doctor, including its value head and adapter.
         trainable_parameters (`int`):
-            Those of them that are trained.
+            Parameters of the doctor that are trained.
         memory (list of [`Memory`]):
-            The phases one after the other; training under each engine where there are several processes.
+            One entry for each phase; for several processes, one entry for training under each engine.
     """
 
     num_pairs: int
@@ -139,13 +124,10 @@ class TrainingPlan:
 
     def __str__(self) -> str:
         tokenized = f"extrapolated from {self.num_tokenized_pairs:,}" if self.is_extrapolated else "all tokenized"
+        longest = "`max_length`" if self.is_extrapolated else "all tokenized"
         counts = [
             ("preference pairs", self.num_pairs, tokenized),
-            (
-                "tokens of the longest row",
-                self.longest_row,
-                "`max_length`" if self.is_extrapolated else "all tokenized",
-            ),
+            ("tokens of the longest row", self.longest_row, longest),
             ("tokens annotated by the patient", self.annotation_tokens, f"once, in {self.num_shards:,} shards"),
             ("tokens scored by the reference", self.reference_tokens, f"once, in {self.num_shards:,} shards"),
             ("tokens trained on", self.training_tokens, "in each epoch"),
@@ -153,21 +135,12 @@ class TrainingPlan:
             ("parameters of the patient", self.patient_parameters, "frozen"),
             ("parameters of the doctor", self.doctor_parameters, f"{self.trainable_parameters:,} trained"),
         ]
-        lines = [
-            "| plan | | |",
-            "|---|---:|---|",
-            *(f"| {name} | {count:,} | {note} |" for name, count, note in counts),
-        ]
-        lines += [
-            "",
-            "| GiB in each process | weights | gradients | optimizer | log-probabilities | activations | sum | "
-            "activations without checkpointing |",
-            "|---|---:|---:|---:|---:|---:|---:|---:|",
-        ]
+        lines = ["| plan | | |", "|---|---:|---|"]
+        lines += [f"| {name} | {count:,} | {note} |" for name, count, note in counts]
+        lines += ["", "| GiB in each process | weights | gradients | optimizer | sum |", "|---|---:|---:|---:|---:|"]
         for row in self.memory:
-            sizes = [row.weights, row.gradients, row.optimizer, row.logps, row.activations, row.total]
-            cells = ["-" if size is None else f"{size / GIB:.2f}" for size in [*sizes, row.kept_activations]]
-            lines.append(f"| {row.phase} | {' | '.join(cells)} |")
+            sizes = (row.weights, row.gradients, row.optimizer, row.total)
+            lines.append(f"| {row.phase} | {' | '.join(f'{size / GIB:.2f}' for size in sizes)} |")
         return "\n".join([*lines, "", NOTE])
 
 
@@ -187,7 +160,7 @@ def training_plan(
     max_pairs: int = 1000,
 ) -> TrainingPlan:
     """
-    Work out what [`TFPOTrainer`] would do with these arguments, without weights and without an accelerator.
+    Count what [`TFPOTrainer`] would read, do and hold with these arguments, without weights or an accelerator.
 
     Args:
         dataset ([`~datasets.Dataset`]):
@@ -195,33 +168,33 @@ def training_plan(
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of doctor and patient.
         doctor (`str` or [`~transformers.PreTrainedConfig`]):
-            Name, path or config of the doctor. Only the config is read; weights that are stored quantized count as if
-            they were not.
+            Name, path or config of the doctor. Only the config is read. Weights that are stored in quantized form
+            count as unquantized.
         patient (`str` or [`~transformers.PreTrainedConfig`], *optional*):
             The same for the patient. Not needed for an annotated dataset.
         args ([`TFPOConfig`]):
             Settings of the training.
         faces ([`~trl_tfpo.faces.Faces`] or `str`, *optional*):
-            Faces of the patient, which lengthen its prompts.
+            Contrastive prompts for the patient.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
-            Of the doctor.
+            Quantization of the doctor.
         patient_quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
-            Of the patient.
+            Quantization of the patient.
         peft_config ([`~peft.PeftConfig`], *optional*):
             Adapter of the doctor.
         num_processes (`int`, *optional*, defaults to `1`):
-            Processes that the training will have.
+            Number of processes of the training.
         mixed_precision (`bool`, *optional*, defaults to `True`):
-            Whether it will compute in bfloat16, as by default on an accelerator.
+            Whether the training computes in bfloat16, as it does by default on an accelerator.
         max_pairs (`int`, *optional*, defaults to `1000`):
-            Of a longer dataset this many pairs are drawn and tokenized, and counts are extrapolated.
+            Most pairs to tokenize. From a longer dataset this many are sampled, and counts are extrapolated.
 
     Returns:
         [`TrainingPlan`]: counts, and the bytes of each phase.
 
     Raises:
-        `ValueError`: when the dataset is empty, streamed or not a preference dataset, when a pair is unusable, and when
-        a patient or its faces are missing.
+        `ValueError`: if the dataset is empty, streamed or not a preference dataset; if a pair is unusable; if the
+            patient or its faces are missing.
 
     Examples:
 
@@ -243,272 +216,288 @@ def training_plan(
 
     ```
     """
-    if not isinstance(dataset, Dataset) or len(dataset) == 0:
-        raise ValueError(
-            "A plan needs a dataset of known length, and at least one pair. Got "
-            f"{dataset!r}; pass one split with rows, loaded with `streaming=False`."
-        )
-    is_annotated = set(dataset.column_names).issuperset(ID_COLUMNS + REWARD_COLUMNS)
-    if not is_annotated and (patient is None or faces is None):
-        raise ValueError(
-            "A dataset without token rewards needs a patient and faces. Got "
-            f"`patient={patient!r}` and `faces={faces!r}`; pass both, or an annotated dataset."
-        )
-    if args.policy == "guided" and patient is None:
-        raise ValueError(
-            "`policy='guided'` needs the patient in training. Got `patient=None`; pass its name or config."
-        )
-    compute_dtype = torch.bfloat16 if mixed_precision else torch.float32
-
-    # Models
-    model = _empty_model(doctor, args.model_init_kwargs, "float32", args)
-    quantized = _quantized(model, quantization_config)
+    _check_arguments(dataset, patient, faces, args)
+    is_annotated = _is_annotated(dataset)
+    trust = args.trust_remote_code
+    model = _StoredModel.of(doctor, args.model_init_kwargs, "float32", quantization_config, trust)
+    frozen = None
     if patient is not None:
-        frozen = _empty_model(patient, args.patient_model_init_kwargs, "auto", args)
-    guided, width = 0, 0  # bytes of what the doctor guides in training, and the size of its hidden states
-    if args.policy != "doctor":
-        is_ratio = args.policy == "ratio"
-        beside, its_config = (model, quantization_config) if is_ratio else (frozen, patient_quantization_config)
-        guided = _weight_bytes(beside, _quantized(beside, its_config), its_config)
-        width = beside.config.get_text_config().hidden_size
-    model = make_doctor(model, peft_config, guides=args.policy != "doctor", has_credits=args.calibrate_rewards)
-    if args.disable_dropout:
-        disable_dropout_in_model(model)
-    parameters = list(model.parameters())
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    weights = _weight_bytes(model, quantized, quantization_config)
+        frozen = _StoredModel.of(patient, args.patient_model_init_kwargs, "auto", patient_quantization_config, trust)
+    policy = POLICIES[args.policy]
+    base_policy = frozen if policy.needs_patient else model if policy.has_base else None
+    base_bytes = 0 if base_policy is None else base_policy.num_bytes  # before the doctor gets its heads and adapter
+    model = model.as_doctor(peft_config, guides=policy.has_base, has_credits=bool(args.calibrate_rewards))
 
-    # Data
-    pairs = dataset if len(dataset) <= max_pairs else dataset.shuffle(seed=0).select(range(max_pairs))
-    scale = len(dataset) / len(pairs)
-    if not is_annotated:
-        pairs = tokenize_preferences(
-            pairs,
-            processing_class,
-            faces=resolve_faces(faces),
-            eos_token_ids=all_eos_token_ids(processing_class, frozen),
-            max_length=args.max_length,
-            drop_unusable=args.drop_unusable,
-            convert_transcripts=args.convert_transcripts,
-        )
-    lengths = {name: [len(ids) for ids in pairs[name]] for name in pairs.column_names if name.endswith("_ids")}
-    prompts, chosen, rejected = (lengths[name] for name in ID_COLUMNS)
-    num_pairs = round(len(pairs) * scale)
-    longest_completion = max(chosen + rejected)
-    longest_row = max(map(sum, (*zip(prompts, chosen, strict=True), *zip(prompts, rejected, strict=True))))
-    if scale > 1 and args.max_length:
-        longest_row = args.max_length  # some pair that was not read may have it
+    lengths = _tokenize(dataset, processing_class, faces, frozen, args, max_pairs)
+    annotation_tokens, reference_tokens, memory = 0, 0, []
+    if frozen is not None and not is_annotated:
+        annotation_tokens = frozen.num_scored_tokens(lengths, FACE_COLUMNS)
+        # With several processes an unquantized doctor is moved to the accelerator later
+        is_there = num_processes == 1 or model.quantized
+        memory.append(Memory("annotation", frozen.num_bytes + (model.num_bytes if is_there else 0)))
+    if args.reference_weight and not policy.has_base and not set(REFERENCE_COLUMNS) <= set(dataset.column_names):
+        reference_tokens = model.num_scored_tokens(lengths, ID_COLUMNS[:1])
+        memory.append(Memory("reference", model.num_bytes))
+    half = 2 if mixed_precision else 4
+    memory += _training_memory(model, base_bytes, half, num_processes)
 
-    # What is scored before training
-    memory, annotation_tokens, reference_tokens = [], 0, 0
-    if not is_annotated:
-        annotation_tokens, memory_of_patient = _plan_scoring(
-            "annotation",
-            frozen,
-            _quantized(frozen, patient_quantization_config),
-            patient_quantization_config,
-            [(lengths[name], chosen, rejected) for name in FACE_COLUMNS],
-            args,
-            # The doctor is there already, but with several processes not yet on the accelerator
-            beside=weights if num_processes == 1 or quantized else 0,
-        )
-        memory.append(memory_of_patient)
-    if args.reference_weight and args.policy == "doctor" and not set(REFERENCE_COLUMNS) <= set(dataset.column_names):
-        reference_tokens, memory_of_reference = _plan_scoring(
-            "reference", model, quantized, quantization_config, [(prompts, chosen, rejected)], args
-        )
-        memory.append(memory_of_reference)
-
-    # Training
-    num_rows = 2 * args.per_device_train_batch_size
-    head = model.get_output_embeddings()
-    is_shared = isinstance(head, GuidanceHead) and args.policy == "ratio"  # embeddings: both heads are one product
-    hidden_size = unwrap_peft(model).config.get_text_config().hidden_size + (0 if is_shared else width)
-    head = head.weight
-    logps = _logps_bytes(num_rows * longest_completion, hidden_size, compute_dtype) + (
-        num_rows * longest_completion * hidden_size * 4 + (len(head) * hidden_size * 4 if head.requires_grad else 0)
-    )
-    if guided and not is_shared:  # the head that is as wide as both
-        logps += len(head) * hidden_size * head.itemsize
-    activations = {}
-    for casts_weights in (False, True) if num_processes > 1 else (False,):  # DDP autocasts, the others cast
-        for checkpoints in (False, True) if args.activation_checkpointing else (False,):
-            activations[casts_weights, checkpoints] = peak_activations(
-                model,
-                num_rows=num_rows,
-                num_tokens=longest_row,
-                compute_dtype=compute_dtype,
-                quantized=quantized,
-                trains=True,
-                casts_weights=casts_weights,
-                checkpoints=checkpoints,
-            )
-    for engine, casts_weights, *states in _engine_states(
-        model, parameters, trained, quantized, weights, compute_dtype.itemsize, num_processes
-    ):
-        held, *others = states
-        is_shared_out = engine.endswith(("ZeRO-3", "FSDP2"))
-        memory.append(
-            Memory(
-                engine,
-                held + (guided // num_processes if is_shared_out else guided),
-                *others,
-                logps,
-                activations[casts_weights, bool(args.activation_checkpointing)],
-                activations[casts_weights, False],
-            )
-        )
-
-    # Steps, as `Trainer` and Accelerate count them
-    num_batches = num_pairs / args.per_device_train_batch_size / num_processes
-    num_batches = math.floor(num_batches) if args.dataloader_drop_last else math.ceil(num_batches)
-    steps_per_epoch = max(1, math.ceil(num_batches / args.gradient_accumulation_steps))
+    scale = len(dataset) / lengths.num_read
+    num_tokenized = len(lengths.chosen)
+    num_pairs = round(num_tokenized * scale)
     return TrainingPlan(
         num_pairs=num_pairs,
-        num_tokenized_pairs=len(pairs),
+        num_tokenized_pairs=num_tokenized,
         is_extrapolated=scale > 1,
-        longest_row=longest_row,
+        longest_row=args.max_length if scale > 1 and args.max_length else lengths.longest_row,
         annotation_tokens=round(annotation_tokens * scale),
         reference_tokens=round(reference_tokens * scale),
-        training_tokens=round(scale * (2 * sum(prompts) + sum(chosen) + sum(rejected))),
+        training_tokens=round(lengths.num_trained_tokens * scale),
         num_shards=math.ceil(num_pairs / SHARD_SIZE),
-        num_update_steps=args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch),
+        num_update_steps=_num_update_steps(num_pairs, args, num_processes),
         num_processes=num_processes,
-        patient_parameters=0 if is_annotated else frozen.num_parameters(),
-        doctor_parameters=sum(parameter.numel() for parameter in parameters),
-        trainable_parameters=sum(parameter.numel() for parameter in trained),
+        patient_parameters=0 if frozen is None or is_annotated else frozen.model.num_parameters(),
+        doctor_parameters=sum(parameter.numel() for parameter in model.parameters),
+        trainable_parameters=sum(parameter.numel() for parameter in model.trained),
         memory=memory,
     )
 
 
-# Models without weights
-
-
-def _empty_model(
-    source: str | PreTrainedConfig, init_kwargs: dict | None, default_dtype: str, args: TFPOConfig
-) -> PreTrainedModel:
-    """The model that would be loaded, on the meta device, with a config of its own."""
-    init_kwargs = init_kwargs or {}
-    if isinstance(source, str):
-        source = AutoConfig.from_pretrained(
-            source, revision=init_kwargs.get("revision"), trust_remote_code=args.trust_remote_code
+def _check_arguments(
+    dataset: Dataset, patient: str | PreTrainedConfig | None, faces: Faces | str | None, args: TFPOConfig
+) -> None:
+    if not isinstance(dataset, Dataset) or len(dataset) == 0:
+        raise ValueError(
+            "A plan needs a dataset of known length with at least one pair. Got "
+            f"{dataset!r}; pass one split with rows, loaded with `streaming=False`."
         )
-    dtype = init_kwargs.get("dtype", default_dtype)
-    return model_without_weights(copy.deepcopy(source), dtype, trust_remote_code=args.trust_remote_code)
+    if not _is_annotated(dataset) and (patient is None or faces is None):
+        raise ValueError(
+            "A dataset without token rewards needs a patient and faces. Got "
+            f"`patient={patient!r}` and `faces={faces!r}`; pass both, or an annotated dataset."
+        )
+    if POLICIES[args.policy].needs_patient and patient is None:
+        raise ValueError(
+            "`policy='guided'` needs the patient in training. Got `patient=None`; pass its name or config."
+        )
 
 
-def _quantized(model: PreTrainedModel, config: BitsAndBytesConfig | None) -> set[int]:
-    """Ids of the weights that bitsandbytes stores in 4 or 8 bits: of all linear layers but the head."""
+def _is_annotated(dataset: Dataset) -> bool:
+    return set(dataset.column_names).issuperset(ID_COLUMNS + REWARD_COLUMNS)
+
+
+# Tokens and steps
+
+
+@dataclass(frozen=True)
+class _Lengths:
+    """Tokens of each prompt and completion, by column, of the pairs that were read and can be used."""
+
+    columns: dict[str, list[int]]
+    num_read: int  # pairs, usable or not
+
+    @property
+    def chosen(self) -> list[int]:
+        return self.columns["chosen_ids"]
+
+    @property
+    def rejected(self) -> list[int]:
+        return self.columns["rejected_ids"]
+
+    @property
+    def rows(self) -> list[int]:
+        """Tokens of the rows of training: each prompt with each of its two completions."""
+        prompts = self.columns["prompt_ids"]
+        return [sum(row) for side in (self.chosen, self.rejected) for row in zip(prompts, side, strict=True)]
+
+    @property
+    def longest_row(self) -> int:
+        return max(self.rows)
+
+    @property
+    def num_trained_tokens(self) -> int:
+        return sum(self.rows)
+
+
+def _tokenize(
+    dataset: Dataset,
+    processing_class: PreTrainedTokenizerBase,
+    faces: Faces | str | None,
+    patient: "_StoredModel | None",
+    args: TFPOConfig,
+    max_pairs: int,
+) -> _Lengths:
+    """Lengths of up to `max_pairs` pairs, sampled from a longer dataset."""
+    pairs = dataset if len(dataset) <= max_pairs else dataset.shuffle(seed=0).select(range(max_pairs))
+    num_read = len(pairs)
+    if not _is_annotated(dataset):
+        pairs = tokenize_preferences(
+            pairs,
+            processing_class,
+            faces=None if faces is None else resolve_faces(faces),
+            eos_token_ids=all_eos_token_ids(processing_class, None if patient is None else patient.outline),
+            max_length=args.max_length,
+            drop_unusable=args.drop_unusable,
+            convert_transcripts=args.convert_transcripts,
+        )
+    names = [name for name in pairs.column_names if name in ID_COLUMNS + FACE_COLUMNS]
+    return _Lengths({name: [len(ids) for ids in pairs[name]] for name in names}, num_read)
+
+
+def _num_update_steps(num_pairs: int, args: TFPOConfig, num_processes: int) -> int:
+    """Optimizer steps, as `Trainer` and Accelerate count them."""
+    if args.max_steps > 0:
+        return args.max_steps
+    num_batches = num_pairs / args.per_device_train_batch_size / num_processes
+    num_batches = math.floor(num_batches) if args.dataloader_drop_last else math.ceil(num_batches)
+    steps_per_epoch = max(1, math.ceil(num_batches / args.gradient_accumulation_steps))
+    return math.ceil(args.num_train_epochs * steps_per_epoch)
+
+
+# Models
+
+
+@dataclass(frozen=True)
+class _StoredModel:
+    """A model on the meta device, and the quantization in which its weights would be stored."""
+
+    model: "PreTrainedModel | PeftModel"
+    outline: PreTrainedModel  # the model without adapters
+    quantization_config: BitsAndBytesConfig | None
+    quantized: frozenset[int]  # ids of the weights that are stored in 4 or 8 bits
+
+    @classmethod
+    def of(
+        cls,
+        source: str | PreTrainedConfig,
+        init_kwargs: dict[str, Any] | str | None,
+        default_dtype: str,
+        quantization_config: BitsAndBytesConfig | None,
+        trust_remote_code: bool,
+    ) -> "_StoredModel":
+        """The model that a name, path or config describes, with the dtype that it would be loaded in."""
+        init_kwargs = init_kwargs if isinstance(init_kwargs, dict) else {}
+        if isinstance(source, str):
+            config = AutoConfig.from_pretrained(
+                source, revision=init_kwargs.get("revision"), trust_remote_code=trust_remote_code
+            )
+        else:
+            config = copy.deepcopy(source)
+        dtype = init_kwargs.get("dtype", default_dtype)
+        model = model_without_weights(config, dtype, trust_remote_code=trust_remote_code)
+        return cls(model, model, quantization_config, _quantized(model, quantization_config))
+
+    def as_doctor(self, peft_config: "PeftConfig | None", *, guides: bool, has_credits: bool) -> "_StoredModel":
+        """The model with value head, guidance head and adapter, which are never quantized."""
+        doctor = make_doctor(self.model, peft_config, guides=guides, has_credits=has_credits)
+        return _StoredModel(doctor, self.outline, self.quantization_config, self.quantized)
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return list(self.model.parameters())
+
+    @property
+    def trained(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self.parameters if parameter.requires_grad]
+
+    @property
+    def floats(self) -> list[torch.nn.Parameter]:
+        """Parameters that are not quantized."""
+        return [parameter for parameter in self.parameters if id(parameter) not in self.quantized]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of parameters, buffers, and the constants of quantization."""
+        num_bytes = sum(tensor.nbytes for tensor in [*self.model.buffers(), *self.floats])
+        for parameter in self.parameters:
+            if id(parameter) in self.quantized and self.quantization_config is not None:
+                num_bytes += _quantized_bytes(parameter, self.quantization_config)
+        return num_bytes
+
+    def num_scored_tokens(self, lengths: _Lengths, prompt_columns: list[str]) -> int:
+        """
+        Tokens that the model reads to score all completions once after each of some columns of prompts.
+
+        Both completions of a prompt share a row, and its last token is read for each, unless attention slides.
+        """
+        num_tokens = sum(lengths.chosen + lengths.rejected) * len(prompt_columns)
+        num_prompt_tokens = sum(sum(lengths.columns[name]) for name in prompt_columns)
+        if getattr(self.outline.config.get_text_config(), "sliding_window", None) is None:
+            return num_tokens + num_prompt_tokens + len(prompt_columns) * len(lengths.chosen)
+        return num_tokens + 2 * num_prompt_tokens
+
+
+def _quantized(model: PreTrainedModel, config: BitsAndBytesConfig | None) -> frozenset[int]:
+    """Ids of the weights that bitsandbytes stores in 4 or 8 bits: all linear layers except the head."""
     if config is None or not (config.load_in_4bit or config.load_in_8bit):
-        return set()
+        return frozenset()
     kept = [model.get_output_embeddings()]
     kept += [model.get_submodule(name) for name in config.llm_int8_skip_modules or []]
-    return {
+    return frozenset(
         id(module.weight)
         for module in model.modules()
         if isinstance(module, torch.nn.Linear) and not any(module is other for other in kept)
-    }
-
-
-def _weight_bytes(model: "PreTrainedModel | PeftModel", quantized: set[int], config: BitsAndBytesConfig | None) -> int:
-    """Bytes of parameters, buffers, and the constants of quantization."""
-    num_bytes = sum(buffer.nbytes for buffer in model.buffers())
-    for parameter in model.parameters():
-        if id(parameter) not in quantized:
-            num_bytes += parameter.nbytes
-        elif config.load_in_8bit:
-            num_bytes += parameter.numel() + 4 * len(parameter)  # a scale for each row
-        else:
-            num_blocks = math.ceil(parameter.numel() / 64)
-            num_bytes += math.ceil(parameter.numel() / 2) + 16 * 4  # the code
-            if config.bnb_4bit_use_double_quant:
-                num_bytes += num_blocks + 4 * math.ceil(num_blocks / 256) + 256 * 4 + 4
-            else:
-                num_bytes += 4 * num_blocks
-    return num_bytes
-
-
-# Memory
-
-
-def _plan_scoring(
-    phase: str,
-    model: "PreTrainedModel | PeftModel",
-    quantized: set[int],
-    quantization_config: BitsAndBytesConfig | None,
-    lengths: list[tuple[list[int], list[int], list[int]]],
-    args: TFPOConfig,
-    beside: int = 0,
-) -> tuple[int, Memory]:
-    """Tokens that the model reads to score pairs of these lengths, and what it holds beside so many bytes."""
-    config = unwrap_peft(model).config.get_text_config()
-    if reads_branches(model):
-        rows = [prompt + one + other + 1 for part in lengths for prompt, one, other in zip(*part, strict=True)]
-        num_rows = max(1, args.scoring_batch_size // 2)
-    else:
-        rows = [
-            prompt + one
-            for part in lengths
-            for name in (1, 2)
-            for prompt, one in zip(part[0], part[name], strict=True)
-        ]
-        num_rows = args.scoring_batch_size
-    longest_completion = max(max(one + other) for _, one, other in lengths)
-    largest = max((parameter.numel() for parameter in model.parameters() if id(parameter) in quantized), default=0)
-    compute_dtype = torch.bfloat16 if quantized else unwrap_peft(model).dtype
-    activations = peak_activations(
-        model, num_rows=num_rows, num_tokens=max(rows), compute_dtype=compute_dtype, quantized=quantized
-    )
-    return sum(rows), Memory(
-        phase,
-        weights=beside
-        + _weight_bytes(model, quantized, quantization_config)
-        + largest * compute_dtype.itemsize,  # one layer at a time is dequantized
-        gradients=0,
-        optimizer=0,
-        logps=_logps_bytes(args.scoring_batch_size * longest_completion, config.hidden_size, compute_dtype),
-        activations=activations,
     )
 
 
-def _logps_bytes(num_tokens: int, hidden_size: int, dtype: torch.dtype) -> int:
-    """Bytes of a tile of logits, and of the hidden states and the slice of the head it is made of."""
-    return dtype.itemsize * (min(num_tokens, LOGPS_TOKENS) * LOGPS_IDS + (num_tokens + LOGPS_IDS) * hidden_size)
+def _quantized_bytes(parameter: torch.nn.Parameter, config: BitsAndBytesConfig) -> int:
+    """Bytes of a weight in 4 or 8 bits, with its constants."""
+    if config.load_in_8bit:
+        return parameter.numel() + 4 * len(parameter)  # one float32 scale for each row
+    num_bytes = math.ceil(parameter.numel() / 2) + 16 * 4  # and the table of 16 values
+    num_blocks = math.ceil(parameter.numel() / 64)
+    if not config.bnb_4bit_use_double_quant:
+        return num_bytes + 4 * num_blocks
+    return num_bytes + num_blocks + 4 * math.ceil(num_blocks / 256) + 256 * 4 + 4
 
 
-def _engine_states(model, parameters, trained, quantized, weights, half, num_processes) -> Iterator[tuple]:
-    """For each engine its name, whether it casts the weights, and bytes of weights, gradients and optimizer."""
-    num_trained = sum(parameter.numel() for parameter in trained)
-    gradients = sum(parameter.nbytes for parameter in trained)
+# Memory of training
+
+
+def _training_memory(model: _StoredModel, base_bytes: int, half: int, num_processes: int) -> Iterator[Memory]:
+    """
+    Bytes of training under each engine.
+
+    Args:
+        model ([`_StoredModel`]):
+            The doctor.
+        base_bytes (`int`):
+            Bytes of the frozen base policy that is read beside the doctor. ZeRO-3 and FSDP2 shard it.
+        half (`int`):
+            Bytes of a weight in the dtype of the computation.
+        num_processes (`int`):
+            Number of processes.
+    """
+    gradients = sum(parameter.nbytes for parameter in model.trained)
     if num_processes == 1:
-        yield "training", False, weights, gradients, 2 * gradients
+        yield Memory("training", model.num_bytes + base_bytes, gradients, 2 * gradients)
         return
-    yield "training, DDP", False, weights, 2 * gradients, 2 * gradients  # DDP's buckets are a copy
+    yield Memory("training, DDP", model.num_bytes + base_bytes, 2 * gradients, 2 * gradients)
 
-    num_floats = sum(parameter.numel() for parameter in parameters if id(parameter) not in quantized)
-    whole = weights - sum(parameter.nbytes for parameter in parameters if id(parameter) not in quantized)
+    num_trained = sum(parameter.numel() for parameter in model.trained)
+    num_floats = sum(parameter.numel() for parameter in model.floats)
+    whole = model.num_bytes - sum(parameter.nbytes for parameter in model.floats)  # what no engine shards
     optimizer = 16 * num_trained // num_processes  # weights, two states, and gradients for the step, in float32
-    yield "training, ZeRO-1", True, whole + half * num_floats, half * num_trained, optimizer
-    yield "training, ZeRO-2", True, whole + half * num_floats, half * num_trained // num_processes, optimizer
+    share = half * num_trained // num_processes
+    weights = whole + half * num_floats + base_bytes
+    yield Memory("training, ZeRO-1", weights, half * num_trained, optimizer)
+    yield Memory("training, ZeRO-2", weights, share, optimizer)
+
     gathered = half * min(num_floats, ZERO3_LIVE_PARAMETERS)
-    yield (
-        "training, ZeRO-3",
-        True,
-        whole + half * num_floats // num_processes + gathered,
-        half * num_trained // num_processes,
-        optimizer,
-    )
-    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    layers = max(
-        ([sum(p.numel() for p in layer.parameters() if id(p) not in quantized) for layer in each] for each in lists),
-        key=sum,
-    )
+    weights = whole + half * num_floats // num_processes + gathered + base_bytes // num_processes
+    yield Memory("training, ZeRO-3", weights, share, optimizer)
+
+    layers = _layer_sizes(model)
     gathered = half * (num_floats - sum(layers) + 2 * max(layers))  # what is in no layer, a layer and the next
-    shards = sum(4 * p.numel() if p.requires_grad else p.nbytes for p in parameters if id(p) not in quantized)
-    yield (
-        "training, FSDP2",
-        True,
-        whole + shards // num_processes + gathered,
-        4 * num_trained // num_processes,
-        8 * num_trained // num_processes,
-    )
+    shards = sum(4 * p.numel() if p.requires_grad else p.nbytes for p in model.floats)
+    weights = whole + shards // num_processes + gathered + base_bytes // num_processes
+    yield Memory("training, FSDP2", weights, 4 * num_trained // num_processes, 8 * num_trained // num_processes)
+
+
+def _layer_sizes(model: _StoredModel) -> list[int]:
+    """Parameters in each decoder layer, without quantized ones: of the largest list of modules."""
+    lists = [module for module in model.model.modules() if isinstance(module, torch.nn.ModuleList)]
+    sizes = [
+        [sum(p.numel() for p in layer.parameters() if id(p) not in model.quantized) for layer in each]
+        for each in lists
+    ]
+    return max(sizes, key=sum)

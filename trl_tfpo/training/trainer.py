@@ -48,13 +48,12 @@ from ..models.fingerprint import model_fingerprint
 from ..models.guidance import start_at_credits
 from ..models.named_model import NamedModel, outline_of
 from .base_policy import POLICIES, place_base_policy, read_base_policy
-from .calibration import choose_rewards
-from .checkpoints import check_loss, kept_whole, resolve_checkpoint
+from .checkpoints import kept_whole, resolve_checkpoint
 from .checks import (
     check_callables,
     check_can_annotate,
-    check_can_calibrate,
     check_collator,
+    check_loss,
     check_one_device,
     check_split,
 )
@@ -66,6 +65,7 @@ from .held_out import WarnWhenHeldOutTurns
 from .objective import describe_batch, pair_rewards
 from .pair_means import PairMeans
 from .reference import REFERENCE_COLUMNS, check_not_streamed, with_reference_logps
+from .reward_choice import choose_rewards
 from .setup import objective_of, ready_doctor, resolve_doctor, resolve_patient, resolve_tokenizer, reward_fn_of
 
 
@@ -281,8 +281,6 @@ class TFPOTrainer(DoctorFiles):
         eval_dataset = self._annotate(eval_dataset, processing_class, args)
         check_some_completion_ends(train_dataset, self._eos_token_ids, max_length)
         is_online = bool(self._online_faces)
-        if args.calibrate_rewards:
-            check_can_calibrate(train_dataset, self._online_faces, model)
         self.calibration, self.rewards_summary = choose_rewards(
             train_dataset, eval_dataset, model, args, self._eos_token_ids, is_online=is_online
         )
@@ -331,9 +329,11 @@ class TFPOTrainer(DoctorFiles):
             eos_token_ids=self._eos_token_ids,
         )
 
-    def _calibrate(self, dataset: AnyDataset | None) -> AnyDataset | None:
+    def _calibrate(self, dataset: AnyDataset | None, needs_gaps: bool = True) -> AnyDataset | None:
         """The dataset with calibrated rewards, where these are used."""
-        return dataset if dataset is None or self.calibration is None else self.calibration.apply(dataset)
+        if dataset is None or self.calibration is None:
+            return dataset
+        return self.calibration.apply(dataset, needs_gaps=needs_gaps)
 
     def _add_reference_logps(self, dataset: AnyDataset | None) -> AnyDataset | None:
         """The dataset with the log-probabilities of the doctor before training, where these are the reference."""
@@ -448,7 +448,8 @@ class TFPOTrainer(DoctorFiles):
             for name, split in eval_dataset.items():
                 metrics |= self.evaluate(split, ignore_keys, f"{metric_key_prefix}_{name}")
             return metrics
-        eval_dataset = self._calibrate(self._annotate(eval_dataset, self.processing_class, self.args))
+        eval_dataset = self._annotate(eval_dataset, self.processing_class, self.args)
+        eval_dataset = self._calibrate(eval_dataset, needs_gaps=bool(self.args.calibrate_rewards))
         eval_dataset = self._add_reference_logps(eval_dataset)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
@@ -472,7 +473,8 @@ class TFPOTrainer(DoctorFiles):
             where there is no reference; and `metrics` as in `evaluate`.
         """
         check_split(test_dataset, "test_dataset")
-        test_dataset = self._calibrate(self._annotate(test_dataset, self.processing_class, self.args))
+        test_dataset = self._annotate(test_dataset, self.processing_class, self.args)
+        test_dataset = self._calibrate(test_dataset, needs_gaps=bool(self.args.calibrate_rewards))
         test_dataset = self._add_reference_logps(test_dataset)
         output = super().predict(test_dataset, ignore_keys, metric_key_prefix)
         output.metrics.update(self._means.take("eval", f"{metric_key_prefix}_"))

@@ -1,44 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Which of two methods answers better, prompt by prompt.
+Win rates: head-to-head comparison of two methods on the same prompts.
 
-Shapes: S seeds, P prompts, N samples of each; S', M the same of the baseline.
+Shapes: S seeds, P prompts, N samples of each prompt; the baseline has S' seeds and M samples.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 
-from .bootstrap import mean_with_interval
-from .completions import Completion, Prompt, by_prompt, text_of
-from .judges import PairwiseJudge, score_texts
+from .bootstrap import IntervalSettings, mean_with_interval
+from .completions import Completions, Grouped, Prompt, by_prompt, text_of
+from .judges import PairwiseJudge, RewardFunction, score_texts
 
 
 def head_to_head(
     prompts: Sequence[Prompt],
-    completions: Sequence[Completion | str] | Sequence[Sequence[Completion | str]],
-    baseline_completions: Sequence[Completion | str] | Sequence[Sequence[Completion | str]],
-    judge: Callable[..., Sequence[float]] | PairwiseJudge,
+    completions: Completions,
+    baseline_completions: Completions,
+    judge: RewardFunction | PairwiseJudge,
     *,
     tie_margin: float = 0.0,
-    **settings,
+    **settings: Unpack[IntervalSettings],
 ) -> dict[str, float | int | None]:
     """
-    Shares of prompts on which a method wins, loses or ties against another.
+    Shares of prompts on which a method wins, loses or ties against a baseline.
 
     Args:
         prompts (sequence of `str` or `list[dict]`):
             P prompts, 300 in the paper.
         completions (sequence of [`Completion`] or `str`, or a sequence of such sequences, one for each seed):
-            Completions of the method: those of the first prompt, then those of the second, and so on.
+            Completions of the method, grouped by prompt: those of the first prompt, then those of the second, and so
+            on.
         baseline_completions:
-            The same of the method that it is compared with. As many seeds, or one for all.
+            Completions of the baseline. As many seeds, or one for all.
         judge (`Callable` or [`PairwiseJudge`]):
-            A reward function `(prompts, completions) -> list[float]`, which compares every sample of a prompt with
-            every one of the baseline; or a pairwise judge, which sees the first samples of each prompt, in both orders.
-            Then a win is a verdict that holds in both, anything else is a tie, so that a judge who prefers what it
-            reads first gives a tie.
+            A reward function `(prompts, completions) -> list[float]`: every sample of a prompt is compared with every
+            sample of the baseline. Or a pairwise judge: it compares the first samples of each prompt, in both orders.
+            A win must hold in both orders. All else is a tie, for example when the judge prefers the first text each
+            time.
         tie_margin (`float`, *optional*, defaults to `0.0`):
             Rewards that differ by no more than this are a tie.
         **settings:
@@ -46,13 +48,12 @@ def head_to_head(
 
     Returns:
         `dict`: `win`, `loss` and `tie`, which add up to 1; `win_half_tie`, wins and half the ties, with its bootstrap
-        interval `low` and `high`; `num_prompts`; and for a pairwise judge `consistency`, the share of pairs on which
-        it says the same in both orders, and `num_without_verdict`, the pairs it gave no verdict on in one or both,
-        which count as ties.
+        interval from `low` to `high`; and `num_prompts`. For a pairwise judge also `consistency`, the share of pairs
+        with the same verdict in both orders, and `num_without_verdict`, the number of pairs without a verdict in at
+        least one order, which are counted as ties.
 
     Raises:
-        `ValueError`: when the completions cannot be shared out over the prompts, or the judge does not give a verdict
-            for each.
+        `ValueError`: when the number of completions is no multiple of that of the prompts, or a verdict is missing.
 
     Examples:
 
@@ -72,18 +73,24 @@ def head_to_head(
             "The baseline must have as many seeds as the method, or one for all. Got "
             f"{len(baseline)} for {len(method)}; give it one."
         )
-    if not hasattr(judge, "judge"):
-        rewards, baseline_rewards = (rewards_by_prompt(judge, prompts, side) for side in (method, baseline))
-        return compare_rewards(rewards, baseline_rewards, tie_margin=tie_margin, **settings)
+    if isinstance(judge, PairwiseJudge):
+        return _compare_by_judge(judge, prompts, method, baseline, settings)
+    rewards, baseline_rewards = (rewards_by_prompt(judge, prompts, side) for side in (method, baseline))
+    return compare_rewards(rewards, baseline_rewards, tie_margin=tie_margin, **settings)
 
+
+def _compare_by_judge(
+    judge: PairwiseJudge, prompts: Sequence[Prompt], method: Grouped, baseline: Grouped, settings: IntervalSettings
+) -> dict[str, float | int | None]:
+    """Win rates from the verdicts of a judge on the first samples of each prompt, in both orders."""
     pairs = [
         (prompt, [text_of(ours[0]), text_of(theirs[0])])
         for i, seed in enumerate(method)
         for prompt, ours, theirs in zip(prompts, seed, baseline[i % len(baseline)], strict=True)
     ]
     asked = [*pairs, *((prompt, pair[::-1]) for prompt, pair in pairs)]
-    verdicts = judge.judge([prompt for prompt, _ in asked], [pair for _, pair in asked], shuffle_order=False)
-    verdicts = torch.as_tensor(verdicts, dtype=torch.float64)
+    found = judge.judge([prompt for prompt, _ in asked], [pair for _, pair in asked], shuffle_order=False)
+    verdicts = torch.as_tensor(found, dtype=torch.float64)
     is_known = (verdicts == 0) | (verdicts == 0.5) | (verdicts == 1) | (verdicts == -1)
     if verdicts.shape != (len(asked),) or not is_known.all():
         raise ValueError(
@@ -102,16 +109,20 @@ def head_to_head(
 
 
 def compare_rewards(
-    rewards: torch.Tensor, baseline_rewards: torch.Tensor, *, tie_margin: float = 0.0, **settings
+    rewards: torch.Tensor,
+    baseline_rewards: torch.Tensor,
+    *,
+    tie_margin: float = 0.0,
+    **settings: Unpack[IntervalSettings],
 ) -> dict[str, float | int | None]:
     """
-    [`head_to_head`] by rewards that are known: every sample of a prompt against every one of the baseline.
+    Win rates from rewards: every sample of a prompt is compared with every sample of the baseline.
 
     Args:
         rewards (`torch.Tensor` of shape `(S, P, N)`):
             Rewards of the method.
         baseline_rewards (`torch.Tensor` of shape `(S', P, M)`):
-            Rewards of the baseline, S' being S or 1.
+            Rewards of the baseline, where S' is S or 1.
         tie_margin (`float`, *optional*, defaults to `0.0`):
             Rewards that differ by no more than this are a tie.
         **settings:
@@ -130,10 +141,8 @@ def compare_rewards(
     return _rates(wins, losses, settings) | {"consistency": None, "num_without_verdict": 0}
 
 
-def rewards_by_prompt(
-    reward_fn: Callable[..., Sequence[float]], prompts: Sequence[Prompt], completions: list[list[list]]
-) -> torch.Tensor:
-    """Rewards (S, P, N) of completions by seed, prompt and sample, in one call of the reward function."""
+def rewards_by_prompt(reward_fn: RewardFunction, prompts: Sequence[Prompt], completions: Grouped) -> torch.Tensor:
+    """Rewards (S, P, N) of completions grouped by seed, prompt and sample. The reward function is called once."""
     rows = [
         (prompt, text_of(sample))
         for seed in completions
@@ -144,8 +153,8 @@ def rewards_by_prompt(
     return rewards.view(len(completions), len(prompts), -1)
 
 
-def _rates(wins: torch.Tensor, losses: torch.Tensor, settings: dict) -> dict[str, float | int | None]:
-    """Rates from shares of wins and losses (S, P, N)."""
+def _rates(wins: torch.Tensor, losses: torch.Tensor, settings: IntervalSettings) -> dict[str, float | int | None]:
+    """Win rates from wins and losses (S, P, N), each in [0, 1]."""
     score = mean_with_interval((1 + wins - losses) / 2, **settings)
     win, loss = wins.mean().item(), losses.mean().item()
     return {

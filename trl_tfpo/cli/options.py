@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Options that several verbs have: their metadata, see `transformers.HfArgumentParser`."""
+
+from argparse import Action, ArgumentParser, Namespace
+from collections.abc import Sequence
+
+
+class Repeated(Action):
+    """A list option that may be given at once (`--doctor a b`) or repeatedly (`--doctor a --doctor b`)."""
+
+    def __call__(
+        self,
+        parser: ArgumentParser,
+        namespace: Namespace,
+        values: str | Sequence[object] | None,
+        option_string: str | None = None,
+    ) -> None:
+        before = getattr(namespace, self.dest)
+        # The default may come from a configuration file. The command line replaces it
+        setattr(namespace, self.dest, values if before is self.default else [*before, *(values or [])])
+
+
+def old_name(name: str) -> list[str]:
+    """Return the option strings of a former name, for the `aliases` of its field."""
+    return [f"--{name}", f"--{name.replace('_', '-')}"]
+
+
+OLD_PATIENT = old_name("patient_model_name_or_path")
+PATIENT = {"aliases": OLD_PATIENT, "help": "Patient: a Hub name or a folder."}
+IN_4BIT = {"help": "Load the patient in 4-bit NF4."}
+DOCTORS = {"action": Repeated, "help": "Doctors, each PATH or NAME=PATH."}
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+DTYPE = {
+    "help": "'bfloat16', 'float16', 'float32' or 'auto': that of the checkpoint, but float32 on a CPU without "
+    "bfloat16 instructions."
+}
+REMOTE_CODE = {"help": "Run code that comes with the models."}
+FACES = {"help": "Pair of contrastive prompts: 'helpfulness', 'harmlessness' or 'honesty'."}
+POSITIVE_FACE = {"help": "Contrastive prompt of your own: the wanted behaviour."}
+NEGATIVE_FACE = {"help": "Contrastive prompt of your own: the opposite behaviour."}
+FACE_PLACEMENT = {"help": "Place of the contrastive prompts: 'system', or 'user' (end of the last user message)."}
+OVERWRITE = {"help": "Replace existing outputs."}

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+The rows of a batch, and what the models have read of each.
+
+Shapes: B rows, L tokens so far (left padding included), V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache
+
+from .sampling import Row
+
+
+@dataclass
+class Batch:
+    """
+    Generations that are decoded together.
+
+    Args:
+        rows (`list[Row]`):
+            The B generations.
+        mask (`torch.Tensor` of shape `(B, L)`):
+            1 for tokens, 0 for padding.
+        caches (`list[DynamicCache]`):
+            Keys and values of the tokens, for the patient and each doctor.
+        logits (`list[torch.Tensor]` of shape `(B, V)`):
+            Next-token logits of the patient and of each doctor.
+    """
+
+    rows: list[Row]
+    mask: torch.Tensor
+    caches: list[DynamicCache]
+    logits: list[torch.Tensor]
+
+    def join(self, other: "Batch") -> "Batch":
+        """Return a batch of the rows of both, those of the other last."""
+        size = max(self.mask.size(1), other.mask.size(1))
+        return Batch(
+            rows=self.rows + other.rows,
+            mask=torch.cat([_pad_left(mask, size, dim=1) for mask in (self.mask, other.mask)]),
+            caches=[_join(*caches, size) for caches in zip(self.caches, other.caches, strict=True)],
+            logits=[torch.cat(pair) for pair in zip(self.logits, other.logits, strict=True)],
+        )
+
+    def select(self, indices: list[int]) -> "Batch":
+        """Return a batch of at least one of the rows, without columns that are padding in all of them."""
+        index = torch.tensor(indices)
+        mask = self.mask[index]
+        first = int(mask.any(dim=0).int().argmax())
+
+        def select(states: torch.Tensor) -> torch.Tensor:
+            return states.index_select(0, index.to(states.device))[:, :, first:]
+
+        return Batch(
+            rows=[self.rows[i] for i in indices],
+            mask=mask[:, first:],
+            caches=[DynamicCache([(select(keys), select(values)) for keys, values, _ in x]) for x in self.caches],
+            logits=[logits[index] for logits in self.logits],
+        )
+
+
+def _join(first: DynamicCache, second: DynamicCache, size: int) -> DynamicCache:
+    """Join the rows of two caches, padded on the left to `size` tokens."""
+    layers: list[tuple[torch.Tensor, ...]] = []
+    for (keys, values, _), (more_keys, more_values, _) in zip(first, second, strict=True):
+        pairs = ((keys, more_keys), (values, more_values))  # each (B, heads, L, width)
+        layers.append(tuple(torch.cat([_pad_left(x, size, dim=2) for x in pair]) for pair in pairs))
+    return DynamicCache(layers)
+
+
+def _pad_left(x: torch.Tensor, size: int, dim: int) -> torch.Tensor:
+    """Put zeros before `x` along a dimension, up to a size."""
+    return torch.nn.functional.pad(x, [0, 0] * (x.dim() - 1 - dim) + [size - x.size(dim), 0])

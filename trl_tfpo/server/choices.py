@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The completions of one request, from the engine's thread to the event loop."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from fastapi import Request
+from prometheus_client import Histogram
+
+from .engine import Engine
+from .errors import ApiError
+from .sampling import Event, Generation
+
+
+CHECK_SECONDS = 0.5  # between two checks whether the client still listens
+
+
+class Choices:
+    """The generations of one request, and their events in the order of arrival. Made in a running event loop."""
+
+    def __init__(self, engine: Engine, seconds: Histogram):
+        self._engine, self._seconds = engine, seconds
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._generations: Sequence[Generation] = ()
+
+    def listener(self, index: int) -> Callable[[Event], None]:
+        """Return what receives the events of one choice, in any thread."""
+
+        def on_event(event: Event) -> None:
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
+
+        return on_event
+
+    def submit(self, generations: Sequence[Generation]) -> None:
+        """Hand all generations to the engine, or raise `ApiError` if it refuses one."""
+        self._generations = generations
+        try:
+            for generation in generations:
+                self._engine.submit(generation)
+        except ValueError as error:
+            self.cancel()
+            raise ApiError(400, str(error)) from error
+        except OverflowError as error:
+            self.cancel()
+            raise ApiError(429, str(error), "rate_limit_error") from error
+
+    def cancel(self) -> None:
+        """Stop what is in progress."""
+        for generation in self._generations:
+            generation.is_cancelled = True
+
+    async def events(self, request: Request) -> AsyncIterator[tuple[int, Event]]:
+        """Yield the events with the index of their choice, until all choices have ended or the client has gone."""
+        num_open, checked = len(self._generations), time.monotonic()
+        try:
+            with self._seconds.time():
+                while num_open:
+                    if time.monotonic() - checked > CHECK_SECONDS:
+                        checked = time.monotonic()
+                        if await request.is_disconnected():
+                            return
+                    try:
+                        index, event = await asyncio.wait_for(self._queue.get(), timeout=CHECK_SECONDS)
+                    except TimeoutError:
+                        continue
+                    num_open -= "finish_reason" in event
+                    yield index, event
+        finally:
+            self.cancel()

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Errors, in the form of OpenAI's interface."""
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from .protocol import NOT_SUPPORTED
+
+
+class ApiError(Exception):
+    """An error that is sent to the client: an HTTP status, a message, and OpenAI's type of error."""
+
+    def __init__(self, status: int, message: str, kind: str = "invalid_request_error"):
+        super().__init__(message)
+        self.status, self.message, self.kind = status, message, kind
+
+    @property
+    def body(self) -> dict[str, object]:
+        """The error as OpenAI's clients read it."""
+        return {"error": {"message": self.message, "type": self.kind, "param": None, "code": None}}
+
+    @property
+    def response(self) -> JSONResponse:
+        """The response to the request."""
+        return JSONResponse(self.body, status_code=self.status)
+
+
+def handle_errors(app: FastAPI) -> None:
+    """Answer every error of an app in the form of OpenAI's interface."""
+
+    @app.exception_handler(ApiError)
+    async def refuse(request: Request, error: ApiError) -> JSONResponse:
+        return error.response
+
+    @app.exception_handler(HTTPException)
+    async def refuse_path(request: Request, error: HTTPException) -> JSONResponse:
+        return ApiError(error.status_code, f"{error.detail}: {request.method} {request.scope['path']}").response
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse_body(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        location = [str(part) for part in first["loc"] if part != "body"]
+        message = f"{'.'.join(location) or 'The body'}: {first['msg'].removeprefix('Value error, ')}"
+        remedy = "; this is not supported otherwise, leave it out" if NOT_SUPPORTED & set(location) else ""
+        return ApiError(400, message + remedy).response

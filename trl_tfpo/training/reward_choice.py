@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Choice of the token rewards that a doctor is trained on: calibrated on the labels, or sparse."""
+
+from collections.abc import Sequence
+
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedModel
+
+from ..annotation.agreement import warn_unless_faces_separate
+from ..annotation.token_rewards import GAP_COLUMNS, annotation_settings
+from ..common._upstream import is_peft_model, is_sharded
+from ..data.tokenization import columns_of
+from ..functional import token_rewards
+from .base_policy import POLICIES
+from .calibration import Calibration, calibrate
+from .checks import check_can_calibrate
+from .config import TFPOConfig
+
+
+MIN_PAIRS = 128  # standard errors of fewer labels are too rough for a choice
+DEFAULT_REWARDS = f"{token_rewards.__module__}.{token_rewards.__qualname__}"  # as an annotation records them
+
+
+def choose_rewards(
+    dataset: Dataset | IterableDataset,
+    eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None,
+    model: PreTrainedModel,
+    args: TFPOConfig,
+    eos_token_ids: Sequence[int],
+    *,
+    is_online: bool = False,
+) -> tuple[Calibration | None, str | None]:
+    """
+    Calibrate token rewards if the settings ask for it, or by default if that explains held-out labels better.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Annotated training data.
+        eval_dataset (the same, or a `dict` of them, *optional*):
+            Evaluation data. By default rewards are not calibrated if it has no gaps.
+        model ([`~transformers.PreTrainedModel`]):
+            The doctor, whose embeddings are used.
+        args ([`TFPOConfig`]):
+            Settings, with `calibrate_rewards`.
+        eos_token_ids (`Sequence[int]`):
+            Tokens that end a completion.
+        is_online (`bool`, *optional*, defaults to `False`):
+            Whether the data collator queries the patient batch by batch.
+
+    Returns:
+        [`Calibration`], the same in all processes, or `None` if it is not used; and a summary of the comparison, or
+        `None` if nothing was compared.
+
+    Raises:
+        `ValueError`: if `calibrate_rewards=True` is impossible, see [`check_can_calibrate`], or if there are no gaps
+            or fewer than 32 pairs.
+
+    Warns:
+        `UserWarning`: if the rewards that are used do not explain the labels.
+    """
+    if args.calibrate_rewards:
+        check_can_calibrate(dataset, model, is_online=is_online)
+    held_out = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
+    is_open = args.calibrate_rewards is None and POLICIES[args.policy].has_base and not is_online
+    is_open = is_open and _is_open(dataset, held_out, model)
+    if not args.calibrate_rewards and not is_open:
+        if args.process_index == 0:
+            warn_unless_faces_separate(dataset)
+        return None, None
+    embeddings = model.get_input_embeddings().get_parameter("weight")
+    calibration = calibrate(dataset, embeddings, eos_token_ids)
+    (calibration,) = broadcast_object_list([calibration])  # rounding differs between machines; the choice must not
+    is_used = args.calibrate_rewards or calibration.is_better
+    if args.process_index == 0:
+        calibration.report(is_used=is_used)
+    return calibration if is_used else None, calibration.describe(is_used=is_used)
+
+
+def _is_open(
+    dataset: Dataset | IterableDataset,
+    held_out: Sequence[Dataset | IterableDataset | None],
+    model: PreTrainedModel,
+) -> bool:
+    """
+    Whether labels may decide on the token rewards.
+
+    They may if the doctor is no adapter and its embeddings are whole, if there are gaps and at least 128 pairs, and if
+    the annotation records the default `reward_fn` and `reward_direction`: a user who chose other rewards keeps them.
+    """
+    if is_sharded(model) or is_peft_model(model):
+        return False
+    recorded = annotation_settings(dataset)
+    if recorded is None or not isinstance(dataset, Dataset) or len(dataset) < MIN_PAIRS:
+        return False  # a dataset without a record, as from a file, may have rewards of any kind
+    rewards = recorded.get("reward", {})
+    is_default = rewards.get("function", DEFAULT_REWARDS) == DEFAULT_REWARDS
+    is_default &= rewards.get("reward_direction", "agreement") == "agreement"
+    splits = [dataset, *(split for split in held_out if split is not None)]
+    return is_default and all(set(GAP_COLUMNS) <= columns_of(split) for split in splits)
