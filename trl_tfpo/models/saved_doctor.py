@@ -73,8 +73,8 @@ def _load_adapter(
 
     if not cached_file(path, "adapter_model.safetensors", _raise_exceptions_for_missing_entries=False):
         raise ValueError(
-            f"An adapter must be saved as safetensors. Got no `adapter_model.safetensors` in {str(path)!r}; load it with "
-            "PEFT, if you trust it, and save it again."
+            f"An adapter must be saved as safetensors. Got no `adapter_model.safetensors` in {str(path)!r}; load it "
+            "with PEFT, if you trust it, and save it again."
         )
     config = json.loads(Path(adapter_config).read_text(encoding="utf-8"))
     saved_modules = set(config.get("modules_to_save") or ())

@@ -96,9 +96,7 @@ def add_reference_logps(dataset: Dataset, doctor: LanguageModel, *, fingerprint:
     )
 
 
-def _score_reference(
-    batch: dict[str, list], *, doctor: LanguageModel, batch_size: int, longest: int
-) -> dict[str, list]:
+def _score_reference(batch: dict[str, list], *, doctor: LanguageModel, **settings: Any) -> dict[str, list]:
     prompts, completions = batch["prompt_ids"] * 2, batch["chosen_ids"] + batch["rejected_ids"]
     # PEFT's `disable_adapter` makes frozen parts of an adapter trainable
     with using_adapters(adapter_layers(doctor), ()) if is_peft_model(doctor) else nullcontext():
