@@ -254,7 +254,7 @@ def test_other_data_without_gaps_are_evaluated(labelled, tokenizer, tmp_path):
     """Calibrated rewards that nobody asked for must not make a dataset unusable for evaluation."""
     dataset, doctor = labelled
     without_gaps = dataset.select(range(8)).remove_columns(["chosen_gaps", "rejected_gaps"])
-    trainer = trainer_of(dataset, tokenizer, tmp_path, copy.deepcopy(doctor))
+    trainer = make_trainer(dataset, tmp_path, copy.deepcopy(doctor))
     assert trainer.calibration is not None
     with pytest.warns(UserWarning, match="own token rewards are used: the loss is not comparable"):
         metrics = trainer.evaluate(without_gaps)
@@ -263,7 +263,7 @@ def test_other_data_without_gaps_are_evaluated(labelled, tokenizer, tmp_path):
     with pytest.warns(UserWarning, match="own token rewards are used"):
         assert trainer.predict(without_gaps).predictions.shape == (8, 2)
 
-    asked = trainer_of(dataset, tokenizer, tmp_path, copy.deepcopy(doctor), calibrate_rewards=True)
+    asked = make_trainer(dataset, tmp_path, copy.deepcopy(doctor), calibrate_rewards=True)
     with pytest.raises(ValueError, match="Calibrated rewards need the columns"):
         asked.evaluate(without_gaps)
 
