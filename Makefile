@@ -56,7 +56,7 @@ audit: $(VENV)/.test
 
 # The documentation site, in `site`; a broken link is an error
 docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(RUN)mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(RUN)mkdocs build --strict
 
 # The picture of the playground in the documentation; needs chromium
 screenshot: $(VENV)/.test

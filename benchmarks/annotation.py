@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-How fast preference pairs are annotated, against what one writes first and against what cannot be avoided.
+Time of annotation, compared with a straightforward implementation and with the bare forward passes.
 
 ```bash
 python benchmarks/annotation.py --output annotation.json
@@ -9,13 +9,13 @@ python benchmarks/annotation.py --quick
 ```
 
 - *annotated*: `score_token_rewards`, as `annotate_token_rewards` calls it.
-- *four forwards*: each completion under each face alone, full logits in float32, as in the public reference code.
-- *bare*: the backbone over the tokens that have to be seen (each face's prompt once, both completions), in batches of the
+- *four forwards*: each completion under each face in a forward pass of its own, with full logits in float32.
+- *bare*: the backbone over the tokens that must be read (each face's prompt once, both completions), in batches of the
   same size, and the language model head where a token is predicted. Nothing is scored.
 
-A random Llama, as only its size matters; prompts three times as long as completions, as in HH-RLHF, lengths drawn from a
-seed. Each repetition runs all three in turn and gives one ratio; shown are the median and the quartiles. On a CPU one
-thread works, and only its own time counts.
+The model is a random Llama, because only its size matters. Prompts are three times as long as completions, as in
+HH-RLHF; lengths are drawn from a seed. Each repetition runs all three in turn and gives one ratio. The table shows the
+median and the quartiles. On a CPU one thread is used, and processor time is measured.
 """
 
 import argparse
@@ -41,7 +41,7 @@ MEAN_LENGTH = 60  # of a completion, in tokens
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a smaller model, fewer pairs")
-    parser.add_argument("--output", help="JSON file for all that was measured")
+    parser.add_argument("--output", help="JSON file for the measurements")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)

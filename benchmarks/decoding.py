@@ -1,27 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Guided decoding against the patient alone: what a doctor costs, and what speculation wins back. Tables, as Markdown.
+Time of guided decoding relative to the patient alone: overhead of a doctor, and gain by speculation. Prints Markdown
+tables.
 
 ```bash
 python benchmarks/decoding.py --output decoding.json
 python benchmarks/decoding.py --quick --peers
 ```
 
-Times are per new token, prefill included, and shown as ratios within one process: all methods take their turn at each
-prompt, each repetition gives one ratio, and a cell is the median over repetitions with the first and third quartile.
-On a CPU one thread works and only its own time counts, which leaves what other processes take of caches and memory
-bandwidth; on a GPU it is the time on the clock.
+Times are per new token, prefill included, as ratios within one process. All methods take turns at each prompt, each
+repetition gives one ratio, and a cell is the median over repetitions with the first and third quartile. On a CPU one
+thread is used and processor time is measured, which excludes other processes but not their use of caches and memory
+bandwidth. On a GPU wall-clock time is measured.
 
-1. *Overhead.* Random models: nothing but their size matters. The cached guide reads each token once; the naive one is
-   what one writes first, and reads the whole prefix at each step.
-2. *Speculation*, which lives on agreement. What the trained pair says is trained: patient and doctor of the controlled
-   world, the doctor by TFPO in this run. But these models are tiny, so both are padded with zeros to usual sizes
-   (`grow`), which leaves their logits as they are and inflates the arithmetic only; the vocabulary stays at the 174
-   words of the world, and texts end where the model ends them. The random pair agrees on nothing, the worst case.
-3. *Verification.* A patient forward over k + 1 positions in each row, the price of checking k drafted tokens.
+1. *Overhead.* Random models, because only their size matters. The cached guide reads each token once. The naive one
+   reads the whole prefix at each step.
+2. *Speculation*, which depends on agreement. The trained pair is the patient and the doctor of the controlled world,
+   the doctor after TFPO in this run. Both are tiny, so they are padded with zeros to usual sizes (`grow`): logits stay
+   the same, and only the arithmetic grows. The vocabulary stays at the 174 words of the world, and texts end where the
+   model ends them. The random pair never agrees, which is the worst case.
+3. *Verification.* A patient forward over k + 1 positions in each row, which is the cost of checking k drafted tokens.
 
-With `--quick`, three minutes on one core, quartiles come from two repetitions: good for an order of magnitude.
+With `--quick`, three minutes on one core, quartiles come from two repetitions and show an order of magnitude.
 """
 
 import argparse
@@ -82,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="smaller random models, fewer tokens and cases")
     parser.add_argument("--peers", action="store_true", help="also time the guides of other libraries")
-    parser.add_argument("--output", help="JSON file for all that was measured")
+    parser.add_argument("--output", help="JSON file for the measurements")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repetitions", type=int)
@@ -116,7 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def measure(args: argparse.Namespace, runs: dict[str, Callable], inputs: list[torch.Tensor]) -> dict[str, list[float]]:
-    """Seconds per unit of work, one for each repetition; a run takes an input and returns how many units it did."""
+    """Return seconds per unit of work, one value for each repetition. A run takes an input and returns its units."""
     next(iter(runs.values()))(inputs[0])  # warm up
     seconds = {name: [] for name in runs}
     for repetition in range(args.repetitions):
@@ -132,7 +133,7 @@ def measure(args: argparse.Namespace, runs: dict[str, Callable], inputs: list[to
 
 
 def ratio(numerator: list[float], *denominators: list[float]) -> list[float]:
-    """First quartile, median and third quartile of a time over a sum of times, repetition by repetition."""
+    """Return first quartile, median and third quartile of a time over a sum of times, by repetition."""
     ratios = [above / sum(below) for above, *below in zip(numerator, *denominators, strict=True)]
     return torch.tensor(ratios).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
 
@@ -145,7 +146,9 @@ def milliseconds(seconds: list[float]) -> float:
 
 
 def random_llama(vocab_size: int, hidden_size: int, num_layers: int, scale: float = 0.02) -> PreTrainedModel:
-    """A Llama that was never trained. A larger `scale` of its weights makes it heed its context, and sure of itself."""
+    """
+    Return an untrained Llama. A larger `scale` of its weights makes it depend more on context, with lower entropy.
+    """
     shape = dict(vocab_size=vocab_size, hidden_size=hidden_size, num_hidden_layers=num_layers)
     shape |= dict(intermediate_size=11 * hidden_size // 4, num_attention_heads=max(hidden_size // 64, 1))
     config = LlamaConfig(**shape, initializer_range=scale, tie_word_embeddings=True, eos_token_id=None, pad_token_id=0)
@@ -154,9 +157,10 @@ def random_llama(vocab_size: int, hidden_size: int, num_layers: int, scale: floa
 
 def grow(model: PreTrainedModel, hidden_size: int, num_layers: int) -> PreTrainedModel:
     """
-    A larger Llama with the same logits: weights padded with zeros, and further layers that add nothing.
+    Return a larger Llama with the same logits: weights padded with zeros, and added layers whose output is zero.
 
-    The MLP widens in proportion. Heads become more, not larger: attention's scale and rotation depend on their size.
+    The MLP widens in proportion. The number of heads grows, not their size, because scale and rotation of attention
+    depend on the size.
     """
     small, config = model.config, copy.deepcopy(model.config)
     kept = small.hidden_size / hidden_size  # RMSNorm takes its mean over the zeros too
@@ -178,7 +182,7 @@ def grow(model: PreTrainedModel, hidden_size: int, num_layers: int) -> PreTraine
 
 
 def trained_pair(args: argparse.Namespace, sizes: dict) -> tuple[PreTrainedModel, PreTrainedModel, list[torch.Tensor]]:
-    """Patient, doctor after TFPO, and prompts of the controlled world; both models grown."""
+    """Return patient, doctor after TFPO, and prompts of the controlled world; both models grown."""
     world = load_world()
     training = dict(max_steps=sizes["max_steps"], per_device_train_batch_size=16, learning_rate=3e-3)
     training |= dict(lr_scheduler_type="cosine", activation_checkpointing=False, scoring_batch_size=256)
@@ -216,7 +220,7 @@ def trained_pair(args: argparse.Namespace, sizes: dict) -> tuple[PreTrainedModel
 
 
 def random_pair(sizes: dict) -> tuple[PreTrainedModel, PreTrainedModel, list[torch.Tensor]]:
-    """Patient, doctor and prompts that have nothing in common but 4,096 tokens."""
+    """Return patient, doctor and prompts that share only a vocabulary of 4,096 tokens."""
     patient = random_llama(4096, *sizes["grown_patient"], scale=0.1)
     doctor = random_llama(4096, *sizes["grown_doctor"], scale=0.1)
     return patient, doctor, list(torch.randint(4096, (sizes["num_prompts"] // 2, 1, 9)))
@@ -230,7 +234,7 @@ def num_millions(model: PreTrainedModel) -> float:
 
 
 def generate(input_ids: torch.Tensor, *, model: PreTrainedModel, make_guide=None, **settings) -> int:
-    """Continues the prompts (B, L), with a guide of their own. Returns the number of new tokens in a row."""
+    """Continue the prompts (B, L) with a new guide, and return the number of new tokens in a row."""
     input_ids = input_ids.to(model.device)
     mask = torch.ones_like(input_ids)
     guides = [make_guide(input_ids, mask)] if make_guide else None
@@ -243,7 +247,7 @@ def cached_guide(doctor: PreTrainedModel, alpha: float, beta: float) -> Callable
 
 
 def naive_guide(doctor: PreTrainedModel, alpha: float, beta: float) -> Callable:
-    """A guide without memory: at each step the doctor reads the whole prefix."""
+    """A guide without a cache: the doctor reads the whole prefix at each step."""
 
     def guide(input_ids, scores):
         logits = doctor(input_ids=input_ids, use_cache=False, logits_to_keep=1).logits[:, -1]
@@ -253,7 +257,7 @@ def naive_guide(doctor: PreTrainedModel, alpha: float, beta: float) -> Callable:
 
 
 def count_guide_tokens(doctor: PreTrainedModel, run: Callable, prompts: list[torch.Tensor]) -> int:
-    """Tokens that the doctor reads in a run on each prompt."""
+    """Count the tokens that the doctor reads in a run on each prompt."""
     counts = []
     hook = doctor.get_input_embeddings().register_forward_pre_hook(lambda _, args: counts.append(args[0].numel()))
     for prompt in prompts:
@@ -335,7 +339,7 @@ def verification(args: argparse.Namespace, sizes: dict, grown: PreTrainedModel) 
 
 
 def adapters(args: argparse.Namespace, sizes: dict) -> list[dict]:
-    """A doctor that is an adapter on all linear layers of a random patient, rank 16."""
+    """Measure a doctor that is an adapter of rank 16 on all linear layers of a random patient."""
     length, num_new_tokens = sizes["random_lengths"]
     rows = []
     for dtype, batch_size in itertools.product(("bfloat16", "float32"), (1, 8)):
@@ -369,7 +373,7 @@ def _without_adapter(patient, run: Callable, input_ids: torch.Tensor) -> int:
 
 
 def peers(args: argparse.Namespace, patient, doctor, prompts) -> list[dict]:
-    """Guides that compute `0.5 * log p_patient + 0.5 * log p_doctor`, one prompt at a time."""
+    """Return guides that compute `0.5 * log p_patient + 0.5 * log p_doctor` for one prompt."""
     patient, doctor = patient.to(args.device), doctor.to(args.device)
     guides = {"cached": cached_guide(doctor, 0.5, 0.5), "naive": naive_guide(doctor, 0.5, 0.5)}
     # Made for one model under two prompts: scale * log p + (1 - scale) * log p_other. With the doctor as the other
@@ -418,7 +422,7 @@ def describe_machine(device: str) -> dict:
 
 
 def show(title: str, rows: list[dict]) -> None:
-    """A Markdown table. Three numbers are quartiles, shown as median [first, third]."""
+    """Print a Markdown table. Three numbers are quartiles, shown as median [first, third]."""
     print(f"\n{title}\n\n| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
     for row in rows:
         cells = (f"{c[1]:.2f} [{c[0]:.2f}, {c[2]:.2f}]" if isinstance(c, list) else c for c in row.values())

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Reward at equal distance from the patient: this method, and others that do the same job, in the controlled world.
+Reward of this method and of others at equal KL from the patient, in the controlled world.
 
 ```bash
 python benchmarks/frontier.py --everything runs/results --attributes praise calm --seeds 0 1 2
@@ -9,20 +9,22 @@ python benchmarks/frontier.py --attributes praise calm --seeds 0 1 2 --output ru
 python benchmarks/frontier.py --quick
 ```
 
-`--everything` is all that the page of results says of the controlled world: the methods, two objectives (`objectives.py`), sizes of
-patient and doctor (`weak_to_strong.py`), parts and settings (`sweep.py`), and worlds drawn from a seed (`random_worlds.py`).
+`--everything` runs all that `docs/results/controlled_world.md` shows: the methods, two objectives (`objectives.py`),
+sizes of patient and doctor (`weak_to_strong.py`), parts and settings (`sweep.py`), and worlds drawn from a seed
+(`random_worlds.py`).
 
-All methods (`methods.py` says what they are) are given the same preference pairs, steps and batches. Where a method has
-several settings, the best is taken for each attribute, by its mean efficiency on validation prompts near the second and the
-third of the KLs (at all strengths where there is no KL to match), with the first seed; all seeds are trained with it and measured
-on test prompts. Strengths are looked for on validation prompts too, and efficiency is interpolated between those that were
-measured, or that of the nearest where the KL is within a fifth of it. What guides is weighed on samples of
-the patient (`patient_samples.py`), so that all such methods and the frontier rest on the same texts; other methods, diversity,
-grammar and wins are of texts sampled from each policy.
+All methods (`methods.py`) have the same preference pairs, steps and batches. If a method has several settings, the
+best is chosen for each attribute, by its mean efficiency on validation prompts near the second and the third of the
+KLs (at all strengths if there is no KL to match), with the first seed. All seeds are trained with it and measured on
+test prompts. Strengths are found on validation prompts. Efficiency is interpolated between measured strengths, or is
+that of the nearest one if its KL is within a fifth.
 
-What is measured is a line of the output at once: a run that was cut short goes on where it stopped, and several may share
-the work (`--methods`, `--attributes`), each with an output of its own, all of which `--report` reads together. Intervals are by
-bootstrap over seeds and test prompts, the attributes as given; those of diversity are the range over seeds.
+Guided methods and the frontier share importance-weighted samples of the patient (`patient_samples.py`). Other methods,
+and diversity, grammar and wins of all methods, are measured on texts sampled from each policy.
+
+Each measurement is appended to the output at once, so a stopped run can be resumed. Several runs can share the work
+(`--methods`, `--attributes`), each with an output of its own; `--report` reads all of them together. Intervals are by
+bootstrap over seeds and test prompts, for the given attributes. Intervals of diversity are the range over seeds.
 """
 
 import argparse
@@ -63,16 +65,16 @@ OURS = ("guided flow", "TFPO", "guided flow, more diverse", "TFPO, more diverse"
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", help="some of them; all unless given")
+    parser.add_argument("--methods", nargs="+", help="names of methods (default: all)")
     parser.add_argument("--attributes", nargs="+", default=["praise"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument(
-        "--world", type=Path, help="folder of `trl_tfpo.testbed.build`; the one that ships unless given"
+        "--world", type=Path, help="folder of `trl_tfpo.testbed.build` (default: the world that ships)"
     )
     parser.add_argument("--output", type=Path, default=Path("runs/frontier.jsonl"))
-    parser.add_argument("--everything", type=Path, help="a folder for what else is measured in this world, too")
-    parser.add_argument("--report", type=Path, nargs="+", help="measure nothing, report these outputs")
-    parser.add_argument("--quick", action="store_true", help="few pairs, steps and samples: whether it runs")
+    parser.add_argument("--everything", type=Path, help="run all parts, with results in this folder")
+    parser.add_argument("--report", type=Path, nargs="+", help="report these existing outputs")
+    parser.add_argument("--quick", action="store_true", help="few pairs, steps and samples, to check that it runs")
     args = parser.parse_args(arguments)
     if unknown := set(args.methods or ()) - set(METHODS):
         parser.error(f"`--methods` must be among {list(METHODS)}. Got {sorted(unknown)}.")
@@ -86,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def everything(args: argparse.Namespace) -> None:
-    """All parts, next to one another in a folder."""
+    """Run all parts of the controlled world in a folder."""
     folder = args.everything
     folder.mkdir(parents=True, exist_ok=True)
     chosen = ["--methods", *args.methods] if args.methods else []
@@ -109,7 +111,7 @@ def everything(args: argparse.Namespace) -> None:
 
 
 def run_parts(parts: dict[str, list], folder: Path, arguments: list[str]) -> None:
-    """Run scripts, as many at once as there are cores; what each prints, and how long it takes, is in the folder."""
+    """Run scripts, as many at once as there are cores. Their output and run times are written to the folder."""
 
     def run(name: str) -> None:
         (script, *others), start = parts[name], time.perf_counter()
@@ -172,7 +174,7 @@ def measure(name: str, method: Method, task: Task, kls: list[float], output: Pat
         targets = kls if split == "test" else kls[1:3]
         if method.strengths is None:
             rows = follow(task, policy, targets, method.largest)
-            if split == "test":  # on validation prompts, what was weighed is enough
+            if split == "test":  # on validation prompts the weighted samples suffice
                 rows = sample(task, policy, [row["beta"] for row in rows], method.largest)
         else:
             comparison = task.comparison(split)
@@ -184,11 +186,11 @@ def measure(name: str, method: Method, task: Task, kls: list[float], output: Pat
 
 def sample(task: Task, guide: Guide, strengths: list[float], largest: float) -> list[dict]:
     """
-    On test prompts: what is weighed; at the second and the third strength what is said, too; and at the last one, where few samples
-    of the patient count, what is said alone.
+    Measure on test prompts: importance-weighted samples at all strengths but the last, where the effective sample size
+    is small, and sampled texts at the second, the third and the last.
     """
     samples, comparison = task.samples("test"), task.comparison("test")
-    rows = samples.follow(guide, samples.heard(guide(largest)), strengths, attribute=task.attribute)
+    rows = samples.follow(guide, samples.doctor_logits(guide(largest)), strengths, attribute=task.attribute)
 
     def said(row: dict) -> dict:
         return describe(comparison.add("guided", guide(row["beta"]), beta=row["beta"]), comparison)
@@ -201,8 +203,8 @@ def sample(task: Task, guide: Guide, strengths: list[float], largest: float) -> 
 
 
 def follow(task: Task, guide: Guide, kls: list[float], largest: float) -> list[dict]:
-    """Where the KL is near each of the wanted ones, or as near as it comes: strength, KL and efficiency."""
-    samples, doctor_logits = task.samples("validation"), task.samples("validation").heard(guide(largest))
+    """Return strength, KL and efficiency where the KL is near each of the wanted ones, or as near as possible."""
+    samples, doctor_logits = task.samples("validation"), task.samples("validation").doctor_logits(guide(largest))
     follow = functools.partial(samples.follow, guide, doctor_logits, attribute=task.attribute)
     points = [(row["kl"] ** 0.5, row["beta"]) for row in follow([largest * x for x in SHARES], max_kl=max(kls))]
     points = sorted([(0.0, 0.0), *points])
@@ -211,7 +213,7 @@ def follow(task: Task, guide: Guide, kls: list[float], largest: float) -> list[d
 
 
 def interpolate(points: list[tuple[float, float]], x: float, *, slack: float = 0.0) -> float | None:
-    """Linear between points that are sorted by x; the nearest value up to `slack` beyond; else None."""
+    """Interpolate linearly between points sorted by x. Return the nearest value up to `slack` beyond, else None."""
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if x0 <= x <= x1:
             return y0 + (y1 - y0) * (x - x0) / (x1 - x0) if x1 > x0 else y1
@@ -220,7 +222,7 @@ def interpolate(points: list[tuple[float, float]], x: float, *, slack: float = 0
 
 
 def describe(row: dict, comparison: Comparison) -> dict:
-    """What is kept of a row: numbers, and the rewards of some samples."""
+    """Return what is kept of a row: numbers, and the rewards of some samples."""
     if "texts" not in row:
         return row
     num_samples = len(row["texts"]) // len(comparison.prompts)
@@ -237,7 +239,7 @@ def describe(row: dict, comparison: Comparison) -> dict:
 
 
 def best(grid: list[dict], rows: list[dict]) -> dict:
-    """The settings with the best mean efficiency; where hardly anything is gained or lost it says nothing."""
+    """Return the settings with the best mean efficiency. Rows near KL 0 do not count."""
 
     def score(settings: dict) -> float:
         found = [x["efficiency"] for x in rows if x["settings"] == settings and x["efficiency"] and x["kl"] > 0.1]
@@ -247,7 +249,7 @@ def best(grid: list[dict], rows: list[dict]) -> dict:
 
 
 def read(output: Path, **key) -> list[dict]:
-    """The lines of an output, if it is there, that have these values."""
+    """Return the lines of an output, if it exists, that have these values."""
     lines = output.read_text(encoding="utf-8").splitlines() if output.is_file() else []
     rows = [json.loads(line) for line in lines]
     return [row for row in rows if all(row.get(field) == value for field, value in key.items())]
@@ -257,7 +259,7 @@ def read(output: Path, **key) -> list[dict]:
 
 
 def report(args: argparse.Namespace, outputs: list[Path], picture: Path) -> None:
-    """Tables and a picture of what the outputs have of the methods, attributes and seeds that are asked for."""
+    """Print tables, and draw a figure, of the given methods, attributes and seeds in the outputs."""
     kls, names = QUICK_KLS if args.quick else [*KLS, FAR], args.methods or list(METHODS)
     rows = [row for path in outputs for row in read(path) if row["method"] in names]
     rows = [row for row in rows if row["attribute"] in args.attributes and row["seed"] in args.seeds]
@@ -271,7 +273,9 @@ def report(args: argparse.Namespace, outputs: list[Path], picture: Path) -> None
 
 
 def check_is_one_run(rows: list[dict]) -> None:
-    """Raise `ValueError` if a method has rows on test prompts of several settings or sizes, among which it would be interpolated."""
+    """
+    Raise `ValueError` if rows of a method on test prompts have several settings or sizes, which must not be mixed.
+    """
     names, measured = ["settings", *(field.name for field in fields(Task))], {}
     for row in (row for row in rows if row["split"] == "test"):
         found = [row.get(name) for name in names]
@@ -284,7 +288,7 @@ def check_is_one_run(rows: list[dict]) -> None:
 
 
 def cells(rows: list[dict], value: str, at: str, x: float, scale: Callable[[float], float] = float) -> dict:
-    """A value of each method, attribute and seed, interpolated where `at` is x; without those that never come near."""
+    """Return a value of each method, attribute and seed, interpolated where `at` is x, without those out of reach."""
     found, tested = {}, [row for row in rows if row["split"] == "test" and row.get(value) is not None and row[at] > 0]
     for key in sorted({(row["method"], row["attribute"], row["seed"]) for row in tested}):
         mine = [row for row in tested if (row["method"], row["attribute"], row["seed"]) == key]
@@ -304,7 +308,7 @@ def names_of(rows: list[dict]) -> list[str]:
 
 
 def grids(rows: list[dict]) -> str:
-    """What was tried on validation prompts, and how it did."""
+    """Print the settings that were tried on validation prompts, with their efficiencies."""
     lines = ["| method | attribute | settings | efficiency (validation) |", "|---|---|---|---|"]
     tried = [row for row in rows if row["split"] == "validation"]
     for (name, attribute, settings), mine in itertools.groupby(
@@ -318,8 +322,8 @@ def grids(rows: list[dict]) -> str:
 
 def efficiencies(rows: list[dict], kls: list[float]) -> str:
     """
-    Efficiency at each KL, mean and standard deviation over seeds and attributes, and what it took; where some of them never come
-    near that KL, over how many it is.
+    Print efficiency at each KL, mean and standard deviation over seeds and attributes, and costs. Where some never
+    come near a KL, their number is printed.
     """
     shown = " | ".join(f"{kl} nats" for kl in kls)
     lines = [f"| method | seeds | {shown} | grammar | passes for a token | training (s) |"]
@@ -340,7 +344,9 @@ def efficiencies(rows: list[dict], kls: list[float]) -> str:
 
 
 def versus(rows: list[dict], columns: dict[str, dict], form: str, *, wins_near: float | None = None) -> str:
-    """Values of ours minus those of others, over the same seeds and attributes, and head-to-head wins near a KL."""
+    """
+    Print differences between ours and others over the same seeds and attributes, and head-to-head wins near a KL.
+    """
     ours, attributes = [name for name in names_of(rows) if name in OURS], {row["attribute"] for row in rows}
     lines = ["| ours | against | " + " | ".join(columns) + (" | win + half ties |" if wins_near else " |")]
     lines += ["|---|---" + "|---:" * (len(columns) + bool(wins_near)) + "|"]
@@ -359,7 +365,9 @@ def versus(rows: list[dict], columns: dict[str, dict], form: str, *, wins_near: 
 
 
 def wins(rows: list[dict], name: str, other: str, kl: float) -> dict:
-    """Share of pairs on each prompt that the oracle gives to `name`, ties half, at the strengths nearest to a KL."""
+    """
+    Return the share of pairs on each prompt that the oracle gives to `name`, ties half, at strengths nearest to a KL.
+    """
     shares, tested = {}, [row for row in rows if row["split"] == "test" and "rewards" in row]
     for key in sorted({(row["attribute"], row["seed"]) for row in tested}):
         mine = [row for row in tested if (row["attribute"], row["seed"]) == key]
@@ -376,7 +384,7 @@ def wins(rows: list[dict], name: str, other: str, kl: float) -> dict:
 
 
 def diversity(rows: list[dict]) -> str:
-    """Diversity at equal reward, mean over seeds and attributes."""
+    """Print diversity at equal reward, mean over seeds and attributes."""
     fields = ["distinct_1", "distinct_2", "distinct_3", "distinct_4", "entropy", "self_similarity", "num_words", "kl"]
     lines = ["| method | reward | " + " | ".join(fields) + " |", "|---" + "|---:" * (len(fields) + 1) + "|"]
     for reward, name in itertools.product(REWARDS, names_of(rows)):
@@ -397,8 +405,9 @@ def spread(values: list[float]) -> str:
 
 def interval(found: dict, attributes: set[str], form: str, sign: str = "") -> str:
     """
-    Mean over attributes and the seeds that have all of them. Where there is a value for each prompt with a bootstrap interval over
-    prompts and seeds, prompts alone if there is one seed; attributes are not drawn, as the claim is of these. Else with the range.
+    Return the mean over attributes and over the seeds that have all of them, with an interval. If there is a value for
+    each prompt, the interval is by bootstrap over prompts and seeds, or over prompts alone with one seed; attributes
+    are fixed. Otherwise it is the range.
     """
     seeds = [seed for seed in sorted({seed for _, seed in found}) if all((x, seed) in found for x in attributes)]
     if not seeds:
@@ -412,7 +421,7 @@ def interval(found: dict, attributes: set[str], form: str, sign: str = "") -> st
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Efficiency against KL."""
+    """Draw efficiency against KL."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")

@@ -1,4 +1,4 @@
-"""Times and memory that can be compared: taken in turn, of this process alone, times as ratios with their spread."""
+"""Times and memory of this process, measured in turn, so that ratios can be compared."""
 
 import ctypes
 import gc
@@ -11,7 +11,7 @@ import torch
 
 
 def clock(device: str) -> float:
-    """Seconds: on a CPU those of this process alone, as other work shares the machine."""
+    """Return seconds: processor time on a CPU, which excludes other processes, and wall-clock time on a GPU."""
     if device == "cpu":
         return time.process_time()
     torch.cuda.synchronize()
@@ -19,7 +19,7 @@ def clock(device: str) -> float:
 
 
 def in_turn(ways: dict[str, Callable[[], object]], *, repetitions: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each way at each repetition, one after the other; one more goes ahead to warm up."""
+    """Return seconds of each way at each repetition, measured in turn after one warm-up."""
     seconds = {name: [] for name in ways}
     for repetition in range(repetitions + 1):
         for name, way in ways.items():
@@ -31,22 +31,22 @@ def in_turn(ways: dict[str, Callable[[], object]], *, repetitions: int, device: 
 
 
 def quartiles(one: list[float], other: list[float]) -> list[float]:
-    """First quartile, median and third quartile of the ratios."""
+    """Return first quartile, median and third quartile of the ratios."""
     ratios = [a / b for a, b in zip(one, other, strict=True)]
     return statistics.quantiles(ratios, n=4, method="inclusive")
 
 
 def cell(quartiles: list[float]) -> str:
-    """Median and quartiles, as text."""
+    """Format median and quartiles."""
     return f"{quartiles[1]:.2f} ({quartiles[0]:.2f}-{quartiles[2]:.2f})"
 
 
 def peak_mebibytes(run: Callable[[], object], *, device: str) -> float:
-    """Memory that a run takes at its peak, above what was taken before; on a CPU that of the process, as Linux sees it."""
+    """Return the peak memory of a run above what was used before; on a CPU that of the process, from Linux."""
     if device == "cpu":
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # what is free goes back
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        ctypes.CDLL(None).malloc_trim(0)  # return free memory to the system
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         before = _status("VmRSS")
         run()
         return _status("VmHWM") - before

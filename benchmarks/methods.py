@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-What is compared in `frontier.py`: methods that do the same job from the same preference pairs, steps and batches.
+The methods that `frontier.py` compares. All have the same preference pairs, steps and batches.
 
-Ours have the patient's two faces besides, which no rival has but "the faces alone".
+Our methods, and "the faces alone", also read the two faces of the patient.
 
-A method makes a *guide* of a task and settings, or, where it does not guide, a *policy*: a function that makes a row of a comparison
-and a strength.
+A method returns a *guide* for a task and settings. A method that does not guide returns a *policy*: a function that
+returns a row of a comparison and a strength.
 """
 
 import inspect
@@ -41,7 +41,7 @@ Policy = Callable[[Comparison, float], dict]  # the row of a strength
 
 @dataclass(frozen=True)
 class Task:
-    """What every method is given."""
+    """The data and settings that every method is given."""
 
     attribute: str
     seed: int
@@ -61,12 +61,12 @@ class Task:
 
     @cached_property
     def gaps(self) -> Dataset:
-        """The pairs, and the gap of the patient's faces at each token: read once, whatever is made of it."""
+        """The pairs, with the gap of the patient's faces at each token."""
         faces, settings = self.world.attributes[self.attribute].faces, dict(batch_size=256, sparsity_threshold=0.0)
         return annotate_token_rewards(self.pairs, self.world.patient, self.world.tokenizer, faces=faces, **settings)
 
     def rewarded(self, settings: dict) -> Dataset:
-        """The pairs with token rewards, as `annotate_token_rewards` would give them."""
+        """The pairs with token rewards, as `annotate_token_rewards` returns them."""
         names = inspect.signature(token_rewards).parameters
         chosen = {name: value for name, value in settings.items() if name in names}
 
@@ -83,7 +83,7 @@ class Task:
         return self.gaps.map(add_rewards)
 
     def fresh(self, name: str) -> PreTrainedModel:
-        """A copy of the patient or of the doctor, to be trained."""
+        """Return a copy of the patient or of the doctor, to be trained."""
         return getattr(load_world(self.weights), name)
 
     @cached_property
@@ -91,16 +91,16 @@ class Task:
         return {}
 
     def comparison(self, split: str) -> Comparison:
-        """Patient samples and frontier on the prompts of a split, drawn once."""
+        """Return patient samples and frontier on the prompts of a split, drawn once."""
         return self._draw(split)[0]
 
     def samples(self, split: str) -> PatientSamples:
-        """The patient samples of the comparison, to weigh policies on."""
+        """Return the patient samples of the comparison, for importance weighting."""
         return self._draw(split)[1]
 
     @property
     def key(self) -> dict:
-        """What tells its rows from those of other tasks in an output."""
+        """Identifies the rows of this task in an output."""
         return asdict(self) | {"weights": self.weights and str(self.weights)}
 
     def _draw(self, split: str) -> tuple[Comparison, PatientSamples]:
@@ -112,7 +112,7 @@ class Task:
         return self._drawn[split]
 
     def common(self, output_dir: str) -> dict:
-        """Settings of all trainers."""
+        """Return settings of all trainers."""
         settings = dict(max_steps=self.max_steps, per_device_train_batch_size=16, seed=self.seed, bf16=False)
         settings |= dict(lr_scheduler_type="cosine", activation_checkpointing=False, dataloader_pin_memory=False)
         return settings | dict(save_strategy="no", report_to="none", disable_tqdm=True, output_dir=output_dir)
@@ -125,17 +125,18 @@ class Method:
 
     Args:
         policy (`Callable`):
-            Trains with a task and one of the settings, and returns a [`Guide`], or a [`Policy`] where it does not guide.
+            Trains with a task and one of the settings. Returns a [`Guide`], or a [`Policy`] if the method does not
+            guide.
         passes (`str`):
-            What a token costs beside a forward pass of the patient.
+            Cost of a token besides a forward pass of the patient.
         grid (`list[dict]`):
-            Settings, the best of which is measured.
+            Settings, of which the best is measured.
         largest (`float`):
-            The strongest guide that is tried.
+            Largest strength of the guide.
         strengths (`list[float]`, *optional*):
-            For a policy: its strengths, as there is no KL to match.
+            Strengths of a policy, which has no KL to match.
         num_seeds (`int`, *optional*):
-            How many of the seeds are measured; all unless given. Fewer where nobody doubts what comes out.
+            Number of seeds that are measured, all by default. Fewer where the result is clear.
     """
 
     policy: Callable[..., Guide | Policy]
@@ -147,7 +148,7 @@ class Method:
 
 
 def train(trainer: Trainer) -> None:
-    """What it logs goes to stderr: stdout is for tables."""
+    """Train, with logs on stderr, because stdout has the tables."""
     with redirect_stdout(sys.stderr):
         trainer.train()
 
@@ -171,7 +172,9 @@ def train_tfpo(task: Task, objective=None, **settings) -> PreTrainedModel:
 
 
 def tfpo(task: Task, **settings) -> Guide:
-    """Decoded by default: as a product where the doctor has learned to guide, as a mixture where it speaks alone."""
+    """
+    Train a doctor by TFPO. It is decoded with its default exponents: a product, or a mixture for a language model.
+    """
     doctor = train_tfpo(task, **settings)
     return lambda beta: DoctorGuidedLogitsProcessor(doctor, beta=beta)
 
@@ -213,7 +216,7 @@ def dpo_doctor(task: Task, **settings) -> Guide:
 
 @lru_cache(maxsize=8)
 def tuned_patient(task: Task, **settings) -> tuple[PreTrainedModel, dict[float, dict[str, torch.Tensor]]]:
-    """The patient tuned by DPO, and its weights after each of the `STOPS`."""
+    """Return the patient tuned by DPO, and its weights after each of the `STOPS`."""
     saved = {}
 
     class Keep(TrainerCallback):
@@ -231,7 +234,7 @@ def dpo_patient(task: Task, **settings) -> Guide:
 
 
 def dpo_patient_stopped(task: Task, **settings) -> Policy:
-    """The tuned patient itself, after a share of the steps."""
+    """Return the tuned patient itself, after a share of the steps."""
     _, saved = tuned_patient(task, **settings)
     stopped = task.fresh("patient")
 
@@ -256,7 +259,7 @@ def temperature(task: Task) -> Policy:
 
 @lru_cache(maxsize=4)
 def train_reward_model(task: Task, **settings) -> PreTrainedModel:
-    """The doctor with a head for one number, trained by TRL's `RewardTrainer`."""
+    """Train the doctor with a scalar head by TRL's `RewardTrainer`."""
     with tempfile.TemporaryDirectory() as folder:
         task.world.doctor.save_pretrained(folder)
         model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
@@ -268,30 +271,30 @@ def train_reward_model(task: Task, **settings) -> PreTrainedModel:
 
 
 def faces_alone(task: Task) -> Policy:
-    """Nothing is trained: the patient, times how much likelier each token is under the positive face than under the negative."""
+    """Return the patient times the ratio of its two faces. Nothing is trained."""
     patient, again = task.world.patient, task.fresh("patient")
     faces = task.world.attributes[task.attribute].faces
     samples, prompts = task.samples("test"), task.comparison("test").prompts
-    heard = []
+    doctor_logits = []
     for face in (faces.positive, faces.negative):
         asked = [
             tokenize_prompt(apply_face(prompt, face, placement=faces.placement), task.world.tokenizer)
             for prompt in prompts
         ]
-        heard.append(samples.heard_after(asked, patient))
+        doctor_logits.append(samples.logits_after(asked, patient))
 
     def policy(comparison: Comparison, strength: float) -> dict:
         def guide(beta: float) -> DoctorGuidedLogitsProcessor:
             return DoctorGuidedLogitsProcessor(patient, beta=beta, reference=again)
 
-        (row,) = samples.follow(guide, heard, [strength], attribute=task.attribute)
+        (row,) = samples.follow(guide, doctor_logits, [strength], attribute=task.attribute)
         return row
 
     return policy
 
 
 def best_policy(task: Task) -> Policy:
-    """What every other method falls short of; a strength is the reward that it has."""
+    """Return the best possible policy, the bound of all methods. A strength is its reward."""
     return lambda comparison, reward: task.samples("test").best(task.attribute, reward)
 
 
@@ -320,7 +323,7 @@ def best_by_reward_model(task: Task, **settings) -> Policy:
 
 
 def args_decoding(task: Task, top_k: int, **settings) -> Policy:
-    """The patient's likeliest tokens, weighed by the reward of the text that each of them makes."""
+    """Return ARGS: the patient's likeliest tokens, reweighted by the reward of the text that each of them makes."""
     reward_model, tokenizer = train_reward_model(task, **settings), task.world.tokenizer
 
     def policy(comparison: Comparison, weight: float) -> dict:
@@ -338,7 +341,7 @@ def args_decoding(task: Task, top_k: int, **settings) -> Policy:
 
 @torch.no_grad()
 def _args_samples(task, reward_model, ids, weight, top_k, generator) -> tuple[list[str], torch.Tensor]:
-    """Texts, and their KL (B,) in nats, of prompts (B, L) that are all of one length."""
+    """Return texts, and their KL (B,) in nats, for prompts (B, L) of one length."""
     patient, tokenizer, num_prompt = task.world.patient, task.world.tokenizer, ids.size(1)
     cache, kl, is_done = DynamicCache(), torch.zeros(len(ids)), torch.zeros(len(ids), dtype=torch.bool)
     for step in range(MAX_NEW_TOKENS):
@@ -368,7 +371,7 @@ def _args_samples(task, reward_model, ids, weight, top_k, generator) -> tuple[li
 
 
 def full_trajectory(*, doctor_logps, log_values, token_rewards, completion_mask, is_complete, reference_logps, **_):
-    """Balance of the whole trajectory alone, as in trajectory balance with a start that depends on the prompt."""
+    """Balance of the whole trajectory alone: trajectory balance with a start that depends on the prompt."""
     score = token_rewards / TFPOConfig.reward_temperature + TFPOConfig.reference_weight * reference_logps  # (B, T)
     gain = score - doctor_logps
     return (log_values[:, 0] - gain.masked_fill(~completion_mask, 0).sum(dim=1))[is_complete].square().mean(), {}

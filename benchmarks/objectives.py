@@ -1,22 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Two objectives at once, in the controlled world: rewards for praise and for calm, at one KL from the patient, for seven
-weightings of the two.
+Two objectives in the controlled world: rewards for praise and for calm, at one KL from the patient, for seven
+weightings.
 
 ```bash
 python benchmarks/objectives.py --seed 0
 ```
 
-- *two doctors*, *two doctors, guided flow*: trained once each; the weighting is chosen when the patient speaks.
+- *two doctors*, *two doctors, guided flow*: trained once each; the weighting is chosen at decoding time.
 - *MOD*: two patients tuned by DPO, mixed at decoding time (https://huggingface.co/papers/2406.18853).
 - *soup*: their weights averaged (https://huggingface.co/papers/2306.04488).
 - *DPO for each weighting*: a patient tuned on labels of the weighted oracle, seven times.
 
-The strength of each policy is matched to the KL on validation prompts, that of tuned patients by mixing them with the
-patient as it was; rewards and KL are weighed on patient samples for test prompts. The hypervolume is the area between the front
-and the patient's own rewards, over that of the best possible policies: the same samples tilted by the weighted reward, at the KL
-that was reached. What is measured is a line of the output at once, and a run that was cut short goes on where it stopped.
+The strength of each policy is matched to the KL on validation prompts; tuned patients are mixed with the original
+patient. Rewards and KL are importance-weighted estimates on patient samples for test prompts. The hypervolume is the
+area between the front and the patient's own rewards, divided by that of the best possible policies: the same samples,
+reweighted by the weighted reward, at the KL that was reached. Each measurement is appended to the output at once, so a
+stopped run can be resumed.
 """
 
 import argparse
@@ -46,7 +47,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kl", type=float, default=1.0, help="nats per completion")
     parser.add_argument("--output", type=Path, default=Path("runs/objectives.jsonl"))
-    parser.add_argument("--quick", action="store_true", help="few pairs, steps, samples and weightings")
+    parser.add_argument(
+        "--quick", action="store_true", help="few pairs, steps, samples and weightings, to check that it runs"
+    )
     args = parser.parse_args(arguments)
     sizes, num_weightings = (QUICK, 2) if args.quick else (FULL, 7)
     tasks = {name: Task(name, args.seed, **sizes) for name in NAMES}
@@ -64,7 +67,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
                 continue
             guide = guides(weight)
             (near,) = follow(task, guide, [args.kl], LARGEST.get(method, 1.0))
-            reached = samples.weigh(guide(near["beta"]), samples.heard(guide(near["beta"])))
+            reached = samples.weigh(guide(near["beta"]), samples.doctor_logits(guide(near["beta"])))
             rewards = [reached.rewards[name].mean().item() for name in NAMES]
             line = key | {"weight": weight, "rewards": rewards} | reached.row(beta=near["beta"])
             with args.output.open("a", encoding="utf-8") as file:
@@ -79,7 +82,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
 
 def make_methods(tasks: dict[str, Task], num_weightings: int) -> dict[str, tuple[Callable[[float], Guide], int]]:
-    """For each method a guide for every weight of praise, and how many trainings it takes; trained when first asked."""
+    """
+    Return for each method a guide for each weight of praise, trained when first used, and its number of trainings.
+    """
 
     @cache
     def doctor(name: str):
@@ -122,7 +127,7 @@ def make_methods(tasks: dict[str, Task], num_weightings: int) -> dict[str, tuple
 
 
 def mixed_task(task: Task, weight: float) -> Task:
-    """The same task with an annotator who cares for both."""
+    """Return the same task with labels by both rewards."""
     world = task.world
     words = {
         word: share * sign
@@ -138,7 +143,7 @@ def mixed_task(task: Task, weight: float) -> Task:
 
 
 def tilted_front(samples: PatientSamples, kls: list[float]) -> list[tuple[float, ...]]:
-    """Rewards of the best policies, one for each weighting, at the KL that a method had there: patient samples, tilted."""
+    """Return rewards of the best policies for each weighting, at the KL of a method: reweighted patient samples."""
     rewards, front = [samples.rewards[name] for name in NAMES], []  # (P, N) each
     for index, kl in enumerate(kls):
         weight = index / (len(kls) - 1)
@@ -149,7 +154,7 @@ def tilted_front(samples: PatientSamples, kls: list[float]) -> list[tuple[float,
 
 
 def hypervolume(points: list[tuple[float, ...]], origin: tuple[float, ...]) -> float:
-    """Area that is dominated by the points, beyond the origin."""
+    """Return the area that the points dominate, above the origin."""
     area, reached = 0.0, origin[1]
     for x, y in sorted(points, key=lambda point: -point[0]):
         if x > origin[0] and y > reached:

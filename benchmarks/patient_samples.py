@@ -2,10 +2,10 @@
 
 
 """
-Policies measured on samples of the patient, weighed by how much likelier a policy makes each of them.
+Policies measured on importance-weighted samples of the patient.
 
-Nothing is sampled but the patient, once: all settings and strengths are compared on the same texts, and so is the frontier. The
-KL and the entropy at each token are exact.
+Only the patient is sampled, once. All settings, all strengths and the frontier share the same texts. KL and entropy
+are exact at each token.
 """
 
 import math
@@ -25,15 +25,15 @@ Guide = Callable[[float], DoctorGuidedLogitsProcessor]  # of a strength; always 
 
 
 @dataclass(frozen=True)
-class Weighed:
+class WeightedPolicy:
     """
-    A policy on patient samples: its expectations for each of P prompts.
+    Expectations of a policy on patient samples, for each of P prompts.
 
     Args:
         kl, entropy, num_tokens (`torch.Tensor` of shape `(P,)`):
             Of whole completions: nats, nats, tokens.
         num_effective (`torch.Tensor` of shape `(P,)`):
-            As many samples that all count alike would say as much.
+            Effective sample size.
         rewards (`dict[str, torch.Tensor]` of shape `(P,)`):
             Of each attribute.
     """
@@ -45,7 +45,7 @@ class Weighed:
     rewards: dict[str, torch.Tensor]
 
     def row(self, **more) -> dict:
-        """Numbers over all prompts, as they stand in an output; the entropy is in nats per token."""
+        """Numbers over all prompts, as in an output; entropy in nats per token."""
         entropy = (self.entropy.mean() / self.num_tokens.mean()).item()
         numbers = {"kl": max(self.kl.mean().item(), 0.0), "entropy": entropy}
         return numbers | {"num_effective": round(self.num_effective.mean().item(), 1)} | more
@@ -54,7 +54,7 @@ class Weighed:
 @dataclass(frozen=True)
 class PatientSamples:
     """
-    What the patient said: P prompts, N samples of each, M = PN rows of L tokens.
+    Samples of the patient: P prompts, N samples of each, M = PN rows of L tokens.
 
     Args:
         ids (`torch.Tensor` of shape `(M, L)`):
@@ -74,7 +74,7 @@ class PatientSamples:
 
     @classmethod
     def of(cls, comparison: Comparison) -> "PatientSamples":
-        """Those that a comparison rests on."""
+        """Return the samples of a comparison."""
         world, completions = comparison.world, comparison.patient_completions
         rows = [completion.prompt_ids + completion.completion_ids for completion in completions]
         batch = world.tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
@@ -88,12 +88,12 @@ class PatientSamples:
         shaped = {name: values.view(len(comparison.prompts), -1).double() for name, values in rewards.items()}
         return cls(ids, completion_mask, shaped, logits_of(world.patient, ids, completion_mask).log_softmax(dim=-1))
 
-    def heard(self, guide: DoctorGuidedLogitsProcessor) -> list[torch.Tensor]:
-        """What each doctor of a guide says where completion tokens are predicted, (tokens, V)."""
+    def doctor_logits(self, guide: DoctorGuidedLogitsProcessor) -> list[torch.Tensor]:
+        """Return logits of each doctor of a guide where completion tokens are predicted, (tokens, V)."""
         return [logits_of(doctor, self.ids, self.completion_mask) for doctor in guide.doctors]
 
-    def heard_after(self, prompts: list[list[int]], model: PreTrainedModel) -> torch.Tensor:
-        """What a model says where completion tokens are predicted, (tokens, V), after other ids for each of the P prompts."""
+    def logits_after(self, prompts: list[list[int]], model: PreTrainedModel) -> torch.Tensor:
+        """Return logits of a model where completion tokens are predicted, (tokens, V), after other prompts."""
         num_samples = len(self.ids) // len(prompts)
         starts = [torch.tensor(prompt) for prompt in prompts for _ in range(num_samples)]
         texts = [ids[mask] for ids, mask in zip(self.ids, self.completion_mask, strict=True)]
@@ -101,21 +101,21 @@ class PatientSamples:
         is_text = [torch.arange(len(row)) >= len(start) for row, start in zip(rows, starts, strict=True)]
         return logits_of(model, *(pad_sequence(x, batch_first=True) for x in (rows, is_text)))
 
-    def weigh(self, guide: DoctorGuidedLogitsProcessor, doctor_logits: Sequence[torch.Tensor]) -> Weighed:
-        """A guided policy, given what was [`heard`] from the guide's doctors."""
+    def weigh(self, guide: DoctorGuidedLogitsProcessor, doctor_logits: Sequence[torch.Tensor]) -> WeightedPolicy:
+        """Weight the samples for a guided policy, given [`doctor_logits`] of the guide."""
         guided = guide.combine(self.patient_logps, doctor_logits)  # (tokens, V)
         shift, probs = guided - self.patient_logps, guided.exp()
         weights = self._sums(shift.gather(1, self._tokens()).squeeze(1)).softmax(dim=1)  # (P, N)
         return self._expected(weights, kl=(probs * shift).sum(dim=1), entropy=-(probs * guided).sum(dim=1))
 
     def best(self, attribute: str, reward: float) -> dict:
-        """The row of the policy that has a reward at the least KL there is: samples, tilted by their rewards."""
+        """Return the row of the policy that has a reward at the least KL: samples reweighted by their rewards."""
         rewards = self.rewards[attribute]
         tilt, weights = tilted(rewards, lambda weights: (weights * rewards).sum(dim=1).mean(), reward)
         surprise = -self.patient_logps.gather(1, self._tokens()).squeeze(1)
         found = self._expected(weights, kl=torch.zeros_like(surprise), entropy=surprise)
         kl = kl_of(weights)
-        entropy = found.entropy - kl  # the surprise of the patient is entropy and KL of the policy together
+        entropy = found.entropy - kl  # the cross-entropy with the patient is entropy plus KL of the policy
         row = replace(found, kl=kl, entropy=entropy).row(beta=tilt, reward=reward)
         return row | {"efficiency": None}
 
@@ -129,8 +129,8 @@ class PatientSamples:
         max_kl: float = math.inf,
     ) -> list[dict]:
         """
-        A row for each strength, up to the first that is `max_kl` away: KL in nats, reward, entropy in nats per token,
-        efficiency, and what each prompt has of it; `doctor_logits` is what was [`heard`], whatever the strength.
+        Return a row for each strength, up to the first with a KL above `max_kl`: KL in nats, reward, entropy in nats
+        per token, efficiency, and each prompt's part in it. `doctor_logits` do not depend on the strength.
         """
         frontier, rows = reward_kl_frontier(self.rewards[attribute]), []
         for strength in strengths:
@@ -145,15 +145,15 @@ class PatientSamples:
     def _tokens(self) -> torch.Tensor:
         return self.ids[self.completion_mask][:, None]
 
-    def _expected(self, weights: torch.Tensor, **per_token: torch.Tensor) -> Weighed:
-        """Expectations under weights (P, N) that sum to 1 for each prompt."""
+    def _expected(self, weights: torch.Tensor, **per_token: torch.Tensor) -> WeightedPolicy:
+        """Return expectations under weights (P, N) that sum to 1 for each prompt."""
         per_token |= {"num_tokens": torch.ones(len(self.patient_logps))}
         sums = {name: (weights * self._sums(values)).sum(dim=1) for name, values in per_token.items()}
         rewards = {name: (weights * values).sum(dim=1) for name, values in self.rewards.items()}
-        return Weighed(**sums, num_effective=1 / weights.square().sum(dim=1), rewards=rewards)
+        return WeightedPolicy(**sums, num_effective=1 / weights.square().sum(dim=1), rewards=rewards)
 
     def _sums(self, values: torch.Tensor) -> torch.Tensor:
-        """Sums of a value of each token (tokens,) over each completion, (P, N)."""
+        """Return sums of a value of each token (tokens,) over each completion, (P, N)."""
         row = self.completion_mask.nonzero()[:, 0]
         shape = next(iter(self.rewards.values())).shape
         return torch.zeros(len(self.ids), dtype=torch.double).index_add(0, row, values.double()).view(shape)
@@ -161,10 +161,10 @@ class PatientSamples:
 
 def shares(frontier: Frontier, gain: torch.Tensor, kl: torch.Tensor) -> dict:
     """
-    Efficiency, and each prompt's part in it, from gains and KLs (P,); None where the frontier is not known.
+    Return efficiency, and each prompt's part in it, from gains and KLs (P,); None where the frontier is unknown.
 
-    The mean of the parts is the efficiency. A prompt that moves further than others has its gain lowered by what the
-    frontier gains on that way, so that parts can be drawn anew for an interval.
+    The efficiency is the mean of the parts. The gain of a prompt with a larger KL than the mean is reduced by what the
+    frontier gains over that difference, so that the parts can be resampled for an interval.
     """
     mean_kl, mean_gain = kl.mean().item(), gain.mean().item()
     if not 1e-6 < mean_kl <= frontier.max_kl:  # the patient itself gains nothing
@@ -179,6 +179,6 @@ def shares(frontier: Frontier, gain: torch.Tensor, kl: torch.Tensor) -> dict:
 
 @torch.no_grad()
 def logits_of(model: PreTrainedModel, ids: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
-    """What a model says where completion tokens are predicted, (tokens, V)."""
+    """Return logits of a model where completion tokens are predicted, (tokens, V)."""
     parts = zip(ids.split(256), completion_mask.split(256), strict=True)
     return torch.cat([model(input_ids=ids).logits[:, :-1][mask[:, 1:]] for ids, mask in parts])

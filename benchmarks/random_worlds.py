@@ -2,14 +2,14 @@
 
 
 """
-The defaults in worlds that nobody tuned on: words, grammar, attributes, lengths and rates are drawn from a seed.
+The defaults in worlds without tuning: words, grammar, attributes, lengths and rates are drawn from a seed.
 
 ```bash
 python benchmarks/random_worlds.py --seeds 1 2 3 --output_dir runs/worlds
 ```
 
-Both models of a world learn its language first, for about five minutes. TFPO is then measured as in `sweep.py`, for each
-attribute that the world has. What the output folder already has is not made again.
+Both models of a world first learn its language, for about five minutes. TFPO is then measured as in `sweep.py`, for
+each attribute of the world. Worlds and models in the output folder are reused.
 """
 
 import argparse
@@ -26,10 +26,10 @@ from trl_tfpo.testbed.build import build
 
 def main(arguments: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the languages")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds of the languages")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/worlds"))
     parser.add_argument(
-        "--quick", action="store_true", help="one world, few steps, pairs and samples: whether it runs"
+        "--quick", action="store_true", help="one world, few steps, pairs and samples, to check that it runs"
     )
     args = parser.parse_args(arguments)
     rows = []

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-The controlled world over several seeds: mean and spread of every row of the table, as Markdown.
+The controlled world over several seeds: mean and standard deviation of each row of the table, as Markdown.
 
 ```bash
 python benchmarks/seeds.py --seeds 0 1 2
 ```
 
-A seed changes the preference pairs, the training and all samples. Other arguments go to `examples/train.py`.
+A seed changes the preference pairs, the training and all samples. Other arguments are passed to `examples/train.py`.
 """
 
 import argparse

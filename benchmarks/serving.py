@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Throughput of the server: many clients at once over one after the other, in the controlled world.
+Throughput of the server in the controlled world: many clients at once relative to one client.
 
 ```bash
 python benchmarks/serving.py
 ```
 
-All requests go to the engine, without HTTP, for the tokens of greedy answers to the same prompts; the two ways take turns.
+All requests go to the engine, without HTTP, for greedy answers to the same prompts. Both ways take turns.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> dict[int, list[float]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, nargs="+", default=[4, 16, 32])
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="twice, and 4 clients: whether it runs")
+    parser.add_argument("--quick", action="store_true", help="two repetitions and 4 clients, to check that it runs")
     args = parser.parse_args(arguments)
     clients, repetitions = ([4], 2) if args.quick else (args.clients, args.repetitions)
     world = load_world()
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> dict[int, list[float]]:
 
 
 def throughput(engine: Engine, prompts: list[list[int]], at_once: int) -> float:
-    """Tokens per second of all answers, `at_once` at a time, each followed by the next."""
+    """Return tokens per second of all answers, with `at_once` requests in flight."""
     num_tokens, start = 0, time.perf_counter()
     for first in range(0, len(prompts), at_once):
         done = threading.Semaphore(0)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Long runs in the controlled world: a server with clients that come and go, one processor for thousands of calls, a
-training that is killed again and again. Is each answer right to the end, and does memory stay where it was?
+Long runs in the controlled world. They check that every answer stays correct, and that memory does not grow.
 
 ```bash
 python benchmarks/soak.py server --minutes 30 --clients 16
@@ -10,8 +9,13 @@ python benchmarks/soak.py decoding --calls 2000
 python benchmarks/soak.py training --steps 5000
 ```
 
-Each prints a table, and ends with status 1 if an answer, a call or a tensor was lost, late or wrong, or if memory grew by
-5%. The server is that of `trl-tfpo serve`, in a process of its own, at 127.0.0.1.
+- *server*: clients connect, read and disconnect. The server is that of `trl-tfpo serve`, in its own process, at
+  127.0.0.1.
+- *decoding*: one processor serves thousands of calls.
+- *training*: a training is killed and resumed many times.
+
+Each prints a table, and exits with status 1 if an answer, a call or a tensor was lost, late or wrong, or if memory
+grew by 5%.
 """
 
 import argparse
@@ -52,13 +56,15 @@ MAX_GROWTH = 0.05
 
 def main(arguments: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="seconds: whether it runs")
+    parser.add_argument("--quick", action="store_true", help="a run of seconds, to check that it runs")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     soaks = parser.add_subparsers(dest="soak", required=True)
     server = soaks.add_parser("server")
     server.add_argument("--minutes", type=float, default=30.0)
     server.add_argument("--clients", type=int, default=16)
-    server.add_argument("--cancelled", type=float, default=0.2, help="share of the answers that a client walks out on")
+    server.add_argument(
+        "--cancelled", type=float, default=0.2, help="share of the answers during which a client disconnects"
+    )
     decoding = soaks.add_parser("decoding")
     decoding.add_argument("--calls", type=int, default=2000)
     training = soaks.add_parser("training")
@@ -81,7 +87,7 @@ def main(arguments: list[str] | None = None) -> dict:
 
 
 def is_sound(figures: dict) -> bool:
-    """Whether nothing was lost, late or wrong, and memory stayed where it was."""
+    """Return whether nothing was lost, late or wrong, and memory did not grow."""
     return not any(figures.get(name) for name in NONE_OF) and figures.get("growth", 0) < MAX_GROWTH
 
 
@@ -89,7 +95,9 @@ def is_sound(figures: dict) -> bool:
 
 
 def soak_server(minutes: float, num_clients: int, num_prompts: int, *, cancelled: float) -> dict:
-    """Clients that ask, read, and walk out; every answer is compared with that of the library, alone."""
+    """
+    Run clients that ask, read and disconnect. Every answer is compared with that of the library for the prompt alone.
+    """
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         questions = prepare_questions(Path(folder), num_prompts)
         free.bind(("127.0.0.1", 0))
@@ -118,7 +126,7 @@ def soak_server(minutes: float, num_clients: int, num_prompts: int, *, cancelled
                 client.join(2 * PATIENCE)
             hung = sum(client.is_alive() for client in clients)
             deadline = time.monotonic() + PATIENCE
-            while (left := rows_in_progress(port)) and time.monotonic() < deadline:  # of those who walked out
+            while (left := rows_in_progress(port)) and time.monotonic() < deadline:  # of those who disconnected
                 time.sleep(0.1)
         finally:
             server.send_signal(signal.SIGTERM)
@@ -140,7 +148,7 @@ def soak_server(minutes: float, num_clients: int, num_prompts: int, *, cancelled
 
 
 def prepare_questions(folder: Path, num_prompts: int) -> list[tuple[dict, str]]:
-    """Two doctors in the folder; requests, and the greedy answer of the library to each, asked alone."""
+    """Write two doctors to the folder. Return requests, and the greedy answer of the library to each of them alone."""
     world = load_world()
     torch.manual_seed(0)
     doctors = {"calm": world.doctor, "wild": AutoModelForCausalLM.from_pretrained(world.weights / "doctor").eval()}
@@ -175,7 +183,7 @@ def prepare_questions(folder: Path, num_prompts: int) -> list[tuple[dict, str]]:
 
 
 def be_a_client(port: int, questions: list, draw: random.Random, cancelled: float, counts, lock, stop) -> None:
-    """Ask until told to stop; count what came of it. A request without a count of its own is lost."""
+    """Send requests until told to stop, and count the outcomes. A request without an outcome is lost."""
     while not stop.is_set():
         request, expected = draw.choice(questions)
         walks_out, stream = draw.random() < cancelled, draw.random() < 0.5
@@ -203,7 +211,7 @@ def be_a_client(port: int, questions: list, draw: random.Random, cancelled: floa
 
 
 def read_stream(response: http.client.HTTPResponse, num_pieces: int | None) -> str:
-    """The text of a stream; of as many pieces, if a number is given. One that breaks off is an error."""
+    """Return the text of a stream, or of a number of its chunks. A stream that breaks off is an error."""
     text = ""
     for line in response:
         if line.startswith(b"data: [DONE]") or num_pieces == 0:
@@ -226,7 +234,7 @@ def wait_for(port: int, server: subprocess.Popen) -> None:
 
 
 def rows_in_progress(port: int) -> int:
-    """Completions that are decoded or wait, by the server's own count."""
+    """Return the completions that run or wait, by the server's own count."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
     connection.request("GET", "/metrics")
     lines = connection.getresponse().read().decode().splitlines()
@@ -238,7 +246,7 @@ def rows_in_progress(port: int) -> int:
 
 
 def soak_decoding(num_calls: int) -> dict:
-    """One processor for all calls, of several forms; each is compared with a processor that is made for it."""
+    """Use one processor for all calls, of several forms. Each is compared with a new processor."""
     world, draw, memory, num_wrong = load_world(), random.Random(0), [], 0
     prompts = [
         world.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
@@ -274,7 +282,9 @@ def soak_decoding(num_calls: int) -> dict:
 
 
 def soak_training(num_steps: int, num_kills: int) -> dict:
-    """One training that nothing happens to, and one that is killed and resumed; curves, weights and optimizer agree."""
+    """
+    Compare an undisturbed training with one that is killed and resumed: curves, weights and optimizer must agree.
+    """
     world, draw = load_world(), random.Random(0)
     annotated = annotate_token_rewards(
         world.preference_dataset("praise", num_pairs=64, seed=0),
@@ -346,13 +356,13 @@ def train(annotated, output_dir: Path, num_steps: int) -> None:
 
 
 def last_step(output_dir: Path) -> int:
-    """Step of the last whole checkpoint."""
+    """Return the step of the last complete checkpoint."""
     marks = output_dir.glob("checkpoint-*/checkpoint.json")
     return max((int(mark.parent.name.removeprefix("checkpoint-")) for mark in marks), default=0)
 
 
 def read_training(output_dir: Path, num_steps: int) -> tuple[list[tuple], dict[str, torch.Tensor]]:
-    """Steps and losses; weights and state of the optimizer."""
+    """Return steps and losses, and the weights and optimizer states."""
     folder = output_dir / f"checkpoint-{num_steps}"
     history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     moments = torch.load(folder / "optimizer.pt", weights_only=True)["state"]
@@ -368,7 +378,7 @@ def resident_mebibytes(pid: int) -> float:
 
 
 def growth(memory: list[float]) -> dict:
-    """Resident memory after warm-up, the first tenth, and at the end: medians of a tenth each."""
+    """Return resident memory in the second tenth of the run, after warm-up, and in the last tenth, as medians."""
     tenth = max(len(memory) // 10, 1)
     early, late = statistics.median(memory[tenth : 2 * tenth]), statistics.median(memory[-tenth:])
     return {

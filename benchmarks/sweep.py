@@ -2,16 +2,16 @@
 
 
 """
-TFPO with one part left out, or one setting changed, at a time: what each part is worth, and what is behind the defaults.
+Ablations: TFPO with one part left out, or with one setting changed.
 
 ```bash
 python benchmarks/sweep.py --attributes praise calm --seeds 0 1 2 --output runs/sweep.jsonl
 python benchmarks/sweep.py --world DIR --attributes NAME --changes nothing
 ```
 
-Policies are measured on weighed samples of the patient for validation prompts (`patient_samples.py`), and efficiency is
-interpolated between strengths. What is measured is a line of the output at once, and a run that was cut short goes on where it
-stopped.
+Policies are measured on importance-weighted samples of the patient for validation prompts (`patient_samples.py`), and
+efficiency is interpolated between strengths. Each measurement is appended to the output at once, so a stopped run can
+be resumed.
 """
 
 import argparse
@@ -55,12 +55,14 @@ LARGEST = 4.0  # the strongest guide that is tried
 
 def measure(task: Task, **settings) -> dict:
     """
-    Of a doctor trained with these settings: efficiency at each of `KLS`, and entropy at the first of `REWARDS`, in nats per token;
-    None where no strength leads there.
+    Train a doctor with these settings. Return its efficiency at each of `KLS`, and its entropy at the first of
+    `REWARDS` in nats per token, or None where no strength leads there.
     """
     samples, guide = task.samples("validation"), tfpo(task, **RATE | settings)
     strengths = [LARGEST * share for share in SHARES]
-    rows = samples.follow(guide, samples.heard(guide(1.0)), strengths, attribute=task.attribute, max_kl=max(KLS))
+    rows = samples.follow(
+        guide, samples.doctor_logits(guide(1.0)), strengths, attribute=task.attribute, max_kl=max(KLS)
+    )
     points = [(row["kl"] ** 0.5, row["efficiency"]) for row in rows if row["efficiency"] is not None]
     return {
         "efficiencies": [interpolate(points, kl**0.5, slack=0.1 * kl**0.5) for kl in KLS],
@@ -72,10 +74,16 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--attributes", nargs="+", default=["praise", "calm"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--changes", nargs="+", default=list(CHANGES), choices=list(CHANGES), help="all unless given")
-    parser.add_argument("--world", type=Path, help="folder of `trl_tfpo.testbed.build`; what ships unless given")
+    parser.add_argument(
+        "--changes", nargs="+", default=list(CHANGES), choices=list(CHANGES), help="names of changes (default: all)"
+    )
+    parser.add_argument(
+        "--world", type=Path, help="folder of `trl_tfpo.testbed.build` (default: the world that ships)"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/sweep.jsonl"))
-    parser.add_argument("--quick", action="store_true", help="few settings, pairs, steps and samples: whether it runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="few settings, pairs, steps and samples, to check that it runs"
+    )
     args = parser.parse_args(arguments)
     changes = args.changes[:3] if args.quick else args.changes
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +103,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """Mean and deviation of each change over seeds and attributes, at each KL and over all; and its entropy."""
+    """Print mean and deviation of each change over seeds and attributes, at each KL and over all; and its entropy."""
     columns = [*(f"{kl} nats" for kl in KLS), "mean", f"entropy at reward {REWARDS[0]}"]
     lines = ["| changed | " + " | ".join(columns) + " |", "|---" + "|---:" * len(columns) + "|"]
     for change in dict.fromkeys(row["change"] for row in rows):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-What a training step costs, against TRL's DPO on the same model, pairs and lengths; and where it could have cost more.
+Time and memory of a training step, relative to TRL's DPO on the same model, pairs and lengths.
 
 ```bash
 python benchmarks/training.py --output training.json
@@ -9,14 +9,14 @@ python benchmarks/training.py --quick
 ```
 
 1. *Step.* Forward, backward and optimizer of `TFPOTrainer` and of `DPOTrainer` with precomputed reference: time, and
-   peak memory above what models and optimizers take.
-2. *Sub-trajectory balance.* The loss over all pairs of prefixes in linear time, against all pairs as a matrix, and against
-   a loop over their lengths; forward and backward, 8 completions.
-3. *Memory.* Log-probabilities of the doctor, forward and backward, in chunks, against logits and a log-softmax over the
-   whole vocabulary: peak above what the model and its gradients take.
+   peak memory above models and optimizers.
+2. *Sub-trajectory balance.* The loss over all pairs of prefixes in linear time, relative to all pairs as a matrix and
+   to a loop over their lengths; forward and backward, 8 completions.
+3. *Memory.* Log-probabilities of the doctor, forward and backward, in chunks, relative to logits and a log-softmax
+   over the whole vocabulary: peak above the model and its gradients.
 
-Each repetition runs both sides in turn and gives one ratio; shown are the median and the quartiles. On a CPU one thread
-works, and only its own time counts.
+Each repetition runs both sides in turn and gives one ratio. The table shows the median and the quartiles. On a CPU one
+thread is used, and processor time is measured.
 """
 
 import argparse
@@ -49,7 +49,7 @@ BATCH_SIZE, PROMPT_LENGTH, COMPLETION_LENGTH = 4, 180, 60
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a smaller model, fewer lengths and repetitions")
-    parser.add_argument("--output", help="JSON file for all that was measured")
+    parser.add_argument("--output", help="JSON file for the measurements")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
     sizes = QUICK if args.quick else FULL
@@ -212,7 +212,7 @@ def memory(args: argparse.Namespace, sizes: dict) -> dict:
     ids = torch.randint(vocab_size, (1, num_tokens), device=args.device)
     ways = {"chunked": chunked_logps, "naive": naive_logps}
     for way in ways.values():
-        way(model, ids[:, :8])  # what the first call allocates for good
+        way(model, ids[:, :8])  # allocations that the first call keeps
     peaks = {name: peak_mebibytes(partial(way, model, ids), device=args.device) for name, way in ways.items()}
     row = peaks | {"chunked_over_naive": peaks["chunked"] / peaks["naive"]}
     print(

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Weak to strong: what is left of a doctor's gain as the patient grows, in the controlled world.
+Gain of a doctor as the patient grows, in the controlled world.
 
 ```bash
 python benchmarks/weak_to_strong.py --output_dir runs/weak_to_strong
 ```
 
-Patients and doctors of several widths learn the language by the recipe of `trl_tfpo.testbed.build`, unless they are those
-that ship; each doctor is then aligned by the defaults for each patient, on pairs that this patient has sampled and with rewards
-that it has given, and measured as in `sweep.py`. What the output folder already has is not made again.
+Patients and doctors of several widths learn the language by the recipe of `trl_tfpo.testbed.build`; the models that
+ship are used as they are. Each doctor is aligned by the defaults for each patient, on pairs sampled from this patient
+and with its token rewards, and measured as in `sweep.py`. Results in the output folder are reused.
 """
 
 import argparse
@@ -29,13 +29,19 @@ from trl_tfpo.testbed.build import RECIPES, instructions_of, make_model, train_m
 
 def main(arguments: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--patients", type=int, nargs="+", default=[64, 96, 128], help="widths, multiples of 8")
-    parser.add_argument("--doctors", type=int, nargs="+", default=[24, 48], help="the same")
-    parser.add_argument("--steps", type=int, help="in which each model learns the language, instead of the recipe's")
+    parser.add_argument(
+        "--patients", type=int, nargs="+", default=[64, 96, 128], help="widths of the patients, multiples of 8"
+    )
+    parser.add_argument(
+        "--doctors", type=int, nargs="+", default=[24, 48], help="widths of the doctors, multiples of 8"
+    )
+    parser.add_argument("--steps", type=int, help="steps of language training (default: those of the recipe)")
     parser.add_argument("--attribute", default="praise")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/weak_to_strong"))
-    parser.add_argument("--quick", action="store_true", help="few sizes, pairs, steps and samples: whether it runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="few sizes, pairs, steps and samples, to check that it runs"
+    )
     args = parser.parse_args(arguments)
     if args.quick:
         args.patients, args.doctors = args.patients[:2], args.doctors[:1]
@@ -52,7 +58,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
 
 
 def make_world(patient: int, doctor: int, args: argparse.Namespace) -> Path:
-    """The folder of a patient and a doctor of these widths, as `load_world` reads it."""
+    """Return the folder of a patient and a doctor of these widths, in the format of `load_world`."""
     world = args.output_dir / f"{patient}-{doctor}"
     for name, width in (("patient", patient), ("doctor", doctor)):
         if not (world / name).is_dir():
@@ -62,7 +68,7 @@ def make_world(patient: int, doctor: int, args: argparse.Namespace) -> Path:
 
 
 def learned(name: str, width: int, args: argparse.Namespace) -> Path:
-    """The folder of a model of this width that has learned the language."""
+    """Return the folder of a model of this width, trained on the language."""
     folder, recipe, shipped = args.output_dir / f"{name}-{width}", RECIPES[name], load_world()
     if width == recipe["size"]["hidden_size"]:
         return shipped.weights / name

@@ -11,7 +11,7 @@ accelerate launch --num_processes 2 examples/train.py \
     --dataset_name my_preferences.jsonl
 ```
 
-The models are random: they show that a pipeline works on given data, not that it aligns anything.
+The models are random. They show that a pipeline runs on given data, not that it aligns a model.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from trl_tfpo.cli.files import read_split
 
 
 def make_tokenizer(texts, vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: any text has tokens."""
+    """Train a byte-level BPE tokenizer, which encodes any text."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

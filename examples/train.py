@@ -7,7 +7,7 @@
 """
 Train a doctor and guide a patient with it.
 
-Without arguments, in the controlled world (minutes on a laptop CPU): a table, a picture, and completions side by side.
+Without arguments it runs in the controlled world (minutes on a laptop CPU): a table, a figure, and completions.
 
 ```bash
 python examples/train.py
@@ -28,7 +28,7 @@ accelerate launch examples/train.py \
     --output_dir qwen3-doctor
 ```
 
-The same from a file, `examples/configs` has some; and what it would cost in 8 processes, without loading or running it:
+The same from a file (see `examples/configs`), here with an estimate for 8 processes instead of a training:
 
 ```bash
 python examples/train.py --config examples/configs/ultrafeedback_qwen3.yaml --dry_run 8
@@ -69,13 +69,13 @@ PUBLISHED = dict(
     reward_temperature=0.125,
     reference_weight=0.0,
     subtb_lambda=1.0,
-    value_head_learning_rate=WORLD_SETTINGS["learning_rate"],  # as the rest, with which it does better
+    value_head_learning_rate=WORLD_SETTINGS["learning_rate"],  # the rate of the other weights, which is better here
 )
 
 
 @dataclass
 class Arguments(TFPOScriptArguments):
-    """Those of `trl-tfpo train`, and those of the controlled world."""
+    """Options of `trl-tfpo train`, and of the controlled world."""
 
     attribute: str = field(default="praise", metadata={"help": "What to align to in the controlled world."})
     num_pairs: int = field(default=3000, metadata={"help": "Preference pairs drawn in the controlled world."})
@@ -161,4 +161,4 @@ if __name__ == "__main__":
         parser.set_defaults_with_config(**WORLD_SETTINGS)
         arguments = parser.parse_args_and_config()
     main(*arguments)
-    PartialState().destroy_process_group()  # its threads, alive at exit, may abort the process
+    PartialState().destroy_process_group()  # otherwise its threads may abort the process at exit

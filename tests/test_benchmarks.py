@@ -483,7 +483,7 @@ def test_a_policy_is_weighed_on_samples_of_the_patient(two_tokens, frontier):
             return SimpleNamespace(doctors=[doctor], combine=mixture)
 
         drawn = two_tokens.drawn
-        return drawn.follow(guide, drawn.heard(guide(1.0)), frontier.SHARES, attribute="worth")
+        return drawn.follow(guide, drawn.doctor_logits(guide(1.0)), frontier.SHARES, attribute="worth")
 
     good = [row for row in found(4 * two_tokens.worth) if row["efficiency"] is not None]
     assert len(good) > 3 and [row["efficiency"] for row in good] == [pytest.approx(1.0, abs=0.02)] * len(good)
@@ -537,7 +537,7 @@ def test_faces_that_nobody_trained(frontier):
     task = Task("praise", 0, num_pairs=2, max_steps=1, num_samples_per_prompt=8)
     samples, comparison = task.samples("test"), task.comparison("test")
     prompts = [completion.prompt_ids for completion in comparison.patient_completions[:: 4 * 8]]
-    as_it_was = samples.heard_after(prompts, task.world.patient).log_softmax(dim=-1)
+    as_it_was = samples.logits_after(prompts, task.world.patient).log_softmax(dim=-1)
     torch.testing.assert_close(as_it_was, samples.patient_logps, atol=1e-4, rtol=1e-4)
     weak, strong = (faces_alone(task)(comparison, strength) for strength in (0.1, 0.3))
     assert 0 < weak["kl"] < strong["kl"] and comparison.rows[0]["reward"] < weak["reward"] < strong["reward"]
@@ -555,7 +555,7 @@ def test_what_is_weighed_is_what_is_sampled(frontier):
         return DoctorGuidedLogitsProcessor(world.doctor, beta=beta)
 
     samples = task.samples("validation")
-    (row,) = samples.follow(guide, samples.heard(guide(0.4)), [0.4], attribute="praise")
+    (row,) = samples.follow(guide, samples.doctor_logits(guide(0.4)), [0.4], attribute="praise")
     sampled = task.comparison("validation").add("doctor", guide(0.4), beta=0.4)
     assert row["kl"] == pytest.approx(sampled["kl"], rel=0.1, abs=4 * sampled["kl_se"])
     near = frontier.follow(task, guide, [row["kl"]], 1.0)

@@ -6,14 +6,17 @@ import contextlib
 import doctest
 import importlib
 import inspect
+import operator
 import os
 import pkgutil
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from transformers import AutoModelForSequenceClassification
 
 import trl_tfpo
@@ -24,7 +27,9 @@ from trl_tfpo.testbed import load_world
 ROOT = Path(__file__).parents[1]
 MODULES = [module.name for module in pkgutil.walk_packages(trl_tfpo.__path__, "trl_tfpo.")]
 REWARD_MODEL = "Skywork/Skywork-Reward-V2-Qwen3-0.6B"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PROSE = [*PAGES, *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md"))]
+URL = "https://github.com/trl-tfpo/trl-tfpo"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -46,7 +51,7 @@ def test_docstring_examples(name, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_snippets(page, tmp_path, monkeypatch, endpoint):
+def test_python_snippets(page, tmp_path, monkeypatch, endpoint, capsys):
     """
     The snippets of a page form one script, run from top to bottom in the controlled world. What they name elsewhere is
     here: a reward model in a folder, and an endpoint that judges.
@@ -62,6 +67,9 @@ def test_python_snippets(page, tmp_path, monkeypatch, endpoint):
         model.save_pretrained(tmp_path / REWARD_MODEL)
         world.tokenizer.save_pretrained(tmp_path / REWARD_MODEL)
     exec(compile(script, page.name, "exec"), {})
+    if page.name == "README.md":  # what it prints must show what guidance is for
+        unguided, *guided = map(float, re.findall(r"mean score (-?[\d.]+)", capsys.readouterr().out))
+        assert unguided + 1 < guided[0] < guided[1]
     assert bool(endpoint.requests) == ("ChatJudge(" in script)
     assert "```py\n" not in page.read_text(encoding="utf-8")  # which would not be run
 
@@ -69,7 +77,8 @@ def test_python_snippets(page, tmp_path, monkeypatch, endpoint):
 @pytest.mark.slow
 def test_the_site_builds_without_a_broken_link(tmp_path):
     """A page that leads nowhere, or a name that is gone from the reference, is found by whoever needs it."""
-    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path]
+    # Not `--quiet`: mkdocs would drop the warnings before `--strict` counts them
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path]
     result = subprocess.run(
         build, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     )
@@ -95,6 +104,17 @@ def public_names(module):
     ]
 
 
+def test_the_walks_in_the_concepts_name_what_exists():
+    """Whoever follows a pair or a token through the code must find each step where the page says it is."""
+    page = (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8")
+    steps = re.findall(r"^\| \d+ \|.*\| `([\w/]+)\.py` \| (.*) \|$", page, flags=re.MULTILINE)
+    assert len(steps) >= 15
+    for path, names in steps:
+        module = importlib.import_module(f"trl_tfpo.{path.replace('/', '.')}")
+        for name in re.findall(r"`([\w.]+)`", names):
+            assert operator.attrgetter(name)(module), f"{path}.py: {name}"
+
+
 def test_every_page_is_in_the_navigation():
     """A page that no menu leads to is read by nobody."""
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")[1].split("\nmarkdown_")[0]
@@ -115,6 +135,13 @@ def test_troubles_are_those_that_the_code_has():
     assert not [text for text in quoted if text not in joined]
 
 
+def test_continuous_integration_runs_what_the_readme_promises():
+    """A command of the README that breaks must be noticed before a newcomer types it."""
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    steps = [step.get("run") for job in workflow["jobs"].values() for step in job["steps"]]
+    assert {"make demo", "make test", "make quality", "make docs"} <= set(steps)
+
+
 def test_make_targets_of_the_readme_exist():
     """README promises commands."""
     promised = set(re.findall(r"`?make ([\w-]+)`?", (ROOT / "README.md").read_text(encoding="utf-8")))
@@ -128,7 +155,40 @@ def test_tree_of_the_readme_is_the_tree():
     for path in (ROOT / "trl_tfpo").glob("[!_]*.py"):
         assert path.name in readme, path.name
     for name in re.findall(r"(\w+\.py)\b", readme):
-        assert any(list((ROOT / folder).rglob(name)) for folder in ("trl_tfpo", "examples")), name
+        assert any(list((ROOT / folder).rglob(name)) for folder in ("trl_tfpo", "examples", "benchmarks")), name
+    for folder in (path.parent for path in (ROOT / "trl_tfpo").glob("*/__init__.py")):
+        assert f"{folder.name}/" in readme, folder.name
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda page: page.name)
+def test_prose_fits_a_screen(page):
+    """Long lines make a change of one word unreadable as a difference. Tables, code and links have no choice."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    long = [line for line in text.splitlines() if len(line) > 119 and not line.startswith("|")]
+    assert not [line for line in long if " " in line.strip()[80:]]
+
+
+def test_the_version_and_the_address_are_said_in_one_way():
+    """A changelog, a citation or a link of another version or project sends people astray."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert "version" in project["dynamic"]  # that of `trl_tfpo.__version__`
+    assert set(project["urls"]) >= {"Homepage", "Documentation", "Repository", "Issues", "Changelog"}
+    assert all(url.startswith(URL) for name, url in project["urls"].items() if name != "Paper")
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(r"^## (\d\S*)", changelog, flags=re.MULTILINE)[1] == trl_tfpo.__version__
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert (citation["version"], citation["repository-code"]) == (trl_tfpo.__version__, URL)
+
+
+def test_the_changelog_names_the_declared_bounds():
+    """Whoever reads that a version is enough must be able to install it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    bounds = dict(re.findall(r"^([\w-]+).*?>=([\d.]+)", "\n".join(sum(groups, [])), flags=re.MULTILINE))
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w-]+)>=([\d.]+)", changelog)
+    assert len(named) >= 8
+    assert all(bounds[name] == version for name, version in named), named
 
 
 def test_no_page_or_module_holds_a_path_of_this_machine():

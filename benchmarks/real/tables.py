@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""
-Tables and figure of the bench, from the lines of its output.
-"""
+"""Tables and figure of the bench, from its output."""
 
 import itertools
 import json
@@ -19,13 +17,13 @@ OURS = "TFPO, calibrated"
 
 
 def read(output: Path, **key) -> list[dict]:
-    """The rows that have these values."""
+    """Return the rows that have these values."""
     lines = output.read_text(encoding="utf-8").splitlines() if output.is_file() else []
     return [row for row in map(json.loads, lines) if all(row.get(name) == value for name, value in key.items())]
 
 
 def report(output: Path, tasks: list[str]) -> None:
-    """Print the tables, in Markdown, of what is in the output."""
+    """Print the tables of an output, in Markdown."""
     for task in tasks:
         signals_table(task, read(output, task=task, kind="signal"))
         methods_table(task, read(output, task=task, kind="test"))
@@ -63,7 +61,7 @@ def methods_table(task: str, rows: list[dict]) -> None:
 
 
 def best_of_table(task: str, rows: list[dict]) -> None:
-    """The best of n guided answers. The KL is that of the guided patient and what the choice adds at most."""
+    """Print the best of n guided answers. The KL is that of the guided patient plus the most that the choice adds."""
     if not rows:
         return
     print(f"\n## {task}: the best of n guided answers, efficiency on test prompts\n")
@@ -96,7 +94,9 @@ def sampled_table(task: str, rows: list[dict]) -> None:
 
 
 def objectives_table(rows: list[dict]) -> None:
-    """For each weighting and KL: what each method gains in each score, and the share of the best weighted gain."""
+    """
+    Print for each weighting and KL the gain of each method in each score, and the share of the best weighted gain.
+    """
     methods = list(dict.fromkeys(row["method"] for row in rows))
     if not methods:
         return
@@ -121,7 +121,7 @@ def objectives_table(rows: list[dict]) -> None:
 
 
 def _mean_column(rows: list[dict], methods: list[str], kl: float) -> list[str]:
-    """The mean efficiency of each method at a KL, and the ratio of the first two."""
+    """Return the mean efficiency of each method at a KL, and the ratio of the first two."""
     parts = [over_weightings([r for r in rows if r["method"] == name and r["kl"] == kl]) for name in methods]
     if len(parts) < 2 or any(x is None or x.shape != parts[0].shape for x in parts):
         return [""] * (len(methods) + 1)
@@ -131,7 +131,7 @@ def _mean_column(rows: list[dict], methods: list[str], kl: float) -> list[str]:
 
 
 def over_weightings(rows: list[dict]) -> torch.Tensor | None:
-    """Efficiency (seeds, P), a mean over weightings; None where it is not known of all."""
+    """Return efficiency (seeds, P), a mean over weightings; None if some are unknown."""
     by_seed = {row["seed"]: [] for row in rows}
     for row in rows:
         share = row["efficiency"] / row["gain"] if "efficiency" in row else math.nan
@@ -148,7 +148,10 @@ def _between(draws: torch.Tensor) -> str:
 
 
 def versus(rows: list[dict], ours: str) -> None:
-    """Gain of one method divided by that of each other one, over the same prompts and seeds; the interval by bootstrap."""
+    """
+    Return the gain of one method divided by that of each other, on the same prompts and seeds, with bootstrap
+    intervals.
+    """
     print(f"\n| gain of *{ours}*, divided by that of | " + " | ".join(f"{kl} nats" for kl in KLS) + " |")
     print("|---" + "|---:" * len(KLS) + "|")
     for name in dict.fromkeys(row["method"] for row in rows if "strength" in row and row["method"] != ours):
@@ -168,7 +171,7 @@ def versus(rows: list[dict], ours: str) -> None:
 
 
 def bootstrap(gains: torch.Tensor, num_draws: int = 2000) -> torch.Tensor:
-    """Means over seeds and prompts, drawn anew together, of gains (seeds, ..., P)."""
+    """Return means over resampled seeds and prompts of gains (seeds, ..., P)."""
     generator = torch.Generator().manual_seed(0)
     seeds = torch.randint(len(gains), (num_draws, len(gains)), generator=generator)
     some = torch.randint(gains.size(-1), (num_draws, gains.size(-1)), generator=generator)
@@ -181,8 +184,8 @@ def spread(values: list[float]) -> str:
 
 def interval(rows: list[dict]) -> str:
     """
-    Mean efficiency, or gain where the frontier is not known, and its 95% interval by bootstrap over prompts, which all seeds
-    share, and over seeds.
+    Return mean efficiency, or gain where the frontier is unknown, with its 95% interval by bootstrap over seeds and
+    over prompts, which all seeds share.
     """
     if not rows:
         return ""
@@ -234,7 +237,7 @@ def plot(output: Path, tasks: list[str], path: Path) -> None:
 
 
 def draw_task(axes, task: str, rows: list[dict]) -> None:
-    """One panel. Labels stand at the ends of the lines."""
+    """Draw one panel, with labels at the ends of the lines."""
     axes.set_xscale("function", functions=(lambda x: x**0.5, lambda x: x**2))  # where gains are straight lines
     ends = []
     for row in (row for row in rows if row["kind"] == "frontier"):
@@ -273,7 +276,7 @@ def draw_task(axes, task: str, rows: list[dict]) -> None:
     ends.sort(key=lambda end: end[1])
     heights, apart = [gain for _, gain, *_ in ends], 0.06 * axes.get_ylim()[1]
     for low, high in itertools.chain.from_iterable(itertools.repeat(list(itertools.pairwise(range(len(ends)))), 50)):
-        overlap = max(apart - (heights[high] - heights[low]), 0) / 2  # neighbours give way until no labels overlap
+        overlap = max(apart - (heights[high] - heights[low]), 0) / 2  # move neighbours until no labels overlap
         heights[low], heights[high] = heights[low] - overlap, heights[high] + overlap
     for (kl, _, name, colour), height in zip(ends, heights, strict=True):
         place = dict(xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-What a real model is to learn: two tasks with a scorer each, and the questions it is asked.
+Tasks for a real model: two scorers, and the questions.
 
-The scorers are deterministic and need no network. They stand for people who choose between two answers: a label is
-drawn with a probability that depends on the difference of the scores, so some labels are wrong, as people's are.
+The scorers are deterministic and need no network. They simulate people who choose between two answers: a label is
+drawn with a probability that depends on the difference of the scores, so some labels are wrong.
 """
 
 import functools

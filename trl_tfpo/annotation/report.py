@@ -121,7 +121,7 @@ def reward_report(
         for name in ("chosen", "rejected"):
             mask = row.get(f"{name}_mask") or [1] * len(row[f"{name}_ids"])
             tokens = zip(row[f"{name}_ids"], row[f"{name}_token_rewards"], mask, strict=True)
-            scored = [(token_id, reward) for token_id, reward, is_spoken in tokens if is_spoken]
+            scored = [(token_id, reward) for token_id, reward, is_assistant in tokens if is_assistant]
             num_tokens, num_rewarded = num_tokens + len(scored), num_rewarded + sum(x != 0 for _, x in scored)
             for position, (token_id, reward) in enumerate(scored):
                 sums[token_id] += reward

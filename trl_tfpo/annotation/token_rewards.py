@@ -145,51 +145,53 @@ def annotate_token_rewards(
         raise ValueError(
             f"`reward_fn` must be callable. Got {reward_fn!r}; leave it out for `functional.token_rewards`."
         )
+    faces = resolve_faces(faces)
+    reward_fn = partial(reward_fn, **reward_settings)
     eos_token_ids = sorted({*eos_token_ids, *all_eos_token_ids(processing_class, outline_of(patient))})
     settings = {
         "format": FORMAT,
-        "faces": vars(resolve_faces(faces)),
-        "reward": describe(partial(reward_fn, **reward_settings)),
+        "faces": vars(faces),
+        "reward": describe(reward_fn),
         "max_length": max_length,
         "patient": outline_of(patient).config._name_or_path,
         "tokenizer": tokenizer_fingerprint(processing_class),
         "eos_token_ids": eos_token_ids,
     }
-    if isinstance(dataset, dict):
-        annotate = partial(
-            annotate_token_rewards,
-            patient=patient,
-            processing_class=processing_class,
-            faces=faces,
-            reward_fn=reward_fn,
-            max_length=max_length,
-            drop_unusable=drop_unusable,
-            batch_size=batch_size,
-            convert_transcripts=convert_transcripts,
-            eos_token_ids=eos_token_ids,
-            **reward_settings,
-        )
-        return type(dataset)({name: annotate(dataset=split) for name, split in dataset.items()})
-
-    reward_fn = partial(reward_fn, **reward_settings)
-    tokenized = tokenize_preferences(
-        dataset,
-        processing_class,
-        faces=resolve_faces(faces),
+    tokenize = partial(
+        tokenize_preferences,
+        processing_class=processing_class,
+        faces=faces,
         eos_token_ids=eos_token_ids,
         max_length=max_length,
         drop_unusable=drop_unusable,
         convert_transcripts=convert_transcripts,
     )
     score = partial(_score_pairs, patient=patient, reward_fn=reward_fn, batch_size=batch_size)
-    if isinstance(dataset, IterableDataset):
-        annotated = tokenized.map(score, batched=True, batch_size=SHARD_SIZE)
+    annotate = partial(_annotate_split, patient=patient, tokenize=tokenize, score=score, settings=settings)
+    if isinstance(dataset, dict):
+        return type(dataset)({name: annotate(split) for name, split in dataset.items()})
+    return annotate(dataset)
+
+
+def _annotate_split(
+    dataset: Dataset | IterableDataset,
+    *,
+    patient: PreTrainedModel | NamedModel,
+    tokenize: Callable[..., Dataset | IterableDataset],
+    score: "partial[dict[str, list]]",
+    settings: dict[str, Any],
+) -> Dataset | IterableDataset:
+    """Annotate one dataset, and store the settings in its info."""
+    tokenized, rounding = tokenize(dataset), None
+    annotated: Dataset | IterableDataset
+    if isinstance(tokenized, Dataset):
+        key = (settings, score.keywords["reward_fn"])
+        annotated, rounding = _annotate_cached(tokenized, patient, score, key=key)
     else:
-        annotated, rounding = _annotate_cached(tokenized, patient, score, key=(dict(settings), reward_fn))
-        if rounding is not None:
-            settings["rounding"] = rounding
+        annotated = tokenized.map(score, batched=True, batch_size=SHARD_SIZE)
     annotated = annotated.remove_columns(FACE_COLUMNS)
-    annotated.info.description = f"{annotated.info.description}\n{SETTINGS_KEY}{json.dumps(settings)}".strip()
+    recorded = settings if rounding is None else {**settings, "rounding": rounding}
+    annotated.info.description = f"{annotated.info.description}\n{SETTINGS_KEY}{json.dumps(recorded)}".strip()
     return annotated
 
 
@@ -317,7 +319,7 @@ def _measure_rounding(
     """
     some = range(0, len(tokenized), -(-len(tokenized) // NUM_CHECKED_PAIRS))
 
-    def score_exactly(batch, on_progress):
+    def score_exactly(batch: dict[str, list], on_progress: Callable[[float], None]) -> dict[str, list]:
         try:
             with in_float32():
                 return score(batch, on_progress=on_progress)

@@ -12,7 +12,7 @@ import textwrap
 from argparse import SUPPRESS, Action, Namespace
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import yaml
 from trl import TrlParser
@@ -160,7 +160,7 @@ class Parser(ConfigParser):
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"`--config` must be a YAML file. Got {config!r}: {error}") from error
 
-    def _checked(self, parsed: Sequence[object]) -> tuple:
+    def _checked(self, parsed: Sequence[Any]) -> tuple:
         """Check the types of all values. Those of a configuration file may have any."""
         for instance in parsed:
             check_types(instance)

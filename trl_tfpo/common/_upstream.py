@@ -125,7 +125,7 @@ def shards_models(accelerator: Accelerator) -> bool:
     return accelerator.is_fsdp2 or (plugin is not None and plugin.zero_stage == 3)
 
 
-def shard(model: PreTrainedModel, accelerator: Accelerator) -> torch.nn.Module:
+def shard(model: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Module:
     """
     Freeze a model and shard it as the engine does. All processes must read it at the same time.
 

@@ -60,7 +60,7 @@ INSTEAD = {  # for arguments of TRL's trainers and configs, and of transformers'
     "peft_config": OF_TRAINER,
     "precompute_ref_batch_size": "`scoring_batch_size`",
     "precompute_ref_log_probs": "this is always done with `policy='doctor'`, and never with other policies",
-    "preprocess_logits_for_metrics": "no predictions of single tokens are kept; `evaluate` and `predict` return metrics",
+    "preprocess_logits_for_metrics": "predictions of tokens are not kept; `evaluate` and `predict` return metrics",
     "ref_adapter_name": REFERENCE,
     "ref_model": REFERENCE,
     "ref_model_init_kwargs": REFERENCE,

@@ -38,7 +38,7 @@ class ChatTemplate:
     processing_class: PreTrainedTokenizerBase
     variables: dict[str, Any] = field(default_factory=dict)
 
-    def render(self, messages: list[dict], **settings: bool) -> str:
+    def render(self, messages: list[dict], **settings: Any) -> str:
         """Render messages as a text. Raises `ValueError` if the template fails."""
         try:
             text = self.processing_class.apply_chat_template(messages, tokenize=False, **settings, **self.variables)
@@ -74,9 +74,9 @@ def template_variables(example: dict[str, Any], processing_class: PreTrainedToke
     """
     values: dict[str, Any] = {}
     for name, expected in (("tools", list), ("chat_template_kwargs", dict)):
-        value: Any = example.get(name)
+        value: Any = example.get(name) or expected()
         with contextlib.suppress(TypeError, ValueError):
-            value = json.loads(value) if isinstance(value, str) else remove_none_values(value or expected())
+            value = json.loads(value) if isinstance(value, str) else remove_none_values(value)
         if not isinstance(value, expected):
             raise ValueError(
                 f"`{name}` must be a {expected.__name__}, or one as JSON. Got {reprlib.repr(value)}; {REMEDY}"

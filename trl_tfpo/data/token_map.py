@@ -91,7 +91,8 @@ class TokenMap:
                     f"{html.escape(printable(token))}<sup>{_sign(strength)}</sup></span>"
                 )
             lines.append(
-                f'<p><b>{html.escape(printable(title))}</b> <span style="white-space:pre-wrap">{"".join(spans)}</span></p>'
+                f"<p><b>{html.escape(printable(title))}</b> "
+                f'<span style="white-space:pre-wrap">{"".join(spans)}</span></p>'
             )
         return f'<div class="trl-tfpo">{"".join(lines)}<p><small>{html.escape(self.legend)}</small></p></div>'
 

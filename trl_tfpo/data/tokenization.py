@@ -16,8 +16,9 @@ from itertools import islice
 import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, List, Value
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..common.language_model import LanguageModel
 from ..faces import Faces, apply_face, has_system_role
 from .preferences import (
     OTHER_TURN,
@@ -163,13 +164,13 @@ def tokenize_pair(
     row = {"prompt_ids": prompt_ids[:prompt_length]}
     _check_prompt(row["prompt_ids"], max_length)
 
-    for name, (ids, is_spoken) in zip(("chosen", "rejected"), completed, strict=True):
-        if all(token_id in eos_token_ids for token_id, spoken in zip(ids, is_spoken, strict=True) if spoken):
+    for name, (ids, mask) in zip(("chosen", "rejected"), completed, strict=True):
+        if all(token_id in eos_token_ids for token_id, is_assistant in zip(ids, mask, strict=True) if is_assistant):
             raise empty_completion(name)
-        end = len(is_spoken) - is_spoken[::-1].index(True)
+        end = len(mask) - mask[::-1].index(True)
         kept = slice(prompt_length, end if max_length is None else min(end, max_length))
         row[f"{name}_ids"] = ids[kept]
-        row[f"{name}_mask"] = [int(spoken) for spoken in is_spoken[kept]]
+        row[f"{name}_mask"] = [int(is_assistant) for is_assistant in mask[kept]]
         if not any(row[f"{name}_mask"]):
             raise ValueError(
                 "A completion must have a token of the assistant within `max_length`. Got none in the first "
@@ -239,17 +240,17 @@ def _tokenize_spans(
             return bisect_right(ends, end)
         return _common_prefix_length(leading + _encode(text[:end], processing_class), ids)
 
-    is_spoken = [False] * len(ids)
+    is_assistant = [False] * len(ids)
     for start, end in spans:
         start, end = num_tokens(start), num_tokens(end)
-        opening, speaks = None, True
+        opening, in_turn = None, True
         for at in range(start, end):
-            if not speaks:
+            if not in_turn:
                 opening = _encode(template.opening, processing_class) if opening is None else opening
-                speaks = len(opening) > 0 and ids[max(start, at - len(opening)) : at] == opening
-            is_spoken[at] = speaks
-            speaks = speaks and ids[at] not in eos_token_ids
-    return ids, is_spoken
+                in_turn = len(opening) > 0 and ids[max(start, at - len(opening)) : at] == opening
+            is_assistant[at] = in_turn
+            in_turn = in_turn and ids[at] not in eos_token_ids
+    return ids, is_assistant
 
 
 def _encode(text: str, processing_class: PreTrainedTokenizerBase) -> list[int]:
@@ -257,7 +258,7 @@ def _encode(text: str, processing_class: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _leading_tokens(text: str, processing_class: PreTrainedTokenizerBase) -> tuple[list[int], str]:
-    """Special tokens that the tokenizer puts before a text: ids to be added, or the start of the text if it has them."""
+    """Special tokens that the tokenizer puts before a text: ids to add, or the start of the text if it has them."""
     plain, whole = _encode("a", processing_class), processing_class("a")["input_ids"]
     starts = [k for k in range(len(whole)) if plain and whole[k : k + len(plain)] == plain]
     special = whole[: starts[0]] if starts else []
@@ -275,7 +276,7 @@ def _common_prefix_length(first: list[int], second: list[int]) -> int:
 
 
 def resolve_processing_class(
-    processing_class: PreTrainedTokenizerBase | None, model: PreTrainedModel, trust_remote_code: bool = False
+    processing_class: PreTrainedTokenizerBase | None, model: LanguageModel, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """Return a tokenizer with a padding token, by default that of the model. Raise `ValueError` for other objects."""
     if processing_class is None:
@@ -298,7 +299,7 @@ def check_is_tokenizer(processing_class: PreTrainedTokenizerBase) -> None:
         )
 
 
-def all_eos_token_ids(processing_class: PreTrainedTokenizerBase, *models: PreTrainedModel | None) -> list[int]:
+def all_eos_token_ids(processing_class: PreTrainedTokenizerBase, *models: "LanguageModel | None") -> list[int]:
     """Collect the ids at which generation stops, from the tokenizer and the generation configs of the models."""
     found = {processing_class.eos_token_id}
     for model in models:
@@ -336,7 +337,7 @@ def columns_of(dataset: Dataset | IterableDataset) -> set[str]:
     """Return the column names, also of a streamed dataset. Raise `ValueError` if it is empty, or not a dataset."""
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise ValueError(
-            "A dataset must be a `Dataset` or `IterableDataset` of the library Datasets. Got a "
+            "A dataset must be one of the library Datasets. Got a "
             f"`{type(dataset).__name__}`; make one, for instance with `Dataset.from_list(rows)`."
         )
     columns = dataset.column_names or next(iter(dataset), None)

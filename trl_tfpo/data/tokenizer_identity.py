@@ -11,7 +11,9 @@ import hashlib
 import json
 from collections.abc import Sequence
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
+
+from ..common.language_model import LanguageModel
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -92,7 +94,7 @@ def check_all_same(
         check_same_tokenizer(processing_classes[0], other)
 
 
-def check_embeddings(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_embeddings(name: str, model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise `ValueError` unless the model, called `name` in the message, has an embedding for every token."""
     weight = model.get_input_embeddings().get_parameter("weight")
     num_embeddings = getattr(weight, "ds_shape", weight.shape)[0]  # in all shards

@@ -15,11 +15,12 @@ from functools import partial
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, DynamicLayer, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, DynamicLayer, PreTrainedConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..common._upstream import active_adapters, adapter_layers, unwrap_peft, using_adapters
+from ..common._upstream import active_adapters, adapter_layers, using_adapters
+from ..common.language_model import LanguageModel, unwrap_peft
 from ..models.adapters import check_adapters, trained_exponents
 from .padding import PADDING, check_left_padded
 from .reading import accepted_inputs, next_inputs, reading_fault
@@ -64,7 +65,7 @@ class Doctor:
             left-padded.
     """
 
-    model: PreTrainedModel
+    model: LanguageModel
     adapter: str | None = None
     prompt: Mapping[str, torch.Tensor] | None = None
     credits: torch.Tensor | None = None
@@ -107,7 +108,7 @@ class Doctor:
         """
         return trained_exponents(self.model, self.adapters)
 
-    def is_on(self, model: PreTrainedModel) -> bool:
+    def is_on(self, model: LanguageModel) -> bool:
         """Whether the doctor shares the weights of a model."""
         return unwrap_peft(self.model) is unwrap_peft(model)
 
@@ -382,7 +383,7 @@ _TRIALS = {
 }
 
 
-def check_is_doctor(model: PreTrainedModel) -> None:
+def check_is_doctor(model: LanguageModel) -> None:
     """Raise `ValueError` unless the model is a causal language model in eval mode, with adapters that can be off."""
     if not isinstance(model, nn.Module):
         raise ValueError(
@@ -398,12 +399,12 @@ def check_is_doctor(model: PreTrainedModel) -> None:
     _check_mode(model)
 
 
-def _check_mode(model: PreTrainedModel) -> None:
+def _check_mode(model: LanguageModel) -> None:
     if model.training:
         raise ValueError("A doctor must be in eval mode, as dropout is random. Got training mode; call `.eval()`.")
 
 
-def _num_absolute_positions(model: PreTrainedModel) -> float:
+def _num_absolute_positions(model: LanguageModel) -> float:
     """Size of the table of learned positions; infinity where positions are rotary or relative."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     of_tokens = set(model.get_input_embeddings().modules())

@@ -18,8 +18,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
+from ..common.language_model import LanguageModel
 from ..data.tokenizer_identity import check_all_same
 from ..functional import guided_logps, next_token_entropy, plausible_mask
 from ..models.saved_doctor import load_doctor
@@ -121,11 +122,11 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
 
     def __init__(
         self,
-        doctor: PreTrainedModel | Doctor | Sequence[PreTrainedModel | Doctor],
+        doctor: "LanguageModel | Doctor | Sequence[LanguageModel | Doctor]",
         alpha: Weight | None = None,
         beta: Weight | Sequence[Weight] = DEFAULT_BETA,
         *,
-        reference: PreTrainedModel | Doctor | Sequence[PreTrainedModel | Doctor | None] | None = None,
+        reference: "LanguageModel | Doctor | Sequence[LanguageModel | Doctor | None] | None" = None,
         attention_mask: torch.Tensor | None = None,
         processing_classes: Sequence[PreTrainedTokenizerBase] | None = None,
         min_patient_prob: float = 0.0,

@@ -7,7 +7,8 @@ Shapes: P prompts, B rows (each prompt is copied to B / P rows), L tokens so far
 """
 
 import torch
-from transformers import PreTrainedModel
+
+from ..common.language_model import LanguageModel
 
 
 PADDING = -1  # replaces every padding id in the tokens that a doctor reads
@@ -33,7 +34,7 @@ class Prompts:
         `ValueError`: when the mask is not left-padded.
     """
 
-    def __init__(self, model: PreTrainedModel, attention_mask: torch.Tensor | None = None):
+    def __init__(self, model: LanguageModel, attention_mask: torch.Tensor | None = None):
         if attention_mask is not None:
             check_left_padded(attention_mask)
         self.is_mask_given = attention_mask is not None
@@ -110,7 +111,7 @@ def check_left_padded(attention_mask: torch.Tensor) -> None:
         )
 
 
-def guess_mask(input_ids: torch.Tensor, model: PreTrainedModel) -> tuple[torch.Tensor, str | None]:
+def guess_mask(input_ids: torch.Tensor, model: LanguageModel) -> tuple[torch.Tensor, str | None]:
     """
     Guess the mask of prompts: the leading run of padding ids is padding.
 
@@ -141,7 +142,7 @@ def guess_mask(input_ids: torch.Tensor, model: PreTrainedModel) -> tuple[torch.T
     return position >= run.clamp(max=input_ids.size(1) - 1), doubt
 
 
-def special_ids(model: PreTrainedModel, name: str) -> list[int]:
+def special_ids(model: LanguageModel, name: str) -> list[int]:
     """Ids of the `"bos"`, `"eos"` or `"pad"` tokens in the generation config and the config of a model."""
     configs = (getattr(model, "generation_config", None), model.config.get_text_config())
     values = [getattr(config, f"{name}_token_id", None) for config in configs]

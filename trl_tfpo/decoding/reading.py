@@ -20,7 +20,8 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import PreTrainedModel
 
-from ..common._upstream import in_float32, is_sharded, unwrap_peft
+from ..common.language_model import LanguageModel, is_sharded, unwrap_peft
+from ..common.precision import in_float32
 from .padding import special_ids
 
 
@@ -35,7 +36,7 @@ _FAULTS: WeakKeyDictionary[PreTrainedModel, dict[tuple, str]] = WeakKeyDictionar
 Reader = Callable[[torch.Tensor], Iterable[tuple[torch.Tensor, list[int]]]]
 
 
-def accepted_inputs(model: PreTrainedModel) -> set[str]:
+def accepted_inputs(model: LanguageModel) -> set[str]:
     """Names of the arguments of a model's `forward`, and of the `forward` of the model inside a `PeftModel`."""
     return {
         *inspect.signature(model.forward).parameters,
@@ -75,7 +76,7 @@ def next_inputs(
 
 
 def reading_fault(
-    model: PreTrainedModel,
+    model: LanguageModel,
     how: str,
     read: Reader,
     forward: Callable | None = None,

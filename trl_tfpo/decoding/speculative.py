@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from ..common._upstream import unwrap_peft
+from ..common.language_model import LanguageModel, unwrap_peft
 from .logits_processor import DoctorGuidedLogitsProcessor
 from .reading import accepted_inputs, next_inputs, reading_fault
 
@@ -389,7 +389,7 @@ class _DraftLength:
         bound by their layers; verification's from whether the patient is bound by memory.
         """
 
-        def sizes(model: PreTrainedModel) -> tuple[int, int]:
+        def sizes(model: LanguageModel) -> tuple[int, int]:
             return unwrap_peft(model).num_parameters(), model.config.get_text_config().num_hidden_layers
 
         doctors = [sizes(doctor.model) for doctor in guide.doctors]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..common.language_model import LanguageModel, device_of, is_peft_model, unwrap_peft
+from ..common.language_model import LanguageModel, device_of, head_of, is_peft_model, unwrap_peft
 from ..functional import FactoredLogits, token_logps
 from .adapters import VALUE_HEAD, check_adapters, record_exponents, why_unreadable
 from .guidance import GUIDANCE, is_guidance, start_guidance
@@ -22,7 +22,7 @@ from .states import PLAIN, add_logits, head_form, read_logits
 
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    from peft import PeftConfig, PeftModel
 
 
 @dataclass
@@ -97,11 +97,12 @@ def add_value_head(model: LanguageModel) -> None:
             head.set_adapter(adapter)
         setattr(base, VALUE_HEAD, head)
     if not hasattr(type(base), "language_model_class"):
-        base.__class__ = _doctor_class(type(base))
+        language_model: Any = type(base)
+        base.__class__ = _doctor_class(language_model)
 
 
 @functools.cache
-def _doctor_class(language_model: Any) -> type[PreTrainedModel]:
+def _doctor_class(language_model: Any) -> Any:
     """
     The subclass of a language model's class whose forward reads completions. Configs record its name, so it is kept.
     """
@@ -189,15 +190,36 @@ def make_doctor(
         [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]: the doctor.
 
     Raises:
-        `ValueError`: on a second adapter, prompt learning, an activated LoRA, a `PeftModel` that is not a doctor of
-        guided
-            flow but is to become one, or the reverse.
+        `ValueError`: on a second adapter, prompt learning, an activated LoRA, a `PeftModel` that was not trained
+            by guided flow where `guides` is set, or a doctor of guided flow where it is not.
     """
+    _check_start(model, guides)
+    doctor: Any = model
+    if guides and not is_peft_model(model):
+        start_guidance(doctor, in_span=peft_config is None)
+    if peft_config is None:
+        add_value_head(doctor)
+    else:
+        doctor = _add_adapter(doctor, peft_config, guides=guides, has_credits=has_credits)
+    if is_peft_model(doctor):
+        others = (parameter for name, parameter in doctor.named_parameters() if VALUE_HEAD not in name.split("."))
+        if not any(parameter.requires_grad for parameter in others):  # the adapter was loaded for inference
+            doctor.set_adapter(doctor.active_adapter)
+        record_exponents(doctor, GUIDANCE if guides else {})
+        save_without_embeddings(doctor)
+        if has_credits:
+            keep_head(doctor)
+    return doctor
+
+
+def _check_start(model: LanguageModel, guides: bool) -> None:
+    """Raise `ValueError` when a model cannot become a doctor, of guided flow or with a policy of its own."""
     check_adapters(model, "The doctor")
-    if getattr(model, "peft_config", None) and not is_peft_model(model):
+    adapters: Any = getattr(model, "peft_config", None)
+    if adapters and not is_peft_model(model):
         raise ValueError(
             "A doctor with adapters must be a `PeftModel`, which saves them. Got a "
-            f"{type(model).__name__} with the adapters {sorted(model.peft_config)}; load it with `load_doctor` or "
+            f"{type(model).__name__} with the adapters {sorted(adapters)}; load it with `load_doctor` or "
             "`PeftModel.from_pretrained`, or pass the model without adapters."
         )
     if guides and is_peft_model(model) and not is_guidance(model):
@@ -210,42 +232,32 @@ def make_doctor(
             "With `policy='doctor'` the doctor is a language model. Got one of guided flow, which is a ratio of two "
             "policies; start from what it was before, or train it on with `policy='guided'`."
         )
-    if guides and not is_peft_model(model):
-        start_guidance(model, in_span=peft_config is None)
-    if peft_config is not None:
-        from peft import get_peft_model
 
-        if is_peft_model(model):
-            raise ValueError(
-                "`peft_config` makes a new adapter. Got a `PeftModel` as well; pass one or the other, or merge the "
-                "adapter with `merge_and_unload()` first."
-            )
-        reason = why_unreadable(peft_config)
-        if reason is None and not hasattr(peft_config, "modules_to_save"):
-            reason = "The value head is saved with the adapter, by `modules_to_save`"
-        if reason:
-            raise ValueError(
-                f"{reason}. Got {type(peft_config).__name__}; use an adapter of the weights, such as `LoraConfig`."
-            )
-        if has_credits and not guides and (model.device.type == "meta" or head_form(model) == PLAIN):
-            peft_config = with_head(model, peft_config)
-        add_value_head(model)
-        peft_config = copy.deepcopy(peft_config)  # the caller's stays as it is
-        head = model.get_output_embeddings()
-        heads = [name.split(".")[-1] for name, module in model.named_modules() if guides and module is head]
-        peft_config.modules_to_save = [*(peft_config.modules_to_save or []), VALUE_HEAD, *heads]
-        model = get_peft_model(model, peft_config)
-    else:
-        add_value_head(model)
+
+def _add_adapter(model: PreTrainedModel, peft_config: Any, *, guides: bool, has_credits: bool) -> "PeftModel":
+    """Add the value head and a new adapter. The adapter saves the value head, and for guided flow the head."""
+    from peft import get_peft_model
+
     if is_peft_model(model):
-        others = (parameter for name, parameter in model.named_parameters() if VALUE_HEAD not in name.split("."))
-        if not any(parameter.requires_grad for parameter in others):  # an adapter that was loaded to be read
-            model.set_adapter(model.active_adapter)
-        record_exponents(model, GUIDANCE if guides else {})
-        save_without_embeddings(model)
-        if has_credits:
-            keep_head(model)
-    return model
+        raise ValueError(
+            "`peft_config` makes a new adapter. Got a `PeftModel` as well; pass one or the other, or merge the "
+            "adapter with `merge_and_unload()` first."
+        )
+    reason = why_unreadable(peft_config)
+    if reason is None and not hasattr(peft_config, "modules_to_save"):
+        reason = "The value head is saved with the adapter, by `modules_to_save`"
+    if reason:
+        raise ValueError(
+            f"{reason}. Got {type(peft_config).__name__}; use an adapter of the weights, such as `LoraConfig`."
+        )
+    if has_credits and not guides and (model.device.type == "meta" or head_form(model) == PLAIN):
+        peft_config = with_head(model, peft_config)
+    add_value_head(model)
+    peft_config = copy.deepcopy(peft_config)  # the caller's is not changed
+    head = head_of(model)
+    heads = [name.split(".")[-1] for name, module in model.named_modules() if guides and module is head]
+    peft_config.modules_to_save = [*(peft_config.modules_to_save or []), VALUE_HEAD, *heads]
+    return get_peft_model(model, peft_config)
 
 
 def set_head_learning_rate(optimizer: torch.optim.Optimizer, model: torch.nn.Module, learning_rate: float) -> None:

@@ -5,12 +5,11 @@
 import copy
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from ..common.atomic import FORMAT, check_format
@@ -27,7 +26,7 @@ NUM_ROWS = 8  # read at once by `start_at_credits`
 GUIDANCE = {"alpha": 1.0, "beta": 1.0}  # exponents of the patient and of the doctor in training
 
 
-def start_guidance(model: PreTrainedModel, in_span: bool = False) -> None:
+def start_guidance(model: LanguageModel, in_span: bool = False) -> None:
     """
     Set the language model head to zero, in place. The doctor then changes no patient.
 
@@ -58,7 +57,7 @@ def start_guidance(model: PreTrainedModel, in_span: bool = False) -> None:
         torch.nn.init.zeros_(head.bias)
 
 
-def free_head(model: PreTrainedModel) -> None:
+def free_head(model: LanguageModel) -> None:
     """Replace an untrained GuidanceHead by a head with a free row for each token, all zero, in place."""
     replaced = head_of(model)
     head = torch.nn.Linear(replaced.in_features, len(replaced.weight), bias=False).to(replaced.weight)
@@ -68,7 +67,7 @@ def free_head(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def start_at_credits(model: PreTrainedModel, logits: torch.Tensor, rows: Sequence[dict], collate: Callable) -> None:
+def start_at_credits(model: LanguageModel, logits: torch.Tensor, rows: Any, collate: Callable) -> None:
     """
     Let a doctor start with the same logits at every state, in place.
 
@@ -106,7 +105,7 @@ def start_at_credits(model: PreTrainedModel, logits: torch.Tensor, rows: Sequenc
         start_head_at(model, wanted.to(model.device), constant_over(torch.cat(states)))
 
 
-def _own_config(model: PreTrainedModel) -> None:
+def _own_config(model: LanguageModel) -> None:
     """
     Give the model its own copy of its config. A config that the patient shares would mark the patient as a doctor.
     """
@@ -117,7 +116,7 @@ def _own_config(model: PreTrainedModel) -> None:
             module.config = own[id(module.config)]
 
 
-def untie_head(model: PreTrainedModel) -> None:
+def untie_head(model: LanguageModel) -> None:
     """Untie the language model head from the input embeddings, in place, before its weights are replaced."""
     if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
         model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False

@@ -16,13 +16,12 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 
 from ..common.language_model import LanguageModel, head_of, unwrap_peft
 
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    pass
 
 STARTS_AT_ZERO = (True, "gaussian")  # values of `init_lora_weights` for which the product of the matrices is zero
 
@@ -63,7 +62,7 @@ def adapter_factors(head: Any, hidden: torch.Tensor) -> list[tuple[torch.Tensor,
     ]
 
 
-def with_head(model: PreTrainedModel, peft_config: Any) -> Any:
+def with_head(model: LanguageModel, peft_config: Any) -> Any:
     """
     Add a LoRA of rank 1 on the language model head to the config of an adapter, as a place for token credits.
 
@@ -82,7 +81,7 @@ def with_head(model: PreTrainedModel, peft_config: Any) -> Any:
     head, name = head_of(model), _name_of_head(model)
     targets = getattr(peft_config, "target_modules", None)
     if targets is None:
-        targets = DEFAULT_TARGETS.get(getattr(model.config, "model_type", None))
+        targets = DEFAULT_TARGETS.get(str(getattr(model.config, "model_type", None)))
     is_plain = getattr(peft_config.peft_type, "value", peft_config.peft_type) == "LORA" and not peft_config.use_dora
     last, kept = name.rsplit(".", 1)[-1], {*(peft_config.modules_to_save or ()), *peft_config.rank_pattern}
     if not is_plain or peft_config.init_lora_weights not in STARTS_AT_ZERO or targets is None or {name, last} & kept:
@@ -105,13 +104,13 @@ def with_head(model: PreTrainedModel, peft_config: Any) -> Any:
     return peft_config
 
 
-def _name_of_head(model: PreTrainedModel) -> str:
+def _name_of_head(model: LanguageModel) -> str:
     """The name of the language model head among the modules of a model."""
     head = head_of(model)
     return next(name for name, module in model.named_modules() if module is head)
 
 
-def keep_head(model: "PeftModel") -> None:
+def keep_head(model: LanguageModel) -> None:
     """Exclude the LoRA that [`with_head`] has added from training, so that the credits stay as they are."""
     head, name_of_head = head_of(model), _name_of_head(unwrap_peft(model))
     configs: dict[str, Any] = model.peft_config
@@ -121,11 +120,12 @@ def keep_head(model: "PeftModel") -> None:
             head.lora_B[name].requires_grad_(False)
 
 
-def save_without_embeddings(model: "PeftModel") -> None:
+def save_without_embeddings(model: LanguageModel) -> None:
     """Save an adapter on the head without the embeddings. PEFT would save these with it."""
     if hasattr(head_of(model), "base_layer"):
-        save = functools.partial(type(model).save_pretrained, model, save_embedding_layers=False)
-        vars(model)["save_pretrained"] = functools.wraps(type(model).save_pretrained)(save)
+        save_pretrained: Any = type(model).save_pretrained
+        save = functools.partial(save_pretrained, model, save_embedding_layers=False)
+        vars(model)["save_pretrained"] = functools.wraps(save_pretrained)(save)
 
 
 def starts_at_zero(model: LanguageModel) -> bool:

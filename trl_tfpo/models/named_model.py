@@ -134,9 +134,7 @@ def check_there(name: str | os.PathLike[str]) -> None:
     text = os.fspath(name) if isinstance(name, (str, os.PathLike)) else ""
     is_path = text.startswith((".", "/", "~")) or text.count("/") > 1 or os.path.isfile(text) or not text
     if is_path and not os.path.isdir(text):
-        raise ValueError(
-            f"A model must be a Hub name or a folder. Got {name!r}, which does not exist; check the path."
-        )
+        raise ValueError(f"A model must be a Hub name or a folder. Got {name!r}, which is not there; check the path.")
 
 
 def outline_of(model: PreTrainedModel | NamedModel) -> PreTrainedModel:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, cached_file
 
@@ -73,8 +73,8 @@ def _load_adapter(
 
     if not cached_file(path, "adapter_model.safetensors", _raise_exceptions_for_missing_entries=False):
         raise ValueError(
-            f"An adapter must be saved as safetensors. Got no `adapter_model.safetensors` in {str(path)!r}; load it with "
-            "PEFT, if you trust it, and save it again."
+            f"An adapter must be saved as safetensors. Got no `adapter_model.safetensors` in {str(path)!r}; load it "
+            "with PEFT, if you trust it, and save it again."
         )
     config = json.loads(Path(adapter_config).read_text(encoding="utf-8"))
     saved_modules = set(config.get("modules_to_save") or ())
@@ -114,7 +114,7 @@ def save_value_head(state: dict[str, torch.Tensor], folder: str | os.PathLike) -
         save_file({name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}, part)
 
 
-def fold_map(model: PreTrainedModel, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def fold_map(model: LanguageModel, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
     Replace the weights of a [`~trl_tfpo.models.guidance_head.GuidanceHead`] by those of an ordinary head, in place.
 
@@ -132,7 +132,7 @@ def fold_map(model: PreTrainedModel, state_dict: dict[str, torch.Tensor]) -> dic
     return {"map": head.map}
 
 
-def load_value_head(model: PreTrainedModel, folder: str | os.PathLike) -> None:
+def load_value_head(model: LanguageModel, folder: str | os.PathLike) -> None:
     """
     Load the value head of a full model from its folder, in place, and the map of a GuidanceHead. Does nothing where
     the folder has no such file.
@@ -160,9 +160,11 @@ def _read_value_head(path: str | os.PathLike) -> dict[str, torch.Tensor]:
             keys = [key for key in tensors.keys() if key.startswith(f"{VALUE_HEAD}.")]
             state.update({key.removeprefix(f"{VALUE_HEAD}."): tensors.get_tensor(key) for key in keys})
     own = cached_file(path, VALUE_HEAD_FILE, _raise_exceptions_for_missing_entries=False)
-    if not state and not own:
+    if state:
+        return state
+    if own is None:
         raise _no_value_head(path)
-    return state or {name: tensor for name, tensor in load_file(own).items() if name != "map"}
+    return {name: tensor for name, tensor in load_file(own).items() if name != "map"}
 
 
 def _no_value_head(path: str | os.PathLike) -> ValueError:

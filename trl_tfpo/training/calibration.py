@@ -47,7 +47,8 @@ PENALTIES = (10000.0, 3000.0, 1000.0, 300.0, 100.0, 30.0)  # ridges of the embed
 SCALAR_PENALTY = 0.01  # ridge of the other terms, as a share of that
 SCALARS = ("usual gap", "sparse reward", "gap", "number of tokens")
 SPARSE = [SCALARS.index(name) for name in ("sparse reward", "number of tokens")]
-NUM_ERRORS = 1.5  # standard errors that count as a difference; docs/results.md says why
+NUM_ERRORS = 1.5  # standard errors that count as a difference
+MIN_ADVANTAGE = 0.25  # of what the sparse rewards know; docs/results says why
 CHANCE = -np.log(2)  # log-likelihood of a label without any information
 
 
@@ -99,8 +100,12 @@ class Calibration:
 
     @property
     def is_better(self) -> bool:
-        """Whether the advantage is larger than 1.5 of its standard errors."""
-        return self.advantage > NUM_ERRORS * self.advantage_error
+        """
+        Whether the advantage exceeds 1.5 of its standard errors, and a quarter of the nats by which the sparse rewards
+        explain a label better than chance.
+        """
+        known = max(self.sparse_log_likelihood - CHANCE, 0.0)
+        return bool(self.advantage > max(NUM_ERRORS * self.advantage_error, MIN_ADVANTAGE * known))
 
     def apply(self, dataset: AnyDataset, *, needs_gaps: bool = True) -> AnyDataset:
         """

@@ -14,7 +14,6 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import (
     GenerationConfig,
-    GenerationMixin,
     PreTrainedModel,
     TrainerCallback,
     TrainerControl,
@@ -176,9 +175,10 @@ class LogGuidedCompletionsCallback(TrainerCallback):
             )
         else:
             settings["generation_config"] = self.generation_config
-        generate: Callable[..., torch.Tensor] = partial(guided_generate, patient, guide)
         if guide is None:
-            generate = cast(GenerationMixin, patient).generate
+            generate = cast(Callable[..., torch.Tensor], patient.generate)
+        else:
+            generate = cast(Callable[..., torch.Tensor], partial(guided_generate, patient, guide))
         device: torch.device = patient.device
         texts: list[str] = []
         with (

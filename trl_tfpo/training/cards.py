@@ -59,9 +59,10 @@ tags:
 
 # Preferences with token rewards
 
-{num_pairs} preference pairs with a reward for each token of a completion. A frozen language model, the patient, scored each
-completion under two contrastive prompts, its positive and its negative face. The reward of a token comes from the difference
-between the two (stage 1 of [LLMdoctor](https://huggingface.co/papers/2601.10416), by `trl_tfpo.annotate_token_rewards`).
+{num_pairs} preference pairs with a reward for each token of a completion. A frozen language model, the patient, scored
+each completion under two contrastive prompts, its positive and its negative face. The reward of a token comes from the
+difference between the two (stage 1 of [LLMdoctor](https://huggingface.co/papers/2601.10416), by
+`trl_tfpo.annotate_token_rewards`).
 
 | | |
 |---|---|
@@ -74,9 +75,9 @@ between the two (stage 1 of [LLMdoctor](https://huggingface.co/papers/2601.10416
 | hash of the tokenizer | {tokenizer} |
 
 `prompt_ids`, `chosen_ids` and `rejected_ids` are token ids. `chosen_mask` and `rejected_mask` are 1 for tokens of the
-assistant, and 0 for users and tools between its turns. `chosen_token_rewards` and `rejected_token_rewards` have one reward
-for each token of the completion, in [-1, 1]. `chosen_gaps` and `rejected_gaps` have the log-probability under the positive
-face minus that under the negative face, in nats.
+assistant, and 0 for users and tools between its turns. `chosen_token_rewards` and `rejected_token_rewards` have one
+reward for each token of the completion, in [-1, 1]. `chosen_gaps` and `rejected_gaps` have the log-probability under
+the positive face minus that under the negative face, in nats.
 
 ```python
 from trl_tfpo import TFPOTrainer

@@ -14,6 +14,7 @@ from transformers.data.data_collator import DataCollator
 from ..annotation.token_rewards import check_given
 from ..common._upstream import is_peft_model, is_sharded
 from ..common.atomic import written_whole
+from ..common.language_model import LanguageModel
 from ..data.tokenization import columns_of
 from ..faces import Faces
 from ..models.guidance import is_guidance
@@ -43,7 +44,7 @@ def check_split(dataset: object, name: str) -> None:
         )
 
 
-def check_language_model(model: PreTrainedModel) -> None:
+def check_language_model(model: LanguageModel) -> None:
     """Raise `ValueError` if the doctor is an encoder-decoder."""
     if model.config.is_encoder_decoder:
         raise ValueError(
@@ -79,7 +80,7 @@ def check_can_annotate(
     check_given(patient)
 
 
-def check_can_calibrate(dataset: Dataset | IterableDataset, model: PreTrainedModel, *, is_online: bool) -> None:
+def check_can_calibrate(dataset: Dataset | IterableDataset, model: LanguageModel, *, is_online: bool) -> None:
     """
     Raise `ValueError` if token rewards are unknown before training, or the embeddings are sharded.
 

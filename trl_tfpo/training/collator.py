@@ -166,7 +166,7 @@ class TokenRewardCollator(DataCollatorMixin):
         padded[attention_mask] = torch.tensor([token_id for ids in input_ids for token_id in ids])
         completion_mask = torch.zeros_like(attention_mask)
         completion_mask[attention_mask] = torch.tensor(
-            [bool(spoken) for row in rows for spoken in [0] * len(row["prompt_ids"]) + row["mask"]]
+            [bool(is_assistant) for row in rows for is_assistant in [0] * len(row["prompt_ids"]) + row["mask"]]
         )
         batch = {
             "input_ids": padded,
@@ -222,7 +222,7 @@ class TokenRewardCollator(DataCollatorMixin):
                     f"`{name}_{column}` must have one entry for each completion token. Got {len(values)} for "
                     f"{len(completion_ids)} tokens; was the dataset annotated with another tokenizer?"
                 )
-            row[key] = [value for value, spoken in zip(values[room], row["mask"], strict=True) if spoken]
+            row[key] = [value for value, is_assistant in zip(values[room], row["mask"], strict=True) if is_assistant]
         return row
 
     def _add_scores(self, patient: PreTrainedModel, examples: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -71,10 +71,11 @@ class TFPOConfig(_BaseConfig):
             $\theta$ in `[0, 1)`. Tokens of lower importance get no reward.
 
         calibrate_rewards (`bool`, *optional*):
-            Whether to fit the token rewards to the labels, see [`~trl_tfpo.training.calibration.calibrate`]; the
-            doctor then starts at the credits of the tokens, and `reward_direction` has no effect. By default, rewards
-            are calibrated if that explains held-out labels better. This needs guided flow without an adapter, 128
-            pairs, and annotation with the default `reward_direction` and `reward_fn`.
+            Whether to fit the token rewards to the labels, see [`~trl_tfpo.training.calibration.calibrate`]. The
+            doctor then starts at the credits of the tokens (an adapter of guided flow starts at zero), and
+            `reward_direction` has no effect. By default, rewards are calibrated if that explains held-out labels
+            better. This needs guided flow without an adapter, 128 pairs, and the default `reward_direction` and
+            `reward_fn`.
 
         > Parameters that control the objective
 
@@ -220,7 +221,7 @@ class TFPOConfig(_BaseConfig):
         metadata={"help": "Initial learning rate of the value head. Defaults to ten times `learning_rate`."},
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_types(self)
         check_reward_settings(
             self.reward_direction,

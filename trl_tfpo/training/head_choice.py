@@ -16,10 +16,10 @@ from collections.abc import Sequence
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedModel
 
 from ..annotation.token_rewards import GAP_COLUMNS
 from ..common._upstream import is_sharded
+from ..common.language_model import LanguageModel
 from ..models.guidance import free_head
 from ..models.guidance_head import GuidanceHead
 from .token_gaps import centered_embeddings, predict_gaps, read_gaps, sample_pairs
@@ -34,7 +34,7 @@ RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 1.0)  # in units of the mean variance of an ent
 
 
 def choose_head(
-    model: PreTrainedModel,
+    model: LanguageModel,
     dataset: Dataset | IterableDataset,
     eos_token_ids: Sequence[int],
     *,

@@ -96,10 +96,11 @@ def add_reference_logps(dataset: Dataset, doctor: LanguageModel, *, fingerprint:
     )
 
 
-def _score_reference(batch: dict[str, list], *, doctor: LanguageModel, **settings: int) -> dict[str, list]:
+def _score_reference(batch: dict[str, list], *, doctor: LanguageModel, **settings: Any) -> dict[str, list]:
     prompts, completions = batch["prompt_ids"] * 2, batch["chosen_ids"] + batch["rejected_ids"]
     # PEFT's `disable_adapter` makes frozen parts of an adapter trainable
     with using_adapters(adapter_layers(doctor), ()) if is_peft_model(doctor) else nullcontext():
-        logps = [row.numpy() for row in score_completions(doctor, prompts, completions, **settings)]
+        scored = score_completions(doctor, prompts, completions, **settings)
+    logps = [row.numpy() for row in scored]
     num_pairs = len(batch["prompt_ids"])
     return dict(zip(REFERENCE_COLUMNS, (logps[:num_pairs], logps[num_pairs:]), strict=True))

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedModel
 
 from ..annotation.agreement import warn_unless_faces_separate
 from ..annotation.token_rewards import GAP_COLUMNS, annotation_settings
 from ..common._upstream import is_peft_model, is_sharded
+from ..common.language_model import LanguageModel
 from ..data.tokenization import columns_of
 from ..functional import token_rewards
 from .base_policy import POLICIES
@@ -26,7 +26,7 @@ DEFAULT_REWARDS = f"{token_rewards.__module__}.{token_rewards.__qualname__}"  # 
 def choose_rewards(
     dataset: Dataset | IterableDataset,
     eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None,
-    model: PreTrainedModel,
+    model: LanguageModel,
     args: TFPOConfig,
     eos_token_ids: Sequence[int],
     *,
@@ -81,7 +81,7 @@ def choose_rewards(
 def _is_open(
     dataset: Dataset | IterableDataset,
     held_out: Sequence[Dataset | IterableDataset | None],
-    model: PreTrainedModel,
+    model: LanguageModel,
 ) -> bool:
     """
     Whether labels may decide on the token rewards.

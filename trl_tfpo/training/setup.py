@@ -52,7 +52,7 @@ def resolve_doctor(
     # Where there are several processes, the engine places the model
     init_kwargs: dict[str, Any] = {"device_map": None} if args.distributed_state.num_processes > 1 else {}
     init_kwargs |= {"trust_remote_code": args.trust_remote_code} | _parsed(args.model_init_kwargs)
-    return resolve_model(model, "model", quantization_config, **init_kwargs)
+    return resolve_model(model, "model", quantization_config, **init_kwargs)  # type: ignore[arg-type]  # `PeftModel`
 
 
 def resolve_tokenizer(

@@ -42,7 +42,7 @@ from ..data.tokenization import (
     row_lengths,
     tokenize_preferences,
 )
-from ..faces import Faces
+from ..faces import Faces, resolve_faces
 from ..models.doctor import set_head_learning_rate
 from ..models.fingerprint import model_fingerprint
 from ..models.guidance import start_at_credits
@@ -190,7 +190,7 @@ class TFPOTrainer(DoctorFiles):
         policy = POLICIES[args.policy]
         self.faces = faces
         self.reward_fn = reward_fn or reward_fn_of(args)
-        self.objective = objective or objective_of(args)
+        self.objective: Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]] = objective or objective_of(args)
 
         # Models and tokenizer
         set_seed(args.seed)  # adapters start at random
@@ -239,7 +239,7 @@ class TFPOTrainer(DoctorFiles):
 
         # Base policy, and where the doctor starts
         if policy.needs_patient:
-            check_patient(self.patient_model, processing_class)
+            check_patient(self.patient_model, processing_class)  # type: ignore[arg-type]  # given, see above
         self.base_policy = None if base_policy is None else place_base_policy(base_policy, self.accelerator)
         if self.calibration is not None:
             credits = self.calibration.credits / args.reward_temperature
@@ -306,7 +306,7 @@ class TFPOTrainer(DoctorFiles):
             return tokenize_preferences(
                 dataset,
                 processing_class,
-                faces=self._online_faces,
+                faces=resolve_faces(self._online_faces),
                 eos_token_ids=self._eos_token_ids,
                 max_length=args.max_length,
                 drop_unusable=args.drop_unusable,
@@ -318,9 +318,9 @@ class TFPOTrainer(DoctorFiles):
         check_can_annotate(dataset, self.faces, self.patient_model)
         return annotate_token_rewards(
             dataset,
-            self.patient_model,
+            self.patient_model,  # type: ignore[arg-type]  # checked above, as faces are
             processing_class,
-            faces=self.faces,
+            faces=self.faces,  # type: ignore[arg-type]
             reward_fn=self.reward_fn,
             max_length=args.max_length,
             drop_unusable=args.drop_unusable,
@@ -339,7 +339,7 @@ class TFPOTrainer(DoctorFiles):
         """The dataset with the log-probabilities of the doctor before training, where these are the reference."""
         if dataset is None or not self._has_reference:
             return dataset
-        return with_reference_logps(dataset, self, fingerprint=self._reference_fingerprint)
+        return with_reference_logps(dataset, self, fingerprint=str(self._reference_fingerprint))
 
     def _set_signature_columns_if_needed(self):
         # Columns that the collator reads. The default is the arguments of the model's forward
@@ -367,9 +367,10 @@ class TFPOTrainer(DoctorFiles):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
+        output_dir = str(self.args.output_dir)
         if self.args.should_save:
-            check_writable(self.args.output_dir)
-        checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
+            check_writable(output_dir)
+        checkpoint = resolve_checkpoint(resume_from_checkpoint, output_dir)
         return super().train(checkpoint, trial, ignore_keys_for_eval)
 
     def create_optimizer(self, model=None):
@@ -444,9 +445,9 @@ class TFPOTrainer(DoctorFiles):
     ) -> dict[str, float]:
         self._metric_key_prefix = metric_key_prefix
         if eval_dataset is None or isinstance(eval_dataset, str):
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # type: ignore[arg-type]
         if isinstance(eval_dataset, dict):
-            metrics = {}
+            metrics: dict[str, float] = {}
             for name, split in eval_dataset.items():
                 metrics |= self.evaluate(split, ignore_keys, f"{metric_key_prefix}_{name}")
             return metrics
@@ -479,8 +480,8 @@ class TFPOTrainer(DoctorFiles):
         test_dataset = self._calibrate(test_dataset, needs_gaps=bool(self.args.calibrate_rewards))
         test_dataset = self._add_reference_logps(test_dataset)
         output = super().predict(test_dataset, ignore_keys, metric_key_prefix)
-        output.metrics.update(self._means.take("eval", f"{metric_key_prefix}_"))
-        return output
+        metrics = {**(output.metrics or {}), **self._means.take("eval", f"{metric_key_prefix}_")}
+        return output._replace(metrics=metrics)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
