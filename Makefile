@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 
 # What is tried when things go wrong; each of these files has more of it where the environment asks for it
 RELIABILITY = tests/bad_input $(wildcard $(patsubst %,tests/test_%.py,\
-	atomic determinism fault* formats fuzz* numbers security server shards upstream))
+	atomic determinism fault* formats fuzz* numbers score_cache security server upstream))
 
 .PHONY: demo demo-real bench-real test test-fast test-reliability style quality audit docs screenshot clean
 

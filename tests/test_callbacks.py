@@ -66,6 +66,7 @@ def test_it_shows_what_guided_decoding_would_say(policy, annotated, tmp_path, ca
     assert shown.count("Completions at step") == 2 and "guided" in shown
 
 
+@pytest.mark.slow
 def test_training_is_the_same_with_and_without(annotated, tmp_path):
     """A callback that samples from the random numbers of training, or leaves dropout off, changes what it shows."""
     weights = []

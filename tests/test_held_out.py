@@ -68,6 +68,7 @@ def opposite(dataset: Dataset) -> Dataset:
     )
 
 
+@pytest.mark.slow
 def test_learning_by_heart_is_told_once(annotated, tokenizer, tmp_path):
     """Nobody would look at a column of losses until the doctor disappoints."""
     told = train(annotated, opposite(annotated), tokenizer, tmp_path, learning_rate=3e-2)

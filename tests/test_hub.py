@@ -67,9 +67,7 @@ def prompts():
 
 
 def test_every_push_is_a_whole_doctor(annotated, tmp_path, monkeypatch):
-    """
-    A doctor that is taken from the Hub while its training goes on must guide, and rank its own answers, as it will.
-    """
+    """A doctor that is pushed during training guides, and ranks its own answers, as the saved doctor does."""
     pushed = []
 
     def upload_folder(_, folder_path, **settings):

@@ -189,6 +189,7 @@ def test_completions_of_one_token(tmp_path):
     assert len(dataset["rejected_ids"][0]) == 1
 
 
+@pytest.mark.slow
 def test_completions_of_4096_tokens(tmp_path):
     """Sums over thousands of tokens are where float32 ends."""
     rows = conversational_rows(1)

@@ -53,6 +53,7 @@ def test_what_the_page_shows_is_escaped():
     assert "<img" not in shown and "&lt;img" in shown and "⁺" in shown and "-0.50 nats" in shown
 
 
+@pytest.mark.slow
 def test_the_dot_is_where_the_setting_is(monkeypatch):
     """Without weights the dot is the patient: no distance, and the reward at which the frontier begins."""
     monkeypatch.setattr("trl_tfpo.server.playground.NUM_FRONTIER_SAMPLES", 20)

@@ -69,6 +69,7 @@ def test_greedy_search_gives_the_tokens_of_plain_guided_decoding(patient, doctor
         assert counts["num_patient_forwards"] == 40 - counts["num_accepted"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [gpt2, mistral])
 @pytest.mark.parametrize(
     "extra",
@@ -185,6 +186,7 @@ def chi_square_p_value(policy: str, num_draft_tokens, num_seeds: int = 20) -> fl
     return torch.special.gammaincc(torch.tensor((len(cells) - 1) / 2), torch.tensor(statistic / 2)).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "policy, num_draft_tokens",
     [
