@@ -19,7 +19,7 @@ from datasets import config, load_dataset
 from peft import LoraConfig
 
 from trl_tfpo import TFPOConfig, TFPOTrainer, tfpo_objective
-from trl_tfpo.common._upstream import is_sharded
+from trl_tfpo.common.language_model import is_sharded
 
 
 GLOBAL_BATCH = 8  # pairs of one optimizer step, whatever the engine

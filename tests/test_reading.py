@@ -11,7 +11,7 @@ from hybrids import ARCHITECTURES, make
 
 from trl_tfpo import Doctor, DoctorGuidedLogitsProcessor, guided_generate
 from trl_tfpo.annotation.scoring import score_completions
-from trl_tfpo.common._upstream import in_float32
+from trl_tfpo.common.precision import in_float32
 from trl_tfpo.decoding.doctors import DoctorMemory
 from trl_tfpo.decoding.generation import check_reads
 from trl_tfpo.evaluation import generate_completions

@@ -22,11 +22,11 @@ from trl_tfpo.common._upstream import (
     _BaseTrainer,
     active_adapters,
     adapter_layers,
-    is_sharded,
     keep_differentiable,
     unsharded,
     using_adapters,
 )
+from trl_tfpo.common.language_model import is_sharded
 from trl_tfpo.training.doctor_files import DoctorFiles
 
 

@@ -24,9 +24,9 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import functional
-from ..common._upstream import HALVES, in_float32
 from ..common.arguments import check_counts
 from ..common.atomic import FORMAT, check_format
+from ..common.precision import HALVES, in_float32
 from ..data.tokenization import (
     FACE_COLUMNS,
     ID_COLUMNS,

@@ -6,7 +6,6 @@ Private parts of TRL, PEFT, Accelerate and transformers that this package uses, 
 `tests/test_upstream.py` checks that each part still behaves as this package needs it.
 """
 
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,9 +15,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import fsdp2_prepare_model
-from torch._subclasses.fake_tensor import FakeTensorMode  # tensors without values; public only inside torch.compile
-from torch.utils._python_dispatch import TorchDispatchMode  # documented under this name only
-from torch.utils._pytree import tree_leaves  # the same
 from transformers import PreTrainedModel
 from transformers.integrations import deepspeed as deepspeed_integration
 from trl.models.utils import prepare_deepspeed
@@ -26,39 +22,21 @@ from trl.trainer.base_config import _BaseConfig  # defaults and help texts share
 from trl.trainer.base_trainer import _BaseTrainer  # model card, loss scaling flag and tags of all TRL trainers
 from trl.trainer.utils import create_model_from_path  # dtype and device rules for models given by name
 
-from .language_model import backbone_of, inference, is_peft_model, is_sharded, unwrap_peft
-from .precision import HALVES, default_dtype, float32_residuals, in_float32
-
 
 __all__ = [
-    "FakeTensorMode",
-    "HALVES",
-    "TorchDispatchMode",
     "_BaseConfig",
     "_BaseTrainer",
     "active_adapters",
     "adapter_layers",
-    "backbone_of",
-    "default_dtype",
-    "float32_residuals",
-    "in_float32",
-    "inference",
-    "is_peft_model",
-    "is_sharded",
     "keep_differentiable",
     "keep_output_precision",
     "load_model",
     "load_sharded",
     "shard",
     "shards_models",
-    "tree_leaves",
     "unsharded",
-    "unwrap_peft",
     "using_adapters",
 ]
-
-
-logger = logging.getLogger(__name__)
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
 from transformers.generation import BaseStreamer
 from transformers.utils import ModelOutput
 
-from ..common._upstream import adapter_layers, unwrap_peft, using_adapters
+from ..common._upstream import adapter_layers, using_adapters
+from ..common.language_model import unwrap_peft
 from ..models.adapters import check_speaks
 from .best_of import check_best_of, keep_best
 from .logits_processor import DoctorGuidedLogitsProcessor

@@ -15,7 +15,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..common._upstream import active_adapters, adapter_layers, unwrap_peft, using_adapters
+from ..common._upstream import active_adapters, adapter_layers, using_adapters
+from ..common.language_model import unwrap_peft
 from .doctors import NO_ADAPTER
 from .logits_processor import DoctorGuidedLogitsProcessor
 

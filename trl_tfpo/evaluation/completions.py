@@ -16,8 +16,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..common._upstream import unwrap_peft
 from ..common.arguments import check_counts
+from ..common.language_model import unwrap_peft
 from ..common.progress import Progress
 from ..data.tokenization import all_eos_token_ids, tokenize_prompt
 from ..decoding.generation import check_reads, guided_generate

@@ -24,7 +24,8 @@ from transformers import (
 from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
-from ..common._upstream import default_dtype, load_model, unsharded
+from ..common._upstream import load_model, unsharded
+from ..common.precision import default_dtype
 from .fingerprint import model_fingerprint
 
 

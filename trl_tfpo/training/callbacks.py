@@ -23,7 +23,7 @@ from transformers import (
 from transformers.integrations import is_trackio_available, is_wandb_available
 
 from ..annotation.token_rewards import check_patient
-from ..common._upstream import inference, is_sharded
+from ..common.language_model import inference, is_sharded
 from ..common.printable import printable
 from ..data.tokenization import all_eos_token_ids
 from ..decoding.exponents import Weight

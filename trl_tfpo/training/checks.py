@@ -12,9 +12,8 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.data.data_collator import DataCollator
 
 from ..annotation.token_rewards import check_given
-from ..common._upstream import is_peft_model, is_sharded
 from ..common.atomic import written_whole
-from ..common.language_model import LanguageModel
+from ..common.language_model import LanguageModel, is_peft_model, is_sharded
 from ..data.tokenization import columns_of
 from ..faces import Faces
 from ..models.guidance import is_guidance

@@ -16,7 +16,8 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import HubStrategy
 
-from ..common._upstream import _BaseTrainer, is_peft_model, is_sharded
+from ..common._upstream import _BaseTrainer
+from ..common.language_model import is_peft_model, is_sharded
 from ..models.adapters import VALUE_HEAD, center_head
 from ..models.guidance import GUIDANCE_FILE, save_guidance
 from ..models.saved_doctor import VALUE_HEAD_FILE, fold_map, load_value_head, save_value_head

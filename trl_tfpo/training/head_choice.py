@@ -18,8 +18,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 
 from ..annotation.token_rewards import GAP_COLUMNS
-from ..common._upstream import is_sharded
-from ..common.language_model import LanguageModel
+from ..common.language_model import LanguageModel, is_sharded
 from ..models.guidance import free_head
 from ..models.guidance_head import GuidanceHead
 from .token_gaps import centered_embeddings, predict_gaps, read_gaps, sample_pairs

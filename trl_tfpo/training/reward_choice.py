@@ -9,8 +9,7 @@ from datasets import Dataset, IterableDataset
 
 from ..annotation.agreement import warn_unless_faces_separate
 from ..annotation.token_rewards import GAP_COLUMNS, annotation_settings
-from ..common._upstream import is_peft_model, is_sharded
-from ..common.language_model import LanguageModel
+from ..common.language_model import LanguageModel, is_peft_model, is_sharded
 from ..data.tokenization import columns_of
 from ..functional import token_rewards
 from .base_policy import POLICIES
