@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Align a small real language model on a CPU, in about a quarter of an hour: `make demo-real`.
+Align a small real language model on a CPU, in about twelve minutes: `make demo-real`.
 
 ```bash
 python benchmarks/real/demo.py                      # SmolLM2-135M-Instruct is to answer cheerfully
