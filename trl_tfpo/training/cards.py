@@ -157,8 +157,8 @@ def complete_model_card(
         **annotation,
     )
     text = card.text.replace("[None](https://huggingface.co/None)", "a model without a name on the Hub")
-    card.text, is_there = re.subn(r"^## Quick start.*?(?=^## )", lambda _: how, text, count=1, flags=re.M | re.S)
-    if not is_there:
+    card.text, num_replaced = re.subn(r"^## Quick start.*?(?=^## )", lambda _: how, text, count=1, flags=re.M | re.S)
+    if not num_replaced:
         card.text = f"{text}\n\n{how}"
     if is_adapter:
         card.data.library_name = "peft"

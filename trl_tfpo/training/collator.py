@@ -220,7 +220,7 @@ class TokenRewardCollator(DataCollatorMixin):
             if len(values) != len(completion_ids):
                 raise ValueError(
                     f"`{name}_{column}` must have one entry for each completion token. Got {len(values)} for "
-                    f"{len(completion_ids)} tokens; was the dataset annotated with another tokenizer?"
+                    f"{len(completion_ids)} tokens; annotate the dataset again, with the tokenizer of the doctor."
                 )
             row[key] = [value for value, is_assistant in zip(values[room], row["mask"], strict=True) if is_assistant]
         return row

@@ -233,8 +233,8 @@ def training_plan(
     if frozen is not None and not is_annotated:
         annotation_tokens = frozen.num_scored_tokens(lengths, FACE_COLUMNS)
         # With several processes an unquantized doctor is moved to the accelerator later
-        is_there = num_processes == 1 or model.quantized
-        memory.append(Memory("annotation", frozen.num_bytes + (model.num_bytes if is_there else 0)))
+        has_doctor = num_processes == 1 or model.quantized
+        memory.append(Memory("annotation", frozen.num_bytes + (model.num_bytes if has_doctor else 0)))
     if args.reference_weight and not policy.has_base and not set(REFERENCE_COLUMNS) <= set(dataset.column_names):
         reference_tokens = model.num_scored_tokens(lengths, ID_COLUMNS[:1])
         memory.append(Memory("reference", model.num_bytes))

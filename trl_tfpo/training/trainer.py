@@ -118,8 +118,8 @@ class TFPOTrainer(DoctorFiles):
             `(loss, metrics)`.
 
     Raises:
-        `ValueError`: when doctor, patient, tokenizer, datasets and settings do not fit together. Each message states
-        the rule, the value, and the remedy.
+        `ValueError`: if doctor, patient, tokenizer, datasets and settings are not compatible. Each message states the
+            rule, the value got, and the remedy.
 
     Examples:
 
@@ -349,8 +349,8 @@ class TFPOTrainer(DoctorFiles):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         name = self.args.length_column_name
-        minds_length = self.args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
-        if minds_length and isinstance(dataset, Dataset) and name not in dataset.column_names:
+        needs_lengths = self.args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
+        if needs_lengths and isinstance(dataset, Dataset) and name not in dataset.column_names:
             dataset = dataset.add_column(name, row_lengths(dataset))  # for the sampler only
         return super()._get_train_sampler(dataset)
 
