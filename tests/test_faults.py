@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from trl_tfpo import TFPOConfig, TFPOTrainer, TokenRewardCollator, annotate_token_rewards
 from trl_tfpo.annotation.score_cache import SHARD_SIZE
 from trl_tfpo.cli import main
-from trl_tfpo.training.checkpoints import CONTENTS_FILE, check_checkpoint, mark_whole, resolve_checkpoint
+from trl_tfpo.training.checkpoints import CONTENTS_FILE, check_checkpoint, mark_complete, resolve_checkpoint
 
 
 pytestmark = pytest.mark.slow
@@ -157,9 +157,9 @@ def test_nothing_older_is_deleted_before_a_checkpoint_is_whole(annotated, tmp_pa
 
     def marked(folder):
         seen.append(sorted(path.name for path in tmp_path.glob("checkpoint-*")))
-        mark_whole(folder)
+        mark_complete(folder)
 
-    monkeypatch.setattr("trl_tfpo.training.checkpoints.mark_whole", marked)
+    monkeypatch.setattr("trl_tfpo.training.checkpoints.mark_complete", marked)
     make_trainer(annotated, tmp_path, save_total_limit=1, max_steps=4).train()
     assert seen == [["checkpoint-2"], ["checkpoint-2", "checkpoint-4"]]
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]

@@ -34,7 +34,7 @@ from trl_tfpo.cli import main
 from trl_tfpo.evaluation import RewardModel
 from trl_tfpo.server import Engine, Limits, make_app
 from trl_tfpo.training.cards import annotation_card
-from trl_tfpo.training.checkpoints import mark_whole
+from trl_tfpo.training.checkpoints import mark_complete
 
 
 PACKAGE = Path(__file__).parents[1] / "trl_tfpo"
@@ -135,7 +135,7 @@ def test_no_checkpoint_runs_what_is_planted_in_it(name, error, checkpoint, tmp_p
     (planted / name).write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
     if name == "pytorch_model.bin":
         (planted / "model.safetensors").unlink()
-    mark_whole(planted)  # whoever planted it can do so
+    mark_complete(planted)  # whoever planted it can do so
     trainer = make_trainer(max_steps=1 if error else 2)
     if error is None:
         assert trainer.train(resume_from_checkpoint=str(planted)).global_step == 2

@@ -45,7 +45,7 @@ def test_the_trainer_calls_what_is_overridden():
     """
     A method that is called by another name is one that nobody calls: rewards would be dropped as unknown columns.
 
-    Change: the method of that name in `TFPOTrainer`, or `checkpoints.kept_whole`.
+    Change: the method of that name in `TFPOTrainer`, or `checkpoints.complete_checkpoint`.
     """
     for name in ("_set_signature_columns_if_needed", "_get_train_sampler", "_save_checkpoint", "get_batch_samples"):
         assert name in vars(TFPOTrainer) and f"self.{name}" in inspect.getsource(Trainer), name

@@ -57,7 +57,7 @@ def check_adapters(model: LanguageModel, name: str = "A doctor") -> None:
         for adapter in getattr(layer, attribute)
     }
     for adapter, config in configs.items():
-        reason = why_unreadable(config)
+        reason = why_unsupported(config)
         if reason is None and adapter not in switchable:
             reason = "Its layers cannot be switched on and off"
         if reason:
@@ -67,7 +67,7 @@ def check_adapters(model: LanguageModel, name: str = "A doctor") -> None:
             )
 
 
-def why_unreadable(config: "PeftConfig") -> str | None:
+def why_unsupported(config: "PeftConfig") -> str | None:
     """Reason why an adapter with this config is not supported in doctors and patients, or `None`."""
     if config.is_prompt_learning or config.is_adaption_prompt:
         return "Prompt learning adds tokens that patient and decoding do not see"

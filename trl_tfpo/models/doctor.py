@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 
 from ..common.language_model import LanguageModel, device_of, head_of, is_peft_model, unwrap_peft
 from ..functional import FactoredLogits, token_logps
-from .adapters import VALUE_HEAD, check_adapters, record_exponents, why_unreadable
+from .adapters import VALUE_HEAD, check_adapters, record_exponents, why_unsupported
 from .guidance import GUIDANCE, is_guidance, start_guidance
 from .head_adapter import keep_head, save_without_embeddings, with_head
 from .states import PLAIN, add_logits, head_form, read_logits
@@ -244,7 +244,7 @@ def _add_adapter(model: PreTrainedModel, peft_config: Any, *, guides: bool, has_
             "`peft_config` makes a new adapter. Got a `PeftModel` as well; pass one or the other, or merge the "
             "adapter with `merge_and_unload()` first."
         )
-    reason = why_unreadable(peft_config)
+    reason = why_unsupported(peft_config)
     if reason is None and not hasattr(peft_config, "modules_to_save"):
         reason = "The value head is saved with the adapter, by `modules_to_save`"
     if reason:

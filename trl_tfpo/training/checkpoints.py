@@ -23,7 +23,7 @@ PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bi
 
 
 @contextmanager
-def kept_whole(trainer: Trainer, folder: str | os.PathLike[str]) -> Iterator[None]:
+def complete_checkpoint(trainer: Trainer, folder: str | os.PathLike[str]) -> Iterator[None]:
     """
     Mark a checkpoint as complete once all processes have written it within the context, then delete older ones.
 
@@ -44,12 +44,12 @@ def kept_whole(trainer: Trainer, folder: str | os.PathLike[str]) -> Iterator[Non
         args.save_total_limit = limit
     trainer.accelerator.wait_for_everyone()
     if args.should_save:
-        mark_whole(folder)
+        mark_complete(folder)
         best = trainer.state.best_model_checkpoint
         rotate_checkpoints(str(folder.parent), limit, best_model_checkpoint=best, use_mtime=True)
 
 
-def mark_whole(folder: str | os.PathLike[str]) -> None:
+def mark_complete(folder: str | os.PathLike[str]) -> None:
     """
     Mark a checkpoint as complete, with a list of its files.
 

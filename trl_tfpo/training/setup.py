@@ -66,7 +66,7 @@ def resolve_tokenizer(
     return processing_class
 
 
-def ready_doctor(
+def prepare_doctor(
     model: LanguageModel, args: TFPOConfig, policy: Policy, peft_config: "PeftConfig | None"
 ) -> LanguageModel:
     """The doctor with its heads and adapter, ready for training."""

@@ -48,7 +48,7 @@ from ..models.fingerprint import model_fingerprint
 from ..models.guidance import start_at_credits
 from ..models.named_model import NamedModel, outline_of
 from .base_policy import POLICIES, place_base_policy, read_base_policy
-from .checkpoints import kept_whole, resolve_checkpoint
+from .checkpoints import complete_checkpoint, resolve_checkpoint
 from .checks import (
     check_callables,
     check_can_annotate,
@@ -66,7 +66,7 @@ from .objective import describe_batch, pair_rewards
 from .pair_means import PairMeans
 from .reference import REFERENCE_COLUMNS, check_not_streamed, with_reference_logps
 from .reward_choice import choose_rewards
-from .setup import objective_of, ready_doctor, resolve_doctor, resolve_patient, resolve_tokenizer, reward_fn_of
+from .setup import objective_of, prepare_doctor, resolve_doctor, resolve_patient, resolve_tokenizer, reward_fn_of
 
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ class TFPOTrainer(DoctorFiles):
         base_policy = policy.base(language_model, self.patient_model)  # before the doctor gets its heads
         doctor = language_model.loaded if isinstance(language_model, NamedModel) else language_model
         processing_class = resolve_tokenizer(processing_class, doctor, args)
-        doctor = ready_doctor(doctor, args, policy, peft_config)
+        doctor = prepare_doctor(doctor, args, policy, peft_config)
 
         # Data
         if data_collator is None:
@@ -492,5 +492,5 @@ class TFPOTrainer(DoctorFiles):
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with kept_whole(self, folder):
+        with complete_checkpoint(self, folder):
             super()._save_checkpoint(model, trial)
