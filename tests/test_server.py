@@ -3,6 +3,7 @@
 """The server: every answer is the one that would have been given alone, whatever else is asked at the same time."""
 
 import json
+import queue
 import signal
 import subprocess
 import sys
@@ -246,6 +247,24 @@ def test_a_failing_batch_answers_its_clients(world, doctors, monkeypatch):
     engine.submit(Generation([1, 9], on_event, max_new_tokens=3))
     assert done.wait(20) and events[-1]["finish_reason"] in ("length", "stop")
     engine.close()
+
+
+def test_a_failing_listener_ends_its_own_completion(world, doctors):
+    """The thread must go on for the other clients."""
+
+    def fail(event):
+        raise RuntimeError("gone")
+
+    engine = Engine(world.patient, world.tokenizer, doctors)
+    events = queue.Queue()
+    try:
+        engine.submit(Generation([1, 2], on_event=fail))
+        engine.submit(Generation([1, 2], on_event=events.put, max_new_tokens=2))
+        while "finish_reason" not in events.get(timeout=30):
+            pass
+        assert engine.num_waiting == 0
+    finally:
+        engine.close()
 
 
 def test_answers_end_where_positions_do(world, doctors):

@@ -29,7 +29,7 @@ from ..evaluation.completions import pad
 from ..functional import guided_logps
 from ..models.adapters import check_speaks, trained_exponents
 from .batch import Batch
-from .sampling import Generation, Row, TokenScore
+from .sampling import Event, Generation, Row, TokenScore
 from .text import REPLACEMENT, TokenTexts
 
 
@@ -312,7 +312,7 @@ class Engine:
             generation = row.generation
             if generation.with_prompt and not row.ids and not row.has_nan:
                 first = TokenScore(id=generation.prompt_ids[0], logp=None, top=[])
-                generation.on_event({"prompt": [first, *row.prompt_scores]})
+                self._notify(row, {"prompt": [first, *row.prompt_scores]})
                 row.prompt_scores = []
             if row.has_nan or generation.max_new_tokens == 0:
                 self._finish(row, "error" if row.has_nan else "length")
@@ -419,13 +419,21 @@ class Engine:
         """Send what is new in the text of a row."""
         piece, row.num_sent = text[row.num_sent :], max(len(text), row.num_sent)
         tokens, row.unsent = row.unsent, []
-        row.generation.on_event({"text": piece, "tokens": tokens})
+        self._notify(row, {"text": piece, "tokens": tokens})
+
+    def _notify(self, row: Row, event: Event) -> None:
+        """Send an event. A listener that raises ends its own completion, not the thread."""
+        try:
+            row.generation.on_event(event)
+        except Exception:
+            logger.exception("A listener failed, and its completion is cancelled")
+            row.generation.is_cancelled = True
 
     def _finish(self, row: Row, reason: str, text: str | None = None) -> None:
         """Send the rest of the text, and the end."""
         if text is not None and (len(text) > row.num_sent or row.unsent):
             self._send(row, text)
-        row.generation.on_event({"finish_reason": reason, "num_tokens": len(row.ids)})
+        self._notify(row, {"finish_reason": reason, "num_tokens": len(row.ids)})
 
     def _ends_early(self, row: Row) -> bool:
         """Finish a row that is cancelled or out of time. Returns whether it is."""
