@@ -21,7 +21,7 @@ from trl_tfpo.testbed import Comparison
 from trl_tfpo.testbed.frontier import Frontier, kl_of, reward_kl_frontier, tilted
 
 
-Guide = Callable[[float], DoctorGuidedLogitsProcessor]  # of a strength; always with the same models
+Guide = Callable[[float], DoctorGuidedLogitsProcessor]  # maps a strength to a guide; all guides have the same models
 
 
 @dataclass(frozen=True)

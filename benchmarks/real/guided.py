@@ -25,7 +25,7 @@ MIN_P = 0.1  # of AAD: tokens at least this likely, relative to the likeliest
 
 class Guide:
     """
-    The patient times a doctor, for [`~samples.draw`]; sums the KL of the texts.
+    A guide for [`~samples.draw`]: the patient times a doctor. It sums the KL of the texts.
 
     Args:
         doctor ([`~states.Doctor`]):

@@ -332,7 +332,7 @@ def read_answers(args: argparse.Namespace) -> tuple[torch.Tensor, int, dict[str,
     key = json.dumps([model_fingerprint(model), args.max_tokens, vars(TASK.faces), pairs])
     folder = args.cache / "human" / hashlib.sha256(key.encode()).hexdigest()[:16]
     reader = Reader(model, tokenizer, tokenizer.eos_token_id)
-    whole = pairs[: -(-needed // PIECE) * PIECE]  # the last piece is whole, so that more pairs can be added
+    whole = pairs[: -(-needed // PIECE) * PIECE]  # a whole last piece, so that pairs can be added later
     prompts, completions = [pair.prompt for pair in whole], [pair[1:] for pair in whole]
     groups = read_all(reader, prompts, completions, [TASK], folder, "pairs", prompts_per_piece=PIECE)
     generator = torch.Generator().manual_seed(0)
@@ -380,7 +380,7 @@ class Result:
 
 
 def agreement(margins: torch.Tensor) -> torch.Tensor:
-    """Return 1 for each pair where the chosen answer has the larger score, 1/2 for a tie."""
+    """Return for each pair 1 where the chosen answer has the larger score, 1/2 for a tie, else 0."""
     return (margins > 0).double() + (margins == 0).double() / 2
 
 
