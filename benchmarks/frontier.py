@@ -186,8 +186,8 @@ def measure(name: str, method: Method, task: Task, kls: list[float], output: Pat
 
 def sample(task: Task, guide: Guide, strengths: list[float], largest: float) -> list[dict]:
     """
-    Measure on test prompts: importance-weighted samples at all strengths but the last, where the effective sample size
-    is small, and sampled texts at the second, the third and the last.
+    Measure on test prompts. Importance-weighted samples serve all strengths but the last, where their effective number
+    is small. Texts are sampled at the second, the third and the last strength.
     """
     samples, comparison = task.samples("test"), task.comparison("test")
     rows = samples.follow(guide, samples.doctor_logits(guide(largest)), strengths, attribute=task.attribute)
@@ -325,8 +325,8 @@ def grids(rows: list[dict]) -> str:
 
 def efficiencies(rows: list[dict], kls: list[float]) -> str:
     """
-    Print efficiency at each KL, mean and standard deviation over seeds and attributes, and costs. Where some never
-    come near a KL, their number is printed.
+    Print costs, and efficiency at each KL: mean and standard deviation over seeds and attributes. The number of runs
+    is printed where some do not come near a KL.
     """
     shown = " | ".join(f"{kl} nats" for kl in kls)
     lines = [f"| method | seeds | {shown} | grammar | passes for a token | training (s) |"]
@@ -408,9 +408,9 @@ def spread(values: list[float]) -> str:
 
 def interval(found: dict, attributes: set[str], form: str, sign: str = "") -> str:
     """
-    Return the mean over attributes and over the seeds that have all of them, with an interval. If there is a value for
-    each prompt, the interval is by bootstrap over prompts and seeds, or over prompts alone with one seed; attributes
-    are fixed. Otherwise it is the range.
+    Return the mean over attributes and seeds, with an interval. Seeds that lack an attribute are left out. With a
+    value for each prompt, the interval is by bootstrap over prompts and seeds, or over prompts alone if there is one
+    seed; attributes are fixed. Otherwise it is the range.
     """
     seeds = [seed for seed in sorted({seed for _, seed in found}) if all((x, seed) in found for x in attributes)]
     if not seeds:

@@ -14,8 +14,8 @@ python benchmarks/soak.py training --steps 5000
 - *decoding*: one processor serves thousands of calls.
 - *training*: a training is killed and resumed many times.
 
-Each prints a table, and exits with status 1 if an answer, a call or a tensor was lost, late or wrong, or if memory
-grew by 5%.
+Each prints a table. The exit status is 1 if an answer, a call or a tensor was lost, late or wrong, or if memory grew
+by 5%.
 """
 
 import argparse
@@ -96,7 +96,8 @@ def is_sound(figures: dict) -> bool:
 
 def soak_server(minutes: float, num_clients: int, num_prompts: int, *, cancelled: float) -> dict:
     """
-    Run clients that ask, read and disconnect. Every answer is compared with that of the library for the prompt alone.
+    Run clients that send requests, read answers and disconnect. Every answer is compared with that of the library for
+    the prompt alone.
     """
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         questions = prepare_questions(Path(folder), num_prompts)

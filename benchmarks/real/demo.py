@@ -13,7 +13,7 @@ python benchmarks/real/demo.py --model FOLDER       # another chat model: a fold
 2. A scorer, with noise, says which answer is better.
 3. The patient reads the answers under its two faces, which gives every token a reward.
 4. A doctor, the first 8 layers of the patient, is trained on these rewards.
-5. The doctor guides the patient on questions that were not used before.
+5. The doctor guides the patient on held-out questions.
 """
 
 import argparse

@@ -59,7 +59,7 @@ PENALTIES = [0.1, 1.0, 10.0, 100.0]  # ridge of the linear models, in units of t
 
 @dataclass(frozen=True)
 class Task:
-    """Faces and their name, which is the name of their gaps in an answer."""
+    """Faces and their name. Their gaps in an answer have the same name."""
 
     name: str = "harmless"
     faces: Faces = field(default_factory=lambda: Faces(HARMLESSNESS.positive, HARMLESSNESS.negative, "user"))
@@ -207,7 +207,7 @@ def labelled_tfpo(
     fold: Fold, seed: int, *, label_reward: float, map_rate: float, learning_rate: float, **settings
 ) -> Score:
     """
-    Flow balance with calibrated rewards, and a reward of the whole answer, spread over its tokens, positive if chosen.
+    Flow balance with two rewards: calibrated token rewards, and the label of the answer, spread over its tokens.
     """
     credits, rewards = fold.calibration(TASK.name, seed).credits, {}
     for pair in fold.pairs(TASK.name, seed):
@@ -368,7 +368,7 @@ def run(args: argparse.Namespace) -> None:
 @dataclass(frozen=True)
 class Result:
     """
-    A method with the settings that explain the validation pairs best; agreement and log-likelihood of each test pair.
+    A method with its best settings on the validation pairs, and agreement and log-likelihood of each test pair.
     """
 
     settings: dict

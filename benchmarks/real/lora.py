@@ -116,7 +116,7 @@ def by_length(answers: Sequence[Answer], size: int = 16) -> list[list[Answer]]:
 
 class Runs:
     """
-    Adapters of one task and seed, and what they are measured on.
+    Adapters of one task and seed, with the data that they are measured on.
 
     Args:
         args (`argparse.Namespace`):

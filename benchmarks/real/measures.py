@@ -3,9 +3,9 @@
 """
 Measures: reward at a given KL from the patient, on test or validation prompts.
 
-Near the patient its own samples are importance-weighted, so that all methods share their noise; strengths are found on
-them. Beyond 2 nats the effective sample size of 64 samples is too small, and texts are sampled from the guided patient
-(`guided.py`).
+Near the patient, its own samples are importance-weighted. All methods therefore share the noise of these samples.
+Strengths are found on them too. Beyond 2 nats the effective sample size of 64 samples is too small, and texts are
+sampled from the guided patient (`guided.py`).
 """
 
 import itertools
@@ -116,7 +116,8 @@ def measure(
     bench: "Bench", task: str, split: str, logits: Logits, ranked_by: torch.Tensor | None = None, n: int = 1
 ) -> list[dict]:
     """
-    Return a row for each KL: reward, tokens, share that ends, gain by prompt; of the best of n if there is a signal.
+    Return a row for each KL: reward, number of tokens, share of complete texts, gain by prompt. With a signal they are
+    those of the best of n.
     """
     groups, scores = bench.answers[split], bench.scores[task, split]
     tokens = torch.tensor([[float(len(a.ids)) for a in group] for group in groups]).double()

@@ -288,7 +288,10 @@ def train(
     seed: int = 0,
     batch_size: int = 16,
 ) -> Doctor:
-    """Train by AdamW with a cosine schedule; the value has ten times the rate, the map `map_rate` times."""
+    """
+    Train by AdamW with a cosine schedule. The value has ten times the learning rate, and the map `map_rate`
+    times.
+    """
     doctor.map.requires_grad_(map_rate > 0)
     optimizer = torch.optim.AdamW(
         [
@@ -405,8 +408,8 @@ def patient_logps(embeddings: torch.Tensor, answer: Answer) -> torch.Tensor:
 @dataclass(frozen=True)
 class Guided:
     """
-    A guided policy on the patient's samples: log-ratios to the patient, weights, and KL in nats, (P, N), which give
-    the expectations.
+    A guided policy on the patient's samples: log-ratios to the patient, importance weights, and KL in nats, (P, N)
+    each.
     """
 
     log_ratios: torch.Tensor
@@ -454,7 +457,7 @@ def weigh(groups: Sequence[Sequence[Answer]], logits: Logits, strength: float) -
 def logits_of(
     model: PreTrainedModel, reader: Reader, prompts: Sequence[list[dict]], groups: Sequence[Sequence[Answer]]
 ) -> Logits:
-    """Return what [`logits_on`] returns, for a doctor that is a model and reads prompts and answers itself."""
+    """Return the same as [`logits_on`], for a doctor that is a model and reads prompts and answers itself."""
     own_reader, said = Reader(model, reader.tokenizer, reader.eos_token_id), []
     for messages, group in zip(prompts, groups, strict=True):
         states = own_reader.states(messages, [answer.ids.tolist() for answer in group])

@@ -184,8 +184,8 @@ def spread(values: list[float]) -> str:
 
 def interval(rows: list[dict]) -> str:
     """
-    Return mean efficiency, or gain where the frontier is unknown, with its 95% interval by bootstrap over seeds and
-    over prompts, which all seeds share.
+    Return mean efficiency, or gain where the frontier is unknown, with its 95% interval. It is by bootstrap over seeds
+    and prompts; all seeds have the same prompts.
     """
     if not rows:
         return ""

@@ -65,7 +65,7 @@ def plainness(text: str) -> float:
     """
     The Flesch reading ease of a text of 6 to 32 words, cut to [0, 100] and divided by 100; else 0.5.
 
-    A text of another length gets 0.5, so a shorter or longer answer does not score high by its length.
+    Texts of other lengths get 0.5, so that no answer scores high by its length.
     """
     if not 6 <= len(text.split()) <= 32:
         return 0.5

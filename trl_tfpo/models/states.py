@@ -147,8 +147,9 @@ def _has_whole_head(model: LanguageModel) -> bool:
     """
     head = head_of(model)
     weight = getattr(head, "weight", None)
-    is_tensor = type(weight) in (torch.Tensor, torch.nn.Parameter)  # other types are sharded or quantized
-    if not is_tensor or weight.is_meta or not weight.is_floating_point() or hasattr(weight, "ds_id"):
+    if weight is None or type(weight) not in (torch.Tensor, torch.nn.Parameter):  # others are sharded or quantized
+        return False
+    if weight.is_meta or not weight.is_floating_point() or hasattr(weight, "ds_id"):
         return False
     layer = getattr(head, "base_layer", head)  # within an adapter
     layer = getattr(layer, "original_module", layer)  # within `ModulesToSaveWrapper`

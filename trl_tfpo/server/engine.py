@@ -324,7 +324,7 @@ class Engine:
         """Sample a token for each row. Returns the indices of the rows that continue."""
         guided = self._guide(batch.rows, batch.logits)  # (B, V)
         decoded = self._with_changes(batch, guided)
-        has_nan = decoded.isnan().any(dim=1).tolist()  # in one row, which must not end the others
+        has_nan = decoded.isnan().any(dim=1).tolist()  # a NaN in one row must not end the others
         self.num_tokens += len(batch.rows)
         continuing = []
         for index, row in enumerate(batch.rows):
