@@ -203,7 +203,10 @@ def sample(task: Task, guide: Guide, strengths: list[float], largest: float) -> 
 
 
 def follow(task: Task, guide: Guide, kls: list[float], largest: float) -> list[dict]:
-    """Return strength, KL and efficiency at the KL nearest to each of the wanted ones."""
+    """
+    Return strength, KL and efficiency near each of the wanted KLs, or at the largest strength if a KL is out of
+    reach.
+    """
     samples, doctor_logits = task.samples("validation"), task.samples("validation").doctor_logits(guide(largest))
     follow = functools.partial(samples.follow, guide, doctor_logits, attribute=task.attribute)
     points = [(row["kl"] ** 0.5, row["beta"]) for row in follow([largest * x for x in SHARES], max_kl=max(kls))]
@@ -325,8 +328,8 @@ def grids(rows: list[dict]) -> str:
 
 def efficiencies(rows: list[dict], kls: list[float]) -> str:
     """
-    Print costs, and efficiency at each KL: mean and standard deviation over seeds and attributes. The number of runs
-    is printed where some do not come near a KL.
+    Print costs, and efficiency at each KL: mean and standard deviation over seeds and attributes. If some runs do not
+    come near a KL, the number of those that do is printed.
     """
     shown = " | ".join(f"{kl} nats" for kl in kls)
     lines = [f"| method | seeds | {shown} | grammar | passes for a token | training (s) |"]

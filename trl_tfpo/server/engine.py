@@ -125,7 +125,7 @@ class Engine:
         self.max_positions: int = min(filter(None, sizes), default=2**31)
         self._check_caches()
         self._arrivals: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
-        self._lock = threading.RLock()  # guards `num_waiting`; reentrant, as a listener may submit
+        self._lock = threading.RLock()  # guards `num_waiting`; reentrant, because a listener may submit
         self._is_closed = False
         self.num_waiting = self.num_tokens = 0
         # Of the thread alone
@@ -265,7 +265,7 @@ class Engine:
             self._batch = batch.select(indices) if indices else None
 
     def _read_prompts(self, rows: list[Row]) -> Batch:
-        """Read the prompts of rows, and score those that are to be scored."""
+        """Read the prompts of rows. Score those of rows with `with_prompt`."""
         ids, mask = pad([row.generation.prompt_ids for row in rows], padding_side="left", device=torch.device("cpu"))
         caches = [DynamicCache() for _ in self.models]
         read = list(zip(self.models, caches, strict=True))
@@ -283,7 +283,7 @@ class Engine:
         mask: torch.Tensor,
     ) -> list[torch.Tensor]:
         """
-        Read prompts (B, L) some columns at a time, and score the tokens of those that are to be scored.
+        Read prompts (B, L) some columns at a time. Score the tokens of rows with `with_prompt`.
 
         Returns:
             `list[torch.Tensor]`: logits (B, V) of each model after the prompts.
@@ -416,7 +416,7 @@ class Engine:
         return True
 
     def _send(self, row: Row, text: str) -> None:
-        """Send what is new in the text of a row."""
+        """Send the new part of the text of a row."""
         piece, row.num_sent = text[row.num_sent :], max(len(text), row.num_sent)
         tokens, row.unsent = row.unsent, []
         self._notify(row, {"text": piece, "tokens": tokens})
