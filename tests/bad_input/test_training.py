@@ -50,7 +50,7 @@ def collate(**changes):
 # The dataset
 DATASETS = [
     ("no dataset", lambda: TFPOTrainer(model=make_llama(2), args=TFPOConfig("run")), "`train_dataset` is required"),
-    ("not a dataset", lambda: train(train_dataset=ROWS), "must be a `Dataset` or `IterableDataset`.*Got a `list`"),
+    ("not a dataset", lambda: train(train_dataset=ROWS), "one of the library Datasets. Got a `list`"),
     ("no rows", lambda: train(train_dataset=annotate().select([])), "at least one row"),
     (
         "vision dataset",
@@ -92,7 +92,7 @@ DOCTORS = [
         lambda: TFPOTrainer(model=None, train_dataset=annotate()),
         "`model` must be a causal language model, .*Got None",
     ),
-    ("doctor that is not there", lambda: train(model="./absent"), "Got './absent', which does not exist"),
+    ("doctor that is not there", lambda: train(model="./absent"), "Got './absent', which is not there"),
     ("encoder-decoder doctor", lambda: train(model=tiny_t5()), "causal language model"),
     ("not a tokenizer", lambda: train(tokenizer=object()), "must be a tokenizer"),
     ("tokenizer larger than the doctor", lambda: train(model=make_llama(2, vocab_size=9)), "9 embeddings for 22"),

@@ -26,11 +26,11 @@ from ..annotation.token_rewards import check_patient
 from ..common.language_model import inference, is_sharded
 from ..common.printable import printable
 from ..data.tokenization import all_eos_token_ids
-from ..decoding.exponents import Weight
+from ..decoding.exponents import Weight, default_beta
 from ..decoding.generation import guided_generate
-from ..decoding.logits_processor import DEFAULT_BETA, DoctorGuidedLogitsProcessor
+from ..decoding.logits_processor import DoctorGuidedLogitsProcessor
 from ..evaluation.completions import pad
-from ..models.guidance import GUIDANCE, is_guidance
+from ..models.adapters import trained_exponents
 from ..models.named_model import NamedModel, resolve_model
 from .trainer import TFPOTrainer
 
@@ -145,9 +145,7 @@ class LogGuidedCompletionsCallback(TrainerCallback):
                 "(ZeRO-3 or FSDP2); train with DDP or ZeRO-2, or leave the callback out."
             )
         with inference(patient), inference(doctor):
-            beta = self.beta
-            if beta is None:
-                beta = GUIDANCE["beta"] if is_guidance(doctor) else DEFAULT_BETA
+            beta = default_beta(trained_exponents(doctor)) if self.beta is None else self.beta
             guide = DoctorGuidedLogitsProcessor(doctor, alpha=self.alpha, beta=beta)
             if self.unguided is None:
                 self.unguided = self._generate(patient, None)
