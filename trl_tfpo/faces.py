@@ -3,7 +3,7 @@
 """
 Faces: a pair of contrastive prompts, two opposite instructions under which the patient scores each token.
 
-The difference between the log-probabilities under both is the source of the token rewards.
+Token rewards come from the difference between the log-probabilities under the two instructions.
 """
 
 from dataclasses import dataclass
@@ -46,8 +46,7 @@ class Faces:
             last user message. Small chat models follow instructions better in the user message.
 
     Raises:
-        `ValueError`: when an instruction is blank, or both are the same, which would make every token reward zero; on
-            another `placement`.
+        `ValueError`: if an instruction is blank, if both are the same, or if `placement` is unknown.
 
     Examples:
 
@@ -134,7 +133,7 @@ def resolve_faces(faces: "Faces | str") -> Faces:
         [`Faces`]
 
     Raises:
-        `ValueError`: when there are no built-in faces of this name.
+        `ValueError`: if there are no built-in faces of this name.
     """
     if isinstance(faces, Faces):
         return faces
@@ -171,17 +170,18 @@ def apply_face(
         system_role (`bool`, *optional*, defaults to `True`):
             Whether the chat template has a system role, see [`has_system_role`].
         placement (`str`, *optional*, defaults to `"system"`):
-            `"system"`: the instruction becomes the system message, or the first paragraph of the system message that
-            is there. Without a system role it becomes the first paragraph of the first user message; in a text, the
+            `"system"`: the instruction becomes the system message, or the first paragraph of an existing system
+            message. Without a system role it becomes the first paragraph of the first user message; in a text, the
             first paragraph. `"user"`: it becomes the last line of the last user message; in a text, the last
-            paragraph. Convert a transcript, which ends with the start of the assistant's turn, to messages first.
+            paragraph. Convert transcripts to messages first, because they end with the opening of the assistant's
+            turn.
 
     Returns:
         `str` or `list[dict]`: a new prompt with the instruction.
 
     Raises:
-        `ValueError`: when no message can take the instruction: there is no user message, and for `"system"` no system
-            role either; on another `placement`.
+        `ValueError`: if the prompt has no user message and the instruction cannot be a system message, or if
+        `placement` is unknown.
 
     Examples:
 

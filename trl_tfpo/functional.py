@@ -5,23 +5,24 @@ The equations of LLMdoctor, in the order of the paper (https://huggingface.co/pa
 
 Shapes: B rows, T completion tokens (EOS included), S = T + 1 states, V vocabulary. State $s_t$ is the prompt followed
 by the first $t$ completion tokens, so column $t$ of a (B, S) tensor stands *before* column $t$ of a (B, T) tensor.
-Units: nats. A mask is boolean, True where a token counts; what it hides may be anything, NaN included, and a hidden
-token is a deleted token. `docs/paper_map.md` names the test of every function.
+Units: nats. Masks are boolean: True where a token counts. A masked token counts as deleted, and its entries may have
+any value, NaN included. `docs/paper_map.md` names the test of every function.
 
-Deviations from the paper, each chosen by a function argument unless said otherwise:
+Deviations from the paper. Each is chosen by a function argument, except number 2:
 
-1. A token reward may follow the faces (`reward_direction`), with less of it where the label says otherwise
-   (`disagreement_weight`).
-2. The residual of sub-trajectory balance is $\log F(s_n) - \log F(s_m) - \sum \log \pi$. The public reference code has
-   the sign of the flows reversed, which is not zero at balance. (Not an option.)
-3. $\log V$ is zero at the end of a completed text, [`terminal_boundary`]. Without it every policy is balanced.
-4. $Q$ is the exponential of the accumulated reward; what maps rewards to $Q$ is not printed.
+1. The sign of a token reward may be that of the gap between the faces (`reward_direction`). The reward may be reduced
+   where the label disagrees (`disagreement_weight`).
+2. The residual of sub-trajectory balance is $\log F(s_n) - \log F(s_m) - \sum \log \pi$. The public reference code
+   reverses the sign of the flows. Its residual is not zero at balance.
+3. $\log V$ is zero at the end of a completed text ([`terminal_boundary`]). Without this boundary every policy is
+   balanced.
+4. $Q$ is the exponential of the accumulated reward. The paper does not state how rewards are mapped to $Q$.
 5. The reward may be tempered and anchored to a reference policy (`reward_temperature`, `reference_weight`).
 6. Squared residuals are averaged, not summed, over the sub-trajectories of a completion, in $O(T)$.
-7. Value discrimination compares $\log V$ at the first token at which chosen and rejected part ways.
-8. $\epsilon$ in the importance is large enough to matter (`gap_floor`): where the faces agree, their noise is no
-signal.
-9. The policy whose flow is balanced is a language model times the doctor, [`guided_logps`], or the doctor (`policy`).
+7. Value discrimination compares $\log V$ at the first token at which chosen and rejected differ.
+8. $\epsilon$ in the importance is not negligible (`gap_floor`): a completion on which the faces agree has no important
+   token.
+9. The balanced policy is a language model times the doctor ([`token_logps`]), or the doctor alone (`policy`).
 """
 
 import math
@@ -33,7 +34,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 
-TILE_WIDTH = 1024  # ids whose logits are held at once: on a CPU these fit its cache
+TILE_WIDTH = 1024  # ids whose logits are computed at once on a CPU, where they fit in the cache
 
 
 # Stage 1: token rewards
@@ -47,7 +48,7 @@ def token_importance(
     gap_floor: float = 0.05,
 ) -> torch.Tensor:
     r"""
-    How much the two faces of the patient differ about each token, relative to the rest of the completion.
+    Importance of each token: the size of its gap relative to the mean of the completion.
 
     $$S_t = \tanh\Big(\frac{1}{\tau}\,\frac{|\Delta_t|}{\operatorname{mean}_j |\Delta_j| + \epsilon}\Big)$$
 
@@ -55,17 +56,17 @@ def token_importance(
         gap (`torch.Tensor` of shape `(B, T)`):
             $\Delta_t = \log \pi_{\text{pos}} - \log \pi_{\text{neg}}$ of each token, in nats.
         completion_mask (`torch.Tensor` of shape `(B, T)`):
-            True for the tokens of the completion. The mean is taken over them.
+            True for the tokens of the completion, over which the mean is taken.
         importance_temperature (`float`, *optional*, defaults to `3.0`):
-            $\tau > 0$. At 1 a token with the mean gap is already at 0.76; at 3 it is at 0.32.
+            $\tau > 0$. The importance of a token with the mean gap is 0.76 at $\tau = 1$ and 0.32 at $\tau = 3$.
         gap_floor (`float`, *optional*, defaults to `0.05`):
-            $\epsilon > 0$, in nats. Where the mean gap is much smaller, it is noise, and no token is important.
+            $\epsilon > 0$, in nats. A completion whose mean gap is much smaller has no important token.
 
     Returns:
         `torch.Tensor` of shape `(B, T)`: importance in `[0, 1]`, zero outside the mask.
 
     Raises:
-        `ValueError`: when temperature or floor are not positive.
+        `ValueError`: if temperature or floor is not positive.
 
     Examples:
 
@@ -97,16 +98,16 @@ def token_rewards(
     sparsity_threshold: float = 0.3,
 ) -> torch.Tensor:
     r"""
-    Sparse signed reward of each token, read from the two faces of the patient.
+    Sparse signed reward of each token, from the two faces of the patient.
 
     $$r_t = \operatorname{sign} \cdot S_t \cdot 1[S_t > \theta]$$
 
     The sign is that of the label (`"label"`, the paper) or of the gap $\Delta_t$ (`"faces"`). With `"agreement"` it is
-    that of the gap, and the reward is multiplied by $w$ where the label has the other sign.
+    that of the gap, and the reward is multiplied by $w$ where the label has the opposite sign.
 
     Args:
         positive_logps, negative_logps (`torch.Tensor` of shape `(B, T)`):
-            Log-probability of each token under either face, in nats.
+            Log-probability of each token under each face, in nats.
         preference_sign (`torch.Tensor` of shape `(B,)`):
             +1 for a chosen completion, -1 for a rejected one.
         completion_mask (`torch.Tensor` of shape `(B, T)`):
@@ -114,7 +115,8 @@ def token_rewards(
         reward_direction (`str`, *optional*, defaults to `"agreement"`):
             `"label"`, `"agreement"` or `"faces"`.
         disagreement_weight (`float`, *optional*, defaults to `0.5`):
-            $w$ in `[0, 1]`, for `"agreement"`. At 0 the label overrules the faces; 1 is the same as `"faces"`.
+            $w$ in `[0, 1]`, for `"agreement"`. At 0 a token whose gap contradicts the label has no reward; 1 is the
+            same as `"faces"`.
         importance_temperature, gap_floor (`float`, *optional*, default to `3.0` and `0.05`):
             $\tau$ and $\epsilon$ of [`token_importance`].
         sparsity_threshold (`float`, *optional*, defaults to `0.3`):
@@ -155,14 +157,13 @@ def check_reward_settings(
         )
     if not 0 <= disagreement_weight <= 1:
         raise ValueError(
-            f"`disagreement_weight` must be in [0, 1]. Got {disagreement_weight}; 0 ignores what the label "
-            "contradicts."
+            f"`disagreement_weight` must be in [0, 1]. Got {disagreement_weight}; 0 removes rewards that contradict "
+            "the label."
         )
     _check_positive(importance_temperature, gap_floor)
     if not 0 <= sparsity_threshold < 1:
         raise ValueError(
-            f"`sparsity_threshold` must be in [0, 1). Got {sparsity_threshold}; from 1 on it leaves no reward. "
-            "Try 0.3."
+            f"`sparsity_threshold` must be in [0, 1). Got {sparsity_threshold}; at 1 no token has a reward. Try 0.3."
         )
 
 
@@ -186,12 +187,12 @@ def log_prefix_scores(
     reference_weight: float = 0.0,
 ) -> torch.Tensor:
     r"""
-    Score of every prefix: tempered reward so far, plus how likely the reference finds it.
+    Log score of every prefix: its rewards over the temperature, plus its weighted log-probability under the reference.
 
     $$\log Q(s_t) = \sum_{k \le t} \big( r_k / \beta + w \log \pi_{\text{ref}}(y_k \mid s_{k-1}) \big)$$
 
-    At balance the policy is proportional to $Q$: with $w = 0$ (the paper) a pure reward distribution, with $w = 1$ the
-    reference tilted by the exponential of the reward.
+    At balance the policy is proportional to $Q$. With $w = 0$ (the paper) it depends on rewards alone. With $w = 1$ it
+    is the reference times the exponential of the reward.
 
     Args:
         token_rewards, completion_mask (`torch.Tensor` of shape `(B, T)`):
@@ -235,8 +236,8 @@ def terminal_boundary(
     r"""
     Fix the flow at the end of completed texts: $\log V(s_T) = 0$, so that $F(s_T) = Q(s_T)$.
 
-    Nothing flows on from a text that has ended. A truncated one has no boundary. Without the boundary the choice
-    $\log V(s_t) = \sum_{k \le t} \log \pi - \log Q(s_t)$ balances any policy, and rewards never reach it.
+    A completed text has no continuation. A truncated text has no boundary. Without the boundary, $\log V(s_t) =
+    \sum_{k \le t} \log \pi - \log Q(s_t)$ balances any policy, and rewards do not affect the policy.
 
     Args:
         log_values (`torch.Tensor` of shape `(B, S)`):
@@ -247,7 +248,7 @@ def terminal_boundary(
             Whether the completion ends in EOS.
 
     Returns:
-        `torch.Tensor` of shape `(B, S)`: `log_values` with zero from the last token's state on, where complete.
+        `torch.Tensor` of shape `(B, S)`: `log_values`, in complete rows zero from the state after the last token on.
     """
     num_left = completion_mask.flip(1).cumsum(1).flip(1)  # (B, T), tokens from here on
     has_ended = F.pad(num_left, (0, 1)) == 0  # (B, S)
@@ -262,12 +263,12 @@ def flow_potential(
     completion_mask: torch.Tensor,
 ) -> torch.Tensor:
     r"""
-    What must be the same at every state for the flow to balance.
+    Flow potential of each state. It is constant along a completion if the flow is balanced.
 
     $$p_t = \log F(s_t) - \sum_{k \le t} \log \pi(y_k \mid s_{k-1}), \qquad \log F = \log Q + \log V$$
 
-    The residual of the sub-trajectory from $s_m$ to $s_n$ is $p_n - p_m$: balance over all of them means that the
-    potential is flat.
+    The residual of the sub-trajectory from $s_m$ to $s_n$ is $p_n - p_m$. All residuals are zero if the potential is
+    constant.
 
     Args:
         log_values, log_prefix_scores (`torch.Tensor` of shape `(B, S)`):
@@ -289,8 +290,8 @@ def subtb_loss(*, potential: torch.Tensor, completion_mask: torch.Tensor, subtb_
 
     With $\lambda = 1$ this is twice the unbiased variance of the potential. With $\lambda < 1$ let $d_n = p_n -
     p_{n-1}$; then the sums $A_n = \sum_{m<n} \lambda^{n-m-1}$, $G_n = \sum_{m<n} \lambda^{n-m-1} (p_n - p_m)$ and
-    $R_n$ (the same of squares) obey $A_n = \lambda A_{n-1} + 1$, $G_n = \lambda G_{n-1} + A_n d_n$ and $R_n = \lambda
-    R_{n-1} + 2 d_n G_n - A_n d_n^2$. $\lambda = 0$ is detailed balance.
+    $R_n$ (the same with squares) obey $A_n = \lambda A_{n-1} + 1$, $G_n = \lambda G_{n-1} + A_n d_n$ and $R_n =
+    \lambda R_{n-1} + 2 d_n G_n - A_n d_n^2$. $\lambda = 0$ is detailed balance.
 
     Args:
         potential (`torch.Tensor` of shape `(B, S)`):
@@ -298,7 +299,7 @@ def subtb_loss(*, potential: torch.Tensor, completion_mask: torch.Tensor, subtb_
         completion_mask (`torch.Tensor` of shape `(B, T)`):
             Tokens that count.
         subtb_lambda (`float`, *optional*, defaults to `1.0`):
-            $\lambda$ in `[0, 1]`. Smaller weighs short sub-trajectories more.
+            $\lambda$ in `[0, 1]`. A smaller value gives short sub-trajectories more weight.
 
     Returns:
         `torch.Tensor` of shape `(B,)`: loss of each row in squared nats; zero where no token counts.
@@ -318,7 +319,9 @@ def subtb_loss(*, potential: torch.Tensor, completion_mask: torch.Tensor, subtb_
     ```
     """
     if not 0 <= subtb_lambda <= 1:
-        raise ValueError(f"`subtb_lambda` must be in [0, 1]. Got {subtb_lambda}; 1 weighs all sub-trajectories alike.")
+        raise ValueError(
+            f"`subtb_lambda` must be in [0, 1]. Got {subtb_lambda}; at 1 all sub-trajectories count equally."
+        )
     state_mask = F.pad(completion_mask, (1, 0), value=True)  # (B, S), the state before the first token always counts
     num_states = state_mask.sum(dim=1)  # (B,)
     if subtb_lambda == 1:
@@ -327,7 +330,7 @@ def subtb_loss(*, potential: torch.Tensor, completion_mask: torch.Tensor, subtb_
         residual = (potential - mean).masked_fill(~state_mask, 0)
         return 2 * residual.square().sum(dim=1) / (num_states - 1).clamp(min=1)
 
-    order = state_mask.int().argsort(dim=1, descending=True, stable=True)  # hidden states go last: mask is deletion
+    order = state_mask.int().argsort(dim=1, descending=True, stable=True)  # masked states last: they count as deleted
     potential = potential.masked_fill(~state_mask, 0).gather(1, order)
     step = potential.diff(dim=1).masked_fill(~state_mask.gather(1, order)[:, 1:], 0)  # (B, T), d_n
     age = torch.arange(1, step.size(1) + 1, device=step.device)  # (T,), n
@@ -336,7 +339,7 @@ def subtb_loss(*, potential: torch.Tensor, completion_mask: torch.Tensor, subtb_
     geometric = ((1 - powers) / (1 - subtb_lambda)).to(step)
     weight = geometric[1:]  # (T,), A_n
     discounted = _discounted_cumsum(weight * step, subtb_lambda)  # (B, T), G_n
-    inherited = geometric[(num_states[:, None] - age).clamp(min=0)]  # (B, T), x_n lives on in R_n, R_{n+1}, ...
+    inherited = geometric[(num_states[:, None] - age).clamp(min=0)]  # (B, T), weight of x_n in the sum of R_n
     total = (inherited * (2 * step * discounted - weight * step.square())).sum(dim=1)
     normaliser = (weight * (age < num_states[:, None])).sum(dim=1)
     return total / normaliser.clamp(min=1)
@@ -350,13 +353,13 @@ def first_divergence(
     rejected_mask: torch.Tensor,
 ) -> torch.Tensor:
     """
-    Index of the first token at which chosen and rejected differ: until then they share every prefix.
+    Index of the first token at which chosen and rejected differ.
 
     Args:
         chosen_ids, rejected_ids (`torch.Tensor` of shape `(B, T)`):
             Token ids of the completions, left-aligned.
         chosen_mask, rejected_mask (`torch.Tensor` of shape `(B, T)`):
-            Tokens that count, a leading run.
+            Tokens that count: those at the start of a row.
 
     Returns:
         `torch.Tensor` of shape `(B,)`: index in `[0, T)`, or -1 where one completion is a prefix of the other.
@@ -373,7 +376,7 @@ def value_discrimination_loss(
     value_margin: float = 0.1,
 ) -> torch.Tensor:
     r"""
-    From one prefix, the token of the chosen completion must lead to more flow than that of the rejected one.
+    Hinge loss on log V after the first differing tokens: it should be larger for the chosen completion.
 
     $$\max\big(0,\ \gamma - (\log V(s_t \cdot y_w) - \log V(s_t \cdot y_l))\big)$$
 
@@ -381,7 +384,7 @@ def value_discrimination_loss(
         chosen_log_values, rejected_log_values (`torch.Tensor` of shape `(B, S)`):
             $\log V$ along the completions, in nats.
         divergence (`torch.Tensor` of shape `(B,)`):
-            $t$ from [`first_divergence`]; -1 where there is none, and the loss is zero.
+            $t$ from [`first_divergence`]. Where it is -1, the loss is zero.
         value_margin (`float`, *optional*, defaults to `0.1`):
             $\gamma \ge 0$, in nats.
 
@@ -398,12 +401,12 @@ def value_discrimination_loss(
     return (value_margin - advantage).clamp(min=0).masked_fill(divergence < 0, 0)
 
 
-# The policy in the balance
+# Log-probabilities of the balanced policy
 
 
 class FactoredLogits(NamedTuple):
     r"""
-    Logits $\ell = c \tanh\big((h W^\top + b) / c\big)$ as their factors, so that N x V numbers are never held.
+    Logits $\ell = c \tanh\big((h W^\top + b) / c\big)$ as their factors. The N x V product is not stored.
 
     Args:
         hidden (`torch.Tensor` of shape `(N, H)`):
@@ -444,7 +447,7 @@ def token_logps(*, logits: Sequence[FactoredLogits | torch.Tensor], targets: tor
 
     $$\log \pi(y \mid s) = \log \operatorname{softmax}\Big( \sum_k \ell_k(s) \Big)_y$$
 
-    Logits in factors are computed for some ids at a time, and again in the backward pass.
+    Factored logits are computed in chunks of ids, and recomputed in the backward pass.
 
     Args:
         logits (sequence of [`FactoredLogits`] or `torch.Tensor` of shape `(N, V_k)`):
@@ -483,7 +486,7 @@ def token_logps(*, logits: Sequence[FactoredLogits | torch.Tensor], targets: tor
 
 
 class _TiledLogps(torch.autograd.Function):
-    """[`token_logps`] of factors, a tile of ids at a time: no more than N x TILE_WIDTH logits are held."""
+    """[`token_logps`] of factored logits. Only the logits of one tile of ids are held at a time."""
 
     @staticmethod
     def forward(ctx, targets, softcaps, *factors):
@@ -571,8 +574,8 @@ def guided_logps(
     The *product* form (the paper) has $\alpha = 1$; the *mixture* has $\alpha = 1 - \sum_i \beta_i$; the *ratio* gives
     the doctor $\beta$ and its reference, as one more doctor, $-\beta$.
 
-    A token that the patient rules out (a logit of minus infinity) stays ruled out, whatever $\alpha$; a doctor rules
-    out tokens with a positive $\beta$ only.
+    A token whose patient logit is minus infinity stays excluded for every $\alpha$. A doctor logit of minus infinity
+    excludes a token only if $\beta$ is positive.
 
     Args:
         patient_logits, doctor_logits (`torch.Tensor` of shape `(..., V)`, and a sequence of these):
@@ -609,21 +612,22 @@ def guided_logps(
 
 def plausible_mask(*, patient_logits: torch.Tensor, min_patient_prob: float) -> torch.Tensor:
     r"""
-    Tokens that the patient holds possible: those with $\pi_{\text{patient}}(y \mid s) \ge p \max_{y'}
-    \pi_{\text{patient}}(y' \mid s)$, the plausibility constraint of contrastive decoding
-    (https://huggingface.co/papers/2210.15097).
+    Mask of plausible tokens: those with $\pi_{\text{patient}}(y \mid s) \ge p \max_{y'} \pi_{\text{patient}}(y' \mid
+    s)$.
+
+    This is the plausibility constraint of contrastive decoding (https://huggingface.co/papers/2210.15097).
 
     Args:
         patient_logits (`torch.Tensor` of shape `(..., V)`):
             Logits or log-probabilities of the patient.
         min_patient_prob (`float`):
-            $p$, in (0, 1]: probability relative to that of the likeliest token. 1 leaves that token alone.
+            $p$, in (0, 1]: probability relative to that of the likeliest token. At 1 only that token is plausible.
 
     Returns:
-        `torch.Tensor` of shape `(..., V)`: True where a token is plausible, in every row at least once.
+        `torch.Tensor` of shape `(..., V)`: True for plausible tokens, at least one in each row.
 
     Raises:
-        `ValueError`: when the share is outside (0, 1].
+        `ValueError`: if `min_patient_prob` is outside (0, 1].
 
     Examples:
 
@@ -643,7 +647,7 @@ def plausible_mask(*, patient_logits: torch.Tensor, min_patient_prob: float) -> 
 
 def next_token_entropy(logits: torch.Tensor) -> torch.Tensor:
     r"""
-    How unsure a model is of the next token: $-\sum_y \pi(y \mid s) \log \pi(y \mid s)$.
+    Entropy of the next-token distribution: $-\sum_y \pi(y \mid s) \log \pi(y \mid s)$.
 
     Args:
         logits (`torch.Tensor` of shape `(..., V)`):
@@ -667,10 +671,10 @@ def next_token_entropy(logits: torch.Tensor) -> torch.Tensor:
 
 def _add_weighted(total: torch.Tensor | None, logits: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:
     """
-    `total + weight * log pi` (..., V), up to a constant for each row, which goes in the next softmax.
+    `total + weight * log pi` (..., V), up to a constant for each row that the next softmax removes.
 
-    A positive number needs no normaliser and lets minus infinity stand, all in one pass over the vocabulary. Any other
-    weight meets minus infinity with a neutral zero, unless it is positive in that row.
+    For a positive number, unnormalized logits are added in one pass, and minus infinity is kept. For other weights,
+    minus infinity is replaced by zero, except in rows where the weight is positive.
     """
     if _is_positive_number(weight):
         if total is None:

@@ -42,10 +42,10 @@ __all__ = [
 @contextmanager
 def unsharded() -> Iterator[None]:
     """
-    Within the context every process loads models whole, whichever engine will shard the doctor.
+    Within the context every process loads unsharded models, whatever the engine of the training.
 
     Otherwise transformers shards a model while it loads it (ZeRO-3), or leaves the parameters empty on all processes
-    but one (FSDP). Datasets are scored before training, by whole models.
+    but one (FSDP). Datasets are scored before training, by unsharded models.
     """
     zero = deepspeed_integration._hf_deepspeed_config_weak_ref
     fsdp = os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
@@ -80,7 +80,7 @@ def keep_output_precision(accelerator: Accelerator) -> None:
 def load_model(name: str, **init_kwargs) -> PreTrainedModel:
     """Load a model by name or path, from safetensors. Each process loads the whole model onto its own device."""
     init_kwargs.setdefault("use_safetensors", True)  # a pickle can run code
-    init_kwargs.setdefault("trust_remote_code", False)  # without a value transformers asks, and waits for an answer
+    init_kwargs.setdefault("trust_remote_code", False)  # without a value, transformers prompts the user
     state = PartialState()
     if state.num_processes > 1:
         init_kwargs.setdefault("device_map", {"": state.device})  # "auto" spreads each model over all devices
@@ -98,7 +98,7 @@ def load_sharded(name: str, **init_kwargs) -> PreTrainedModel:
 
 
 def shards_models(accelerator: Accelerator) -> bool:
-    """Whether the engine shards the parameters of models over processes, as DeepSpeed ZeRO-3 and FSDP2 do."""
+    """Whether the engine shards the parameters of models among processes, as DeepSpeed ZeRO-3 and FSDP2 do."""
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     return accelerator.is_fsdp2 or (plugin is not None and plugin.zero_stage == 3)
 
@@ -107,8 +107,8 @@ def shard(model: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Module:
     """
     Freeze a model and shard it as the engine does. All processes must read it at the same time.
 
-    For FSDP2 this is Accelerate's internal function: the public one needs an optimizer, and TRL's wraps the model as a
-    single unit, which is gathered at once.
+    For FSDP2 this is Accelerate's internal function. The public one needs an optimizer. TRL's wraps the model as a
+    single unit, so all parameters are gathered at once.
     """
     model.requires_grad_(False)
     if accelerator.is_fsdp2:
@@ -122,7 +122,7 @@ def adapter_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def active_adapters(layers: Sequence[torch.nn.Module]) -> tuple[str, ...]:
-    """Names of the adapters that the layers use, none where they are switched off."""
+    """Names of the adapters that the layers use. Layers with disabled adapters have none."""
     states: list[Any] = list(layers)
     names = [name for layer in states if not layer._disable_adapters for name in layer.active_adapters]
     return tuple(dict.fromkeys(names))

@@ -110,7 +110,7 @@ def _explain_unknown(cls: type[T], settings: type | None) -> type[T]:
 
 
 def instead_of(name: str, known: typing.Iterable[str]) -> str:
-    """Suggest a replacement for an unknown argument: a known one, or the nearest name. It may be empty."""
+    """Suggest a replacement or the nearest name for an unknown argument. Return "" if there is none."""
     if name in INSTEAD:
         return f"Instead: {INSTEAD[name]}."
     nearest = difflib.get_close_matches(name, list(known), n=1)

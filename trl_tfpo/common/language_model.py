@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Questions that every stage asks of a language model, with adapters or without."""
+"""Parts and states of a language model, with or without adapters: backbone, head, device, sharding, eval mode."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ LanguageModel: TypeAlias = "PreTrainedModel | PeftModel"
 
 
 def is_peft_model(model: torch.nn.Module) -> bool:
-    """Whether the model is a `PeftModel`. Accelerate's function looks into the installed packages at every call."""
+    """Whether the model is a `PeftModel`. Accelerate's function would inspect the installed packages at every call."""
     return hasattr(model, "get_base_model")
 
 
@@ -36,18 +36,18 @@ def backbone_of(model: LanguageModel) -> torch.nn.Module:
 
 
 def head_of(model: LanguageModel) -> Any:
-    """The language model head: a linear layer, a PEFT layer around one, or whatever else the model has."""
+    """The language model head: a linear layer, a PEFT layer around one, or another module."""
     return unwrap_peft(model).get_output_embeddings()
 
 
 def device_of(model: LanguageModel) -> torch.device:
-    """The device that token ids are read on."""
+    """Device of the input embeddings, and therefore of the token ids."""
     embeddings: Any = unwrap_peft(model).get_input_embeddings()
     return embeddings.weight.device
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
-    """Whether a process holds only its part of the parameters: DeepSpeed ZeRO-3 marks them, FSDP2 replaces them."""
+    """Whether the parameters are sharded. DeepSpeed ZeRO-3 marks sharded parameters; FSDP2 replaces them."""
     return any(hasattr(parameter, "ds_id") or isinstance(parameter, DTensor) for parameter in model.parameters())
 
 

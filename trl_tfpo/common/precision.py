@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The precision that models are loaded in, and ways to compute in float32 with weights in half precision."""
+"""Default precision of loaded models, and float32 computation with weights in half precision."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,8 +18,8 @@ HALVES = (torch.bfloat16, torch.float16)
 
 def default_dtype() -> str:
     """
-    The dtype to load a model in by default: `"auto"`, that of its checkpoint, or `"float32"` on a CPU without bfloat16
-    instructions, where half precision is several times slower.
+    Default dtype of loaded models: `"auto"` (that of the checkpoint), or `"float32"` on a CPU without bfloat16
+    instructions. On such a CPU half precision is several times slower.
     """
     get_capabilities = getattr(torch.cpu, "get_capabilities", None)
     capabilities = {} if get_capabilities is None else get_capabilities()
@@ -30,8 +30,8 @@ def default_dtype() -> str:
 @contextmanager
 def float32_residuals(model: PreTrainedModel) -> Iterator[None]:
     """
-    Within the context a model in half precision keeps its residual stream in float32, and so its norms. Matrices are
-    multiplied in half precision as before: autocast does this once the embeddings are float32.
+    Within the context a model in half precision computes its residual stream and its norms in float32. Matrix products
+    stay in half precision: autocast does this once the embeddings are float32.
     """
     hook = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.float())
     try:
@@ -44,10 +44,10 @@ def float32_residuals(model: PreTrainedModel) -> Iterator[None]:
 @contextmanager
 def in_float32() -> Iterator[None]:
     """
-    Within the context models in bfloat16 or float16 compute in float32, with the weights that they have.
+    Within the context models in bfloat16 or float16 compute in float32. Their stored weights do not change.
 
-    Each weight is converted where it is used, which needs memory for one weight more. It is slow, and kernels that
-    take only half precision raise.
+    Each weight is converted where it is used. This is slow, and needs memory for one more weight. Kernels that support
+    only half precision raise an error.
     """
     with _Float32(), _Float32Convolutions():
         yield
@@ -72,7 +72,7 @@ class _Float32(TorchDispatchMode):
 
 
 class _Float32Convolutions(TorchFunctionMode):
-    """Convolutions compare the dtypes of their arguments before dispatch."""
+    """Converts the arguments of convolutions, which compare dtypes before dispatch."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

@@ -26,8 +26,8 @@ def read_pair(example: dict, *, openings: Sequence[str] = (), convert_transcript
     r"""
     Split a row into a prompt and two completions.
 
-    The formats and their order of precedence are those of TRL. A prompt that is a text is ignored if the completions
-    are conversations, which repeat it. Completions that begin with the messages of the prompt lose them.
+    The formats and their order of precedence are those of TRL. A text prompt is ignored if the completions are
+    conversations, because these repeat it. Messages of the prompt are removed from the start of the completions.
 
     Args:
         example (`dict`):
@@ -189,7 +189,7 @@ def _split_messages(chosen: list[dict], rejected: list[dict], prompt: list[dict]
                 f"{[message['role'] for message in prompt]}; {REMEDY}"
             )
         while answer and answer[-1]["role"] != "assistant":
-            answer.pop()  # without an answer
+            answer.pop()  # a turn without an answer
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
@@ -238,7 +238,7 @@ def _end_of_prompt(chosen: str, rejected: str, shared: str, openings: Sequence[s
 
 
 def _without_last_question(answer: str) -> str:
-    """Remove a last turn of the human, without an answer, from a completion."""
+    """Remove an unanswered last turn of the human from a completion."""
     *_, last = [None, *TURN.finditer(answer)]
     return answer[: last.start()] if last is not None and last[1] == "Human" else answer
 

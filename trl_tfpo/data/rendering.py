@@ -49,7 +49,7 @@ class ChatTemplate:
             ) from error
 
     def render_prompt(self, messages: list[dict], is_continued: bool = False) -> str:
-        """Render messages and the opening of the assistant's turn. A last message that is continued is left open."""
+        """Render messages and the opening of the assistant's turn. With `is_continued` the last message stays open."""
         return self.render(messages, add_generation_prompt=not is_continued, continue_final_message=is_continued)
 
     @cached_property
@@ -140,7 +140,7 @@ def complete_messages(
             of an assistant's turn, or does not mark the end of a turn.
     """
     conversation, first = [*prompt, *completion], len(prompt)
-    if prompt[-1]["role"] == "assistant":  # it is continued
+    if prompt[-1]["role"] == "assistant":  # the completion continues this message
         first -= 1
         continued = {**completion[0], "content": prompt[-1]["content"] + completion[0]["content"]}
         conversation = [*prompt[:-1], continued, *completion[1:]]
@@ -167,7 +167,7 @@ def complete_messages(
 def _end_of_turn(
     conversation: list[dict], index: int, start: int, text: str, template: ChatTemplate, eos_tokens: list[str]
 ) -> int:
-    """Latest end of the turn of a message in the text. The turn ends there, or at EOS before."""
+    """Latest possible end of a turn in the text. An EOS before it ends the turn."""
     if index + 1 == len(conversation):
         return len(text)
     rendered = template.render(conversation[: index + 1])

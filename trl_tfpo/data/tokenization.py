@@ -59,7 +59,7 @@ def tokenize_preferences(
     if has_transcripts and processing_class.chat_template is not None and not convert_transcripts:
         warnings.warn(
             f"The dataset has transcripts ({OTHER_TURN!r}, {TRANSCRIPT_TURN!r}), but the tokenizer has a chat "
-            "template: the model will be used in another format than it is trained on. Pass "
+            "template: the model will be used in another format than it was trained on. Pass "
             "`convert_transcripts=True` to convert the transcripts to messages.",
             stacklevel=2,
         )
@@ -160,7 +160,7 @@ def tokenize_pair(
     prompt_ids = leading + _encode(opened, processing_class)
     completed = [_tokenize_spans(text, spans, leading, template, eos_token_ids) for text, spans in rendered]
     prompt_length = min(_common_prefix_length(prompt_ids, ids) for ids, _ in completed)
-    merged = prompt_ids[prompt_length:]  # with the first characters of a completion
+    merged = prompt_ids[prompt_length:]  # tokens that also contain the first characters of a completion
     row = {"prompt_ids": prompt_ids[:prompt_length]}
     _check_prompt(row["prompt_ids"], max_length)
 
@@ -200,7 +200,7 @@ def tokenize_prompt(prompt: str | list[dict], processing_class: PreTrainedTokeni
     open.
 
     Raises:
-        `ValueError`: if the prompt is neither, or the chat template fails.
+        `ValueError`: if the prompt is neither a text nor messages, or the chat template fails.
     """
     if isinstance(prompt, str):
         return _leading_tokens(prompt, processing_class)[0] + _encode(prompt, processing_class)
