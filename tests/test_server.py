@@ -303,7 +303,8 @@ def test_a_key_is_needed(url):
 
 
 def test_metrics_count(client, url, engine):
-    """Whoever runs a server looks here first."""
+    """An operator sees requests and generated tokens."""
+    client.chat.completions.create(model="world", messages=[{"role": "user", "content": "review"}], max_tokens=2)
     request = urllib.request.Request(f"{url}/metrics", headers={"authorization": f"Bearer {KEY}"})
     text = urllib.request.urlopen(request).read().decode()
     assert 'trl_tfpo_requests_total{path="/v1/chat/completions",status="200"}' in text
