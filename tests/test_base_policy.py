@@ -185,7 +185,7 @@ def test_a_ratio_starts_at_the_doctor_before_training(preferences, patient, toke
     trainer.train()
     again, _ = read_base_policy(trainer.base_policy, **batch)
     torch.testing.assert_close(again[0].dense(), guided[0].dense())
-    with pytest.raises(ValueError, match="already learned to guide"):
+    with pytest.raises(ValueError, match="Got a doctor of guided flow"):
         TFPOTrainer(model=trainer.model, **settings)
 
 

@@ -134,7 +134,7 @@ def test_a_damaged_checkpoint_is_not_read(undisturbed, tmp_path, record_property
                 with open(victim, "r+b") as file:
                     file.truncate(victim.stat().st_size // 2 if damage == "cut" else 0)
             assert resolve_checkpoint(True, folder) == str(folder / "checkpoint-10"), (name, damage)
-            with pytest.raises(ValueError, match="checkpoint must|written to its end"):
+            with pytest.raises(ValueError, match="checkpoint must"):
                 check_checkpoint(folder / "checkpoint-12")
             num_damaged += 1
             shutil.rmtree(folder)

@@ -693,7 +693,7 @@ def test_faces_that_say_nothing_are_noticed_before_training(is_streamed, annotat
 
     with pytest.warns(
         UserWarning,
-        match=r"chosen completion of 47% of (100 pairs, and chance is 50 ± 10|64 pairs, .* ± 12)%. Word the faces",
+        match=r"chosen completion of 47% of (100 pairs, and chance is 50 ± 10|64 pairs, .* ± 12)%. Describe in",
     ):
         make(with_agreement(0.47))
     with warnings.catch_warnings():

@@ -181,7 +181,7 @@ def apply_face(
 
     Raises:
         `ValueError`: if the prompt has no user message and the instruction cannot be a system message, or if
-        `placement` is unknown.
+            `placement` is unknown.
 
     Examples:
 

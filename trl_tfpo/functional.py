@@ -8,7 +8,7 @@ by the first $t$ completion tokens, so column $t$ of a (B, S) tensor stands *bef
 Units: nats. Masks are boolean: True where a token counts. A masked token counts as deleted, and its entries may have
 any value, NaN included. `docs/paper_map.md` names the test of every function.
 
-Deviations from the paper. Each is chosen by a function argument, except number 2:
+Deviations from the paper, with the function or the argument that chooses them:
 
 1. The sign of a token reward may be that of the gap between the faces (`reward_direction`). The reward may be reduced
    where the label disagrees (`disagreement_weight`).
@@ -376,7 +376,7 @@ def value_discrimination_loss(
     value_margin: float = 0.1,
 ) -> torch.Tensor:
     r"""
-    Hinge loss on log V after the first differing tokens: it should be larger for the chosen completion.
+    Hinge loss after the first differing tokens: log V of the chosen completion should be the larger one.
 
     $$\max\big(0,\ \gamma - (\log V(s_t \cdot y_w) - \log V(s_t \cdot y_l))\big)$$
 

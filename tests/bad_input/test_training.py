@@ -181,7 +181,7 @@ COLLATOR = [
         lambda: TokenRewardCollator(make_tokenizer(), pad_to_multiple_of=0),
         "`pad_to_multiple_of` must be at least 1. Got 0",
     ),
-    ("no examples", lambda: TokenRewardCollator(make_tokenizer())([]), r"A batch must be of pairs with .*Got \[\]"),
+    ("no examples", lambda: TokenRewardCollator(make_tokenizer())([]), r"must consist of pairs with .*Got \[\]"),
     ("preferences without rewards", lambda: TokenRewardCollator(make_tokenizer())(ROWS), "annotate_token_rewards"),
     (
         "other numbers of rewards and tokens",

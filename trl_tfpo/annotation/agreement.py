@@ -66,6 +66,6 @@ def warn_unless_faces_separate(dataset: Dataset | IterableDataset) -> None:
     if num_pairs >= MIN_PAIRS and agreement < 0.5 + 2 * error and not ignores_labels:
         warnings.warn(
             f"The faces do not separate these data: they prefer the chosen completion of {agreement:.0%} of "
-            f"{num_pairs} pairs, and chance is 50 ± {200 * error:.0f}%. Word the faces by what the labels reward, or "
-            "use a stronger patient."
+            f"{num_pairs} pairs, and chance is 50 ± {200 * error:.0f}%. Describe in the faces what the labels reward, "
+            "or use a stronger patient."
         )

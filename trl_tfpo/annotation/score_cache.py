@@ -42,15 +42,15 @@ def add_scores(
     the cache of Datasets, written atomically. An interrupted call resumes, with any number of processes, and gives the
     same bytes. `datasets.disable_caching()` turns the cache off.
 
-    Shards are small, so that an interruption loses little. The pairs of a shard have similar lengths, sorted within a
-    window of 64 shards, so that batches have little padding.
+    Shards are small, so that an interruption loses little. Pairs are sorted by length within a window of 64 shards, so
+    that batches have little padding.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             Tokenized preferences.
         function (`Callable`):
-            Function from a batch of rows to the new columns. It also gets `on_progress`, a callable that it calls with
-            the share of the batch, in [0, 1], that it has scored since the last call.
+            Function from a batch of rows to the new columns. It also gets a callable `on_progress`, and passes it the
+            share of the batch, in [0, 1], scored since the last call.
         lengths (`np.ndarray` of shape `(len(dataset),)`):
             Tokens of each row, by which rows are grouped in shards.
         key (`object`):
@@ -76,7 +76,7 @@ def add_scores(
     with Progress(len(dataset), desc, "pairs", is_shown=state.is_main_process) as progress:
         for index in range(state.process_index, len(shards), state.num_processes):
             rows, file = shards[index], folder / f"{index:06d}.arrow"
-            share = len(rows) * state.num_processes  # other processes are about as far
+            share = len(rows) * state.num_processes  # assumes that all processes advance at the same rate
             table = _read_shard(file, len(rows)) if is_cached else None
             if table is not None:
                 progress.update(share, is_skipped=True)

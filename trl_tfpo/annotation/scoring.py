@@ -7,8 +7,8 @@ Shapes: B rows of a forward pass, L tokens of a row. A row holds a prompt and it
 
     prompt[:-1] | prompt[-1] completion_0 | prompt[-1] completion_1 | padding
 
-Each branch attends to the prompt and to itself, at the positions that it has alone. It begins with the prompt's last
-token, which predicts its first token.
+Each branch attends to the prompt and to itself. Its positions are those of a row without the other branch. It begins
+with the prompt's last token, which predicts its first token.
 """
 
 import inspect
@@ -49,9 +49,9 @@ def score_completions(
     """
     Log-probability of every completion token after its prompt.
 
-    Completions of one prompt share a row where the model's attention takes such a mask, so the prompt is read once.
-    Rows of similar length share a forward pass; the shorter the rows, the more of them. The (tokens, vocabulary)
-    logits are never held. For a model in half precision the residual stream, the norms and the head are computed in
+    Completions of one prompt share a row if the model's attention supports such a mask, so the prompt is read once.
+    Rows of similar length share a forward pass, with more rows the shorter they are. The (tokens, vocabulary) logits
+    are never stored. For a model in half precision the residual stream, the norms and the head are computed in
     float32.
 
     Args:
@@ -62,7 +62,8 @@ def score_completions(
         completion_ids (`list[list[int]]`):
             One completion for each prompt.
         batch_size (`int`):
-            Completions of the greatest length in one forward pass. A pass of shorter ones has at most as many tokens.
+            Number of completions of the greatest length in one forward pass. A pass of shorter completions has at most
+            the same number of tokens.
         longest (`int`, *optional*, defaults to `0`):
             Tokens of the longest completion with its prompt over all calls, if it is not in this call.
         on_progress (`Callable`, *optional*):
@@ -114,7 +115,7 @@ def check_whole(model: torch.nn.Module) -> None:
     if is_sharded(model):
         raise ValueError(
             f"A model that scores completions must be whole in each process. Got a {type(model).__name__} with "
-            "sharded parameters; pass its name or path, or load it before the settings of the training are made."
+            "sharded parameters; pass its name or path, or load it before the `TFPOConfig` is made."
         )
 
 

@@ -101,8 +101,8 @@ def annotate_token_rewards(
             completion is empty, if its prompt has `max_length` or more tokens, or if the chat template cannot render
             it. See [`~trl_tfpo.data.tokenization.tokenize_pair`].
         batch_size (`int`, *optional*, defaults to `16`):
-            Sequences of the longest length in one forward pass of the patient. Of shorter sequences, as many as have
-            the same number of tokens. A pair has four sequences.
+            Number of sequences of the longest length in one forward pass of the patient. A pass of shorter sequences
+            has at most the same number of tokens. A pair has four sequences.
         convert_transcripts (`bool`, *optional*, defaults to `False`):
             Whether to convert texts with turns of `"\n\nHuman:"` and `"\n\nAssistant:"` (HH-RLHF) to messages, as a
             chat model expects.

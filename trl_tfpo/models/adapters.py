@@ -3,13 +3,13 @@
 """
 Marks that distinguish doctors of guided flow from language models, and checks of PEFT adapters.
 
-A doctor of guided flow is a ratio of two policies. Used as a language model it generates nonsense. So it is marked in
-each place that survives loading:
+A doctor of guided flow is a ratio of two policies. Alone it generates no sensible text. Three marks identify it after
+loading:
 
-1. in the config of a full model, as `config.guidance`;
-2. in the config of an adapter, under `auto_mapping`, which PEFT keeps however the adapter is loaded;
-3. in the weights: the rows of its head add up to zero, which changes no probability. This mark survives merging, after
-   which PEFT keeps no record of the adapter. A head with this mark only raises an error.
+1. `config.guidance` in the config of a full model;
+2. a record under `auto_mapping` in the config of an adapter, which every way of loading keeps;
+3. weights of the head whose rows add up to zero. This changes no probability. Merging an adapter removes its config,
+   but keeps this mark. A head that has no other mark raises an error.
 """
 
 from collections.abc import Sequence
@@ -129,9 +129,8 @@ def trained_exponents(model: LanguageModel, adapters: Sequence[str] | None = Non
         return first
     guidance = getattr(base.config, "guidance", None)
     is_about_base = getattr(base, "guiding_adapter", None) not in configs
-    if (
-        is_about_base and isinstance(guidance, dict) and guidance.keys() >= {"alpha", "beta"}
-    ):  # otherwise the record is about that adapter
+    # Otherwise the record in the config of the base model is about one of the adapters
+    if is_about_base and isinstance(guidance, dict) and guidance.keys() >= {"alpha", "beta"}:
         return {name: guidance[name] for name in ("alpha", "beta")}
     if _rows_add_up_to_zero(base, adapters):
         raise ValueError(
@@ -169,7 +168,7 @@ def center_head(model: LanguageModel, state_dict: dict[str, torch.Tensor] | None
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The doctor. A sharded doctor is changed only with a `state_dict`.
         state_dict (`dict[str, torch.Tensor]`, *optional*):
-            Its gathered weights. The head in them is changed instead of that of the model.
+            Gathered weights of the doctor, which are changed instead of the model.
     """
     if not trained_exponents(model) or (state_dict is None and is_sharded(model)):
         return
@@ -197,7 +196,7 @@ def _exponents_of_adapter(model: LanguageModel, name: str) -> dict[str, float] |
     if record is None and VALUE_HEAD not in own_modules:
         return None
     heads = own_modules - {VALUE_HEAD}
-    if record is None and heads:  # of an early version
+    if record is None and heads:  # saved by an early version
         raise ValueError(
             f"The adapter {name!r} must have a record of the exponents that it was trained for. Got one without a "
             f"record, with {sorted(heads)} of its own; load it with `load_doctor`, and save it again."

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The doctor: a causal language model with a scalar value head that exists only while it is trained."""
+"""The doctor: a causal language model with a scalar value head. Only training uses the value head."""
 
 import copy
 import functools
@@ -28,13 +28,12 @@ if TYPE_CHECKING:
 @dataclass
 class DoctorOutput(ModelOutput):
     """
-    What a doctor in training returns about the completions of a batch, left-aligned: B rows, T tokens, S = T + 1
-    states.
+    Output of a doctor in training for the completions of a batch, left-aligned: B rows, T tokens, S = T + 1 states.
 
     Args:
         doctor_logps (`torch.Tensor` of shape `(B, T)`):
-            Log-probability of each completion token, in nats, float32; zero outside the mask. That of base policy
-            times doctor where the logits of a base policy were given.
+            Log-probability of each completion token, in nats, float32; zero outside the mask. The policy is base
+            policy times doctor if logits of a base policy are given, otherwise the doctor.
         log_values (`torch.Tensor` of shape `(B, S)`):
             Output of the value head at each state: log V in nats, float32. Arbitrary outside the mask.
         completion_ids (`torch.Tensor` of shape `(B, T)`):
@@ -104,7 +103,9 @@ def add_value_head(model: LanguageModel) -> None:
 @functools.cache
 def _doctor_class(language_model: Any) -> Any:
     """
-    The subclass of a language model's class whose forward reads completions. Configs record its name, so it is kept.
+    The subclass of a language model's class whose forward reads completions.
+
+    It has the name of that class, because configs record the name.
     """
 
     class DoctorModel(language_model):
@@ -147,7 +148,7 @@ def read_completions(
         forward (`Callable`):
             The forward of its language model.
         completion_mask (`torch.Tensor` of shape `(B, L)`):
-            True for the tokens of completions: at least one in each row, and not the first. N in all rows together.
+            True for the N tokens of completions: at least one in each row, and not the first of a row.
         base_logits (list of [`~trl_tfpo.functional.FactoredLogits`] or `torch.Tensor` of shape `(N, V)`, *optional*):
             Logits of the base policy where completion tokens are predicted, see
             `read_base_policy` in `training/base_policy.py`. `None` for a doctor with a policy of its own.
@@ -192,15 +193,15 @@ def make_doctor(
             Whether the doctor is for guided flow. Its language model head then starts at zero, see
             [`~trl_tfpo.models.guidance.start_guidance`], and is trained and saved with the adapter.
         has_credits (`bool`, *optional*, defaults to `False`):
-            Whether the doctor starts at token credits. A new LoRA with a policy of its own gets a place for them, see
-            [`~trl_tfpo.models.head_adapter.with_head`].
+            Whether the doctor starts at token credits. A new LoRA with a policy of its own then also adapts the head,
+            see [`~trl_tfpo.models.head_adapter.with_head`].
 
     Returns:
         [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]: the doctor.
 
     Raises:
-        `ValueError`: on a second adapter, prompt learning, an activated LoRA, a `PeftModel` that was not trained
-            by guided flow where `guides` is set, or a doctor of guided flow where it is not.
+        `ValueError`: for a second adapter, prompt learning, or activated LoRA; with `guides`, for a `PeftModel` that
+            was not trained by guided flow; without it, for a doctor of guided flow.
     """
     _check_start(model, guides)
     doctor: Any = model
@@ -239,7 +240,7 @@ def _check_start(model: LanguageModel, guides: bool) -> None:
     if not guides and is_guidance(model):
         raise ValueError(
             "With `policy='doctor'` the doctor is a language model. Got one of guided flow, which is a ratio of two "
-            "policies; start from what it was before, or train it on with `policy='guided'`."
+            "policies; start from the model before its training, or continue with `policy='guided'`."
         )
 
 
@@ -262,7 +263,7 @@ def _add_adapter(model: PreTrainedModel, peft_config: Any, *, guides: bool, has_
     if has_credits and not guides and (model.device.type == "meta" or head_form(model) == PLAIN):
         peft_config = with_head(model, peft_config)
     add_value_head(model)
-    peft_config = copy.deepcopy(peft_config)  # the caller's is not changed
+    peft_config = copy.deepcopy(peft_config)  # do not change the caller's config
     head = head_of(model)
     heads = [name.split(".")[-1] for name, module in model.named_modules() if guides and module is head]
     peft_config.modules_to_save = [*(peft_config.modules_to_save or []), VALUE_HEAD, *heads]
@@ -271,7 +272,7 @@ def _add_adapter(model: PreTrainedModel, peft_config: Any, *, guides: bool, has_
 
 def set_head_learning_rate(optimizer: torch.optim.Optimizer, model: torch.nn.Module, learning_rate: float) -> None:
     """
-    Give the value head its own learning rate, by new parameter groups at the end with otherwise equal settings.
+    Give the value head its own learning rate, in new parameter groups with otherwise equal settings.
 
     Args:
         optimizer ([`~torch.optim.Optimizer`]):

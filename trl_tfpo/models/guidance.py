@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Guided flow in the model: the head that starts at zero, and the exponents that are saved with the doctor."""
+"""Guided flow in a model: set its head to zero, start it at token credits, save and load its exponents."""
 
 import copy
 import json
@@ -28,17 +28,16 @@ GUIDANCE = {"alpha": 1.0, "beta": 1.0}  # exponents of the patient and of the do
 
 def start_guidance(model: LanguageModel, in_span: bool = False) -> None:
     """
-    Set the language model head to zero, in place. The doctor then changes no patient.
+    Set the language model head to zero, in place. The doctor then has no effect on a patient.
 
-    A head that is tied to the embeddings gets its own weights. A doctor that was trained by guided flow is left as it
-    is.
+    A head that is tied to the embeddings gets its own weights. A doctor trained by guided flow is not changed.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
             The language model, before an adapter is added.
         in_span (`bool`, *optional*, defaults to `False`):
             Whether the head becomes a [`~trl_tfpo.models.guidance_head.GuidanceHead`] on the frozen weights of the
-            present one. A head with a bias, a scale or a cap gets its own weights in any case.
+            current head. A head with a bias, a scale or a cap gets its own weights in any case.
     """
     if getattr(model.config, "guidance", None):
         return
@@ -69,10 +68,10 @@ def free_head(model: LanguageModel) -> None:
 @torch.no_grad()
 def start_at_credits(model: LanguageModel, logits: torch.Tensor, rows: Any, collate: Callable) -> None:
     """
-    Let a doctor start with the same logits at every state, in place.
+    Set the initial logits of a doctor, the same at every state, in place.
 
-    A [`~trl_tfpo.models.guidance_head.GuidanceHead`] starts at them. An adapter on the head adds them to the logits of
-    the language model. Other doctors are left as they are.
+    A [`~trl_tfpo.models.guidance_head.GuidanceHead`] starts at these logits. An adapter on the head adds them to the
+    logits of the language model. Other doctors are not changed.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -80,7 +79,7 @@ def start_at_credits(model: LanguageModel, logits: torch.Tensor, rows: Any, coll
         logits (`torch.Tensor` of shape `(V',)`):
             Logit of each token, in nats, up to a constant.
         rows (`Sequence[dict]`):
-            Rows of the training data. At least 2 H hidden states are read, where there are as many.
+            Rows of the training data. They are read until there are 2 H hidden states.
         collate (`Callable`):
             Turns rows into a batch.
     """
@@ -107,7 +106,7 @@ def start_at_credits(model: LanguageModel, logits: torch.Tensor, rows: Any, coll
 
 def _own_config(model: LanguageModel) -> None:
     """
-    Give the model its own copy of its config. A config that the patient shares would mark the patient as a doctor.
+    Give the model its own copy of its config. A config shared with the patient would mark the patient as a doctor.
     """
     own: dict[int, Any] = {}  # copies by the identity of the original
     copy.deepcopy(model.config, own)
@@ -145,10 +144,10 @@ def load_guidance(path: str | os.PathLike, **source: Any) -> dict[str, float] | 
             `revision`, `subfolder`, `cache_dir` and `token`, as of `from_pretrained`.
 
     Returns:
-        `dict`: `alpha` and `beta`; empty for a doctor with a policy of its own, `None` where there is no record.
+        `dict`: `alpha` and `beta`; empty for a doctor with a policy of its own, `None` if there is no record.
 
     Raises:
-        `ValueError`: when there is no such folder, or a later version of this package saved it in another format.
+        `ValueError`: if the folder does not exist, or if its format is not supported.
     """
     check_there(path)
     file = cached_file(path, GUIDANCE_FILE, _raise_exceptions_for_missing_entries=False, **source)

@@ -5,11 +5,11 @@ A language model head whose logits lie in the span of the vocabulary embeddings.
 
 $$g(y \mid s) = c \, e_y^\top M h_s$$
 
-$e_y$ is the frozen embedding of token $y$. $M$ is a square matrix that starts at zero. $c$ is 1, or larger where the
-mean norm of the embeddings is below 1, so that learning is as fast.
+$e_y$ is the frozen embedding of token $y$. $M$ is a square matrix that starts at zero. $c$ is 1, or the inverse of the
+mean norm of the embeddings if this norm is below 1. Small embeddings therefore do not slow training down.
 
 A head with a free row for each token learns nothing about tokens that the pairs do not contain. With this head, tokens
-with similar embeddings get similar logits, and H x H weights are trained in place of V x H.
+with similar embeddings get similar logits, and H x H weights are trained instead of V x H.
 
 A saved doctor has an ordinary head, $W = (E - \bar e) M$, and loads as any causal language model does. Subtracting the
 mean row changes no probability. [`GuidanceHead`] recovers $M$ when it loads $W$.
@@ -50,7 +50,7 @@ class GuidanceHead(torch.nn.Module):
 
     def to_embedding_space(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """
-        `M h`, scaled, of the shape `(..., H)` of the hidden states: the product with the embeddings gives the logits.
+        Scaled product `M h` of shape `(..., H)`. Its product with the embeddings gives the logits.
         """
         return F.linear(hidden_states, self.map) * self.scale
 
@@ -58,7 +58,7 @@ class GuidanceHead(torch.nn.Module):
         return F.linear(self.to_embedding_space(hidden_states), self.weight)
 
     def has_embeddings(self, weight: torch.Tensor) -> bool:
-        """Whether the weights of another head are equal, so that hidden states can be added. The answer is cached."""
+        """Whether another head has the same weights. Hidden states of both can then be added. The answer is cached."""
         key = tuple((x.data_ptr(), x._version, x.dtype, x.shape) for x in (self.weight, weight))
         if self._compared is None or self._compared[0] != key:
             is_alike = self.weight.dtype == weight.dtype and self.weight.device == weight.device

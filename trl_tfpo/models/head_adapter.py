@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-Token credits in a LoRA on the language model head: where a LoRA doctor with a policy of its own starts.
+Token credits in a LoRA on the language model head: the initial state of a LoRA doctor with a policy of its own.
 
 $$\log \pi(y \mid s) \propto (W h_s)_y + c_y \, a^\top h_s, \qquad a^\top h_s \approx 1$$
 
-$c$ are the token credits, and $c \, a^\top$ is a LoRA of rank 1 on the head $W$. It has V + H weights, where a
-separate head would have V x H, and is part of an ordinary adapter that `PeftModel` loads. It is not trained: a free
-number for each token would fit the noise of the pairs. The adapters of the layers learn everything else.
+$c$ are the token credits, and $c \, a^\top$ is a LoRA of rank 1 on the head $W$. It has V + H weights; a separate head
+would have V x H. It is part of an ordinary adapter that `PeftModel` loads. It is not trained: a free number for each
+token would fit the noise of the pairs. Training changes only the adapters of the layers.
 """
 
 import copy
@@ -41,7 +41,7 @@ def is_plain_lora(head: Any) -> bool:
 
 def adapter_factors(head: Any, hidden: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """
-    What the active adapters add to the logits of a head, in factors. See [`is_plain_lora`].
+    Logits that the active adapters add to those of a head, in factors. See [`is_plain_lora`].
 
     Args:
         head (`torch.nn.Module`):
@@ -72,7 +72,7 @@ def with_head(model: LanguageModel, peft_config: Any) -> Any:
             Config of the adapter; not changed.
 
     Returns:
-        [`~peft.PeftConfig`]: a changed copy. The config itself, where it covers the head already or is no LoRA that
+        [`~peft.PeftConfig`]: a changed copy; or the config itself, if it already covers the head or is not a LoRA that
         starts at zero.
     """
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
@@ -110,7 +110,7 @@ def _name_of_head(model: LanguageModel) -> str:
 
 
 def keep_head(model: LanguageModel) -> None:
-    """Exclude the LoRA that [`with_head`] has added from training, so that the credits stay as they are."""
+    """Exclude the LoRA that [`with_head`] has added from training, so that the credits do not change."""
     head, name_of_head = head_of(model), _name_of_head(unwrap_peft(model))
     configs: dict[str, Any] = model.peft_config
     for name, matrix in getattr(head, "lora_A", {}).items():
@@ -120,7 +120,7 @@ def keep_head(model: LanguageModel) -> None:
 
 
 def save_without_embeddings(model: LanguageModel) -> None:
-    """Save an adapter on the head without the embeddings. PEFT would save these with it."""
+    """Make the model save an adapter on the head without the embeddings. By default PEFT saves both."""
     if hasattr(head_of(model), "base_layer"):
         save_pretrained: Any = type(model).save_pretrained
         save = functools.partial(save_pretrained, model, save_embedding_layers=False)

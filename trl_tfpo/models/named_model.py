@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Models given by name: config and shapes are known without weights, which are loaded when they are first used."""
+"""Models given by name. Config and shapes are available without weights; weights are loaded at their first use."""
 
 import gc
 import os
@@ -34,7 +34,7 @@ SOURCE = ("revision", "cache_dir", "subfolder", "token")  # keyword arguments th
 
 class NamedModel:
     """
-    Frozen language model that is loaded only when it is used. Scores from the cache need no weights.
+    Frozen language model given by name. Its weights are loaded at their first use; cached scores need no weights.
 
     Args:
         name (`str`):
@@ -44,7 +44,7 @@ class NamedModel:
             checkpoint, or float32 on a CPU without bfloat16 instructions.
 
     Raises:
-        `ValueError`: if the name is a path, and there is no folder.
+        `ValueError`: if the name is a path, and not that of a folder.
     """
 
     def __init__(self, name: str, **init_kwargs: Any) -> None:
@@ -95,7 +95,7 @@ class NamedModel:
         return load_model(self.name, **self.init_kwargs)
 
     def let_go(self) -> None:
-        """Free the memory of the weights. They are loaded again when they are used again."""
+        """Free the memory of the weights. They are loaded again at their next use."""
         self.__dict__.pop("loaded", None)
         gc.collect()
         if torch.accelerator.is_available():
@@ -131,7 +131,7 @@ class NamedModel:
 
 
 def check_there(name: str | os.PathLike[str]) -> None:
-    """Raise `ValueError` if a name is a path, and there is no folder."""
+    """Raise `ValueError` if a name is a path, and not that of a folder."""
     text = os.fspath(name) if isinstance(name, (str, os.PathLike)) else ""
     is_path = text.startswith((".", "/", "~")) or text.count("/") > 1 or os.path.isfile(text) or not text
     if is_path and not os.path.isdir(text):

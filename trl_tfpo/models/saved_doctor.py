@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Load and save doctors: the value head, and the map of a GuidanceHead, beside the weights of the language model."""
+"""Load doctors, and save their value head and the map of a GuidanceHead beside the weights of the language model."""
 
 import json
 import os
@@ -46,8 +46,8 @@ def load_doctor(path: str | os.PathLike, with_value_head: bool = True, **kwargs)
         [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]: the doctor, in eval mode.
 
     Raises:
-        `ValueError`: when there is no value head at `path`, several adapters or one that is not in safetensors, or an
-            adapter that does not say for which exponents it was trained.
+        `ValueError`: if `path` has no value head or several adapters; if an adapter is not saved as safetensors, or
+            has no record of the exponents that it was trained for.
     """
     kwargs.setdefault("use_safetensors", True)  # a pickle can run code
     kwargs.setdefault("trust_remote_code", False)  # without a value transformers asks whether to run code
@@ -87,9 +87,9 @@ def _load_adapter(
         add_value_head(base)
     model = PeftModel.from_pretrained(base, path)
     if guidance is not None:
-        record_exponents(model, guidance)  # the adapter may be older than its record
+        record_exponents(model, guidance)  # early versions saved adapters without a record
     if exponents := trained_exponents(model):
-        # A merged model has only what its config says
+        # After merging only the config of the base model is left
         base.config.guidance, base.guiding_adapter = exponents, model.active_adapter
     return model
 
@@ -134,8 +134,8 @@ def fold_map(model: LanguageModel, state_dict: dict[str, torch.Tensor]) -> dict[
 
 def load_value_head(model: LanguageModel, folder: str | os.PathLike) -> None:
     """
-    Load the value head of a full model from its folder, in place, and the map of a GuidanceHead. Does nothing where
-    the folder has no such file.
+    Load the value head of a full model, and the map of a GuidanceHead, from a folder, in place. Does nothing if the
+    folder has no such file.
     """
     path = Path(folder) / VALUE_HEAD_FILE
     if path.is_file():

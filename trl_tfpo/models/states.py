@@ -71,7 +71,7 @@ def read_logits(
     """
     form = head_form(model) if _has_whole_head(model) else None
     if form is not None and form.softcap is not None and has_adapted_head(model):
-        form = None  # the cap is on the sum of the two
+        form = None  # the cap applies to the sum of head and adapter
     with _showing_labelled(model, has_label, num_shown=None if form is None else 1) as states:
         outputs = (forward or model)(**inputs, use_cache=False)
     if form is None:
@@ -91,7 +91,7 @@ def head_form(model: LanguageModel) -> HeadForm | None:
     if base not in _FORMS:
         try:
             _FORMS[base] = _measured_form(base)
-        except Exception as error:  # a forward that needs more than hidden states; its own logits are right
+        except Exception as error:  # the forward needs more than hidden states; its own logits are used
             logger.info("The head of %s could not be measured: %r", type(base).__name__, error)
             _FORMS[base] = None
     return _FORMS[base]
@@ -199,8 +199,8 @@ class _States:
 @contextmanager
 def _showing_labelled(model: LanguageModel, has_label: torch.Tensor, num_shown: int | None) -> Iterator[_States]:
     """
-    Within the context the language model head is given one row: the states that predict a label, or the first
-    `num_shown` of them. The context yields the hidden states of the forward pass within it.
+    Within the context the language model head receives one row: the states that predict a label, or the first
+    `num_shown` of them. The context yields the hidden states of the forward pass.
     """
     states = _States()
 

@@ -3,8 +3,8 @@
 """
 Token credits: a reward for each token of the vocabulary that does not depend on its context.
 
-The folder of a doctor that was trained on calibrated rewards (`training/calibration.py`) has their credits. The sum of
-the credits of its tokens is the reward of a completion, so guided completions can be ranked without another model.
+A doctor that was trained on calibrated rewards (`training/calibration.py`) is saved with its credits. The reward of a
+completion is the sum of the credits of its tokens. Guided completions can thus be ranked without another model.
 """
 
 import os

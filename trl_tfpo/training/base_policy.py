@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-The policy in the balance: what `policy` in the settings stands for.
+Balanced policy and base policy for each value of `policy` in the settings.
 
 | `policy` | the flow is balanced under | base policy |
 |---|---|---|
@@ -14,7 +14,7 @@ With a base policy (guided flow),
 $$\log \pi(y \mid s) = \log \operatorname{softmax}\big( \log \pi_{\text{base}} + \log \pi_{\text{doctor}} \big),$$
 
 and $\pi_{\text{base}}$ is the reference. The doctor's language model head starts at zero, so training starts at the
-base policy, and the doctor learns the log-ratio to it. Any patient can be multiplied by this ratio.
+base policy, and the doctor learns the log-ratio to it. This ratio can multiply any patient with the same tokenizer.
 """
 
 import copy
@@ -41,7 +41,7 @@ class Policy:
     def base(
         self, doctor: "LanguageModel | NamedModel", patient: PreTrainedModel | NamedModel | None
     ) -> "LanguageModel | NamedModel | None":
-        """The base policy, before the doctor gets its heads. `None` where there is none."""
+        """The base policy, made before the doctor gets its heads. `None` for a doctor with a policy of its own."""
         return None
 
 
@@ -55,9 +55,8 @@ class RatioPolicy(Policy):
             return NamedModel(doctor.name, **doctor.init_kwargs)  # loaded when it is first read
         if is_guidance(doctor):
             raise ValueError(
-                "With `policy='ratio'` the doctor starts as a language model. Got one that has already learned to "
-                "guide; start from the model before its training, or train it on for its patient with "
-                "`policy='guided'`."
+                "With `policy='ratio'` the doctor starts as a language model. Got a doctor of guided flow; start from "
+                "the model before its training, or continue its training for its patient with `policy='guided'`."
             )
         return copy.deepcopy(doctor)
 
@@ -82,12 +81,12 @@ def place_base_policy(model: "LanguageModel | NamedModel", accelerator: Accelera
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~trl_tfpo.models.named_model.NamedModel`]):
-            The frozen model. One that has not been loaded yet is loaded in parts under ZeRO-3.
+            The frozen model. Under ZeRO-3, a model that is not loaded yet is loaded in shards.
         accelerator ([`~accelerate.Accelerator`]):
-            Of the training.
+            Accelerator of the training.
 
     Returns:
-        `torch.nn.Module`: what [`read_base_policy`] reads, in all processes at the same time.
+        `torch.nn.Module`: the model for [`read_base_policy`]. All processes must read it at the same time.
     """
     if isinstance(model, NamedModel):
         is_loaded, is_quantized = "loaded" in vars(model), "quantization_config" in model.init_kwargs
@@ -108,7 +107,7 @@ def read_base_policy(
     completion_mask: torch.Tensor,
 ) -> tuple[list[FactoredLogits | torch.Tensor], torch.Tensor]:
     """
-    Read completions by the base policy, after the prompt alone, without either face.
+    Compute logits and log-probabilities of completions under the base policy. Prompts contain no face.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):

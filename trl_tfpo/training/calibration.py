@@ -3,9 +3,9 @@
 r"""
 Token rewards that are fitted to the preference labels.
 
-Most of the gap between the faces at one token is noise from its context. The signal is the *usual gap* of such a
-token: a ridge regression of the gaps on the token embeddings, over the whole dataset. A Bradley-Terry model of the
-pairs then weights each source of token rewards:
+Most of the gap between the faces at one token is noise from its context. The signal is the *usual gap* of the token,
+from a ridge regression of the gaps on the token embeddings over the whole dataset. A Bradley-Terry model of the pairs
+then weights each source of token rewards:
 
 $$\log \frac{P(\text{chosen})}{P(\text{rejected})} = \sum_t r_t^{\text{chosen}} - \sum_t r_t^{\text{rejected}}, \qquad
 r_t = a\,u(y_t) + b\,s_t + c\,\Delta_t + w^\top (e_{y_t} - \bar e)$$
@@ -15,8 +15,8 @@ its gap, and $e$ its embedding; $w$ has a ridge of its own. The number of tokens
 part of the reward: a preference for length says nothing about tokens. EOS gets no reward. A reward of 1 is one nat of
 the log-odds of a label. No network is trained, and no model is run.
 
-Calibration helps only if the sparse rewards miss something. If they already explain the labels, the other terms add
-noise. Held-out labels tell which is the case: see [`Calibration.is_better`].
+If the sparse rewards already explain the labels, the other terms only add noise. Held-out labels therefore decide
+whether calibrated rewards are used: see [`Calibration.is_better`].
 """
 
 import logging
@@ -48,7 +48,7 @@ SCALAR_PENALTY = 0.01  # ridge of the other terms, as a share of that
 SCALARS = ("usual gap", "sparse reward", "gap", "number of tokens")
 SPARSE = [SCALARS.index(name) for name in ("sparse reward", "number of tokens")]
 NUM_ERRORS = 1.5  # standard errors that count as a difference
-MIN_ADVANTAGE = 0.25  # of what the sparse rewards know; docs/results says why
+MIN_ADVANTAGE = 0.25  # share of what sparse rewards gain over chance; reason in docs/results/choices.md
 CHANCE = -np.log(2)  # log-likelihood of a label without any information
 
 
@@ -95,14 +95,14 @@ class Calibration:
 
     @property
     def advantage(self) -> float:
-        """Log-likelihood of a held-out label less that by sparse rewards, in nats."""
+        """Mean log-likelihood of held-out labels minus that with sparse rewards, in nats."""
         return self.log_likelihood - self.sparse_log_likelihood
 
     @property
     def is_better(self) -> bool:
         """
-        Whether the advantage exceeds 1.5 of its standard errors, and a quarter of the nats by which the sparse rewards
-        explain a label better than chance.
+        Whether the advantage exceeds 1.5 of its standard errors, and a quarter of what sparse rewards gain over
+        chance.
         """
         known = max(self.sparse_log_likelihood - CHANCE, 0.0)
         return bool(self.advantage > max(NUM_ERRORS * self.advantage_error, MIN_ADVANTAGE * known))
@@ -133,9 +133,9 @@ class Calibration:
             if needs_gaps:
                 raise ValueError(f"Calibrated rewards need the columns {GAP_COLUMNS}. {found}")
             warnings.warn(
-                f"The doctor is trained on calibrated rewards, which need the columns {GAP_COLUMNS}. {found} Until "
-                "then its own token rewards are used: the loss is not comparable to that of training, and metrics "
-                "that do not depend on token rewards, such as `rewards/accuracies`, are."
+                f"The doctor is trained on calibrated rewards, which need the columns {GAP_COLUMNS}. {found} The "
+                "token rewards of this dataset are used: its loss is not comparable to that of training. Metrics that "
+                "do not depend on token rewards, such as `rewards/accuracies`, are comparable."
             )
             return dataset
         is_eos = torch.zeros(len(self.credits), dtype=torch.bool)
@@ -172,7 +172,7 @@ class Calibration:
         """
         Log the summary, and warn if the rewards that are used do not explain held-out labels.
 
-        The warning comes if their log-likelihood is less than 1.5 standard errors above chance.
+        They do not if their log-likelihood is less than 1.5 standard errors above chance.
 
         Args:
             is_used (`bool`):
@@ -184,7 +184,7 @@ class Calibration:
             log_likelihood, error = self.log_likelihood, self.standard_error
         if log_likelihood < CHANCE + NUM_ERRORS * error:
             warnings.warn(
-                f"The token rewards do not explain the labels. {self.describe(is_used=is_used)} Word the faces by "
+                f"The token rewards do not explain the labels. {self.describe(is_used=is_used)} Describe in the faces "
                 "what the labels reward, put them in the user turn, use a stronger patient, or label more pairs."
             )
 
@@ -230,7 +230,7 @@ def calibrate(dataset: Dataset, embeddings: torch.Tensor, eos_token_ids: Sequenc
     component_scale = components.square().mean().sqrt().clamp(min=1e-8)
     features = torch.cat([terms / scale, components / component_scale], dim=1)  # (P, 4 + K)
 
-    # Their weights, and how well they predict labels that were not fitted
+    # Weights of the features, and log-odds of held-out labels
     ridge = torch.ones(features.size(1), dtype=torch.double)
     ridge[: len(SCALARS)] = SCALAR_PENALTY
     penalty, log_odds = _held_out_log_odds(features, ridge, tokens.prompt)
@@ -266,7 +266,7 @@ def _project(embeddings: torch.Tensor, mean: torch.Tensor, directions: torch.Ten
 
 def _held_out_log_odds(features: torch.Tensor, ridge: torch.Tensor, group: torch.Tensor) -> tuple[float, torch.Tensor]:
     """
-    Cross-validate a Bradley-Terry model of pairs, whose folds keep the pairs of a group together.
+    Cross-validate a Bradley-Terry model of pairs. All pairs of a group are in one fold.
 
     Returns the factor of the ridge (K,) that predicts labels best, and the log-odds (P,) of the held-out labels with
     it.
@@ -288,7 +288,7 @@ def _fit_bradley_terry(
     Fit the weights (K,) of a Bradley-Terry model by Newton's method.
 
     The features (P, K) are those of the chosen minus those of the rejected completion; there is a ridge (K,) on each
-    weight. Second derivatives are float32, which takes one step more and half the time.
+    weight. The Hessian is float32: this takes one more step, and half the time.
     """
     weights, rounded = torch.zeros_like(ridge) if weights is None else weights, features.float()
     for _ in range(25):

@@ -42,14 +42,14 @@ class LogGuidedCompletionsCallback(TrainerCallback):
     [`~trl.LogCompletionsCallback`] would generate with the doctor alone, but a doctor of guided flow is no language
     model. The completions are a table in the console and, as `completions`, in Weights & Biases and Trackio if the
     trainer reports to them, with a column for the unguided patient. The callback does not change training: random
-    states and modes are restored.
+    states and train or eval modes are restored.
 
     Args:
         trainer ([`TFPOTrainer`]):
             The trainer. Prompts come from its evaluation dataset, or from the training dataset if there is none.
         patient_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
-            The patient, or its name or path, which stays loaded in each process. Defaults to the trainer's patient, if
-            that was given by name or with `policy="guided"`.
+            The patient, or its name or path. It stays loaded in each process. Defaults to the trainer's patient if
+            this was given by name or with `policy="guided"`.
         generation_config ([`~transformers.GenerationConfig`], *optional*):
             Generation settings. By default up to 128 tokens are sampled from the guided policy without warpers, with
             the same seed each time.

@@ -119,7 +119,7 @@ def complete_model_card(
     rewards_summary: str | None = None,
 ) -> None:
     """
-    Replace the quick start in the model card in the output folder by the use as a doctor beside a patient.
+    Replace the quick start of the model card in the output folder by one that guides a patient.
 
     Args:
         args ([`TFPOConfig`]):

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Checkpoints that are complete or ignored: a list of the files of a checkpoint is written last."""
+"""Complete checkpoints: the list of their files is written last. A checkpoint without its list is ignored."""
 
 import json
 import logging
@@ -85,9 +85,9 @@ def check_checkpoint(folder: str | os.PathLike[str]) -> None:
         contents = json.loads((folder / CONTENTS_FILE).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(
-            f"A checkpoint must have been written to its end by a `TFPOTrainer`. Got {str(folder)!r} without a "
-            f"readable {CONTENTS_FILE!r}, which is written last; resume from the previous checkpoint, or start from "
-            "the beginning."
+            f"A checkpoint must be complete, and written by a `TFPOTrainer`. Got {str(folder)!r} without a readable "
+            f"{CONTENTS_FILE!r}, which is written last; resume from the previous checkpoint, or start from the "
+            "beginning."
         ) from error
     check_format(contents["format"], f"The checkpoint {str(folder)!r}, by {contents['written_by']},")
     for name, size in contents["sizes"].items():

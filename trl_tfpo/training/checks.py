@@ -27,7 +27,7 @@ def check_callables(**functions: object) -> None:
     """Raise `ValueError` if an optional function is not callable."""
     for name, function in functions.items():
         if function is not None and not callable(function):
-            raise ValueError(f"`{name}` must be callable. Got {function!r}; leave it out for that of the paper.")
+            raise ValueError(f"`{name}` must be callable. Got {function!r}; leave it out for the default.")
 
 
 def check_split(dataset: object, name: str) -> None:

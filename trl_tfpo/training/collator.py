@@ -148,7 +148,7 @@ class TokenRewardCollator(DataCollatorMixin):
         needed = {*ID_COLUMNS, *REWARD_COLUMNS}
         if not examples or any(needed - example.keys() for example in examples):
             raise ValueError(
-                f"A batch must be of pairs with {sorted(needed)}. Got "
+                f"A batch must consist of pairs with {sorted(needed)}. Got "
                 f"{[sorted(example) for example in examples[:1]]}; pass the dataset through `annotate_token_rewards` "
                 "first, or give the collator a patient."
             )
@@ -183,7 +183,7 @@ class TokenRewardCollator(DataCollatorMixin):
             batch[name] = pad_sequence(values, batch_first=True)  # (2P, T)
             if len(values) < len(rows) or not batch[name].isfinite().all():
                 raise ValueError(
-                    f"`{name}` must be finite, and there for all completions or for none. Got {len(values)} for "
+                    f"`{name}` must be finite, and present for all completions or for none. Got {len(values)} for "
                     f"{len(rows)} completions, {int((~batch[name].isfinite()).sum())} values of them not finite; "
                     "score the dataset again."
                 )

@@ -260,7 +260,7 @@ class TFPOConfig(_BaseConfig):
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available():
             # Without a backend, several processes on CPUs would train independently
             self.ddp_backend = self.ddp_backend or "gloo"
-            self.use_cpu = "ACCELERATE_USE_DEEPSPEED" not in os.environ  # DeepSpeed finds the CPU itself
+            self.use_cpu = "ACCELERATE_USE_DEEPSPEED" not in os.environ  # DeepSpeed detects the CPU itself
         super().__post_init__()
 
 

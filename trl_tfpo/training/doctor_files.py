@@ -84,7 +84,7 @@ class DoctorFiles(_BaseTrainer):
     def create_model_card(  # type: ignore[override]  # TRL takes other arguments than transformers
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
-        """Write TRL's model card, with the use as a doctor beside a patient in place of its quick start."""
+        """Write TRL's model card, with a quick start that guides a patient."""
         model_name = model_name or (self.args.hub_model_id or output_folder(self.args).name).split("/")[-1]
         is_file = dataset_name is not None and Path(dataset_name).exists()  # a local file has no link
         super().create_model_card(model_name=model_name, dataset_name=None if is_file else dataset_name, tags=tags)

@@ -4,10 +4,10 @@ r"""
 Choice of the head of a new doctor: in the span of its vocabulary embeddings, or with a free row for each token.
 
 The span (`guidance_head.py`) suffices if the embeddings predict the gaps between the faces. Embeddings of a small
-model that has seen few words may encode only which words can follow each other. So the gaps of each half of the pairs
-are predicted from the other half in two ways: by the mean gap of the same token, and by a ridge regression on its
-embedding. The head gets a free row for each token if tokens explain at least 5% of the variance of held-out gaps, and
-embeddings less than half of what tokens explain.
+model that has seen few words may encode only which words can follow each other. The gaps of each half of the pairs are
+therefore predicted from the other half in two ways: by the mean gap of the same token, and by a ridge regression on
+its embedding. The head gets a free row for each token if tokens explain more than 5% of the variance of held-out gaps,
+and embeddings less than half of what tokens explain.
 """
 
 import logging
@@ -27,8 +27,8 @@ from .token_gaps import centered_embeddings, predict_gaps, read_gaps, sample_pai
 logger = logging.getLogger(__name__)
 MIN_PAIRS, MAX_PAIRS = 64, 1000  # pairs that are compared
 MIN_EXPLAINED = 0.05  # share of the variance of gaps that tokens must explain
-MIN_SHARE = 0.5  # share of that which embeddings must explain
-SHRINKAGES = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # gaps of zero that are added to those of a token
+MIN_SHARE = 0.5  # what embeddings must explain, as a share of what tokens explain
+SHRINKAGES = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # number of zero gaps added to the gaps of a token
 RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 1.0)  # in units of the mean variance of an entry of the embeddings
 
 

@@ -475,7 +475,7 @@ def _training_memory(model: _StoredModel, base_bytes: int, half: int, num_proces
 
     num_trained = sum(parameter.numel() for parameter in model.trained)
     num_floats = sum(parameter.numel() for parameter in model.floats)
-    whole = model.num_bytes - sum(parameter.nbytes for parameter in model.floats)  # what no engine shards
+    whole = model.num_bytes - sum(parameter.nbytes for parameter in model.floats)  # not sharded by any engine
     optimizer = 16 * num_trained // num_processes  # weights, two states, and gradients for the step, in float32
     share = half * num_trained // num_processes
     weights = whole + half * num_floats + base_bytes
@@ -487,7 +487,7 @@ def _training_memory(model: _StoredModel, base_bytes: int, half: int, num_proces
     yield Memory("training, ZeRO-3", weights, share, optimizer)
 
     layers = _layer_sizes(model)
-    gathered = half * (num_floats - sum(layers) + 2 * max(layers))  # what is in no layer, a layer and the next
+    gathered = half * (num_floats - sum(layers) + 2 * max(layers))  # parameters outside layers, and two layers
     shards = sum(4 * p.numel() if p.requires_grad else p.nbytes for p in model.floats)
     weights = whole + shards // num_processes + gathered + base_bytes // num_processes
     yield Memory("training, FSDP2", weights, 4 * num_trained // num_processes, 8 * num_trained // num_processes)

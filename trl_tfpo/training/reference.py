@@ -52,7 +52,7 @@ def with_reference_logps(dataset: Dataset | dict, trainer: Trainer, *, fingerpri
             Fingerprint of that model.
 
     Raises:
-        `ValueError`: when the doctor has been trained or sharded.
+        `ValueError`: if the doctor has been trained or is sharded.
     """
     if isinstance(dataset, dict):
         return {name: with_reference_logps(split, trainer, fingerprint=fingerprint) for name, split in dataset.items()}

@@ -85,8 +85,9 @@ def _is_open(
     """
     Whether labels may decide on the token rewards.
 
-    They may if the doctor is no adapter and its embeddings are whole, if there are gaps and at least 128 pairs, and if
-    the annotation records the default `reward_fn` and `reward_direction`: a user who chose other rewards keeps them.
+    They may if the doctor is not an adapter, its embeddings are not sharded, the dataset has gaps and at least 128
+    pairs, and the annotation records the default `reward_fn` and `reward_direction`. Other rewards are kept, because
+    the user chose them.
     """
     if is_sharded(model) or is_peft_model(model):
         return False

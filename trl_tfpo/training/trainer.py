@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Training a doctor: preference pairs in, a small model that can guide the patient out."""
+"""Trainer of a doctor: from preference pairs to a small model that can guide the patient."""
 
 import textwrap
 from collections.abc import Callable
@@ -193,7 +193,7 @@ class TFPOTrainer(DoctorFiles):
         self.objective: Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]] = objective or objective_of(args)
 
         # Models and tokenizer
-        set_seed(args.seed)  # adapters start at random
+        set_seed(args.seed)  # the initial weights of adapters are random
         self.patient_model = resolve_patient(patient_model, args, patient_quantization_config)
         language_model = resolve_doctor(model, args, quantization_config)
         base_policy = policy.base(language_model, self.patient_model)  # before the doctor gets its heads
@@ -237,7 +237,7 @@ class TFPOTrainer(DoctorFiles):
 
         keep_output_precision(self.accelerator)
 
-        # Base policy, and where the doctor starts
+        # Base policy, and initial logits of the doctor
         if policy.needs_patient:
             check_patient(self.patient_model, processing_class)  # type: ignore[arg-type]  # given, see above
         self.base_policy = None if base_policy is None else place_base_policy(base_policy, self.accelerator)
@@ -246,9 +246,8 @@ class TFPOTrainer(DoctorFiles):
             start_at_credits(doctor, credits, self.train_dataset, data_collator)
 
         # Reference log-probabilities
-        self._has_reference = (
-            args.reference_weight > 0 and not policy.has_base
-        )  # else the base policy is the reference
+        # With a base policy, the base policy is the reference
+        self._has_reference = args.reference_weight > 0 and not policy.has_base
         self._reference_fingerprint = model_fingerprint(doctor) if self._has_reference else None
         self.train_dataset = self._add_reference_logps(self.train_dataset)
         self.eval_dataset = self._add_reference_logps(self.eval_dataset)
