@@ -25,6 +25,7 @@ os.environ |= {
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 from tokenizers.models import WordLevel  # noqa: E402
 from tokenizers.pre_tokenizers import WhitespaceSplit  # noqa: E402
@@ -101,12 +102,15 @@ def make_tokenizer(words=()):
 def folders(tmp_path_factory):
     """A patient, and doctors of other sizes: `helpful`, and `harmless` whose vocabulary has other padding."""
     root = tmp_path_factory.mktemp("models")
-    return SimpleNamespace(
+    folders = SimpleNamespace(
         root=root,
         patient=save_model(root / "patient", 1),
         helpful=save_model(root / "helpful", 2, head_dim=64, num_layers=1),
         harmless=save_model(root / "harmless", 3, num_layers=3, vocab_size=62),
     )
+    for name in ("value_head", "token_credits"):  # which training leaves in the folder of a doctor
+        save_file({"weight": torch.zeros(1)}, root / "helpful" / f"{name}.safetensors")
+    return folders
 
 
 def start(**arguments):

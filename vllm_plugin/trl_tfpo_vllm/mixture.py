@@ -57,9 +57,9 @@ def guided_logps(
 
 
 def _weighted(logits: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`weight * logits`, (T, V). Minus infinity becomes 0 unless the weight (T, 1) is positive."""
+    """`weight * log pi`, (T, V). Minus infinity becomes 0 unless the weight (T, 1) is positive."""
     is_absent = logits == float("-inf")
-    weighted = weight * logits.masked_fill(is_absent, 0)
+    weighted = weight * logits.log_softmax(dim=-1).masked_fill(is_absent, 0)
     return weighted.masked_fill(is_absent & (weight > 0), float("-inf"))
 
 
