@@ -3,8 +3,8 @@
 """
 Tiny models, and an environment in which Model Runner V2 runs on a CPU.
 
-V2 needs Triton, whose stock build has no backend for CPUs. Its kernels then run in Triton's interpreter, and a stand-in
-takes the place of the backend that vLLM looks for when it is imported.
+V2 needs Triton, whose stock build has no backend for CPUs. Triton's interpreter runs its kernels here. vLLM looks for
+the backend when it is imported, and finds a stand-in.
 """
 
 import gc

@@ -35,7 +35,8 @@ def guidance_of(model_config: "ModelConfig") -> Guidance:
     doctors = getattr(model_config.hf_config, "guided_doctors", None)
     if not doctors:
         raise ValueError(
-            f"{ARCHITECTURE} needs doctors in `hf_overrides`. Got none; pass what `trl_tfpo_vllm.guided_config` returns."
+            f"{ARCHITECTURE} needs doctors in `hf_overrides`. Got none; pass the arguments that "
+            "`trl_tfpo_vllm.guided_config` returns."
         )
     return Guidance.from_fields(doctors, getattr(model_config.hf_config, "guided_alpha", None))
 
@@ -50,8 +51,8 @@ def check_modes(vllm_config: "VllmConfig") -> None:
     """
     if not vllm_config.use_v2_model_runner:
         raise ValueError(
-            "Guidance needs Model Runner V2, because the older runner would serve all requests unguided. Got the older "
-            "runner; set VLLM_USE_V2_MODEL_RUNNER=1, or leave out what V2 does not support (see the warnings above)."
+            "Guidance needs Model Runner V2: the older runner ignores the weights of requests. Got the older runner; "
+            "set VLLM_USE_V2_MODEL_RUNNER=1, or leave out what V2 does not support, which vLLM logs as a warning."
         )
     model, parallel, speculation = (
         vllm_config.model_config,
@@ -95,8 +96,8 @@ def check_doctors(guidance: Guidance, model_config: "ModelConfig") -> None:
             raise ValueError(
                 "Patient and doctors must have the same tokenizer: the same token for every id. Got "
                 f"{len(differing)} ids that differ for doctor {doctor.name!r}; the first is {first}: "
-                f"{patient_tokens.get(first)!r} for the patient, {tokens.get(first)!r} for the doctor. Take two models "
-                "of one family."
+                f"{patient_tokens.get(first)!r} for the patient, {tokens.get(first)!r} for the doctor. Take two "
+                "models of one family."
             )
         config = AutoConfig.from_pretrained(doctor.path, trust_remote_code=False)
         if tokens and config.vocab_size <= max(tokens):
