@@ -205,3 +205,16 @@ def test_preempted_requests_keep_their_weights(small_engine, models):
         exponents = {"patient": alpha, "helpful": helpful, "harmless": harmless}
         assert tokens == greedy(models, prompt, exponents, num_new=48)
     assert num_preempted
+
+
+def test_speculation_with_a_draft_model(folders, models):
+    """The patient drafts. Rows of drafts must have the weights of their request."""
+    config = guided_config(folders.patient, {"helpful": folders.helpful})
+    draft = {"method": "draft_model", "model": folders.patient, "num_speculative_tokens": 2}
+    engine = start(**config, speculative_config=draft)
+    outputs = engine.generate(prompts_of(PROMPTS), [params(weights) for weights in WEIGHTS], use_tqdm=False)
+    stop(engine)
+    expected = [
+        greedy(models, prompt, exponents_of(weights)) for prompt, weights in zip(PROMPTS, WEIGHTS, strict=True)
+    ]
+    assert tokens_of(outputs) == expected

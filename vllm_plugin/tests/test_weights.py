@@ -3,6 +3,7 @@
 """Weights: of requests, as columns of hidden states, and the mixture against numbers of the main package."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from trl_tfpo_vllm import guided_config
+from trl_tfpo_vllm.__main__ import main
 from trl_tfpo_vllm.guidance import DoctorEntry, Guidance
 from trl_tfpo_vllm.mixture import guided_logps, pack_weights, unpack_weights
 
@@ -104,3 +106,17 @@ def test_settings_need_neither_torch_nor_vllm():
     """Commands that only print flags, and the process that checks requests, start at once."""
     script = "import sys, trl_tfpo_vllm; assert not {'torch', 'vllm', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_the_command_prints_flags_for_a_shell(tmp_path, capsys):
+    """The flags hold JSON, which a shell must not split."""
+    (tmp_path / "config.json").write_text("{}")
+    main(["--patient", "a b", "--doctor", f"helpful={tmp_path}", "--beta", "helpful=0.25", "--alpha", "1"])
+    model, patient, flag, overrides = shlex.split(capsys.readouterr().out)
+    assert (model, patient, flag) == ("--model", "a b", "--hf-overrides")
+    expected = guided_config("a b", {"helpful": tmp_path}, alpha=1.0, beta=0.25)
+    assert json.loads(overrides) == expected["hf_overrides"]
+    for wrong, message in ((["--beta", "other=0.25"], "must name"), (["--doctor", "helpful=x"], "different names")):
+        with pytest.raises(SystemExit):
+            main(["--patient", "a", "--doctor", f"helpful={tmp_path}", *wrong])
+        assert message in capsys.readouterr().err
