@@ -2,6 +2,9 @@
 
 """Engines that would serve unguided or wrong answers must not start, and say why."""
 
+import json
+from pathlib import Path
+
 import pytest
 from conftest import save_model
 from vllm import ModelRegistry, envs
@@ -63,6 +66,16 @@ def test_no_tokenizer(folders):
     for file in folders.root.glob("bare/tokenizer*"):
         file.unlink()
     with pytest.raises(ValueError, match="must be saved with their tokenizer"):
+        config_of(folders, doctor)
+
+
+def test_a_quantised_doctor(folders):
+    """vLLM would build it as an ordinary model, from weights of another format."""
+    doctor = save_model(folders.root / "quantised", 4)
+    path = Path(doctor) / "config.json"
+    settings = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    with pytest.raises(ValueError, match="'helpful' must not be quantised"):
         config_of(folders, doctor)
 
 

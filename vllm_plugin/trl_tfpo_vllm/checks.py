@@ -100,6 +100,11 @@ def check_doctors(guidance: Guidance, model_config: "ModelConfig") -> None:
                 "models of one family."
             )
         config = AutoConfig.from_pretrained(doctor.path, trust_remote_code=False)
+        if getattr(config, "quantization_config", None):
+            raise ValueError(
+                f"Doctor {doctor.name!r} must not be quantised, as it has the patient's kernels. Got a "
+                "`quantization_config` in its folder; save its weights in bfloat16."
+            )
         if tokens and config.vocab_size <= max(tokens):
             raise ValueError(
                 f"Doctor {doctor.name!r} must have an embedding for every token. Got {config.vocab_size} embeddings "

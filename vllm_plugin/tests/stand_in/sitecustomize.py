@@ -3,8 +3,8 @@
 """
 Lets Model Runner V2 run on a CPU, in each process with this folder in `PYTHONPATH`.
 
-V2 needs Triton, whose stock build has no backend for CPUs. Triton's interpreter (`TRITON_INTERPRET=1`) runs the kernels.
-vLLM looks for the backend when it is imported, and finds this stand-in.
+V2 needs Triton, whose stock build has no backend for CPUs. Triton's interpreter (`TRITON_INTERPRET=1`) runs its
+kernels. vLLM looks for the backend when it is imported, and finds this stand-in.
 """
 
 import contextlib
