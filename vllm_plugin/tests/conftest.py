@@ -16,6 +16,7 @@ os.environ |= {
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": str(STAND_IN),  # for other processes of vLLM
     "TOKENIZERS_PARALLELISM": "false",
+    "TORCHDYNAMO_DISABLE": "1",  # compilation would use the stand-in
     "TRITON_INTERPRET": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

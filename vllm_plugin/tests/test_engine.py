@@ -6,12 +6,14 @@ import random
 
 import pytest
 import torch
-from conftest import NUM_TOKENS, start, stop
+from conftest import ENGINE, NUM_TOKENS, start, stop
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
 from trl_tfpo_vllm import guided_config
+from trl_tfpo_vllm.model import GuidedForCausalLM
 
 
 NUM_NEW = 16
@@ -112,6 +114,14 @@ def test_requests_that_arrive_at_any_time(engine, models):
     for place, index in enumerate(order):
         expected = greedy(models, PROMPTS[index], exponents_of(WEIGHTS[-1 - index]))
         assert found[f"{place}"] == expected[: NUM_NEW if index % 2 else NUM_NEW // 2]
+
+
+def test_requests_share_the_cache_of_a_prompt(engine, models):
+    """Keys and values do not depend on weights. A prompt that was read with other weights is not read again."""
+    prompts = [PROMPTS[-1]] * len(WEIGHTS)
+    outputs = engine.generate(prompts_of(prompts), [params(weights) for weights in WEIGHTS], use_tqdm=False)
+    assert outputs[-1].num_cached_tokens >= ENGINE["block_size"]
+    assert tokens_of(outputs) == [greedy(models, PROMPTS[-1], exponents_of(weights)) for weights in WEIGHTS]
 
 
 def test_log_probabilities_are_those_of_the_guided_policy(engine, models):
@@ -218,3 +228,28 @@ def test_speculation_with_a_draft_model(folders, models):
         greedy(models, prompt, exponents_of(weights)) for prompt, weights in zip(PROMPTS, WEIGHTS, strict=True)
     ]
     assert tokens_of(outputs) == expected
+
+
+def test_tensor_parallelism(folders, models):
+    """Two ranks; the doctor is sharded as the patient is."""
+    engine = start(**guided_config(folders.patient, {"harmless": folders.harmless}), tensor_parallel_size=2)
+    weights = [{name.replace("helpful", "harmless"): value for name, value in given.items()} for given in WEIGHTS]
+    outputs = engine.generate(prompts_of(PROMPTS), [params(given) for given in weights], use_tqdm=False)
+    stop(engine)
+    for tokens, prompt, given in zip(tokens_of(outputs), PROMPTS, WEIGHTS, strict=True):
+        alpha, beta = exponents_of(given).values()
+        assert tokens == greedy(models, prompt, {"patient": alpha, "harmless": beta})
+
+
+def test_an_engine_without_the_check_of_requests_does_not_start(folders, monkeypatch):
+    """A version of vLLM that no longer calls the hook would let unusable weights end the engine."""
+    monkeypatch.delitem(MODELS_CONFIG_MAP, "GuidedForCausalLM")
+    with pytest.raises(ValueError, match="Requests must be checked when they arrive"):
+        start(**guided_config(folders.patient, {"helpful": folders.helpful}))
+
+
+def test_a_forward_pass_without_weights_is_an_error():
+    """A runner that does not hand over the weights must not serve unguided answers."""
+    ids = torch.tensor([3])
+    with pytest.raises(ValueError, match="needs token ids and the weights of requests"):
+        GuidedForCausalLM.forward(None, ids, ids)
