@@ -23,8 +23,8 @@ WEIGHTS = {  # of the patient and of two doctors, one row for each token
 }
 
 
-def main() -> None:
-    """Write the cases."""
+def make_cases() -> list[dict]:
+    """Logits, weights and the guided log-probabilities of the main package."""
     torch.manual_seed(0)
     cases = []
     for name, rows in WEIGHTS.items():
@@ -48,8 +48,7 @@ def main() -> None:
                     "expected": rows_of(expected),
                 }
             )
-    path = Path(__file__).parent / "guided_logps.json"
-    path.write_text(json.dumps(cases, indent=1) + "\n", encoding="utf-8")
+    return cases
 
 
 def rows_of(tensor: torch.Tensor) -> list[list[float | None]]:
@@ -58,4 +57,5 @@ def rows_of(tensor: torch.Tensor) -> list[list[float | None]]:
 
 
 if __name__ == "__main__":
-    main()
+    path = Path(__file__).parent / "guided_logps.json"
+    path.write_text(json.dumps(make_cases(), indent=1) + "\n", encoding="utf-8")
