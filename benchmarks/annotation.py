@@ -9,7 +9,7 @@ python benchmarks/annotation.py --quick
 ```
 
 - *annotated*: `score_token_rewards`, as `annotate_token_rewards` calls it.
-- *four forwards*: each completion under each face in a forward pass of its own, with full logits in float32.
+- *four forwards*: a separate forward pass for each completion under each face, with full logits in float32.
 - *bare*: the backbone over the tokens that must be read (each face's prompt once, both completions), in batches of the
   same size, and the language model head where a token is predicted. Nothing is scored.
 

@@ -11,18 +11,20 @@ python benchmarks/decoding.py --quick --peers
 
 Times are per new token, prefill included, as ratios within one process. All methods take turns at each prompt, each
 repetition gives one ratio, and a cell is the median over repetitions with the first and third quartile. On a CPU one
-thread is used and processor time is measured, which excludes other processes but not their use of caches and memory
-bandwidth. On a GPU wall-clock time is measured.
+thread is used and processor time is measured. It excludes the time of other processes, but not their use of caches and
+memory bandwidth. On a GPU wall-clock time is measured.
 
 1. *Overhead.* Random models, because only their size matters. The cached guide reads each token once. The naive one
    reads the whole prefix at each step.
-2. *Speculation*, which depends on agreement. The trained pair is the patient and the doctor of the controlled world,
-   the doctor after TFPO in this run. Both are tiny, so they are padded with zeros to usual sizes (`grow`): logits stay
-   the same, and only the arithmetic grows. The vocabulary stays at the 174 words of the world, and texts end where the
-   model ends them. The random pair never agrees, which is the worst case.
-3. *Verification.* A patient forward over k + 1 positions in each row, which is the cost of checking k drafted tokens.
+2. *Speculation.* Its gain depends on how often doctor and patient agree. The trained pair is the patient of the
+   controlled world and its doctor, trained by TFPO in this run. Both are tiny, so they are padded with zeros to usual
+   sizes (`grow`): logits stay the same, and only the arithmetic grows. The vocabulary stays at the 174 words of the
+   world, and texts end where the model ends them. The random pair never agrees: the worst case.
+3. *Verification.* A forward pass of the patient over k + 1 positions in each row: the cost of checking k drafted
+   tokens.
 
-With `--quick`, three minutes on one core, quartiles come from two repetitions and show an order of magnitude.
+`--quick` takes three minutes on one core. Its quartiles come from two repetitions, and show the order of magnitude
+only.
 """
 
 import argparse
@@ -117,7 +119,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def measure(args: argparse.Namespace, runs: dict[str, Callable], inputs: list[torch.Tensor]) -> dict[str, list[float]]:
-    """Return seconds per unit of work, one value for each repetition. A run takes an input and returns its units."""
+    """
+    Return seconds per unit of work, one value for each repetition. A run takes an input and returns the units of
+    its work.
+    """
     next(iter(runs.values()))(inputs[0])  # warm up
     seconds = {name: [] for name in runs}
     for repetition in range(args.repetitions):
@@ -191,7 +196,7 @@ def trained_pair(args: argparse.Namespace, sizes: dict) -> tuple[PreTrainedModel
         TFPOTrainer(
             model=world.doctor,
             patient_model=world.patient,
-            # A language model of its own: one of guided flow does not draft
+            # A language model, because a doctor of guided flow does not draft
             args=TFPOConfig(
                 output_dir,
                 policy="doctor",
@@ -376,8 +381,9 @@ def peers(args: argparse.Namespace, patient, doctor, prompts) -> list[dict]:
     """Return guides that compute `0.5 * log p_patient + 0.5 * log p_doctor` for one prompt."""
     patient, doctor = patient.to(args.device), doctor.to(args.device)
     guides = {"cached": cached_guide(doctor, 0.5, 0.5), "naive": naive_guide(doctor, 0.5, 0.5)}
-    # Made for one model under two prompts: scale * log p + (1 - scale) * log p_other. With the doctor as the other
-    # and the same prompt it is the mixture. An instance serves one call, and is wrong with padding and with beams.
+    # The class is for one model under two prompts: scale * log p + (1 - scale) * log p_other. With the doctor as the
+    # other model and the same prompt it computes the mixture. An instance serves one call, without padding and without
+    # beams.
     guides["transformers, UnbatchedClassifierFreeGuidanceLogitsProcessor"] = lambda input_ids, mask: (
         UnbatchedClassifierFreeGuidanceLogitsProcessor(0.5, doctor, unconditional_ids=input_ids)
     )

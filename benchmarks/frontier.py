@@ -16,14 +16,14 @@ sizes of patient and doctor (`weak_to_strong.py`), parts and settings (`sweep.py
 All methods (`methods.py`) have the same preference pairs, steps and batches. If a method has several settings, the
 best is chosen for each attribute, by its mean efficiency on validation prompts near the second and the third of the
 KLs (at all strengths if there is no KL to match), with the first seed. All seeds are trained with it and measured on
-test prompts. Strengths are found on validation prompts. Efficiency is interpolated between measured strengths, or is
-that of the nearest one if its KL is within a fifth.
+test prompts. Strengths are found on validation prompts. Efficiency is interpolated between measured strengths. Beyond
+them it is that of the nearest one, if its KL is within a fifth.
 
 Guided methods and the frontier share importance-weighted samples of the patient (`patient_samples.py`). Other methods,
 and diversity, grammar and wins of all methods, are measured on texts sampled from each policy.
 
-Each measurement is appended to the output at once, so a stopped run can be resumed. Several runs can share the work
-(`--methods`, `--attributes`), each with an output of its own; `--report` reads all of them together. Intervals are by
+Each measurement is appended to the output at once, so a stopped run can be resumed. Several runs can divide the work
+(`--methods`, `--attributes`), each with its own output; `--report` reads all outputs together. Intervals are by
 bootstrap over seeds and test prompts, for the given attributes. Intervals of diversity are the range over seeds.
 """
 
@@ -56,7 +56,7 @@ from trl_tfpo.testbed.report import POOL, evenly_chosen
 FULL = dict(num_pairs=3000, max_steps=500, num_samples_per_prompt=50, num_patient_samples_per_prompt=400)
 QUICK = dict(num_pairs=128, max_steps=10, num_samples_per_prompt=12)
 KLS = [0.3, 0.6, 1.2, 2.0]  # nats
-FAR = 2.6  # about where a patient tuned by DPO is, taken as it is
+FAR = 2.6  # about the KL of a patient tuned by DPO
 QUICK_KLS = [0.05, 0.1]
 SHARES = [0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0]  # of the strongest guide
 NUM_KEPT = 25  # samples of each prompt whose rewards are kept
@@ -116,7 +116,7 @@ def run_parts(parts: dict[str, list], folder: Path, arguments: list[str]) -> Non
     def run(name: str) -> None:
         (script, *others), start = parts[name], time.perf_counter()
         command = [sys.executable, Path(__file__).with_name(script), *others, *arguments]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}  # each its core
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}  # one core for each script
         with (folder / f"{name}.md").open("w", encoding="utf-8") as tables, (folder / f"{name}.log").open("w") as log:
             if subprocess.run(command, stdout=tables, stderr=log, env=environment).returncode:
                 raise RuntimeError(f"{name} failed, see {log.name}; what it has measured is kept for the next run.")
@@ -137,7 +137,7 @@ def run_parts(parts: dict[str, list], folder: Path, arguments: list[str]) -> Non
 
 def measure_all(args: argparse.Namespace) -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    # The first seed of all comes first, as it chooses the settings
+    # The first seed of every task comes first, because it chooses the settings
     tasks = [
         Task(attribute, seed, **(QUICK if args.quick else FULL), weights=args.world)
         for seed in args.seeds
@@ -157,7 +157,7 @@ def measure(name: str, method: Method, task: Task, kls: list[float], output: Pat
     """Append the rows of a method that the output does not have yet."""
     key = {"method": name} | task.key
     tried = key | {"seed": first_seed, "split": "validation"}
-    trained = {}  # by settings, as the best of those that were tried is measured afterwards
+    trained = {}  # by settings, because the best one is measured on test prompts afterwards
     for settings, split in [(settings, "validation") for settings in method.grid] + [(None, "test")]:
         if split == "validation" and (len(method.grid) == 1 or task.seed != first_seed):
             continue
@@ -186,8 +186,8 @@ def measure(name: str, method: Method, task: Task, kls: list[float], output: Pat
 
 def sample(task: Task, guide: Guide, strengths: list[float], largest: float) -> list[dict]:
     """
-    Measure on test prompts: importance-weighted samples at all strengths but the last, where the effective sample size
-    is small, and sampled texts at the second, the third and the last.
+    Measure on test prompts. Importance-weighted samples serve all strengths but the last, where their effective number
+    is small. Texts are sampled at the second, the third and the last strength.
     """
     samples, comparison = task.samples("test"), task.comparison("test")
     rows = samples.follow(guide, samples.doctor_logits(guide(largest)), strengths, attribute=task.attribute)
@@ -203,7 +203,10 @@ def sample(task: Task, guide: Guide, strengths: list[float], largest: float) -> 
 
 
 def follow(task: Task, guide: Guide, kls: list[float], largest: float) -> list[dict]:
-    """Return strength, KL and efficiency where the KL is near each of the wanted ones, or as near as possible."""
+    """
+    Return strength, KL and efficiency near each of the wanted KLs, or at the largest strength if a KL is out of
+    reach.
+    """
     samples, doctor_logits = task.samples("validation"), task.samples("validation").doctor_logits(guide(largest))
     follow = functools.partial(samples.follow, guide, doctor_logits, attribute=task.attribute)
     points = [(row["kl"] ** 0.5, row["beta"]) for row in follow([largest * x for x in SHARES], max_kl=max(kls))]
@@ -288,7 +291,10 @@ def check_is_one_run(rows: list[dict]) -> None:
 
 
 def cells(rows: list[dict], value: str, at: str, x: float, scale: Callable[[float], float] = float) -> dict:
-    """Return a value of each method, attribute and seed, interpolated where `at` is x, without those out of reach."""
+    """
+    Return a value for each method, attribute and seed, interpolated where `at` is x. Values out of reach are left
+    out.
+    """
     found, tested = {}, [row for row in rows if row["split"] == "test" and row.get(value) is not None and row[at] > 0]
     for key in sorted({(row["method"], row["attribute"], row["seed"]) for row in tested}):
         mine = [row for row in tested if (row["method"], row["attribute"], row["seed"]) == key]
@@ -322,8 +328,8 @@ def grids(rows: list[dict]) -> str:
 
 def efficiencies(rows: list[dict], kls: list[float]) -> str:
     """
-    Print efficiency at each KL, mean and standard deviation over seeds and attributes, and costs. Where some never
-    come near a KL, their number is printed.
+    Print costs, and efficiency at each KL: mean and standard deviation over seeds and attributes. If some runs do not
+    come near a KL, the number of those that do is printed.
     """
     shown = " | ".join(f"{kl} nats" for kl in kls)
     lines = [f"| method | seeds | {shown} | grammar | passes for a token | training (s) |"]
@@ -338,7 +344,7 @@ def efficiencies(rows: list[dict], kls: list[float]) -> str:
         grammar = [row["grammar"] for row in mine if "grammar" in row]
         shown += [f"{statistics.mean(grammar):.2f}" if grammar else "", METHODS[name].passes]
         seconds = statistics.median(row["train_seconds"] for row in mine) if mine else 0
-        shown += [f"{seconds:.0f}" if seconds >= 1 else ""]  # nothing is trained, or what another method has trained
+        shown += [f"{seconds:.0f}" if seconds >= 1 else ""]  # empty where the method itself trains nothing
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
@@ -352,7 +358,7 @@ def versus(rows: list[dict], columns: dict[str, dict], form: str, *, wins_near: 
     lines += ["|---|---" + "|---:" * (len(columns) + bool(wins_near)) + "|"]
     for name, other in itertools.product(ours, names_of(rows)):
         if other in ours and ours.index(other) <= ours.index(name):
-            continue  # that pair is there already
+            continue  # this pair is listed already
         shown = []
         for column in columns.values():
             mine, theirs = of(column, name), of(column, other)
@@ -405,9 +411,9 @@ def spread(values: list[float]) -> str:
 
 def interval(found: dict, attributes: set[str], form: str, sign: str = "") -> str:
     """
-    Return the mean over attributes and over the seeds that have all of them, with an interval. If there is a value for
-    each prompt, the interval is by bootstrap over prompts and seeds, or over prompts alone with one seed; attributes
-    are fixed. Otherwise it is the range.
+    Return the mean over attributes and seeds, with an interval. Seeds that lack an attribute are left out. With a
+    value for each prompt, the interval is by bootstrap over prompts and seeds, or over prompts alone if there is one
+    seed; attributes are fixed. Otherwise it is the range.
     """
     seeds = [seed for seed in sorted({seed for _, seed in found}) if all((x, seed) in found for x in attributes)]
     if not seeds:

@@ -48,8 +48,8 @@ class Task:
     num_pairs: int
     max_steps: int
     num_samples_per_prompt: int
-    num_patient_samples_per_prompt: int | None = None  # four times as many unless given
-    weights: Path | None = None  # of another world than the one that ships
+    num_patient_samples_per_prompt: int | None = None  # default: four times `num_samples_per_prompt`
+    weights: Path | None = None  # of the world; default: the one in the package
 
     @cached_property
     def world(self) -> World:
@@ -100,7 +100,7 @@ class Task:
 
     @property
     def key(self) -> dict:
-        """Identifies the rows of this task in an output."""
+        """Values that identify the rows of this task in an output."""
         return asdict(self) | {"weights": self.weights and str(self.weights)}
 
     def _draw(self, split: str) -> tuple[Comparison, PatientSamples]:
@@ -130,13 +130,13 @@ class Method:
         passes (`str`):
             Cost of a token besides a forward pass of the patient.
         grid (`list[dict]`):
-            Settings, of which the best is measured.
+            Settings to try. The best one is measured.
         largest (`float`):
             Largest strength of the guide.
         strengths (`list[float]`, *optional*):
             Strengths of a policy, which has no KL to match.
         num_seeds (`int`, *optional*):
-            Number of seeds that are measured, all by default. Fewer where the result is clear.
+            Number of seeds to measure. Defaults to all; fewer are enough where the result is clear.
     """
 
     policy: Callable[..., Guide | Policy]
@@ -173,7 +173,7 @@ def train_tfpo(task: Task, objective=None, **settings) -> PreTrainedModel:
 
 def tfpo(task: Task, **settings) -> Guide:
     """
-    Train a doctor by TFPO. It is decoded with its default exponents: a product, or a mixture for a language model.
+    Train a doctor by TFPO. Its default exponents make a product, or for a language model a mixture.
     """
     doctor = train_tfpo(task, **settings)
     return lambda beta: DoctorGuidedLogitsProcessor(doctor, beta=beta)

@@ -38,7 +38,7 @@ from trl_tfpo.testbed.frontier import kl_of, tilted
 
 NAMES = ("praise", "calm")
 QUICK = dict(num_pairs=32, max_steps=2, num_samples_per_prompt=8)
-DPO = DPO_GRID[0]  # the other is better for either alone, and worse for all three that are made of it
+DPO = DPO_GRID[0]  # the other setting is better for each objective alone, and worse in all three methods
 LARGEST = {"two doctors": 4.0, "two doctors, guided flow": 4.0}  # strengths that are tried; a mixture has at most 1
 
 
@@ -113,7 +113,7 @@ def make_methods(tasks: dict[str, Task], num_weightings: int) -> dict[str, tuple
 
     def retrained(weight: float) -> Guide:
         task = mixed_task(tasks[NAMES[0]], weight)
-        ends = {1.0: NAMES[0], 0.0: NAMES[1]}  # labels of one alone
+        ends = {1.0: NAMES[0], 0.0: NAMES[1]}  # weightings whose labels are those of one objective
         model = tuned(ends[weight]) if weight in ends else train_dpo(task, task.fresh("patient"), **DPO)
         return lambda s: DoctorGuidedLogitsProcessor(model, beta=s)
 

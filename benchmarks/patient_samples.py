@@ -21,7 +21,7 @@ from trl_tfpo.testbed import Comparison
 from trl_tfpo.testbed.frontier import Frontier, kl_of, reward_kl_frontier, tilted
 
 
-Guide = Callable[[float], DoctorGuidedLogitsProcessor]  # of a strength; always with the same models
+Guide = Callable[[float], DoctorGuidedLogitsProcessor]  # maps a strength to a guide; all guides have the same models
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,9 @@ class PatientSamples:
         max_kl: float = math.inf,
     ) -> list[dict]:
         """
-        Return a row for each strength, up to the first with a KL above `max_kl`: KL in nats, reward, entropy in nats
-        per token, efficiency, and each prompt's part in it. `doctor_logits` do not depend on the strength.
+        Return a row for each strength, up to the first with a KL above `max_kl`. It has KL in nats, reward, entropy in
+        nats per token, efficiency, and the part of each prompt in the efficiency. `doctor_logits` do not depend on the
+        strength.
         """
         frontier, rows = reward_kl_frontier(self.rewards[attribute]), []
         for strength in strengths:

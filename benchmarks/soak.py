@@ -14,8 +14,8 @@ python benchmarks/soak.py training --steps 5000
 - *decoding*: one processor serves thousands of calls.
 - *training*: a training is killed and resumed many times.
 
-Each prints a table, and exits with status 1 if an answer, a call or a tensor was lost, late or wrong, or if memory
-grew by 5%.
+Each prints a table. The exit status is 1 if an answer, a call or a tensor was lost, late or wrong, or if memory grew
+by 5%.
 """
 
 import argparse
@@ -46,7 +46,7 @@ from trl_tfpo.testbed import load_world
 
 
 PATIENCE = 60  # seconds after which a request or a step counts as hung
-MARGIN = 1e-4  # nats by which a greedy token must be ahead, or another order of the same sums may overtake it
+MARGIN = 1e-4  # nats; a greedy token with a smaller lead depends on the order of sums
 NONE_OF = (
     *("wrong answers", "lost answers", "clients that hang", "completions left behind"),
     *("calls that differ from a fresh processor", "points that differ", "tensors that differ"),
@@ -96,7 +96,8 @@ def is_sound(figures: dict) -> bool:
 
 def soak_server(minutes: float, num_clients: int, num_prompts: int, *, cancelled: float) -> dict:
     """
-    Run clients that ask, read and disconnect. Every answer is compared with that of the library for the prompt alone.
+    Run clients that send requests, read answers and disconnect. Every answer is compared with that of the library for
+    the prompt alone.
     """
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         questions = prepare_questions(Path(folder), num_prompts)
@@ -126,7 +127,7 @@ def soak_server(minutes: float, num_clients: int, num_prompts: int, *, cancelled
                 client.join(2 * PATIENCE)
             hung = sum(client.is_alive() for client in clients)
             deadline = time.monotonic() + PATIENCE
-            while (left := rows_in_progress(port)) and time.monotonic() < deadline:  # of those who disconnected
+            while (left := rows_in_progress(port)) and time.monotonic() < deadline:  # of clients that disconnected
                 time.sleep(0.1)
         finally:
             server.send_signal(signal.SIGTERM)
@@ -262,7 +263,7 @@ def soak_decoding(num_calls: int) -> dict:
         settings["max_new_tokens"] = draw.randint(1, 24)
         form = draw.choice(["guided_generate", "guided_generate, memory kept", "generate"])
         if form == "guided_generate, memory kept":
-            settings["do_sample"] = False  # what is kept was summed in another order
+            settings["do_sample"] = False  # a kept cache was summed in another order
         forms[form] += 1
         outputs = []
         for one in (guide, DoctorGuidedLogitsProcessor(world.doctor, beta=0.5)):

@@ -2,6 +2,8 @@
 
 """The doctor: a causal language model like any other, until its completions are to be scored."""
 
+import pickle
+
 import pytest
 import torch
 from conftest import make_llama
@@ -83,6 +85,15 @@ def test_forward_and_generate_are_unchanged():
     torch.testing.assert_close(doctor(INPUT_IDS).logits, twin(INPUT_IDS).logits)
     settings = dict(attention_mask=ATTENTION_MASK[:1], max_new_tokens=5, do_sample=False)
     assert doctor.generate(INPUT_IDS[:1], **settings).equal(twin.generate(INPUT_IDS[:1], **settings))
+
+
+def test_a_doctor_can_be_pickled():
+    """Processes that are spawned receive models as pickles. The class of a doctor has no name of its own."""
+    doctor = make_llama(3)
+    add_value_head(doctor)
+    restored = pickle.loads(pickle.dumps(doctor))
+    batch = dict(input_ids=INPUT_IDS, attention_mask=ATTENTION_MASK, completion_mask=COMPLETION_MASK)
+    torch.testing.assert_close(restored(**batch).doctor_logps, doctor(**batch).doctor_logps)
 
 
 def test_values_are_float32_whatever_the_model_is():

@@ -439,6 +439,22 @@ class TestTokenLogps:
             token_logps(logits=[FactoredLogits(hidden, weight)], targets=torch.arange(64)).sum().backward()
         assert sizes.largest <= 64 * functional.TILE_WIDTH
 
+    def test_a_target_that_a_policy_lacks_is_impossible(self, monkeypatch):
+        """A finite log-probability would train on a token that the policy cannot have."""
+        monkeypatch.setattr(functional, "TILE_WIDTH", 5)
+        factors = self.factors()
+        policies = [FactoredLogits(*factors[:3]), FactoredLogits(*factors[3:])]
+        found = token_logps(logits=policies, targets=torch.full((7,), 12))
+        assert found.equal(torch.full((7,), -math.inf))
+
+    def test_second_derivatives_are_refused(self):
+        """The normaliser is saved as a constant, so they would be wrong."""
+        factors = self.factors()
+        loss = token_logps(logits=[FactoredLogits(*factors[:3])], targets=self.TARGETS).square().sum()
+        (grad,) = torch.autograd.grad(loss, factors[0], create_graph=True)
+        with pytest.raises(RuntimeError):
+            grad.sum().backward()
+
 
 class TorchDispatchSizes(TorchDispatchMode):
     """The number of elements of the largest tensor that an operation returns, views of inputs aside."""

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import make_llama, make_tokenizer
 from hybrids import ARCHITECTURES, make
 
@@ -181,6 +182,39 @@ def test_a_head_that_looks_at_more_than_states_is_left_alone():
     assert head_form(model) is None
     logits, _ = read_logits(model, torch.ones(1, 15, dtype=torch.bool), input_ids=TEXT)
     assert not isinstance(logits[0], FactoredLogits)
+
+
+def normalizing(head):
+    """Replace a head by one that normalizes its weights, as Baichuan's does."""
+
+    class NormalizingHead(torch.nn.Linear):
+        def forward(self, states):
+            return torch.nn.functional.linear(states, torch.nn.functional.normalize(self.weight))
+
+    head.__class__ = NormalizingHead
+
+
+def offloading(head):
+    """Keep the weights of a head on the CPU, and a placeholder in the module."""
+    cpu_offload(head, execution_device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("change", [normalizing, offloading])
+def test_a_head_whose_weights_are_not_its_product_computes_its_own_logits(change):
+    """The product with the weights in the module would be something else."""
+    model = make("Llama")
+    change(model.get_output_embeddings())
+    expected = model(TEXT).logits[0, :-1]
+    logits, _ = read_logits(model, torch.ones(1, 15, dtype=torch.bool), input_ids=TEXT)
+    torch.testing.assert_close(logits[0], expected)
+
+
+def test_a_cap_is_the_nearest_number_of_the_config():
+    """In half precision several numbers fit."""
+    model = make("Gemma2").to(torch.bfloat16)
+    model.config.some_size = 29
+    model.config.final_logit_softcapping = 29.4
+    assert head_form(model) == HeadForm(softcap=29.4)
 
 
 @pytest.mark.parametrize("name", HEADS)

@@ -3,6 +3,7 @@
 """The server: every answer is the one that would have been given alone, whatever else is asked at the same time."""
 
 import json
+import queue
 import signal
 import subprocess
 import sys
@@ -248,6 +249,24 @@ def test_a_failing_batch_answers_its_clients(world, doctors, monkeypatch):
     engine.close()
 
 
+def test_a_failing_listener_ends_its_own_completion(world, doctors):
+    """The thread must go on for the other clients."""
+
+    def fail(event):
+        raise RuntimeError("gone")
+
+    engine = Engine(world.patient, world.tokenizer, doctors)
+    events = queue.Queue()
+    try:
+        engine.submit(Generation([1, 2], on_event=fail))
+        engine.submit(Generation([1, 2], on_event=events.put, max_new_tokens=2))
+        while "finish_reason" not in events.get(timeout=30):
+            pass
+        assert engine.num_waiting == 0
+    finally:
+        engine.close()
+
+
 def test_answers_end_where_positions_do(world, doctors):
     """Beyond its positions a model speaks nonsense, and nobody would know why."""
     engine = Engine(world.patient, world.tokenizer, doctors, Limits(max_prompt_tokens=10_000, max_new_tokens=10_000))
@@ -284,7 +303,8 @@ def test_a_key_is_needed(url):
 
 
 def test_metrics_count(client, url, engine):
-    """Whoever runs a server looks here first."""
+    """An operator sees requests and generated tokens."""
+    client.chat.completions.create(model="world", messages=[{"role": "user", "content": "review"}], max_tokens=2)
     request = urllib.request.Request(f"{url}/metrics", headers={"authorization": f"Bearer {KEY}"})
     text = urllib.request.urlopen(request).read().decode()
     assert 'trl_tfpo_requests_total{path="/v1/chat/completions",status="200"}' in text

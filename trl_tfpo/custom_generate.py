@@ -40,7 +40,7 @@ def generate(
     **kwargs: object,
 ) -> ModelOutput | torch.Tensor:
     """
-    [`guided_generate`] with the doctor of a Hub repository or folder.
+    Run [`guided_generate`] with the doctor of a Hub repository or folder.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -96,6 +96,9 @@ def _custom_generate_of_caller() -> str | None:
 
 @functools.lru_cache(maxsize=NUM_LOADED)
 def _load(doctor: str, device: torch.device, written: int | None) -> tuple[Doctor, float]:
-    """Load a doctor and the exponent of its training, again if its weights were `written` at another time."""
+    """
+    Load a doctor and the exponent of its training. They are loaded again if the weights were `written` at another
+    time.
+    """
     model = load_doctor(doctor, with_value_head=False, device_map={"": device}).eval()
     return Doctor(model, credits=load_credits(doctor)), default_beta(trained_exponents(model))

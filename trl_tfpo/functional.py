@@ -31,6 +31,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 
 TILE_WIDTH = 1024  # ids whose logits are computed at once on a CPU, where they fit in the cache
@@ -425,8 +426,8 @@ class FactoredLogits(NamedTuple):
 
     def columns(self, start: int, stop: int) -> torch.Tensor:
         """Logits of the ids from `start` to `stop` (N, stop - start), float32."""
-        weight = self.weight[start:stop].to(self.hidden.dtype)
-        bias = None if self.bias is None else self.bias[start:stop].to(self.hidden.dtype)
+        weight = self.weight[start:stop].to(self.hidden)
+        bias = None if self.bias is None else self.bias[start:stop].to(self.hidden)
         logits = F.linear(self.hidden, weight, bias).float()
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
@@ -450,13 +451,15 @@ def token_logps(*, logits: Sequence[FactoredLogits | torch.Tensor], targets: tor
 
     Args:
         logits (sequence of [`FactoredLogits`] or `torch.Tensor` of shape `(N, V_k)`):
-            Logits of each policy, at least one. The distribution is over the ids that all of them have.
+            Logits of each policy, at least one. The distribution is over the ids that all of them have. They may be on
+            several devices.
         targets (`torch.LongTensor` of shape `(N,)`):
             Token ids.
 
     Returns:
-        `torch.Tensor` of shape `(N,)`: log-probabilities in nats, float32, differentiable in hidden states, weights
-        and biases.
+        `torch.Tensor` of shape `(N,)`: log-probabilities in nats, float32, on the device of the first policy,
+        differentiable once in hidden states, weights and biases. A target that one of the factored policies lacks has
+        minus infinity.
 
     Examples:
 
@@ -471,12 +474,14 @@ def token_logps(*, logits: Sequence[FactoredLogits | torch.Tensor], targets: tor
     ```
     """
     policies = [one for one in logits if isinstance(one, FactoredLogits)]
+    device = logits[0].hidden.device if isinstance(logits[0], FactoredLogits) else logits[0].device
+    targets = targets.to(device)
     if len(policies) == len(logits):
         factors = [factor for one in policies for factor in (one.hidden, one.weight, one.bias)]
         return _TiledLogps.apply(targets, [one.softcap for one in policies], *factors)
     dense = [one.dense() if isinstance(one, FactoredLogits) else one.float() for one in logits]
     size = min(one.size(-1) for one in dense)
-    total = sum((one[:, :size] for one in dense[1:]), start=dense[0][:, :size])
+    total = sum((one[:, :size].to(device) for one in dense[1:]), start=dense[0][:, :size])
     return total.log_softmax(dim=-1).gather(1, targets[:, None]).squeeze(1)
 
 
@@ -489,7 +494,7 @@ class _TiledLogps(torch.autograd.Function):
         ctx.softcaps = softcaps
         policies = _as_policies(factors, softcaps, ctx.dtype)
         log_norm = torch.full(targets.shape, -math.inf, device=targets.device)  # (N,)
-        chosen = torch.zeros_like(log_norm)
+        chosen = log_norm
         for start, stop in _tiles(policies):
             tile = sum(policy.columns(start, stop) for policy in policies)  # (N, W)
             log_norm = torch.logaddexp(log_norm, tile.logsumexp(dim=1))
@@ -500,6 +505,7 @@ class _TiledLogps(torch.autograd.Function):
         return chosen - log_norm
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_logps):
         targets, log_norm, *factors = ctx.saved_tensors
         policies = _as_policies(factors, ctx.softcaps, ctx.dtype)
@@ -518,11 +524,11 @@ class _TiledLogps(torch.autograd.Function):
                 grad = (grad_tile * slope).to(ctx.dtype)
                 grad_hidden, grad_weight, grad_bias = grads[3 * k : 3 * k + 3]
                 if grad_hidden is not None:
-                    grad_hidden += grad @ policy.weight[start:stop].to(ctx.dtype)
+                    grad_hidden += (grad @ policy.weight[start:stop].to(grad)).to(grad_hidden.device)
                 if grad_weight is not None:
-                    grad_weight[start:stop] += grad.T @ policy.hidden
+                    grad_weight[start:stop] += (grad.T @ policy.hidden).to(grad_weight.device)
                 if grad_bias is not None:
-                    grad_bias[start:stop] += grad.sum(dim=0, dtype=torch.float32)
+                    grad_bias[start:stop] += grad.sum(dim=0, dtype=torch.float32).to(grad_bias.device)
         return None, None, *(x if x is None else x.to(y.dtype) for x, y in zip(grads, factors, strict=True))
 
 
@@ -533,8 +539,12 @@ def _compute_dtype(hidden: torch.Tensor) -> torch.dtype:
 
 
 def _as_policies(factors: Sequence, softcaps: Sequence[float | None], dtype: torch.dtype) -> list[FactoredLogits]:
+    """Policies whose hidden states have one dtype, on the device of the first."""
+    device = factors[0].device
     triples = zip(factors[::3], factors[1::3], factors[2::3], softcaps, strict=True)
-    return [FactoredLogits(hidden.to(dtype), weight, bias, softcap) for hidden, weight, bias, softcap in triples]
+    return [
+        FactoredLogits(hidden.to(device, dtype), weight, bias, softcap) for hidden, weight, bias, softcap in triples
+    ]
 
 
 def _tiles(policies: Sequence[FactoredLogits]) -> Iterator[tuple[int, int]]:

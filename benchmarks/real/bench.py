@@ -9,7 +9,7 @@ python benchmarks/real/bench.py --output runs/real/bench.jsonl --report --figure
 python benchmarks/real/bench.py --quick --model FOLDER
 ```
 
-Samples of the patient are drawn and read once, and serve the pairs, the frontier and all methods. The doctors are maps
+Samples of the patient are drawn and read once. The pairs, the frontier and all methods use them. The doctors are maps
 of the patient's hidden states (`states.py`). Settings are chosen on validation prompts with the first seed; every
 seed, of labels and of training, is then measured on test prompts. Each result is appended to the output, so a stopped
 run can be resumed. There are five parts: rewards (`signals.py`), methods (`doctors.py`, `measures.py`), the best of
@@ -169,7 +169,7 @@ def run_methods(args: argparse.Namespace, bench: Bench) -> None:
 
 
 def run_best_of(args: argparse.Namespace, bench: Bench) -> None:
-    """Measure the best of several guided answers: ours by the credits, that of DPO by its own log-ratio."""
+    """Measure the best of several guided answers. Ours are ranked by the credits, those of DPO by its log-ratio."""
     groups = bench.answers["test"]
     for seed, task, name in itertools.product(args.seeds, args.tasks, (OURS, "DPO")):
         key = {"task": task, "method": name, "seed": seed, "kind": "best of"}
@@ -222,7 +222,7 @@ def run_sampled(args: argparse.Namespace, bench: Bench) -> None:
             source = "DPO" if name == "AAD" else name
             strength = aim and strength_at(read(args.output, **key | {"kind": "test"}, method=source), aim)
             if aim and strength is None:
-                continue  # nothing is known of its strengths
+                continue  # the strength at this KL is unknown
             if source not in doctors:
                 doctors[source], _ = trained(args, bench, task, seed, source)
             num_samples = NUM_SAMPLES if aim else 1

@@ -4,7 +4,7 @@
 Align a small real language model on a CPU, in about twelve minutes: `make demo-real`.
 
 ```bash
-python benchmarks/real/demo.py                      # SmolLM2-135M-Instruct is to answer cheerfully
+python benchmarks/real/demo.py                      # make SmolLM2-135M-Instruct answer cheerfully
 python benchmarks/real/demo.py --task plain         # or in plain words
 python benchmarks/real/demo.py --model FOLDER       # another chat model: a folder, or a name on the Hub
 ```
@@ -13,7 +13,7 @@ python benchmarks/real/demo.py --model FOLDER       # another chat model: a fold
 2. A scorer, with noise, says which answer is better.
 3. The patient reads the answers under its two faces, which gives every token a reward.
 4. A doctor, the first 8 layers of the patient, is trained on these rewards.
-5. The doctor guides the patient on questions that were not used before.
+5. The doctor guides the patient on held-out questions.
 """
 
 import argparse
@@ -42,7 +42,7 @@ BATCH_SIZE = 8  # pairs of a training step
 @contextmanager
 def step(title: str) -> Iterator[list[str]]:
     """
-    Print one line when a step is done: its title, the facts in the list, and its time.
+    Within the context, time a step. At its end print one line: title, the facts in the list, and time.
 
     Output of libraries goes to standard error.
     """
@@ -62,8 +62,9 @@ def preferences(
     decode: Callable[[list[int]], str],
 ) -> Dataset:
     """
-    Return labelled pairs of answers, in TRL's conversational format, without pairs of an empty answer or of two equal
-    answers.
+    Return labelled pairs of answers, in TRL's conversational format.
+
+    Pairs with an empty answer, and pairs of equal answers, are left out.
 
     Args:
         task ([`Task`]):

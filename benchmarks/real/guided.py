@@ -25,7 +25,7 @@ MIN_P = 0.1  # of AAD: tokens at least this likely, relative to the likeliest
 
 class Guide:
     """
-    The patient times a doctor, for [`~samples.draw`]; sums the KL of the texts.
+    A guide for [`~samples.draw`]: the patient times a doctor. It sums the KL of the texts.
 
     Args:
         doctor ([`~states.Doctor`]):
@@ -99,7 +99,7 @@ def patient_row(bench: "Bench", task: str) -> dict:
 
 def _row(bench: "Bench", task: str, groups: Sequence, kl: torch.Tensor, surprise: float, pool: Sequence) -> dict:
     """
-    Return numbers of texts (P, N) with their KLs (P, N), their summed cross-entropy, and a pool for the diversity.
+    Return measures of texts (P, N), given their KLs (P, N), their summed cross-entropy, and a pool for the diversity.
     """
     texts = [[bench.text(ids) for ids in group] for group in groups]
     scores = torch.tensor([[TASKS[task].score(text) for text in group] for group in texts]).double()
@@ -119,7 +119,10 @@ def _row(bench: "Bench", task: str, groups: Sequence, kl: torch.Tensor, surprise
 
 
 def strength_at(rows: list[dict], kl: float) -> float | None:
-    """Interpolate the strength at a KL as a power of it, from the two closest rows; None if there is only one."""
+    """
+    Interpolate the strength at a KL, as a power of the KL, from the two closest rows. None if there is only one
+    row.
+    """
     known = sorted({row["kl"]: row["strength"] for row in rows if "strength" in row}.items())
     if len(known) < 2:
         return None

@@ -59,7 +59,7 @@ PENALTIES = [0.1, 1.0, 10.0, 100.0]  # ridge of the linear models, in units of t
 
 @dataclass(frozen=True)
 class Task:
-    """Faces and their name, which is the name of their gaps in an answer."""
+    """Faces and their name. Their gaps in an answer have the same name."""
 
     name: str = "harmless"
     faces: Faces = field(default_factory=lambda: Faces(HARMLESSNESS.positive, HARMLESSNESS.negative, "user"))
@@ -207,7 +207,7 @@ def labelled_tfpo(
     fold: Fold, seed: int, *, label_reward: float, map_rate: float, learning_rate: float, **settings
 ) -> Score:
     """
-    Flow balance with calibrated rewards, and a reward of the whole answer, spread over its tokens, positive if chosen.
+    Flow balance with two rewards: calibrated token rewards, and the label of the answer, spread over its tokens.
     """
     credits, rewards = fold.calibration(TASK.name, seed).credits, {}
     for pair in fold.pairs(TASK.name, seed):
@@ -332,7 +332,7 @@ def read_answers(args: argparse.Namespace) -> tuple[torch.Tensor, int, dict[str,
     key = json.dumps([model_fingerprint(model), args.max_tokens, vars(TASK.faces), pairs])
     folder = args.cache / "human" / hashlib.sha256(key.encode()).hexdigest()[:16]
     reader = Reader(model, tokenizer, tokenizer.eos_token_id)
-    whole = pairs[: -(-needed // PIECE) * PIECE]  # the last piece is whole, so that more pairs can be added
+    whole = pairs[: -(-needed // PIECE) * PIECE]  # a whole last piece, so that pairs can be added later
     prompts, completions = [pair.prompt for pair in whole], [pair[1:] for pair in whole]
     groups = read_all(reader, prompts, completions, [TASK], folder, "pairs", prompts_per_piece=PIECE)
     generator = torch.Generator().manual_seed(0)
@@ -368,7 +368,7 @@ def run(args: argparse.Namespace) -> None:
 @dataclass(frozen=True)
 class Result:
     """
-    A method with the settings that explain the validation pairs best; agreement and log-likelihood of each test pair.
+    A method with its best settings on the validation pairs, and agreement and log-likelihood of each test pair.
     """
 
     settings: dict
@@ -380,7 +380,7 @@ class Result:
 
 
 def agreement(margins: torch.Tensor) -> torch.Tensor:
-    """Return 1 for each pair where the chosen answer has the larger score, 1/2 for a tie."""
+    """Return for each pair 1 where the chosen answer has the larger score, 1/2 for a tie, else 0."""
     return (margins > 0).double() + (margins == 0).double() / 2
 
 

@@ -116,7 +116,7 @@ def by_length(answers: Sequence[Answer], size: int = 16) -> list[list[Answer]]:
 
 class Runs:
     """
-    Adapters of one task and seed, and what they are measured on.
+    Adapters of one task and seed, with the data that they are measured on.
 
     Args:
         args (`argparse.Namespace`):
@@ -151,7 +151,7 @@ class Runs:
                 logps = (answer.states[:-1] @ self.bench.embeddings.T).log_softmax(dim=1)
                 row[f"{side}_ids"] = answer.ids.tolist()
                 row[f"{side}_gaps"] = answer.faces[task][0].tolist()
-                row[f"{side}_token_rewards"] = [0.0] * len(answer.ids)  # in the place of which come calibrated ones
+                row[f"{side}_token_rewards"] = [0.0] * len(answer.ids)  # replaced by calibrated ones
                 row[f"{side}_ref_logps"] = logps.gather(1, answer.ids[:, None])[:, 0].tolist()
             rows.append(row)
         return Dataset.from_list(rows)

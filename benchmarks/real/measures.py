@@ -3,9 +3,9 @@
 """
 Measures: reward at a given KL from the patient, on test or validation prompts.
 
-Near the patient its own samples are importance-weighted, so that all methods share their noise; strengths are found on
-them. Beyond 2 nats the effective sample size of 64 samples is too small, and texts are sampled from the guided patient
-(`guided.py`).
+Near the patient, its own samples are importance-weighted. All methods therefore share the noise of these samples.
+Strengths are found on them too. Beyond 2 nats the effective sample size of 64 samples is too small, and texts are
+sampled from the guided patient (`guided.py`).
 """
 
 import itertools
@@ -87,7 +87,7 @@ def interpolated(
         weights = found.weights if n == 1 else best_of_weights(found.weights, ranked_by, n)
         by_prompt = {name: (weights * x).sum(dim=1) for name, x in values.items()}
         by_prompt["kl"] = (found.weights * found.kl).sum(dim=1)
-        if n > 1:  # what is chosen is further from the patient than what is guided, and its choice adds to that
+        if n > 1:  # chosen samples are further from the patient than guided ones, and the choice adds a KL
             by_prompt["kl"] += ((weights - found.weights) * found.log_ratios).sum(dim=1) + best_of_kl(n)
         num_effective = (1 / found.weights.square().sum(dim=1)).mean().item()
         return by_prompt["kl"].mean().item(), beta, by_prompt, num_effective
@@ -116,7 +116,8 @@ def measure(
     bench: "Bench", task: str, split: str, logits: Logits, ranked_by: torch.Tensor | None = None, n: int = 1
 ) -> list[dict]:
     """
-    Return a row for each KL: reward, tokens, share that ends, gain by prompt; of the best of n if there is a signal.
+    Return a row for each KL: reward, number of tokens, share of complete texts, gain by prompt. With a signal they are
+    those of the best of n.
     """
     groups, scores = bench.answers[split], bench.scores[task, split]
     tokens = torch.tensor([[float(len(a.ids)) for a in group] for group in groups]).double()
@@ -129,7 +130,7 @@ def measure(
         row |= {"reward": found["reward"].mean().item(), "gain": gain.mean().item()}
         row |= {"tokens": found["tokens"].mean().item() / tokens.mean().item(), "ends": found["ends"].mean().item()}
         rows.append(row | shares(bench, task, split, row["kl"], gain))
-    nothing = {"kl": 0.0, "gain": 0.0, "by_prompt": [0.0] * len(groups)}  # at no strength as far as the first KL
+    nothing = {"kl": 0.0, "gain": 0.0, "by_prompt": [0.0] * len(groups)}  # where no strength reaches the first KL
     return rows or [nothing]
 
 

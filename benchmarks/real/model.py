@@ -52,8 +52,7 @@ def default_cache() -> Path:
 
 def fetch_model(cache: Path, wheel: Path | None = None) -> Path:
     """
-    The folder of SmolLM2-135M-Instruct in safetensors, float32. It is made if it does not exist, and otherwise left as
-    it is.
+    Return the folder of SmolLM2-135M-Instruct in safetensors, float32. It is made if it does not exist.
 
     The folder appears only when it is complete, so an interrupted call can be repeated.
 
@@ -137,8 +136,7 @@ def convert(gguf_file: Path, folder: Path) -> None:
 
 def small_doctor(patient: PreTrainedModel | str | os.PathLike, num_layers: int = 8) -> PreTrainedModel:
     """
-    A copy of a patient's first decoder layers, with its embeddings, final norm and head: a small model of the same
-    family, to be distilled and trained.
+    Copy a patient's first decoder layers, embeddings, final norm and head: a small model to distil and train.
 
     Args:
         patient ([`~transformers.PreTrainedModel`], `str` or `os.PathLike`):

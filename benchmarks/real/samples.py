@@ -34,8 +34,7 @@ def draw(
     guide: Guide | None = None,
 ) -> list[list[int]]:
     """
-    One completion for each prompt, sampled from the model's own distribution, or from what a guide makes of it:
-    temperature 1, nothing cut off.
+    Sample one completion for each prompt, at temperature 1 and from the whole vocabulary, with or without a guide.
 
     Equal prompts pass the model once, and a row that has ended leaves the batch. Prompts are padded on the left.
 
@@ -121,7 +120,7 @@ def _distinct_prompts(
 
 class Samples:
     """
-    Samples of a model, each drawn once and then read from a folder.
+    Cache of samples of a model. Each sample is drawn once, and then read from a folder.
 
     They are drawn in pieces: some prompts, with all their samples. A piece is a file of JSON lines,
     `{"prompt_ids": [...], "completions_ids": [[...], ...]}`, at `folder/FINGERPRINT/SPLIT-FIRST_PROMPT-KEY.jsonl`. The
@@ -164,9 +163,9 @@ class Samples:
 
     def of(self, split: str, prompts_ids: Sequence[list[int]], num_samples: int) -> list[list[list[int]]]:
         """
-        The samples of some prompts: those that are kept are read, the others drawn.
+        Return samples of some prompts. Cached samples are read, others are drawn.
 
-        When prompts are added at the end, the pieces before them are read.
+        Prompts may be added at the end: earlier pieces stay valid.
 
         Args:
             split (`str`):
@@ -195,7 +194,7 @@ class Samples:
         return samples
 
     def _piece(self, split: str, start: int, prompts_ids: list[list[int]], num_samples: int) -> tuple[list, bool]:
-        """The samples of a piece, and whether they were kept."""
+        """Return the samples of a piece, and whether they were in the cache."""
         facts = [split, start, prompts_ids, num_samples, self.seed, self.settings]
         key = hashlib.sha256(json.dumps(facts).encode())
         file = self.folder / self.fingerprint / f"{split}-{start:05d}-{key.hexdigest()[:16]}.jsonl"
@@ -213,7 +212,7 @@ class Samples:
 
 
 def _read(file: Path, prompts_ids: list[list[int]]) -> list[list[list[int]]] | None:
-    """The samples in a file; None where there is none, or one that has been damaged since it was written."""
+    """Return the samples in a file; None where the file is missing or damaged."""
     if not file.is_file():
         return None
     try:

@@ -69,7 +69,7 @@ class Reader:
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            The patient: logits are the product of its last hidden states with its head.
+            The patient. Its logits must be the product of its last hidden states with its head.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Its tokenizer, with a chat template.
         eos_token_id (`int`):
@@ -109,7 +109,7 @@ class Reader:
     def answers(
         self, messages: list[dict], completions: Sequence[list[int]], generator: torch.Generator
     ) -> list[Answer]:
-        """The completions with what the patient says of them under the prompt alone."""
+        """Return the completions as answers, read by the patient under the prompt alone."""
         answers = []
         for ids, states in zip(completions, self.states(messages, completions), strict=True):
             logps = self.model.lm_head(states[:-1]).log_softmax(dim=-1)  # (T, V)
@@ -211,7 +211,7 @@ class Doctor(torch.nn.Module):
 
     Attributes:
         patient_weight (`float`):
-            How often the patient's own logits are added: once where the doctor is a language model of its own.
+            Factor of the patient's logits in the doctor's: 1 where the doctor is a language model, else 0.
     """
 
     patient_weight = 0.0
@@ -230,7 +230,7 @@ class Doctor(torch.nn.Module):
         return (states - self.mean) / self.scale
 
     def directions(self, states: torch.Tensor) -> torch.Tensor:
-        """What the embeddings are multiplied by, (N, H), at N states of the patient."""
+        """Return vectors (N, H) at N states of the patient. Their products with the embeddings are the logits."""
         return self.standardized(states) @ self.map.T + self.bias + self.patient_weight * states
 
     def guidance(self, states: torch.Tensor, answer_ids: torch.Tensor, candidates: torch.Tensor):
@@ -288,7 +288,10 @@ def train(
     seed: int = 0,
     batch_size: int = 16,
 ) -> Doctor:
-    """Train by AdamW with a cosine schedule; the value has ten times the rate, the map `map_rate` times."""
+    """
+    Train by AdamW with a cosine schedule. The value has ten times the learning rate, and the map `map_rate`
+    times.
+    """
     doctor.map.requires_grad_(map_rate > 0)
     optimizer = torch.optim.AdamW(
         [
@@ -391,8 +394,7 @@ def genarm_loss(*, beta: float, starts_at_patient: bool, num_words: int = 1024, 
 
 def patient_logps(embeddings: torch.Tensor, answer: Answer) -> torch.Tensor:
     """
-    Return log-probabilities (T,) of an answer's tokens under the patient, whose likeliest token is the first
-    candidate.
+    Return log-probabilities (T,) of an answer's tokens under the patient. Its likeliest token is the first candidate.
     """
     likeliest = answer.candidates[:, 0].long()
     return answer.log_weights[:, 0] + ((embeddings[answer.ids] - embeddings[likeliest]) * answer.states[:-1]).sum(
@@ -406,8 +408,8 @@ def patient_logps(embeddings: torch.Tensor, answer: Answer) -> torch.Tensor:
 @dataclass(frozen=True)
 class Guided:
     """
-    A guided policy on the patient's samples: log-ratios to the patient, weights, and KL in nats, (P, N), which give
-    the expectations.
+    A guided policy on the patient's samples: log-ratios to the patient, importance weights, and KL in nats, (P, N)
+    each.
     """
 
     log_ratios: torch.Tensor
@@ -455,7 +457,7 @@ def weigh(groups: Sequence[Sequence[Answer]], logits: Logits, strength: float) -
 def logits_of(
     model: PreTrainedModel, reader: Reader, prompts: Sequence[list[dict]], groups: Sequence[Sequence[Answer]]
 ) -> Logits:
-    """Return what [`logits_on`] returns, for a doctor that is a model and reads prompts and answers itself."""
+    """Return the same as [`logits_on`], for a doctor that is a model and reads prompts and answers itself."""
     own_reader, said = Reader(model, reader.tokenizer, reader.eos_token_id), []
     for messages, group in zip(prompts, groups, strict=True):
         states = own_reader.states(messages, [answer.ids.tolist() for answer in group])

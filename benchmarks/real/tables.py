@@ -61,7 +61,7 @@ def methods_table(task: str, rows: list[dict]) -> None:
 
 
 def best_of_table(task: str, rows: list[dict]) -> None:
-    """Print the best of n guided answers. The KL is that of the guided patient plus the most that the choice adds."""
+    """Print the best of n guided answers. The KL is that of the guided patient, plus the largest KL of the choice."""
     if not rows:
         return
     print(f"\n## {task}: the best of n guided answers, efficiency on test prompts\n")
@@ -171,7 +171,7 @@ def versus(rows: list[dict], ours: str) -> None:
 
 
 def bootstrap(gains: torch.Tensor, num_draws: int = 2000) -> torch.Tensor:
-    """Return means over resampled seeds and prompts of gains (seeds, ..., P)."""
+    """Return means of gains (seeds, ..., P) over resampled seeds and prompts."""
     generator = torch.Generator().manual_seed(0)
     seeds = torch.randint(len(gains), (num_draws, len(gains)), generator=generator)
     some = torch.randint(gains.size(-1), (num_draws, gains.size(-1)), generator=generator)
@@ -184,8 +184,8 @@ def spread(values: list[float]) -> str:
 
 def interval(rows: list[dict]) -> str:
     """
-    Return mean efficiency, or gain where the frontier is unknown, with its 95% interval by bootstrap over seeds and
-    over prompts, which all seeds share.
+    Return mean efficiency, or gain where the frontier is unknown, with its 95% interval. It is by bootstrap over seeds
+    and prompts; all seeds have the same prompts.
     """
     if not rows:
         return ""

@@ -40,7 +40,7 @@ class Task:
         faces ([`~trl_tfpo.faces.Faces`] or `None`):
             The instructions to the patient. A mixture of tasks has none.
         score (`Callable[[str], float]`):
-            From the text of an answer to how much of the wanted behaviour it shows.
+            Measures how much of the wanted behaviour the text of an answer shows.
         noise_factor (`float`):
             Log-odds of a label for one unit of difference in the score, see [`label`].
     """
@@ -65,7 +65,7 @@ def plainness(text: str) -> float:
     """
     The Flesch reading ease of a text of 6 to 32 words, cut to [0, 100] and divided by 100; else 0.5.
 
-    A text of another length gets 0.5, so a shorter or longer answer does not score high by its length.
+    Texts of other lengths get 0.5, so that no answer scores high by its length.
     """
     if not 6 <= len(text.split()) <= 32:
         return 0.5
@@ -101,7 +101,7 @@ TASKS = {
 
 def mixture(weights: dict[str, float]) -> Task:
     """
-    The task of several at once: a label is drawn by the weighted sum of the log-odds of each.
+    Combine tasks. A label is drawn by the weighted sum of their log-odds.
 
     Args:
         weights (`dict[str, float]`):
@@ -150,13 +150,13 @@ def label(task: Task, texts_a: Sequence[str], texts_b: Sequence[str], seed: int)
 
 
 def as_messages(prompt: str) -> list[dict]:
-    """The conversation in which a question is asked: one message, which also asks for a short answer."""
+    """Return the conversation that asks a question: one message, with a request for a short answer."""
     return [{"role": "user", "content": f"{prompt}\nAnswer in one short sentence."}]
 
 
 def prompts(path: str | os.PathLike | None = None) -> list[str]:
     """
-    Distinct questions of fewer than 120 characters, in an order that is always the same.
+    Return distinct questions of fewer than 120 characters, in a fixed order.
 
     Args:
         path (`str` or `os.PathLike`, *optional*):

@@ -142,7 +142,7 @@ COMPARISONS = [
 REPORTS = [
     ("no methods", lambda: evaluation.evaluate_completions(TEXTS, {}), "must name methods"),
     ("unknown baseline", lambda: report(baseline="dpo"), "must name methods .* Got 'dpo'"),
-    ("nobody to judge", lambda: report(reward_fn=None, baseline="patient"), "somebody who judges"),
+    ("nobody to judge", lambda: report(reward_fn=None, baseline="patient"), "a judge or a reward function"),
     ("completion of no prompt", lambda: report(methods={"doctor": ["one text"]}), "2 prompts"),
     ("measure of another size", lambda: report(measures={"doctor": {"kl": [0.1]}}), "one for each completion"),
     ("measure that is there", lambda: report(measures={"doctor": {"reward": [0.1, 0.2]}}), "new names"),

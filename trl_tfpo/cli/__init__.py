@@ -26,7 +26,7 @@ VERBS = {  # each is a module
     "demo": "open the playground: a web page with a slider for each doctor",
     "env": "print versions, for a bug report",
 }
-KEPT = {  # by verb: what an interruption leaves
+KEPT = {  # by verb: results that survive an interruption
     "annotate": ": finished shards are kept",
     "train": ": token rewards are kept; add `--resume_from_checkpoint True` to resume from the last checkpoint",
 }

@@ -71,7 +71,7 @@ class AnnotateArguments:
     overwrite: bool = field(default=False, metadata=options.OVERWRITE)
     world: str | None = field(
         default=None,
-        metadata={"help": "Annotate the controlled world, which needs no models or data: 'praise' or 'calm'."},
+        metadata={"help": "Annotate the controlled world, without models or data: 'praise' or 'calm'."},
     )
     num_pairs: int = field(default=100, metadata={"help": "With --world: pairs to sample."})
 
@@ -155,7 +155,7 @@ def input_names(args: AnnotateArguments) -> tuple[str, str] | None:
 def load_inputs(
     args: AnnotateArguments, dataset_name: str, patient_name: str
 ) -> "tuple[Dataset, NamedModel | PreTrainedModel, PreTrainedTokenizerBase]":
-    """Return the dataset, the patient, which is not loaded yet, and its tokenizer."""
+    """Return the dataset, the patient (not loaded yet) and its tokenizer."""
     from .files import read_split
     from .models import name_patient
 

@@ -31,7 +31,7 @@ class DemoArguments:
     )
     cache_dir: str = field(
         default=str(Path.home() / ".cache" / "trl_tfpo" / "doctors"),
-        metadata={"help": "Folder for the doctors of the controlled world, which the first start trains."},
+        metadata={"help": "Folder for the doctors of the controlled world. The first start trains them."},
     )
     max_steps: int = field(default=200, metadata={"help": "Training steps of these doctors."})
     trust_remote_code: bool = field(default=False, metadata=options.REMOTE_CODE)

@@ -118,7 +118,7 @@ def push_dataset(dataset: Dataset, name: str) -> None:
     dataset.push_to_hub(name)
     if annotation_settings(dataset):
         card = annotation_card(dataset)
-        pushed = DatasetCard.load(name)  # lists the features and files, which must be kept
+        pushed = DatasetCard.load(name)  # lists the features and files; keep them
         pushed.data["tags"] = card.data["tags"]
         pushed.text = card.text
         pushed.push_to_hub(name, repo_type="dataset")

@@ -57,7 +57,7 @@ class GenerateArguments:
     max_new_tokens: int = field(default=256, metadata={"help": "Maximum length of a completion, in tokens."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the guided policy. 0 is greedy search."})
     top_p: float = field(
-        default=1.0, metadata={"help": "Probability of the likeliest tokens that are sampled from, in (0, 1]."}
+        default=1.0, metadata={"help": "Sample from the likeliest tokens of this total probability, in (0, 1]."}
     )
     batch_size: int = field(default=16, metadata={"help": "Completions generated at once."})
     seed: int = field(default=0, metadata={"help": "Seed of the samples."})
@@ -72,7 +72,7 @@ class GenerateArguments:
     overwrite: bool = field(default=False, metadata=options.OVERWRITE)
     world: bool = field(
         default=False,
-        metadata={"help": "Take the patient, and prompts where none are given, of the controlled world."},
+        metadata={"help": "Use the patient of the controlled world, and its prompts where none are given."},
     )
 
 

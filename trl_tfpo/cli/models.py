@@ -17,7 +17,7 @@ from .options import DTYPES
 
 def check_dtype(dtype: str) -> str:
     """
-    Return a dtype for `from_pretrained`, without `"auto"` where that would be slow.
+    Return a dtype for `from_pretrained`. `"auto"` becomes float32 where half precision would be slow.
 
     Raises:
         `ValueError`: when it is not one of `DTYPES`.

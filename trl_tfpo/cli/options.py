@@ -37,7 +37,7 @@ DTYPE = {
 }
 REMOTE_CODE = {"help": "Run code that comes with the models."}
 FACES = {"help": "Pair of contrastive prompts: 'helpfulness', 'harmlessness' or 'honesty'."}
-POSITIVE_FACE = {"help": "Contrastive prompt of your own: the wanted behaviour."}
-NEGATIVE_FACE = {"help": "Contrastive prompt of your own: the opposite behaviour."}
+POSITIVE_FACE = {"help": "Your own contrastive prompt: the wanted behaviour."}
+NEGATIVE_FACE = {"help": "Your own contrastive prompt: the opposite behaviour."}
 FACE_PLACEMENT = {"help": "Place of the contrastive prompts: 'system', or 'user' (end of the last user message)."}
 OVERWRITE = {"help": "Replace existing outputs."}

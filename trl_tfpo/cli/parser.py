@@ -204,7 +204,10 @@ def split_names(arguments: Sequence[str]) -> list[str]:
 
 
 def launch(launch_args: Namespace) -> int:
-    """Launch processes. Returns the exit status of the first that failed (it has printed why), or 0."""
+    """
+    Launch processes. Returns the exit status of the first one that failed, or 0. Failed processes print their
+    error.
+    """
     from accelerate.commands.launch import launch_command
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -215,7 +218,7 @@ def launch(launch_args: Namespace) -> int:
         return error.returncode
     except KeyboardInterrupt:
         with contextlib.suppress(ChildProcessError):
-            os.waitpid(-1, 0)  # the process was interrupted as well, and is about to end
+            os.waitpid(-1, 0)  # the interrupt has reached the process too, and it is about to end
         raise
     except ChildFailedError as error:
         return error.get_first_failure()[1].exitcode

@@ -142,7 +142,7 @@ def read_aliases(given: Sequence[str]) -> dict[str, dict[str, float]]:
 
 def listen(host: str, port: int) -> socket.socket:
     """
-    Bind a socket to an address. Done before models are loaded, which takes long.
+    Bind a socket to an address, before models are loaded, so that an error comes at once.
 
     Raises:
         `ValueError`: when there is no such address, or it is taken.

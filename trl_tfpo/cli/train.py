@@ -69,7 +69,7 @@ class TFPOScriptArguments(ScriptArguments):
         },
     )
     world: bool = field(
-        default=False, metadata={"help": "Take the patient and the doctor of the controlled world, where not given."}
+        default=False, metadata={"help": "Use patient and doctor of the controlled world, where not given."}
     )
     faces: str = field(default="helpfulness", metadata=options.FACES)
     positive_face: str | None = field(default=None, metadata=options.POSITIVE_FACE)
@@ -96,7 +96,7 @@ def run(arguments: Sequence[str]) -> int:
             f"`--dry_run` must be a number of processes. Got {script_args.dry_run}; leave the number out for 1"
         )
     train_doctor(script_args, training_args, model_args)
-    PartialState().destroy_process_group()  # its threads, alive at exit, may abort the process
+    PartialState().destroy_process_group()  # otherwise its threads may abort the process at exit
     return 0
 
 
@@ -157,7 +157,7 @@ def train_doctor(script_args: TFPOScriptArguments, training_args: TFPOConfig, mo
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
     if script_args.num_guided_examples and patient is not None and trainer.accelerator.is_main_process:
-        tokenized = cast("Dataset | IterableDataset", trainer.train_dataset)  # annotated as one of torch
+        tokenized = cast("Dataset | IterableDataset", trainer.train_dataset)  # annotated as a dataset of torch
         show_guided_examples(islice(tokenized, script_args.num_guided_examples), patient, training_args)
     trainer.end()
 

@@ -3,8 +3,8 @@
 """
 Best of n: the guided completion with the largest sum of the doctors' token credits.
 
-Guidance estimates the credits of the tokens to come; in a finished completion they are known. The best of n therefore
-gains reward at n times the cost. Its KL from the guided policy is at most `log n - (n - 1) / n` nats.
+Guidance estimates the credits of future tokens. In a finished completion they are known, so the best of n gains
+reward, at n times the cost. Its KL from the guided policy is at most `log n - (n - 1) / n` nats.
 
 Shapes: B rows (the completions of a prompt follow each other), L tokens of the prompt, T of a completion, V
 vocabulary.
@@ -28,7 +28,7 @@ def completion_rewards(
 
     Args:
         guide ([`DoctorGuidedLogitsProcessor`]):
-            The guidance. Of an exponent that follows a schedule, the first value is used.
+            The guidance. A schedule counts with its first value.
         completion_ids (`torch.LongTensor` of shape `(B, T)`):
             Completions.
         mask (`torch.BoolTensor` of shape `(B, T)`):

@@ -51,7 +51,7 @@ class Doctor:
             adapter on the patient, see [`guided_generate`].
         prompt (mapping of `torch.Tensor`, *optional*):
             Prompts for the doctor, one for each prompt of the patient: left-padded `input_ids` and `attention_mask` of
-            shape `(B, L')`, as returned by a tokenizer. For a doctor with another instruction or chat template.
+            shape `(B, L')`, as returned by a tokenizer. Use it for a doctor with another instruction or chat template.
         credits (`torch.Tensor` of shape `(V,)`, *optional*):
             Token credits in nats, see [`~trl_tfpo.models.token_credits.load_credits`]. Their sum ranks completions.
 
@@ -134,7 +134,7 @@ def _prompt_tokens(prompt: Mapping[str, torch.Tensor]) -> torch.Tensor:
     check_left_padded(mask)
     if mask.shape != ids.shape:
         raise ValueError(
-            "`prompt` must have a mask of the shape of its ids. Got "
+            "The mask of `prompt` must have the shape of its ids. Got "
             f"{tuple(mask.shape)} for ids {tuple(ids.shape)}; pass what the tokenizer returned together."
         )
     return ids.masked_fill(~mask.bool(), PADDING)
@@ -219,7 +219,7 @@ class DoctorMemory:
         logits = self._read(tokens, num_known, has_padding)
         self.tokens, self.has_padding = tokens, has_padding
         if tokens.size(0) > 1 or num_known < tokens.size(1) - 1:
-            self.recent = []  # kept for speculation, which has one row, and valid only without a gap
+            self.recent = []  # only speculation needs them, with one row, and there must be no gap
         self.recent = [*self.recent, logits][-NUM_RECENT:]
         return logits
 
@@ -233,7 +233,7 @@ class DoctorMemory:
             )
 
     def faults(self) -> dict[str, str]:
-        """Test every way of reading the doctor. Each has a description of what is wrong, empty where nothing is."""
+        """Test every way of reading the doctor. Returns the fault of each, empty where there is none."""
         return {how: self._fault(how) for how in _TRIALS}
 
     def _can_read(self, how: str) -> bool:
@@ -323,7 +323,7 @@ class DoctorMemory:
     def _weights_version(self) -> torch.Tensor:
         """
         A vector that changes when the doctor is trained: for each weight the counter of writes in place, and one of
-        its values, because fused optimizers leave the counter as it is.
+        its values, because fused optimizers do not advance the counter.
         """
         weights = [weight.detach() for weight in self.doctor.model.parameters() if weight.numel()]
         values = [weight.reshape(-1)[weight.numel() // 2].to(self.doctor.device, torch.float64) for weight in weights]
@@ -401,7 +401,9 @@ def check_is_doctor(model: LanguageModel) -> None:
 
 def _check_mode(model: LanguageModel) -> None:
     if model.training:
-        raise ValueError("A doctor must be in eval mode, as dropout is random. Got training mode; call `.eval()`.")
+        raise ValueError(
+            "A doctor must be in eval mode, because dropout is random. Got training mode; call `.eval()`."
+        )
 
 
 def _num_absolute_positions(model: LanguageModel) -> float:

@@ -73,7 +73,7 @@ def weight_at(weight: Weight, step: int) -> Number:
 
 
 def opposite_weight(weight: Weight) -> Weight:
-    """Return minus the exponent, which is the exponent of a doctor's reference."""
+    """Return minus the exponent: the exponent of a doctor's reference."""
     if callable(weight):
         schedule = weight
         return lambda step: -schedule(step)
@@ -86,7 +86,7 @@ def remaining_weight(betas: Sequence[float]) -> float: ...
 def remaining_weight(betas: Sequence[Weight]) -> Weight: ...
 def remaining_weight(betas: Sequence[Weight]) -> Weight:
     """
-    Return 1 minus the sum of the doctors' exponents, which is the exponent of the patient in a mixture.
+    Return 1 minus the sum of the doctors' exponents: the exponent of the patient in a mixture.
 
     Raises:
         `ValueError`: when it is negative. A schedule raises when it is called.

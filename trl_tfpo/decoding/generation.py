@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-`guided_generate`: the patient's `generate` with a guide, and checks of what would go wrong silently.
+`guided_generate`: the patient's `generate` with a guide, and checks for silent errors.
 
 Shapes: B rows, L tokens of the prompt (padding included).
 """
@@ -42,9 +42,9 @@ def guided_generate(
     """
     Generate from the patient under guidance.
 
-    This is `patient.generate(..., logits_processor=[guide])`, except that the guide gets the mask of the prompts, and
-    that a doctor which is an adapter on the patient is off while the patient is read. In greedy search and sampling
-    such a doctor shares the forward pass of the patient. Arguments that would disable the guide are refused.
+    This is `patient.generate(..., logits_processor=[guide])`, with two differences. The guide gets the mask of the
+    prompts. Doctors that are adapters on the patient are off while the patient is read; in greedy search and sampling
+    they share its forward pass. Arguments that would disable the guide are refused.
 
     Args:
         patient ([`~transformers.PreTrainedModel`]):
@@ -66,8 +66,8 @@ def guided_generate(
         best_of (`int`, *optional*, defaults to `1`):
             Sample n completions of each prompt, and return the one with the largest reward according to the doctors'
             token credits, [`~best_of.completion_rewards`]. Its KL from the guided policy is at most
-            `log n - (n - 1) / n` nats. The KL from the patient grows by more, as the choice follows the guidance. The
-            cost is n times as large.
+            `log n - (n - 1) / n` nats. The KL from the patient grows by more, because the choice follows the guidance.
+            The cost is n times as large.
         **kwargs:
             Further arguments of `patient.generate`, or of [`speculative_guided_generate`].
 
@@ -213,7 +213,10 @@ def _generate_along(
 
 
 def _after_prompt(streamer: BaseStreamer, input_ids: torch.Tensor) -> Callable[[torch.Tensor], None]:
-    """A function that streams tokens, and the prompt before the first, so that a refused request streams nothing."""
+    """
+    Return a function that streams tokens. It streams the prompt with the first token, so a refused request streams
+    nothing.
+    """
     prompts = [input_ids.cpu()]
 
     def put(token: torch.Tensor) -> None:
@@ -312,7 +315,7 @@ def _check_no_other_drafts(patient: PreTrainedModel, kwargs: dict) -> None:
 
 
 def _setting(patient: PreTrainedModel, kwargs: dict, name: str) -> Any:
-    """A setting as `generate` resolves it: the argument, else that of the config given, else that of the patient."""
+    """Resolve a setting as `generate` does: the argument, else the given config, else the config of the patient."""
     given = [kwargs.get(name), getattr(kwargs.get("generation_config"), name, None)]
     return next((value for value in given if value is not None), getattr(patient.generation_config, name, None))
 

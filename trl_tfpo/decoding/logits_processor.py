@@ -50,7 +50,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
 
     It works with greedy search, sampling, beams, `num_return_sequences` and assisted decoding, and with any number of
     `generate` calls, one at a time. Each doctor reads each token once. The processor comes after the repetition
-    penalty and processors that ban tokens. It comes before temperature, top-k and top-p, which act on the guided
+    penalty and processors that ban tokens. It comes before temperature, top-k and top-p: these act on the guided
     distribution.
 
     Args:
@@ -58,9 +58,9 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
             Causal language models with the patient's tokenizer, in eval mode. A PEFT model is used with its adapter. A
             [`Doctor`] may name an adapter or have prompts of its own.
         alpha (`float`, `torch.Tensor` of shape `(B,)` or callable, *optional*):
-            Exponent of the patient. By default the exponents add up to 1, which is the *mixture*: `1 - sum(beta)`.
-            Doctors with a `reference` (the *ratio*) and doctors of guided flow leave the patient's exponent at 1. The
-            *product* of the paper is `alpha=1`.
+            Exponent of the patient. By default it is `1 - sum(beta)`, so that the exponents add up to 1 (the
+            *mixture*). Doctors with a `reference` (the *ratio*) and doctors of guided flow leave the patient's
+            exponent at 1. The *product* of the paper is `alpha=1`.
         beta (`float`, `torch.Tensor` of shape `(B,)` or callable, or list of them, *optional*, defaults to `0.5`):
             Exponent of the doctor, or of each doctor. At 0 the patient generates alone, and the doctor is not read. A
             negative exponent steers away from the doctor. A tensor has one number for each prompt of the batch. A
@@ -190,7 +190,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
                 Folders or Hub ids of doctors that [`TFPOTrainer`] saved, full models or adapters.
             alpha, beta (*optional*):
                 As above. By default a doctor of guided flow and the patient have the exponents of its training, 1 and
-                1. A doctor that is a language model has 0.5, and the patient what the doctors leave of 1.
+                1. A doctor that is a language model has 0.5, and the patient 1 minus the exponents of these doctors.
             model_init_kwargs (`dict`, *optional*):
                 Keyword arguments of `from_pretrained` of the doctors, such as `dtype` and `device_map`.
             settings:
@@ -218,7 +218,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
             attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*):
                 Mask of the next prompts. Without it padding is guessed from the ids.
             keep_memory (`bool`, *optional*, defaults to `False`):
-                Keep the caches, for prompts that continue what was generated.
+                Keep the caches, for prompts that continue the generated texts.
 
         Raises:
             `ValueError`: when the mask is not left-padded.

@@ -121,7 +121,7 @@ def guess_mask(input_ids: torch.Tensor, model: LanguageModel) -> tuple[torch.Ten
         input_ids (`torch.Tensor` of shape `(P, L)`):
             The prompts.
         model ([`~transformers.PreTrainedModel`]):
-            Its configs name the padding id. EOS pads where there is none, as in `generate`.
+            Its configs name the padding id. Without one, EOS is the padding, as in `generate`.
 
     Returns:
         `tuple`: the mask, a `torch.BoolTensor` of shape `(P, L)`, and a warning where the guess may be wrong, else

@@ -36,7 +36,7 @@ def shared_forward(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor,
         patient ([`~transformers.PreTrainedModel`]):
             The patient, or the `PeftModel` around it.
         guide ([`DoctorGuidedLogitsProcessor`]):
-            The guidance. Doctors on other weights have forward passes of their own, as usual.
+            The guidance. Doctors on other weights keep their own forward passes.
         num_rows (`int`):
             B, texts generated at once.
     """
@@ -100,7 +100,7 @@ def can_share(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor) -> b
 
     There must be at least one, each must be needed at every step, and PEFT must be able to choose its adapter by row.
     PEFT can do so for LoRA without DoRA and biases, and for one adapter in each row. The rows must reach the adapters
-    unchanged, which is not so in the experts of a mixture and in OPT's feed-forward layers.
+    unchanged. The experts of a mixture and OPT's feed-forward layers change them.
 
     Args:
         patient ([`~transformers.PreTrainedModel`]):

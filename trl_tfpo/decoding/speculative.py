@@ -33,8 +33,8 @@ from .reading import accepted_inputs, next_inputs, reading_fault
 
 
 MAX_DRAFT_TOKENS = 8
-POSITION_COST = 0.05  # time of a drafted token without the doctors, in steps of the patient; measured
-MIN_CONFIDENCE = 0.4  # in all drafted tokens together, below which no further one is drafted
+POSITION_COST = 0.05  # measured time of a drafted token without the doctors, in steps of the patient
+MIN_CONFIDENCE = 0.4  # in all drafted tokens together; below it drafting stops
 STATEFUL_PROCESSORS = (UnbatchedClassifierFreeGuidanceLogitsProcessor, SynthIDTextWatermarkLogitsProcessor)
 
 
@@ -73,8 +73,8 @@ def speculative_guided_generate(
             Tokens drafted between two forward passes of the patient. `"auto"` adapts to the rate of acceptance, from 0
             (plain guided decoding) to 8. Greedy search also stops drafting where the doctors are not confident.
         token_callback (callable, *optional*):
-            Called with each new token, of shape `(1,)`; for example the `put` of a streamer, as `generate` does not
-            pass its `streamer` to a `custom_generate`.
+            Called with each new token, of shape `(1,)`. An example is the `put` of a streamer, because `generate` does
+            not pass its `streamer` to a `custom_generate`.
         statistics (`dict`, *optional*):
             Counters are added to it: `num_tokens`, `num_patient_forwards`, `num_drafted`, `num_accepted`.
         **model_kwargs:
@@ -237,7 +237,7 @@ class _PatientReader:
 
 
 def _read_drafts(model: PreTrainedModel, text: torch.Tensor) -> Iterator[tuple[torch.Tensor, list[int]]]:
-    """Read a prompt, drafts of which some are rejected, and more drafts."""
+    """Read a prompt, then drafts, reject some of them, and read more drafts."""
     reader = _PatientReader(model, {"past_key_values": DynamicCache(config=model.config)})
     yield reader.logits(text[None, :6], 1), [5]
     yield reader.logits(text[None, :10], 4), [*range(6, 10)]
@@ -263,7 +263,7 @@ class _Sampling:
 
     @staticmethod
     def confidence(probs: torch.Tensor) -> float:
-        """1: a flat draft does not make rejection likelier, as the target may be equally flat."""
+        """Return 1: a flat draft does not make rejection likelier, because the target may be equally flat."""
         return 1.0
 
     @staticmethod
@@ -277,7 +277,7 @@ class _Sampling:
 
 
 class _GreedySearch:
-    """Greedy search. A distribution is a tensor of scores (1, V), of which only the maximum matters."""
+    """Greedy search. A distribution is a tensor of scores (1, V). Only its maximum matters."""
 
     @staticmethod
     def distribution(scores: torch.Tensor) -> torch.Tensor:
@@ -365,8 +365,8 @@ class _DraftLength:
     The number of tokens to draft that gives most tokens per time.
 
     At a rate of acceptance $a$, a round of $k$ drafts gives $1 + a + \dots + a^k$ tokens. A round costs one step of
-    the patient; `verify_cost` more if it has several positions, however many; for each draft `draft_cost` and a
-    constant; and one more step of the doctors if all drafts are accepted. The rate of acceptance is observed at every
+    the patient, and `verify_cost` more for any number of further positions. Each draft costs `draft_cost` and a
+    constant. If all drafts are accepted, the doctors take one more step. The rate of acceptance is observed at every
     draft, and at every fourth position where nothing is drafted. It is never derived from a clock, so the same seed
     gives the same text.
 
@@ -385,8 +385,8 @@ class _DraftLength:
     @classmethod
     def of(cls, guide: DoctorGuidedLogitsProcessor, patient: PreTrainedModel) -> "_DraftLength":
         """
-        Estimate the costs: a doctor's from its shares of the patient's parameters and layers, as small models are
-        bound by their layers; verification's from whether the patient is bound by memory.
+        Estimate the costs. That of a doctor follows from its parameters and layers as shares of the patient's, because
+        layers bound the time of small models. That of verification depends on whether memory bounds the patient.
         """
 
         def sizes(model: LanguageModel) -> tuple[int, int]:

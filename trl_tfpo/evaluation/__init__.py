@@ -3,9 +3,9 @@
 """
 Evaluation: from completions to a report.
 
-The completions come from `generate_completions` or from elsewhere. A reward function or a pairwise judge says which
-are good. `evaluate_completions` collects reward, KL from the patient, diversity and win rates in a `Report`, with
-confidence intervals.
+The completions come from `generate_completions` or from elsewhere. A reward function or a pairwise judge rates them.
+`evaluate_completions` collects reward, KL from the patient, diversity and win rates in a `Report`, with confidence
+intervals.
 """
 
 from .bootstrap import bootstrap_interval

@@ -103,8 +103,8 @@ def next_token_statistics(
             The patient, in eval mode.
         policy ([`DoctorGuidedLogitsProcessor`], [`~transformers.PreTrainedModel`] or [`Doctor`], *optional*):
             The policy that the completions were sampled from, at temperature 1: guidance of the patient, or another
-            model with the patient's tokenizer, such as the patient after DPO (its adapters are off while the patient
-            is read). `None` is the patient alone.
+            model with the patient's tokenizer, such as the patient after DPO. Adapters of that model are off while the
+            patient is read. `None` is the patient alone.
         completions (sequence of [`Completion`]):
             Samples of the policy from [`generate_completions`].
         batch_size (`int`, *optional*, defaults to `16`):
@@ -164,9 +164,9 @@ def sampled_kl(policy_logps: Sequence[torch.Tensor], patient_logps: Sequence[tor
     $$\widehat{\operatorname{KL}} = \sum_{t=1}^{T} \log \pi(y_t \mid y_{<t}) - \log \pi_{\text{patient}}(y_t \mid
     y_{<t})$$
 
-    For serving engines, which return no more than these. The estimate is unbiased for completions sampled from the
-    policy at temperature 1. Single values may be negative. The variance is much larger than that of
-    [`next_token_statistics`], which uses all tokens of the vocabulary.
+    For serving engines that return only the log-probabilities of sampled tokens. The estimate is unbiased for
+    completions sampled from the policy at temperature 1. Single values may be negative. The variance is much larger
+    than that of [`next_token_statistics`], which uses all tokens of the vocabulary.
 
     Args:
         policy_logps (sequence of `torch.Tensor` of shape `(T_i,)`):
@@ -289,7 +289,7 @@ def match_kl(
             From `beta` to the guidance, e.g. `lambda beta: DoctorGuidedLogitsProcessor(doctor, beta=beta)`. At 0 it
             must be the patient alone.
         target_kl (`float`):
-            KL to reach, positive, in nats per completion.
+            KL to reach, in nats per completion. Must be positive.
         max_beta (`float`, *optional*, defaults to `1.0`):
             Largest `beta` to try. 1 is the largest `beta` of a mixture.
         tolerance (`float`, *optional*, defaults to `0.02`):

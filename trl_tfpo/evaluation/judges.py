@@ -37,7 +37,7 @@ JUDGE_INSTRUCTION = (
     "in two or three sentences, then end with a line that says exactly one of: Verdict: A, Verdict: B, Verdict: tie."
 )
 VERDICT = re.compile(r"\bverdict\W+(?:response )?(a|b|tie)\W*$", flags=re.IGNORECASE | re.MULTILINE)
-RETRIED_STATUSES = {408, 409, 425, 429}  # of HTTP, besides those from 500 on
+RETRIED_STATUSES = {408, 409, 425, 429}  # HTTP statuses, besides those from 500 on
 MAX_DELAY = 60.0  # seconds
 
 
@@ -250,7 +250,7 @@ class ChatJudge:
         timeout (`float`, *optional*, defaults to `120.0`):
             Seconds to wait for an answer.
         max_retries (`int`, *optional*, defaults to `6`):
-            How often a request is retried when the endpoint is overloaded, fails or cannot be reached.
+            Maximum number of retries of a request, when the endpoint is overloaded, fails or cannot be reached.
         backoff (`float`, *optional*, defaults to `1.0`):
             Seconds before the first retry. Doubled with each retry, up to a minute, unless the endpoint names a delay.
 
@@ -301,7 +301,7 @@ class ChatJudge:
                     entry = json.loads(line)
                     self.answers[entry["key"]] = entry["answer"]
                 except (ValueError, KeyError, TypeError):
-                    continue  # an incomplete line of a run that was killed
+                    continue  # an incomplete line, left by a killed run
 
     def judge(
         self, prompts: Sequence[Prompt], completions: Sequence[Sequence[str]], shuffle_order: bool = True

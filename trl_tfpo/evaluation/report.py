@@ -38,7 +38,7 @@ Measures = Mapping[str, float | Sequence[float] | torch.Tensor]  # by name, one 
 @dataclass(frozen=True)
 class Report:
     """
-    Result of [`evaluate_completions`]. It has plain numbers only, so a saved report is equal when it is loaded.
+    Result of [`evaluate_completions`]. It has plain numbers only, so a loaded report equals the saved one.
 
     Args:
         settings (`dict`):
@@ -213,7 +213,7 @@ def evaluate_completions(
         )
     if baseline is not None and judge is None and reward_fn is None:
         raise ValueError(
-            "A comparison needs somebody who judges. Got a `baseline` alone; pass `reward_fn` or `judge`."
+            "A comparison needs a judge or a reward function. Got a `baseline` alone; pass `judge` or `reward_fn`."
         )
     settings: IntervalSettings = {"level": level, "num_resamples": num_resamples, "seed": seed}
     grouped = {name: by_prompt(prompts, of_method) for name, of_method in completions.items()}

@@ -26,7 +26,7 @@ def head_to_head(
     **settings: Unpack[IntervalSettings],
 ) -> dict[str, float | int | None]:
     """
-    Shares of prompts on which a method wins, loses or ties against a baseline.
+    Compute the shares of prompts on which a method wins, loses or ties against a baseline.
 
     Args:
         prompts (sequence of `str` or `list[dict]`):

@@ -118,9 +118,18 @@ def _doctor_class(language_model: Any) -> Any:
                 return forward(**kwargs)
             return read_completions(self, forward, completion_mask, base_logits, **kwargs)
 
+        def __reduce_ex__(self, protocol):  # pickle finds the language model's class by the name of this one
+            return _new_doctor, (language_model,), *super().__reduce_ex__(protocol)[2:]
+
     DoctorModel.__name__, DoctorModel.__qualname__ = language_model.__name__, language_model.__qualname__
     DoctorModel.__module__ = language_model.__module__
     return DoctorModel
+
+
+def _new_doctor(language_model: Any) -> Any:
+    """A doctor without state, for `pickle` and `copy`."""
+    doctor_class = _doctor_class(language_model)
+    return doctor_class.__new__(doctor_class)
 
 
 def read_completions(

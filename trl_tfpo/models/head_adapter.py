@@ -13,15 +13,12 @@ token would fit the noise of the pairs. Training changes only the adapters of th
 import copy
 import functools
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..common.language_model import LanguageModel, head_of, unwrap_peft
 
-
-if TYPE_CHECKING:
-    pass
 
 STARTS_AT_ZERO = (True, "gaussian")  # values of `init_lora_weights` for which the product of the matrices is zero
 
@@ -56,10 +53,12 @@ def adapter_factors(head: Any, hidden: torch.Tensor) -> list[tuple[torch.Tensor,
         A list of hidden states (N, R) and weights (V, R), one for each adapter, whose products are added to the
         logits.
     """
-    return [
-        (head.lora_A[name](hidden.to(head.lora_A[name].weight.dtype)) * head.scaling[name], head.lora_B[name].weight)
-        for name in head.active_adapters
-    ]
+    factors = []
+    for name in head.active_adapters:
+        first, second = head.lora_A[name], head.lora_B[name]
+        states = first(head.lora_dropout[name](hidden.to(first.weight)))
+        factors.append((states * head.scaling[name], second.weight))
+    return factors
 
 
 def with_head(model: LanguageModel, peft_config: Any) -> Any:

@@ -18,7 +18,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ..common.language_model import LanguageModel, backbone_of, device_of, head_of, inference, unwrap_peft
@@ -68,7 +67,7 @@ def read_logits(
     Returns:
         A list of terms, whose sum is the logits (N, V), row by row; and the hidden states (B, L, H) that the head
         reads. The terms are [`~trl_tfpo.functional.FactoredLogits`]. They are one tensor, float32, where the head is
-        sharded, quantized, or more than a product.
+        sharded, quantized, offloaded, or more than a product.
     """
     form = head_form(model) if _has_whole_head(model) else None
     if form is not None and form.softcap is not None and has_adapted_head(model):
@@ -129,23 +128,32 @@ def _form_of(product: torch.Tensor, logits: torch.Tensor, base: PreTrainedModel)
     if torch.equal(logits, product):
         return PLAIN
     tolerance = 2e-2 if base.dtype.itemsize < 4 else 1e-4
+
+    def logits_in(form: HeadForm) -> torch.Tensor:
+        scaled = product * form.scale
+        return scaled if form.softcap is None else form.softcap * torch.tanh(scaled / form.softcap)
+
     numbers = {float(x) for x in vars(base.config.get_text_config()).values() if type(x) in (int, float) and x > 0}
     scale = float((logits * product).sum() / (product * product).sum())
     forms = [HeadForm(scale), *(HeadForm(1.0, softcap) for softcap in sorted(numbers))]
-    for form in forms:
-        found = product * form.scale
-        if form.softcap is not None:
-            found = form.softcap * torch.tanh(found / form.softcap)
-        if torch.allclose(found, logits, rtol=tolerance, atol=tolerance):
-            return form
-    return None
+    nearest = min(forms, key=lambda form: float((logits_in(form) - logits).abs().max()))
+    return nearest if torch.allclose(logits_in(nearest), logits, rtol=tolerance, atol=tolerance) else None
 
 
 def _has_whole_head(model: LanguageModel) -> bool:
-    """Whether the head's weights are floats and whole in this process, and its only adapters are plain LoRAs."""
+    """
+    Whether the head is a product with float weights that are whole in this process, and its only adapters are plain
+    LoRAs. Offloaded weights are not in this process.
+    """
     head = head_of(model)
     weight = getattr(head, "weight", None)
-    if weight is None or not weight.is_floating_point() or hasattr(weight, "ds_id") or isinstance(weight, DTensor):
+    if weight is None or type(weight) not in (torch.Tensor, torch.nn.Parameter):  # others are sharded or quantized
+        return False
+    if weight.is_meta or not weight.is_floating_point() or hasattr(weight, "ds_id"):
+        return False
+    layer = getattr(head, "base_layer", head)  # within an adapter
+    layer = getattr(layer, "original_module", layer)  # within `ModulesToSaveWrapper`
+    if type(layer).forward not in (torch.nn.Linear.forward, GuidanceHead.forward):
         return False
     return not has_adapted_head(model) or is_plain_lora(head)
 
@@ -153,7 +161,7 @@ def _has_whole_head(model: LanguageModel) -> bool:
 def _factors(model: LanguageModel, hidden: torch.Tensor, form: HeadForm) -> list[FactoredLogits | torch.Tensor]:
     """Logits (N, V) of hidden states (N, H), in factors. Each adapter on the head adds a term."""
     head = head_of(model)
-    bias = getattr(head, "bias", None)
+    hidden, bias = hidden.to(head.weight.device), getattr(head, "bias", None)
     if isinstance(head, GuidanceHead):
         hidden = head.to_embedding_space(hidden)
     if form.scale != 1.0:
@@ -176,7 +184,7 @@ def add_logits(
     head, first = head_of(model), base[0]
     if isinstance(head, GuidanceHead) and isinstance(first, FactoredLogits) and isinstance(own[0], FactoredLogits):
         if first.softcap is None and head.has_embeddings(first.weight):
-            return [first._replace(hidden=own[0].hidden + first.hidden.to(own[0].hidden.dtype)), *own[1:], *base[1:]]
+            return [first._replace(hidden=own[0].hidden + first.hidden.to(own[0].hidden)), *own[1:], *base[1:]]
     return [*own, *base]
 
 

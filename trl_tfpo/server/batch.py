@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-The rows of a batch, and what the models have read of each.
+A batch: its rows, and the caches and logits of the models.
 
 Shapes: B rows, L tokens so far (left padding included), V vocabulary.
 """

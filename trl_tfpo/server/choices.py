@@ -14,7 +14,7 @@ from .errors import ApiError
 from .sampling import Event, Generation
 
 
-CHECK_SECONDS = 0.5  # between two checks whether the client still listens
+CHECK_SECONDS = 0.5  # between two checks of the connection
 
 
 class Choices:
@@ -27,7 +27,7 @@ class Choices:
         self._generations: Sequence[Generation] = ()
 
     def listener(self, index: int) -> Callable[[Event], None]:
-        """Return what receives the events of one choice, in any thread."""
+        """Return a function that receives the events of one choice, in any thread."""
 
         def on_event(event: Event) -> None:
             self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
@@ -48,7 +48,7 @@ class Choices:
             raise ApiError(429, str(error), "rate_limit_error") from error
 
     def cancel(self) -> None:
-        """Stop what is in progress."""
+        """Cancel all generations of the request."""
         for generation in self._generations:
             generation.is_cancelled = True
 

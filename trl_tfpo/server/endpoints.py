@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The endpoints of the server: what each path does with a request."""
+"""The endpoints of the server."""
 
 import re
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -204,7 +204,7 @@ def template_variables(
     """
     Return the variables that a chat template knows.
 
-    A false value of an unknown variable is left out, as an undefined variable is false.
+    A false value of an unknown variable is left out: an undefined variable is false.
 
     Raises:
         `ApiError`: for another value of an unknown variable, and for arguments of `apply_chat_template`.

@@ -29,7 +29,7 @@ from ..evaluation.completions import pad
 from ..functional import guided_logps
 from ..models.adapters import check_speaks, trained_exponents
 from .batch import Batch
-from .sampling import Generation, Row, TokenScore
+from .sampling import Event, Generation, Row, TokenScore
 from .text import REPLACEMENT, TokenTexts
 
 
@@ -125,7 +125,7 @@ class Engine:
         self.max_positions: int = min(filter(None, sizes), default=2**31)
         self._check_caches()
         self._arrivals: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
-        self._lock = threading.RLock()  # guards `num_waiting`; reentrant, as a listener may submit
+        self._lock = threading.RLock()  # guards `num_waiting`; reentrant, because a listener may submit
         self._is_closed = False
         self.num_waiting = self.num_tokens = 0
         # Of the thread alone
@@ -265,7 +265,7 @@ class Engine:
             self._batch = batch.select(indices) if indices else None
 
     def _read_prompts(self, rows: list[Row]) -> Batch:
-        """Read the prompts of rows, and score those that are to be scored."""
+        """Read the prompts of rows. Score those of rows with `with_prompt`."""
         ids, mask = pad([row.generation.prompt_ids for row in rows], padding_side="left", device=torch.device("cpu"))
         caches = [DynamicCache() for _ in self.models]
         read = list(zip(self.models, caches, strict=True))
@@ -283,7 +283,7 @@ class Engine:
         mask: torch.Tensor,
     ) -> list[torch.Tensor]:
         """
-        Read prompts (B, L) some columns at a time, and score the tokens of those that are to be scored.
+        Read prompts (B, L) some columns at a time. Score the tokens of rows with `with_prompt`.
 
         Returns:
             `list[torch.Tensor]`: logits (B, V) of each model after the prompts.
@@ -312,7 +312,7 @@ class Engine:
             generation = row.generation
             if generation.with_prompt and not row.ids and not row.has_nan:
                 first = TokenScore(id=generation.prompt_ids[0], logp=None, top=[])
-                generation.on_event({"prompt": [first, *row.prompt_scores]})
+                self._notify(row, {"prompt": [first, *row.prompt_scores]})
                 row.prompt_scores = []
             if row.has_nan or generation.max_new_tokens == 0:
                 self._finish(row, "error" if row.has_nan else "length")
@@ -324,7 +324,7 @@ class Engine:
         """Sample a token for each row. Returns the indices of the rows that continue."""
         guided = self._guide(batch.rows, batch.logits)  # (B, V)
         decoded = self._with_changes(batch, guided)
-        has_nan = decoded.isnan().any(dim=1).tolist()  # in one row, which must not end the others
+        has_nan = decoded.isnan().any(dim=1).tolist()  # a NaN in one row must not end the others
         self.num_tokens += len(batch.rows)
         continuing = []
         for index, row in enumerate(batch.rows):
@@ -416,16 +416,24 @@ class Engine:
         return True
 
     def _send(self, row: Row, text: str) -> None:
-        """Send what is new in the text of a row."""
+        """Send the new part of the text of a row."""
         piece, row.num_sent = text[row.num_sent :], max(len(text), row.num_sent)
         tokens, row.unsent = row.unsent, []
-        row.generation.on_event({"text": piece, "tokens": tokens})
+        self._notify(row, {"text": piece, "tokens": tokens})
+
+    def _notify(self, row: Row, event: Event) -> None:
+        """Send an event. A listener that raises ends its own completion, not the thread."""
+        try:
+            row.generation.on_event(event)
+        except Exception:
+            logger.exception("A listener failed, and its completion is cancelled")
+            row.generation.is_cancelled = True
 
     def _finish(self, row: Row, reason: str, text: str | None = None) -> None:
         """Send the rest of the text, and the end."""
         if text is not None and (len(text) > row.num_sent or row.unsent):
             self._send(row, text)
-        row.generation.on_event({"finish_reason": reason, "num_tokens": len(row.ids)})
+        self._notify(row, {"finish_reason": reason, "num_tokens": len(row.ids)})
 
     def _ends_early(self, row: Row) -> bool:
         """Finish a row that is cancelled or out of time. Returns whether it is."""

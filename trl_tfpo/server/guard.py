@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Checks of key, size and arrival, before anything of a request is read; and a count of the responses."""
+"""Checks of a request's key, size and time of arrival, before it is handled; and a count of responses."""
 
 import asyncio
 import hmac
@@ -40,7 +40,7 @@ class Guard:
         if self.api_key is None or is_health:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        key = given.strip().encode("latin-1")  # the bytes that were sent, as headers are decoded as Latin-1
+        key = given.strip().encode("latin-1")  # the bytes sent; headers are decoded as Latin-1
         if scheme.lower() != "bearer" or not hmac.compare_digest(key, self.api_key.encode()):
             raise ApiError(401, "A valid key must be sent as `Authorization: Bearer KEY`.", "authentication_error")
 

@@ -37,7 +37,7 @@ from .sampling import Event, Generation
 
 NUM_FRONTIER_SAMPLES = 100  # of the patient for each test prompt
 NUM_DOT_SAMPLES = 10  # of the guided policy for each test prompt
-Piece = tuple[str, float]  # a text, and how much likelier guidance made it, in nats
+Piece = tuple[str, float]  # a text, and the change of its log-probability by guidance, in nats
 
 
 def train_world_doctors(cache_dir: str | os.PathLike, *, max_steps: int = 200) -> dict[str, Path]:
@@ -243,7 +243,7 @@ def stream_answers(
 
 
 def _as_html(pieces: Sequence[Piece]) -> str:
-    """Color the pieces of a text by how much likelier guidance made each."""
+    """Color the pieces of a text by the change of their log-probability by guidance."""
     texts, shifts = [text for text, _ in pieces], [shift for _, shift in pieces]
     notes = [f"{shift:+.2f} nats" for shift in shifts]
     caption = "⁺ likelier under guidance, ⁻ less likely" if any(shifts) else ""
@@ -257,7 +257,7 @@ def world_playground(cache_dir: str | os.PathLike, *, max_steps: int = 200) -> g
     doctors = {name: load_doctor(folder, with_value_head=False).eval() for name, folder in folders.items()}
     engine = Engine(world.patient, world.tokenizer, doctors, Limits(max_new_tokens=MAX_NEW_TOKENS))
     prompts = [prompt[0]["content"] for prompt in world.prompts("test")]
-    frontiers = Frontiers(  # with models of its own, as those of the engine are used in its thread
+    frontiers = Frontiers(  # with its own models, because the engine's thread uses those of the engine
         load_world(), {name: load_doctor(x, with_value_head=False).eval() for name, x in folders.items()}
     )
     return make_playground(engine, example_prompts=prompts, frontiers=frontiers, max_new_tokens=MAX_NEW_TOKENS)

@@ -4,7 +4,8 @@
 The bodies of requests: those of OpenAI, with `alpha` and `weights`.
 
 A field that is `null` counts as left out. Fields of OpenAI and vLLM that are not supported are accepted with the value
-that changes nothing, and refused with any other. Unknown fields are refused, as clients would take them for applied.
+that changes nothing, and refused with any other. Unknown fields are refused, because clients would assume that they
+have an effect.
 """
 
 from typing import Annotated, Any, Literal, Self

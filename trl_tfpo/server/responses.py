@@ -11,7 +11,7 @@ from .sampling import Event
 from .text import TokenTexts
 
 
-LOWEST_LOGP = -9999.0  # reported for lower values, as JSON has no minus infinity
+LOWEST_LOGP = -9999.0  # reported in place of lower values, because JSON has no minus infinity
 Json = dict[str, object]
 
 

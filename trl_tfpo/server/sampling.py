@@ -107,7 +107,7 @@ class Generation:
         with_prompt (`bool`, *optional*, defaults to `False`):
             Whether to score the tokens of the prompt.
         continues_prompt (`bool`, *optional*, defaults to `False`):
-            Whether the text continues that of the prompt, including the space between them, or begins anew.
+            Whether the text continues the text of the prompt, with the space between them, or is a new text.
     """
 
     prompt_ids: list[int]

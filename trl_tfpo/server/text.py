@@ -40,7 +40,7 @@ class TokenTexts:
 
     def continuation(self, before: list[int], ids: list[int]) -> str:
         """
-        Return the text that tokens add to the text of those before them.
+        Return the text that tokens add to the text of earlier tokens.
 
         Includes the space between the two, and completes a character that began before.
         """

@@ -5,7 +5,8 @@ Train the patient and the doctor of the testbed from scratch: `python -m trl_tfp
 
 The patient is trained on conversations with no, one or two instructions, and learns to follow them. The doctor is
 trained on conversations without instructions: it is an ordinary small language model, which has to learn about
-attributes from preferences. Both are trained on all places, so the splits separate the prompts of the alignment only.
+attributes from preferences. Both are trained on the places of all splits. The splits therefore separate only the
+prompts of the alignment.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from .world import LANGUAGE_FILE
 
 
 class Recipe(TypedDict):
-    """How a model is trained: on which conversations, for how long, and its size."""
+    """Recipe of a model: its size, its conversations, and the length of its training."""
 
     is_instructed: bool
     steps: int
@@ -54,7 +55,10 @@ RECIPES: dict[str, Recipe] = {
 
 
 def instructions_of(language: Language) -> tuple[str, ...]:
-    """All combinations of a face, or none, of each attribute. The empty one is repeated, as it is the usual case."""
+    """
+    Return all combinations of one face, or none, of each attribute. The empty one is repeated, because it is the
+    usual case.
+    """
     choices = [("", faces.positive, faces.negative) for faces in language.faces.values()]
     return tuple(" ".join(filter(None, asked)) for asked in itertools.product(*choices)) + ("",) * 4
 

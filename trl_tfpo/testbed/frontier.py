@@ -66,7 +66,7 @@ class Frontier:
 
     def efficiency(self, reward: float, kl: float) -> float:
         """
-        Gain of a policy over the patient, as a share of the largest gain at the same KL.
+        Return the gain of a policy over the patient, as a share of the largest gain at the same KL.
 
         Args:
             reward (`float`):

@@ -92,7 +92,7 @@ class Comparison:
         self._add_evaluated("patient", None, patient)
 
     def add(self, method: str, guide: DoctorGuidedLogitsProcessor, *, beta: float) -> dict:
-        """Measure a guided policy and append its row. `beta` is only shown in the table."""
+        """Measure a guided policy and append its row. `beta` is for the table only."""
         result = self._evaluate(guide, num_samples_per_prompt=self.num_samples_per_prompt)
         return self._add_evaluated(method, beta, result)
 

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What is checked at the start of an engine: its modes, and that patient and doctors belong together."""
+
+from typing import TYPE_CHECKING
+
+from transformers import AutoConfig, AutoTokenizer
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from .admission import PREFIX, admission_of
+from .config import trained_exponents
+from .guidance import ARCHITECTURE, Guidance
+
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+
+class GuidedConfig(VerifyAndUpdateConfig):
+    """Checks the config of an engine in the process that starts it, and adds the check of requests."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: "VllmConfig") -> None:
+        """Raise `ValueError` on unsupported modes and on doctors that do not belong to the patient."""
+        check_modes(vllm_config)
+        model_config = vllm_config.model_config
+        guidance = guidance_of(model_config)
+        check_doctors(guidance, model_config)
+        others = [name for name in model_config.logits_processors or () if not str(name).startswith(PREFIX)]
+        model_config.logits_processors = [*others, admission_of(guidance)]
+
+
+def guidance_of(model_config: "ModelConfig") -> Guidance:
+    """Read the doctors from the config of the patient, where `hf_overrides` put them."""
+    doctors = getattr(model_config.hf_config, "guided_doctors", None)
+    if not doctors:
+        raise ValueError(
+            f"{ARCHITECTURE} needs doctors in `hf_overrides`. Got none; pass the arguments that "
+            "`trl_tfpo_vllm.guided_config` returns."
+        )
+    return Guidance.from_fields(doctors, getattr(model_config.hf_config, "guided_alpha", None))
+
+
+def check_modes(vllm_config: "VllmConfig") -> None:
+    """
+    Raise `ValueError` on modes of the engine in which requests would be unguided or wrong.
+
+    Args:
+        vllm_config ([`~vllm.config.VllmConfig`]):
+            The config of the engine.
+    """
+    if not vllm_config.use_v2_model_runner:
+        raise ValueError(
+            "Guidance needs Model Runner V2: the older runner ignores the weights of requests. Got the older runner; "
+            "set VLLM_USE_V2_MODEL_RUNNER=1, or leave out what V2 does not support, which vLLM logs as a warning."
+        )
+    model, parallel, speculation = (
+        vllm_config.model_config,
+        vllm_config.parallel_config,
+        vllm_config.speculative_config,
+    )
+    unsupported = {
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "a quantised patient": model.quantization is not None,
+        "LoRA adapters of requests": vllm_config.lora_config is not None,
+        "prompt embeddings": model.enable_prompt_embeds,
+        "pooling": model.runner_type != "generate",
+        "speculation by hidden states": speculation is not None and speculation.method not in ("draft_model", "ngram"),
+    }
+    if found := [name for name, is_used in unsupported.items() if is_used]:
+        raise ValueError(
+            f"Guidance does not support {', '.join(found)}. Got an engine that uses it; start it without."
+        )
+
+
+def check_doctors(guidance: Guidance, model_config: "ModelConfig") -> None:
+    """
+    Raise `ValueError` unless every doctor belongs to the patient.
+
+    A doctor must have the patient's tokenizer (the same token for every id), an embedding for each token, and as many
+    positions as the engine.
+
+    Args:
+        guidance ([`Guidance`]):
+            The doctors.
+        model_config ([`~vllm.config.ModelConfig`]):
+            The config of the patient in the engine.
+    """
+    patient_tokens = _tokens_by_id(model_config.tokenizer or model_config.model)
+    for doctor in guidance.doctors:
+        trained_exponents(doctor.path)  # refuses adapters
+        tokens = _tokens_by_id(doctor.path)
+        differing = [i for i in patient_tokens.keys() | tokens.keys() if patient_tokens.get(i) != tokens.get(i)]
+        if differing:
+            first = min(differing)
+            raise ValueError(
+                "Patient and doctors must have the same tokenizer: the same token for every id. Got "
+                f"{len(differing)} ids that differ for doctor {doctor.name!r}; the first is {first}: "
+                f"{patient_tokens.get(first)!r} for the patient, {tokens.get(first)!r} for the doctor. Take two "
+                "models of one family."
+            )
+        config = AutoConfig.from_pretrained(doctor.path, trust_remote_code=False)
+        if getattr(config, "quantization_config", None):
+            raise ValueError(
+                f"Doctor {doctor.name!r} must not be quantised, as it has the patient's kernels. Got a "
+                "`quantization_config` in its folder; save its weights in bfloat16."
+            )
+        if tokens and config.vocab_size <= max(tokens):
+            raise ValueError(
+                f"Doctor {doctor.name!r} must have an embedding for every token. Got {config.vocab_size} embeddings "
+                f"and the id {max(tokens)}; take a doctor of the patient's family."
+            )
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions is not None and positions < model_config.max_model_len:
+            raise ValueError(
+                f"Doctor {doctor.name!r} must have as many positions as the engine. Got {positions}, and a "
+                f"`max_model_len` of {model_config.max_model_len}; pass `max_model_len={positions}`."
+            )
+
+
+def _tokens_by_id(path: str) -> dict[int, str]:
+    """Token of every id, including added and special tokens."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"Patient and doctors must be saved with their tokenizer, to compare them. Got none in {path!r}; save the "
+            "patient's with `save_pretrained` if it is the doctor's."
+        ) from error
+    return {index: token for token, index in tokenizer.get_vocab().items()}

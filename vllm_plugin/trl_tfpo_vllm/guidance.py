@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+Names and exponents of the doctors of an engine, and the exponents of a request.
+
+Keys of a request, in `SamplingParams(extra_args=...)` or over HTTP in `vllm_xargs`:
+
+- `alpha`: exponent of the patient. Default: that of the engine, or 1 less the exponents of the doctors that are
+  language models. Doctors of guided flow leave the patient's exponent at 1.
+- `beta_NAME`: exponent of the doctor with this name. Default: that of the engine.
+
+This module imports nothing heavy, as it checks requests in the process of the API server.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+ARCHITECTURE = "GuidedForCausalLM"
+MAX_WEIGHT = 10.0  # in absolute value; the same as in `trl-tfpo serve`
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+@dataclass(frozen=True)
+class DoctorEntry:
+    """
+    A doctor of the engine.
+
+    Args:
+        name (`str`):
+            Its name in requests: letters, digits, `_` and `-`.
+        path (`str`):
+            Folder of the doctor.
+        beta (`float`):
+            Its exponent in requests that give none.
+        is_language_model (`bool`):
+            Whether it has a policy of its own. Its exponent is then subtracted from that of the patient by default.
+            False for a doctor of guided flow.
+    """
+
+    name: str
+    path: str
+    beta: float
+    is_language_model: bool
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """
+    The doctors of an engine, in order, and the default exponent of the patient.
+
+    Args:
+        doctors (`tuple[DoctorEntry, ...]`):
+            At least one, with different names.
+        alpha (`float`, *optional*):
+            Exponent of the patient in requests that give none. By default 1 less the exponents of the language models.
+
+    Raises:
+        `ValueError`: when there is no doctor, on names that are unusable or not unique, and on default exponents that
+            no request could have.
+    """
+
+    doctors: tuple[DoctorEntry, ...]
+    alpha: float | None = None
+
+    def __post_init__(self):
+        names = [doctor.name for doctor in self.doctors]
+        if not names or len(set(names)) != len(names) or not all(map(_NAME.fullmatch, names)):
+            raise ValueError(
+                "There must be at least one doctor, with different names of letters, digits, `_` and `-`. Got "
+                f"{names}; rename them."
+            )
+        self.request_weights(None)
+
+    @classmethod
+    def from_fields(cls, doctors: Iterable[Mapping[str, Any]], alpha: float | None) -> "Guidance":
+        """Read the fields `guided_doctors` and `guided_alpha` of the patient's config."""
+        return cls(tuple(DoctorEntry(**doctor) for doctor in doctors), alpha)
+
+    def to_fields(self) -> dict[str, Any]:
+        """Return the fields that [`from_fields`] reads."""
+        return {"guided_doctors": [asdict(doctor) for doctor in self.doctors], "guided_alpha": self.alpha}
+
+    def encoded(self) -> str:
+        """Return a Python name that [`decoded`] reads. vLLM hands classes to processes by name."""
+        return "x" + json.dumps(self.to_fields()).encode().hex()
+
+    @classmethod
+    def decoded(cls, name: str) -> "Guidance":
+        """Read what [`encoded`] returned."""
+        fields = json.loads(bytes.fromhex(name.removeprefix("x")))
+        return cls.from_fields(fields["guided_doctors"], fields["guided_alpha"])
+
+    def request_weights(self, extra_args: Mapping[str, Any] | None) -> list[float]:
+        """
+        Return the exponents of a request.
+
+        Args:
+            extra_args (`Mapping[str, Any]`, *optional*):
+                Keys as above. Other keys are ignored unless they begin with `beta`.
+
+        Returns:
+            `list[float]` of length `1 + D`: the exponent of the patient, then of each doctor.
+
+        Raises:
+            `ValueError`: on an unknown doctor, an exponent that is not a number in [-10, 10], and exponents of
+                language models above 1 in sum without `alpha`.
+        """
+        given = extra_args or {}
+        keys = {f"beta_{doctor.name}": doctor for doctor in self.doctors}
+        if unknown := sorted(key for key in given if key.startswith("beta") and key not in keys):
+            raise ValueError(f"Exponents of doctors must be among {sorted(keys)}. Got {unknown}; rename them.")
+        betas = [_checked(key, given.get(key, doctor.beta)) for key, doctor in keys.items()]
+        alpha = given.get("alpha", self.alpha)
+        if alpha is None:
+            mixed = [beta for beta, doctor in zip(betas, self.doctors, strict=True) if doctor.is_language_model]
+            alpha = 1.0 - sum(mixed)
+            if alpha < -1e-6:
+                raise ValueError(
+                    "The exponents of the doctors in a mixture must not exceed 1 in sum, as the patient has the rest. "
+                    f"Got {mixed}; pass `alpha`, e.g. 1.0 for the product, or smaller exponents."
+                )
+            alpha = max(alpha, 0.0)
+        return [_checked("alpha", alpha), *betas]
+
+
+def _checked(key: str, value: Any) -> float:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or abs(value) > MAX_WEIGHT:
+        raise ValueError(
+            f"`{key}` must be a number from {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}. Got {value!r}; try 0.5, or leave it "
+            "out for the default."
+        )
+    return float(value)

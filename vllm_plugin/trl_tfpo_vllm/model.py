@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+Patient and doctors as one vLLM model.
+
+Each forward pass runs patient and doctors on the same tokens. Its hidden states are those of all models side by side,
+followed by the weights of each token, so that rows keep their weights wherever vLLM selects or copies them. Logits are
+the log-probabilities of the guided policy: grammars, penalties, temperature and log-probabilities all act on it.
+
+Shapes: T scheduled tokens, H sum of the hidden sizes, D doctors, V vocabulary of the patient.
+"""
+
+from collections.abc import Iterable
+from itertools import groupby
+
+import torch
+from torch import nn
+from transformers import AutoConfig
+from vllm.config import VllmConfig
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.models.interfaces import has_inner_state, is_attention_free, is_hybrid, supports_multimodal
+from vllm.model_executor.models.utils import init_vllm_registered_model
+from vllm.sequence import IntermediateTensors
+
+from .admission import admission_of
+from .checks import check_modes, guidance_of
+from .mixture import guided_logps, pack_weights, unpack_weights
+
+
+VALUE_HEAD = "value_head."  # of a doctor in training, not needed for decoding
+
+
+class GuidedForCausalLM(nn.Module):
+    """
+    A patient guided by doctors.
+
+    Args:
+        vllm_config ([`~vllm.config.VllmConfig`]):
+            Config of the patient, with the fields of [`Guidance.to_fields`].
+        prefix (`str`, *optional*, defaults to `""`):
+            Prefix of the names of layers.
+
+    Raises:
+        `ValueError`: in unsupported modes, and when a model keeps a state other than keys and values, or reads images.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__()
+        check_modes(vllm_config)
+        model_config = vllm_config.model_config
+        guidance = guidance_of(model_config)
+        if admission_of(guidance) not in (model_config.logits_processors or ()):
+            raise ValueError(
+                "Requests must be checked when they arrive. Got an engine without the check, which this version of "
+                "vLLM no longer adds; use the version that the README names."
+            )
+        path = model_config.hf_config_path or model_config.model
+        patient = AutoConfig.from_pretrained(path, revision=model_config.revision, trust_remote_code=False)
+        configs = {"patient": (model_config.hf_config, patient.architectures)}
+        self.secondary_weights = []  # read by the loader after those of the patient
+        for index, doctor in enumerate(guidance.doctors):
+            config = AutoConfig.from_pretrained(doctor.path, trust_remote_code=False)
+            configs[f"doctor{index}"] = (config, config.architectures)
+            # Other safetensors in the folder are the value head and the credits
+            source = DefaultModelLoader.Source(
+                doctor.path, revision=None, prefix=f"doctor{index}.", allow_patterns_overrides=["model*.safetensors"]
+            )
+            self.secondary_weights.append(source)
+        self.names = list(configs)
+        for name, (config, architectures) in configs.items():
+            layers = f"{prefix}.{name}" if prefix else name  # vLLM allows one integer in the name of a layer
+            model = init_vllm_registered_model(
+                vllm_config, prefix=layers, hf_config=config, architectures=architectures
+            )
+            _check_kind(name, model)
+            setattr(self, name, model)
+        self.sizes = [config.get_text_config().hidden_size for config, _ in configs.values()]
+        self.num_embeddings = [config.get_text_config().vocab_size for config, _ in configs.values()]
+
+    @staticmethod
+    def get_model_state_cls() -> type:
+        """Return the class that keeps the weights of requests. Only Model Runner V2 asks for it."""
+        from .state import GuidedModelState
+
+        return GuidedModelState
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """The patient, then the doctors."""
+        return [getattr(self, name) for name in self.names]
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return the patient's embeddings (T, hidden size) of tokens (T,)."""
+        return self.patient.embed_input_ids(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        guidance_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Run patient and doctors on the scheduled tokens.
+
+        Args:
+            input_ids, positions (`torch.Tensor` of shape `(T,)`):
+                The tokens, and their positions.
+            guidance_weights (`torch.Tensor` of shape `(T, 1 + D)`):
+                Exponents of the patient and of each doctor.
+
+        Returns:
+            `torch.Tensor` of shape `(T, H + 3 * (1 + D))`.
+
+        Raises:
+            `ValueError`: without ids or weights.
+        """
+        if input_ids is None or inputs_embeds is not None or guidance_weights is None:
+            raise ValueError(
+                "Guidance needs token ids and the weights of requests. Got a forward pass without them; use Model "
+                "Runner V2, and no prompt embeddings."
+            )
+        states = []
+        for model, size in zip(self.models, self.num_embeddings, strict=True):
+            # Ids beyond a doctor's embeddings are padding of the patient's vocabulary, and stand for no token
+            ids = input_ids.clamp(max=size - 1) if size < self.num_embeddings[0] else input_ids
+            states.append(model(ids, positions))
+        return torch.cat([*states, pack_weights(guidance_weights, states[0].dtype)], dim=-1)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """
+        Return the log-probabilities of the guided policy.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(T, H + 3 * (1 + D))`):
+                Rows of what `forward` returned.
+
+        Returns:
+            `torch.Tensor` of shape `(T, V)`: nats, in float32. `None` on ranks to which vLLM gathers no logits.
+        """
+        *states, packed = hidden_states.split([*self.sizes, hidden_states.size(-1) - sum(self.sizes)], dim=-1)
+        logits = [
+            model.compute_logits(state.contiguous()) for model, state in zip(self.models, states, strict=True)
+        ]  # also where the result is None, as ranks gather together
+        if logits[0] is None:
+            return None
+        patient, *doctors = [x.float() for x in logits]
+        return guided_logps(patient, doctors, unpack_weights(packed))
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """
+        Load patient and doctors.
+
+        Args:
+            weights (iterable of `(str, torch.Tensor)`):
+                Names and tensors: all of the patient, then all of each doctor with the prefix of its name here.
+
+        Returns:
+            `set[str]`: names of the parameters that were loaded.
+        """
+        loaded = set()
+        # The loader reads one model after the other; a group is read while it is loaded, never held as a whole
+        for owner, group in groupby(weights, key=lambda item: self._owner(item[0])):
+            own = (
+                (name.removeprefix(f"{owner}."), tensor)
+                for name, tensor in group
+                if not name.removeprefix(f"{owner}.").startswith(VALUE_HEAD)
+            )
+            loaded |= {f"{owner}.{name}" for name in getattr(self, owner).load_weights(own)}
+        return loaded
+
+    def _owner(self, name: str) -> str:
+        """Name of the model that a weight belongs to. Weights of the patient have no prefix."""
+        owner = name.partition(".")[0]
+        return owner if owner in self.names[1:] else self.names[0]
+
+
+def _check_kind(name: str, model: nn.Module) -> None:
+    """Raise `ValueError` unless the model reads text and keeps keys and values only."""
+    if supports_multimodal(model) or has_inner_state(model) or is_attention_free(model) or is_hybrid(model):
+        raise ValueError(
+            f"Patient and doctors must be language models with attention alone. Got a {type(model).__name__} as "
+            f"{name}, which reads images or keeps another state; use `trl-tfpo serve` or another model."
+        )
