@@ -19,6 +19,7 @@ from transformers import AutoConfig
 from vllm.config import VllmConfig
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.interfaces import has_inner_state, is_attention_free, is_hybrid, supports_multimodal
+from vllm.model_executor.models.interfaces_base import VllmModelForTextGeneration
 from vllm.model_executor.models.utils import init_vllm_registered_model
 from vllm.sequence import IntermediateTensors
 
@@ -57,7 +58,7 @@ class GuidedForCausalLM(nn.Module):
         path = model_config.hf_config_path or model_config.model
         patient = AutoConfig.from_pretrained(path, revision=model_config.revision, trust_remote_code=False)
         configs = {"patient": (model_config.hf_config, patient.architectures)}
-        self.secondary_weights = []  # read by the loader after those of the patient
+        self.secondary_weights: list[DefaultModelLoader.Source] = []  # which the loader reads after the patient
         for index, doctor in enumerate(guidance.doctors):
             config = AutoConfig.from_pretrained(doctor.path, trust_remote_code=False)
             configs[f"doctor{index}"] = (config, config.architectures)
@@ -85,13 +86,13 @@ class GuidedForCausalLM(nn.Module):
         return GuidedModelState
 
     @property
-    def models(self) -> list[nn.Module]:
+    def models(self) -> list[VllmModelForTextGeneration]:
         """The patient, then the doctors."""
         return [getattr(self, name) for name in self.names]
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Return the patient's embeddings (T, hidden size) of tokens (T,)."""
-        return self.patient.embed_input_ids(input_ids)
+        return self.models[0].embed_input_ids(input_ids)
 
     def forward(
         self,
@@ -159,7 +160,7 @@ class GuidedForCausalLM(nn.Module):
         Returns:
             `set[str]`: names of the parameters that were loaded.
         """
-        loaded = set()
+        loaded: set[str] = set()
         # The loader reads one model after the other; a group is read while it is loaded, never held as a whole
         for owner, group in groupby(weights, key=lambda item: self._owner(item[0])):
             own = (
