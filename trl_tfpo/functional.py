@@ -305,7 +305,7 @@ def subtb_loss(*, potential: torch.Tensor, completion_mask: torch.Tensor, subtb_
         `torch.Tensor` of shape `(B,)`: loss of each row in squared nats; zero where no token counts.
 
     Raises:
-        `ValueError`: when `subtb_lambda` is outside `[0, 1]`.
+        `ValueError`: if `subtb_lambda` is outside `[0, 1]`.
 
     Examples:
 
@@ -392,7 +392,7 @@ def value_discrimination_loss(
         `torch.Tensor` of shape `(B,)`: loss of each pair, in nats.
 
     Raises:
-        `ValueError`: when the margin is negative.
+        `ValueError`: if the margin is negative.
     """
     if not value_margin >= 0:
         raise ValueError(f"`value_margin` must be at least 0. Got {value_margin}; try 0.1 nats.")
@@ -587,7 +587,7 @@ def guided_logps(
         `torch.Tensor` of shape `(..., V)`: log-probabilities, in nats.
 
     Raises:
-        `ValueError`: when there is not one `beta` for each doctor.
+        `ValueError`: if there is not one `beta` for each doctor.
 
     Examples:
 

@@ -73,7 +73,7 @@ def score_completions(
         `list[torch.Tensor]` of shape `(T_i,)`: log-probabilities in nats, float32, on the CPU, in the given order.
 
     Raises:
-        `ValueError`: when the model is sharded, is a doctor of guided flow or has adapters that add tokens, or a
+        `ValueError`: if the model is sharded, is a doctor of guided flow or has adapters that add tokens, or a
             log-probability is not finite.
     """
     check_whole(model)
@@ -111,7 +111,7 @@ def score_completions(
 
 
 def check_whole(model: torch.nn.Module) -> None:
-    """Raise `ValueError` when the parameters of the model are sharded."""
+    """Raise `ValueError` if the parameters of the model are sharded."""
     if is_sharded(model):
         raise ValueError(
             f"A model that scores completions must be whole in each process. Got a {type(model).__name__} with "

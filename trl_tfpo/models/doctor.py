@@ -223,7 +223,7 @@ def make_doctor(
 
 
 def _check_start(model: LanguageModel, guides: bool) -> None:
-    """Raise `ValueError` when a model cannot become a doctor, of guided flow or with a policy of its own."""
+    """Raise `ValueError` if a model cannot become a doctor, of guided flow or with a policy of its own."""
     check_adapters(model, "The doctor")
     adapters: Any = getattr(model, "peft_config", None)
     if adapters and not is_peft_model(model):

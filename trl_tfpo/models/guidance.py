@@ -128,7 +128,7 @@ def is_guidance(model: LanguageModel) -> bool:
 
 
 def save_guidance(model: LanguageModel, output_dir: str | os.PathLike) -> None:
-    """Save the format, and the exponents that the doctor was trained for if there are any, next to its weights."""
+    """Save the format and, for a doctor of guided flow, its exponents, next to its weights."""
     contents = {"format": FORMAT} | trained_exponents(model)
     (Path(output_dir) / GUIDANCE_FILE).write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
 

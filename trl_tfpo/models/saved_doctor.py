@@ -119,7 +119,7 @@ def fold_map(model: LanguageModel, state_dict: dict[str, torch.Tensor]) -> dict[
     Replace the weights of a [`~trl_tfpo.models.guidance_head.GuidanceHead`] by those of an ordinary head, in place.
 
     Returns:
-        `dict[str, torch.Tensor]`: the map of the GuidanceHead, needed to resume training; empty where there is none.
+        `dict[str, torch.Tensor]`: the map of the GuidanceHead, needed to resume training; empty for another head.
     """
     head = model.get_output_embeddings()
     if not isinstance(head, GuidanceHead):

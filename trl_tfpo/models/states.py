@@ -82,7 +82,7 @@ def read_logits(
 
 def head_form(model: LanguageModel) -> HeadForm | None:
     """
-    How a model computes logits from hidden states and head: as their product, scaled or capped. `None` otherwise.
+    Form of a model's logits: the product of hidden states and head, scaled or capped. `None` for any other form.
 
     Scales and caps have many names in configs, so they are measured. Hooks replace the hidden states and the product
     with the head by known integers, so the form does not depend on the weights. The answer is cached.
@@ -179,7 +179,7 @@ def add_logits(
     Add the logits of a doctor (`own`) and of its base policy, both from [`read_logits`].
 
     Where the doctor's [`~trl_tfpo.models.guidance_head.GuidanceHead`] and the head of the base policy have the same
-    weights, their hidden states are added instead: one product in place of two.
+    weights, their hidden states are added instead. This needs one product instead of two.
     """
     head, first = head_of(model), base[0]
     if isinstance(head, GuidanceHead) and isinstance(first, FactoredLogits) and isinstance(own[0], FactoredLogits):

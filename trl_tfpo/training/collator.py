@@ -48,7 +48,7 @@ class TokenRewardCollator(DataCollatorMixin):
         reward_fn (`Callable`, *optional*, defaults to [`~trl_tfpo.functional.token_rewards`]):
             Reward function, only with a patient, see [`annotate_token_rewards`]. Set options with `functools.partial`.
         max_length (`int`, *optional*):
-            Maximum number of tokens in a row; ids and rewards are truncated alike. By default nothing is truncated.
+            Maximum number of tokens in a row. Ids and rewards are truncated to it. By default nothing is truncated.
         pad_to_multiple_of (`int`, *optional*):
             Pad L to a multiple of this number.
         batch_size (`int`, *optional*, defaults to `16`):

@@ -21,7 +21,7 @@ REFERENCE_COLUMNS = ["chosen_ref_logps", "rejected_ref_logps"]
 
 
 def check_not_streamed(dataset: Dataset | IterableDataset, columns: set[str], reference_weight: float) -> None:
-    """Raise `ValueError` when the reference would have to score a streamed dataset. `columns` are its columns."""
+    """Raise `ValueError` if the reference would have to score a streamed dataset. `columns` are its columns."""
     if isinstance(dataset, IterableDataset) and not columns.issuperset(REFERENCE_COLUMNS):
         raise ValueError(
             "A streamed dataset cannot be scored by the reference before training. Got one with "
@@ -30,7 +30,7 @@ def check_not_streamed(dataset: Dataset | IterableDataset, columns: set[str], re
 
 
 def check_untrained(doctor: torch.nn.Module, num_steps: int) -> None:
-    """Raise `ValueError` when the doctor has been trained for some steps, or is sharded."""
+    """Raise `ValueError` if the doctor has been trained for some steps, or is sharded."""
     if num_steps > 0 or is_sharded(doctor):
         raise ValueError(
             "The reference must be the doctor before training, whole in each process. Got a new dataset without the "
@@ -84,7 +84,7 @@ def add_reference_logps(dataset: Dataset, doctor: LanguageModel, *, fingerprint:
         [`~datasets.Dataset`]: the dataset with `chosen_ref_logps` and `rejected_ref_logps`, in nats.
 
     Raises:
-        `ValueError`: when the doctor is sharded, or a log-probability is not finite.
+        `ValueError`: if the doctor is sharded, or a log-probability is not finite.
     """
     return add_scores(
         dataset,

@@ -92,7 +92,7 @@ class TFPOTrainer(DoctorFiles):
             Settings. Defaults to `TFPOConfig("<model name>-TFPO")`.
         data_collator ([`~transformers.DataCollator`], *optional*):
             Defaults to a [`TokenRewardCollator`] that reads annotated columns. A `TokenRewardCollator` with a patient
-            annotates each batch instead, and the datasets stay as they are.
+            annotates each batch instead, and the datasets are not annotated.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Preference dataset in any of TRL's formats, or one that [`annotate_token_rewards`] has annotated. A
             streamed dataset must be annotated, and with `policy="doctor"` it needs `reference_weight=0`.
