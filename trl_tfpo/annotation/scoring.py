@@ -156,7 +156,7 @@ def _score_rows(model: LanguageModel, rows: list[tuple[list[int], list[list[int]
     is_target = targets != -100
     logits, hidden = read_logits(model, is_target, in_float32=True, **inputs)
     with torch.autocast(hidden.device.type, enabled=False):
-        logps = token_logps(logits=logits, targets=targets[is_target].to(hidden.device))  # (N,)
+        logps = token_logps(logits=logits, targets=targets[is_target])  # (N,)
     log_probs = logps.new_zeros(targets.shape).masked_scatter(is_target.to(logps.device), logps)
     scored = []
     for row, (prompt, completions) in zip(log_probs.float().cpu(), rows, strict=True):

@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..common.language_model import LanguageModel, device_of, head_of, is_peft_model, unwrap_peft
-from ..functional import FactoredLogits, token_logps
+from ..functional import FactoredLogits
 from .adapters import VALUE_HEAD, check_adapters, record_exponents, why_unsupported
 from .guidance import GUIDANCE, is_guidance, start_guidance
 from .head_adapter import keep_head, save_without_embeddings, with_head
-from .states import PLAIN, add_logits, head_form, read_logits
+from .states import PLAIN, add_logits, completion_logps, head_form, read_logits
 
 
 if TYPE_CHECKING:
@@ -158,16 +158,14 @@ def read_completions(
     Returns:
         [`DoctorOutput`]
     """
-    has_label = completion_mask[:, 1:]  # (B, L - 1)
-    logits, hidden = read_logits(model, has_label, forward=forward, **inputs)
+    logits, hidden = read_logits(model, completion_mask[:, 1:], forward=forward, **inputs)
     if base_logits is not None:
         logits = add_logits(model, logits, base_logits)
-    targets = inputs["input_ids"][:, 1:][has_label].to(hidden.device)
-    logps = token_logps(logits=logits, targets=targets)  # (N,)
+    logps = completion_logps(logits, inputs["input_ids"], completion_mask)
     log_values = getattr(model, VALUE_HEAD)(hidden).to(logps.device)  # (B, L)
     states, tokens, token_mask = locate_completions(completion_mask)
     return DoctorOutput(
-        doctor_logps=logps.new_zeros(token_mask.shape).masked_scatter(token_mask, logps),
+        doctor_logps=logps,
         log_values=log_values.gather(1, states),
         completion_ids=inputs["input_ids"].gather(1, tokens),
         completion_mask=token_mask,

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from ..common.language_model import LanguageModel, backbone_of, device_of, head_of, inference, unwrap_peft
-from ..functional import FactoredLogits
+from ..functional import FactoredLogits, token_logps
 from .guidance_head import GuidanceHead
 from .head_adapter import adapter_factors, has_adapted_head, is_plain_lora
 
@@ -78,6 +78,30 @@ def read_logits(
         return [outputs.logits[0].float()], states.hidden
     labelled = states.labelled.float() if in_float32 else states.labelled
     return _factors(model, labelled, form), states.hidden
+
+
+def completion_logps(
+    logits: list[FactoredLogits | torch.Tensor], input_ids: torch.Tensor, completion_mask: torch.Tensor
+) -> torch.Tensor:
+    """
+    Log-probabilities of completion tokens under the sum of logits.
+
+    Args:
+        logits (list of [`~trl_tfpo.functional.FactoredLogits`] or `torch.Tensor` of shape `(N, V)`):
+            From [`read_logits`], where completion tokens are predicted.
+        input_ids (`torch.LongTensor` of shape `(B, L)`):
+            Prompts and completions.
+        completion_mask (`torch.Tensor` of shape `(B, L)`):
+            True for the N tokens of completions: at least one in each row, and not the first of a row.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`: in nats, float32, left-aligned, padded with 0, on the device of the ids.
+    """
+    targets = input_ids[:, 1:][completion_mask[:, 1:]]  # (N,)
+    logps = token_logps(logits=logits, targets=targets).to(input_ids.device)
+    num_tokens = completion_mask.sum(dim=1)  # (B,)
+    is_token = torch.arange(int(num_tokens.max()), device=input_ids.device) < num_tokens[:, None]  # (B, T)
+    return logps.new_zeros(is_token.shape).masked_scatter(is_token, logps)
 
 
 def head_form(model: LanguageModel) -> HeadForm | None:

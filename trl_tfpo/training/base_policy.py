@@ -26,10 +26,10 @@ from transformers import PreTrainedModel
 
 from ..common._upstream import load_sharded, shard, shards_models
 from ..common.language_model import LanguageModel, inference
-from ..functional import FactoredLogits, token_logps
+from ..functional import FactoredLogits
 from ..models.guidance import is_guidance
 from ..models.named_model import NamedModel
-from ..models.states import read_logits
+from ..models.states import completion_logps, read_logits
 
 
 class Policy:
@@ -124,11 +124,7 @@ def read_base_policy(
         `torch.Tensor` of shape `(B, T)`: log-probabilities of the completion tokens in nats, left-aligned, padded with
         0.
     """
-    has_label = completion_mask[:, 1:]
     with inference(model):
-        logits, hidden = read_logits(model, has_label, input_ids=input_ids, attention_mask=attention_mask)
-        logps = token_logps(logits=logits, targets=input_ids[:, 1:][has_label].to(hidden.device))  # (N,)
-    num_tokens = completion_mask.sum(dim=1)  # (B,)
-    is_token = torch.arange(int(num_tokens.max()), device=input_ids.device) < num_tokens[:, None]  # (B, T)
-    logps = logps.to(input_ids.device)
-    return [one.detach() for one in logits], logps.new_zeros(is_token.shape).masked_scatter(is_token, logps)
+        logits, _ = read_logits(model, completion_mask[:, 1:], input_ids=input_ids, attention_mask=attention_mask)
+        logps = completion_logps(logits, input_ids, completion_mask)
+    return [one.detach() for one in logits], logps
