@@ -18,7 +18,7 @@ from trl_tfpo.decoding.generation import check_reads
 from trl_tfpo.evaluation import generate_completions
 from trl_tfpo.functional import FactoredLogits
 from trl_tfpo.models.doctor import add_value_head
-from trl_tfpo.models.states import PLAIN, HeadForm, head_form, read_logits
+from trl_tfpo.models.logits import PLAIN, HeadForm, head_form, read_logits
 from trl_tfpo.server import Engine
 
 

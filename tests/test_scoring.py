@@ -9,7 +9,7 @@ from plain_guidance import gpt2, llama, mistral
 from transformers import MambaConfig, MambaForCausalLM
 
 from trl_tfpo.annotation.scoring import score_completions
-from trl_tfpo.models.states import PLAIN, head_form
+from trl_tfpo.models.logits import PLAIN, head_form
 
 
 def draw(generator, size: int) -> list[int]:

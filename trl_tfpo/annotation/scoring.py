@@ -27,7 +27,7 @@ from ..common.language_model import LanguageModel, device_of, inference, is_shar
 from ..common.precision import HALVES, float32_residuals
 from ..functional import token_logps
 from ..models.adapters import check_speaks
-from ..models.states import read_logits
+from ..models.logits import read_logits
 
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from ..functional import FactoredLogits
 from .adapters import VALUE_HEAD, check_adapters, record_exponents, why_unsupported
 from .guidance import GUIDANCE, is_guidance, start_guidance
 from .head_adapter import keep_head, save_without_embeddings, with_head
-from .states import PLAIN, add_logits, completion_logps, head_form, read_logits
+from .logits import PLAIN, add_logits, completion_logps, head_form, read_logits
 
 
 if TYPE_CHECKING:

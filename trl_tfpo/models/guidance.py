@@ -17,8 +17,8 @@ from ..common.language_model import LanguageModel, backbone_of, head_of, inferen
 from .adapters import trained_exponents
 from .guidance_head import GuidanceHead, constant_over
 from .head_adapter import start_head_at, starts_at_zero
+from .logits import PLAIN, head_form
 from .named_model import check_there
-from .states import PLAIN, head_form
 
 
 GUIDANCE_FILE = "guidance.json"

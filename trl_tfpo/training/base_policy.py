@@ -28,8 +28,8 @@ from ..common._upstream import load_sharded, shard, shards_models
 from ..common.language_model import LanguageModel, inference
 from ..functional import FactoredLogits
 from ..models.guidance import is_guidance
+from ..models.logits import completion_logps, read_logits
 from ..models.named_model import NamedModel
-from ..models.states import completion_logps, read_logits
 
 
 class Policy:
@@ -120,7 +120,7 @@ def read_base_policy(
             True for the tokens of the assistant: N in all rows together.
 
     Returns:
-        Logits where completion tokens are predicted, as [`~trl_tfpo.models.states.read_logits`] returns them; and
+        Logits where completion tokens are predicted, as [`~trl_tfpo.models.logits.read_logits`] returns them; and
         `torch.Tensor` of shape `(B, T)`: log-probabilities of the completion tokens in nats, left-aligned, padded with
         0.
     """

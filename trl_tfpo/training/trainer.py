@@ -47,6 +47,7 @@ from ..models.doctor import set_head_learning_rate
 from ..models.fingerprint import model_fingerprint
 from ..models.guidance import start_at_credits
 from ..models.named_model import NamedModel, outline_of
+from .arguments import objective_of, prepare_doctor, resolve_doctor, resolve_patient, resolve_tokenizer, reward_fn_of
 from .base_policy import POLICIES, place_base_policy, read_base_policy
 from .checkpoints import complete_checkpoint, resolve_checkpoint
 from .checks import (
@@ -66,7 +67,6 @@ from .objective import describe_batch, pair_rewards
 from .pair_means import PairMeans
 from .reference import REFERENCE_COLUMNS, check_not_streamed, with_reference_logps
 from .reward_choice import choose_rewards
-from .setup import objective_of, prepare_doctor, resolve_doctor, resolve_patient, resolve_tokenizer, reward_fn_of
 
 
 if TYPE_CHECKING:
