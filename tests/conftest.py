@@ -17,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 
-# A fresh cache for each worker: scores of another day do not count, and TRL does not write its cache atomically
+# A fresh cache for each worker, without scores of another day
 if "HF_DATASETS_CACHE" not in os.environ or "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from datasets.fingerprint import fingerprint_rng
 from tqdm import tqdm
 
 
@@ -27,6 +28,7 @@ def in_child(function, *args, said: str | int | None = None) -> int:
         return child
     status = 1
     try:
+        fingerprint_rng.seed()  # the parent would draw the same fingerprints, and read the caches of this child
         tqdm.set_lock(threading.RLock())  # its own is shared with other children, which are killed while they hold it
         if said is not None:
             file = said if isinstance(said, int) else os.open(said, os.O_WRONLY | os.O_CREAT)
