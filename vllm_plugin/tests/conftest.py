@@ -35,7 +35,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast 
 
 runpy.run_path(str(STAND_IN / "sitecustomize.py"))
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
-collect_ignore = [] if HAS_VLLM else ["test_engine.py", "test_refusals.py", "test_http.py"]
+collect_ignore = [] if HAS_VLLM else ["test_engine.py", "test_refusals.py", "test_http.py", "test_benchmark.py"]
 NUM_TOKENS = 61
 ENGINE = dict(  # of the smallest engine; prompts are longer than a step, so they are read in chunks
     block_size=32,

@@ -47,14 +47,9 @@ class GuidedForCausalLM(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
-        check_modes(vllm_config)
+        self.check(vllm_config)
         model_config = vllm_config.model_config
         guidance = guidance_of(model_config)
-        if admission_of(guidance) not in (model_config.logits_processors or ()):
-            raise ValueError(
-                "Requests must be checked when they arrive. Got an engine without the check, which this version of "
-                "vLLM no longer adds; use the version that the README names."
-            )
         path = model_config.hf_config_path or model_config.model
         patient = AutoConfig.from_pretrained(path, revision=model_config.revision, trust_remote_code=False)
         configs = {"patient": (model_config.hf_config, patient.architectures)}
@@ -77,6 +72,17 @@ class GuidedForCausalLM(nn.Module):
             setattr(self, name, model)
         self.sizes = [config.get_text_config().hidden_size for config, _ in configs.values()]
         self.num_embeddings = [config.get_text_config().vocab_size for config, _ in configs.values()]
+
+    @staticmethod
+    def check(vllm_config: VllmConfig) -> None:
+        """Raise `ValueError` in unsupported modes, and in an engine that does not check requests when they arrive."""
+        check_modes(vllm_config)
+        model_config = vllm_config.model_config
+        if admission_of(guidance_of(model_config)) not in (model_config.logits_processors or ()):
+            raise ValueError(
+                "Requests must be checked when they arrive. Got an engine without the check, which this version of "
+                "vLLM no longer adds; use the version that the README names."
+            )
 
     @staticmethod
     def get_model_state_cls() -> type:
