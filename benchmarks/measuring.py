@@ -41,6 +41,14 @@ def cell(quartiles: list[float]) -> str:
     return f"{quartiles[1]:.2f} ({quartiles[0]:.2f}-{quartiles[2]:.2f})"
 
 
+def processor(device: str) -> str:
+    """Return the name of the processor or card."""
+    if device != "cpu":
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+
+
 def peak_mebibytes(run: Callable[[], object], *, device: str) -> float:
     """Return the peak memory of a run above what was used before; on a CPU that of the process, from Linux."""
     if device == "cpu":

@@ -26,7 +26,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from measuring import cell, quartiles
+from measuring import cell, processor, quartiles
 from real.model import default_cache, fetch_model, small_doctor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -205,14 +205,6 @@ def timed(answer: Callable[[Answers], Answers], prompts: Answers) -> tuple[Answe
     """Return the answers, and seconds of wall-clock time."""
     start = time.perf_counter()
     return answer(prompts), time.perf_counter() - start
-
-
-def processor(device: str) -> str:
-    """Return the name of the processor or card."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ Shapes: B rows, L tokens so far (padding included), V vocabulary.
 import math
 import reprlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, DynamicLayer, PreTrainedConfig
+from transformers import Cache, CompileConfig, DynamicCache, DynamicLayer, PreTrainedConfig, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -24,6 +24,7 @@ from ..common.language_model import LanguageModel, unwrap_peft
 from ..models.adapters import check_adapters, trained_exponents
 from .padding import PADDING, check_left_padded
 from .reading import accepted_inputs, next_inputs, reading_fault
+from .static_cache import can_reuse, compiled, cut, has_static_cache, make_static_cache, static_inputs, take_rows
 
 
 NO_ADAPTER = "__base__"  # PEFT's name for the base model
@@ -154,25 +155,60 @@ class DoctorMemory:
             The doctor.
         is_trial (`bool`, *optional*, defaults to `False`):
             Whether this object runs such a test. It then takes every way of reading.
+        is_static (`bool`, *optional*, defaults to `False`):
+            Whether the cache has a fixed shape, see [`use_static_cache`].
     """
 
-    def __init__(self, doctor: Doctor, is_trial: bool = False):
-        self.doctor, self.is_trial = doctor, is_trial
+    def __init__(self, doctor: Doctor, is_trial: bool = False, is_static: bool = False):
+        self.doctor, self.is_trial, self.is_static = doctor, is_trial, is_static
+        self.compile_config: CompileConfig | None = None
+        self.disable_compile = is_trial
         model = doctor.model
         self.accepted = accepted_inputs(model)
         self.max_positions = _num_absolute_positions(model)
         self.num_embeddings: float = getattr(model.get_input_embeddings(), "num_embeddings", math.inf)
         self.weights_version: torch.Tensor | None = None
+        self.cache: Cache | None = None  # of models that return one
+        self.spare: StaticCache | None = None
         self.forget()
 
     def forget(self) -> None:
-        """Free the cache."""
+        """Free the cache. A static one is kept for other texts, because a CUDA graph has its address."""
+        if isinstance(self.cache, StaticCache):
+            self.spare = self.cache
         self.layers = adapter_layers(self.doctor.model)
         self.known_faults: dict[str, str] = {}  # by way of reading; looked up at every token
         self.tokens: torch.Tensor | None = None  # (B, n), in the cache
         self.has_padding = False  # whether `tokens` have padding
-        self.cache: Cache | None = None  # of models that return one
+        self.cache = None
         self.recent: list[torch.Tensor] = []  # logits (B, V) after each of the last prefixes of `tokens`
+
+    def use_static_cache(
+        self, is_static: bool, compile_config: CompileConfig | None = None, disable_compile: bool = False
+    ) -> None:
+        """
+        Choose between a cache that grows with the text and one of fixed shape, with which steps can be compiled.
+
+        Args:
+            is_static (`bool`):
+                Whether the shape is fixed. Models whose layers do not keep the keys of all tokens have a growing
+                cache in any case, with a warning.
+            compile_config ([`~transformers.CompileConfig`], *optional*):
+                How steps are compiled. Without it they are compiled on accelerators only, as in `generate`.
+            disable_compile (`bool`, *optional*, defaults to `False`):
+                Never compile.
+        """
+        if is_static and not has_static_cache(self.doctor.model.config):
+            warnings.warn(
+                f"The doctor {type(unwrap_peft(self.doctor.model)).__name__} has a growing cache and is not compiled, "
+                "because not all of its layers keep the keys of all tokens.",
+                stacklevel=3,
+            )
+            is_static = False
+        if is_static != self.is_static:
+            self.forget()
+            self.spare = None
+        self.is_static, self.compile_config, self.disable_compile = is_static, compile_config, disable_compile
 
     @torch.no_grad()
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -201,6 +237,9 @@ class DoctorMemory:
                     return self.recent[-1 - num_after]
                 num_known -= 1  # only a forward pass gives logits
             num_known = self._crop(num_known)
+        if isinstance(self.cache, StaticCache) and tokens.size(1) > self.cache.get_max_length():
+            self.forget()
+            num_known = 0
         how = TOKEN_BY_TOKEN if num_known == tokens.size(1) - 1 else IN_PIECES
         if num_known and not self._can_read(how):
             if how == TOKEN_BY_TOKEN:
@@ -242,10 +281,11 @@ class DoctorMemory:
         return not self.known_faults.get(how)
 
     def _fault(self, how: str) -> str:
-        memory = DoctorMemory(self.doctor, is_trial=True)
+        memory = DoctorMemory(self.doctor, is_trial=True, is_static=self.is_static)
         if how != WITH_POSITIONS and self._fault(WITH_POSITIONS):
             memory.accepted = memory.accepted - {"position_ids"}
-        return reading_fault(self.doctor.model, f"doctor, {how}", partial(_TRIALS[how], memory), forward=self.doctor)
+        name = f"doctor, {how}, static" if self.is_static else f"doctor, {how}"
+        return reading_fault(self.doctor.model, name, partial(_TRIALS[how], memory), forward=self.doctor)
 
     def _look_up(self, tokens: torch.Tensor) -> int:
         """Count the leading columns of `tokens` in the cache. Reorders its rows where that makes them more."""
@@ -261,7 +301,10 @@ class DoctorMemory:
             is_same = row[len(self.tokens) :, None] == row[: len(self.tokens)]  # (B, rows in the cache)
             if is_same.any(dim=1).all():
                 source = is_same.int().argmax(dim=1)
-                if self.cache is not None:
+                if isinstance(self.cache, StaticCache):
+                    if not take_rows(self.cache, source):
+                        return num_known
+                elif self.cache is not None:
                     self.cache.reorder_cache(source)
                 self.tokens, self.recent, num_known = self.tokens[source], [], num_held
         return num_known
@@ -272,11 +315,16 @@ class DoctorMemory:
         if num_extra == 0:
             return num_known
         layers = getattr(self.cache, "layers", [None])
-        is_croppable = num_known > 0 and all(type(layer) is DynamicLayer for layer in layers)
+        is_croppable = num_known > 0 and (
+            isinstance(self.cache, StaticCache) or all(type(layer) is DynamicLayer for layer in layers)
+        )
         if self.cache is None or not is_croppable or not self._can_read(CUT_BACK):
             self.forget()
             return 0
-        self.cache.crop(-num_extra)
+        if isinstance(self.cache, StaticCache):
+            cut(self.cache, num_known)
+        else:
+            self.cache.crop(-num_extra)
         self.recent = self.recent[:-num_extra]
         return num_known
 
@@ -295,7 +343,9 @@ class DoctorMemory:
         if cache is None:
             num_known = 0
             config = model.config.get_text_config()
-            if getattr(config, "sliding_window", None) is not None and _has_key_value_cache(config):
+            if self.is_static:
+                cache = self._empty_static_cache(*tokens.shape)
+            elif getattr(config, "sliding_window", None) is not None and _has_key_value_cache(config):
                 cache = DynamicCache()  # without the config it ignores the window, keeps all states and can be cut
         if not self._can_read(WITH_POSITIONS):  # RoBERTa's positions start after the padding id
             self.accepted = self.accepted - {"position_ids"}
@@ -307,11 +357,28 @@ class DoctorMemory:
         if "logits_to_keep" in self.accepted:
             settings["logits_to_keep"] = 1
         inputs = next_inputs(tokens.clamp(min=0), self.accepted, num_read=num_known, mask=mask)
+        read: Callable = model
+        if isinstance(cache, StaticCache):
+            inputs = static_inputs(model, cache, inputs, torch.ones_like(tokens) if mask is None else mask.long())
+            if num_known and tokens.size(1) - num_known == 1 and self._is_compiled():
+                read = compiled(model, self.compile_config)
         with using_adapters(self.layers, self.doctor.adapters):
-            output = model(**inputs, **settings)
+            output = read(**inputs, **settings)
         if getattr(output, "past_key_values", None) is not None:  # a model without one reads the whole text each time
             self.cache = output.past_key_values
-        return output.logits[:, -1]
+        logits = output.logits[:, -1]
+        return logits if read is model else logits.clone()  # the next replay of a CUDA graph overwrites its outputs
+
+    def _empty_static_cache(self, num_rows: int, num_tokens: int) -> StaticCache:
+        spare, self.spare = self.spare, None
+        if spare is None or not can_reuse(spare, num_rows, num_tokens):
+            return make_static_cache(self.doctor.model.config, num_tokens)
+        spare.reset()
+        return spare
+
+    def _is_compiled(self) -> bool:
+        """Whether steps of one token are compiled, as `generate` decides it for the patient."""
+        return not self.disable_compile and (self.compile_config is not None or self.doctor.device.type != "cpu")
 
     def _forget_if_trained(self) -> None:
         """Free the cache if the weights have changed since it was filled."""

@@ -108,6 +108,7 @@ def guided_generate(
         kwargs["num_return_sequences"] = best_of
     attention_mask = _mask_of(patient, input_ids, attention_mask, kwargs)
     guide.reset(attention_mask=attention_mask, keep_memory=keep_memory)
+    _use_caches_of(patient, guide, kwargs)
     with without_doctors(patient, guide):
         check_reads(patient, attention_mask, prefill_chunk_size=_setting(patient, kwargs, "prefill_chunk_size"))
     if not attention_mask.all():
@@ -318,6 +319,15 @@ def _setting(patient: PreTrainedModel, kwargs: dict, name: str) -> Any:
     """Resolve a setting as `generate` does: the argument, else the given config, else the config of the patient."""
     given = [kwargs.get(name), getattr(kwargs.get("generation_config"), name, None)]
     return next((value for value in given if value is not None), getattr(patient.generation_config, name, None))
+
+
+def _use_caches_of(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor, kwargs: dict) -> None:
+    """Give the doctors static caches and compiled steps where the patient has them."""
+    names = ("cache_implementation", "compile_config", "disable_compile")
+    implementation, compile_config, disable_compile = (_setting(patient, kwargs, name) for name in names)
+    if implementation != "static":
+        implementation, compile_config = guide.cache_implementation, guide.compile_config
+    guide.use_caches(implementation, compile_config or guide.compile_config, bool(disable_compile))
 
 
 def _keeps_rows(patient: PreTrainedModel, kwargs: dict) -> bool:

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers import LogitsProcessor, PreTrainedTokenizerBase
+from transformers import CompileConfig, LogitsProcessor, PreTrainedTokenizerBase
 
 from ..common.language_model import LanguageModel
 from ..data.tokenizer_identity import check_all_same
@@ -83,6 +83,13 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         return_trace (`bool`, *optional*, defaults to `False`):
             Keep the log-probabilities of the generated tokens, for [`~DoctorGuidedLogitsProcessor.trace`]. Not
             supported with beams.
+        cache_implementation (`str`, *optional*):
+            `"static"`: the doctors have KV caches of fixed shape, and each token is read by a compiled forward pass,
+            as in `generate` with the same argument. By default the caches grow. [`guided_generate`] takes over the
+            setting of the patient.
+        compile_config ([`~transformers.CompileConfig`], *optional*):
+            How the doctors are compiled, for `cache_implementation="static"`. Without it they are compiled on
+            accelerators only.
 
     Attributes:
         alpha (`float`, `torch.Tensor` or callable): exponent of the patient.
@@ -95,9 +102,9 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
     Raises:
         `ValueError`: at construction, on exponents that are not finite or of the wrong number, a mixture with a
             negative `alpha`, thresholds out of range, doctors that [`Doctor`] refuses, a doctor of guided flow without
-            a record of it (unless `alpha` is given) or with a `reference`, different tokenizers, and a mask that is
-            not left-padded. At a call, on prompts other than those of the mask, `inputs_embeds` without ids, ids or
-            positions that a doctor does not have, and NaN.
+            a record of it (unless `alpha` is given) or with a `reference`, different tokenizers, a mask that is not
+            left-padded, and an unknown `cache_implementation`. At a call, on prompts other than those of the mask,
+            `inputs_embeds` without ids, ids or positions that a doctor does not have, and NaN.
 
     Examples:
 
@@ -132,6 +139,8 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         min_patient_prob: float = 0.0,
         min_patient_entropy: float = 0.0,
         return_trace: bool = False,
+        cache_implementation: str | None = None,
+        compile_config: CompileConfig | None = None,
     ):
         models = _as_list(doctor)
         betas, references = _as_list(beta, len(models)), _as_list(reference, len(models))
@@ -167,7 +176,14 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         self._has_same_tokenizer = processing_classes is not None
         self._warned: set[str] = set()
         self._trace = TraceRecorder() if return_trace else None
+        if cache_implementation not in (None, "static"):
+            raise ValueError(
+                f"`cache_implementation` of doctors must be 'static' or None. Got {cache_implementation!r}; leave it "
+                "out for caches that grow."
+            )
+        self.cache_implementation, self.compile_config = cache_implementation, compile_config
         self.memories = [DoctorMemory(doctor) for doctor in self.doctors]
+        self.use_caches(cache_implementation, compile_config)
         self._external: Mapping[int, Callable[[torch.Tensor], torch.Tensor]] = {}  # by index of `doctors`
         self._num_common_tokens = min(memory.num_embeddings for memory in self.memories)
         self.reset(attention_mask)
@@ -228,6 +244,24 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
             self._trace.restart()
         if not keep_memory:
             self._forget()
+
+    def use_caches(
+        self,
+        cache_implementation: str | None,
+        compile_config: CompileConfig | None = None,
+        disable_compile: bool = False,
+    ) -> None:
+        """
+        Choose the kind of the doctors' caches for the next generations.
+
+        Args:
+            cache_implementation (`str`, *optional*), compile_config ([`~transformers.CompileConfig`], *optional*):
+                As above. Other implementations than `"static"` leave the caches growing.
+            disable_compile (`bool`, *optional*, defaults to `False`):
+                Never compile, as the argument of `generate`.
+        """
+        for memory in self.memories:
+            memory.use_static_cache(cache_implementation == "static", compile_config, disable_compile)
 
     def _forget(self) -> None:
         for memory in self.memories:
