@@ -6,6 +6,8 @@ import io
 import json
 import os
 import re
+import shutil
+import subprocess
 import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -380,6 +382,18 @@ def test_serving(capsys):
     ratios = load(BENCHMARKS, "serving").main(["--quick"])
     assert list(ratios) == [4] and all(ratio > 0 for ratio in ratios[4])
     assert "| 4 |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_measurements_on_a_gpu_run_on_tiny_models(tmp_path):
+    """The script for a GPU, where an error would cost the time of the card. It compiles patient and doctor."""
+    environment = os.environ | {"MODELS": "tiny", "PARTS": "decoding", "PYTHON": sys.executable}
+    script = [shutil.which("bash"), str(BENCHMARKS / "gpu.sh"), str(tmp_path)]
+    subprocess.run(script, env=environment, check=True, capture_output=True, timeout=300)
+    rows = json.loads((tmp_path / "decoding.json").read_text())["rows"]
+    assert [(row["batch_size"], row["way"]) for row in rows] == [(1, "eager"), (1, "compiled")]
+    assert all(min(row["over_both"]) > 0 and row["limit"] > 0 for row in rows)
+    assert "| 1 | compiled |" in (tmp_path / "tables.md").read_text()
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from plain_guidance import BOS, VOCABULARY, PlainGuidance, batch, generate, gpt2, llama, run_out_of_memory
-from transformers import GenerationConfig
+from transformers import CompileConfig, GenerationConfig
 
 from trl_tfpo import Doctor, DoctorGuidedLogitsProcessor, guided_generate
 from trl_tfpo.decoding.doctors import DoctorMemory
@@ -41,6 +41,7 @@ MODES = {
     "assisted": dict(assistant_model=True),
     "speculative": dict(speculative=True, num_draft_tokens=3),
 }
+COMPILED = CompileConfig(backend="eager", mode=None, dynamic=False)  # traced and guarded, without a C++ compiler
 ONE_ROW_MODES = ("prompt lookup", "assisted", "speculative")
 
 
@@ -95,16 +96,18 @@ def run(patient, guide, mode: str, inputs):
     return generate(patient, guide, inputs, **settings, **kwargs)
 
 
+@pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("doctors", ["1 doctor", "2 doctors", "adapter doctor"])
 @pytest.mark.parametrize(
     "mode, prompts",
     [(mode, prompts) for mode in MODES for prompts in PROMPTS if prompts == "1 prompt" or mode not in ONE_ROW_MODES],
 )
-def test_tokens_and_scores_are_those_of_guidance_from_scratch(cast, mode, prompts, doctors):
-    """Else some mode would be guided by another row, another time, or another model."""
+def test_tokens_and_scores_are_those_of_guidance_from_scratch(cast, mode, prompts, doctors, cache):
+    """Else some mode would be guided by another row, another time, or another model. Static caches are compiled."""
     patient, given, independent, plain_patient = cast[doctors]
     inputs, betas = PROMPTS[prompts], [0.8, 0.3][: len(given)]
-    guide = DoctorGuidedLogitsProcessor(given, alpha=1.0, beta=betas)
+    static = dict(cache_implementation=cache, compile_config=COMPILED) if cache else {}
+    guide = DoctorGuidedLogitsProcessor(given, alpha=1.0, beta=betas, **static)
     found = run(patient, guide, mode, inputs)
     plain = PlainGuidance(independent, betas, 1.0, inputs["attention_mask"])
     expected = run(plain_patient, plain, mode, inputs)
