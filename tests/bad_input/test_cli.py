@@ -83,7 +83,7 @@ ANNOTATE = [
     ),
     ("negative length", f"{PAIRS} {PATIENT} --max_length -1", "`max_length` must be at least 1. Got -1"),
     ("4 bits and 8", f"{PAIRS} {PATIENT} --patient_load_in_4bit --patient_load_in_8bit", "Got both"),
-    ("show less than nothing", f"{DRAW} --show -1", "must not be negative"),
+    ("show less than nothing", f"{DRAW} --show -1", "`--show` must be at least 0"),
 ]
 
 # Files and models of annotate
@@ -153,7 +153,7 @@ EVALUATE = [
     ("evaluate without columns", f"{EVALUATION} a=other.jsonl", "`completion`"),
     ("evaluate numbers", f"{EVALUATION} a=numbers.jsonl", "must be a text or messages. Got 2"),
     ("evaluate without a judge", f"{EVALUATION} a=a.jsonl b=b.jsonl --baseline a", "a judge or a reward function"),
-    ("evaluate, rewards of nobody", f"{EVALUATION} a=a.jsonl --output rewards.jsonl", "are for rewards"),
+    ("evaluate, rewards of nobody", f"{EVALUATION} a=a.jsonl --output rewards.jsonl", "need rewards"),
     ("evaluate into a file", "evaluate --output_dir a.jsonl --completions a=a.jsonl", "can be written to"),
     ("evaluate at no level", f"{EVALUATION} a=a.jsonl --level 2", "`level` must be between 0 and 1"),
     ("evaluate by no such oracle", f"{EVALUATION} a=a.jsonl --world prais", "Got 'prais'"),
