@@ -157,7 +157,7 @@ def test_demo_as_a_command(cache_dir, url):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--doctor", "a=b"], "needs `--patient`"), (["--patient", "x"], "at least one"), (["--hots", "1"], "'--host'")],
+    [(["--doctor", "a=b"], "together"), (["--patient", "x"], "together"), (["--hots", "1"], "'--host'")],
 )
 def test_demo_answers_mistakes_in_one_line(arguments, message, capsys):
     """A page that does not open must say why."""
