@@ -25,7 +25,7 @@ from ..data.token_map import TokenMap
 from ..data.tokenization import tokenize_prompt
 from ..decoding.logits_processor import DoctorGuidedLogitsProcessor
 from ..evaluation import evaluate_guidance
-from ..evaluation.guidance import GuidanceResult
+from ..evaluation.reward_and_kl import GuidanceResult
 from ..models.saved_doctor import load_doctor
 from ..testbed import World, load_world, reward_kl_frontier
 from ..testbed.language import MAX_NEW_TOKENS
