@@ -164,9 +164,9 @@ def model_names(script_args: TFPOScriptArguments, model_args: ModelConfig) -> tu
     """Return the names of doctor and patient."""
     doctor, patient = script_args.doctor or model_args.model_name_or_path, script_args.patient
     if script_args.world:
-        from ..testbed.world import SHIPPED
+        from ..testbed.world import SHIPPED_WEIGHTS
 
-        doctor, patient = doctor or str(SHIPPED / "doctor"), patient or str(SHIPPED / "patient")
+        doctor, patient = doctor or str(SHIPPED_WEIGHTS / "doctor"), patient or str(SHIPPED_WEIGHTS / "patient")
     if doctor is None:
         raise ValueError("`train` needs a doctor. Pass `--doctor`: a Hub name or a folder")
     if patient is None and script_args.num_guided_examples:
