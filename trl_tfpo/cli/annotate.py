@@ -39,7 +39,7 @@ class AnnotateArguments:
     negative_face: str | None = field(default=None, metadata=options.NEGATIVE_FACE)
     face_placement: str = field(default="system", metadata=options.FACE_PLACEMENT)
     max_length: int | None = field(
-        default=None, metadata={"help": "Maximum tokens of prompt and completion. Longer completions are cut."}
+        default=None, metadata={"help": "Maximum tokens of prompt and completion. Longer completions are truncated."}
     )
     drop_unusable: bool = field(default=False, metadata={"help": "Drop unusable pairs. By default they are an error."})
     convert_transcripts: bool = field(
@@ -136,7 +136,7 @@ def input_names(args: AnnotateArguments) -> tuple[str, str] | None:
     if args.show < 0 or args.scoring_batch_size < 1:
         raise ValueError(
             "`--show` must be at least 0, and `--scoring_batch_size` at least 1. Got "
-            f"{args.show} and {args.scoring_batch_size}; omit them to use the defaults"
+            f"{args.show} and {args.scoring_batch_size}; leave them out for the defaults"
         )
     if args.world is not None:
         return None

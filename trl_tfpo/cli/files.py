@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Reading and writing datasets. Files are written atomically."""
+"""Reading and atomic writing of datasets."""
 
 import os
 from pathlib import Path
@@ -59,7 +59,7 @@ def read_dataset(
 
 
 def read_split(name: str, split: str, config: str | None = None) -> Dataset:
-    """Read one split of a dataset, as [`read_dataset`] and [`take_split`] do."""
+    """Read one split of a dataset, see [`read_dataset`] and [`take_split`]."""
     return take_split(read_dataset(name, config), split, name)
 
 
@@ -86,7 +86,7 @@ def check_output(path: str | os.PathLike, *, overwrite: bool) -> None:
 
 
 def write_dataset(dataset: Dataset, path: str | os.PathLike) -> None:
-    """Write JSON lines (`.jsonl`), Parquet (`.parquet`) or a folder for `load_from_disk`, atomically."""
+    """Write JSON Lines (`.jsonl`), Parquet (`.parquet`) or a folder for `load_from_disk`, atomically."""
     with written_whole(path) as part:
         if Path(path).suffix in (".json", ".jsonl"):
             dataset.to_json(part, force_ascii=False)

@@ -37,7 +37,7 @@ class GenerateArguments:
         default_factory=list,
         metadata={
             "action": options.Repeated,
-            "help": "Exponent of each doctor. By default the exponent of its training, or 0.5 for a language model.",
+            "help": "Exponent of each doctor. By default the exponent used in training, or 0.5 for a language model.",
         },
     )
     prompt: list[str] = field(
@@ -52,7 +52,9 @@ class GenerateArguments:
     num_samples_per_prompt: int = field(default=1, metadata={"help": "Completions per prompt."})
     best_of: int = field(
         default=1,
-        metadata={"help": "Candidates per completion. The one with the highest token credits of the doctors is kept."},
+        metadata={
+            "help": "Candidates per completion. The candidate with the highest token credits by the doctors is kept."
+        },
     )
     max_new_tokens: int = field(default=256, metadata={"help": "Maximum length of a completion, in tokens."})
     temperature: float = field(
@@ -74,7 +76,7 @@ class GenerateArguments:
     overwrite: bool = field(default=False, metadata=options.OVERWRITE)
     world: bool = field(
         default=False,
-        metadata={"help": "Use the patient of the controlled world, and its test prompts without `--prompt`."},
+        metadata={"help": "Use the patient of the controlled world and, without `--prompt`, its test prompts."},
     )
 
 
@@ -131,7 +133,8 @@ def check_arguments(args: GenerateArguments) -> None:
         )
     if args.beta and len(args.beta) != len(args.doctor):
         raise ValueError(
-            f"`--beta` must have a number for each doctor. Got {len(args.beta)} for {len(args.doctor)}; pass one each"
+            "`--beta` must have a number for each doctor. Got "
+            f"{len(args.beta)} for {len(args.doctor)}; pass one for each"
         )
     if args.best_of != 1 and not args.doctor:
         raise ValueError(

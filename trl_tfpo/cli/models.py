@@ -84,7 +84,7 @@ def load_models(
     """
     Load models in eval mode: the patient, its tokenizer, and the doctors by name.
 
-    `name` is that of the patient, or `None` for the controlled world. `doctor_options` has NAME=PATH or PATH for each
+    `name` is the patient, or `None` for the controlled world. `doctor_options` has NAME=PATH or PATH for each
     doctor. Only the patient is loaded in 4 bits.
     """
     patient, tokenizer = load_patient(name, dtype=dtype, in_4bit=in_4bit, trust_remote_code=trust_remote_code)

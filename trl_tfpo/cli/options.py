@@ -37,7 +37,7 @@ DTYPE = {
 }
 REMOTE_CODE = {"help": "Run code from the model repositories."}
 FACES = {"help": "Pair of contrastive prompts: 'helpfulness', 'harmlessness' or 'honesty'."}
-POSITIVE_FACE = {"help": "Your own contrastive prompt: the wanted behaviour."}
-NEGATIVE_FACE = {"help": "Your own contrastive prompt: the opposite behaviour."}
+POSITIVE_FACE = {"help": "Custom contrastive prompt for the desired behaviour."}
+NEGATIVE_FACE = {"help": "Custom contrastive prompt for the opposite behaviour."}
 FACE_PLACEMENT = {"help": "Place of the contrastive prompts: 'system', or 'user' (end of the last user message)."}
 OVERWRITE = {"help": "Replace existing outputs."}

@@ -46,14 +46,14 @@ class ServeArguments:
     max_prompt_tokens: int = field(default=4096, metadata={"help": "Maximum tokens of a prompt."})
     max_new_tokens: int = field(default=2048, metadata={"help": "Maximum tokens of a completion."})
     max_queue: int = field(default=256, metadata={"help": "Maximum completions in the queue."})
-    max_seconds: float = field(default=600.0, metadata={"help": "Time limit of a request."})
+    max_seconds: float = field(default=600.0, metadata={"help": "Time limit of a request, in seconds."})
     trust_remote_code: bool = field(default=False, metadata=options.REMOTE_CODE)
     world: bool = field(default=False, metadata={"help": "Serve the patient of the controlled world."})
 
 
 def run(arguments: Sequence[str]) -> int:
     """Serve until interrupted."""
-    description = "Run an OpenAI-compatible server for a patient and doctors, with exponents for each request."
+    description = "Run an OpenAI-compatible server for a patient and doctors, with doctor weights per request."
     (args,) = Parser([ServeArguments], "serve", description).parse(arguments)
     with listen(args.host, args.port) as listener:
         app = build(args)
@@ -136,7 +136,7 @@ def read_aliases(given: Sequence[str]) -> dict[str, dict[str, float]]:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Bind a socket before models are loaded. Raises `ValueError` when the address is unavailable."""
+    """Bind a socket. Called before models are loaded. Raises `ValueError` when the address is unavailable."""
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

@@ -68,13 +68,13 @@ class TFPOScriptArguments(ScriptArguments):
             "Loads no model and needs no accelerator.",
         },
     )
-    world: bool = field(default=False, metadata={"help": "By default use patient and doctor of the controlled world."})
+    world: bool = field(default=False, metadata={"help": "Use patient and doctor of the controlled world by default."})
     faces: str = field(default="helpfulness", metadata=options.FACES)
     positive_face: str | None = field(default=None, metadata=options.POSITIVE_FACE)
     negative_face: str | None = field(default=None, metadata=options.NEGATIVE_FACE)
     face_placement: str = field(default="system", metadata=options.FACE_PLACEMENT)
     num_guided_examples: int = field(
-        default=0, metadata={"help": "Training prompts to print guided completions for at the end."}
+        default=0, metadata={"help": "Print guided completions of this many training prompts at the end."}
     )
 
 
@@ -155,7 +155,7 @@ def train_doctor(script_args: TFPOScriptArguments, training_args: TFPOConfig, mo
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
     if script_args.num_guided_examples and patient is not None and trainer.accelerator.is_main_process:
-        tokenized = cast("Dataset | IterableDataset", trainer.train_dataset)  # annotated as a dataset of torch
+        tokenized = cast("Dataset | IterableDataset", trainer.train_dataset)  # its type in TRL is a PyTorch dataset
         show_guided_examples(islice(tokenized, script_args.num_guided_examples), patient, training_args)
     trainer.end()
 
@@ -207,7 +207,9 @@ def choose_responses(dataset: Dataset | IterableDataset, chosen_id_column: str) 
     """Make pairs from the columns `prompt`, `response_0` and `response_1`, and the index of the chosen response."""
     needed = {"prompt", "response_0", "response_1", chosen_id_column}
     if missing := needed - columns_of(dataset):
-        raise ValueError(f"With `--chosen_id_column` a dataset needs {sorted(needed)}. Got none of {sorted(missing)}")
+        raise ValueError(
+            f"With `--chosen_id_column` a dataset needs {sorted(needed)}. Got one without {sorted(missing)}"
+        )
 
     def to_pair(row: dict) -> dict:
         chosen_id = int(row[chosen_id_column])
