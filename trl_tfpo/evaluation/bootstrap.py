@@ -29,9 +29,9 @@ def bootstrap_interval(
     r"""
     Percentile interval of a mean over prompts, or over seeds and prompts.
 
-    Prompts are resampled with replacement. With several seeds, seeds are resampled independently, and all seeds of a
-    resample share its prompts. Average the samples of a prompt first, because they are not independent. With few
-    seeds, the seeds' part of the interval is too short by a factor of about $\sqrt{(S - 1) / S}$.
+    Prompts are resampled with replacement. Several seeds are also resampled, independently of the prompts. All
+    seeds of a resample share its prompts. Average the samples of a prompt first, because they are not independent.
+    With few seeds, the seeds' part of the interval is too short by a factor of about $\sqrt{(S - 1) / S}$.
 
     Args:
         values (`torch.Tensor` of shape `(P,)` or `(S, P)`):
@@ -64,7 +64,7 @@ def bootstrap_interval(
     if values.dim() not in (1, 2) or values.shape[-1] < 2 or values.shape[0] < 1 or not values.isfinite().all():
         raise ValueError(
             "`values` must be finite, of shape (P,) or (S, P) with at least two prompts. Got shape "
-            f"{tuple(values.shape)}, {int((~values.isfinite()).sum())} not finite; add prompts."
+            f"{tuple(values.shape)}, {int((~values.isfinite()).sum())} not finite; pass finite values of more prompts."
         )
     check_interval(level, num_resamples)
     values = values.view(-1, values.shape[-1])  # (S, P)

@@ -29,24 +29,14 @@ from ..models.adapters import check_speaks
 COMPUTATION_SETTINGS = ("use_cache", "cache_implementation", "cache_config", "compile_config", "disable_compile")
 # Settings of `generate` that never change the policy
 NEUTRAL_SETTINGS = {
-    "keep_memory",
-    "speculative",
-    "num_draft_tokens",
-    "statistics",
-    "synced_gpus",
-    "prefill_chunk_size",
+    *("keep_memory", "speculative", "num_draft_tokens", "statistics", "synced_gpus", "prefill_chunk_size"),
     *COMPUTATION_SETTINGS,
 }
 # Settings of `generate` that do not change the policy at this value
 NEUTRAL_VALUES: dict[str, float] = {
-    "do_sample": True,
-    "temperature": 1,
-    "top_k": 0,
-    "top_p": 1,
-    "min_p": 0,
-    "repetition_penalty": 1,
+    **{"do_sample": True, "temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1},
+    **{"num_beams": 1, "num_return_sequences": 1, "length_penalty": 1, "no_repeat_ngram_size": 0},
 }
-NEUTRAL_VALUES |= {"num_beams": 1, "num_return_sequences": 1, "length_penalty": 1, "no_repeat_ngram_size": 0}
 
 
 @dataclass(frozen=True)
@@ -66,7 +56,7 @@ class Completion:
         is_complete (`bool`):
             Whether the completion ends in EOS.
         seconds (`float`, *optional*):
-            Time of the batch per completion. Ignored in comparisons.
+            Generation time of the batch, divided by its number of completions. Ignored in comparisons.
         altered_by (`Mapping`, *optional*):
             Settings of `generate` that changed the policy, such as `{"top_k": 1}`. Ignored in comparisons.
     """
@@ -223,7 +213,7 @@ def altering_settings(settings: Mapping[str, object]) -> dict[str, object]:
 
 @contextmanager
 def _without_generation_config(patient: PreTrainedModel) -> Iterator[None]:
-    """Context in which the generation config of the patient has only settings of the computation."""
+    """Context manager that keeps only computation settings in the generation config of the patient."""
     base = unwrap_peft(patient)
     config = base.generation_config
     base.generation_config = GenerationConfig(**{name: getattr(config, name, None) for name in COMPUTATION_SETTINGS})
@@ -251,8 +241,8 @@ def group_by_prompt(prompts: Sequence[Prompt], completions: Completions) -> Grou
     counts = sorted({len(seed) for seed in seeds})
     if len(prompts) == 0 or len(counts) != 1 or counts[0] == 0 or counts[0] % len(prompts):
         raise ValueError(
-            "All prompts and seeds must have the same number of completions. Got "
-            f"{counts or 'none'} for {len(prompts)} prompts; pass them in the order of `generate_completions`."
+            f"All prompts and seeds must have the same number of completions. Got {counts or 'no'} completions for "
+            f"{len(prompts)} prompts; pass them in the order of `generate_completions`."
         )
     num = counts[0] // len(prompts)
     grouped = [[seed[i * num : (i + 1) * num] for i in range(len(prompts))] for seed in seeds]
@@ -260,8 +250,8 @@ def group_by_prompt(prompts: Sequence[Prompt], completions: Completions) -> Grou
         for prompt, samples in zip(prompts, of_seed, strict=True):
             if any(isinstance(sample, Completion) and sample.prompt != prompt for sample in samples):
                 raise ValueError(
-                    f"Completions must be in the order of the prompts. Got one of another prompt for {prompt!r}; pass "
-                    "the prompts used for generation."
+                    "Completions must be in the order of the prompts. Got a completion of another prompt for "
+                    f"{prompt!r}; pass the prompts used for generation."
                 )
     return grouped
 

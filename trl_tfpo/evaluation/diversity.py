@@ -74,7 +74,7 @@ def self_similarity(
         max_pairs (`int`, *optional*, defaults to `1000`):
             Maximum number of pairs per group. Pairs of larger groups are drawn without replacement.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of this draw.
+            Random seed.
 
     Returns:
         `torch.Tensor` of shape `(G,)`: in `[0, 1]`; `nan` for a group of fewer than two texts.
@@ -115,7 +115,7 @@ def self_similarity(
 
 
 def _edit_similarities(first: list[torch.Tensor], second: list[torch.Tensor]) -> torch.Tensor:
-    """Similarities (N,) of pairs of ids. Each step computes one row of all tables of edit distances in a batch."""
+    """Similarities (N,) of pairs of id sequences. Each step computes one row of each edit-distance table."""
     order = sorted(range(len(first)), key=lambda index: max(len(first[index]), len(second[index])))
     similarities = torch.empty(len(first), dtype=torch.float64)
     for start in range(0, len(order), BATCH_SIZE):

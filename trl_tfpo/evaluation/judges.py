@@ -37,7 +37,7 @@ JUDGE_INSTRUCTION = (
     "in two or three sentences, then end with a line that says exactly one of: Verdict: A, Verdict: B, Verdict: tie."
 )
 VERDICT = re.compile(r"\bverdict\W+(?:response )?(a|b|tie)\W*$", flags=re.IGNORECASE | re.MULTILINE)
-RETRIED_STATUSES = {408, 409, 425, 429}  # HTTP statuses, in addition to those from 500
+RETRIED_STATUSES = {408, 409, 425, 429}  # HTTP statuses; those from 500 are retried, too
 MAX_DELAY = 60.0  # seconds
 
 
@@ -83,16 +83,16 @@ def score_texts(reward_fn: RewardFunction, prompts: Sequence[Prompt], completion
 
 class RewardModel:
     """
-    Reward function of a reward model, a sequence classifier with one label.
+    Reward function that applies a reward model, a sequence classifier with one label.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]):
-            Name, path or the model itself.
+            The model, or its name or path.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Its tokenizer, by default loaded from `model`. Conversations are formatted with its chat template. Text
             prompts are concatenated with their completions.
         batch_size (`int`, *optional*, defaults to `8`):
-            Texts per forward pass. It is 1 for models without a padding token.
+            Texts per forward pass. Models without a padding token read one text at a time.
         **model_kwargs:
             Arguments of `from_pretrained`, e.g. `dtype` or `device_map` (by default `"auto"`).
 
@@ -161,7 +161,7 @@ class RewardModel:
         if limit is not None and longest > limit:
             raise ValueError(
                 f"Prompt and completion must fit the {limit} positions of the reward model. Got {longest} tokens; "
-                "remove such prompts. A truncated text would get another reward."
+                "remove such prompts. Truncation would change the reward."
             )
         rewards = [0.0] * len(rows)
         pad_token_id = config.pad_token_id  # the model locates the last token by its padding id

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 NGRAMS = (1, 2, 3, 4)
-MAX_PAIRS = 32  # of samples per prompt, for `self_similarity_within`
+MAX_PAIRS = 32  # per prompt, for `self_similarity_within`
 Interval = dict[str, float | None]  # `mean`, `low` and `high`
 Measures = Mapping[str, float | Sequence[float] | torch.Tensor]  # by name: one number, or one per completion
 
@@ -165,7 +165,7 @@ def evaluate_completions(
     Args:
         prompts (sequence of `str` or `list[dict]`):
             P prompts.
-        completions (mapping from `str` to a sequence of [`Completion`] or `str`, or to one for each seed):
+        completions (mapping from `str` to a sequence of [`Completion`] or `str`, or to one sequence per seed):
             Completions of each method: the samples of the first prompt, then those of the second, and so on.
         reward_fn (`Callable`, *optional*):
             A [`RewardModel`] or any `(prompts, completions) -> list[float]`. It is called once per method.
@@ -225,7 +225,9 @@ def evaluate_completions(
         given = _given_measures(name, measures.get(name, {}), seeds)
         of_texts = _measures_of_texts(seeds, pool, settings)
         for taken in {*given} & {"reward", *of_texts}:
-            raise ValueError(f"`measures` must have new names. Got the existing {taken!r} for {name!r}; rename it.")
+            raise ValueError(
+                f"`measures` must have new names. Got the built-in name {taken!r} for {name!r}; rename it."
+            )
         for measure, values in given.items():
             known[measure] = values if isinstance(values, dict) else mean_with_interval(values, **settings)
         known |= of_texts
@@ -307,7 +309,7 @@ def _mean_alone(value: float) -> Interval:
 
 
 def _error_bar(value: dict) -> list[list[float]]:
-    """Distances between a mean and the ends of its interval, in matplotlib's form; 0 without an interval."""
+    """Distances between a mean and the ends of its interval, as matplotlib expects them; 0 without an interval."""
     ends = [value["mean"] if value[end] is None else value[end] for end in ("low", "high")]
     return [[abs(end - value["mean"])] for end in ends]
 

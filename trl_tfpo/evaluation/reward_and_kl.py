@@ -102,9 +102,9 @@ def next_token_statistics(
         patient ([`~transformers.PreTrainedModel`]):
             The patient, in eval mode.
         policy ([`DoctorGuidedLogitsProcessor`], [`~transformers.PreTrainedModel`] or [`Doctor`], *optional*):
-            The policy of the samples, at temperature 1: guidance, or another model with the patient's tokenizer, such
-            as the patient after DPO. Adapters of that model are disabled in forward passes of the patient. `None` is
-            the patient alone.
+            The policy that generated the samples, at temperature 1: guidance, or another model with the patient's
+            tokenizer, such as the patient after DPO. Adapters of that model are disabled in forward passes of the
+            patient. `None` is the patient alone.
         completions (sequence of [`Completion`]):
             Samples of the policy from [`generate_completions`].
         batch_size (`int`, *optional*, defaults to `16`):
@@ -146,7 +146,7 @@ def next_token_statistics(
                 policy_logps = guide.combine(patient_logits, other_logits)
             else:
                 policy_logits = (other_logits or [patient_logits])[0]
-                vocab_size = min(policy_logits.size(-1), patient_logits.size(-1))  # either may be padded
+                vocab_size = min(policy_logits.size(-1), patient_logits.size(-1))  # either vocabulary may be padded
                 patient_logits = patient_logits[:, :vocab_size].to(policy_logits.device)
                 policy_logps = policy_logits[:, :vocab_size].float().log_softmax(dim=-1)
             patient_logps = patient_logits.to(policy_logps.dtype).log_softmax(dim=-1)

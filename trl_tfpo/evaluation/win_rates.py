@@ -35,7 +35,7 @@ def head_to_head(
             Completions of the method, grouped by prompt: those of the first prompt, then those of the second, and so
             on.
         baseline_completions:
-            Completions of the baseline, with as many seeds or one.
+            Completions of the baseline, for as many seeds or for one.
         judge (`Callable` or [`PairwiseJudge`]):
             A reward function `(prompts, completions) -> list[float]` compares every sample of a prompt with every
             sample of the baseline. A pairwise judge compares the first samples of each prompt in both orders. A win or
