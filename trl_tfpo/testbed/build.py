@@ -5,7 +5,7 @@ Train the patient and the doctor of the testbed from scratch: `python -m trl_tfp
 
 The patient learns to follow instructions, from conversations with up to one instruction per attribute. The doctor is
 trained on conversations without instructions, and learns about attributes only from preferences. Both are trained on
-the places of all splits. The splits separate prompts only for alignment.
+the places of all splits. Splits therefore matter only for alignment.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def make_model(tokenizer: PreTrainedTokenizerBase, *, hidden_size: int, **sizes:
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
         max_position_embeddings=256,
-        initializer_range=hidden_size**-0.5,  # the default is for wide models, and delays learning of attention
+        initializer_range=hidden_size**-0.5,  # the default, for wide models, delays learning of attention
         tie_word_embeddings=False,
         **sizes,  # type: ignore[arg-type]  # not all fields are numbers
         **special,
@@ -153,7 +153,7 @@ def build(output_dir: str | Path, *, seed: int, steps: int | None = None, langua
 
     Args:
         output_dir (`str` or `Path`):
-            Folder for the folders `patient` and `doctor`.
+            Folder in which `patient` and `doctor` are created.
         seed (`int`):
             Seed of weights and text.
         steps (`int`, *optional*):
@@ -185,7 +185,7 @@ def build(output_dir: str | Path, *, seed: int, steps: int | None = None, langua
 def main() -> None:
     """Parse options and build a world."""
     parser = argparse.ArgumentParser(description="Train the patient and the doctor of the testbed.")
-    parser.add_argument("--output_dir", required=True, help="folder for `patient` and `doctor`")
+    parser.add_argument("--output_dir", required=True, help="folder in which `patient` and `doctor` are created")
     parser.add_argument("--steps", type=int, help="optimizer steps of each model, instead of the recipe's")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and text")
     parser.add_argument("--language_seed", type=int, help="seed of a random language; by default that of the package")

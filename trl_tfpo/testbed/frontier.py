@@ -61,7 +61,7 @@ class Frontier:
             reward (`float`):
                 Expected reward of the policy.
             kl (`float`):
-                Its KL from the patient, in nats, positive.
+                KL of the policy from the patient, in nats.
 
         Returns:
             `float`: at most 1, apart from estimation error; 0 for no gain, negative for a loss.

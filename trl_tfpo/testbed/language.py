@@ -6,7 +6,7 @@ Small languages: a grammar, attributes of texts, and instructions that request a
 Texts are drawn from the grammar. Each *attribute* has a mood, positive or negative with equal probability. The mood
 changes only the words of its attribute: structure, length and all other words are independent of it. An instruction (a
 face of the attribute) determines the mood with a probability near 1. [`REVIEWS`] is written by hand.
-[`random_language`] draws other languages, to test settings that were tuned on [`REVIEWS`].
+[`random_language`] draws other languages. No setting was tuned on these.
 """
 
 import json
@@ -56,7 +56,7 @@ class Language:
 
     Args:
         rules (`dict[str, list[str]]`):
-            Alternatives of each rule. The first rule is `"review"`. Rules are not recursive.
+            Alternatives of each rule. A text is an expansion of `"review"`. Rules are not recursive.
         words (`dict[str, list[str]]`):
             Words of each slot without an attribute.
         colored (`dict[str, list]`):
@@ -70,7 +70,7 @@ class Language:
         neutral_rate (`float`, *optional*, defaults to `0.1`):
             Probability of a neutral word in a slot with an attribute.
         loyalty (`float`, *optional*, defaults to `0.85`):
-            Probability that a word that is not neutral agrees with the mood.
+            Probability that a non-neutral word agrees with the mood.
         obedience (`float`, *optional*, defaults to `0.99`):
             Probability that the mood agrees with the instruction.
         num_places (`dict[str, int]`, *optional*):
@@ -91,20 +91,10 @@ class Language:
     @cached_property
     def attributes(self) -> dict[str, Attribute]:
         """Attributes by name."""
-        return {
-            name: Attribute(
-                name=name,
-                faces=faces,
-                words={
-                    word: sign
-                    for owner, positive, negative, _ in self.colored.values()
-                    for sign, group in ((1, positive), (-1, negative))
-                    for word in group
-                    if owner == name
-                },
-            )
-            for name, faces in self.faces.items()
-        }
+        words: dict[str, dict[str, int]] = {name: {} for name in self.faces}
+        for name, positive, negative, _ in self.colored.values():
+            words[name] |= dict.fromkeys(positive, 1) | dict.fromkeys(negative, -1)
+        return {name: Attribute(name, faces, words[name]) for name, faces in self.faces.items()}
 
     @cached_property
     def all_words(self) -> dict[str, list[str]]:
@@ -121,20 +111,7 @@ class Language:
         return moods
 
     def sample_review(self, rng: random.Random, place: tuple[str, str], moods: dict[str, int]) -> str:
-        """
-        Draw a text from the grammar.
-
-        Args:
-            rng (`random.Random`):
-                Random generator.
-            place (`tuple[str, str]`):
-                Words of the slots `same`.
-            moods (`dict[str, int]`):
-                +1 or -1 for each attribute, from [`~Language.sample_moods`].
-
-        Returns:
-            `str`: the text.
-        """
+        """Draw a text about a place (words of the slots `same`), with the moods of [`~Language.sample_moods`]."""
         fixed = dict(zip(self.same, place, strict=True))
 
         def expand(symbol: str) -> str:
@@ -268,7 +245,7 @@ _WORDS = {
     "features": "tables chairs curtains plates candles flowers windows mirrors".split(),
     "dish": "soup bread stew pie salad fish cake cheese pasta rice".split(),
 }
-# Slot: its attribute, then its positive, negative and neutral words
+# By slot: attribute, then positive, negative and neutral words
 _COLORED = {
     "quality": [
         "praise",
@@ -307,30 +284,21 @@ REVIEWS = Language(
 
 
 def random_language(seed: int) -> Language:
-    """
-    Draw a language with its own words, grammar, attributes and rates.
-
-    Args:
-        seed (`int`):
-            Seed of the language.
-
-    Returns:
-        [`Language`]: one or two attributes, and texts of at most 63 tokens.
-    """
+    """Draw a language with random words, rules, rates, and one or two attributes. Texts have at most 63 tokens."""
     rng = random.Random(f"language {seed}")
     draw = _Words(rng)
-    names = draw.some(1, 2)
+    names = draw.between(1, 2)
     colored: dict[str, list] = {}
     for name in names:
         for slot in range(rng.randint(1, 2)):
             num = rng.randint(5, 10)
-            colored[f"{name}_{slot}"] = [name, draw.exactly(num), draw.exactly(num), draw.some(2, 5)]
-    words = {f"slot_{index}": draw.some(3, 9) for index in range(rng.randint(6, 10))}
-    words |= {"first": draw.exactly(8), "second": draw.exactly(8), "link": draw.some(2, 4)}
+            colored[f"{name}_{slot}"] = [name, draw.exactly(num), draw.exactly(num), draw.between(2, 5)]
+    words = {f"slot_{index}": draw.between(3, 9) for index in range(rng.randint(6, 10))}
+    words |= {"first": draw.exactly(8), "second": draw.exactly(8), "link": draw.between(2, 4)}
     rules = _random_rules(rng, draw, colored, [slot for slot in words if slot.startswith("slot_")])
     faces = {}
     for name in names:
-        shared = draw.some(1, 3)
+        shared = draw.between(1, 3)
         positive, negative = (" ".join([draw.word(), *shared]) + "." for _ in range(2))
         faces[name] = Faces(positive, negative)
     return Language(
@@ -338,7 +306,7 @@ def random_language(seed: int) -> Language:
         words=words,
         colored=colored,
         same=["first", "second"],
-        request=" ".join([*draw.some(1, 3), "{first} {second}"]) + ".",
+        request=" ".join([*draw.between(1, 3), "{first} {second}"]) + ".",
         faces=faces,
         neutral_rate=rng.uniform(0.05, 0.2),
         loyalty=rng.uniform(0.7, 0.9),
@@ -364,7 +332,7 @@ class _Words:
     def exactly(self, num: int) -> list[str]:
         return [self.word() for _ in range(num)]
 
-    def some(self, low: int, high: int) -> list[str]:
+    def between(self, low: int, high: int) -> list[str]:
         return self.exactly(self.rng.randint(low, high))
 
 
@@ -391,9 +359,10 @@ def _random_rules(
     return {
         "review": [body, body + " {closing}"] if rng.random() < 0.7 else [body],
         "opening": [
-            " ".join([*draw.some(1, 3), "{first} {second}", *draw.some(0, 2)]) + "." for _ in range(rng.randint(1, 3))
+            " ".join([*draw.between(1, 3), "{first} {second}", *draw.between(0, 2)]) + "."
+            for _ in range(rng.randint(1, 3))
         ],
         "sentence": sentences,
         "clause": clauses,
-        "closing": [" ".join([*draw.some(1, 3), rng.choice(["{first}", "{second}"])]) + "." for _ in range(2)],
+        "closing": [" ".join([*draw.between(1, 3), rng.choice(["{first}", "{second}"])]) + "." for _ in range(2)],
     }

@@ -51,7 +51,7 @@ class Comparison:
         rows (`list[dict]`): one for each policy, with the keys of `COLUMNS`, `reward_se`, `kl_se`, `entropy` (nats per
             token) and `texts`. `efficiency` is `None` beyond the frontier, and `entropy` if it was not measured.
         patient_completions (`list[Completion]`): samples of the patient.
-        patient_rewards (`torch.Tensor` of shape `(P, N)`): their rewards.
+        patient_rewards (`torch.Tensor` of shape `(P, N)`): rewards of these samples.
         frontier ([`Frontier`]): best reward at each KL.
 
     Examples:
@@ -136,7 +136,7 @@ class Comparison:
             method (`str`):
                 Name of the policy.
             texts (sequence of `str`):
-                Samples of the first prompt, then those of the second, and so on, as many for each of `prompts`.
+                Samples of the first of `prompts`, then those of the second, and so on, equally many of each.
             kl (`float`):
                 KL from the patient, in nats per completion.
             beta (`float`, *optional*):

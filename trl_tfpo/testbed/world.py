@@ -64,7 +64,7 @@ class World:
                 `"train"` (40 prompts), `"validation"` (12) or `"test"` (12).
 
         Returns:
-            `list[list[dict]]`: one conversation, of one user message, per place.
+            `list[list[dict]]`: for each place a conversation with one user message.
 
         Raises:
             `ValueError`: on an unknown split.
@@ -180,22 +180,11 @@ def sample_completions(
     """
     Sample texts from a model at temperature 1, from its whole vocabulary.
 
-    Args:
-        model (`transformers.PreTrainedModel`):
-            The model.
-        tokenizer (`transformers.PreTrainedTokenizerBase`):
-            Its tokenizer, with a chat template.
-        prompts (`list[list[dict]]`):
-            Conversations to continue.
-        num_samples_per_prompt (`int`):
-            Independent samples per prompt.
-        seed (`int`):
-            Random seed. The random state of the caller is preserved.
-        batch_size (`int`, *optional*, defaults to `128`):
-            Texts sampled at once. The samples depend on it.
+    The tokenizer must have a chat template. The samples depend on `batch_size`. The random state of the caller is
+    preserved.
 
     Returns:
-        `list[list[str]]`: texts without special tokens, `num_samples_per_prompt` for each prompt.
+        `list[list[str]]`: for each prompt `num_samples_per_prompt` texts, without special tokens.
     """
     completions = generate_completions(
         model,
