@@ -46,7 +46,7 @@ class EvaluateArguments:
         default=None,
         metadata={"help": "Output for all completions and rewards: a `.jsonl` or `.parquet` file, or a folder."},
     )
-    push_to_hub: str | None = field(default=None, metadata={"help": "Also push them to this Hub dataset."})
+    push_to_hub: str | None = field(default=None, metadata={"help": "Hub dataset to push completions and rewards to."})
     overwrite: bool = field(default=False, metadata=options.OVERWRITE)
 
 

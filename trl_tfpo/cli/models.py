@@ -64,7 +64,7 @@ def load_patient(
 
 
 def parse_doctor(text: str) -> tuple[str, str]:
-    """Split NAME=PATH into the name and the path of a doctor. Without NAME, it is the last part of the path."""
+    """Split NAME=PATH into the name and the path of a doctor. Without NAME, the name is the last part of PATH."""
     label, separator, path = text.partition("=")
     if not separator or Path(text).is_dir():
         label, path = Path(text).resolve().name, text

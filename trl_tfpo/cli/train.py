@@ -208,7 +208,8 @@ def choose_responses(dataset: Dataset | IterableDataset, chosen_id_column: str) 
     needed = {"prompt", "response_0", "response_1", chosen_id_column}
     if missing := needed - columns_of(dataset):
         raise ValueError(
-            f"With `--chosen_id_column` a dataset needs {sorted(needed)}. Got one without {sorted(missing)}"
+            f"With `--chosen_id_column` a dataset needs {sorted(needed)}. Got one without {sorted(missing)}; "
+            "rename its columns"
         )
 
     def to_pair(row: dict) -> dict:
