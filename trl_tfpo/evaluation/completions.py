@@ -270,7 +270,7 @@ def pad(rows: Sequence[list[int]], *, padding_side: str, device: torch.device) -
 
 
 def check_policy(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor | None) -> None:
-    """Raise `ValueError` unless models are in eval mode, exponents are numbers and doctors have no prompt."""
+    """Raise `ValueError` unless patient and guide can be evaluated as one policy."""
     doctors = guide.doctors if guide else []
     check_speaks(patient, patient_adapters(patient, guide) if guide else None)
     if any(model.training for model in (patient, *(doctor.model for doctor in doctors))):

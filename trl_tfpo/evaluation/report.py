@@ -213,25 +213,23 @@ def evaluate_completions(
             "A comparison needs a judge or a reward function. Got only a `baseline`; pass `judge` or `reward_fn`."
         )
     settings: IntervalSettings = {"level": level, "num_resamples": num_resamples, "seed": seed}
-    grouped = {name: group_by_prompt(prompts, of_method) for name, of_method in completions.items()}
+    grouped = {name: group_by_prompt(prompts, texts) for name, texts in completions.items()}
     pool = min(len(seeds[0][0]) for seeds in grouped.values())  # texts of each prompt
     rewards: dict[str, torch.Tensor] = {}
     rows: dict[str, dict] = {}
     for name, seeds in grouped.items():
-        known: dict[str, Interval] = {}
+        intervals: dict[str, Interval] = {}
         if reward_fn is not None:
             rewards[name] = rewards_by_prompt(reward_fn, prompts, seeds)
-            known["reward"] = mean_with_interval(rewards[name], **settings)
+            intervals["reward"] = mean_with_interval(rewards[name], **settings)
         given = _given_measures(name, measures.get(name, {}), seeds)
-        of_texts = _measures_of_texts(seeds, pool, settings)
-        for taken in {*given} & {"reward", *of_texts}:
-            raise ValueError(
-                f"`measures` must have new names. Got the built-in name {taken!r} for {name!r}; rename it."
-            )
+        text_measures = _measures_of_texts(seeds, pool, settings)
+        for reused in {*given} & {"reward", *text_measures}:
+            raise ValueError(f"`measures` must have new names. Got the built-in {reused!r} for {name!r}; rename it.")
         for measure, values in given.items():
-            known[measure] = values if isinstance(values, dict) else mean_with_interval(values, **settings)
-        known |= of_texts
-        rows[name] = {"num_seeds": len(seeds), "num_samples_per_prompt": len(seeds[0][0]), "measures": known}
+            intervals[measure] = values if isinstance(values, dict) else mean_with_interval(values, **settings)
+        intervals |= text_measures
+        rows[name] = {"num_seeds": len(seeds), "num_samples_per_prompt": len(seeds[0][0]), "measures": intervals}
     for name, row in rows.items():
         row["head_to_head"] = None
         if baseline is not None and name != baseline:
@@ -252,25 +250,25 @@ def _measures_of_texts(seeds: Grouped, pool: int, settings: IntervalSettings) ->
 
     every = [sample for rows in seeds for samples in rows for sample in samples]
     sampled = [sample for sample in every if isinstance(sample, Completion)]
-    known = {"num_words": mean(lambda sample: len(text_of(sample).split()))}
+    intervals = {"num_words": mean(lambda sample: len(text_of(sample).split()))}
     if len(sampled) == len(every):
-        known["num_tokens"] = mean(lambda sample: len(sample.completion_ids))
-        known["is_complete"] = mean(lambda sample: sample.is_complete)
+        intervals["num_tokens"] = mean(lambda sample: len(sample.completion_ids))
+        intervals["is_complete"] = mean(lambda sample: sample.is_complete)
         seconds = [sample.seconds for sample in sampled if sample.seconds]
         if len(seconds) == len(sampled):
-            known["tokens_per_second"] = _mean_alone(sum(len(x.completion_ids) for x in sampled) / sum(seconds))
+            intervals["tokens_per_second"] = _mean_alone(sum(len(x.completion_ids) for x in sampled) / sum(seconds))
     texts = [[text_of(sample) for sample in samples] for samples in seeds[0]]  # (P, N)
     for n in NGRAMS:
-        known[f"distinct_{n}"] = _mean_alone(distinct_n([text for samples in texts for text in samples[:pool]], n))
+        intervals[f"distinct_{n}"] = _mean_alone(distinct_n([text for samples in texts for text in samples[:pool]], n))
     if len(texts[0]) > 1:
         within = self_similarity(texts, max_pairs=MAX_PAIRS, seed=settings["seed"])  # (P,)
-        known["self_similarity_within"] = (
+        intervals["self_similarity_within"] = (
             mean_with_interval(within.view(1, -1, 1), **settings) if len(texts) > 1 else _mean_alone(within.item())
         )
     if len(texts) > 1:
         across = self_similarity([[samples[0] for samples in texts]], seed=settings["seed"])
-        known["self_similarity_across"] = _mean_alone(across.item())
-    return known
+        intervals["self_similarity_across"] = _mean_alone(across.item())
+    return intervals
 
 
 def _given_measures(

@@ -392,8 +392,8 @@ def _check_unaltered(altered_by: Mapping[str, object]) -> None:
         ]
         raise ValueError(
             f"The KL of a policy is measured on its own samples: {', '.join(rules)}. Got "
-            f"{', '.join(map(reprlib.repr, altered_by.values()))}; leave it out, or compare only rewards, of samples "
-            "from `generate_completions`."
+            f"{', '.join(map(reprlib.repr, altered_by.values()))}; leave it out, or compare only the rewards of "
+            "samples from `generate_completions`."
         )
 
 
