@@ -95,18 +95,18 @@ def sample_batch(
 
     Only tokens of the review, EOS included, have a label. An empty instruction makes a conversation without one.
     """
-    everywhere = [place for split in language.num_places for place in language.places(split)]
-    ids, num_prompt = [], []
+    places = [place for split in language.num_places for place in language.places(split)]
+    ids, prompt_lengths = [], []
     for _ in range(batch_size):
-        place, instruction = rng.choice(everywhere), rng.choice(instructions)
+        place, instruction = rng.choice(places), rng.choice(instructions)
         prompt = language.make_prompt(place, instruction)
         review = language.sample_review(rng, place, language.sample_moods(rng, instruction))
-        answered = [*prompt, {"role": "assistant", "content": review}]
-        ids.append(_token_ids(tokenizer, answered))
-        num_prompt.append(len(_token_ids(tokenizer, prompt, add_generation_prompt=True)))
+        messages = [*prompt, {"role": "assistant", "content": review}]
+        ids.append(_token_ids(tokenizer, messages))
+        prompt_lengths.append(len(_token_ids(tokenizer, prompt, add_generation_prompt=True)))
     batch = tokenizer.pad({"input_ids": ids}, padding_side="right", return_tensors="pt")
     position = torch.arange(batch["input_ids"].size(1))
-    is_review = batch["attention_mask"].bool() & (position >= torch.tensor(num_prompt)[:, None])  # (B, L)
+    is_review = batch["attention_mask"].bool() & (position >= torch.tensor(prompt_lengths)[:, None])  # (B, L)
     return {**batch, "labels": batch["input_ids"].masked_fill(~is_review, -100)}
 
 

@@ -151,10 +151,10 @@ class Language:
         sizes = self.num_places
         if split not in sizes:
             raise ValueError(f"`split` must be one of {list(sizes)}. Got {split!r}; 'train' has the most prompts.")
-        every = [(first, second) for first in self.words[self.same[0]] for second in self.words[self.same[1]]]
-        random.Random(0).shuffle(every)
+        places = [(first, second) for first in self.words[self.same[0]] for second in self.words[self.same[1]]]
+        random.Random(0).shuffle(places)
         start = sum(sizes[name] for name in list(sizes)[: list(sizes).index(split)])
-        return every[start : start + sizes[split]]
+        return places[start : start + sizes[split]]
 
     def make_prompt(self, place: tuple[str, str], instruction: str = "") -> list[dict[str, str]]:
         """Return the conversation that requests a text about a place. An instruction becomes its system message."""

@@ -98,17 +98,17 @@ class World:
             `ValueError`: on an unknown attribute or split.
         """
         oracle = self.attribute(attribute).oracle
-        every = self.prompts(split)
-        prompts = [every[row % len(every)] for row in range(num_pairs)]
+        split_prompts = self.prompts(split)
+        prompts = [split_prompts[row % len(split_prompts)] for row in range(num_pairs)]
         pairs = sample_completions(self.patient, self.tokenizer, prompts, num_samples_per_prompt=2, seed=seed)
         redraw_seed = seed
-        while same := [row for row, (a, b) in enumerate(pairs) if a == b or not a or not b]:  # equal or empty texts
+        while unusable := [row for row, (a, b) in enumerate(pairs) if a == b or not a or not b]:
             redraw_seed += 1
-            repeated = [prompts[row] for row in same]
+            repeated = [prompts[row] for row in unusable]
             redrawn = sample_completions(
                 self.patient, self.tokenizer, repeated, num_samples_per_prompt=2, seed=redraw_seed
             )
-            for row, pair in zip(same, redrawn, strict=True):
+            for row, pair in zip(unusable, redrawn, strict=True):
                 pairs[row] = pair
 
         rng = torch.Generator().manual_seed(seed)
