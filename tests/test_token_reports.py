@@ -153,7 +153,7 @@ def test_what_cannot_be_traced_is_refused(world):
     """A trace of beams would mix texts; the trace of another generation would be believed."""
     ids = torch.tensor([[world.tokenizer.bos_token_id, 9, 10]])
     guide = DoctorGuidedLogitsProcessor(world.doctor, return_trace=True)
-    with pytest.raises(ValueError, match="none was traced"):
+    with pytest.raises(ValueError, match="Got none; call `generate` first"):
         guide.trace(ids)
     with pytest.raises(ValueError, match="keep their rows"):
         guided_generate(world.patient, guide, input_ids=ids, num_beams=4, max_new_tokens=12, do_sample=False)

@@ -3,8 +3,8 @@
 """
 One forward pass for the patient and the doctors that are adapters on it.
 
-Shapes: B rows of the patient, D doctors in its forward pass, V vocabulary. The pass has (1 + D) B rows: those of the
-patient, then those of each doctor. The KV cache has as many, so no state of a doctor reaches the patient.
+Shapes: B rows of the patient, D doctors in its forward pass, V vocabulary. The pass and its KV cache have (1 + D) B
+rows: those of the patient, then those of each doctor. Separate rows keep the states of the doctors out of the patient.
 """
 
 from collections.abc import Iterator
@@ -28,20 +28,13 @@ if TYPE_CHECKING:
 @contextmanager
 def shared_forward(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor, num_rows: int) -> Iterator[None]:
     """
-    Within the context, each forward pass of the patient also computes the logits of the doctors that are its adapters.
+    Within the context, each forward pass of the patient also computes the logits of the doctors on its weights.
 
-    For greedy search and sampling: rows must keep their place, and the guide must be called once for each pass.
-
-    Args:
-        patient ([`~transformers.PreTrainedModel`]):
-            The patient, or the `PeftModel` around it.
-        guide ([`DoctorGuidedLogitsProcessor`]):
-            The guidance. Doctors on other weights keep their own forward passes.
-        num_rows (`int`):
-            B, texts generated at once.
+    The context is for greedy search and sampling of `num_rows` (B) texts, without reordered rows. The guide must be
+    called once after each pass.
     """
     base, layers = unwrap_peft(patient), adapter_layers(patient)
-    shared = {index: _LogitsOfPass() for index, doctor in enumerate(guide.doctors) if doctor.is_on(base)}
+    shared = {index: _SharedLogits() for index, doctor in enumerate(guide.doctors) if doctor.is_on(base)}
     names = [*patient_adapters(patient, guide), NO_ADAPTER][:1]
     names += [[*guide.doctors[index].adapters, NO_ADAPTER][0] for index in shared]
     adapter_of_row = [name for name in names for _ in range(num_rows)]
@@ -74,7 +67,7 @@ def shared_forward(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor,
         yield
 
 
-class _LogitsOfPass:
+class _SharedLogits:
     """Logits (B, V) of one doctor in the last forward pass of the patient."""
 
     def __init__(self) -> None:
@@ -84,29 +77,22 @@ class _LogitsOfPass:
         self.logits.append(logits)
 
     def take(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the logits. Raises `ValueError` unless there was one forward pass since the last call."""
+        """Return the logits, or raise `ValueError` unless there was one forward pass since the last call."""
         if len(self.logits) != 1:
             raise ValueError(
-                "A doctor in the patient's forward pass must be asked once for each pass. Got "
-                f"{len(self.logits)} passes; use `patient.generate` with adapters disabled, and "
-                "`logits_processor=[guide]`."
+                f"There must be one forward pass of the patient for each call of the guide. Got {len(self.logits)} "
+                "passes; use `patient.generate` with `logits_processor=[guide]`, and adapters disabled."
             )
         return self.logits.pop()
 
 
 def can_share(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor) -> bool:
     """
-    Whether the doctors on the patient's weights can be rows of its forward pass.
+    Whether [`shared_forward`] supports the doctors on the patient's weights.
 
-    There must be at least one, each must be needed at every step, and PEFT must be able to choose its adapter by row.
-    PEFT can do so for LoRA without DoRA and biases, and for one adapter in each row. The rows must reach the adapters
-    unchanged. The experts of a mixture and OPT's feed-forward layers change them.
-
-    Args:
-        patient ([`~transformers.PreTrainedModel`]):
-            The patient, or the `PeftModel` around it.
-        guide ([`DoctorGuidedLogitsProcessor`]):
-            The guidance.
+    There must be at least one, and each must be needed at every step. PEFT must support a choice of its adapter by
+    row: LoRA without DoRA and biases, one adapter per row. The layers must keep the rows of a batch. Experts of a
+    mixture and OPT's feed-forward layers do not.
     """
     base = unwrap_peft(patient)
     doctors = [doctor for doctor in guide.doctors if doctor.is_on(base)]
@@ -127,7 +113,7 @@ def can_share(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor) -> b
 
 
 def _can_choose_by_row(config: "LoraConfig | None") -> bool:
-    """Whether PEFT can use an adapter with this config in some rows of a batch only."""
+    """Whether PEFT can apply an adapter with this config to some rows of a batch only."""
     return (
         config is not None
         and config.peft_type == "LORA"
@@ -138,7 +124,7 @@ def _can_choose_by_row(config: "LoraConfig | None") -> bool:
 
 
 def patient_adapters(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor) -> tuple[str, ...]:
-    """Adapters with which the patient is read: the active ones, without those that are doctors of the guide."""
+    """Return the adapters of the patient: the active adapters, without doctors of the guide."""
     doctors = {
         name
         for doctor in guide.doctors
