@@ -81,9 +81,9 @@ def _custom_generate_of_caller() -> str | None:
     """
     Return the `custom_generate` argument of the `model.generate` call that runs [`generate`].
 
-    It is a local variable of `model.generate`, which does not pass it on. transformers runs a cached copy of the
-    folder's code, so the location of the code does not name the folder. A path in the code would be wrong after a
-    move or an upload of the folder. `tests/test_hub.py` fails if transformers renames the variable.
+    `model.generate` does not pass this argument on, so it is read from the local variables of the call. The location
+    of the code does not tell the folder, because transformers runs a cached copy. A path in the code would be wrong
+    after the folder is moved or uploaded. `tests/test_hub.py` fails if transformers renames the variable.
     """
     frame = inspect.currentframe()
     for _ in range(2):  # to `generate`, and to its caller
@@ -94,6 +94,6 @@ def _custom_generate_of_caller() -> str | None:
 
 @functools.lru_cache(maxsize=NUM_LOADED)
 def _load(doctor: str, device: torch.device, written: int | None) -> tuple[Doctor, float]:
-    """Load a doctor and its default exponent. `written`, the time of the last change, invalidates the cache."""
+    """Load a doctor and its default exponent. A new `written`, the time of the last change, is a new cache entry."""
     model = load_doctor(doctor, with_value_head=False, device_map={"": device}).eval()
     return Doctor(model, credits=load_credits(doctor)), default_beta(trained_exponents(model))

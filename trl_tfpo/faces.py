@@ -139,7 +139,7 @@ def resolve_faces(faces: "Faces | str") -> Faces:
 
 
 def has_system_role(processing_class: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template renders system messages. Others raise an error on them, or drop them."""
+    """Whether the chat template renders system messages. Some templates raise an error on them or drop them."""
     if processing_class.chat_template is None:
         return False
     probe = [{"role": "system", "content": "sentinel-7f3a"}, {"role": "user", "content": "x"}]

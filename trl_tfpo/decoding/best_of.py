@@ -113,7 +113,7 @@ def keep_best(
         eos_token_id (`int` or sequence of `int`, *optional*):
             Ids that end a completion. Later tokens do not count.
         pad_token_id (`int`, *optional*):
-            Id that fills the rows of completions ended by a stopping criterion. At the end of a row it does not count.
+            Padding id of completions that a stopping criterion ended. Padding at the end of a row does not count.
 
     Returns:
         `torch.LongTensor` of shape `(B, L + T)`.

@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, DynamicLayer, PreTrainedConfig
+from transformers import Cache, DynamicCache, DynamicLayer
 from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -27,6 +27,7 @@ from .reading import accepted_inputs, next_inputs, reading_fault
 
 
 NO_ADAPTER = "__base__"  # PEFT's name for the base model
+KEY_VALUE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)  # caches without another state
 NUM_RECENT = 32  # prefixes whose logits are kept, because assisted decoding returns to them
 
 # Reading modes. Each is tested on a short text before its first use
@@ -174,7 +175,7 @@ class DoctorMemory:
         Raises:
             `ValueError`: when the model is in training mode, has too few positions, or cannot read padded text.
         """
-        _check_mode(self.doctor.model)
+        _check_eval_mode(self.doctor.model)
         num_known = tokens.size(1) - 1
         if self.tokens is None or not torch.equal(tokens[:, :-1], self.tokens):  # not the cached tokens and one more
             self._forget_if_trained()
@@ -280,7 +281,8 @@ class DoctorMemory:
         if cache is None:
             num_known = 0
             config = model.config.get_text_config()
-            if getattr(config, "sliding_window", None) is not None and _has_key_value_cache(config):
+            is_sliding = getattr(config, "sliding_window", None) is not None
+            if is_sliding and all(type(layer) in KEY_VALUE_LAYERS for layer in DynamicCache(config=config).layers):
                 cache = DynamicCache()  # without a config it keeps states outside the window, so it can be cropped
         if not self._can_read(WITH_POSITIONS):  # RoBERTa's positions start after the padding id
             self.accepted = self.accepted - {"position_ids"}
@@ -318,13 +320,6 @@ class DoctorMemory:
         ]
         counters = [0.0 if weight.is_inference() else float(weight._version) for weight in weights]
         return torch.cat([torch.stack(values).cpu(), torch.tensor(counters, dtype=torch.float64)])
-
-
-def _has_key_value_cache(config: PreTrainedConfig) -> bool:
-    """Whether the cache of a model contains only keys and values, with or without a sliding window."""
-    return all(
-        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=config).layers
-    )
 
 
 # Tests of the reading modes. Each reads parts of a text (16,), and yields logits (B, V) with the index of the last
@@ -378,10 +373,10 @@ def check_causal_lm(model: LanguageModel, name: str = "A doctor") -> None:
             "read a prompt and its completion as one text; load another model."
         )
     check_adapters(model, name)
-    _check_mode(model, name)
+    _check_eval_mode(model, name)
 
 
-def _check_mode(model: LanguageModel, name: str = "A doctor") -> None:
+def _check_eval_mode(model: LanguageModel, name: str = "A doctor") -> None:
     if model.training:
         raise ValueError(f"{name} must be in eval mode, because dropout is random. Got training mode; call `.eval()`.")
 
@@ -395,7 +390,7 @@ def _num_absolute_positions(model: LanguageModel) -> float:
 
 
 def check_reference(doctor: Doctor, reference: Doctor | None) -> None:
-    """Raise `ValueError` when the reference is the doctor itself, or that of a doctor of guided flow."""
+    """Raise `ValueError` when the reference is the doctor itself, or the doctor is one of guided flow."""
     if reference is None:
         return
     is_same = reference.is_on(doctor.model) and reference.adapters == doctor.adapters

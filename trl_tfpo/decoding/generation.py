@@ -97,7 +97,7 @@ def guided_generate(
     ```
     """
     _check_ids(patient, input_ids)
-    _check_mode(patient, guide, input_ids, kwargs)
+    _check_arguments(patient, guide, input_ids, kwargs)
     if speculative:
         for name in ("assistant_model", "prompt_lookup_num_tokens"):
             if _setting(patient, kwargs, name):
@@ -139,7 +139,7 @@ def guided_generate(
 def _generate(
     patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor, kwargs: dict
 ) -> ModelOutput | torch.Tensor:
-    """Call `generate`. Doctors on the patient's weights share its forward pass if [`can_share`], else they are off."""
+    """Call `generate`. Doctors on the patient's weights share its forward pass, or are switched off in it."""
     kwargs["logits_processor"] = [*(kwargs.get("logits_processor") or ()), guide]
     if not (_keeps_rows(patient, kwargs) and can_share(patient, guide)):
         with without_doctors(patient, guide):
@@ -194,7 +194,11 @@ def _generate_text(
     positions = torch.arange(len(text), device=text.device) - num_padding  # (B, 16)
     ids = text[positions.clamp(min=0)]
     settings = {"max_new_tokens": 3, "do_sample": False, "num_beams": 1, "num_return_sequences": 1}
-    neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}  # else the patient's own values apply, with a warning
+    neutral = {
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 50,
+    }  # else the patient's values apply, with a warning
     outputs = {"output_logits": True, "return_dict_in_generate": True}
     config = GenerationConfig(**settings, **neutral, **outputs, prefill_chunk_size=5 if in_pieces else None)
     output = patient.generate(  # type: ignore[operator]
@@ -255,7 +259,7 @@ def _check_ids(patient: PreTrainedModel, input_ids: torch.Tensor) -> None:
         )
 
 
-def _check_mode(
+def _check_arguments(
     patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor, input_ids: torch.Tensor, kwargs: dict
 ) -> None:
     if not isinstance(guide, DoctorGuidedLogitsProcessor):

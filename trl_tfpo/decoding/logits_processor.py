@@ -3,9 +3,9 @@
 r"""
 Guided decoding: a logits processor through which doctors guide `patient.generate(...)`.
 
-`generate` passes only the ids and the patient's scores to a processor: no mask, no origin of beams, no sign of a new
-generation. The doctors' logits are therefore a function of the tokens alone, and their KV caches are addressed by
-tokens, see [`DoctorMemory`].
+`generate` passes only the ids and the patient's scores to a processor. It passes no mask and no indices of reordered
+beams, and does not announce a new generation. The doctors' logits are therefore a function of the tokens alone, and
+their KV caches are addressed by tokens, see [`DoctorMemory`].
 
 Shapes: B rows, L tokens so far (padding included), V vocabulary. Units: nats.
 """
@@ -68,7 +68,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
             The doctor before training, or a list with one for each doctor (`None` for none). Its exponent is `-beta`.
         attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*):
             Mask of the prompts, as given to `generate`. Pass the mask of a later batch to [`reset`]. Without a mask,
-            leading padding ids of the first ids are padding, which is a guess if the padding id is also BOS or EOS.
+            leading padding ids count as padding. This is a guess if the padding id is also BOS or EOS.
         processing_classes (sequence of [`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizers to compare: those of the patient, each doctor and each reference. They must be the same.
         min_patient_prob (`float`, *optional*, defaults to `0.0`):
@@ -185,7 +185,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
             doctor (`str` or sequence of `str`):
                 Folders or Hub ids of doctors that [`TFPOTrainer`] saved, full models or adapters.
             alpha, beta (*optional*):
-                Exponents, as above. The default `beta` is that of the training, 1, for doctors of guided flow, and 0.5
+                Exponents, as above. By default `beta` is 1 for doctors of guided flow, as in their training, and 0.5
                 for language models.
             model_init_kwargs (`dict`, *optional*):
                 Keyword arguments of the doctors' `from_pretrained`, such as `dtype` and `device_map`.
@@ -284,7 +284,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
                 another generation.
         """
         if self._trace is None:
-            raise ValueError("A trace must be recorded. Got a processor without; make one with `return_trace=True`.")
+            raise ValueError("A trace needs a processor that records it. Got another; pass `return_trace=True` to it.")
         return self._trace.finish(sequences)
 
     @torch.no_grad()
@@ -437,5 +437,5 @@ def _as_list(value: object, num: int = 1) -> list:
 
 
 def _float(scores: torch.Tensor) -> torch.Tensor:
-    """Convert to float32, unless float64, because half precision would round the product."""
+    """Convert half precision to float32, because it would round the product."""
     return scores if scores.dtype == torch.float64 else scores.float()

@@ -127,7 +127,7 @@ def guess_mask(input_ids: torch.Tensor, model: LanguageModel) -> tuple[torch.Ten
 
 
 def special_ids(model: LanguageModel, name: str) -> list[int]:
-    """Ids of the `"bos"`, `"eos"` or `"pad"` tokens in the generation config and the config of a model."""
+    """Return the ids of the `"bos"`, `"eos"` or `"pad"` tokens in the generation config and the config of a model."""
     configs = (getattr(model, "generation_config", None), model.config.get_text_config())
     values = [getattr(config, f"{name}_token_id", None) for config in configs]
     return [i for value in values if value is not None for i in (value if isinstance(value, list) else [value])]

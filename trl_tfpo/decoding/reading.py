@@ -26,7 +26,9 @@ from .padding import special_ids
 
 
 NUM_PROBE_TOKENS = 16
-TOLERANCE = 0.005  # error, relative to the spread of the logits between positions; TF32 convolutions round by 0.001
+TOLERANCE = (
+    0.005  # largest error, relative to the spread of the logits between positions; TF32 convolutions round by 0.001
+)
 HALF_TOLERANCE = 0.25  # error of the median position, for quantized models and models that need half precision
 LEAST_SPREAD = 0.001  # relative to the logits; with a smaller spread rounding errors alone exceed the tolerance
 ZERO_LOGITS = 1e-5  # nats; smaller logits come from an untrained head of zeros
@@ -37,7 +39,7 @@ Reader = Callable[[torch.Tensor], Iterable[tuple[torch.Tensor, list[int]]]]
 
 
 def accepted_inputs(model: LanguageModel) -> set[str]:
-    """Return the names of the arguments of `forward`, of the model and of the model inside a `PeftModel`."""
+    """Return the names of the arguments of `forward`, including those of the model inside a `PeftModel`."""
     return {
         *inspect.signature(model.forward).parameters,
         *inspect.signature(type(unwrap_peft(model)).forward).parameters,

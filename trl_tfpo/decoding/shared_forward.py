@@ -9,6 +9,7 @@ rows: those of the patient, then those of each doctor. Separate rows keep the st
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,7 +35,7 @@ def shared_forward(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor,
     called once after each pass.
     """
     base, layers = unwrap_peft(patient), adapter_layers(patient)
-    shared = {index: _SharedLogits() for index, doctor in enumerate(guide.doctors) if doctor.is_on(base)}
+    shared: dict[int, list[torch.Tensor]] = {i: [] for i, doctor in enumerate(guide.doctors) if doctor.is_on(base)}
     names = [*patient_adapters(patient, guide), NO_ADAPTER][:1]
     names += [[*guide.doctors[index].adapters, NO_ADAPTER][0] for index in shared]
     adapter_of_row = [name for name in names for _ in range(num_rows)]
@@ -48,7 +49,7 @@ def shared_forward(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor,
     def split_logits(_: torch.nn.Module, args: tuple, output: CausalLMOutputWithPast) -> CausalLMOutputWithPast:
         rows_of_patient, *rows_of_doctors = output["logits"].split(num_rows)
         for logits, rows in zip(shared.values(), rows_of_doctors, strict=True):
-            logits.put(rows[:, -1])
+            logits.append(rows[:, -1])
         output["logits"] = rows_of_patient
         return output
 
@@ -63,36 +64,27 @@ def shared_forward(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor,
             *(layer.register_forward_pre_hook(choose_adapters, with_kwargs=True) for layer in layers),
         ):
             stack.callback(hook.remove)
-        stack.enter_context(guide.external_logits({index: logits.take for index, logits in shared.items()}))
+        stack.enter_context(guide.external_logits({i: partial(_take, logits) for i, logits in shared.items()}))
         yield
 
 
-class _SharedLogits:
-    """Logits (B, V) of one doctor in the last forward pass of the patient."""
-
-    def __init__(self) -> None:
-        self.logits: list[torch.Tensor] = []
-
-    def put(self, logits: torch.Tensor) -> None:
-        self.logits.append(logits)
-
-    def take(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the logits, or raise `ValueError` unless there was one forward pass since the last call."""
-        if len(self.logits) != 1:
-            raise ValueError(
-                f"There must be one forward pass of the patient for each call of the guide. Got {len(self.logits)} "
-                "passes; use `patient.generate` with `logits_processor=[guide]`, and adapters disabled."
-            )
-        return self.logits.pop()
+def _take(logits: list[torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
+    """Take a doctor's logits (B, V), or raise `ValueError` unless there was one forward pass since the last call."""
+    if len(logits) != 1:
+        raise ValueError(
+            f"There must be one forward pass of the patient for each call of the guide. Got {len(logits)} passes; use "
+            "`patient.generate` with `logits_processor=[guide]`, and adapters disabled."
+        )
+    return logits.pop()
 
 
 def can_share(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor) -> bool:
     """
     Whether [`shared_forward`] supports the doctors on the patient's weights.
 
-    There must be at least one, and each must be needed at every step. PEFT must support a choice of its adapter by
-    row: LoRA without DoRA and biases, one adapter per row. The layers must keep the rows of a batch. Experts of a
-    mixture and OPT's feed-forward layers do not.
+    There must be at least one, and each must be needed at every step. PEFT can choose adapters by row only for LoRA
+    without DoRA and biases, and only one adapter per row. The layers with adapters must keep the rows of the batch.
+    Experts of a mixture and OPT's feed-forward layers do not.
     """
     base = unwrap_peft(patient)
     doctors = [doctor for doctor in guide.doctors if doctor.is_on(base)]

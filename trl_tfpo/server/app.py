@@ -34,8 +34,8 @@ def make_app(
         api_key (`str`, *optional*):
             Key that clients must send. By default they need no key.
         aliases (`Mapping[str, Mapping[str, float]]`, *optional*):
-            Exponents of doctors by further model names. They apply to requests for such a name. `weights` of the
-            request take precedence.
+            Further model names, with exponents of doctors for requests with that name. `weights` of the request take
+            precedence.
 
     Returns:
         `fastapi.FastAPI`: app with `/v1/models`, `/v1/chat/completions`, `/v1/completions`, `/health` and `/metrics`.

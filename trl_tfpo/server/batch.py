@@ -34,7 +34,7 @@ class Batch:
         )
 
     def select(self, indices: list[int]) -> "Batch":
-        """Return a batch with some of the rows, at least one, without columns that contain only padding."""
+        """Return a batch with the rows at `indices`, at least one. Columns that contain only padding are dropped."""
         index = torch.tensor(indices)
         mask = self.mask[index]
         first = int(mask.any(dim=0).int().argmax())

@@ -36,7 +36,7 @@ from .token_texts import REPLACEMENT, TokenTexts
 
 
 logger = logging.getLogger(__name__)
-NUM_SCORED = 1024  # prompt tokens in one forward pass that returns all logits
+NUM_SCORED = 1024  # prompt tokens per forward pass when prompts are scored
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class Engine:
         Queue a generation.
 
         Raises:
-            `ValueError`: on exponents or sampling settings out of range, an empty or too long prompt, and unknown ids.
+            `ValueError`: on exponents or sampling settings out of range, and prompts that are empty, too long or contain unknown ids.
             `OverflowError`: when the queue is full or the engine is closed.
         """
         limits, num_prompt = self.limits, len(generation.prompt_ids)

@@ -109,8 +109,7 @@ class Generation:
         with_prompt (`bool`, *optional*, defaults to `False`):
             Whether to score the tokens of the prompt.
         continues_prompt (`bool`, *optional*, defaults to `False`):
-            Whether the text continues that of the prompt, including a space between the two. By default it is a new
-            text.
+            Whether the text continues that of the prompt. It then includes the space between the two.
     """
 
     prompt_ids: list[int]
@@ -132,7 +131,7 @@ class Generation:
     with_patient: bool = False
     with_prompt: bool = False
     continues_prompt: bool = False
-    is_cancelled: bool = False
+    is_cancelled: bool = False  # set it to cancel the completion
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -200,7 +199,7 @@ class Row:
         generation = self.generation
         if generation.temperature == 0:
             return int(logps.argmax())
-        smallest = torch.finfo(logps.dtype).tiny  # with a smaller temperature 0 / temperature is NaN
+        smallest = torch.finfo(logps.dtype).tiny  # a smaller temperature rounds to 0, and 0 / 0 is NaN
         scores = (logps - logps.max())[None] / max(generation.temperature, smallest)
         ids = torch.LongTensor()  # not read
         if generation.top_k:

@@ -191,7 +191,7 @@ def stream_answers(
     engine: Engine, prompt: str, seed: int, weights: Sequence[float], max_new_tokens: int
 ) -> Iterator[tuple[str, str]]:
     """
-    Yield the answers without doctors, and with doctors with the exponents `weights`, so far and as HTML.
+    Yield both answers so far as HTML: without doctors, and with the exponents `weights`.
 
     If the engine refuses a generation, its error replaces the second answer.
     """
@@ -249,7 +249,7 @@ def world_playground(cache_dir: str | os.PathLike, *, max_steps: int = 200) -> g
     doctors = {name: load_doctor(folder, with_value_head=False).eval() for name, folder in folders.items()}
     engine = Engine(world.patient, world.tokenizer, doctors, Limits(max_new_tokens=MAX_NEW_TOKENS))
     prompts = [prompt[0]["content"] for prompt in world.prompts("test")]
-    frontiers = Frontiers(  # other copies of the models than those in the engine's thread
+    frontiers = Frontiers(  # separate copies of the models, because the engine's thread uses the others
         load_world(), {name: load_doctor(x, with_value_head=False).eval() for name, x in folders.items()}
     )
     return make_playground(engine, example_prompts=prompts, frontiers=frontiers, max_new_tokens=MAX_NEW_TOKENS)

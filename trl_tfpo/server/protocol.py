@@ -84,8 +84,8 @@ class UnsupportedChatFields(UnsupportedFields):
 
 NOT_SUPPORTED = {
     *UnsupportedChatFields.model_fields,
-    *("annotations", "audio", "prediction", "reasoning_effort", "refusal", "suffix", "tool_calls"),
-    "web_search_options",
+    *("annotations", "audio", "prediction", "reasoning_effort"),
+    *("refusal", "suffix", "tool_calls", "web_search_options"),
 }
 
 

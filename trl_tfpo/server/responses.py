@@ -29,11 +29,11 @@ class Answer:
         prompts (sequence of `list[int]`):
             Token ids of the prompt, for each choice.
         echoes (sequence of `str`, *optional*):
-            Prompt with which a choice begins, for each choice.
+            Text of the prompt, for each choice, if choices begin with it.
         with_logps (`bool`, *optional*, defaults to `False`):
             Whether the choices have log-probabilities.
         num_prompt_tokens (`int`, *optional*, defaults to `0`):
-            Total number of tokens in different prompts.
+            Total number of tokens in the prompts, not repeated for several choices.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Answer:
         prefix = "chatcmpl" if is_chat else "cmpl"
         self.head: Json = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self.echoes = echoes or []
-        self.echoes_first = bool(echoes) and not with_logps  # otherwise they follow with the scores of the prompt
+        self.echoes_first = bool(echoes) and not with_logps  # otherwise the prompt comes with its scores
         # The last token of each choice decides whether the text of the next one begins with a space
         self.last = [None if is_chat or (echoes and with_logps) else ids[-1] for ids in prompts]
 

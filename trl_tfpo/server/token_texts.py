@@ -39,7 +39,7 @@ class TokenTexts:
 
     def continuation(self, before: list[int], ids: list[int]) -> str:
         """
-        Return the text that tokens add to the text of the tokens before.
+        Return the text that tokens add to the text of earlier tokens.
 
         It includes a space between the two, and a character that the tokens complete.
         """
