@@ -84,7 +84,7 @@ def _remainder(betas: Sequence[Number]) -> Number:
     alpha = 1.0 - sum(betas)
     if torch.as_tensor(alpha).min() < -1e-6:
         raise ValueError(
-            "The exponents of the doctors in a mixture must not exceed 1 in sum, because the patient has the rest. Got "
+            "The exponents of doctors in a mixture must not exceed 1 in sum, because the patient has the rest. Got "
             f"{betas}, thus `alpha` {alpha}; pass `alpha`, e.g. 1.0 for the product, or smaller exponents."
         )
     return alpha.clamp(min=0.0) if isinstance(alpha, torch.Tensor) else max(alpha, 0.0)
