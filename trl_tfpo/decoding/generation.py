@@ -43,8 +43,8 @@ def guided_generate(
     Generate from the guided policy.
 
     This is `patient.generate(..., logits_processor=[guide])`, with three differences. The guide receives the mask of
-    the prompts. Doctors that are adapters on the patient do not change the patient's logits; in greedy search and
-    sampling they share its forward pass. Arguments that would disable the guide raise an error.
+    the prompts. Doctors that are adapters on the patient do not change its logits. In greedy search and sampling they
+    share its forward pass. Arguments that would disable the guide raise an error.
 
     Args:
         patient ([`~transformers.PreTrainedModel`]):
@@ -65,7 +65,7 @@ def guided_generate(
         best_of (`int`, *optional*, defaults to `1`):
             Number n of completions to sample per prompt. The completion with the largest sum of token credits is
             returned, see [`~best_of.completion_rewards`]. Its KL from the guided policy is at most
-            `log n - (n - 1) / n` nats. Its KL from the patient can grow by more. The cost is n times as large.
+            `log n - (n - 1) / n` nats. Its KL from the patient can increase by more. The cost is n times as large.
         **kwargs:
             Further arguments of `patient.generate`, or of [`speculative_guided_generate`].
 
@@ -194,11 +194,8 @@ def _generate_text(
     positions = torch.arange(len(text), device=text.device) - num_padding  # (B, 16)
     ids = text[positions.clamp(min=0)]
     settings = {"max_new_tokens": 3, "do_sample": False, "num_beams": 1, "num_return_sequences": 1}
-    neutral = {
-        "temperature": 1.0,
-        "top_p": 1.0,
-        "top_k": 50,
-    }  # else the patient's values apply, with a warning
+    # Without these settings the patient's values apply, with a warning
+    neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
     outputs = {"output_logits": True, "return_dict_in_generate": True}
     config = GenerationConfig(**settings, **neutral, **outputs, prefill_chunk_size=5 if in_pieces else None)
     output = patient.generate(  # type: ignore[operator]

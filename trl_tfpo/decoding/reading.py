@@ -26,9 +26,7 @@ from .padding import special_ids
 
 
 NUM_PROBE_TOKENS = 16
-TOLERANCE = (
-    0.005  # largest error, relative to the spread of the logits between positions; TF32 convolutions round by 0.001
-)
+TOLERANCE = 0.005  # error, relative to the spread of logits between positions; TF32 convolutions have 0.001
 HALF_TOLERANCE = 0.25  # error of the median position, for quantized models and models that need half precision
 LEAST_SPREAD = 0.001  # relative to the logits; with a smaller spread rounding errors alone exceed the tolerance
 ZERO_LOGITS = 1e-5  # nats; smaller logits come from an untrained head of zeros
