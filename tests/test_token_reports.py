@@ -159,7 +159,7 @@ def test_what_cannot_be_traced_is_refused(world):
         guided_generate(world.patient, guide, input_ids=ids, num_beams=4, max_new_tokens=12, do_sample=False)
     output = guided_generate(world.patient, guide, input_ids=ids, max_new_tokens=4, do_sample=False)
     assert guide.trace(output).token_ids.shape == (1, output.size(1) - 3)
-    with pytest.raises(ValueError, match="what `generate` returned"):
+    with pytest.raises(ValueError, match="pass the output of `generate`"):
         guide.trace(output.flip(1))
     with pytest.raises(ValueError, match="return_trace=True"):
         DoctorGuidedLogitsProcessor(world.doctor).trace(output)

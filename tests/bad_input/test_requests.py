@@ -121,7 +121,7 @@ UNSUPPORTED = [
         "response_format.type: Input should be 'text'; other values are not supported",
     ),
     ("spoken answers", chat(modalities=["text", "audio"]), 400, "modalities"),
-    ("answers that are stored", chat(store=True), 400, "store: Input should be False; this is not"),
+    ("answers that are stored", chat(store=True), 400, "store: Input should be False; other values"),
     ("effort", chat(reasoning_effort="high"), 400, "reasoning_effort"),
     ("the best of two", text(best_of=2), 400, "best_of"),
     ("a suffix", text(suffix="b"), 400, "suffix"),

@@ -98,6 +98,10 @@ class Doctor:
             return self.model(**inputs)
 
     @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
     def exponents(self) -> dict[str, float]:
         """`alpha` and `beta` of the training of a doctor of guided flow. Empty for a language model."""
         return trained_exponents(self.model, self.adapters)
@@ -315,9 +319,7 @@ class DoctorMemory:
         optimizers do not advance the counter.
         """
         weights = [weight.detach() for weight in self.doctor.model.parameters() if weight.numel()]
-        values = [
-            weight.reshape(-1)[weight.numel() // 2].to(self.doctor.model.device, torch.float64) for weight in weights
-        ]
+        values = [weight.reshape(-1)[weight.numel() // 2].to(self.doctor.device, torch.float64) for weight in weights]
         counters = [0.0 if weight.is_inference() else float(weight._version) for weight in weights]
         return torch.cat([torch.stack(values).cpu(), torch.tensor(counters, dtype=torch.float64)])
 
