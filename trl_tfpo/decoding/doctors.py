@@ -103,7 +103,7 @@ class Doctor:
 
     @property
     def exponents(self) -> dict[str, float]:
-        """`alpha` and `beta` of the training of a doctor of guided flow. Empty for a language model."""
+        """`alpha` and `beta` with which a doctor of guided flow was trained. Empty for a language model."""
         return trained_exponents(self.model, self.adapters)
 
     def is_on(self, model: LanguageModel) -> bool:

@@ -73,7 +73,7 @@ def remaining_exponent(betas: Sequence[Exponent]) -> Exponent:
     Return 1 minus the sum of the doctors' exponents: the exponent of the patient in a mixture.
 
     Raises:
-        `ValueError`: when the result is negative. With a schedule the error is raised at the call of the result.
+        `ValueError`: when the result is negative. If an exponent is a schedule, so is the result, and it raises.
     """
     if any(map(callable, betas)):
         return lambda step: _remainder([exponent_at(beta, step) for beta in betas])

@@ -90,10 +90,10 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         num_calls (`int`): number of calls by `generate`.
 
     Raises:
-        `ValueError`: at construction, on a wrong number of exponents or references, infinite exponents, a mixture with
-            a negative `alpha`, thresholds out of range, doctors that [`Doctor`] refuses, a `reference` of a doctor of
-            guided flow, a missing `alpha` if such a doctor has no record of its exponents, different tokenizers, and a
-            mask that is not left-padded. At a call, on prompts that do not match the mask, `inputs_embeds` without
+        `ValueError`: at construction, on a wrong number of exponents or references, exponents that are not finite, a
+            mixture with a negative `alpha`, thresholds out of range, doctors that [`Doctor`] refuses, a `reference` of
+            a doctor of guided flow, a missing `alpha` if such a doctor has no record of its exponents, different
+            tokenizers, and a mask that is not left-padded. At a call, on prompts that do not match the mask, `inputs_embeds` without
             ids, too many tokens for a doctor, ids unknown to a doctor, and NaN.
 
     Examples:
@@ -284,7 +284,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
                 another generation.
         """
         if self._trace is None:
-            raise ValueError("A trace needs a processor that records it. Got another; pass `return_trace=True` to it.")
+            raise ValueError("A trace must be recorded. Got none; make the processor with `return_trace=True`.")
         return self._trace.finish(sequences)
 
     @torch.no_grad()

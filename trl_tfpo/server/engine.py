@@ -251,7 +251,7 @@ class Engine:
 
     def _admit(self) -> None:
         """Move waiting rows to the batch, up to `max_rows`."""
-        with self._lock:  # a listener may submit a new completion as soon as a waiting row ends
+        with self._lock:  # clients may submit as soon as a row ends, and must then find `num_waiting` updated
             num_before = len(self._waiting)
             waiting = [row for row in self._waiting if not self._finish_if_expired(row)]
             num_free = self.limits.max_rows - self.num_rows

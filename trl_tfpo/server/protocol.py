@@ -143,7 +143,7 @@ class TextPart(Part):
 
 
 class Message(Part):
-    """A message of a conversation. `annotations` and `tool_calls` are in answers that clients send back."""
+    """A message of a conversation. Clients send answers back, with empty `annotations` and `tool_calls`."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
