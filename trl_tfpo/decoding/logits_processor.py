@@ -93,8 +93,8 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         `ValueError`: at construction, on a wrong number of exponents or references, exponents that are not finite, a
             mixture with a negative `alpha`, thresholds out of range, doctors that [`Doctor`] refuses, a `reference` of
             a doctor of guided flow, a missing `alpha` if such a doctor has no record of its exponents, different
-            tokenizers, and a mask that is not left-padded. At a call, on prompts that do not match the mask, `inputs_embeds` without
-            ids, too many tokens for a doctor, ids unknown to a doctor, and NaN.
+            tokenizers, and a mask that is not left-padded. At a call, on prompts that do not match the mask,
+            `inputs_embeds` without ids, too many tokens for a doctor, ids unknown to a doctor, and NaN.
 
     Examples:
 
