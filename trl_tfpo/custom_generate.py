@@ -94,6 +94,6 @@ def _custom_generate_of_caller() -> str | None:
 
 @functools.lru_cache(maxsize=NUM_LOADED)
 def _load(doctor: str, device: torch.device, written: int | None) -> tuple[Doctor, float]:
-    """Load a doctor and its default exponent. A new `written`, the time of the last change, is a new cache entry."""
+    """Load a doctor and its default exponent. The time of the last change, `written`, is part of the cache key."""
     model = load_doctor(doctor, with_value_head=False, device_map={"": device}).eval()
     return Doctor(model, credits=load_credits(doctor)), default_beta(trained_exponents(model))

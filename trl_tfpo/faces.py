@@ -123,7 +123,7 @@ BUILT_IN_FACES = {"helpfulness": HELPFULNESS, "harmlessness": HARMLESSNESS, "hon
 
 def resolve_faces(faces: "Faces | str") -> Faces:
     """
-    Return the faces, or the built-in faces of this name in `BUILT_IN_FACES`.
+    Return faces unchanged, or look up built-in faces by name in `BUILT_IN_FACES`.
 
     Raises:
         `ValueError`: if the name is unknown.
