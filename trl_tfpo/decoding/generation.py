@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-`guided_generate`: the patient's `generate` with a guide, and checks of both.
+`guided_generate`: the patient's `generate` with a guide, after checks of the arguments.
 
 Shapes: B rows, L tokens of the prompt (padding included).
 """
