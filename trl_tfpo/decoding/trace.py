@@ -111,8 +111,8 @@ class TraceRecorder:
             raise ValueError("A trace needs a generation. Got none; call `generate` first.")
         if not torch.equal(sequences[:, : self._tokens.size(1)].to(self._tokens.device), self._tokens):
             raise ValueError(
-                f"A trace belongs to the last generation. Got other tokens, of shape {tuple(sequences.shape)}; pass the "
-                "output of `generate`."
+                f"A trace belongs to the last generation. Got other tokens, of shape {tuple(sequences.shape)}; pass "
+                "the output of `generate`."
             )
         sequences = sequences.to(self._tokens.device)
         if self._pending is not None and sequences.size(1) > self._tokens.size(1):
