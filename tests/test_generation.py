@@ -75,7 +75,7 @@ def test_a_patient_under_another_prompt_keeps_an_adapter_of_its_own():
         (dict(generation_config=GenerationConfig(cache_implementation="paged")), "Got `cache_implementation='paged'`"),
         (dict(custom_generate=lambda *args, **kwargs: None), "Got `custom_generate`"),
         (dict(inputs_embeds=torch.zeros(1, 6, 16).double()), "Got `inputs_embeds`"),
-        (dict(logits_processor=[DoctorGuidedLogitsProcessor(llama(2))]), "Got another among `logits_processor`"),
+        (dict(logits_processor=[DoctorGuidedLogitsProcessor(llama(2))]), "Got another in `logits_processor`"),
     ],
 )
 def test_what_would_leave_the_guide_out_is_refused(patient, change, message):

@@ -438,7 +438,7 @@ class Engine:
         for name, model in zip(["the patient", *self.names], self.models, strict=True):
             if fault := reading_fault(model, "rows", partial(self._read_rows, model)):
                 raise ValueError(
-                    "Models must cache keys and values of all tokens, so that requests can share a batch. Got "
+                    "Models must keep keys and values of all tokens, so that requests can share a batch. Got "
                     f"{name}, a {type(model).__name__}, which does not ({fault}); serve a transformer."
                 )
 
