@@ -62,7 +62,7 @@ def test_a_doctor_says_what_it_says_of_the_whole_text(name):
 def test_padding_that_changes_a_doctor_is_refused_before_the_first_token(patient):
     """Else prompts of a batch would be guided by a doctor that read their padding."""
     guide, patient = DoctorGuidedLogitsProcessor(make("RecurrentGemma")), make("Llama")
-    with pytest.raises(ValueError, match="padded on the left.*RecurrentGemma.*one by one"):
+    with pytest.raises(ValueError, match="padding on the left.*RecurrentGemma.*one by one"):
         guided_generate(patient, guide, **PADDED, **SETTINGS)
     assert guide.num_calls == 0
     same_length = dict(input_ids=TEXT.reshape(2, 8), attention_mask=torch.ones(2, 8, dtype=torch.long))
