@@ -33,7 +33,7 @@ from patient_samples import Guide, PatientSamples
 
 from trl_tfpo import DoctorGuidedLogitsProcessor
 from trl_tfpo.testbed import Attribute
-from trl_tfpo.testbed.frontier import kl_of, tilted
+from trl_tfpo.testbed.frontier import find_tilt, kl_from_uniform
 
 
 NAMES = ("praise", "calm")
@@ -148,7 +148,7 @@ def tilted_front(samples: PatientSamples, kls: list[float]) -> list[tuple[float,
     for index, kl in enumerate(kls):
         weight = index / (len(kls) - 1)
         mixed = weight * rewards[0] + (1 - weight) * rewards[1]
-        _, policy = tilted(mixed, lambda weights: kl_of(weights).mean(), kl)
+        _, policy = find_tilt(mixed, lambda weights: kl_from_uniform(weights).mean(), kl)
         front.append(tuple((policy * reward).sum(dim=1).mean().item() for reward in rewards))
     return front
 

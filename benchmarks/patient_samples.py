@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from trl_tfpo import DoctorGuidedLogitsProcessor
 from trl_tfpo.testbed import Comparison
-from trl_tfpo.testbed.frontier import Frontier, kl_of, reward_kl_frontier, tilted
+from trl_tfpo.testbed.frontier import Frontier, find_tilt, kl_from_uniform, reward_kl_frontier
 
 
 Guide = Callable[[float], DoctorGuidedLogitsProcessor]  # maps a strength to a guide; all guides have the same models
@@ -111,10 +111,10 @@ class PatientSamples:
     def best(self, attribute: str, reward: float) -> dict:
         """Return the row of the policy that has a reward at the least KL: samples reweighted by their rewards."""
         rewards = self.rewards[attribute]
-        tilt, weights = tilted(rewards, lambda weights: (weights * rewards).sum(dim=1).mean(), reward)
+        tilt, weights = find_tilt(rewards, lambda weights: (weights * rewards).sum(dim=1).mean(), reward)
         surprise = -self.patient_logps.gather(1, self._tokens()).squeeze(1)
         found = self._expected(weights, kl=torch.zeros_like(surprise), entropy=surprise)
-        kl = kl_of(weights)
+        kl = kl_from_uniform(weights)
         entropy = found.entropy - kl  # the cross-entropy with the patient is entropy plus KL of the policy
         row = replace(found, kl=kl, entropy=entropy).row(beta=tilt, reward=reward)
         return row | {"efficiency": None}

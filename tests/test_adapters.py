@@ -217,7 +217,7 @@ def test_adapters_on_one_model_keep_their_own_exponents(folder, base):
     assert [doctor.exponents for doctor in doctors.values()] == [GUIDANCE, {}, {}, {}]
     guide = DoctorGuidedLogitsProcessor([doctors["ratio"], doctors["doctor"]], beta=[0.5, 0.25])
     assert guide.alpha == 0.75
-    with pytest.raises(ValueError, match="`reference` is for a doctor that is a language model"):
+    with pytest.raises(ValueError, match="`reference` is for doctors that are language models"):
         DoctorGuidedLogitsProcessor(doctors["ratio"], reference=doctors["__base__"])
     loaded = load_doctor(folder / "ratio", with_value_head=False)
     assert Doctor(loaded).exponents == GUIDANCE and Doctor(loaded, adapter="__base__").exponents == {}

@@ -158,14 +158,14 @@ def test_settings_stay_what_they_were():
 
 def test_a_doctor_may_have_a_name(tmp_path):
     """What is an option of one command is none of another otherwise, and a path that looks like both is a path."""
-    from trl_tfpo.cli.models import name_doctor
+    from trl_tfpo.cli.models import parse_doctor
 
-    assert name_doctor("helpful=runs/one") == ("helpful", "runs/one")
-    assert name_doctor("runs/one") == ("one", "runs/one")
+    assert parse_doctor("helpful=runs/one") == ("helpful", "runs/one")
+    assert parse_doctor("runs/one") == ("one", "runs/one")
     folder = tmp_path / "lr=1"
     folder.mkdir()
-    assert name_doctor(str(folder)) == ("lr=1", str(folder))
-    assert name_doctor(".") == (Path.cwd().name, ".")
+    assert parse_doctor(str(folder)) == ("lr=1", str(folder))
+    assert parse_doctor(".") == (Path.cwd().name, ".")
     for text in ("=path", "name=", ""):
         with pytest.raises(ValueError, match="NAME=PATH"):
-            name_doctor(text)
+            parse_doctor(text)

@@ -242,7 +242,7 @@ def test_a_dataset_that_vanishes(annotated, undisturbed, tmp_path, record_proper
     data.rename(tmp_path / "elsewhere")
     before = sorted(run.rglob("*"))
     said = fails(main, [str(argument) for argument in command])
-    assert f"Got '{data}', which is not there; check the path." in said and "Traceback" not in said
+    assert f"Got '{data}', which does not exist; check the path." in said and "Traceback" not in said
     assert sorted(run.rglob("*")) == before
     (tmp_path / "elsewhere").rename(data)
     finish([in_child(main, [str(argument) for argument in command], said=os.devnull)])

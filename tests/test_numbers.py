@@ -57,7 +57,7 @@ def test_logits_that_are_no_numbers_are_not_decoded(culprit, value, speculative)
     models = {"the patient": make_llama(1, 32), "doctor 0": make_llama(2)}
     biased(models[culprit], [5], value)
     guide = DoctorGuidedLogitsProcessor(models["doctor 0"])
-    with pytest.raises(ValueError, match=f"give no NaN. Got NaN from {culprit}"):
+    with pytest.raises(ValueError, match=f"must not be NaN. Got NaN from {culprit}"):
         guided_generate(models["the patient"], guide, input_ids=PROMPT, **GREEDY, speculative=speculative)
 
 

@@ -59,10 +59,10 @@ def test_the_dot_is_where_the_setting_is(monkeypatch):
     monkeypatch.setattr("trl_tfpo.server.playground.NUM_FRONTIER_SAMPLES", 20)
     world = load_world()
     frontiers = Frontiers(world, {"praise": world.doctor})
-    kl, rewards = frontiers.dot((0.0,))
+    kl, rewards = frontiers.measure((0.0,))
     assert kl == 0 and abs(rewards["praise"]) < 1
-    assert frontiers.dot((0.5,))[0] > 0
-    assert frontiers.picture((0.0,)).startswith("<svg")
+    assert frontiers.measure((0.5,))[0] > 0
+    assert frontiers.plot((0.0,)).startswith("<svg")
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def test_demo_as_a_command(cache_dir, url):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--doctor", "a=b"], "needs `--patient`"), (["--patient", "x"], "at least one"), (["--hots", "1"], "'--host'")],
+    [(["--doctor", "a=b"], "together"), (["--patient", "x"], "together"), (["--hots", "1"], "'--host'")],
 )
 def test_demo_answers_mistakes_in_one_line(arguments, message, capsys):
     """A page that does not open must say why."""

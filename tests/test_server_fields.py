@@ -12,9 +12,9 @@ from transformers import LogitsProcessor, PreTrainedTokenizerFast
 
 from trl_tfpo import DoctorGuidedLogitsProcessor, guided_generate
 from trl_tfpo.server import Engine, Generation, make_app
+from trl_tfpo.server.generation import Row
 from trl_tfpo.server.protocol import ChatRequest, TextRequest
-from trl_tfpo.server.sampling import Row
-from trl_tfpo.server.text import TokenTexts
+from trl_tfpo.server.token_texts import TokenTexts
 
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"

@@ -92,7 +92,7 @@ def test_models_with_a_window_keep_their_growing_cache():
     shape = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     config = MistralConfig(vocab_size=37, sliding_window=4, num_key_value_heads=2, pad_token_id=0, **shape)
     doctor = MistralForCausalLM(config).double().eval()
-    with pytest.warns(UserWarning, match="has a growing cache and is not compiled"):
+    with pytest.warns(UserWarning, match="MistralForCausalLM uses a growing cache and is not compiled"):
         guide = DoctorGuidedLogitsProcessor(doctor, alpha=1.0, cache_implementation="static")
     assert not guide.memories[0].is_static
 

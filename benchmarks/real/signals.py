@@ -14,7 +14,7 @@ from datasets import Dataset
 from states import Answer
 
 from trl_tfpo.functional import token_rewards
-from trl_tfpo.testbed.frontier import kl_of, tilted
+from trl_tfpo.testbed.frontier import find_tilt, kl_from_uniform
 from trl_tfpo.training.calibration import Calibration, calibrate
 
 
@@ -27,7 +27,7 @@ SIGNAL_KLS = [0.1, 0.25, 0.5, 1.0]  # nats
 
 def gain_by(signal: torch.Tensor, scores: torch.Tensor, kl: float) -> float:
     """Return the gain of samples with scores (P, N), reweighted by a signal (P, N), at a mean KL in nats."""
-    _, weights = tilted(signal, lambda weights: kl_of(weights).mean(), kl)
+    _, weights = find_tilt(signal, lambda weights: kl_from_uniform(weights).mean(), kl)
     return ((weights * scores).sum(dim=1).mean() - scores.mean()).item()
 
 

@@ -124,7 +124,7 @@ COMPARISONS = [
     (
         "completions of half the prompts",
         lambda: evaluation.head_to_head(TEXTS, ["a"], ["a", "b"], length),
-        "as many completions of each",
+        "the same number of completions",
     ),
     (
         "other numbers of seeds",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from transformers import CompileConfig, DynamicCache, DynamicLayer, PreTrainedConfig, StaticCache
+from transformers import CompileConfig, PreTrainedConfig, StaticCache
 from transformers.cache_utils import StaticLayer
 from transformers.masking_utils import create_masks_for_generate
 
@@ -18,11 +18,6 @@ from ..common.language_model import LanguageModel, unwrap_peft
 
 
 MIN_COLUMNS = 256  # of a cache; a longer text doubles them, and compiles again
-
-
-def has_static_cache(config: PreTrainedConfig) -> bool:
-    """Whether a static cache can replace the cache of a model: every layer must keep the keys of all tokens."""
-    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config.get_text_config()).layers)
 
 
 def make_static_cache(config: PreTrainedConfig, num_tokens: int) -> StaticCache:
@@ -37,33 +32,27 @@ def can_reuse(cache: StaticCache, num_rows: int, num_tokens: int) -> bool:
     return all(layer.keys is not None and layer.keys.size(0) == num_rows for layer in cache.layers)
 
 
-def cut(cache: StaticCache, num_tokens: int) -> None:
-    """Keep the first `num_tokens` columns. Later columns are hidden by the mask until they are written again."""
+def crop(cache: StaticCache, num_tokens: int) -> None:
+    """Keep the first `num_tokens` columns. The mask hides later columns until they are written again."""
     for layer in cache.layers:
         assert isinstance(layer, StaticLayer)
         layer.cumulative_length.fill_(num_tokens)
 
 
-def take_rows(cache: StaticCache, source: torch.Tensor) -> bool:
+def take_rows(cache: StaticCache, source: torch.Tensor) -> None:
     """
-    Replace the rows of a cache in place, so that the addresses in a CUDA graph stay valid.
+    Replace the rows of a cache in place, so that the addresses in CUDA graphs stay valid.
 
     Args:
         cache ([`~transformers.StaticCache`]):
             A cache with B rows.
-        source (`torch.LongTensor` of shape `(B',)`):
-            The row that each new row repeats.
-
-    Returns:
-        `bool`: whether it was possible. It is not where B' differs from B.
+        source (`torch.LongTensor` of shape `(B,)`):
+            The old row that each new row repeats.
     """
     for layer in cache.layers:
         assert layer.keys is not None and layer.values is not None
-        if len(source) != layer.keys.size(0):
-            return False
         layer.keys.copy_(layer.keys.index_select(0, source.to(layer.keys.device)))
         layer.values.copy_(layer.values.index_select(0, source.to(layer.values.device)))
-    return True
 
 
 def static_inputs(

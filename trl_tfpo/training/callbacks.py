@@ -26,7 +26,7 @@ from ..annotation.token_rewards import check_patient
 from ..common.language_model import inference, is_sharded
 from ..common.printable import printable
 from ..data.tokenization import all_eos_token_ids
-from ..decoding.exponents import Weight, default_beta
+from ..decoding.exponents import Exponent, default_beta
 from ..decoding.generation import guided_generate
 from ..decoding.logits_processor import DoctorGuidedLogitsProcessor
 from ..evaluation.completions import pad
@@ -101,8 +101,8 @@ class LogGuidedCompletionsCallback(TrainerCallback):
         generation_config: GenerationConfig | None = None,
         num_prompts: int = 8,
         freq: int | None = None,
-        alpha: Weight | None = None,
-        beta: Weight | None = None,
+        alpha: Exponent | None = None,
+        beta: Exponent | None = None,
     ) -> None:
         self.trainer, self.freq = trainer, freq
         if freq is not None and freq < 1 or freq is None and not trainer.args.eval_steps:
