@@ -40,10 +40,10 @@ from trl_tfpo import (
 )
 from trl_tfpo.annotation.scoring import score_completions
 from trl_tfpo.evaluation import Completion, evaluate_guidance, next_token_statistics
-from trl_tfpo.models.adapters import RECORD, center_head, trained_exponents
 from trl_tfpo.models.doctor import make_doctor
-from trl_tfpo.models.guidance import GUIDANCE, start_guidance
+from trl_tfpo.models.initial_head import start_at_zero
 from trl_tfpo.models.saved_doctor import VALUE_HEAD_FILE
+from trl_tfpo.models.trained_exponents import GUIDANCE, RECORD, center_head, trained_exponents
 from trl_tfpo.server import Engine
 
 
@@ -162,7 +162,7 @@ def test_a_centred_head_says_the_same(folder):
     """The mark in the weights must cost nothing."""
     torch.manual_seed(0)
     doctor = make_llama(3, vocab_size=64)
-    start_guidance(doctor)
+    start_at_zero(doctor)
     torch.nn.init.normal_(doctor.lm_head.weight, mean=1.0)
     before = doctor(IDS).logits.log_softmax(-1)
     center_head(doctor)
@@ -183,7 +183,7 @@ def test_adapters_from_before_there_was_a_record(folder, base, tmp_path):
     doctor = load_doctor(tmp_path / "ratio", with_value_head=False)
     assert guided_logps(doctor).equal(guided_logps(load_doctor(folder / "ratio", with_value_head=False)))
     doctor.save_pretrained(tmp_path / "again")
-    with pytest.raises(ValueError, match="Got one without a record, with \\['lm_head'\\] of its own; load it with"):
+    with pytest.raises(ValueError, match="Got no record, and the trained modules \\['lm_head'\\]; load it with"):
         guided_logps(PeftModel.from_pretrained(base, tmp_path / "ratio").eval())
     base = AutoModelForCausalLM.from_pretrained(folder / "base")
     assert DoctorGuidedLogitsProcessor(PeftModel.from_pretrained(base, tmp_path / "again").eval()).alpha == 1.0
@@ -303,7 +303,7 @@ def test_the_head_is_looked_at_once(folder, base, monkeypatch):
     assert trained_exponents(model) == {} and len(calls) == num_calls > 0
     with torch.no_grad():
         model.lm_head.weight -= model.lm_head.weight.mean(dim=0)
-    with pytest.raises(ValueError, match="must have a record of the exponents"):
+    with pytest.raises(ValueError, match="must record the exponents"):
         trained_exponents(model)
 
 

@@ -92,7 +92,7 @@ DOCTORS = [
         lambda: TFPOTrainer(model=None, train_dataset=annotate()),
         "`model` must be a causal language model, .*Got None",
     ),
-    ("doctor that is not there", lambda: train(model="./absent"), "Got './absent', which is not there"),
+    ("doctor that is not there", lambda: train(model="./absent"), "Got './absent', which does not exist"),
     ("encoder-decoder doctor", lambda: train(model=tiny_t5()), "causal language model"),
     ("not a tokenizer", lambda: train(tokenizer=object()), "must be a tokenizer"),
     ("tokenizer larger than the doctor", lambda: train(model=make_llama(2, vocab_size=9)), "9 embeddings for 22"),

@@ -24,7 +24,7 @@ from ..decoding.generation import check_reads, guided_generate
 from ..decoding.logits_processor import DoctorGuidedLogitsProcessor
 from ..decoding.shared_forward import patient_adapters
 from ..faces import Prompt
-from ..models.adapters import check_speaks
+from ..models.trained_exponents import check_is_language_model
 
 
 # Settings of a patient's generation config that are kept: they change the computation, not the policy
@@ -315,7 +315,7 @@ def check_policy(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor | 
             The guidance, with numbers as exponents, and doctors in eval mode without a prompt of their own.
     """
     doctors = guide.doctors if guide else []
-    check_speaks(patient, patient_adapters(patient, guide) if guide else None)
+    check_is_language_model(patient, patient_adapters(patient, guide) if guide else None)
     if any(model.training for model in (patient, *(doctor.model for doctor in doctors))):
         raise ValueError(
             "Patient and doctors must be in eval mode, as dropout is random. Got training mode; call `.eval()`."

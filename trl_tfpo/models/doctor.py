@@ -15,10 +15,11 @@ from transformers.utils import ModelOutput
 
 from ..common.language_model import LanguageModel, device_of, head_of, is_peft_model, unwrap_peft
 from ..functional import FactoredLogits
-from .adapters import VALUE_HEAD, check_adapters, record_exponents, why_unsupported
-from .guidance import GUIDANCE, is_guidance, start_guidance
-from .head_adapter import keep_head, save_without_embeddings, with_head
+from .adapters import VALUE_HEAD, check_adapters, why_unsupported
+from .head_adapter import freeze_head_lora, save_without_embeddings, with_lora_on_head
+from .initial_head import start_at_zero
 from .logits import PLAIN, add_logits, completion_logps, head_form, read_logits
+from .trained_exponents import GUIDANCE, record_exponents, trained_exponents
 
 
 if TYPE_CHECKING:
@@ -189,10 +190,10 @@ def make_doctor(
             Config of a new adapter; not changed. The value head is trained and saved with the adapter.
         guides (`bool`, *optional*, defaults to `False`):
             Whether the doctor is for guided flow. Its language model head then starts at zero, see
-            [`~trl_tfpo.models.guidance.start_guidance`], and is trained and saved with the adapter.
+            [`~trl_tfpo.models.initial_head.start_at_zero`], and is trained and saved with the adapter.
         has_credits (`bool`, *optional*, defaults to `False`):
             Whether the doctor starts at token credits. A new LoRA with a policy of its own then also adapts the head,
-            see [`~trl_tfpo.models.head_adapter.with_head`].
+            see [`~trl_tfpo.models.head_adapter.with_lora_on_head`].
 
     Returns:
         [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]: the doctor.
@@ -201,10 +202,10 @@ def make_doctor(
         `ValueError`: for a second adapter, prompt learning, or activated LoRA; with `guides`, for a `PeftModel` that
             was not trained by guided flow; without it, for a doctor of guided flow.
     """
-    _check_start(model, guides)
+    _check_initial_model(model, guides)
     doctor: Any = model
     if guides and not is_peft_model(model):
-        start_guidance(doctor, in_span=peft_config is None)
+        start_at_zero(doctor, in_span=peft_config is None)
     if peft_config is None:
         add_value_head(doctor)
     else:
@@ -216,11 +217,11 @@ def make_doctor(
         record_exponents(doctor, GUIDANCE if guides else {})
         save_without_embeddings(doctor)
         if has_credits:
-            keep_head(doctor)
+            freeze_head_lora(doctor)
     return doctor
 
 
-def _check_start(model: LanguageModel, guides: bool) -> None:
+def _check_initial_model(model: LanguageModel, guides: bool) -> None:
     """Raise `ValueError` if a model cannot become a doctor, of guided flow or with a policy of its own."""
     check_adapters(model, "The doctor")
     adapters: Any = getattr(model, "peft_config", None)
@@ -230,12 +231,12 @@ def _check_start(model: LanguageModel, guides: bool) -> None:
             f"{type(model).__name__} with the adapters {sorted(adapters)}; load it with `load_doctor` or "
             "`PeftModel.from_pretrained`, or pass the model without adapters."
         )
-    if guides and is_peft_model(model) and not is_guidance(model):
+    if guides and is_peft_model(model) and not trained_exponents(model):
         raise ValueError(
             "A doctor of guided flow starts with a new head. Got a `PeftModel` that was not trained by guided flow; "
             "pass its base model and a `peft_config`, or set `policy='doctor'`."
         )
-    if not guides and is_guidance(model):
+    if not guides and trained_exponents(model):
         raise ValueError(
             "With `policy='doctor'` the doctor is a language model. Got one of guided flow, which is a ratio of two "
             "policies; start from the model before its training, or continue with `policy='guided'`."
@@ -259,7 +260,7 @@ def _add_adapter(model: PreTrainedModel, peft_config: Any, *, guides: bool, has_
             f"{reason}. Got {type(peft_config).__name__}; use an adapter of the weights, such as `LoraConfig`."
         )
     if has_credits and not guides and (model.device.type == "meta" or head_form(model) == PLAIN):
-        peft_config = with_head(model, peft_config)
+        peft_config = with_lora_on_head(model, peft_config)
     add_value_head(model)
     peft_config = copy.deepcopy(peft_config)  # do not change the caller's config
     head = head_of(model)

@@ -20,7 +20,7 @@ import torch
 from ..common.language_model import LanguageModel, head_of, unwrap_peft
 
 
-STARTS_AT_ZERO = (True, "gaussian")  # values of `init_lora_weights` for which the product of the matrices is zero
+ZERO_INITS = (True, "gaussian")  # values of `init_lora_weights` for which the product of the matrices is zero
 
 
 def has_adapted_head(model: LanguageModel) -> bool:
@@ -39,7 +39,7 @@ def is_plain_lora(head: Any) -> bool:
     )
 
 
-def adapter_factors(head: Any, hidden: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def lora_factors(head: Any, hidden: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """
     Logits that the active adapters add to those of a head, in factors. See [`is_plain_lora`].
 
@@ -61,7 +61,7 @@ def adapter_factors(head: Any, hidden: torch.Tensor) -> list[tuple[torch.Tensor,
     return factors
 
 
-def with_head(model: LanguageModel, peft_config: Any) -> Any:
+def with_lora_on_head(model: LanguageModel, peft_config: Any) -> Any:
     """
     Add a LoRA of rank 1 on the language model head to the config of an adapter, as a place for token credits.
 
@@ -83,7 +83,7 @@ def with_head(model: LanguageModel, peft_config: Any) -> Any:
         targets = DEFAULT_TARGETS.get(str(getattr(model.config, "model_type", None)))
     is_plain = getattr(peft_config.peft_type, "value", peft_config.peft_type) == "LORA" and not peft_config.use_dora
     last, kept = name.rsplit(".", 1)[-1], {*(peft_config.modules_to_save or ()), *peft_config.rank_pattern}
-    if not is_plain or peft_config.init_lora_weights not in STARTS_AT_ZERO or targets is None or {name, last} & kept:
+    if not is_plain or peft_config.init_lora_weights not in ZERO_INITS or targets is None or {name, last} & kept:
         return peft_config
     if targets == "all-linear":
         from transformers.pytorch_utils import Conv1D
@@ -109,8 +109,8 @@ def _name_of_head(model: LanguageModel) -> str:
     return next(name for name, module in model.named_modules() if module is head)
 
 
-def keep_head(model: LanguageModel) -> None:
-    """Exclude the LoRA that [`with_head`] has added from training, so that the credits do not change."""
+def freeze_head_lora(model: LanguageModel) -> None:
+    """Exclude the LoRA that [`with_lora_on_head`] has added from training, so that the credits do not change."""
     head, name_of_head = head_of(model), _name_of_head(unwrap_peft(model))
     configs: dict[str, Any] = model.peft_config
     for name, matrix in getattr(head, "lora_A", {}).items():
@@ -127,7 +127,7 @@ def save_without_embeddings(model: LanguageModel) -> None:
         vars(model)["save_pretrained"] = functools.wraps(save_pretrained)(save)
 
 
-def starts_at_zero(model: LanguageModel) -> bool:
+def has_zero_lora(model: LanguageModel) -> bool:
     """Whether the active adapter has a LoRA on the head whose product is still zero."""
     head, name = head_of(model), getattr(model, "active_adapter", None)
     if not hasattr(head, "base_layer") or name not in getattr(head, "lora_B", {}) or not is_plain_lora(head):
@@ -136,13 +136,13 @@ def starts_at_zero(model: LanguageModel) -> bool:
 
 
 @torch.no_grad()
-def start_head_at(model: LanguageModel, logits: torch.Tensor, constant: torch.Tensor) -> None:
+def set_head_lora(model: LanguageModel, logits: torch.Tensor, constant: torch.Tensor) -> None:
     """
     Set the LoRA on the head so that it adds the same logits at every state, in place.
 
     Args:
         model ([`~peft.PeftModel`]):
-            The doctor, see [`starts_at_zero`].
+            The doctor, see [`has_zero_lora`].
         logits (`torch.Tensor` of shape `(V,)`):
             Logit of each token, in nats.
         constant (`torch.Tensor` of shape `(H,)`):

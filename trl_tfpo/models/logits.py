@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from ..common.language_model import LanguageModel, backbone_of, device_of, head_of, inference, unwrap_peft
 from ..functional import FactoredLogits, token_logps
 from .guidance_head import GuidanceHead
-from .head_adapter import adapter_factors, has_adapted_head, is_plain_lora
+from .head_adapter import has_adapted_head, is_plain_lora, lora_factors
 
 
 logger = logging.getLogger(__name__)
@@ -69,10 +69,10 @@ def read_logits(
         reads. The terms are [`~trl_tfpo.functional.FactoredLogits`]. They are one tensor, float32, where the head is
         sharded, quantized, offloaded, or more than a product.
     """
-    form = head_form(model) if _has_whole_head(model) else None
+    form = head_form(model) if _is_factorable(model) else None
     if form is not None and form.softcap is not None and has_adapted_head(model):
         form = None  # the cap applies to the sum of head and adapter
-    with _showing_labelled(model, has_label, num_shown=None if form is None else 1) as states:
+    with _head_reads_labelled(model, has_label, num_shown=None if form is None else 1) as states:
         outputs = (forward or model)(**inputs, use_cache=False)
     if form is None:
         return [outputs.logits[0].float()], states.hidden
@@ -164,7 +164,7 @@ def _form_of(product: torch.Tensor, logits: torch.Tensor, base: PreTrainedModel)
     return nearest if torch.allclose(logits_in(nearest), logits, rtol=tolerance, atol=tolerance) else None
 
 
-def _has_whole_head(model: LanguageModel) -> bool:
+def _is_factorable(model: LanguageModel) -> bool:
     """
     Whether the head is a product with float weights that are whole in this process, and its only adapters are plain
     LoRAs. Offloaded weights are not in this process.
@@ -192,7 +192,7 @@ def _factors(model: LanguageModel, hidden: torch.Tensor, form: HeadForm) -> list
         hidden, bias = hidden * form.scale, None if bias is None else bias * form.scale
     factors: list[FactoredLogits | torch.Tensor] = [FactoredLogits(hidden, head.weight, bias, form.softcap)]
     if has_adapted_head(model):
-        factors += [FactoredLogits(*adapted) for adapted in adapter_factors(head, hidden)]
+        factors += [FactoredLogits(*adapted) for adapted in lora_factors(head, hidden)]
     return factors
 
 
@@ -221,7 +221,7 @@ class _States:
 
 
 @contextmanager
-def _showing_labelled(model: LanguageModel, has_label: torch.Tensor, num_shown: int | None) -> Iterator[_States]:
+def _head_reads_labelled(model: LanguageModel, has_label: torch.Tensor, num_shown: int | None) -> Iterator[_States]:
     """
     Within the context the language model head receives one row: the states that predict a label, or the first
     `num_shown` of them. The context yields the hidden states of the forward pass.

@@ -14,13 +14,14 @@ from transformers import AutoModelForCausalLM
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, cached_file
 
-from ..common.atomic import written_whole
+from ..common.atomic import atomic_write
 from ..common.language_model import LanguageModel
-from .adapters import VALUE_HEAD, record_exponents, trained_exponents
+from .adapters import VALUE_HEAD
 from .doctor import add_value_head
-from .guidance import load_guidance, untie_head
 from .guidance_head import GuidanceHead
+from .initial_head import untie_head
 from .named_model import SOURCE
+from .trained_exponents import load_exponents, record_exponents, trained_exponents
 
 
 VALUE_HEAD_FILE = "value_head.safetensors"  # of a full model
@@ -51,7 +52,7 @@ def load_doctor(path: str | os.PathLike, with_value_head: bool = True, **kwargs)
     """
     kwargs.setdefault("use_safetensors", True)  # a pickle can run code
     kwargs.setdefault("trust_remote_code", False)  # without a value transformers asks whether to run code
-    guidance = load_guidance(path, **{key: kwargs[key] for key in SOURCE if key in kwargs})
+    guidance = load_exponents(path, **{key: kwargs[key] for key in SOURCE if key in kwargs})
     path = _adapter_folder(path)
     adapter_config = cached_file(path, "adapter_config.json", _raise_exceptions_for_missing_entries=False)
     if adapter_config is not None:
@@ -110,7 +111,7 @@ def _adapter_folder(path: str | os.PathLike) -> str | os.PathLike:
 
 def save_value_head(state: dict[str, torch.Tensor], folder: str | os.PathLike) -> None:
     """Save the value head of a full model in its folder, in a file of its own."""
-    with written_whole(Path(folder) / VALUE_HEAD_FILE) as part:
+    with atomic_write(Path(folder) / VALUE_HEAD_FILE) as part:
         save_file({name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}, part)
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.utils import cached_file
 
-from ..common.atomic import written_whole
+from ..common.atomic import atomic_write
 
 
 CREDITS_FILE = "token_credits.safetensors"
@@ -35,7 +35,7 @@ def save_credits(credits: torch.Tensor | None, folder: str | os.PathLike[str]) -
     if credits is None:
         (Path(folder) / CREDITS_FILE).unlink(missing_ok=True)
         return
-    with written_whole(Path(folder) / CREDITS_FILE) as part:
+    with atomic_write(Path(folder) / CREDITS_FILE) as part:
         save_file({"credits": credits.detach().float().cpu().contiguous()}, part)
 
 

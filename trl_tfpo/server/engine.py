@@ -27,7 +27,7 @@ from ..decoding.exponents import check_weight, default_beta, remaining_weight
 from ..decoding.reading import reading_fault
 from ..evaluation.completions import pad
 from ..functional import guided_logps
-from ..models.adapters import check_speaks, trained_exponents
+from ..models.trained_exponents import check_is_language_model, trained_exponents
 from .batch import Batch
 from .sampling import Event, Generation, Row, TokenScore
 from .text import REPLACEMENT, TokenTexts
@@ -113,7 +113,7 @@ class Engine:
         self.names, self.models = list(doctors), [patient, *doctors.values()]
         for model in self.models:
             check_is_doctor(model)
-        check_speaks(patient)
+        check_is_language_model(patient)
         self.processing_class, self.limits = processing_class, limits or Limits()
         self.texts = TokenTexts(processing_class)
         self.eos = set(all_eos_token_ids(processing_class, patient))

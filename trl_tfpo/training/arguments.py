@@ -18,7 +18,7 @@ from ..data.tokenizer_identity import check_embeddings
 from ..models.doctor import make_doctor
 from ..models.named_model import NamedModel, resolve_model
 from .base_policy import Policy
-from .checks import check_language_model, warn_of_ignored
+from .checks import check_decoder_only, warn_of_ignored
 from .config import TFPOConfig
 from .objective import tfpo_objective
 
@@ -70,7 +70,7 @@ def prepare_doctor(
     model: LanguageModel, args: TFPOConfig, policy: Policy, peft_config: "PeftConfig | None"
 ) -> LanguageModel:
     """The doctor with its heads and adapter, ready for training."""
-    check_language_model(model)
+    check_decoder_only(model)
     model = make_doctor(model, peft_config, guides=policy.has_base, has_credits=bool(args.calibrate_rewards))
     keep_differentiable(model)
     if is_peft_model(model) and args.gradient_checkpointing:

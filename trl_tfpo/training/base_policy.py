@@ -27,9 +27,9 @@ from transformers import PreTrainedModel
 from ..common._upstream import load_sharded, shard, shards_models
 from ..common.language_model import LanguageModel, inference
 from ..functional import FactoredLogits
-from ..models.guidance import is_guidance
 from ..models.logits import completion_logps, read_logits
 from ..models.named_model import NamedModel
+from ..models.trained_exponents import trained_exponents
 
 
 class Policy:
@@ -53,7 +53,7 @@ class RatioPolicy(Policy):
     def base(self, doctor, patient):
         if isinstance(doctor, NamedModel):
             return NamedModel(doctor.name, **doctor.init_kwargs)  # loaded when it is first read
-        if is_guidance(doctor):
+        if trained_exponents(doctor):
             raise ValueError(
                 "With `policy='ratio'` the doctor starts as a language model. Got a doctor of guided flow; start from "
                 "the model before its training, or continue its training for its patient with `policy='guided'`."

@@ -30,8 +30,8 @@ from ..decoding.exponents import Weight, default_beta
 from ..decoding.generation import guided_generate
 from ..decoding.logits_processor import DoctorGuidedLogitsProcessor
 from ..evaluation.completions import pad
-from ..models.adapters import trained_exponents
 from ..models.named_model import NamedModel, resolve_model
+from ..models.trained_exponents import trained_exponents
 from .trainer import TFPOTrainer
 
 

@@ -12,7 +12,7 @@ from huggingface_hub import DatasetCard, ModelCard
 
 from ..annotation.token_rewards import annotation_settings
 from ..common.printable import cell
-from ..models.guidance import GUIDANCE
+from ..models.trained_exponents import GUIDANCE
 from .base_policy import POLICIES
 from .config import TFPOConfig, output_folder
 

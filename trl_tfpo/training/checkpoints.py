@@ -13,7 +13,7 @@ from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 
 from .. import __version__
-from ..common.atomic import FORMAT, check_format, written_whole
+from ..common.atomic import FORMAT, atomic_write, check_format
 
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def mark_complete(folder: str | os.PathLike[str]) -> None:
             os.fsync(file.fileno())
         sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
     contents = {"format": FORMAT, "written_by": f"trl-tfpo {__version__}", "sizes": sizes}
-    with written_whole(folder / CONTENTS_FILE) as part:
+    with atomic_write(folder / CONTENTS_FILE) as part:
         part.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
 
 

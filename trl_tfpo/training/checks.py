@@ -12,13 +12,13 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.data.data_collator import DataCollator
 
 from ..annotation.token_rewards import check_given
-from ..common.atomic import written_whole
+from ..common.atomic import atomic_write
 from ..common.language_model import LanguageModel, is_peft_model, is_sharded
 from ..data.tokenization import columns_of
 from ..faces import Faces
-from ..models.guidance import is_guidance
-from ..models.head_adapter import starts_at_zero
+from ..models.head_adapter import has_zero_lora
 from ..models.named_model import NamedModel
+from ..models.trained_exponents import trained_exponents
 from .collator import TokenRewardCollator
 from .config import output_folder
 
@@ -43,7 +43,7 @@ def check_split(dataset: object, name: str) -> None:
         )
 
 
-def check_language_model(model: LanguageModel) -> None:
+def check_decoder_only(model: LanguageModel) -> None:
     """Raise `ValueError` if the doctor is an encoder-decoder."""
     if model.config.is_encoder_decoder:
         raise ValueError(
@@ -96,10 +96,10 @@ def check_can_calibrate(dataset: Dataset | IterableDataset, model: LanguageModel
             f"`calibrate_rewards` needs all token rewards before training. Got {found}; annotate a `Dataset` first, "
             "or set `calibrate_rewards=False`."
         )
-    if is_peft_model(model) and not starts_at_zero(model):
+    if is_peft_model(model) and not has_zero_lora(model):
         warnings.warn(
             "Only a new LoRA adapter of a language model can start at the calibrated credits. Got "
-            f"{'an adapter of guided flow' if is_guidance(model) else 'another adapter'}, which starts as it is; use "
+            f"{'an adapter of guided flow' if trained_exponents(model) else 'another adapter'}, which starts as it is; use "
             "`policy='doctor'` with a `LoraConfig`."
         )
 
@@ -144,7 +144,7 @@ def check_loss(loss: torch.Tensor, inputs: dict[str, torch.Tensor], trainer: Tra
     if loss.isfinite():
         return
     folder = output_folder(trainer.args) / f"not-finite-{trainer.state.global_step}"
-    with written_whole(folder / f"batch-{trainer.args.process_index}.safetensors") as part:
+    with atomic_write(folder / f"batch-{trainer.args.process_index}.safetensors") as part:
         save_file({name: tensor.contiguous().cpu() for name, tensor in inputs.items()}, part)
     model = trainer.accelerator.unwrap_model(trainer.model)
     if trainer.args.should_save and not is_sharded(model):

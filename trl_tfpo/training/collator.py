@@ -265,7 +265,7 @@ class TokenRewardCollator(DataCollatorMixin):
         )
 
 
-def settle_with_collator(
+def align_with_collator(
     collator: TokenRewardCollator, args: TFPOConfig, dataset: object, eos_token_ids: list[int]
 ) -> list[int]:
     """

@@ -18,10 +18,10 @@ from transformers.trainer_utils import HubStrategy
 
 from ..common._upstream import _BaseTrainer
 from ..common.language_model import is_peft_model, is_sharded
-from ..models.adapters import VALUE_HEAD, center_head
-from ..models.guidance import GUIDANCE_FILE, save_guidance
+from ..models.adapters import VALUE_HEAD
 from ..models.saved_doctor import VALUE_HEAD_FILE, fold_map, load_value_head, save_value_head
 from ..models.token_credits import CREDITS_FILE, save_credits
+from ..models.trained_exponents import EXPONENTS_FILE, center_head, save_exponents
 from .calibration import Calibration
 from .cards import CUSTOM_GENERATE_FOLDER, complete_model_card, save_custom_generate
 from .config import TFPOConfig, output_folder
@@ -58,7 +58,7 @@ class DoctorFiles(_BaseTrainer):
             return
         if head:  # the value head, and the map of the guidance head
             save_value_head({name.rsplit(".", 1)[-1]: tensor for name, tensor in head.items()}, folder)
-        save_guidance(model, folder)
+        save_exponents(model, folder)
         credits = None if self.calibration is None else self.calibration.credits / self.args.reward_temperature
         save_credits(credits, folder)
         save_custom_generate(folder)
@@ -71,7 +71,7 @@ class DoctorFiles(_BaseTrainer):
         # `Trainer` copies its own files from the checkpoint to the folder that it pushes
         if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
             target = output_folder(self.args)
-            for name in (VALUE_HEAD_FILE, GUIDANCE_FILE, CREDITS_FILE):
+            for name in (VALUE_HEAD_FILE, EXPONENTS_FILE, CREDITS_FILE):
                 if (Path(checkpoint_folder) / name).is_file():
                     shutil.copyfile(Path(checkpoint_folder) / name, target / name)
                 else:

@@ -19,8 +19,8 @@ from datasets import Dataset, IterableDataset
 
 from ..annotation.token_rewards import GAP_COLUMNS
 from ..common.language_model import LanguageModel, is_sharded
-from ..models.guidance import free_head
 from ..models.guidance_head import GuidanceHead
+from ..models.initial_head import use_free_head
 from .token_gaps import centered_embeddings, predict_gaps, read_gaps, sample_pairs
 
 
@@ -61,10 +61,10 @@ def choose_head(
     has_gaps = isinstance(dataset, Dataset) and set(GAP_COLUMNS) <= set(dataset.column_names)
     if not has_gaps or len(dataset) < MIN_PAIRS:
         return
-    shares = explained_gaps(dataset, head.weight, eos_token_ids)
+    shares = explained_variance(dataset, head.weight, eos_token_ids)
     ((by_token, by_embedding),) = broadcast_object_list([shares])  # one choice for all processes
     if by_token > MIN_EXPLAINED and by_embedding < MIN_SHARE * by_token:
-        free_head(model)
+        use_free_head(model)
         logger.info(
             "The doctor gets a head with a free row for each token: its embeddings explain %.3f of the variance of "
             "held-out gaps, and tokens explain %.3f.",
@@ -73,7 +73,9 @@ def choose_head(
         )
 
 
-def explained_gaps(dataset: Dataset, embeddings: torch.Tensor, eos_token_ids: Sequence[int]) -> tuple[float, float]:
+def explained_variance(
+    dataset: Dataset, embeddings: torch.Tensor, eos_token_ids: Sequence[int]
+) -> tuple[float, float]:
     """
     Share of the variance of held-out gaps that tokens explain, and the share that their embeddings explain.
 

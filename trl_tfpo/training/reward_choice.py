@@ -63,7 +63,7 @@ def choose_rewards(
         check_can_calibrate(dataset, model, is_online=is_online)
     held_out = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
     is_open = args.calibrate_rewards is None and POLICIES[args.policy].has_base and not is_online
-    is_open = is_open and _is_open(dataset, held_out, model)
+    is_open = is_open and _may_calibrate(dataset, held_out, model)
     if not args.calibrate_rewards and not is_open:
         if args.process_index == 0:
             warn_unless_faces_separate(dataset)
@@ -77,7 +77,7 @@ def choose_rewards(
     return calibration if is_used else None, calibration.describe(is_used=is_used)
 
 
-def _is_open(
+def _may_calibrate(
     dataset: Dataset | IterableDataset,
     held_out: Sequence[Dataset | IterableDataset | None],
     model: LanguageModel,

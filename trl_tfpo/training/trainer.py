@@ -45,7 +45,7 @@ from ..data.tokenization import (
 from ..faces import Faces, resolve_faces
 from ..models.doctor import set_head_learning_rate
 from ..models.fingerprint import model_fingerprint
-from ..models.guidance import start_at_credits
+from ..models.initial_head import start_at_credits
 from ..models.named_model import NamedModel, outline_of
 from .arguments import objective_of, prepare_doctor, resolve_doctor, resolve_patient, resolve_tokenizer, reward_fn_of
 from .base_policy import POLICIES, place_base_policy, read_base_policy
@@ -58,12 +58,12 @@ from .checks import (
     check_one_device,
     check_split,
 )
-from .collator import TokenRewardCollator, settle_with_collator
+from .collator import TokenRewardCollator, align_with_collator
 from .config import TFPOConfig, resolve_args
 from .doctor_files import DoctorFiles
 from .head_choice import choose_head
-from .held_out import WarnWhenHeldOutTurns
 from .objective import describe_batch, pair_rewards
+from .overfitting import WarnOfOverfitting
 from .pair_means import PairMeans
 from .reference import REFERENCE_COLUMNS, check_not_streamed, with_reference_logps
 from .reward_choice import choose_rewards
@@ -216,7 +216,7 @@ class TFPOTrainer(DoctorFiles):
         if policy.needs_patient:
             check_given(self.patient_model)
         elif isinstance(self.patient_model, NamedModel):
-            self.patient_model.let_go()
+            self.patient_model.unload()
         else:
             self.patient_model = None
 
@@ -233,7 +233,7 @@ class TFPOTrainer(DoctorFiles):
             optimizers=optimizers,
         )
         check_one_device(self.args)
-        self.add_callback(WarnWhenHeldOutTurns(self.callback_handler))
+        self.add_callback(WarnOfOverfitting(self.callback_handler))
 
         keep_output_precision(self.accelerator)
 
@@ -274,7 +274,7 @@ class TFPOTrainer(DoctorFiles):
         self._online_faces, max_length = None, args.max_length
         if isinstance(data_collator, TokenRewardCollator):
             self._online_faces = data_collator.faces
-            self._eos_token_ids = settle_with_collator(data_collator, args, train_dataset, self._eos_token_ids)
+            self._eos_token_ids = align_with_collator(data_collator, args, train_dataset, self._eos_token_ids)
             max_length = data_collator.max_length
         train_dataset = self._annotate(train_dataset, processing_class, args)
         eval_dataset = self._annotate(eval_dataset, processing_class, args)

@@ -1,32 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Guided flow in a model: set its head to zero, start it at token credits, save and load its exponents."""
+"""Initial language model head of a doctor: zero logits, or token credits."""
 
 import copy
-import json
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import cached_file
 
-from ..common.atomic import FORMAT, check_format
 from ..common.language_model import LanguageModel, backbone_of, head_of, inference, is_sharded
-from .adapters import trained_exponents
 from .guidance_head import GuidanceHead, constant_over
-from .head_adapter import start_head_at, starts_at_zero
+from .head_adapter import has_zero_lora, set_head_lora
 from .logits import PLAIN, head_form
-from .named_model import check_there
+from .trained_exponents import GUIDANCE
 
 
-GUIDANCE_FILE = "guidance.json"
 NUM_ROWS = 8  # read at once by `start_at_credits`
-GUIDANCE = {"alpha": 1.0, "beta": 1.0}  # exponents of the patient and of the doctor in training
 
 
-def start_guidance(model: LanguageModel, in_span: bool = False) -> None:
+def start_at_zero(model: LanguageModel, in_span: bool = False) -> None:
     """
     Set the language model head to zero, in place. The doctor then has no effect on a patient.
 
@@ -42,7 +34,7 @@ def start_guidance(model: LanguageModel, in_span: bool = False) -> None:
     if getattr(model.config, "guidance", None):
         return
     embeddings = head_of(model).weight
-    _own_config(model)
+    _copy_config(model)
     untie_head(model)
     model.config.guidance = GUIDANCE
     head = head_of(model)
@@ -56,7 +48,7 @@ def start_guidance(model: LanguageModel, in_span: bool = False) -> None:
         torch.nn.init.zeros_(head.bias)
 
 
-def free_head(model: LanguageModel) -> None:
+def use_free_head(model: LanguageModel) -> None:
     """Replace an untrained GuidanceHead by a head with a free row for each token, all zero, in place."""
     replaced = head_of(model)
     head = torch.nn.Linear(replaced.in_features, len(replaced.weight), bias=False).to(replaced.weight)
@@ -84,7 +76,7 @@ def start_at_credits(model: LanguageModel, logits: torch.Tensor, rows: Any, coll
             Turns rows into a batch.
     """
     head = head_of(model)
-    if is_sharded(model) or not (isinstance(head, GuidanceHead) or starts_at_zero(model)):
+    if is_sharded(model) or not (isinstance(head, GuidanceHead) or has_zero_lora(model)):
         return
     wanted = logits.new_zeros(len(head.weight))
     wanted[: len(logits)] = logits[: len(wanted)]
@@ -101,10 +93,10 @@ def start_at_credits(model: LanguageModel, logits: torch.Tensor, rows: Any, coll
     if isinstance(head, GuidanceHead):
         head.start_at(wanted.to(model.device), torch.cat(states))
     else:
-        start_head_at(model, wanted.to(model.device), constant_over(torch.cat(states)))
+        set_head_lora(model, wanted.to(model.device), constant_over(torch.cat(states)))
 
 
-def _own_config(model: LanguageModel) -> None:
+def _copy_config(model: LanguageModel) -> None:
     """
     Give the model its own copy of its config. A config shared with the patient would mark the patient as a doctor.
     """
@@ -120,39 +112,3 @@ def untie_head(model: LanguageModel) -> None:
     if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
         model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
         model.tie_weights()  # drops the record of tied weights
-
-
-def is_guidance(model: LanguageModel) -> bool:
-    """Whether the model is a doctor of guided flow, before or after training."""
-    return bool(trained_exponents(model))
-
-
-def save_guidance(model: LanguageModel, output_dir: str | os.PathLike) -> None:
-    """Save the format and, for a doctor of guided flow, its exponents, next to its weights."""
-    contents = {"format": FORMAT} | trained_exponents(model)
-    (Path(output_dir) / GUIDANCE_FILE).write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
-
-
-def load_guidance(path: str | os.PathLike, **source: Any) -> dict[str, float] | None:
-    """
-    Load the exponents that a doctor was trained for.
-
-    Args:
-        path (`str` or `os.PathLike`):
-            Folder or Hub id.
-        source:
-            `revision`, `subfolder`, `cache_dir` and `token`, as of `from_pretrained`.
-
-    Returns:
-        `dict`: `alpha` and `beta`; empty for a doctor with a policy of its own, `None` if there is no record.
-
-    Raises:
-        `ValueError`: if the folder does not exist, or if its format is not supported.
-    """
-    check_there(path)
-    file = cached_file(path, GUIDANCE_FILE, _raise_exceptions_for_missing_entries=False, **source)
-    if file is None:
-        return None
-    contents = json.loads(Path(file).read_text(encoding="utf-8"))
-    check_format(contents.pop("format", FORMAT), f"The doctor in {str(path)!r}")
-    return contents

@@ -15,7 +15,7 @@ MIN_RISE = 0.01  # a smaller relative rise of the loss is noise
 FLOW_LOSS, ACCURACY = "_loss", "_rewards/accuracies"  # ends of the names of metrics
 
 
-class WarnWhenHeldOutTurns(TrainerCallback):
+class WarnOfOverfitting(TrainerCallback):
     """
     Warn once in a training that held-out metrics get worse.
 
@@ -59,7 +59,7 @@ class WarnWhenHeldOutTurns(TrainerCallback):
             values = {entry["step"]: entry[name] for entry in state.log_history if name in entry}
             prefix = name.removesuffix(FLOW_LOSS).removesuffix(ACCURACY)
             num_pairs = metrics.get(f"{prefix}_runtime", 0) * metrics.get(f"{prefix}_samples_per_second", 0)
-            best = turning_point(list(values.values()), num_pairs=num_pairs if name.endswith(ACCURACY) else None)
+            best = best_before_decline(list(values.values()), num_pairs=num_pairs if name.endswith(ACCURACY) else None)
             if best is not None:
                 self.is_active = False
                 step, *since = list(values)[best:]
@@ -72,7 +72,7 @@ class WarnWhenHeldOutTurns(TrainerCallback):
                 return
 
 
-def turning_point(values: Sequence[float], *, num_pairs: float | None) -> int | None:
+def best_before_decline(values: Sequence[float], *, num_pairs: float | None) -> int | None:
     """
     Index of the best evaluation, if each of the last two got worse and the last is significantly worse than the best.
 
