@@ -195,7 +195,7 @@ def test_an_adapter_without_its_head_is_refused(folder, base):
     """On the language model's own head the changes of a ratio's layers mean nothing."""
     model = PeftModel.from_pretrained(base, folder / "ratio").eval()
     base.lm_head = base.lm_head.original_module
-    with pytest.raises(ValueError, match="must be complete. Got one without its \\['lm_head'\\]"):
+    with pytest.raises(ValueError, match="must be complete. Got no \\['lm_head'\\]"):
         guided_logps(model)
 
 

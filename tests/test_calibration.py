@@ -190,9 +190,7 @@ def test_too_little_to_calibrate_is_refused():
         found.apply(Dataset.from_dict({"prompt": ["a"]}))
     sharded = make_llama(2)
     sharded.lm_head.weight.ds_id = 0  # what DeepSpeed ZeRO-3 leaves on a parameter
-    with pytest.raises(
-        ValueError, match="needs the whole embeddings of the doctor. Got a doctor that was loaded in shards"
-    ):
+    with pytest.raises(ValueError, match="needs the whole embeddings of the doctor. Got a sharded doctor"):
         check_can_calibrate(dataset, sharded, is_online=False)
 
 

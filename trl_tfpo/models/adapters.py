@@ -34,7 +34,7 @@ def check_adapters(model: LanguageModel, name: str = "A doctor") -> None:
             reason = "Its layers cannot be disabled"
         if reason:
             raise ValueError(
-                f"{name} may only have adapters of its weights, such as LoRA. Got the adapter {adapter!r}, a "
+                f"{name} may have adapters of its weights only, such as LoRA. Got the adapter {adapter!r}, a "
                 f"{type(config).__name__}. {reason}; load the model without it."
             )
 

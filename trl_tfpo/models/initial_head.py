@@ -22,14 +22,14 @@ def start_at_zero(model: LanguageModel, in_span: bool = False) -> None:
     """
     Set the language model head to zero, in place. The doctor then has no effect on a patient.
 
-    A head that is tied to the embeddings gets its own weights. A doctor trained by guided flow is not changed.
+    A tied head is untied. A doctor of guided flow is not changed.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
             The language model, before an adapter is added.
         in_span (`bool`, *optional*, defaults to `False`):
-            Whether the head becomes a [`~trl_tfpo.models.guidance_head.GuidanceHead`] on the frozen weights of the
-            current head. A head with a bias, a scale or a cap gets its own weights in any case.
+            Whether to use a [`~trl_tfpo.models.guidance_head.GuidanceHead`] on the frozen weights of the current
+            head. A head with a bias, a scale or a cap is replaced by an ordinary head in any case.
     """
     if getattr(model.config, "guidance", None):
         return
@@ -38,9 +38,9 @@ def start_at_zero(model: LanguageModel, in_span: bool = False) -> None:
     untie_head(model)
     model.config.guidance = GUIDANCE
     head = head_of(model)
-    has_product = type(head) is torch.nn.Linear and head.bias is None
-    is_outline = embeddings.device.type == "meta"  # a model without weights, which cannot be run
-    if in_span and has_product and (is_outline or head_form(model) == PLAIN):
+    has_no_bias = type(head) is torch.nn.Linear and head.bias is None
+    is_outline = embeddings.device.type == "meta"  # without weights, `head_form` cannot run the model
+    if in_span and has_no_bias and (is_outline or head_form(model) == PLAIN):
         model.set_output_embeddings(GuidanceHead(embeddings))
         return
     head.weight = torch.nn.Parameter(torch.zeros_like(head.weight))
@@ -49,7 +49,7 @@ def start_at_zero(model: LanguageModel, in_span: bool = False) -> None:
 
 
 def use_free_head(model: LanguageModel) -> None:
-    """Replace an untrained GuidanceHead by a head with a free row for each token, all zero, in place."""
+    """Replace an untrained GuidanceHead, in place, by a zero head with a free row for each token."""
     replaced = head_of(model)
     head = torch.nn.Linear(replaced.in_features, len(replaced.weight), bias=False).to(replaced.weight)
     torch.nn.init.zeros_(head.weight)
@@ -60,20 +60,20 @@ def use_free_head(model: LanguageModel) -> None:
 @torch.no_grad()
 def start_at_credits(model: LanguageModel, logits: torch.Tensor, rows: Any, collate: Callable) -> None:
     """
-    Set the initial logits of a doctor, the same at every state, in place.
+    Start a doctor at token credits: logits that are the same at every state. Changes the head in place.
 
-    A [`~trl_tfpo.models.guidance_head.GuidanceHead`] starts at these logits. An adapter on the head adds them to the
+    A [`~trl_tfpo.models.guidance_head.GuidanceHead`] starts at these logits. A new LoRA on the head adds them to the
     logits of the language model. Other doctors are not changed.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
             The doctor.
         logits (`torch.Tensor` of shape `(V',)`):
-            Logit of each token, in nats, up to a constant.
+            Logit of each token, in nats, up to a constant. V' may differ from the V rows of the head.
         rows (`Sequence[dict]`):
             Rows of the training data. They are read until there are 2 H hidden states.
         collate (`Callable`):
-            Turns rows into a batch.
+            Data collator.
     """
     head = head_of(model)
     if is_sharded(model) or not (isinstance(head, GuidanceHead) or has_zero_lora(model)):
@@ -97,18 +97,16 @@ def start_at_credits(model: LanguageModel, logits: torch.Tensor, rows: Any, coll
 
 
 def _copy_config(model: LanguageModel) -> None:
-    """
-    Give the model its own copy of its config. A config shared with the patient would mark the patient as a doctor.
-    """
-    own: dict[int, Any] = {}  # copies by the identity of the original
-    copy.deepcopy(model.config, own)
+    """Copy the config of a model. A config shared with the patient would mark the patient as a doctor."""
+    copies: dict[int, Any] = {}  # by the identity of the original
+    copy.deepcopy(model.config, copies)
     for module in model.modules():
-        if id(getattr(module, "config", None)) in own:
-            module.config = own[id(module.config)]
+        if id(getattr(module, "config", None)) in copies:
+            module.config = copies[id(module.config)]
 
 
 def untie_head(model: LanguageModel) -> None:
-    """Untie the language model head from the input embeddings, in place, before its weights are replaced."""
+    """Untie the language model head from the input embeddings, in place. The caller then replaces its weights."""
     if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
         model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
         model.tie_weights()  # drops the record of tied weights
