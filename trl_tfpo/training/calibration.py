@@ -98,7 +98,7 @@ class Calibration:
 
     @property
     def is_better(self) -> bool:
-        """Whether the advantage exceeds 1.5 standard errors and a quarter of the gain of sparse rewards over chance."""
+        """Whether the advantage exceeds 1.5 standard errors and a quarter of what sparse rewards gain over chance."""
         sparse_gain = max(self.sparse_log_likelihood - CHANCE, 0.0)
         return bool(self.advantage > max(NUM_ERRORS * self.advantage_error, MIN_ADVANTAGE * sparse_gain))
 

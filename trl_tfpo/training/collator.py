@@ -182,8 +182,8 @@ class TokenRewardCollator(DataCollatorMixin):
             batch[name] = pad_sequence(values, batch_first=True)  # (2P, T)
             if len(values) < len(rows) or not batch[name].isfinite().all():
                 raise ValueError(
-                    f"`{name}` must be finite, and present for all completions or for none. Got {len(values)} of "
-                    f"{len(rows)} completions with values, {int((~batch[name].isfinite()).sum())} of them not finite; "
+                    f"`{name}` must be finite, and present for all completions or for none. Got it for {len(values)} "
+                    f"of {len(rows)} completions, {int((~batch[name].isfinite()).sum())} values of them not finite; "
                     "score the dataset again."
                 )
         return batch

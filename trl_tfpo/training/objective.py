@@ -64,7 +64,7 @@ def tfpo_objective(
             $\gamma$, margin of the value discrimination loss in nats.
 
     Returns:
-        `torch.Tensor`: the loss, a scalar, mean over pairs; `dict[str, torch.Tensor]`: metrics, detached scalars.
+        `torch.Tensor`: the loss, a scalar, mean over pairs; and `dict[str, torch.Tensor]`: detached scalars.
 
     Raises:
         `ValueError`: if the rows are not pairs, a setting is out of range, or reference log-probabilities are missing.
