@@ -33,8 +33,8 @@ class DoctorOutput(ModelOutput):
 
     Args:
         doctor_logps (`torch.Tensor` of shape `(B, T)`):
-            Log-probability of each completion token under the balanced policy, in nats, float32; zero outside the
-            mask. The balanced policy is base policy times doctor with `base_logits`, and the doctor without.
+            Log-probability of each completion token in nats, float32; zero outside the mask. The policy is base policy
+            times doctor if `base_logits` were given, otherwise the doctor.
         log_values (`torch.Tensor` of shape `(B, S)`):
             Output of the value head at each state: log V in nats, float32. Arbitrary outside the mask.
         completion_ids (`torch.Tensor` of shape `(B, T)`):
@@ -94,7 +94,7 @@ def add_value_head(model: LanguageModel) -> None:
 
 @functools.cache
 def _doctor_class(language_model: Any) -> Any:
-    """The doctor class of a language model class, of the same name, because configs record the name."""
+    """Subclass for doctors of a language model class. It has the same name, because configs record the name."""
 
     class DoctorModel(language_model):
         language_model_class = language_model

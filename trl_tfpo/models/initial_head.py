@@ -15,7 +15,7 @@ from .logits import PLAIN, head_form
 from .trained_exponents import GUIDANCE
 
 
-NUM_ROWS = 8  # read at once by `start_at_credits`
+NUM_ROWS = 8  # in a batch of `start_at_credits`
 
 
 def start_at_zero(model: LanguageModel, in_span: bool = False) -> None:
@@ -97,7 +97,7 @@ def start_at_credits(model: LanguageModel, logits: torch.Tensor, rows: Any, coll
 
 
 def _copy_config(model: LanguageModel) -> None:
-    """Copy the config of a model. A config shared with the patient would mark the patient as a doctor."""
+    """Replace the config of a model by a copy: a config shared with the patient would mark the patient as a doctor."""
     copies: dict[int, Any] = {}  # by the identity of the original
     copy.deepcopy(model.config, copies)
     for module in model.modules():

@@ -3,8 +3,8 @@
 """
 Logits of a model at the positions that predict labels, stored as factors: hidden states and head.
 
-[`read_logits`] reads the doctor, the base policy, the reference, and the patient in annotation.
-[`~trl_tfpo.functional.token_logps`] turns its result into log-probabilities.
+Doctor, base policy, reference and annotation all use [`read_logits`]. [`~trl_tfpo.functional.token_logps`] turns its
+result into log-probabilities.
 
 Shapes: B rows, L tokens in a row, N labels in all rows, H entries of a hidden state, V tokens in the vocabulary.
 """
@@ -115,7 +115,7 @@ def head_form(model: LanguageModel) -> HeadForm | None:
     if base not in _FORMS:
         try:
             _FORMS[base] = _measured_form(base)
-        except Exception as error:  # custom code may fail in many ways; `read_logits` then uses the logits as they are
+        except Exception as error:  # for example, the head needs more than hidden states; its logits are not factored
             logger.info("The head of %s could not be measured: %r", type(base).__name__, error)
             _FORMS[base] = None
     return _FORMS[base]
@@ -220,7 +220,7 @@ class _States:
 @contextmanager
 def _head_reads_labelled(model: LanguageModel, has_label: torch.Tensor, num_shown: int | None) -> Iterator[_States]:
     """
-    Within the context, pass only hidden states that predict labels to the head, or the first `num_shown` of them.
+    Context in which the head receives only the hidden states that predict labels, or the first `num_shown` of them.
 
     Yields the hidden states of the forward pass.
     """

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Models given by name: config and shapes are available without the weights, which are loaded when first used."""
+"""Models given by name. Their weights are loaded when first used; config and shapes are available without weights."""
 
 import gc
 import os

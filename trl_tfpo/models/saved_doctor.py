@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Load doctors; save and load their value head and the map of a GuidanceHead next to the language model."""
+"""Load saved doctors, and write and read the file with their value head and the map of their GuidanceHead."""
 
 import json
 import os

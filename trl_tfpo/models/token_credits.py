@@ -35,7 +35,7 @@ def load_credits(path: str | os.PathLike[str], **kwargs: Any) -> torch.Tensor | 
     """
     Load the credits (V,) of a doctor from a folder or the Hub, in nats; `None` if it has none.
 
-    Of `kwargs`, which are those of `from_pretrained`, only the ones that locate files are used, such as `revision`.
+    `kwargs` are those of `from_pretrained`. Only arguments that locate files are used, such as `revision`.
     """
     source = {name: kwargs[name] for name in SOURCE if name in kwargs}
     file = cached_file(path, CREDITS_FILE, _raise_exceptions_for_missing_entries=False, **source)
@@ -71,7 +71,7 @@ def credited_rewards(credits: torch.Tensor, completion_ids: torch.Tensor, mask: 
     ids = completion_ids.masked_fill(~mask, 0)
     if ids.numel() and not 0 <= ids.min() <= ids.max() < len(credits):
         raise ValueError(
-            f"Token ids of completions must be from 0 to {len(credits) - 1}, which have credits. Got {ids.min()} to "
-            f"{ids.max()}; use a doctor with the patient's tokenizer."
+            f"Token ids must be from 0 to {len(credits) - 1}, the ids with credits. Got {ids.min()} to {ids.max()}; "
+            "use a doctor with the patient's tokenizer."
         )
     return credits.to(ids.device)[ids].masked_fill(~mask, 0).sum(dim=1)

@@ -3,13 +3,13 @@
 """
 Exponents that a doctor of guided flow was trained for. They distinguish it from a language model.
 
-A doctor of guided flow is a ratio of two policies: it generates no sensible text alone. Three marks identify it after
+A doctor of guided flow is a ratio of two policies and generates no sensible text alone. Three marks identify it after
 loading:
 
 1. `config.guidance` in the config of a full model;
-2. a record under `auto_mapping` in the config of an adapter, which `PeftModel` also loads;
-3. head weights whose rows add up to zero, which changes no probability. `merge_and_unload` drops the adapter config,
-   but not this mark. A head with this mark alone raises an error.
+2. a record under `auto_mapping` in the config of an adapter. All loaders keep it;
+3. rows of the head that add up to zero. Merging an adapter removes its config, but keeps this mark. A head with this
+   mark alone raises an error.
 """
 
 import json
@@ -44,7 +44,7 @@ _ZERO_SUMS: WeakKeyDictionary[torch.nn.Module, tuple[tuple[int, int], bool]] = W
 
 def trained_exponents(model: LanguageModel, adapters: Sequence[str] | None = None) -> dict[str, float]:
     """
-    Exponents that a doctor of guided flow was trained for; empty for a language model.
+    Exponents that a doctor of guided flow was trained for.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -53,7 +53,7 @@ def trained_exponents(model: LanguageModel, adapters: Sequence[str] | None = Non
             Names of the adapters in use. Defaults to the active adapters.
 
     Returns:
-        `dict[str, float]`: `alpha` of the patient and `beta` of the doctor, or an empty dict.
+        `dict[str, float]`: `alpha` of the patient and `beta` of the doctor; empty for a language model.
 
     Raises:
         `ValueError`: if the head is marked but the exponents are unknown; if the head of an adapter is missing; if
@@ -100,7 +100,7 @@ def check_is_language_model(model: LanguageModel, adapters: Sequence[str] | None
 
 
 def record_exponents(model: LanguageModel, exponents: dict[str, float]) -> None:
-    """Record the exponents of a doctor in the configs of its active adapters. Empty for `policy="doctor"`."""
+    """Record exponents in the configs of the active adapters; an empty record with `policy="doctor"`."""
     for name in active_adapters(adapter_layers(model)):
         config = _peft_config(model, name)
         config.task_type = config.task_type or "CAUSAL_LM"  # without a task type PEFT overwrites `auto_mapping`
@@ -117,11 +117,7 @@ def load_exponents(path: str | os.PathLike, **source: Any) -> dict[str, float] |
     """
     Load the exponents that a doctor was trained for, from its folder or Hub id.
 
-    Args:
-        path (`str` or `os.PathLike`):
-            Folder or Hub id.
-        source:
-            `revision`, `subfolder`, `cache_dir` and `token` of `from_pretrained`.
+    `source` may contain `revision`, `subfolder`, `cache_dir` and `token`, as for `from_pretrained`.
 
     Returns:
         `dict`: `alpha` and `beta`; empty for a doctor of `policy="doctor"`; `None` without a record.

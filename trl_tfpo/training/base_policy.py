@@ -42,7 +42,7 @@ class Policy:
     def base(
         self, doctor: "LanguageModel | NamedModel", patient: PreTrainedModel | NamedModel | None
     ) -> "LanguageModel | NamedModel | None":
-        """Return the base policy or `None`, before the heads of the doctor are added."""
+        """Return the base policy, or `None`. `doctor` is the language model without heads and adapter."""
         return None
 
 

@@ -47,7 +47,7 @@ SCALAR_PENALTY = 0.01  # ridge of the scalar terms, as a share of the ridge of t
 SCALARS = ("usual gap", "sparse reward", "gap", "number of tokens")
 SPARSE = [SCALARS.index(name) for name in ("sparse reward", "number of tokens")]
 NUM_ERRORS = 1.5  # a larger difference, in standard errors, is significant
-MIN_ADVANTAGE = 0.25  # share of the gain of sparse rewards over chance; reason in docs/results/choices.md
+MIN_ADVANTAGE = 0.25  # relative to the gain of sparse rewards over chance; reason in docs/results/choices.md
 CHANCE = -np.log(2)  # log-likelihood of a label without any information
 
 
@@ -113,7 +113,7 @@ class Calibration:
                 Whether a dataset without gaps is an error. Otherwise it is returned unchanged, with a warning.
 
         Raises:
-            `ValueError`: if the dataset has no gaps and needs them.
+            `ValueError`: with `needs_gaps`, if the dataset has no gaps.
         """
         if isinstance(dataset, dict):
             return {name: self._apply(split, needs_gaps) for name, split in dataset.items()}

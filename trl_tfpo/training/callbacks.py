@@ -46,7 +46,7 @@ class LogGuidedCompletionsCallback(TrainerCallback):
 
     Args:
         trainer ([`TFPOTrainer`]):
-            The trainer. Prompts come from its evaluation dataset, by default from the training dataset.
+            The trainer. Prompts come from its evaluation dataset, or without one from its training dataset.
         patient_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
             The patient, or its name or path. It stays loaded in each process. Defaults to the patient of the trainer,
             if it was given by name or with `policy="guided"`.
@@ -58,8 +58,8 @@ class LogGuidedCompletionsCallback(TrainerCallback):
         freq (`int`, *optional*):
             Steps between two tables. Defaults to the `eval_steps` of the trainer.
         alpha, beta (`float`, *optional*):
-            Exponents of the patient and of the doctor, see [`DoctorGuidedLogitsProcessor`]. Default to 1 and 1, or to
-            0.5 and 0.5 with `policy="doctor"`.
+            Exponents of the patient and of the doctor, see [`DoctorGuidedLogitsProcessor`]. The defaults are 1 and 1,
+            or 0.5 and 0.5 with `policy="doctor"`.
 
     Attributes:
         table (`list[dict]`):

@@ -132,7 +132,7 @@ def complete_model_card(
         else "`beta=0.5`, `alpha=1 - beta` (mixture), between 0.2 and 0.8"
     )
     training = ", ".join(f"`{name}={getattr(args, name)}`" for name in TRAINING_SETTINGS)
-    literal = json.dumps(annotation["patient"])  # escaped, because users run this line
+    literal = json.dumps(annotation["patient"])  # escaped: the name comes from the dataset, and users run the code
     path = output_folder(args) / "README.md"
     card = ModelCard.load(path)
     how = DOCTOR_CARD.format(

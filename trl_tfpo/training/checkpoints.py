@@ -24,7 +24,7 @@ PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bi
 
 @contextmanager
 def complete_checkpoint(trainer: Trainer, folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Within the context all processes write a checkpoint. Mark it as complete afterwards, then delete older ones."""
+    """Context in which all processes write a checkpoint. It is then marked as complete, and older ones are deleted."""
     args, folder = trainer.args, Path(folder)
     if args.should_save:
         (folder / CONTENTS_FILE).unlink(missing_ok=True)  # an earlier run may have written the same checkpoint
@@ -55,11 +55,7 @@ def mark_complete(folder: str | os.PathLike[str]) -> None:
 
 
 def check_checkpoint(folder: str | os.PathLike[str]) -> None:
-    """
-    Raise `ValueError` if a checkpoint cannot be loaded.
-
-    It does not exist, is incomplete or damaged, has another format version, or has pickled weights.
-    """
+    """Raise `ValueError` for a missing or damaged checkpoint, another format version, or pickled weights."""
     folder = Path(folder)
     try:
         contents = json.loads((folder / CONTENTS_FILE).read_text(encoding="utf-8"))
@@ -74,9 +70,9 @@ def check_checkpoint(folder: str | os.PathLike[str]) -> None:
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
         if found != size:
             raise ValueError(
-                f"A checkpoint must have all its files. Got {str(folder / name)!r} "
-                f"{'missing' if found is None else f'with {found} bytes'} instead of {size} bytes; resume from an "
-                "earlier checkpoint, or start from the beginning."
+                f"A checkpoint must have all its files. Got {'no file' if found is None else f'{found} bytes'} "
+                f"instead of {size} bytes at {str(folder / name)!r}; resume from an earlier checkpoint, or start from "
+                "the beginning."
             )
     if pickled := sorted(path.name for pattern in PICKLED_WEIGHTS for path in folder.glob(pattern)):
         raise ValueError(

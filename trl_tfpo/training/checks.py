@@ -38,7 +38,7 @@ def check_split(dataset: object, name: str) -> None:
         splits = sorted(dataset)
         split = "train" if "train" in splits else next(iter(splits), "train")
         raise ValueError(
-            f"`{name}` must be one split. Got a `{type(dataset).__name__}` of {splits}; pass for example "
+            f"`{name}` must be one split. Got a `{type(dataset).__name__}` of {splits}; pass one of them, for example "
             f"`{name}=dataset[{split!r}]`."
         )
 
@@ -99,8 +99,8 @@ def check_can_calibrate(dataset: Dataset | IterableDataset, model: LanguageModel
     if is_peft_model(model) and not has_zero_lora(model):
         warnings.warn(
             "Only a new LoRA adapter with `policy='doctor'` can start at the calibrated credits. Got "
-            f"{'an adapter of guided flow' if trained_exponents(model) else 'another adapter'}, which does not; use "
-            "`policy='doctor'` with a `LoraConfig`."
+            f"{'an adapter of guided flow' if trained_exponents(model) else 'another adapter'}, which starts without "
+            "them; use `policy='doctor'` with a `LoraConfig`."
         )
 
 

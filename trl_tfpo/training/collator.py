@@ -67,9 +67,9 @@ class TokenRewardCollator(DataCollatorMixin):
         - `reference_logps` (2P, T), in nats, if the examples have `chosen_ref_logps` and `rejected_ref_logps`.
 
     Raises:
-        `ValueError`: if an example has no rewards, not one reward for each token, or rewards that are not finite; if
-            a prompt or completion is empty, or a prompt has `max_length` or more tokens; if a patient is called in a
-            worker process, or has no faces.
+        `ValueError`: if the rewards of an example are missing, not finite, or not one for each token; if a prompt or
+            completion is empty, or a prompt has `max_length` or more tokens; if a patient is called in a worker
+            process, or has no faces.
 
     Examples:
 
@@ -193,7 +193,7 @@ class TokenRewardCollator(DataCollatorMixin):
         prompt_ids, completion_ids = list(example["prompt_ids"]), list(example[f"{name}_ids"])
         if self.max_length is not None and len(prompt_ids) >= self.max_length:
             raise ValueError(
-                f"A prompt must have fewer than `max_length` tokens, to leave room for its completion. Got "
+                "A prompt must have fewer than `max_length` tokens, to leave room for its completion. Got "
                 f"{len(prompt_ids)} tokens with `max_length={self.max_length}`; raise it, or drop the pair."
             )
         if not prompt_ids or not completion_ids:
@@ -211,7 +211,7 @@ class TokenRewardCollator(DataCollatorMixin):
                 f"`max_length={self.max_length}`; annotate the dataset again, or drop the pair."
             )
         row = {"prompt_ids": prompt_ids, "completion_ids": completion_ids[room], "mask": mask[room]}
-        for key, column in (("token_rewards",) * 2, ("gaps",) * 2, ("reference_logps", "ref_logps")):
+        for key, column in {"token_rewards": "token_rewards", "gaps": "gaps", "reference_logps": "ref_logps"}.items():
             values = example.get(f"{name}_{column}")
             if values is None:
                 continue

@@ -79,42 +79,42 @@ class TFPOConfig(_BaseConfig):
         disagreement_weight (`float`, *optional*, defaults to `0.5`):
             Factor, in [0, 1], of a reward that contradicts the label. Only with `reward_direction="agreement"`.
         importance_temperature (`float`, *optional*, defaults to `3.0`):
-            tau in the paper, greater than 0. At smaller values, tokens with a small gap become as important as tokens
-            with a large one.
+            Temperature of token importance, greater than 0; tau in the paper. At smaller values, tokens with a small
+            gap become as important as tokens with a large one.
         gap_floor (`float`, *optional*, defaults to `0.05`):
-            epsilon in the paper, in nats, greater than 0. If the mean gap of a completion is much smaller, the gap is
-            noise, and no token of the completion is important.
+            Floor of the mean gap of a completion in nats, greater than 0; epsilon in the paper. A mean gap far below
+            the floor is noise, and no token of the completion is important.
         sparsity_threshold (`float`, *optional*, defaults to `0.3`):
-            theta in the paper, in [0, 1). Tokens of lower importance get no reward.
+            Minimum importance of a token with a reward, in [0, 1); theta in the paper.
         calibrate_rewards (`bool`, *optional*):
             Whether to fit the token rewards to the labels, see `trl_tfpo.training.calibration`. The doctor then
             starts at the token credits (an adapter of guided flow starts at zero), and `reward_direction` has no
-            effect. By default, rewards are calibrated if that explains held-out labels better; this needs guided flow
-            without an adapter, 128 pairs, and the default `reward_direction` and `reward_fn`.
+            effect. By default, rewards are calibrated if they then explain held-out labels better. The default needs
+            guided flow without an adapter, 128 pairs, and unchanged `reward_direction` and `reward_fn`.
 
         > Parameters that control the objective
 
         policy (`str`, *optional*, defaults to `"ratio"`):
-            Policy whose flow is balanced. With `"ratio"` it is the doctor before training times the doctor, with
-            `"guided"` the patient times the doctor (*guided flow*). The first factor is frozen, stays in memory, and
-            is the reference. With `"doctor"` (the paper) it is the doctor alone, which stays a language model and can
-            draft for the patient.
+            Policy whose flow is balanced. `"ratio"`: the doctor before training times the doctor. `"guided"`: the
+            patient times the doctor. In both (*guided flow*), the first factor is frozen, stays in memory, and is the
+            reference. `"doctor"` (the paper): the doctor alone, which stays a language model and can draft for the
+            patient.
         reward_temperature (`float`, *optional*, defaults to `0.25`):
             A token reward of 1 is worth `1 / reward_temperature` nats.
         reference_weight (`float`, *optional*, defaults to `1.0`):
-            Exponent of the reference in the target; 0 is the paper. Values slightly below 1, such as 0.95, favor
-            tokens that the reference finds unlikely, which makes texts more diverse. With `policy="doctor"` the
+            Exponent of the reference in the target; 0 in the paper. Values slightly below 1, such as 0.95, favor
+            tokens that are unlikely under the reference, and make texts more diverse. With `policy="doctor"` the
             reference is the doctor before training.
         subtb_lambda (`float`, *optional*, defaults to `0.95`):
-            Sub-trajectories of n tokens have the weight `subtb_lambda ** n`, in [0, 1]. At 0.95 those of up to about
-            20 tokens count; at 1 all count equally.
+            Decay in [0, 1]: sub-trajectories of n tokens have weight `subtb_lambda ** n`. At 0.95, lengths up to about
+            20 tokens count; at 1, all lengths count equally.
         value_loss_weight (`float`, *optional*, defaults to `0.1`):
-            lambda in the paper, at least 0: weight of the value discrimination loss.
+            Weight of the value discrimination loss, at least 0; lambda in the paper.
         value_margin (`float`, *optional*, defaults to `0.1`):
-            gamma in the paper, at least 0: margin of the value discrimination loss in nats.
+            Margin of the value discrimination loss in nats, at least 0; gamma in the paper.
         value_head_learning_rate (`float`, *optional*):
             Initial learning rate of the value head, at least 0. Defaults to ten times `learning_rate`, because the
-            head starts at zero and its output spans many nats.
+            head starts at zero and its values span many nats.
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
@@ -199,7 +199,7 @@ class TFPOConfig(_BaseConfig):
 
 
 def output_folder(args: TrainingArguments) -> Path:
-    """The output folder."""
+    """Output folder, with the default of `TrainingArguments`."""
     return Path(args.output_dir or "trainer_output")
 
 

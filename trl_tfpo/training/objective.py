@@ -55,7 +55,7 @@ def tfpo_objective(
         reward_temperature (`float`, *optional*, defaults to `0.25`):
             Divisor of the rewards, see [`~trl_tfpo.functional.log_prefix_scores`].
         reference_weight (`float`, *optional*, defaults to `1.0`):
-            Exponent of the reference in the target; 0 is the paper.
+            Exponent of the reference in the target; 0 in the paper.
         subtb_lambda (`float`, *optional*, defaults to `0.95`):
             Sub-trajectories of n tokens have weight `subtb_lambda ** n`, see [`~trl_tfpo.functional.subtb_loss`].
         value_loss_weight (`float`, *optional*, defaults to `0.1`):
@@ -71,8 +71,8 @@ def tfpo_objective(
     """
     if len(completion_ids) == 0 or len(completion_ids) % 2:
         raise ValueError(
-            f"The rows must be pairs, all chosen completions before all rejected ones. Got {len(completion_ids)} rows; "
-            "pass both completions of each pair."
+            "The rows must be pairs, all chosen completions before all rejected ones. Got "
+            f"{len(completion_ids)} rows; pass both completions of each pair."
         )
     log_values = terminal_boundary(log_values=log_values, completion_mask=completion_mask, is_complete=is_complete)
     scores = log_prefix_scores(
@@ -163,9 +163,9 @@ def describe_batch(
             Result of [`pair_rewards`], if there is a reference.
 
     Returns:
-        `dict[str, torch.Tensor]`: detached scalars. `sparsity` is the share of tokens without a reward; `agreement` is
-        the share of the absolute gaps whose sign agrees with the label; the others are means over completions or
-        pairs, and `rewards/` are named as in [`~trl.DPOTrainer`].
+        `dict[str, torch.Tensor]`: detached scalars. `token_rewards/sparsity` is the share of tokens without a reward.
+        `token_rewards/agreement` is the share of the absolute gaps whose sign agrees with the label. The others are
+        means over completions or pairs. Names with `rewards/` mean the same as in [`~trl.DPOTrainer`].
     """
     token_rewards = token_rewards.masked_fill(~completion_mask, 0)
     chosen_rewards, rejected_rewards = token_rewards.sum(dim=1).chunk(2)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Warning about overfitting: held-out metrics got worse, and which step was the best."""
+"""Warn of overfitting when held-out metrics get worse, and name the best step."""
 
 import math
 import warnings

@@ -38,9 +38,9 @@ GIB = 2**30
 NOTE = (
     "Activations are not counted. They grow with `per_device_train_batch_size` and the length of the rows; "
     "`activation_checkpointing` reduces them. Counts of parameters and bytes of weights are exact. The optimizer is "
-    "AdamW. Weights in 4 or 8 bits are not sharded. Not counted either: logits, padding tokens, memory that CUDA, NCCL "
-    "and the allocator reserve, communication buffers other than the buckets of DDP and gathered weights, evaluation, "
-    "offloading, and a head with a free row for each token."
+    "AdamW. Weights in 4 or 8 bits are not sharded. Not counted either: logits, padding tokens, memory that CUDA, "
+    "NCCL and the allocator reserve, communication buffers other than the buckets of DDP and gathered weights, "
+    "evaluation, offloading, and a head with a free row for each token."
 )
 
 
@@ -86,13 +86,13 @@ class TrainingPlan:
         longest_row (`int`):
             Tokens of the longest row in a training batch. `max_length` if only a sample was tokenized.
         annotation_tokens (`int`):
-            Tokens that the patient reads, in all processes. 0 for an annotated dataset.
+            Tokens that the patient reads in annotation, summed over processes. 0 for an annotated dataset.
         reference_tokens (`int`):
-            Tokens that the reference reads before training. 0 if no reference is read before training.
+            Tokens that the reference reads before training, summed over processes. 0 with a base policy.
         training_tokens (`int`):
             Tokens in the batches of one epoch.
         num_shards (`int`):
-            Shards of the scores that are computed before training, in all processes.
+            Shards of the score cache. Processes divide the shards among themselves.
         num_update_steps (`int`):
             Optimizer steps of the whole training.
         num_processes (`int`):

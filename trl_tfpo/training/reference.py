@@ -30,9 +30,9 @@ def check_not_streamed(dataset: Dataset | IterableDataset, columns: set[str], re
 
 def with_reference_logps(dataset: Dataset | dict, trainer: Trainer, *, fingerprint: str) -> Dataset | dict:
     """
-    Apply [`add_reference_logps`] to a dataset, or to each split of a dict, unless it has these columns.
+    Add reference log-probabilities to a dataset, or to each split of a dict, unless it has them.
 
-    The doctor is the model of the trainer, and `fingerprint` its fingerprint.
+    The doctor is the model of the trainer, see [`add_reference_logps`].
 
     Raises:
         `ValueError`: if the doctor has been trained or is sharded.

@@ -32,7 +32,7 @@ def choose_rewards(
     is_online: bool = False,
 ) -> tuple[Calibration | None, str | None]:
     """
-    Calibrate token rewards if `calibrate_rewards` is true, or if it is `None` and labels are explained better.
+    Calibrate token rewards if the settings require it, or by default if they then explain held-out labels better.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -85,8 +85,8 @@ def _may_calibrate(
     """
     Whether rewards may be calibrated by default.
 
-    This needs a doctor without adapter and shards, a dataset with gaps and at least 128 pairs, and an annotation with
-    the default `reward_fn` and `reward_direction`: rewards that the user chose are kept.
+    The doctor must be neither sharded nor an adapter. The dataset must have gaps and at least 128 pairs. Its annotation
+    must have the default `reward_fn` and `reward_direction`, because rewards that the user chose are kept.
     """
     if is_sharded(model) or is_peft_model(model):
         return False

@@ -38,8 +38,7 @@ class TokenGaps:
         sign (`torch.Tensor` of shape `(N,)`):
             1 in chosen and -1 in rejected completions.
         sums (`torch.Tensor` of shape `(P, 3)`):
-            Sparse reward, gap and number of tokens: the sum over the chosen completion minus that over the rejected
-            one.
+            Sparse rewards, gaps and number of tokens: sums over the chosen completion minus sums over the rejected.
         prompt (`torch.Tensor` of shape `(P,)`):
             Index of the prompt; of the pair if the dataset has fewer than 32 distinct prompts.
     """
@@ -128,7 +127,7 @@ def predict_gaps(
     """
     Regress the gaps, minus their mean, on token embeddings.
 
-    The ridge is the one that best predicts the gaps of each half of the pairs from the other half.
+    The ridge is chosen by cross-validation: each half of the pairs is predicted from the other half.
 
     Args:
         centered, rows (`torch.Tensor` of shape `(U, H)` and `(N,)`):

@@ -92,14 +92,14 @@ class TFPOTrainer(DoctorFiles):
             Settings. Defaults to `TFPOConfig("<model name>-TFPO")`.
         data_collator ([`~transformers.DataCollator`], *optional*):
             Defaults to a [`TokenRewardCollator`] that reads annotated columns. A `TokenRewardCollator` with a patient
-            annotates each batch, instead of the datasets before training.
+            annotates each batch; the datasets are then not annotated before training.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Preference dataset in any format of TRL, or a dataset annotated by [`annotate_token_rewards`]. A streamed
             dataset must be annotated, and with `policy="doctor"` it needs `reference_weight=0`.
         eval_dataset ([`~datasets.Dataset`], or `dict` of them, *optional*):
             Preference dataset for evaluation.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Tokenizer of doctor and patient. Defaults to the doctor's.
+            Tokenizer of doctor and patient. Defaults to the tokenizer of the doctor.
         compute_metrics, callbacks, optimizers (*optional*):
             As in [`~transformers.Trainer`]. `compute_metrics` is not called, because there are no labels.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
