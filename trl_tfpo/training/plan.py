@@ -88,7 +88,7 @@ class TrainingPlan:
         annotation_tokens (`int`):
             Tokens that the patient reads in annotation, summed over processes. 0 for an annotated dataset.
         reference_tokens (`int`):
-            Tokens that the reference reads before training, summed over processes. 0 with a base policy.
+            Tokens that the reference reads before training, summed over processes. 0 if it reads none.
         training_tokens (`int`):
             Tokens in the batches of one epoch.
         num_shards (`int`):

@@ -85,8 +85,8 @@ def _may_calibrate(
     """
     Whether rewards may be calibrated by default.
 
-    The doctor must be neither sharded nor an adapter. The dataset must have gaps and at least 128 pairs. Its annotation
-    must have the default `reward_fn` and `reward_direction`, because rewards that the user chose are kept.
+    The doctor must be neither sharded nor an adapter. The dataset must have gaps and at least 128 pairs. Its
+    annotation must have the default `reward_fn` and `reward_direction`, because rewards that the user chose are kept.
     """
     if is_sharded(model) or is_peft_model(model):
         return False

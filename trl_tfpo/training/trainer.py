@@ -344,7 +344,7 @@ class TFPOTrainer(DoctorFiles):
         return self._add_reference_logps(dataset)
 
     def _set_signature_columns_if_needed(self):
-        # Columns that the collator reads, instead of the arguments of the model's forward
+        # Columns that the collator reads. By default `Trainer` keeps arguments of the model's forward
         if self._signature_columns is None:
             scores = [*REWARD_COLUMNS, *GAP_COLUMNS, *REFERENCE_COLUMNS]
             self._signature_columns = [*ID_COLUMNS, *MASK_COLUMNS, *FACE_COLUMNS, *scores]
@@ -358,7 +358,7 @@ class TFPOTrainer(DoctorFiles):
         return super()._get_train_sampler(dataset)
 
     def _prepare_inputs(self, inputs: dict) -> dict:
-        # With DeepSpeed in half precision, the parent class would cast token rewards too
+        # With DeepSpeed in half precision, the parent class would also cast token rewards
         return {name: tensor.to(self.args.device) for name, tensor in inputs.items()}
 
     # Loss
