@@ -265,7 +265,9 @@ def test_other_data_without_gaps_are_evaluated(labelled, tokenizer, tmp_path):
     without_gaps = dataset.select(range(8)).remove_columns(["chosen_gaps", "rejected_gaps"])
     trainer = make_trainer(dataset, tmp_path, copy.deepcopy(doctor))
     assert trainer.calibration is not None
-    with pytest.warns(UserWarning, match="token rewards of this dataset are used: its loss is not comparable"):
+    with pytest.warns(
+        UserWarning, match="token rewards of this dataset are used as they are: its loss is not comparable"
+    ):
         metrics = trainer.evaluate(without_gaps)
     mean_sum = 0.1 * sum(map(len, without_gaps["chosen_ids"])) / len(without_gaps)
     assert metrics["eval_token_rewards/chosen"] == pytest.approx(mean_sum, rel=1e-4)

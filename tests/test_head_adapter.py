@@ -77,7 +77,7 @@ def test_an_adapter_of_guided_flow_says_that_it_starts_without_credits(
 ):
     """Its head is new and starts at zero: the rewards would be calibrated, and most of what they give lost."""
     annotated = annotate_token_rewards(preferences, patient, tokenizer, faces=FACES)
-    with pytest.warns(UserWarning, match="Got an adapter of guided flow, which starts as it is"):
+    with pytest.warns(UserWarning, match="Got an adapter of guided flow, which starts without them"):
         TFPOTrainer(
             model=base,
             args=config(tmp_path, max_steps=2, calibrate_rewards=True),

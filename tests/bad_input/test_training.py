@@ -65,7 +65,7 @@ DATASETS = [
             faces=FACES,
             settings={"reference_weight": 0.0},
         ),
-        "token rewards already",
+        "A streamed dataset must have token rewards",
     ),
     (
         "streamed dataset with a reference",
@@ -188,9 +188,9 @@ COLLATOR = [
         lambda: collate(chosen_token_rewards=[0.1]),
         "one entry for each completion token. Got 1 for 2",
     ),
-    ("long prompt", lambda: collate(prompt_ids=[5] * 9), "shorter than `max_length`"),
-    ("empty prompt", lambda: collate(prompt_ids=[]), "at least one token each. Got 0 of the prompt"),
-    ("empty completion", lambda: collate(chosen_ids=[], chosen_token_rewards=[]), "0 of the chosen one"),
+    ("long prompt", lambda: collate(prompt_ids=[5] * 9), "fewer than `max_length` tokens"),
+    ("empty prompt", lambda: collate(prompt_ids=[]), "at least one token. Got 0 in the prompt"),
+    ("empty completion", lambda: collate(chosen_ids=[], chosen_token_rewards=[]), "0 in the chosen completion"),
     (
         "reward that is not finite",
         lambda: collate(chosen_token_rewards=[0.1, float("nan")]),

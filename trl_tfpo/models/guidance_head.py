@@ -88,7 +88,7 @@ class GuidanceHead(torch.nn.Module):
 
     @torch.no_grad()
     def unfolded(self, embeddings: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """The map (H, H) whose [`folded`] weights equal, or approximate by least squares, these weights (V, H)."""
+        """Map (H, H) of the weights (V, H) of an ordinary head: the inverse of [`folded`], by least squares."""
         centered = embeddings.double() - embeddings.double().mean(dim=0)
         map = torch.linalg.lstsq(centered.T @ centered, centered.T @ weight.double()).solution / self.scale
         return map.to(embeddings.dtype)

@@ -150,7 +150,8 @@ def resolve_model(
     """
     Return a [`NamedModel`] for a name or path, and a loaded model unchanged.
 
-    `name` is the argument in messages. `init_kwargs` are those of `from_pretrained`, for a model given by name.
+    `name` is the name of the argument in messages. `init_kwargs` are passed to `from_pretrained` of a model given by
+    name.
 
     Raises:
         `ValueError`: if the argument is neither, or if a loaded model comes with a quantization config.

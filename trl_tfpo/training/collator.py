@@ -266,9 +266,9 @@ def align_with_collator(
     collator: TokenRewardCollator, args: TFPOConfig, dataset: object, eos_token_ids: list[int]
 ) -> list[int]:
     """
-    Return all EOS ids: those given, those of the collator, and those that the annotation of the dataset records.
+    Merge the given EOS ids with those of the collator and those recorded in the dataset by annotation.
 
-    The collator gets the same ids, in place. Collator and settings both convert transcripts if one of them does.
+    The collator gets the merged ids, in place. Collator and settings both convert transcripts if one of them does.
     """
     recorded = annotation_settings(dataset) if isinstance(dataset, Dataset | IterableDataset) else None
     recorded_ids = (recorded or {}).get("eos_token_ids", [])

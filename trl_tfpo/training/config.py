@@ -73,8 +73,8 @@ class TFPOConfig(_BaseConfig):
         > Parameters that control the token rewards
 
         reward_direction (`str`, *optional*, defaults to `"agreement"`):
-            Sign of a token reward: that of the label (`"label"`, the paper), or that of the gap between the faces
-            (`"faces"`). `"agreement"` uses the sign of the gap, and multiplies the reward by `disagreement_weight` if
+            Sign of a token reward. `"label"` (the paper): the sign of the label. `"faces"`: the sign of the gap
+            between the faces. `"agreement"`: the sign of the gap; the reward is multiplied by `disagreement_weight` if
             the label has the opposite sign.
         disagreement_weight (`float`, *optional*, defaults to `0.5`):
             Factor, in [0, 1], of a reward that contradicts the label. Only with `reward_direction="agreement"`.

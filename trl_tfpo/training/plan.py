@@ -55,7 +55,7 @@ class Memory:
         weights (`int`):
             Weights, including those gathered from other processes.
         gradients (`int`):
-            Gradients, and the communication buckets of DDP, which are a copy.
+            Gradients. DDP counts twice, because its communication buckets are a copy.
         optimizer (`int`):
             Two states of AdamW and, with DeepSpeed, float32 copies of weights and gradients.
     """
@@ -443,7 +443,7 @@ def _training_memory(model: _StoredModel, base_bytes: int, size: int, num_proces
     """
     Memory of training a doctor under each engine.
 
-    `base_bytes` are those of the frozen base policy, which ZeRO-3 and FSDP2 shard. `size` is the size of a number in
+    `base_bytes` is the size of the frozen base policy; ZeRO-3 and FSDP2 shard it. `size` is the size of a weight in
     the dtype of the computation, in bytes.
     """
     gradients = sum(parameter.nbytes for parameter in model.trained)
