@@ -126,8 +126,8 @@ def check_loss(loss: torch.Tensor, inputs: dict[str, torch.Tensor], trainer: Tra
     """
     Raise `ValueError` if the loss of a batch is not a finite scalar, before the optimizer step.
 
-    If the loss is not finite, the folder `not-finite-STEP` in the output folder gets the batch, as
-    `batch-PROCESS.safetensors`, and the model, unless it is sharded.
+    If the loss is not finite, the batch is first saved as `not-finite-STEP/batch-PROCESS.safetensors` in the output
+    folder, with the model next to it unless it is sharded.
     """
     if not isinstance(loss, torch.Tensor) or loss.dim() != 0:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else f"a {type(loss).__name__}"

@@ -183,8 +183,8 @@ class TokenRewardCollator(DataCollatorMixin):
             if len(values) < len(rows) or not batch[name].isfinite().all():
                 raise ValueError(
                     f"`{name}` must be finite, and present for all completions or for none. Got it for {len(values)} "
-                    f"of {len(rows)} completions, {int((~batch[name].isfinite()).sum())} values of them not finite; "
-                    "score the dataset again."
+                    f"of {len(rows)} completions, with {int((~batch[name].isfinite()).sum())} values that are not "
+                    "finite; score the dataset again."
                 )
         return batch
 

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 def help_from_docstring(config_class: type[T]) -> type[T]:
-    """Class decorator of a dataclass: the command-line help of each documented field is its text in the docstring."""
+    """Class decorator: take the command-line help of the fields of a dataclass from its docstring."""
     entries = re.findall(r"^ +(\w+) \(`.*\):\n((?: {12}.*\n)+)", config_class.__doc__ or "", flags=re.MULTILINE)
     texts = {name: " ".join(text.split()) for name, text in entries}
     for each in fields(config_class):  # type: ignore[arg-type]  # a dataclass

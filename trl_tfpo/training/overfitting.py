@@ -19,8 +19,7 @@ class WarnOfOverfitting(TrainerCallback):
     """
     Warn once in each training when held-out metrics get worse, and name the best step.
 
-    A metric gets worse if it declines in each of the last two evaluations, and differs from its best value by more
-    than noise, see [`best_before_decline`]. There is no warning with `load_best_model_at_end` or an
+    [`best_before_decline`] says when a metric gets worse. There is no warning with `load_best_model_at_end` or an
     `EarlyStoppingCallback` in `handler`. [`TFPOTrainer`] always adds this callback.
     """
 
@@ -70,9 +69,9 @@ class WarnOfOverfitting(TrainerCallback):
 
 def best_before_decline(values: Sequence[float], *, num_pairs: float | None) -> int | None:
     """
-    Index of the best evaluation if a metric declines, otherwise `None`.
+    Index of the best evaluation if a metric gets worse, otherwise `None`.
 
-    It declines if each of the last two evaluations is worse than the one before, and the last is worse than the best
+    It gets worse if each of the last two evaluations is worse than the one before, and the last is worse than the best
     by more than noise: 1% of a loss, or one standard error of an accuracy.
 
     Args:

@@ -67,7 +67,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Sum of the three, in bytes."""
+        """Bytes of weights, gradients and optimizer states together."""
         return self.weights + self.gradients + self.optimizer
 
 

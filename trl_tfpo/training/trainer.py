@@ -338,7 +338,7 @@ class TFPOTrainer(DoctorFiles):
         return with_reference_logps(dataset, self, fingerprint=str(self._reference_fingerprint))
 
     def _prepare_new(self, dataset: AnyDataset) -> Any:
-        """Prepare a dataset that was not passed to the trainer before."""
+        """Annotate a new dataset, calibrate its rewards, and add reference log-probabilities."""
         dataset = self._annotate(dataset, self.processing_class, self.args)
         dataset = self._calibrate(dataset, needs_gaps=bool(self.args.calibrate_rewards))
         return self._add_reference_logps(dataset)
