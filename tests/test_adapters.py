@@ -43,7 +43,7 @@ from trl_tfpo.evaluation import Completion, evaluate_guidance, next_token_statis
 from trl_tfpo.models.doctor import make_doctor
 from trl_tfpo.models.initial_head import start_at_zero
 from trl_tfpo.models.saved_doctor import VALUE_HEAD_FILE
-from trl_tfpo.models.trained_exponents import GUIDANCE, RECORD, center_head, trained_exponents
+from trl_tfpo.models.trained_exponents import RECORD, TRAINING_EXPONENTS, center_head, trained_exponents
 from trl_tfpo.server import Engine
 
 
@@ -138,7 +138,7 @@ def test_a_merged_doctor_stays_what_it_is_when_it_is_saved(folder, tmp_path):
     load_doctor(folder / "ratio", with_value_head=False).merge_and_unload().save_pretrained(tmp_path)
     guide = DoctorGuidedLogitsProcessor.from_pretrained(tmp_path)
     assert (guide.alpha, guide.betas) == (1.0, [1.0])
-    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.guidance == GUIDANCE
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.guidance == TRAINING_EXPONENTS
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -154,7 +154,7 @@ def test_a_ratio_without_a_record_is_refused(folder, base, name, dtype):
     with pytest.raises(ValueError, match="add up to zero.*Set `model.config.guidance"):
         guided_logps(doctor)
     wanted = guided_logps(doctor, alpha=1.0)  # who gives the exponents need not be asked for them
-    doctor.config.guidance = GUIDANCE
+    doctor.config.guidance = TRAINING_EXPONENTS
     assert guided_logps(doctor).equal(wanted)
 
 
@@ -214,13 +214,13 @@ def test_adapters_on_one_model_keep_their_own_exponents(folder, base):
     model.add_adapter("stranger", LoraConfig(r=2, target_modules=["q_proj"]))
     model.eval()
     doctors = {name: Doctor(model, adapter=name) for name in ("ratio", "doctor", "stranger", "__base__")}
-    assert [doctor.exponents for doctor in doctors.values()] == [GUIDANCE, {}, {}, {}]
+    assert [doctor.exponents for doctor in doctors.values()] == [TRAINING_EXPONENTS, {}, {}, {}]
     guide = DoctorGuidedLogitsProcessor([doctors["ratio"], doctors["doctor"]], beta=[0.5, 0.25])
     assert guide.alpha == 0.75
     with pytest.raises(ValueError, match="`reference` is for a doctor that is a language model"):
         DoctorGuidedLogitsProcessor(doctors["ratio"], reference=doctors["__base__"])
     loaded = load_doctor(folder / "ratio", with_value_head=False)
-    assert Doctor(loaded).exponents == GUIDANCE and Doctor(loaded, adapter="__base__").exponents == {}
+    assert Doctor(loaded).exponents == TRAINING_EXPONENTS and Doctor(loaded, adapter="__base__").exponents == {}
 
 
 def test_a_ratio_is_no_patient(folder, base):

@@ -19,7 +19,7 @@ from .adapters import VALUE_HEAD, check_adapters, why_unsupported
 from .head_adapter import freeze_head_lora, save_without_embeddings, with_lora_on_head
 from .initial_head import start_at_zero
 from .logits import PLAIN, add_logits, completion_logps, head_form, read_logits
-from .trained_exponents import GUIDANCE, record_exponents, trained_exponents
+from .trained_exponents import TRAINING_EXPONENTS, record_exponents, trained_exponents
 
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ def make_doctor(
         others = (parameter for name, parameter in doctor.named_parameters() if VALUE_HEAD not in name.split("."))
         if not any(parameter.requires_grad for parameter in others):  # the adapter was loaded for inference
             doctor.set_adapter(doctor.active_adapter)
-        record_exponents(doctor, GUIDANCE if guides else {})
+        record_exponents(doctor, TRAINING_EXPONENTS if guides else {})
         save_without_embeddings(doctor)
         if has_credits:
             freeze_head_lora(doctor)

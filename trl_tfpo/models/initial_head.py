@@ -12,7 +12,7 @@ from ..common.language_model import LanguageModel, backbone_of, head_of, inferen
 from .guidance_head import GuidanceHead, constant_over
 from .head_adapter import has_zero_lora, set_head_lora
 from .logits import PLAIN, head_form
-from .trained_exponents import GUIDANCE
+from .trained_exponents import TRAINING_EXPONENTS
 
 
 NUM_ROWS = 8  # in a batch of `start_at_credits`
@@ -36,7 +36,7 @@ def start_at_zero(model: LanguageModel, in_span: bool = False) -> None:
     embeddings = head_of(model).weight
     _copy_config(model)
     untie_head(model)
-    model.config.guidance = GUIDANCE
+    model.config.guidance = TRAINING_EXPONENTS
     head = head_of(model)
     has_no_bias = type(head) is torch.nn.Linear and head.bias is None
     is_outline = embeddings.device.type == "meta"  # without weights, `head_form` cannot run the model

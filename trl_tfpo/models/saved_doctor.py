@@ -51,14 +51,14 @@ def load_doctor(path: str | os.PathLike, with_value_head: bool = True, **kwargs)
     """
     kwargs.setdefault("use_safetensors", True)  # a pickle can run code
     kwargs.setdefault("trust_remote_code", False)  # by default transformers asks in the terminal
-    guidance = load_exponents(path, **{key: kwargs[key] for key in SOURCE if key in kwargs})
+    recorded = load_exponents(path, **{key: kwargs[key] for key in SOURCE if key in kwargs})
     path = _adapter_folder(path)
     adapter_config = cached_file(path, "adapter_config.json", _raise_exceptions_for_missing_entries=False)
     if adapter_config is not None:
-        return _load_adapter(path, adapter_config, with_value_head, guidance, **kwargs)
+        return _load_adapter(path, adapter_config, with_value_head, recorded, **kwargs)
     model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
-    if guidance:
-        model.config.guidance = guidance
+    if recorded:
+        model.config.guidance = recorded
     if with_value_head:
         add_value_head(model)
         getattr(model, VALUE_HEAD).load_state_dict(_read_value_head(path))
@@ -66,7 +66,7 @@ def load_doctor(path: str | os.PathLike, with_value_head: bool = True, **kwargs)
 
 
 def _load_adapter(
-    path: str | os.PathLike, adapter_config: str, with_value_head: bool, guidance: dict[str, float] | None, **kwargs
+    path: str | os.PathLike, adapter_config: str, with_value_head: bool, recorded: dict[str, float] | None, **kwargs
 ) -> LanguageModel:
     """Load a doctor that was saved as an adapter, together with the base model that its config names."""
     from peft import PeftModel
@@ -86,8 +86,8 @@ def _load_adapter(
             raise _no_value_head(path)
         add_value_head(base)
     model = PeftModel.from_pretrained(base, path)
-    if guidance is not None:
-        record_exponents(model, guidance)  # early versions saved adapters without a record
+    if recorded is not None:
+        record_exponents(model, recorded)  # early versions saved adapters without a record
     if exponents := trained_exponents(model):
         # `merge_and_unload` keeps only the config of the base model
         base.config.guidance, base.guiding_adapter = exponents, model.active_adapter

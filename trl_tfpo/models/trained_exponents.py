@@ -34,7 +34,7 @@ from .named_model import check_model_exists
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-GUIDANCE = {"alpha": 1.0, "beta": 1.0}  # exponents of patient and doctor in training
+TRAINING_EXPONENTS = {"alpha": 1.0, "beta": 1.0}  # exponents of patient and doctor in training
 EXPONENTS_FILE = "guidance.json"
 RECORD = "trl_tfpo"  # key of our record in the `auto_mapping` of an adapter config
 ZERO_SUM = 0.02  # threshold, relative to the sum of independent rows: above the rounding error of bfloat16

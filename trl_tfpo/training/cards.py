@@ -12,7 +12,7 @@ from huggingface_hub import DatasetCard, ModelCard
 
 from ..annotation.token_rewards import annotation_settings
 from ..common.printable import cell
-from ..models.trained_exponents import GUIDANCE
+from ..models.trained_exponents import TRAINING_EXPONENTS
 from .base_policy import POLICIES
 from .config import TFPOConfig, output_folder
 
@@ -127,7 +127,7 @@ def complete_model_card(
     if annotation["patient"] == UNKNOWN:
         annotation["patient"] = "<the patient>"
     weights = (
-        f"`alpha={GUIDANCE['alpha']}`, `beta={GUIDANCE['beta']}` (product); a smaller `beta` guides less"
+        f"`alpha={TRAINING_EXPONENTS['alpha']}`, `beta={TRAINING_EXPONENTS['beta']}` (product); a smaller `beta` guides less"
         if POLICIES[args.policy].has_base
         else "`beta=0.5`, `alpha=1 - beta` (mixture), between 0.2 and 0.8"
     )
