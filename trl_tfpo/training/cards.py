@@ -127,7 +127,8 @@ def complete_model_card(
     if annotation["patient"] == UNKNOWN:
         annotation["patient"] = "<the patient>"
     weights = (
-        f"`alpha={TRAINING_EXPONENTS['alpha']}`, `beta={TRAINING_EXPONENTS['beta']}` (product); a smaller `beta` guides less"
+        f"{', '.join(f'`{name}={value}`' for name, value in TRAINING_EXPONENTS.items())} (product); a smaller `beta` "
+        "guides less"
         if POLICIES[args.policy].has_base
         else "`beta=0.5`, `alpha=1 - beta` (mixture), between 0.2 and 0.8"
     )
