@@ -253,7 +253,7 @@ def test_a_ratio_is_no_patient(folder, base):
 def test_what_a_doctor_is_does_not_change_in_training(folder, base):
     """Trained on as a policy of its own, a ratio would be saved, and decoded, as the ratio that it no longer is."""
     ratio = PeftModel.from_pretrained(base, folder / "ratio")
-    with pytest.raises(ValueError, match="With `policy='doctor'` the doctor is a language model"):
+    with pytest.raises(ValueError, match="With `policy='doctor'` the doctor must be a language model"):
         make_doctor(ratio)
     with pytest.raises(ValueError, match="must be a `PeftModel`"):
         make_doctor(AutoModelForCausalLM.from_pretrained(folder / "ratio"), guides=True)

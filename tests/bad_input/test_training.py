@@ -199,7 +199,7 @@ COLLATOR = [
     (
         "reference of one completion",
         lambda: collate(chosen_ref_logps=[-1.0, -2.0]),
-        "for all completions or for none. Got 1 for 2",
+        "for all completions or for none. Got it for 1 of 2",
     ),
 ]
 

@@ -207,7 +207,7 @@ class TokenRewardCollator(DataCollatorMixin):
         if len(mask) != len(completion_ids) or not any(mask[room]):
             raise ValueError(
                 f"`{name}_mask` must have one entry for each completion token, and at least one that is 1. Got "
-                f"{len(mask)} entries for {len(completion_ids)} tokens, and {sum(mask[room])} of them 1 within "
+                f"{len(mask)} for {len(completion_ids)} tokens, and {sum(mask[room])} of them 1 within "
                 f"`max_length={self.max_length}`; annotate the dataset again, or drop the pair."
             )
         row = {"prompt_ids": prompt_ids, "completion_ids": completion_ids[room], "mask": mask[room]}
@@ -217,7 +217,7 @@ class TokenRewardCollator(DataCollatorMixin):
                 continue
             if len(values) != len(completion_ids):
                 raise ValueError(
-                    f"`{name}_{column}` must have one entry for each completion token. Got {len(values)} entries for "
+                    f"`{name}_{column}` must have one entry for each completion token. Got {len(values)} for "
                     f"{len(completion_ids)} tokens; annotate the dataset again, with the tokenizer of the doctor."
                 )
             row[key] = [value for value, is_assistant in zip(values[room], row["mask"], strict=True) if is_assistant]
