@@ -168,7 +168,7 @@ def _is_factorable(model: LanguageModel) -> bool:
     """Whether the head is a product with float weights, not sharded or offloaded, and all its adapters are plain."""
     head = head_of(model)
     weight = getattr(head, "weight", None)
-    if type(weight) not in (torch.Tensor, torch.nn.Parameter):  # no weights, or sharded or quantized ones
+    if weight is None or type(weight) not in (torch.Tensor, torch.nn.Parameter):  # others are sharded or quantized
         return False
     if weight.is_meta or not weight.is_floating_point() or hasattr(weight, "ds_id"):
         return False

@@ -189,7 +189,7 @@ class TFPOTrainer(DoctorFiles):
         policy = POLICIES[args.policy]
         self.faces = faces
         self.reward_fn = reward_fn or reward_fn_of(args)
-        self.objective = objective or objective_of(args)
+        self.objective: Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]] = objective or objective_of(args)
 
         # Models and tokenizer
         set_seed(args.seed)  # the initial weights of adapters are random
