@@ -94,7 +94,7 @@ def add_value_head(model: LanguageModel) -> None:
 
 @functools.cache
 def _doctor_class(language_model: Any) -> Any:
-    """Subclass for doctors of a language model class. It has the same name, because configs record the name."""
+    """Subclass of a language model class, for doctors. It has the same name, because configs record the name."""
 
     class DoctorModel(language_model):
         language_model_class = language_model
@@ -106,7 +106,7 @@ def _doctor_class(language_model: Any) -> Any:
                 return forward(**kwargs)
             return read_completions(self, forward, completion_mask, base_logits, **kwargs)
 
-        def __reduce_ex__(self, protocol):  # pickle finds the language model's class by the name of this one
+        def __reduce_ex__(self, protocol):  # by this class's name, pickle would find the language model class
             return _new_doctor, (language_model,), *super().__reduce_ex__(protocol)[2:]
 
     DoctorModel.__name__, DoctorModel.__qualname__ = language_model.__name__, language_model.__qualname__
