@@ -121,7 +121,7 @@ TRAIN = [
     (
         "train from no such checkpoint",
         f"{TRAINING} --resume_from_checkpoint ./absent",
-        "must be complete and written by a `TFPOTrainer`",
+        "must be complete and written by `TFPOTrainer`",
     ),
     ("train a doctor of another family", f"{TRAINING} --doctor other", "must have the same tokenizer"),
     ("train by no such column", f"{TRAINING} --chosen_id_column better", "needs ['better', 'prompt', 'response_0'"),
