@@ -19,7 +19,7 @@ from pathlib import Path
 
 import sweep
 
-from trl_tfpo.common.atomic import written_whole
+from trl_tfpo.common.atomic import atomic_write
 from trl_tfpo.testbed import load_world, random_language
 from trl_tfpo.testbed.build import build
 
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     for seed in args.seeds[:1] if args.quick else args.seeds:
         world = args.output_dir / str(seed)
         if not world.is_dir():
-            with written_whole(world) as part, redirect_stdout(sys.stderr):
+            with atomic_write(world) as part, redirect_stdout(sys.stderr):
                 build(part, seed=seed, steps=2 if args.quick else 1200, language=random_language(seed))
         print(f"\nWorld {seed}", flush=True)
         given = ["--world", str(world), "--output", f"{world}.jsonl", *["--quick"] * args.quick]

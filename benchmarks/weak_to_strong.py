@@ -22,7 +22,7 @@ from pathlib import Path
 import sweep
 from transformers import set_seed
 
-from trl_tfpo.common.atomic import written_whole
+from trl_tfpo.common.atomic import atomic_write
 from trl_tfpo.testbed import load_world
 from trl_tfpo.testbed.build import RECIPES, instructions_of, make_model, train_model
 
@@ -62,7 +62,7 @@ def make_world(patient: int, doctor: int, args: argparse.Namespace) -> Path:
     world = args.output_dir / f"{patient}-{doctor}"
     for name, width in (("patient", patient), ("doctor", doctor)):
         if not (world / name).is_dir():
-            with written_whole(world / name) as part:
+            with atomic_write(world / name) as part:
                 shutil.copytree(learned(name, width, args), part, dirs_exist_ok=True)
     return world
 
@@ -87,7 +87,7 @@ def learned(name: str, width: int, args: argparse.Namespace) -> Path:
             learning_rate=recipe["learning_rate"],
             seed=args.seed,
         )
-    with written_whole(folder) as part:
+    with atomic_write(folder) as part:
         model.save_pretrained(part)
         shipped.tokenizer.save_pretrained(part)
     return folder

@@ -706,10 +706,10 @@ def test_faces_that_say_nothing_are_noticed_before_training(is_streamed, annotat
 def test_keyword_arguments_for_a_loaded_model_are_not_ignored_in_silence(annotated, tokenizer, tmp_path):
     """A `dtype` that nobody reads is a training in another precision than the one that was asked for."""
     with pytest.warns(
-        UserWarning, match=r"`model_init_kwargs` are for a `model` given by name.*\['dtype'\] are ignored"
+        UserWarning, match=r"`model_init_kwargs` apply only to a `model` given by name.*ignored \['dtype'\]"
     ):
         make_trainer(annotated, tmp_path, model_init_kwargs={"dtype": "bfloat16"})
-    with pytest.warns(UserWarning, match="`patient_model_init_kwargs` are for a `patient_model`"):
+    with pytest.warns(UserWarning, match="`patient_model_init_kwargs` apply only to a `patient_model`"):
         TFPOTrainer(
             model=make_llama(2),
             patient_model=make_llama(1, 32),

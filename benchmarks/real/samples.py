@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from trl_tfpo.common.atomic import written_whole
+from trl_tfpo.common.atomic import atomic_write
 from trl_tfpo.common.progress import Progress
 from trl_tfpo.models.fingerprint import model_fingerprint
 
@@ -205,7 +205,7 @@ class Samples:
         repeated = [ids for ids in prompts_ids for _ in range(num_samples)]
         flat = draw(self.model, repeated, generator=generator, **self.settings)
         drawn = [flat[first : first + num_samples] for first in range(0, len(flat), num_samples)]
-        with written_whole(file) as part, open(part, "w", encoding="utf-8") as lines:
+        with atomic_write(file) as part, open(part, "w", encoding="utf-8") as lines:
             for ids, completions in zip(prompts_ids, drawn, strict=True):
                 lines.write(json.dumps({"prompt_ids": ids, "completions_ids": completions}) + "\n")
         return drawn, False

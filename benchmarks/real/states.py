@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trl_tfpo.common.atomic import written_whole
+from trl_tfpo.common.atomic import atomic_write
 from trl_tfpo.common.progress import Progress
 from trl_tfpo.faces import apply_face
 from trl_tfpo.functional import flow_potential, log_prefix_scores, subtb_loss
@@ -157,7 +157,7 @@ def read_all(
                     for task in tasks:
                         reader.read_faces(messages, answers, task)
                     piece.append([vars(answer) for answer in answers])
-                with written_whole(path) as part:
+                with atomic_write(path) as part:
                     torch.save(piece, part)
             kept = [[Answer(**answer) for answer in answers] for answers in torch.load(path)]
             if [[answer.ids.tolist() for answer in group] for group in kept] != list(

@@ -33,10 +33,10 @@ DOCTORS = [
     (
         "folder that is not there",
         lambda: DoctorGuidedLogitsProcessor.from_pretrained("./absent"),
-        "Got './absent', which is not there",
+        "Got './absent', which does not exist",
     ),
-    ("doctor to load that is not there", lambda: load_doctor("./absent"), "Got './absent', which is not there"),
-    ("file instead of a folder", lambda: load_doctor(write("file", "")), "which is not there"),
+    ("doctor to load that is not there", lambda: load_doctor("./absent"), "Got './absent', which does not exist"),
+    ("file instead of a folder", lambda: load_doctor(write("file", "")), "which is a file"),
     ("too few tokenizers", lambda: guide(processing_classes=[make_tokenizer()]), "Got 1 for 1 patient, 1 doctors"),
     ("unknown adapter", lambda: Doctor(make_llama(2), adapter="kind"), "one of .* Got 'kind'"),
     (

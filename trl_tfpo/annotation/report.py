@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..common.atomic import written_whole
+from ..common.atomic import atomic_write
 from ..common.printable import printable
 from ..data.token_map import TokenMap, token_texts
 from ..functional import token_importance
@@ -167,7 +167,7 @@ def _plot(report: dict, path: Path) -> None:
     figure.suptitle(
         f"{report['sparsity']:.0%} of tokens without reward; faces agree with {report['agreement']:.0%} of labels"
     )
-    with written_whole(path) as part:
+    with atomic_write(path) as part:
         figure.savefig(part, dpi=150, format="png")
 
 
@@ -190,5 +190,5 @@ def _write_page(report: dict, examples: Sequence[TokenMap], folder: Path) -> Non
         f"<table><tr><th>token</th><th>sum of rewards</th></tr>{cells}</table>"
         f"{''.join(example._repr_html_() for example in examples)}</html>\n"
     )
-    with written_whole(folder / "rewards.html") as part:
+    with atomic_write(folder / "rewards.html") as part:
         part.write_text(page, encoding="utf-8")

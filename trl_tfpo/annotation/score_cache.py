@@ -16,7 +16,7 @@ from datasets import Dataset, concatenate_datasets
 from datasets.fingerprint import Hasher
 
 from .. import __version__
-from ..common.atomic import written_whole
+from ..common.atomic import atomic_write
 from ..common.progress import Progress
 
 
@@ -83,7 +83,7 @@ def add_scores(
             else:
                 table = _score_shard(function, rows_of[rows], schema, progress, share)
                 if is_cached:
-                    with written_whole(file) as part, pa.ipc.new_stream(str(part), schema) as stream:
+                    with atomic_write(file) as part, pa.ipc.new_stream(str(part), schema) as stream:
                         stream.write_table(table)
             done[index] = table
     if state.num_processes > 1:

@@ -26,8 +26,8 @@ from ..common._upstream import unsharded
 from ..common.language_model import LanguageModel, device_of, inference, is_sharded, unwrap_peft
 from ..common.precision import HALVES, float32_residuals
 from ..functional import token_logps
-from ..models.adapters import check_speaks
 from ..models.logits import read_logits
+from ..models.trained_exponents import check_is_language_model
 
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def score_completions(
             log-probability is not finite.
     """
     check_whole(model)
-    check_speaks(model)
+    check_is_language_model(model)
     logps: dict[int, torch.Tensor] = {}
     with inference(model), unsharded(), _with_float32_residuals(model):
         rows = _rows(prompt_ids, max_branches=2)

@@ -38,9 +38,9 @@ from ..data.tokenization import (
 )
 from ..data.tokenizer_identity import check_embeddings, check_same_tokenizer, tokenizer_fingerprint
 from ..faces import Faces, resolve_faces
-from ..models.adapters import check_speaks
 from ..models.fingerprint import model_fingerprint
 from ..models.named_model import NamedModel, outline_of, resolve_model
+from ..models.trained_exponents import check_is_language_model
 from .score_cache import SHARD_SIZE, add_scores
 from .scoring import check_whole, score_completions
 
@@ -281,7 +281,7 @@ def check_patient(patient: PreTrainedModel | NamedModel, processing_class: PreTr
             f"encoder-decoder {type(patient).__name__}; use a decoder-only model."
         )
     check_whole(patient)
-    check_speaks(patient)
+    check_is_language_model(patient)
     own_tokenizer = _tokenizer_of(patient)
     if own_tokenizer is not None:
         check_same_tokenizer(own_tokenizer, processing_class)

@@ -10,7 +10,7 @@ from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import DatasetCard
 
 from ..annotation.token_rewards import annotation_settings
-from ..common.atomic import check_writable, written_whole
+from ..common.atomic import atomic_write, check_writable
 from ..data.tokenization import columns_of
 from ..training.cards import annotation_card
 
@@ -87,7 +87,7 @@ def check_output(path: str | os.PathLike, *, overwrite: bool) -> None:
 
 def write_dataset(dataset: Dataset, path: str | os.PathLike) -> None:
     """Write JSON Lines (`.jsonl`), Parquet (`.parquet`) or a folder for `load_from_disk`, atomically."""
-    with written_whole(path) as part:
+    with atomic_write(path) as part:
         if Path(path).suffix in (".json", ".jsonl"):
             dataset.to_json(part, force_ascii=False)
         elif Path(path).suffix == ".parquet":

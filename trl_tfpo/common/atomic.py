@@ -47,7 +47,7 @@ def check_writable(folder: str | os.PathLike) -> None:
 
 
 @contextmanager
-def written_whole(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """
     Write to a temporary path, then replace `path` atomically. After an error the temporary path is deleted.
 

@@ -21,7 +21,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..common._upstream import active_adapters, adapter_layers, using_adapters
 from ..common.language_model import LanguageModel, keeps_all_keys, unwrap_peft
-from ..models.adapters import check_adapters, trained_exponents
+from ..models.adapters import check_adapters
+from ..models.trained_exponents import trained_exponents
 from .padding import PADDING, check_left_padded
 from .reading import accepted_inputs, next_inputs, reading_fault
 from .static_cache import can_reuse, compiled, crop, make_static_cache, static_inputs, take_rows

@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 
 from ..common._upstream import adapter_layers, using_adapters
 from ..common.language_model import unwrap_peft
-from ..models.adapters import check_speaks
+from ..models.trained_exponents import check_is_language_model
 from .best_of import check_best_of, keep_best
 from .logits_processor import DoctorGuidedLogitsProcessor
 from .reading import reading_fault
@@ -269,7 +269,7 @@ def _check_arguments(
             f"The patient must be a causal language model. Got {type(patient).__name__}, an encoder-decoder, and "
             "doctors cannot read the input of the encoder; load another model."
         )
-    check_speaks(patient, patient_adapters(patient, guide))
+    check_is_language_model(patient, patient_adapters(patient, guide))
     if _setting(patient, kwargs, "cache_implementation") == "paged":
         raise ValueError(
             "Guidance needs logits processors. Got `cache_implementation='paged'`, which does not call them; leave it "

@@ -22,7 +22,7 @@ from ..decoding.generation import check_reads, guided_generate
 from ..decoding.logits_processor import DoctorGuidedLogitsProcessor
 from ..decoding.shared_forward import patient_adapters
 from ..faces import Prompt
-from ..models.adapters import check_speaks
+from ..models.trained_exponents import check_is_language_model
 
 
 # Settings of the generation config that change the computation, not the policy
@@ -272,7 +272,7 @@ def pad(rows: Sequence[list[int]], *, padding_side: str, device: torch.device) -
 def check_policy(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor | None) -> None:
     """Raise `ValueError` unless patient and guide can be evaluated as one policy."""
     doctors = guide.doctors if guide else []
-    check_speaks(patient, patient_adapters(patient, guide) if guide else None)
+    check_is_language_model(patient, patient_adapters(patient, guide) if guide else None)
     if any(model.training for model in (patient, *(doctor.model for doctor in doctors))):
         raise ValueError(
             "Patient and doctors must be in eval mode, because dropout is random. Got training mode; call `.eval()`."

@@ -25,7 +25,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..faces import Prompt
-from ..models.named_model import check_there
+from ..models.named_model import check_model_exists
 from .completions import pad
 
 
@@ -123,7 +123,7 @@ class RewardModel:
         **model_kwargs: object,
     ):
         if isinstance(model, (str, os.PathLike)):
-            check_there(model)
+            check_model_exists(model)
             if processing_class is None:
                 processing_class = AutoTokenizer.from_pretrained(
                     model, trust_remote_code=model_kwargs.get("trust_remote_code", False)

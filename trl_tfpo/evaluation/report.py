@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..common.atomic import written_whole
+from ..common.atomic import atomic_write
 from ..faces import Prompt
 from .bootstrap import IntervalSettings, mean_with_interval
 from .completions import Completion, Completions, Grouped, group_by_prompt, text_of
@@ -55,7 +55,7 @@ class Report:
     def save(self, path: str | os.PathLike) -> None:
         """Write the report as JSON, atomically."""
         text = json.dumps(asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        with written_whole(path) as part:
+        with atomic_write(path) as part:
             part.write_text(text, encoding="utf-8")
 
     @classmethod
@@ -100,7 +100,7 @@ class Report:
         figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
         for index, panel in enumerate(panels):
             panel(figure.add_subplot(1, len(panels), index + 1))
-        with written_whole(path) as part:
+        with atomic_write(path) as part:
             figure.savefig(part, dpi=150, format=Path(path).suffix.removeprefix(".") or "png")
 
     def _plot_reward(self, axes: "Axes") -> None:

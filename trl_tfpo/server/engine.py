@@ -29,7 +29,7 @@ from ..decoding.exponents import check_exponent, default_beta, remaining_exponen
 from ..decoding.reading import reading_fault
 from ..evaluation.completions import pad
 from ..functional import guided_logps
-from ..models.adapters import check_speaks, trained_exponents
+from ..models.trained_exponents import check_is_language_model, trained_exponents
 from .batch import Batch
 from .generation import Event, Generation, Row, TokenScore
 from .token_texts import REPLACEMENT, TokenTexts
@@ -115,7 +115,7 @@ class Engine:
         self.names, self.models = list(doctors), [patient, *doctors.values()]
         for model in self.models:
             check_causal_lm(model, "The patient" if model is patient else "A doctor")
-        check_speaks(patient)
+        check_is_language_model(patient)
         self.processing_class, self.limits = processing_class, limits or Limits()
         self.texts = TokenTexts(processing_class)
         self.eos = set(all_eos_token_ids(processing_class, patient))

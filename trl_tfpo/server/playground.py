@@ -19,7 +19,7 @@ from pathlib import Path
 import gradio as gr
 import torch
 
-from ..common.atomic import written_whole
+from ..common.atomic import atomic_write
 from ..common.language_model import LanguageModel
 from ..data.token_map import TokenMap
 from ..data.tokenization import tokenize_prompt
@@ -50,7 +50,7 @@ def train_world_doctors(cache_dir: str | os.PathLike, *, max_steps: int = 200) -
     for name, attribute in world.attributes.items():
         folder = Path(cache_dir) / f"{name}-{max_steps}"
         if not folder.is_dir():
-            with written_whole(folder) as part:
+            with atomic_write(folder) as part:
                 trainer = TFPOTrainer(
                     model=load_world().doctor,
                     patient_model=world.patient,
