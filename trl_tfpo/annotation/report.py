@@ -15,8 +15,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..common.atomic import atomic_write
+from ..common.heat_map import TokenMap, token_texts
 from ..common.printable import printable
-from ..data.token_map import TokenMap, token_texts
 from ..functional import token_importance
 from .agreement import agreement_of_faces, warn_unless_faces_separate
 from .token_rewards import annotation_settings

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""
-Checks of arguments: types of settings, and replacements for arguments of other trainers that do not exist here.
-"""
+"""Checks of arguments: types of settings, and replacements for arguments of other trainers."""
 
 import contextlib
 import dataclasses
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-PACKING = "`train_sampling_strategy='group_by_length'` makes batches with little padding (sequences are not packed)"
+PACKING = "`train_sampling_strategy='group_by_length'` reduces padding (sequences are not packed)"
 REFERENCE = (
     "the reference is the doctor before training, or the patient with `policy='guided'`; `reference_weight` is its "
     "exponent"
@@ -36,7 +34,7 @@ GENERATION = "nothing is generated in training; `LogGuidedCompletionsCallback` s
 OBJECTIVE = "`TFPOTrainer(objective=...)` takes another loss"
 OF_TRAINER = "pass it to `TFPOTrainer`"
 INSTEAD = {  # for arguments of TRL's trainers and configs, and of transformers' Trainer
-    "beta": "`reward_temperature` is its counterpart in training; the strength of guidance is `beta` of "
+    "beta": "`reward_temperature` has this role in training; the strength of guidance is `beta` of "
     "`DoctorGuidedLogitsProcessor`",
     "compute_loss_func": OBJECTIVE,
     "dataset_num_proc": "`accelerate launch` divides the annotation among several processes",
@@ -50,7 +48,7 @@ INSTEAD = {  # for arguments of TRL's trainers and configs, and of transformers'
     "max_completion_length": CUT,
     "max_prompt_length": CUT + ". `drop_unusable=True` drops pairs whose prompt is too long",
     "max_seq_length": CUT,
-    "model_init": "make a new trainer for each trial, with the model by name",
+    "model_init": "create a new trainer for each trial, with the name of the model",
     "objective": OF_TRAINER,
     "optimizer_cls_and_kwargs": "`optimizers` takes an optimizer and a scheduler, `args.optim` a name",
     "packing": PACKING,
@@ -60,7 +58,7 @@ INSTEAD = {  # for arguments of TRL's trainers and configs, and of transformers'
     "peft_config": OF_TRAINER,
     "precompute_ref_batch_size": "`scoring_batch_size`",
     "precompute_ref_log_probs": "this is always done with `policy='doctor'`, and never with other policies",
-    "preprocess_logits_for_metrics": "predictions of tokens are not kept; `evaluate` and `predict` return metrics",
+    "preprocess_logits_for_metrics": "logits are not kept; `evaluate` and `predict` return metrics",
     "ref_adapter_name": REFERENCE,
     "ref_model": REFERENCE,
     "ref_model_init_kwargs": REFERENCE,
@@ -72,20 +70,17 @@ INSTEAD = {  # for arguments of TRL's trainers and configs, and of transformers'
     "truncation_mode": CUT,
     "use_vllm": GENERATION,
 }
-# Fields of `TrainingArguments` that accept more types than their annotation
+# Fields of `TrainingArguments` that accept types other than their annotation
 BEYOND_ANNOTATION = {"accelerator_config", "debug", "fsdp", "resume_from_checkpoint"}
 
 
 def explains_unknown(*, settings: type | None = None) -> Callable[[type[T]], type[T]]:
     """
-    Class decorator: an unknown keyword argument raises a `TypeError` that names the replacement.
+    Class decorator: an unknown keyword argument raises a `TypeError` that names its replacement.
 
     Args:
         settings (`type`, *optional*):
             A dataclass whose fields users may pass to the class by mistake.
-
-    Returns:
-        `Callable`: from a class to the class, with the same signature.
     """
     return functools.partial(_explain_unknown, settings=settings)
 
@@ -110,7 +105,7 @@ def _explain_unknown(cls: type[T], settings: type | None) -> type[T]:
 
 
 def instead_of(name: str, known: typing.Iterable[str]) -> str:
-    """Suggest a replacement or the nearest name for an unknown argument. Return "" if there is none."""
+    """Suggest a replacement, or a similar name, for an unknown argument. Return "" if there is none."""
     if name in INSTEAD:
         return f"Instead: {INSTEAD[name]}."
     nearest = difflib.get_close_matches(name, list(known), n=1)
@@ -118,7 +113,7 @@ def instead_of(name: str, known: typing.Iterable[str]) -> str:
 
 
 def check_counts(**counts: int | None) -> None:
-    """Raise `ValueError` unless each of the named counts is at least 1, or `None`."""
+    """Raise `ValueError` if a count is less than 1. `None` is allowed."""
     for name, value in counts.items():
         if value is not None and not value >= 1:
             raise ValueError(f"`{name}` must be at least 1. Got {value}; leave it out for the default.")
@@ -128,20 +123,16 @@ def check_types(settings: "DataclassInstance") -> None:
     """
     Check every field of a dataclass against its annotation.
 
-    Values from configuration files and sweeps may have any type. An integer counts as a float, and 2.0 as an integer;
-    0 and 1 count as booleans, a path or a number as a string, and a single string as a list of strings. Objects that a
-    file cannot contain, and the default of a field, are not checked.
-
-    Args:
-        settings (dataclass instance):
-            The dataclass.
+    Values from configuration files and sweeps may have any type. These are accepted: an integer as a float, 2.0 as an
+    integer, 0 and 1 as booleans, a path or a number as a string, a single string as a list of strings, and JSON as a
+    dictionary. Objects that a file cannot contain, and the default of a field, are not checked.
 
     Raises:
-        `ValueError`: if a value does not have the type of its field, or a string in place of a dictionary is not JSON.
+        `ValueError`: if a value has another type than its field.
     """
     hints: dict[str, Any] = {}
     for cls in reversed(type(settings).__mro__):
-        with contextlib.suppress(NameError):  # names that are imported for type checkers only
+        with contextlib.suppress(NameError):  # for names that are imported for type checkers only
             hints |= typing.get_type_hints(cls)
     for field in dataclasses.fields(settings):
         value, hint = getattr(settings, field.name, None), hints.get(field.name, Any)
@@ -164,7 +155,7 @@ def check_types(settings: "DataclassInstance") -> None:
             if not is_mapping:
                 raise ValueError(
                     f"`{field.name}` must be a dictionary, also as JSON. Got {value!r}; write it like "
-                    f"'{{\"name\": 1}}'."
+                    "'{\"name\": 1}'."
                 )
 
 
@@ -210,7 +201,7 @@ def _converted(value: object, hint: Any) -> int | str | None:
 
 
 def _describe(hint: Any) -> str:
-    """Name a type for a message."""
+    """Name a type for an error text."""
     arguments, origin = typing.get_args(hint), typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         names = [_describe(part) for part in arguments if part is not type(None)]

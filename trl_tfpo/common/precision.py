@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode  # documented under this name only
-from torch.utils._pytree import tree_map  # the same
+from torch.utils._python_dispatch import TorchDispatchMode  # documented under this private name only
+from torch.utils._pytree import tree_map  # documented under this private name only
 from transformers import PreTrainedModel
 
 
@@ -18,8 +18,8 @@ HALVES = (torch.bfloat16, torch.float16)
 
 def default_dtype() -> str:
     """
-    Default dtype of loaded models: `"auto"` (that of the checkpoint), or `"float32"` on a CPU without bfloat16
-    instructions. On such a CPU half precision is several times slower.
+    Default dtype of loaded models: `"auto"` (the dtype of the checkpoint), or `"float32"` on a CPU without bfloat16
+    instructions, where half precision is several times slower.
     """
     get_capabilities = getattr(torch.cpu, "get_capabilities", None)
     capabilities = {} if get_capabilities is None else get_capabilities()
@@ -30,8 +30,8 @@ def default_dtype() -> str:
 @contextmanager
 def float32_residuals(model: PreTrainedModel) -> Iterator[None]:
     """
-    Within the context a model in half precision computes its residual stream and its norms in float32. Matrix products
-    stay in half precision: autocast does this once the embeddings are float32.
+    Within the context a model in half precision computes its residual stream and its norms in float32, and matrix
+    products in half precision. Embeddings in float32 under autocast have this effect.
     """
     hook = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.float())
     try:
@@ -46,7 +46,7 @@ def in_float32() -> Iterator[None]:
     """
     Within the context models in bfloat16 or float16 compute in float32. Their stored weights do not change.
 
-    Each weight is converted where it is used. This is slow, and needs memory for one more weight. Kernels that support
+    Each weight is converted when it is used, which is slow and needs memory for one more weight. Kernels that support
     only half precision raise an error.
     """
     with _Float32(), _Float32Convolutions():
@@ -60,7 +60,7 @@ def _widened(x: Any) -> Any:
 
 
 class _Float32(TorchDispatchMode):
-    """Runs operations in half precision in float32. A tensor that is written in place keeps its dtype."""
+    """Converts the arguments of operations to float32. Tensors that are changed in place keep their dtype."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

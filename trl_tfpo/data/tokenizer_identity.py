@@ -3,8 +3,8 @@
 """
 Comparison of tokenizers: whether the same ids stand for the same tokens.
 
-Patient and doctor exchange token ids, never texts. So only the token of each id matters, including added and special
-tokens. File names, chat template, padding side and the role of a token (EOS, padding) do not matter.
+Patient and doctor exchange token ids, never texts. Therefore only the token of each id is compared, including added
+and special tokens, and not file names, chat template, padding side or the role of a token (EOS, padding).
 """
 
 import hashlib
@@ -19,9 +19,7 @@ from ..common.language_model import LanguageModel
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """
     Hash a vocabulary. Two tokenizers have the same fingerprint if and only if every id stands for the same token in
-    both.
-
-    The fingerprint is the same in all processes and on all machines, so it can be saved and compared later.
+    both. The fingerprint does not depend on the process or the machine.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -58,9 +56,9 @@ def check_same_tokenizer(
         a ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer, or a processor with a tokenizer.
         b ([`~transformers.PreTrainedTokenizerBase`]):
-            The other one.
+            Tokenizer, or a processor with a tokenizer.
         names (`tuple[str, str]`, *optional*, defaults to `("patient", "doctor")`):
-            Names of the two in the message.
+            Names of `a` and `b` in the error.
 
     Raises:
         `ValueError`: if an id stands for different tokens, or is missing in one of the two.
@@ -76,7 +74,7 @@ def check_same_tokenizer(
     raise ValueError(
         f"The {names[0]} and the {names[1]} must have the same tokenizer: the same token for every id. Got "
         f"{len(tokens_a)} and {len(tokens_b)} tokens, of which {len(differing)} ids differ; the first is id {first}: "
-        f"{token_a} for the {names[0]}, {token_b} for the {names[1]}. Take two models of one family, and add the same "
+        f"{token_a} for the {names[0]}, {token_b} for the {names[1]}. Use two models of one family, and add the same "
         "tokens to both."
     )
 
@@ -84,7 +82,7 @@ def check_same_tokenizer(
 def check_all_same(
     processing_classes: Sequence[PreTrainedTokenizerBase], num_doctors: int, num_references: int
 ) -> None:
-    """Raise `ValueError` unless patient, doctors and references have one tokenizer each, and all are the same."""
+    """Raise `ValueError` unless there is one tokenizer for each model, and all are the same."""
     if len(processing_classes) != 1 + num_doctors + num_references:
         raise ValueError(
             "`processing_classes` must be the tokenizers of the patient, each doctor and each reference. Got "
@@ -95,7 +93,7 @@ def check_all_same(
 
 
 def check_embeddings(name: str, model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise `ValueError` unless the model, called `name` in the message, has an embedding for every token."""
+    """Raise `ValueError`, with `name` as its subject, unless the model has an embedding for every token."""
     weight = model.get_input_embeddings().get_parameter("weight")
     num_embeddings = getattr(weight, "ds_shape", weight.shape)[0]  # in all shards
     if len(tokenizer) > num_embeddings:
