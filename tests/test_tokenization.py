@@ -212,7 +212,7 @@ def test_a_prompt_that_the_answer_changes_is_refused(tokenizer):
     """Where the border is not certain, words of the user may be scored as if the assistant had said them."""
     tokenizer.chat_template = CHAT_TEMPLATE.replace("' <assistant>' }}{% endif %}", "' <assistant> not' }}{% endif %}")
     with pytest.raises(
-        ValueError, match="render a prompt in the same way .* Got 'not' before .* and 'soup is good </s>'"
+        ValueError, match="render a prompt in the same way .* Got 'not' without .* and 'soup is good </s>'"
     ):
         tokenize(PAIR, tokenizer)
 
