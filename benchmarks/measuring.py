@@ -1,4 +1,4 @@
-"""Times and memory of this process, measured in turn, so that ratios can be compared."""
+"""Time and memory of this process. Alternatives take turns, so that their ratios can be compared."""
 
 import ctypes
 import gc
@@ -42,7 +42,7 @@ def cell(quartiles: list[float]) -> str:
 
 
 def peak_mebibytes(run: Callable[[], object], *, device: str) -> float:
-    """Return the peak memory of a run above what was used before; on a CPU that of the process, from Linux."""
+    """Return the increase of memory at the peak of a run: of the process on a CPU (Linux), or of the GPU."""
     if device == "cpu":
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # return free memory to the system
