@@ -525,7 +525,7 @@ def test_a_method_that_was_measured_in_two_ways_is_not_reported(frontier):
     row = {"method": "a", "attribute": "b", "seed": 0, "split": "test", "settings": {"rate": 1}, "max_steps": 500}
     frontier.check_is_one_run([row, row | {"split": "validation", "settings": {"rate": 2}}, row | {"seed": 1}])
     for other in ({"settings": {"rate": 2}}, {"max_steps": 10}):
-        with pytest.raises(ValueError, match="in one way"):
+        with pytest.raises(ValueError, match="one setting and one size"):
             frontier.check_is_one_run([row, row | other])
 
 
