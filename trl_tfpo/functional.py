@@ -58,7 +58,7 @@ def token_importance(
         importance_temperature (`float`, *optional*, defaults to `3.0`):
             $\tau > 0$. The importance of a token with the mean gap is 0.76 at $\tau = 1$ and 0.32 at $\tau = 3$.
         gap_floor (`float`, *optional*, defaults to `0.05`):
-            $\epsilon > 0$, in nats. A completion whose mean is much smaller has no important token.
+            $\epsilon > 0$, in nats. A completion whose mean gap is much smaller has no important token.
 
     Returns:
         `torch.Tensor` of shape `(B, T)`: importance in `[0, 1]`, zero outside the mask.

@@ -57,7 +57,7 @@ def score_completions(
         model ([`~transformers.PreTrainedModel`]):
             Causal language model. It runs in eval mode, without gradients.
         prompt_ids (`list[list[int]]`):
-            At least one token each.
+            Prompts of at least one token.
         completion_ids (`list[list[int]]`):
             One completion for each prompt.
         batch_size (`int`):

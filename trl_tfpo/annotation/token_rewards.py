@@ -4,8 +4,7 @@
 Token rewards from preference pairs (Stage 1 of LLMdoctor).
 
 A frozen language model, the patient, scores each completion under two *faces*: contrastive prompts with a positive and
-a negative instruction. The gap at a token is its log-probability under the positive face minus that under the negative
-one.
+a negative instruction. The *gap* at a token is the difference of its log-probabilities: positive minus negative face.
 """
 
 import inspect
@@ -69,7 +68,7 @@ def annotate_token_rewards(
     eos_token_ids: Sequence[int] = (),
     **reward_settings,
 ) -> Dataset | IterableDataset | DatasetDict | IterableDatasetDict:
-    """
+    r"""
     Add a reward for each token to a preference dataset, from a frozen patient under two contrastive prompts.
 
     The ids of a completion are the same under both faces and for the doctor. Under `accelerate launch`, each process
@@ -108,7 +107,7 @@ def annotate_token_rewards(
             Whether to convert texts with turns of `"\n\nHuman:"` and `"\n\nAssistant:"` (HH-RLHF) to messages, the
             format of chat models.
         eos_token_ids (`Sequence[int]`, *optional*):
-            Further ids that end a completion, such as those of the doctor. Those of the tokenizer and of the patient's
+            Further ids that end a completion, such as the doctor's. The ids of the tokenizer and of the patient's
             generation config are always included.
         reward_settings:
             Further keyword arguments of `reward_fn`, such as `reward_direction` and `sparsity_threshold`.
@@ -242,7 +241,7 @@ def annotation_settings(dataset: Dataset | IterableDataset) -> dict[str, Any] | 
 
 
 def check_annotated_for(dataset: Dataset | IterableDataset, processing_class: PreTrainedTokenizerBase) -> None:
-    """Raise `ValueError` if a dataset was annotated with another tokenizer, or in a later format."""
+    """Raise `ValueError` if a dataset was annotated with another tokenizer, or has an unsupported format."""
     settings = annotation_settings(dataset) or {}
     check_format(settings.get("format", FORMAT), "An annotated dataset")
     if settings.get("tokenizer") not in (None, tokenizer_fingerprint(processing_class)):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Private parts of TRL, PEFT, Accelerate and transformers that this package uses, each with the reason.
+Private parts of TRL, PEFT, Accelerate and transformers that this package uses.
 
 `tests/test_upstream.py` checks that each part still behaves as this package needs it.
 """
@@ -63,7 +63,7 @@ def keep_differentiable(model: torch.nn.Module) -> None:
     Keep a 4-bit model on a CPU differentiable after a forward pass in eval mode.
 
     On processors with AVX512-BF16, bitsandbytes repacks the weights in the first forward pass in eval mode. Gradients
-    do not pass through repacked weights, so an evaluation would end training.
+    do not pass through repacked weights, so training could not continue after an evaluation.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -47,7 +47,7 @@ class TokenMap:
         return 0.0 if math.isnan(value) else max(-1.0, min(1.0, value / self._scale))
 
     def __rich__(self) -> Text:
-        """For [rich](https://rich.readthedocs.io) consoles."""
+        """Text for [rich](https://rich.readthedocs.io) consoles."""
         text = Text()
         for title, tokens, values, _ in self.rows:
             text.append(f"{printable(title)}: ", style="bold")

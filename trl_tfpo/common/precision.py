@@ -31,7 +31,7 @@ def default_dtype() -> str:
 def float32_residuals(model: PreTrainedModel) -> Iterator[None]:
     """
     Within the context a model in half precision computes its residual stream and its norms in float32, and matrix
-    products in half precision. Embeddings in float32 under autocast have this effect.
+    products in half precision. Autocast has this effect if the embeddings are float32.
     """
     hook = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.float())
     try:

@@ -101,15 +101,6 @@ def transcript_to_messages(text: str) -> list[dict[str, str]]:
     r"""
     Convert the turns of a transcript to messages without surrounding whitespace. Text before the first turn becomes a
     system message.
-
-    Examples:
-
-    ```python
-    >>> from trl_tfpo.data.preferences import transcript_to_messages
-    >>> transcript_to_messages("\n\nHuman: Tea?\n\nAssistant: Please.")
-    [{'role': 'user', 'content': 'Tea?'}, {'role': 'assistant', 'content': 'Please.'}]
-
-    ```
     """
     roles = {"Human": "user", "Assistant": "assistant"}
     before, *turns = TURN.split(text)

@@ -49,7 +49,7 @@ class ChatTemplate:
             ) from error
 
     def render_prompt(self, messages: list[dict], is_continued: bool = False) -> str:
-        """Render messages and the opening of the assistant's turn, or with `is_continued` leave the last one open."""
+        """Render messages and the opening of a turn, or with `is_continued` leave the last message open instead."""
         return self.render(messages, add_generation_prompt=not is_continued, continue_final_message=is_continued)
 
     @cached_property

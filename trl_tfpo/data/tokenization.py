@@ -196,8 +196,8 @@ def tokenize_pair(
 
 def tokenize_prompt(prompt: str | list[dict], processing_class: PreTrainedTokenizerBase, **template) -> list[int]:
     """
-    Tokenize a text, or messages with the opening of the assistant's turn. If the last message is the assistant's, it
-    is left open instead.
+    Tokenize a text, or messages with the opening of the assistant's turn. A final message of the assistant is left
+    open instead.
 
     Raises:
         `ValueError`: if the prompt is neither a text nor messages, or the chat template fails.
@@ -261,7 +261,7 @@ def _leading_tokens(text: str, processing_class: PreTrainedTokenizerBase) -> tup
     """
     Special tokens that the tokenizer puts before a text.
 
-    Returns the ids to add and "", or, if the text already starts with these tokens, no ids and this start.
+    Returns their ids and "". If the text already starts with these tokens, returns no ids and this start of the text.
     """
     plain, whole = _encode("a", processing_class), processing_class("a")["input_ids"]
     starts = [k for k in range(len(whole)) if plain and whole[k : k + len(plain)] == plain]
@@ -282,12 +282,7 @@ def _common_prefix_length(first: list[int], second: list[int]) -> int:
 def resolve_processing_class(
     processing_class: PreTrainedTokenizerBase | None, model: LanguageModel, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """
-    Return `processing_class`, by default the tokenizer of the model, with a padding token.
-
-    Raises:
-        `ValueError`: see [`check_is_tokenizer`].
-    """
+    """Return `processing_class`, by default the tokenizer of the model, with a padding token."""
     if processing_class is None:
         processing_class = AutoTokenizer.from_pretrained(
             model.config._name_or_path, trust_remote_code=trust_remote_code
@@ -343,7 +338,7 @@ def _check_prompt(prompt_ids: list[int], max_length: int | None) -> None:
 
 
 def columns_of(dataset: Dataset | IterableDataset) -> set[str]:
-    """Return the names of the columns. Raise `ValueError` if the dataset is empty, or of another library."""
+    """Return the names of the columns. Raise `ValueError` if the dataset is empty, or not of the library Datasets."""
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise ValueError(
             "A dataset must be a `Dataset` or an `IterableDataset` of the library Datasets. Got a "
@@ -371,7 +366,7 @@ def check_preference_columns(dataset: Dataset | IterableDataset) -> None:
 
 
 def is_complete(completion_ids: Sequence[int], mask: Sequence[int] | None, eos_token_ids: Sequence[int]) -> bool:
-    """Whether a completion ends with an EOS of the assistant, so that it is not truncated."""
+    """Whether a completion ends with an EOS of the assistant, that is, it is not truncated."""
     return len(completion_ids) > 0 and completion_ids[-1] in eos_token_ids and (mask is None or bool(mask[-1]))
 
 

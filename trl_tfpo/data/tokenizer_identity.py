@@ -4,7 +4,7 @@
 Comparison of tokenizers: whether the same ids stand for the same tokens.
 
 Patient and doctor exchange token ids, never texts. Therefore only the token of each id is compared, including added
-and special tokens, and not file names, chat template, padding side or the role of a token (EOS, padding).
+and special tokens. File names, chat template, padding side and the role of a token (EOS, padding) may differ.
 """
 
 import hashlib
@@ -27,20 +27,6 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
     Returns:
         `str`: 64 hexadecimal digits, the SHA-256 of the `(id, token)` pairs in the order of their ids.
-
-    Examples:
-
-    ```python
-    >>> from tokenizers import Tokenizer
-    >>> from tokenizers.models import WordLevel
-    >>> from transformers import PreTrainedTokenizerFast
-    >>> from trl_tfpo.data.tokenizer_identity import tokenizer_fingerprint
-    >>> a = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"good": 0, "bad": 1}, unk_token="bad")))
-    >>> b = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"bad": 0, "good": 1}, unk_token="bad")))
-    >>> tokenizer_fingerprint(a) == tokenizer_fingerprint(b)
-    False
-
-    ```
     """
     pairs = sorted(_tokens_by_id(tokenizer).items())
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
@@ -53,15 +39,10 @@ def check_same_tokenizer(
     Raise `ValueError`, with the first difference, unless every id stands for the same token in both tokenizers.
 
     Args:
-        a ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer, or a processor with a tokenizer.
-        b ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer, or a processor with a tokenizer.
+        a, b ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizers, or processors with a tokenizer.
         names (`tuple[str, str]`, *optional*, defaults to `("patient", "doctor")`):
             Names of `a` and `b` in the error.
-
-    Raises:
-        `ValueError`: if an id stands for different tokens, or is missing in one of the two.
     """
     if a is b:
         return
