@@ -17,8 +17,8 @@ caches and memory bandwidth. On a GPU wall-clock time is measured.
    reads the whole prefix at each step.
 2. *Speculation.* The gain depends on how often doctor and patient agree. The trained pair is the patient of the
    controlled world and its doctor, trained by TFPO in this run. Both are padded with zeros to usual sizes (`grow`),
-   with the same logits, the vocabulary of 174 words and the ends of their texts. The random pair never agrees: the
-   worst case.
+   which does not change logits, vocabulary (174 words) and lengths of texts. The random pair never agrees: the worst
+   case.
 3. *Verification.* A forward pass of the patient over k + 1 positions in each row: the cost of verifying k drafted
    tokens.
 
@@ -52,7 +52,7 @@ from trl_tfpo.testbed import load_world
 
 FULL = dict(
     repetitions=5,
-    vocab_sizes={32_000: 1.08, 151_936: 1.15},  # with the target of cached guidance, over patient + doctor
+    vocab_sizes={32_000: 1.08, 151_936: 1.15},  # with the target ratio of cached guidance to patient + doctor
     random_patient=(1024, 11),  # hidden size, layers
     random_doctor=(320, 8),
     random_lengths=(32, 64),  # prompt, completion

@@ -214,7 +214,7 @@ def follow(task: Task, guide: Guide, kls: list[float], largest: float) -> list[d
 
 
 def interpolate(points: list[tuple[float, float]], x: float, *, slack: float = 0.0) -> float | None:
-    """Interpolate linearly between points sorted by x. Up to `slack` outside return the nearest value, then None."""
+    """Interpolate linearly between points sorted by x. Outside, return the nearest value within `slack`, or None."""
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if x0 <= x <= x1:
             return y0 + (y1 - y0) * (x - x0) / (x1 - x0) if x1 > x0 else y1
@@ -223,7 +223,7 @@ def interpolate(points: list[tuple[float, float]], x: float, *, slack: float = 0
 
 
 def describe(row: dict, comparison: Comparison) -> dict:
-    """Replace the texts of a row by measures of them, and the rewards of some samples."""
+    """Replace the texts of a row by measures and by the rewards of some samples."""
     if "texts" not in row:
         return row
     num_samples = len(row["texts"]) // len(comparison.prompts)
@@ -287,7 +287,7 @@ def check_is_one_run(rows: list[dict]) -> None:
 
 
 def cells(rows: list[dict], value: str, at: str, x: float, scale: Callable[[float], float] = float) -> dict:
-    """Return a value for each method, attribute and seed, interpolated where `at` is x, if its rows reach x."""
+    """Return a value for each method, attribute and seed whose rows reach `at` = x, interpolated to x."""
     found, tested = {}, [row for row in rows if row["split"] == "test" and row.get(value) is not None and row[at] > 0]
     for key in sorted({(row["method"], row["attribute"], row["seed"]) for row in tested}):
         mine = [row for row in tested if (row["method"], row["attribute"], row["seed"]) == key]

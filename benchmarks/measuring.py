@@ -19,7 +19,7 @@ def clock(device: str) -> float:
 
 
 def in_turn(ways: dict[str, Callable[[], object]], *, repetitions: int, device: str) -> dict[str, list[float]]:
-    """Return seconds of each way at each repetition, measured in turn after one warm-up."""
+    """Return the seconds of each alternative at each repetition. They run in turn, after one warm-up."""
     seconds = {name: [] for name in ways}
     for repetition in range(repetitions + 1):
         for name, way in ways.items():

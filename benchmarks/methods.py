@@ -319,7 +319,7 @@ def best_by_reward_model(task: Task, **settings) -> Policy:
 
 
 def args_decoding(task: Task, top_k: int, **settings) -> Policy:
-    """Return ARGS: the patient's likeliest tokens, reweighted by the reward of the text that each would continue."""
+    """Return ARGS: the patient's likeliest tokens, reweighted by the reward of the text that ends with the token."""
     reward_model, tokenizer = train_reward_model(task, **settings), task.world.tokenizer
 
     def policy(comparison: Comparison, weight: float) -> dict:

@@ -45,7 +45,7 @@ from trl_tfpo.testbed import load_world
 
 
 TIMEOUT = 60  # seconds
-MARGIN = 1e-4  # in the scores of the two best tokens; with a smaller one, the greedy token depends on rounding
+MARGIN = 1e-4  # minimum difference of the two best scores; below it, the greedy token depends on rounding
 FAILURES = (
     *("wrong answers", "lost answers", "clients that hang", "completions still running"),
     *("calls that differ from a fresh processor", "points that differ", "tensors that differ"),
@@ -145,7 +145,7 @@ def soak_server(minutes: float, num_clients: int, num_prompts: int, *, cancelled
 
 
 def prepare_questions(folder: Path, num_prompts: int) -> list[tuple[dict, str]]:
-    """Write two doctors to the folder. Return requests with the greedy answer of the library to each alone."""
+    """Write two doctors to the folder. Return requests, each with the library's greedy answer."""
     world = load_world()
     torch.manual_seed(0)
     doctors = {"calm": world.doctor, "wild": AutoModelForCausalLM.from_pretrained(world.weights / "doctor").eval()}
@@ -279,7 +279,7 @@ def soak_decoding(num_calls: int) -> dict:
 
 
 def soak_training(num_steps: int, num_kills: int) -> dict:
-    """Compare the loss curve, weights and optimizer of a training that is killed and resumed with those of another."""
+    """Compare loss curve, weights and optimizer of a training with those of one that is killed and resumed."""
     world, draw = load_world(), random.Random(0)
     annotated = annotate_token_rewards(
         world.preference_dataset("praise", num_pairs=64, seed=0),

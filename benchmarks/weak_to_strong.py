@@ -7,9 +7,9 @@ Gain of a doctor for patients of several sizes, in the controlled world.
 python benchmarks/weak_to_strong.py --output_dir runs/weak_to_strong
 ```
 
-Patients and doctors of several widths learn the language by the recipe of `trl_tfpo.testbed.build`; widths of the
-package's own models are not trained again. Each doctor is aligned with the defaults for each patient, on pairs and
-token rewards of this patient, and measured as in `sweep.py`. Results in the output folder are reused.
+Patients and doctors of several widths learn the language by the recipe of `trl_tfpo.testbed.build`. The package's own
+models are used for their widths. Each doctor is aligned with the defaults for each patient, on pairs and token rewards
+of this patient, and measured as in `sweep.py`. Results in the output folder are reused.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Reward at equal KL from a real language model, for rewards and for methods.
+Comparison of rewards and of methods at equal KL from a real language model.
 
 ```bash
 python benchmarks/real/bench.py --output runs/real/bench.jsonl --prompts hh-rlhf/harmless-base-test.jsonl.gz
@@ -51,16 +51,7 @@ MIXTURES = {mixture(x).name: x for x in WEIGHTINGS if 1.0 not in x.values()}
 
 
 class Bench:
-    """
-    Samples of the patient with their scores, by split, and the pairs of each task and seed.
-
-    Args:
-        args (`argparse.Namespace`):
-            Arguments of the command.
-
-    Raises:
-        `ValueError`: if there are too few prompts.
-    """
+    """Samples of the patient with their scores, by split, and the pairs of each task and seed."""
 
     def __init__(self, args: argparse.Namespace):
         self.args, sizes = args, QUICK if args.quick else FULL

@@ -42,7 +42,7 @@ BATCH_SIZE = 8  # pairs of a training step
 @contextmanager
 def step(title: str) -> Iterator[list[str]]:
     """
-    Print a line with title, facts and time at the end of the context. The context adds facts to the list.
+    Yield a list of facts. After the context, print a line with title, facts and time.
 
     Output of libraries goes to standard error.
     """
@@ -62,26 +62,11 @@ def preferences(
     decode: Callable[[list[int]], str],
 ) -> Dataset:
     """
-    Return labelled pairs of answers, in TRL's conversational format.
-
-    Pairs with an empty answer, and pairs of equal answers, are left out.
-
-    Args:
-        task ([`Task`]):
-            The scorer.
-        questions (`Sequence[str]` of P):
-            The questions.
-        pairs_ids (`Sequence[list[list[int]]]` of P x 2):
-            Token ids of two answers to each question.
-        eos_ids (`Sequence[int]`):
-            Ids that end an answer.
-        seed (`int`):
-            Seed of the noise of the labels.
-        decode (`Callable[[list[int]], str]`):
-            Function from token ids to a text.
+    Label pairs of answers, given as token ids of two answers to each question. `seed` is that of the noise.
 
     Returns:
-        `Dataset`: `prompt`, `chosen`, `rejected`; `chosen_is_cut`, `rejected_is_cut`, whether the answer is truncated.
+        `Dataset`: `prompt`, `chosen`, `rejected` in TRL's conversational format, without empty or equal answers;
+        `chosen_is_cut`, `rejected_is_cut`, whether the answer is truncated.
     """
     texts = [[decode(ids).strip() for ids in pair] for pair in pairs_ids]
     labels = label(task, *zip(*texts, strict=True), seed)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Texts sampled from a guided patient, for a KL at which importance weights are unreliable."""
+"""Texts sampled from a guided patient, at KLs where importance weights are unreliable."""
 
 import math
 from collections.abc import Sequence
@@ -90,7 +90,7 @@ def sampled(bench: "Bench", task: str, guide: Guide, *, num_samples: int, seed: 
 
 
 def patient_row(bench: "Bench", task: str) -> dict:
-    """Return the same row for the patient's own samples. Diversity uses the same number of texts."""
+    """Return the row of [`sampled`] for the patient's own samples. Diversity uses the same number of texts."""
     groups = [[answer.ids.tolist() for answer in group] for group in bench.answers["test"]]
     surprise = -sum(patient_logps(bench.embeddings, a).sum().item() for group in bench.answers["test"] for a in group)
     kl = torch.zeros(len(groups), len(groups[0]))

@@ -83,18 +83,9 @@ def human_pairs(path: str | Path, tokenizer: PreTrainedTokenizerBase, max_tokens
     """
     Return pairs of short answers to short prompts, one for each first message, in a fixed order.
 
-    Args:
-        path (`str` or `Path`):
-            A file of JSON lines, or the name or folder of a dataset with the split "train". Rows are messages or
-            transcripts ("Human:", "Assistant:"), see [`~trl_tfpo.data.preferences.read_pair`].
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer with a chat template.
-        max_tokens (`int`):
-            Maximum number of tokens of a prompt and its longer answer, without the chat template's tokens for an empty
-            prompt. Longer pairs are left out.
-
-    Raises:
-        `ValueError`: if no pair is short enough.
+    Rows are messages or transcripts, from a file of JSON lines or the split "train" of a dataset, see
+    [`~trl_tfpo.data.preferences.read_pair`]. A pair is short if its prompt and longer answer have at most `max_tokens`
+    tokens, without the chat template's tokens for an empty prompt.
     """
     path = str(path)
     if path.endswith((".jsonl", ".jsonl.gz")):
@@ -132,8 +123,8 @@ def human_pairs(path: str | Path, tokenizer: PreTrainedTokenizerBase, max_tokens
 
 def thinned(answer: Answer, generator: torch.Generator) -> Answer:
     """
-    Return the answer with 32 candidates and 32 samples of the others, weighted by the probability that they represent.
-    With them, training takes a third of the time.
+    Keep the 32 likeliest candidates of an answer, and 32 samples of the others, weighted by the probability that they
+    represent. Training then takes a third of the time.
     """
     kept = answer.log_weights[:, :NUM_KEPT]
     others = answer.log_weights[:, NUM_KEPT:].double()
@@ -152,15 +143,7 @@ Answers = Sequence[tuple[Answer, Answer]]  # chosen and rejected
 
 class Fold:
     """
-    Training data of a seed, with the interface of `bench.Bench` for its methods.
-
-    Args:
-        embeddings (`torch.Tensor` of shape `(V, H)`):
-            The patient's head.
-        eos_token_id (`int`):
-            Token that ends an answer.
-        train (`Sequence[tuple[Answer, Answer]]`):
-            Chosen and rejected answers.
+    Training data of a seed (chosen and rejected answers), with the attributes of `bench.Bench` that its methods use.
     """
 
     def __init__(self, embeddings: torch.Tensor, eos_token_id: int, train: Answers):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-LoRA adapters on a real patient: by TFPO with calibrated rewards, and by DPO on the same pairs.
+LoRA adapters on a real patient, trained by TFPO with calibrated rewards, and by DPO on the same pairs.
 
 ```bash
 python benchmarks/real/lora.py --prompts hh-rlhf/harmless-base-test.jsonl.gz
@@ -62,17 +62,7 @@ def adapted_logits(
     """
     Return the same as [`states.logits_on`], for an adapter on the patient as a ratio to the patient.
 
-    Args:
-        model ([`~peft.PeftModel`]):
-            The patient with the adapter. All layers but the head are merged.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer of the patient.
-        eos_token_id (`int`):
-            Token that ends an answer.
-        messages (`Sequence[list[dict]]` of P):
-            The prompts.
-        groups (`Sequence[Sequence[Answer]]` of P):
-            The answers to each prompt, with the patient's states.
+    The adapter of every layer but the head is merged into `model`.
     """
     base = model.get_base_model().eval()
     head = base.get_output_embeddings()
@@ -113,13 +103,7 @@ def by_length(answers: Sequence[Answer], size: int = 16) -> list[list[Answer]]:
 
 
 class Runs:
-    """
-    Adapters of one task and seed, with the data of their measurement.
-
-    Args:
-        args (`argparse.Namespace`):
-            Arguments of the command.
-    """
+    """Adapters of one task and seed, with the data of their measurement."""
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.bench = args, Bench(args)
@@ -204,7 +188,7 @@ class Runs:
         return rates[losses.index(min(losses)) if losses else 0]
 
     def trained(self, method: str) -> list[Path]:
-        """Return the checkpoints of the adapter, in the order of training. Train it if they do not exist."""
+        """Train the adapter if its checkpoints do not exist. Return them in the order of training."""
         folder = self.folder / method
         if not (folder / "seconds.json").is_file():
             num_steps = self.args.pairs // self.args.batch_size

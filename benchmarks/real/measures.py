@@ -34,15 +34,9 @@ NO_TRAINING = ("best of 2 by the scorer", "best of 4 by the scorer", "best of 2 
 
 def best_of_weights(weights: torch.Tensor, signal: torch.Tensor, n: int) -> torch.Tensor:
     """
-    Return the probability of each sample to be the best of n, drawn with replacement.
+    Return the probability (P, N) that each sample is the best of n.
 
-    Args:
-        weights (`torch.Tensor` of shape `(P, N)`):
-            Probabilities of the samples of each prompt, with sum 1.
-        signal (`torch.Tensor` of shape `(P, N)`):
-            Values by which samples are ranked.
-        n (`int`):
-            Number of samples that are drawn.
+    The n samples are drawn with replacement by `weights` (P, N) with sum 1, and ranked by `signal` (P, N).
     """
     order = signal.argsort(dim=1)
     up_to = weights.gather(1, order).cumsum(dim=1) ** n

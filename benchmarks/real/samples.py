@@ -164,23 +164,9 @@ class Samples:
 
     def of(self, split: str, prompts_ids: Sequence[list[int]], num_samples: int) -> list[list[list[int]]]:
         """
-        Return samples of some prompts from the cache, and draw those that it lacks.
+        Return the token ids of `num_samples` completions of each prompt, EOS included. Draw those that are not cached.
 
-        Pieces stay valid if prompts are added at the end.
-
-        Args:
-            split (`str`):
-                Name of the prompts, such as "train", for the names of files.
-            prompts_ids (`Sequence[list[int]]` of P):
-                Token ids of the prompts.
-            num_samples (`int`):
-                Samples of each prompt.
-
-        Returns:
-            `list[list[list[int]]]` of P x num_samples: token ids of completions, EOS included.
-
-        Raises:
-            `ValueError`: if `num_samples` is not positive.
+        `split` names the prompts in the names of files. Pieces stay valid if prompts are added at the end.
         """
         if num_samples < 1:
             raise ValueError(f"`num_samples` must be at least 1. Got {num_samples}; raise it.")

@@ -101,11 +101,9 @@ TASKS = {
 
 def mixture(weights: dict[str, float]) -> Task:
     """
-    Combine tasks. The log-odds of a label are the weighted sum of the log-odds of the tasks.
+    Combine tasks by weights. The log-odds of a label are the weighted sum of the log-odds of the tasks.
 
-    Args:
-        weights (`dict[str, float]`):
-            Weights of tasks by name. If a weight is 1, its task is returned.
+    A task with weight 1 is returned unchanged.
     """
     whole = [name for name, weight in weights.items() if weight == 1]
     if whole:
@@ -125,19 +123,10 @@ def label(task: Task, texts_a: Sequence[str], texts_b: Sequence[str], seed: int)
 
         P(a is preferred) = sigmoid(noise_factor * (score(a) - score(b)))
 
-    Args:
-        task ([`Task`]):
-            Scorer and noise.
-        texts_a, texts_b (`Sequence[str]` of N):
-            The answers.
-        seed (`int`):
-            Seed of the noise. The n-th label depends only on the n-th pair and the seed.
+    The n-th label depends only on the n-th pair and the seed.
 
     Returns:
-        `list[bool]` of N: True where the text in `texts_a` is preferred.
-
-    Raises:
-        `ValueError`: if the two lists have different lengths.
+        `list[bool]`: True where the text in `texts_a` is preferred.
     """
     if len(texts_a) != len(texts_b):
         raise ValueError(
@@ -155,7 +144,7 @@ def as_messages(prompt: str) -> list[dict]:
 
 def prompts(path: str | os.PathLike | None = None) -> list[str]:
     """
-    Return distinct questions of fewer than 120 characters, in a fixed order.
+    Return distinct questions of fewer than 120 characters, in a fixed random order.
 
     Args:
         path (`str` or `os.PathLike`, *optional*):
@@ -163,9 +152,6 @@ def prompts(path: str | os.PathLike | None = None) -> list[str]:
             split "train". The question is the first message of the user, or the first turn of a transcript ("Human:",
             "Assistant:"), in the column `prompt` or else `chosen`. A `prompt` without turns is a question. By default
             the questions are those of [`own_questions`].
-
-    Returns:
-        `list[str]`: the questions, shuffled.
 
     Raises:
         `ValueError`: if the file does not exist, or no question is found.
