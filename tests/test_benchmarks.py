@@ -391,7 +391,11 @@ def test_soaks_are_sound(name, tmp_path, capsys):
     growth = {"growth": 0.0} if "growth" in figures else {}  # seconds are all warm-up
     assert soak.is_sound(figures | growth), figures
     assert json.loads((tmp_path / "figures.json").read_text()) == figures
-    seen = {"server": "cancelled answers, correct so far", "decoding": "guided_generate, memory kept", "training": "kills"}
+    seen = {
+        "server": "cancelled answers, correct so far",
+        "decoding": "guided_generate, memory kept",
+        "training": "kills",
+    }
     assert figures[seen[name]] > 0 and f"| {seen[name]} |" in capsys.readouterr().out
 
 

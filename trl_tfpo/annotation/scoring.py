@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from ..common._upstream import unsharded
 from ..common.language_model import LanguageModel, device_of, inference, is_sharded, unwrap_peft
-from ..common.precision import HALVES, float32_residuals
+from ..common.precision import HALF_PRECISION, float32_residuals
 from ..functional import token_logps
 from ..models.logits import read_logits
 from ..models.trained_exponents import check_is_language_model
@@ -182,7 +182,7 @@ def _with_float32_residuals(model: LanguageModel) -> AbstractContextManager[None
     effect. Call it within [`inference`].
     """
     base = unwrap_peft(model)
-    if model.dtype not in HALVES or getattr(base, "is_quantized", False):
+    if model.dtype not in HALF_PRECISION or getattr(base, "is_quantized", False):
         return nullcontext()
     tokens = torch.arange(1, 5, device=device_of(model))[None] % base.config.get_text_config().vocab_size
     try:

@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from .. import functional
 from ..common.arguments import check_counts
 from ..common.atomic import FORMAT, check_format
-from ..common.precision import HALVES, in_float32
+from ..common.precision import HALF_PRECISION, in_float32
 from ..data.tokenization import (
     FACE_COLUMNS,
     ID_COLUMNS,
@@ -213,7 +213,7 @@ def _annotate_cached(
         "columns": REWARD_COLUMNS + GAP_COLUMNS,
     }
     annotated = add_scores(tokenized, score, desc="Annotating token rewards", **scoring)
-    rounding = _measure_rounding(tokenized, annotated, score, **scoring) if patient.dtype in HALVES else None
+    rounding = _measure_rounding(tokenized, annotated, score, **scoring) if patient.dtype in HALF_PRECISION else None
     table = annotated.data
     if not any(pc.any(pc.not_equal(pc.list_flatten(table.column(name)), 0.0)).as_py() for name in REWARD_COLUMNS):
         raise ValueError(

@@ -29,33 +29,33 @@ REFERENCE = (
     "the reference is the doctor before training, or the patient with `policy='guided'`; `reference_weight` is its "
     "exponent"
 )
-CUT = "`max_length` limits prompt and completion together; completions are truncated at the end, prompts never"
+TRUNCATION = "`max_length` limits prompt and completion together; completions are truncated at the end, prompts never"
 GENERATION = "nothing is generated in training; `LogGuidedCompletionsCallback` shows guided completions"
 OBJECTIVE = "`TFPOTrainer(objective=...)` takes another loss"
-OF_TRAINER = "pass it to `TFPOTrainer`"
-INSTEAD = {  # for arguments of TRL's trainers and configs, and of transformers' Trainer
+TRAINER_ARGUMENT = "pass it to `TFPOTrainer`"
+REPLACEMENTS = {  # for arguments of TRL's trainers and configs, and of transformers' Trainer
     "beta": "`reward_temperature` has this role in training; the strength of guidance is `beta` of "
     "`DoctorGuidedLogitsProcessor`",
     "compute_loss_func": OBJECTIVE,
     "dataset_num_proc": "`accelerate launch` divides the annotation among several processes",
     "f_divergence_type": OBJECTIVE,
-    "faces": OF_TRAINER,
+    "faces": TRAINER_ARGUMENT,
     "formatting_func": "map the dataset to `prompt`, `chosen` and `rejected` beforehand",
     "generate_during_eval": GENERATION,
     "label_smoothing": "`disagreement_weight` reduces rewards that contradict the label",
     "log_completions": GENERATION,
     "loss_type": OBJECTIVE,
-    "max_completion_length": CUT,
-    "max_prompt_length": CUT + ". `drop_unusable=True` drops pairs whose prompt is too long",
-    "max_seq_length": CUT,
+    "max_completion_length": TRUNCATION,
+    "max_prompt_length": TRUNCATION + ". `drop_unusable=True` drops pairs whose prompt is too long",
+    "max_seq_length": TRUNCATION,
     "model_init": "create a new trainer for each trial, with the name of the model",
-    "objective": OF_TRAINER,
+    "objective": TRAINER_ARGUMENT,
     "optimizer_cls_and_kwargs": "`optimizers` takes an optimizer and a scheduler, `args.optim` a name",
     "packing": PACKING,
     "pad_token": "set `processing_class.pad_token`",
     "padding_free": PACKING,
-    "patient_model": OF_TRAINER,
-    "peft_config": OF_TRAINER,
+    "patient_model": TRAINER_ARGUMENT,
+    "peft_config": TRAINER_ARGUMENT,
     "precompute_ref_batch_size": "`scoring_batch_size`",
     "precompute_ref_log_probs": "this is always done with `policy='doctor'`, and never with other policies",
     "preprocess_logits_for_metrics": "logits are not kept; `evaluate` and `predict` return metrics",
@@ -63,15 +63,15 @@ INSTEAD = {  # for arguments of TRL's trainers and configs, and of transformers'
     "ref_model": REFERENCE,
     "ref_model_init_kwargs": REFERENCE,
     "reference_free": "`reference_weight=0`",
-    "reward_fn": OF_TRAINER,
+    "reward_fn": TRAINER_ARGUMENT,
     "reward_funcs": "rewards come from the two faces; `TFPOTrainer(reward_fn=...)` takes another rule",
     "sync_ref_model": REFERENCE + ". It does not change in training",
     "tokenizer": "`processing_class`",
-    "truncation_mode": CUT,
+    "truncation_mode": TRUNCATION,
     "use_vllm": GENERATION,
 }
 # Fields of `TrainingArguments` that accept types other than their annotation
-BEYOND_ANNOTATION = {"accelerator_config", "debug", "fsdp", "resume_from_checkpoint"}
+UNCHECKED_FIELDS = {"accelerator_config", "debug", "fsdp", "resume_from_checkpoint"}
 
 
 def explains_unknown(*, settings: type | None = None) -> Callable[[type[T]], type[T]]:
@@ -82,10 +82,10 @@ def explains_unknown(*, settings: type | None = None) -> Callable[[type[T]], typ
         settings (`type`, *optional*):
             A dataclass whose fields users may pass to the class by mistake.
     """
-    return functools.partial(_explain_unknown, settings=settings)
+    return functools.partial(_explain_unknown_arguments, settings=settings)
 
 
-def _explain_unknown(cls: type[T], settings: type | None) -> type[T]:
+def _explain_unknown_arguments(cls: type[T], settings: type | None) -> type[T]:
     init: Callable[..., None] = vars(cls)["__init__"]
     known = inspect.signature(init).parameters
     fields = set() if settings is None else {field.name for field in dataclasses.fields(settings)}
@@ -96,7 +96,7 @@ def _explain_unknown(cls: type[T], settings: type | None) -> type[T]:
             if settings is not None and name in fields:
                 hint = f"It is a field of `{settings.__name__}`: pass `args={settings.__name__}(..., {name}=...)`."
             else:
-                hint = instead_of(name, known)
+                hint = suggest_replacement(name, known)
             raise TypeError(f"`{cls.__name__}` has no argument `{name}`. {hint or 'Leave it out.'}")
         init(self, *args, **kwargs)
 
@@ -104,10 +104,10 @@ def _explain_unknown(cls: type[T], settings: type | None) -> type[T]:
     return cls
 
 
-def instead_of(name: str, known: typing.Iterable[str]) -> str:
+def suggest_replacement(name: str, known: typing.Iterable[str]) -> str:
     """Suggest a replacement, or a similar name, for an unknown argument. Return "" if there is none."""
-    if name in INSTEAD:
-        return f"Instead: {INSTEAD[name]}."
+    if name in REPLACEMENTS:
+        return f"Instead: {REPLACEMENTS[name]}."
     nearest = difflib.get_close_matches(name, list(known), n=1)
     return f"Did you mean `{nearest[0]}`?" if nearest else ""
 
@@ -136,10 +136,10 @@ def check_types(settings: "DataclassInstance") -> None:
             hints |= typing.get_type_hints(cls)
     for field in dataclasses.fields(settings):
         value, hint = getattr(settings, field.name, None), hints.get(field.name, Any)
-        if value is field.default or field.name in BEYOND_ANNOTATION:
+        if value is field.default or field.name in UNCHECKED_FIELDS:
             continue
-        if not _fits(value, hint):
-            value = _converted(value, hint)
+        if not _has_type(value, hint):
+            value = _convert(value, hint)
             if value is None:
                 value = getattr(settings, field.name)
                 raise ValueError(
@@ -159,11 +159,11 @@ def check_types(settings: "DataclassInstance") -> None:
                 )
 
 
-def _fits(value: object, hint: Any) -> bool:
+def _has_type(value: object, hint: Any) -> bool:
     """Whether a value has the annotated type. Always true for objects that a file cannot contain."""
     arguments, origin = typing.get_args(hint), typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, part) for part in arguments)
+        return any(_has_type(value, part) for part in arguments)
     if origin is typing.Literal:
         return value in arguments
     if value is None or hint is type(None):
@@ -186,11 +186,11 @@ def _fits(value: object, hint: Any) -> bool:
         of = arguments[0] if arguments else Any
         if isinstance(value, str):
             return of in (str, Any)
-        return isinstance(value, (list, tuple)) and all(_fits(one, of) for one in value)
+        return isinstance(value, (list, tuple)) and all(_has_type(one, of) for one in value)
     return isinstance(value, hint)
 
 
-def _converted(value: object, hint: Any) -> int | str | None:
+def _convert(value: object, hint: Any) -> int | str | None:
     """Convert a number to the annotated type: 2.0 to an integer, 2024 to a string. Return `None` for other values."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return None
@@ -227,6 +227,6 @@ def _remedy(value: object, hint: Any) -> str:
         return "write it in quotes, because YAML reads `yes`, `no`, `on` and `off` as true and false"
     if isinstance(value, (list, tuple)) and len(value) == 1:
         return "write it without brackets"
-    if _fits(str(value), hint):
+    if _has_type(str(value), hint):
         return "write it in quotes"
     return "correct it, or leave it out for the default"

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map  # documented under this private name o
 from transformers import PreTrainedModel
 
 
-HALVES = (torch.bfloat16, torch.float16)
+HALF_PRECISION = (torch.bfloat16, torch.float16)
 
 
 def default_dtype() -> str:
@@ -53,10 +53,10 @@ def in_float32() -> Iterator[None]:
         yield
 
 
-def _widened(x: Any) -> Any:
+def _to_float32(x: Any) -> Any:
     if isinstance(x, torch.dtype):
-        return torch.float32 if x in HALVES else x
-    return x.float() if isinstance(x, torch.Tensor) and x.dtype in HALVES else x
+        return torch.float32 if x in HALF_PRECISION else x
+    return x.float() if isinstance(x, torch.Tensor) and x.dtype in HALF_PRECISION else x
 
 
 class _Float32(TorchDispatchMode):
@@ -65,9 +65,9 @@ class _Float32(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is torch.ops.aten.embedding.default:  # convert the rows that are read, not the table
-            return _widened(func(*args, **kwargs))
+            return _to_float32(func(*args, **kwargs))
         written = {id(args[0])} if func._schema.is_mutable and args else set()
-        args, kwargs = tree_map(lambda x: x if id(x) in written else _widened(x), (args, kwargs))
+        args, kwargs = tree_map(lambda x: x if id(x) in written else _to_float32(x), (args, kwargs))
         return func(*args, **kwargs)
 
 
@@ -77,5 +77,5 @@ class _Float32Convolutions(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in (torch.conv1d, torch.conv2d):
-            args, kwargs = tree_map(_widened, (args, kwargs))
+            args, kwargs = tree_map(_to_float32, (args, kwargs))
         return func(*args, **kwargs)
