@@ -583,7 +583,10 @@ def guided_logps(
     ```
     """
     if len(doctor_logits) != len(beta):
-        raise ValueError(f"`beta` needs one weight for each doctor. Got {len(beta)} for {len(doctor_logits)} doctors.")
+        raise ValueError(
+            f"`beta` must have one weight for each doctor. Got {len(beta)} weights for {len(doctor_logits)} doctors; "
+            "pass one for each."
+        )
     guided = _add_weighted(None, patient_logits, alpha)
     for logits, weight in zip(doctor_logits, beta, strict=True):
         guided = _add_weighted(guided, logits, weight)

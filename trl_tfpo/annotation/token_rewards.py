@@ -143,7 +143,7 @@ def annotate_token_rewards(
     check_counts(batch_size=batch_size, max_length=max_length)
     if not callable(reward_fn):
         raise ValueError(
-            f"`reward_fn` must be callable. Got {reward_fn!r}; leave it out for `functional.token_rewards`."
+            f"`reward_fn` must be callable. Got {reward_fn!r}; leave it out to use `functional.token_rewards`."
         )
     faces = resolve_faces(faces)
     reward_fn = partial(reward_fn, **reward_settings)

@@ -19,7 +19,7 @@ TRANSCRIPT_TURN = "\n\nAssistant:"  # in HH-RLHF, `chosen` and `rejected` are wh
 OTHER_TURN = "\n\nHuman:"
 TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 THOUGHTS = ("reasoning_content", "thinking")  # keys of a message
-REMEDY = "correct the row, leave it out, or pass `drop_unusable=True`."
+REMEDY = "correct or remove the row, or pass `drop_unusable=True`."
 
 
 def read_pair(example: dict, *, openings: Sequence[str] = (), convert_transcripts: bool = False) -> dict:
@@ -87,8 +87,8 @@ def read_pair(example: dict, *, openings: Sequence[str] = (), convert_transcript
 def empty_completion(name: str) -> ValueError:
     """Return the error for an empty completion. `name` is `"chosen"` or `"rejected"`."""
     return ValueError(
-        f"A completion must have at least one token before EOS. Got an empty {name!r} completion, after the prompt "
-        f"and the common start of both completions; {REMEDY}"
+        f"A completion must have at least one token before EOS. Got an empty {name!r} completion, without the prompt "
+        f"and any common start of both texts; {REMEDY}"
     )
 
 

@@ -67,7 +67,8 @@ def check_all_same(
     if len(processing_classes) != 1 + num_doctors + num_references:
         raise ValueError(
             "`processing_classes` must be the tokenizers of the patient, each doctor and each reference. Got "
-            f"{len(processing_classes)} for 1 patient, {num_doctors} doctors and {num_references} references."
+            f"{len(processing_classes)} for 1 patient, {num_doctors} doctors and {num_references} references; pass "
+            "one tokenizer for each model."
         )
     for other in processing_classes[1:]:
         check_same_tokenizer(processing_classes[0], other)
