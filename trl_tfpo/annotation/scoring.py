@@ -64,8 +64,8 @@ def score_completions(
             Number of sequences of the greatest length in one forward pass. A pass of shorter sequences has at most the
             same number of tokens.
         longest (`int`, *optional*, defaults to `0`):
-            Number of tokens of the longest sequence, prompt and completion, that other calls score. With it, all calls
-            use the same number of tokens in a pass.
+            Number of tokens of the longest sequence (prompt and completion) of other calls. With it, all calls use the
+            same number of tokens in a pass.
         on_progress (`Callable`, *optional*):
             Called after each forward pass with the share of `completion_ids`, in [0, 1], that this pass has scored.
 

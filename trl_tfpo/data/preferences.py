@@ -87,8 +87,8 @@ def read_pair(example: dict, *, openings: Sequence[str] = (), convert_transcript
 def empty_completion(name: str) -> ValueError:
     """Return the error for an empty completion. `name` is `"chosen"` or `"rejected"`."""
     return ValueError(
-        f"A completion must have at least one token before EOS. Got an empty {name!r} completion, without the prompt "
-        f"and any common start of both texts; {REMEDY}"
+        f"A completion must have at least one token before EOS. Got an empty {name!r} completion (the prompt and a "
+        f"common start of both texts do not count); {REMEDY}"
     )
 
 

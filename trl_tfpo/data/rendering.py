@@ -70,8 +70,8 @@ def template_variables(example: dict[str, Any], processing_class: PreTrainedToke
     Read `tools` and `chat_template_kwargs` of a row, without the keys that Arrow adds from other rows.
 
     Raises:
-        `ValueError`: if `tools` is not a list or `chat_template_kwargs` not a dictionary, also as JSON; if a variable
-            is one of [`reserved_variables`].
+        `ValueError`: if `tools` is not a list or `chat_template_kwargs` is not a dictionary (JSON is accepted); if a
+            variable is one of [`reserved_variables`].
     """
     values: dict[str, Any] = {}
     for name, expected in (("tools", list), ("chat_template_kwargs", dict)):
