@@ -204,7 +204,7 @@ def sample(task: Task, guide: Guide, strengths: list[float], largest: float) -> 
 
 
 def follow(task: Task, guide: Guide, kls: list[float], largest: float) -> list[dict]:
-    """Return a row of validation near each of the KLs, or at the largest strength if it does not reach a KL."""
+    """Return a row near each KL on validation prompts, or at the largest strength if it does not reach the KL."""
     samples, doctor_logits = task.samples("validation"), task.samples("validation").doctor_logits(guide(largest))
     follow = functools.partial(samples.follow, guide, doctor_logits, attribute=task.attribute)
     points = [(row["kl"] ** 0.5, row["beta"]) for row in follow([largest * x for x in SHARES], max_kl=max(kls))]

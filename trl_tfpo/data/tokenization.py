@@ -298,7 +298,8 @@ def check_is_tokenizer(processing_class: PreTrainedTokenizerBase) -> None:
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise ValueError(
             "`processing_class` must be a tokenizer, because token rewards are defined for text only. Got a "
-            f"`{type(processing_class).__name__}`; pass a tokenizer, such as `processor.tokenizer`, and a text dataset."
+            f"`{type(processing_class).__name__}`; pass a tokenizer, such as `processor.tokenizer`, and a dataset of "
+            "texts."
         )
 
 
