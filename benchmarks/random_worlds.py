@@ -2,14 +2,14 @@
 
 
 """
-The defaults in worlds without tuning: words, grammar, attributes, lengths and rates are drawn from a seed.
+The defaults in random worlds: words, grammar, attributes, lengths and rates are drawn from a seed.
 
 ```bash
 python benchmarks/random_worlds.py --seeds 1 2 3 --output_dir runs/worlds
 ```
 
-Both models of a world first learn its language, for about five minutes. TFPO is then measured as in `sweep.py`, for
-each attribute of the world. Worlds and models in the output folder are reused.
+Both models of a world first learn its language, in about five minutes. TFPO is then measured for each attribute, as in
+`sweep.py`. Worlds and models in the output folder are reused.
 """
 
 import argparse

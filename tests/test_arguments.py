@@ -18,7 +18,7 @@ from trl_tfpo.cli.annotate import AnnotateArguments
 from trl_tfpo.cli.generate import GenerateArguments
 from trl_tfpo.cli.parser import Parser
 from trl_tfpo.cli.train import TFPOScriptArguments
-from trl_tfpo.common.arguments import INSTEAD, check_types
+from trl_tfpo.common.arguments import REPLACEMENTS, check_types
 
 
 def parse(tmp_path, text: str, *arguments: str, types=(TFPOScriptArguments, TFPOConfig, ModelConfig)):
@@ -125,8 +125,8 @@ def test_arguments_of_other_trainers_are_answered(tmp_path):
     with pytest.raises(ValueError, match="unknown option '--padding_free'. Instead"):
         parse(tmp_path, "padding_free: true\noutput_dir: run\n")
     known = {*TFPOConfig.__dataclass_fields__, *inspect.signature(TFPOTrainer.__init__).parameters}
-    for name in INSTEAD:
-        hint = INSTEAD[name]
+    for name in REPLACEMENTS:
+        hint = REPLACEMENTS[name]
         assert name not in TFPOConfig.__dataclass_fields__, name
         fields = [word.split("=")[0] for word in hint.split("`")[1::2] if "=" in word and "(" not in word]
         assert set(fields) <= known, hint  # a hint to something that is gone sends people in circles

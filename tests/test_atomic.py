@@ -43,5 +43,5 @@ def test_what_can_be_written_is_asked_before(tmp_path):
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "new", "/proc/new"):
-        with pytest.raises(ValueError, match=f"can be written to. Got '{folder}': .*; choose another"):
+        with pytest.raises(ValueError, match=f"must be writable. Got '{folder}': .*; choose another"):
             check_writable(folder)

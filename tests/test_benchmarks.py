@@ -405,7 +405,11 @@ def test_soaks_are_sound(name, tmp_path, capsys):
     growth = {"growth": 0.0} if "growth" in figures else {}  # seconds are all warm-up
     assert soak.is_sound(figures | growth), figures
     assert json.loads((tmp_path / "figures.json").read_text()) == figures
-    seen = {"server": "walked out on, right so far", "decoding": "guided_generate, memory kept", "training": "kills"}
+    seen = {
+        "server": "cancelled answers, correct so far",
+        "decoding": "guided_generate, memory kept",
+        "training": "kills",
+    }
     assert figures[seen[name]] > 0 and f"| {seen[name]} |" in capsys.readouterr().out
 
 
@@ -539,7 +543,7 @@ def test_a_method_that_was_measured_in_two_ways_is_not_reported(frontier):
     row = {"method": "a", "attribute": "b", "seed": 0, "split": "test", "settings": {"rate": 1}, "max_steps": 500}
     frontier.check_is_one_run([row, row | {"split": "validation", "settings": {"rate": 2}}, row | {"seed": 1}])
     for other in ({"settings": {"rate": 2}}, {"max_steps": 10}):
-        with pytest.raises(ValueError, match="in one way"):
+        with pytest.raises(ValueError, match="one setting and one size"):
             frontier.check_is_one_run([row, row | other])
 
 

@@ -208,7 +208,7 @@ def test_a_folder_that_cannot_be_written_is_noticed_before_the_work(annotated, u
     run, cache = tmp_path / "run", tmp_path / "cache"
     shutil.copytree(undisturbed[0] / "checkpoint-10", run / "checkpoint-10")
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    assert "can be written to. Got" in fails(on_read_only, run, train, annotated, run)
+    assert "must be writable. Got" in fails(on_read_only, run, train, annotated, run)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
     run.chmod(0o755)  # a user other than root, who has no other means, has changed it
     finish([in_child(train, annotated, run)])

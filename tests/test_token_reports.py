@@ -16,7 +16,7 @@ from trl_tfpo import (
     show_token_rewards,
     show_trace,
 )
-from trl_tfpo.data.token_map import TokenMap
+from trl_tfpo.common.heat_map import TokenMap
 from trl_tfpo.decoding.trace import GuidanceTrace
 from trl_tfpo.testbed import load_world
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Rewards of whole texts: how much each could gain if a doctor learned it perfectly.
+Rewards of whole texts, and the gain of a perfect doctor for each reward.
 
-The patient's samples of validation prompts are reweighted by the exponential of the reward. No doctor is trained.
+The patient's samples of validation prompts are reweighted by the exponential of the reward, without training.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ def gain_by(signal: torch.Tensor, scores: torch.Tensor, kl: float) -> float:
 
 
 def calibrated(task: str, pairs: Sequence[tuple[Answer, Answer]], embeddings: torch.Tensor, eos: int) -> Calibration:
-    """Return token rewards that explain the labels of pairs, chosen and rejected, by the gaps of a task's faces."""
+    """Calibrate token rewards on pairs (chosen, rejected) and the gaps of a task's faces."""
     columns = {name: [] for name in ("chosen_ids", "rejected_ids", "chosen_gaps", "rejected_gaps")}
     for pair in pairs:
         for side, answer in zip(("chosen", "rejected"), pair, strict=True):
@@ -58,7 +58,7 @@ def sparse_rewards(task: str, answer: Answer, sign: float = 1.0, **settings) -> 
 
 
 def signals(bench: "Bench", task: str, seed: int) -> list[dict]:
-    """Return the share of the best gain that each reward could reach on validation prompts."""
+    """Return a row for each reward: its share of the best possible gain on validation prompts, and its correlation."""
     groups, scores = bench.answers["validation"], bench.scores[task, "validation"]
     calibration = bench.calibration(task, seed)
 

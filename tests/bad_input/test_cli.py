@@ -154,7 +154,7 @@ EVALUATE = [
     ("evaluate numbers", f"{EVALUATION} a=numbers.jsonl", "must be a text or messages. Got 2"),
     ("evaluate without a judge", f"{EVALUATION} a=a.jsonl b=b.jsonl --baseline a", "a judge or a reward function"),
     ("evaluate, rewards of nobody", f"{EVALUATION} a=a.jsonl --output rewards.jsonl", "need rewards"),
-    ("evaluate into a file", "evaluate --output_dir a.jsonl --completions a=a.jsonl", "can be written to"),
+    ("evaluate into a file", "evaluate --output_dir a.jsonl --completions a=a.jsonl", "must be writable"),
     ("evaluate at no level", f"{EVALUATION} a=a.jsonl --level 2", "`level` must be between 0 and 1"),
     ("evaluate by no such oracle", f"{EVALUATION} a=a.jsonl --world prais", "Got 'prais'"),
 ]

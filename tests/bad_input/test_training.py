@@ -50,7 +50,7 @@ def collate(**changes):
 # The dataset
 DATASETS = [
     ("no dataset", lambda: TFPOTrainer(model=make_llama(2), args=TFPOConfig("run")), "`train_dataset` is required"),
-    ("not a dataset", lambda: train(train_dataset=ROWS), "one of the library Datasets. Got a `list`"),
+    ("not a dataset", lambda: train(train_dataset=ROWS), "of the library Datasets. Got a `list`"),
     ("no rows", lambda: train(train_dataset=annotate().select([])), "at least one row"),
     (
         "vision dataset",
@@ -80,7 +80,7 @@ DATASETS = [
     (
         "ids of a larger vocabulary",
         lambda: train(train_dataset=Dataset.from_list([{**row, "prompt_ids": [99]} for row in annotate()])),
-        "Got the token id 99, and its ids are 0 to 21",
+        "whose ids are 0 to 21. Got the token id 99",
     ),
     ("no completion ends", lambda: train(train_dataset=annotate(max_length=8)), "must end in EOS"),
 ]

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import yaml
 from trl import TrlParser
 
-from ..common.arguments import INSTEAD, OF_TRAINER, check_types
+from ..common.arguments import REPLACEMENTS, TRAINER_ARGUMENT, check_types
 from . import LAUNCHED, did_you_mean
 
 
@@ -166,11 +166,9 @@ class Parser(ConfigParser):
             if name.startswith("--") and name not in known:
                 names = [*self._option_string_actions, *known]
                 plain = name.lstrip("-").replace("-", "_")
-                if INSTEAD.get(plain, OF_TRAINER) not in (
-                    OF_TRAINER,
-                    INSTEAD["tokenizer"],
-                ):  # these advise on Python code
-                    raise ValueError(f"unknown option {name!r}. Instead: {INSTEAD[plain]}")
+                python_only = (TRAINER_ARGUMENT, REPLACEMENTS["tokenizer"])
+                if REPLACEMENTS.get(plain, TRAINER_ARGUMENT) not in python_only:
+                    raise ValueError(f"unknown option {name!r}. Instead: {REPLACEMENTS[plain]}")
                 raise ValueError(f"unknown option {name!r}{did_you_mean(name, names)}")
         if remaining and not remaining[0].startswith("--"):
             raise ValueError(f"unexpected argument {remaining[0]!r}. Options begin with `--`")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..data.token_map import TokenMap, token_texts
+from ..common.heat_map import TokenMap, token_texts
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ import gradio as gr
 import torch
 
 from ..common.atomic import atomic_write
+from ..common.heat_map import TokenMap
 from ..common.language_model import LanguageModel
-from ..data.token_map import TokenMap
 from ..data.tokenization import tokenize_prompt
 from ..decoding.logits_processor import DoctorGuidedLogitsProcessor
 from ..evaluation import evaluate_guidance

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.data.data_collator import DataCollator
 
-from ..annotation.token_rewards import check_given
+from ..annotation.token_rewards import check_has_patient
 from ..common.atomic import atomic_write
 from ..common.language_model import LanguageModel, is_peft_model, is_sharded
 from ..data.tokenization import columns_of
@@ -76,7 +76,7 @@ def check_can_annotate(
             "A dataset without token rewards needs `faces` to be annotated. Got None; pass "
             "`Faces(positive=..., negative=...)` or the name of a built-in pair."
         )
-    check_given(patient)
+    check_has_patient(patient)
 
 
 def check_can_calibrate(dataset: Dataset | IterableDataset, model: LanguageModel, *, is_online: bool) -> None:

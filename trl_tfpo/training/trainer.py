@@ -25,7 +25,7 @@ from ..annotation.token_rewards import (
     REWARD_COLUMNS,
     annotate_token_rewards,
     check_annotated_for,
-    check_given,
+    check_has_patient,
     check_patient,
 )
 from ..common._upstream import keep_output_precision
@@ -213,7 +213,7 @@ class TFPOTrainer(DoctorFiles):
             train_dataset, eval_dataset, doctor, processing_class, data_collator, args
         )
         if policy.needs_patient:
-            check_given(self.patient_model)
+            check_has_patient(self.patient_model)
         elif isinstance(self.patient_model, NamedModel):
             self.patient_model.unload()
         else:
