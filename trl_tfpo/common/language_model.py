@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, DynamicLayer, PreTrainedModel
 
 
 if TYPE_CHECKING:
@@ -44,6 +44,12 @@ def device_of(model: LanguageModel) -> torch.device:
     """Device of the input embeddings, and therefore of the token ids."""
     embeddings: Any = unwrap_peft(model).get_input_embeddings()
     return embeddings.weight.device
+
+
+def keeps_all_keys(model: LanguageModel) -> bool:
+    """Whether every layer attends to all earlier tokens: none has a window, chunks or a recurrent state."""
+    layers = DynamicCache(config=model.config.get_text_config()).layers
+    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
