@@ -24,6 +24,7 @@ from ..common.language_model import LanguageModel, backbone_of, device_of, head_
 from ..functional import FactoredLogits, token_logps
 from .guidance_head import GuidanceHead
 from .head_adapter import has_adapted_head, is_plain_lora, lora_factors
+from .pair_rows import PairRows, worthwhile_pair_rows
 
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,9 @@ def read_logits(
     """
     Compute the logits of a model at the positions that predict labels, as factors if its head allows it.
 
+    Texts i and B / 2 + i may be completions of one prompt. The model then reads the prompt once, see
+    [`~trl_tfpo.models.pair_rows`].
+
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Causal language model.
@@ -62,7 +66,8 @@ def read_logits(
         in_float32 (`bool`, *optional*, defaults to `False`):
             Whether the product with the head is computed in float32.
         inputs:
-            `input_ids` (B, L) and other inputs of the forward pass.
+            `input_ids` (B, L) and other inputs of the forward pass, such as an `attention_mask` (B, L) of texts that
+            are padded on the right.
 
     Returns:
         A list of terms that add up to the logits (N, V), in the order of the rows; and the hidden states (B, L, H)
@@ -72,7 +77,10 @@ def read_logits(
     form = head_form(model) if _is_factorable(model) else None
     if form is not None and form.softcap is not None and has_adapted_head(model):
         form = None  # the cap applies to the sum of head and adapter, not to each term
-    with _head_reads_labelled(model, has_label, num_shown=None if form is None else 1) as states:
+    is_plain = inputs.keys() == {"input_ids", "attention_mask"}
+    rows = worthwhile_pair_rows(**inputs, model=model) if is_plain else None
+    inputs = inputs if rows is None else inputs | rows.inputs
+    with _head_reads_labelled(model, has_label, rows, num_shown=None if form is None else 1) as states:
         outputs = (forward or model)(**inputs, use_cache=False)
     if form is None:
         return [outputs.logits[0].float()], states.hidden
@@ -218,16 +226,18 @@ class _States:
 
 
 @contextmanager
-def _head_reads_labelled(model: LanguageModel, has_label: torch.Tensor, num_shown: int | None) -> Iterator[_States]:
+def _head_reads_labelled(
+    model: LanguageModel, has_label: torch.Tensor, rows: PairRows | None, num_shown: int | None
+) -> Iterator[_States]:
     """
     Context in which the head receives only the hidden states that predict labels, or the first `num_shown` of them.
 
-    Yields the hidden states of the forward pass.
+    Yields the hidden states of the texts. The model may read the texts in `rows`.
     """
     states = _States()
 
     def keep(_, __, output):
-        states.hidden = output.last_hidden_state
+        states.hidden = output.last_hidden_state if rows is None else rows.unpack(output.last_hidden_state)
         states.labelled = states.hidden[:, :-1][has_label.to(states.hidden.device)]
         output.last_hidden_state = states.labelled[None, :num_shown]
         return output
