@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import contextmanager
+from functools import wraps
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -182,6 +183,22 @@ def world():
     from trl_tfpo.testbed import load_world
 
     return load_world()
+
+
+@contextmanager
+def few_prompts(num: int = 3):
+    """Evaluate on so many of the 12 prompts of each split of the controlled world. Pairs are of all prompts."""
+    from trl_tfpo.testbed import World
+
+    every = inspect.unwrap(World.prompts)  # so that one test of a file can have more than the others
+
+    @wraps(every)
+    def prompts(world: World, split: str):
+        return every(world, split)[: None if split == "train" else num]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(World, "prompts", prompts)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import few_prompts
 from processes import end_of, in_child
 from scripts import BENCHMARKS, load
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -39,6 +40,13 @@ TINY = dict(
     trained_cases=[("bfloat16", 0.5), ("float32", 1.0)],
     random_cases=[("float32", 0.5)],
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short():
+    """Policies are measured on few prompts."""
+    with few_prompts():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -548,15 +556,16 @@ def test_what_is_weighed_is_what_is_sampled(frontier):
     """Were the two ways to measure a policy to differ, the settings would be chosen by the wrong one."""
     from methods import Task
 
-    task = Task("praise", 0, num_pairs=2, max_steps=1, num_samples_per_prompt=100)
+    task = Task("praise", 0, num_pairs=2, max_steps=1, num_samples_per_prompt=25)
     world = task.world
 
     def guide(beta):
         return DoctorGuidedLogitsProcessor(world.doctor, beta=beta)
 
-    samples = task.samples("validation")
-    (row,) = samples.follow(guide, samples.doctor_logits(guide(0.4)), [0.4], attribute="praise")
-    sampled = task.comparison("validation").add("doctor", guide(0.4), beta=0.4)
+    with few_prompts(6):  # the standard error is over prompts
+        samples = task.samples("validation")
+        (row,) = samples.follow(guide, samples.doctor_logits(guide(0.4)), [0.4], attribute="praise")
+        sampled = task.comparison("validation").add("doctor", guide(0.4), beta=0.4)
     assert row["kl"] == pytest.approx(sampled["kl"], rel=0.1, abs=4 * sampled["kl_se"])
     near = frontier.follow(task, guide, [row["kl"]], 1.0)
     assert [x["beta"] for x in near] == [pytest.approx(0.4, abs=0.02)]
