@@ -5,20 +5,19 @@
 import importlib.util
 import json
 import math
-import os
 import re
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import datasets
+import plan_run
 import pytest
 import torch
 import yaml
 from conftest import conversational_rows, make_llama, make_tokenizer
 from datasets import Dataset
 from peft import LoraConfig
+from processes import launch, run_script, succeeds
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -219,17 +218,7 @@ def test_engines_hold_what_the_plan_says(tmp_path, engine):
     (tmp_path / "preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in conversational_rows(8)))
     for name, model in (("patient", make_llama(1, 32)), ("doctor", make_llama(2, 128))):
         save(model, tmp_path / name)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", 2, "--main_process_port", port]
-    command += ["--config_file", ROOT / "examples" / "accelerate_configs" / f"{engine}.yaml"]
-    command += ["--mixed_precision", "bf16", ROOT / "tests" / "plan_run.py", tmp_path]
-    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    result = subprocess.run(
-        [str(part) for part in command], env=os.environ | environment, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    launch(engine, "bf16", tmp_path, plan_run.run_as_rank, tmp_path)
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     weights, optimizer = report["plan"]["training, " + engine.replace("zero", "ZeRO-").replace("fsdp", "FSDP")]
     size = report["parameters"]
@@ -466,12 +455,10 @@ def test_dry_run_of_the_example(tmp_path):
     for name, model in (("patient", make_llama(1, 32)), ("doctor", make_llama(2))):
         model.config.save_pretrained(tmp_path / name)
         make_tokenizer().save_pretrained(tmp_path / name)
-    command = [sys.executable, ROOT / "examples" / "train.py", "--dataset_name", "pairs.jsonl", "--dry_run", "4"]
-    command += ["--config", ROOT / "examples" / "configs" / "pku_saferlhf_helpful.yaml"]
-    command += ["--patient", "patient", "--doctor", "doctor"]
-    result = subprocess.run([str(part) for part in command], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "| preference pairs | 24 | all tokenized |" in result.stdout
-    assert "| optimizer steps | 1 | with 4 process(es) |" in result.stdout
-    assert "| training, FSDP2 |" in result.stdout and "Activations are not counted" in result.stdout
+    options = ["--config", ROOT / "examples" / "configs" / "pku_saferlhf_helpful.yaml", "--dry_run", "4"]
+    options += ["--dataset_name", "pairs.jsonl", "--patient", "patient", "--doctor", "doctor"]
+    printed = succeeds(run_script, ROOT / "examples" / "train.py", tmp_path, *options)
+    assert "| preference pairs | 24 | all tokenized |" in printed
+    assert "| optimizer steps | 1 | with 4 process(es) |" in printed
+    assert "| training, FSDP2 |" in printed and "Activations are not counted" in printed
     assert not (tmp_path / "runs").exists()
