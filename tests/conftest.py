@@ -279,7 +279,7 @@ class Endpoint(BaseHTTPRequestHandler):
 def endpoint():
     with ThreadingHTTPServer(("127.0.0.1", 0), Endpoint) as server:
         server.requests, server.failures, server.lock, server.wake = [], [], threading.Lock(), threading.Event()
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))  # seconds until it sees the shutdown
         thread.start()
         yield server
         server.wake.set()

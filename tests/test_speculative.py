@@ -153,7 +153,7 @@ def exact_distribution(doctors, alpha, betas, warpers=None, options=None) -> dic
     return exact
 
 
-def chi_square_p_value(policy: str, num_draft_tokens, num_seeds: int = 20) -> float:
+def chi_square_p_value(policy: str, num_draft_tokens, num_seeds: int = 8) -> float:
     """Of the texts of all seeds against the exact distribution; rare texts count as one."""
     spec = POLICIES[policy]
     exact = exact_distribution(**spec)
@@ -212,7 +212,7 @@ def test_the_chi_square_test_sees_a_wrong_rule_of_acceptance(monkeypatch, rule):
         return (token, True) if accepted else (speculative._Sampling.token(target), False)
 
     monkeypatch.setattr(speculative._Sampling, "verify", verify)
-    assert chi_square_p_value("one doctor", num_draft_tokens=2, num_seeds=8) < 1e-6
+    assert chi_square_p_value("one doctor", num_draft_tokens=2) < 1e-6
 
 
 # The pace
