@@ -2,6 +2,7 @@
 
 """Tiny real models and data: built from a config in a second, no network, no weights."""
 
+import gc
 import inspect
 import json
 import os
@@ -133,6 +134,12 @@ def preferences():
 def hear_interruptions():
     """For `preexec_fn`: what is started in the background of a shell is deaf to Ctrl-C, and so are its children."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def pytest_collection_finish():
+    """Trainers collect garbage: a third of a second each time, if that of the imported libraries is looked through."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -46,7 +46,8 @@ def deepspeed_has_spoken():
 def test_docstring_examples(name, tmp_path, monkeypatch):
     """An example that fails is the first thing a user tries."""
     monkeypatch.chdir(tmp_path)
-    failures, _ = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
+    with few_prompts():
+        failures, _ = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
     assert failures == 0
 
 

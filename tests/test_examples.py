@@ -64,8 +64,8 @@ def test_controlled_world_end_to_end(tmp_path, monkeypatch):
 
     monkeypatch.setattr(subprocess, "run", in_forks)
     options = ["--seeds", "0", "1", "--output_dir", "runs"]
-    options += ["--num_pairs", "256", "--max_steps", "40", "--num_samples_per_prompt", "16"]
-    with few_prompts(4):
+    options += ["--num_pairs", "128", "--max_steps", "30", "--num_samples_per_prompt", "16"]
+    with few_prompts():
         output = succeeds(run_script, ROOT / "benchmarks" / "seeds.py", tmp_path, *options)
     for seed in (0, 1):
         report = json.loads((tmp_path / f"runs/seed-{seed}/report.json").read_text())

@@ -201,6 +201,7 @@ def test_samples_follow_the_guided_distribution(policy, num_draft_tokens):
     assert chi_square_p_value(policy, num_draft_tokens=num_draft_tokens) > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["accept everything", "forget to subtract the draft"])
 def test_the_chi_square_test_sees_a_wrong_rule_of_acceptance(monkeypatch, rule):
     """Else the test above could not fail."""

@@ -533,6 +533,7 @@ class TestPeft:
         assert runs[0] == pytest.approx(runs[1], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_streamed_datasets(annotated, preferences, patient, doctor, tokenizer, tmp_path):
     """A stream of annotated rows, or one annotated as it is read, must train as the dataset does."""
     streams = {
