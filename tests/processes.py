@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "accelerate_configs"
-PATIENCE = 300  # seconds after which a process counts as hung: many times what it takes, for busy machines
+PATIENCE = 900  # seconds after which a process counts as hung: many times what it takes, for busy machines
 
 
 def in_child(function, *args, said: str | int | None = None) -> int:
