@@ -345,20 +345,16 @@ def test_the_best_model_comes_with_its_value_head(folder, tmp_path):
     rows = Dataset.from_list(conversational_rows())
     tokenizer = make_tokenizer()
     rows = annotate_token_rewards(rows, make_llama(1, 32), tokenizer, faces=FACES)
-    trainer = TFPOTrainer(
-        model=make_llama(2),
-        args=config(
-            tmp_path,
-            eval_strategy="steps",
-            eval_steps=1,
-            save_strategy="steps",
-            save_steps=1,
-            load_best_model_at_end=True,
-            metric_for_best_model="eval_values/start",
-        ),
-        train_dataset=rows,
+    trainer = make_trainer(
+        rows,
+        tmp_path,
         eval_dataset=rows,
-        processing_class=tokenizer,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_values/start",
     )
     trainer.state.best_metric = None
     trainer.train()

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import few_prompts
 from processes import end_of, in_child
 from scripts import BENCHMARKS, load
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -41,6 +42,13 @@ TINY = dict(
     trained_cases=[("bfloat16", 0.5), ("float32", 1.0)],
     random_cases=[("float32", 0.5)],
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short():
+    """Policies are measured on few prompts."""
+    with few_prompts():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -312,12 +320,11 @@ def test_one_command_measures_everything(frontier, tmp_path, monkeypatch, capsys
     assert "loss" not in printed  # what trainers log is no part of a table
 
 
-@pytest.mark.slow
 def test_a_part_that_fails_is_not_passed_over(frontier, tmp_path):
     """A page with a table missing would look like one that was never asked for."""
-    with pytest.raises(RuntimeError, match="sweep failed, see .*sweep.log"):
-        frontier.run_parts({"sweep": ["sweep.py", "--changes", "everything"]}, tmp_path, ["--quick"])
-    assert "invalid choice: 'everything'" in (tmp_path / "sweep.log").read_text(encoding="utf-8")
+    with pytest.raises(RuntimeError, match="seeds failed, see .*seeds.log"):  # a script that imports nothing large
+        frontier.run_parts({"seeds": ["seeds.py", "--seeds", "zero"]}, tmp_path, [])
+    assert "invalid int value: 'zero'" in (tmp_path / "seeds.log").read_text(encoding="utf-8")
 
 
 def test_the_best_settings_are_those_of_the_highest_mean(frontier):
@@ -566,15 +573,16 @@ def test_what_is_weighed_is_what_is_sampled(frontier):
     """Were the two ways to measure a policy to differ, the settings would be chosen by the wrong one."""
     from methods import Task
 
-    task = Task("praise", 0, num_pairs=2, max_steps=1, num_samples_per_prompt=100)
+    task = Task("praise", 0, num_pairs=2, max_steps=1, num_samples_per_prompt=25)
     world = task.world
 
     def guide(beta):
         return DoctorGuidedLogitsProcessor(world.doctor, beta=beta)
 
-    samples = task.samples("validation")
-    (row,) = samples.follow(guide, samples.doctor_logits(guide(0.4)), [0.4], attribute="praise")
-    sampled = task.comparison("validation").add("doctor", guide(0.4), beta=0.4)
+    with few_prompts(6):  # the standard error is over prompts
+        samples = task.samples("validation")
+        (row,) = samples.follow(guide, samples.doctor_logits(guide(0.4)), [0.4], attribute="praise")
+        sampled = task.comparison("validation").add("doctor", guide(0.4), beta=0.4)
     assert row["kl"] == pytest.approx(sampled["kl"], rel=0.1, abs=4 * sampled["kl_se"])
     near = frontier.follow(task, guide, [row["kl"]], 1.0)
     assert [x["beta"] for x in near] == [pytest.approx(0.4, abs=0.02)]

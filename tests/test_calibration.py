@@ -291,13 +291,7 @@ def test_sparse_rewards_stay_where_nobody_asked(labelled, tokenizer, tmp_path):
     from_a_file = Dataset.from_list(dataset.to_list())  # whose rewards may be anybody's
     assert make_trainer(from_a_file, tmp_path, copy.deepcopy(doctor)).calibration is None
     without_gaps = dataset.remove_columns(["chosen_gaps", "rejected_gaps"])
-    trainer = TFPOTrainer(
-        model=doctor,
-        args=config(tmp_path),
-        train_dataset=dataset,
-        eval_dataset=without_gaps,
-        processing_class=tokenizer,
-    )
+    trainer = make_trainer(dataset, tmp_path, doctor, eval_dataset=without_gaps)
     assert trainer.calibration is None  # evaluation by other rewards would be another loss
 
 

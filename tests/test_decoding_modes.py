@@ -472,7 +472,7 @@ def live_tensor_bytes() -> int:
     return sum(x.untyped_storage().nbytes() for x in {x.data_ptr(): x for x in tensors}.values())
 
 
-def test_a_thousand_calls_equal_a_thousand_fresh_processors_and_leave_nothing():
+def test_many_calls_equal_as_many_fresh_processors_and_leave_nothing():
     """Else a service would go wrong, or out of memory, after a day."""
     draw = random.Random(0)
     patient, doctor = llama(0), llama(1)
@@ -480,7 +480,7 @@ def test_a_thousand_calls_equal_a_thousand_fresh_processors_and_leave_nothing():
     modes = [dict(), dict(do_sample=True), dict(num_beams=2), dict(num_return_sequences=2, do_sample=True)]
     single = [dict(prompt_lookup_num_tokens=2), dict(speculative=True, do_sample=True)]
     text, sizes = None, []
-    for call in range(1000):
+    for call in range(300):
         num_rows = draw.choice([1, 1, 2, 4])
         inputs = batch(*([draw.randrange(3, VOCABULARY) for _ in range(draw.randint(1, 6))] for _ in range(num_rows)))
         if text is not None and draw.random() < 0.3:  # a conversation that goes on
@@ -493,7 +493,7 @@ def test_a_thousand_calls_equal_a_thousand_fresh_processors_and_leave_nothing():
             outputs.append(guided_generate(patient, processor, keep_memory=True, **inputs, **kwargs))
         assert torch.equal(*outputs), (call, kwargs)
         text = outputs[0][0].tolist() if len(inputs["input_ids"]) == 1 and len(outputs[0][0]) < 30 else None
-        if call % 100 == 99:
+        if call % 30 == 29:
             guide.reset()
             del processor, outputs
             sizes.append(live_tensor_bytes())

@@ -293,6 +293,7 @@ def guided_answer(world, guide, inputs):
     return world.tokenizer.decode(output[0, inputs["input_ids"].size(1) :], skip_special_tokens=True)
 
 
+@pytest.mark.slow
 def test_truncation_is_that_of_generate():
     """A cut before temperature keeps other tokens than after it, and one of another order keeps more or fewer."""
     logps = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05]).log()

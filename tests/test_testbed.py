@@ -341,6 +341,7 @@ def test_frontier_of_a_gaussian(kl):
     assert frontier.standard_error(kl) < 0.05
 
 
+@pytest.mark.slow
 def test_standard_error_is_the_spread_over_repetitions():
     """An error bar that is too small turns noise into findings."""
     frontiers = [
