@@ -27,9 +27,14 @@ def make_static_cache(config: PreTrainedConfig, num_tokens: int) -> StaticCache:
 
 def can_reuse(cache: StaticCache, num_rows: int, num_tokens: int) -> bool:
     """Whether a cache has the rows and enough columns for another text."""
-    if cache.get_max_length() < num_tokens:
-        return False
-    return all(layer.keys is not None and layer.keys.size(0) == num_rows for layer in cache.layers)
+    states = _states(cache)
+    return bool(states) and len(states[0]) == num_rows and cache.get_max_length() >= num_tokens
+
+
+def _states(cache: StaticCache) -> list[torch.Tensor]:
+    """The keys and values of all layers that have some."""
+    layers = [layer for layer in cache.layers if isinstance(layer, StaticLayer)]
+    return [states for layer in layers for states in (layer.keys, layer.values) if states is not None]
 
 
 def crop(cache: StaticCache, num_tokens: int) -> None:
@@ -49,10 +54,8 @@ def take_rows(cache: StaticCache, source: torch.Tensor) -> None:
         source (`torch.LongTensor` of shape `(B,)`):
             The old row that each new row repeats.
     """
-    for layer in cache.layers:
-        assert layer.keys is not None and layer.values is not None
-        layer.keys.copy_(layer.keys.index_select(0, source.to(layer.keys.device)))
-        layer.values.copy_(layer.values.index_select(0, source.to(layer.values.device)))
+    for states in _states(cache):
+        states.copy_(states.index_select(0, source.to(states.device)))
 
 
 def static_inputs(
