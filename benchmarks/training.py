@@ -6,6 +6,7 @@ Time and memory of a training step, relative to TRL's DPO on the same model, pai
 ```bash
 python benchmarks/training.py --output training.json
 python benchmarks/training.py --quick
+python benchmarks/training.py --pairs FILE     # a file of HH-RLHF
 ```
 
 1. *Step.* Forward, backward and optimizer of `TFPOTrainer` and of `DPOTrainer` with precomputed reference: time, and
@@ -14,6 +15,9 @@ python benchmarks/training.py --quick
    matrix of all pairs and to a loop over lengths, for 8 completions.
 3. *Memory.* Forward and backward of the doctor's log-probabilities in chunks, relative to logits and a log-softmax
    over the whole vocabulary: peak without the model and its gradients.
+
+`--pairs` measures something else, on SmolLM2-135M-Instruct with a doctor of its first 8 layers: a step that reads the
+prompt of a pair once, relative to a step that reads it for each completion.
 
 Each repetition runs both sides in turn and gives one ratio. The table shows the median and the quartiles. On a CPU one
 thread is used, and processor time is measured.
@@ -24,19 +28,29 @@ import json
 import statistics
 import tempfile
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
-from datasets import Dataset
-from measuring import cell, in_turn, peak_mebibytes, quartiles
+from datasets import Dataset, load_dataset
+from measuring import cell, in_turn, peak_mebibytes, processor, quartiles
+from real.model import default_cache, fetch_model, small_doctor
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from trl import DPOConfig, DPOTrainer
 
 from trl_tfpo import Faces, TFPOConfig, TFPOTrainer
 from trl_tfpo.functional import subtb_loss
+from trl_tfpo.models import pair_rows
 from trl_tfpo.models.doctor import add_value_head
 
 
@@ -50,15 +64,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a smaller model, fewer lengths and repetitions")
     parser.add_argument("--output", help="JSON file for the measurements")
+    parser.add_argument("--pairs", help="JSON lines of preference pairs, for the step that reads prompts once")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
     sizes = QUICK if args.quick else FULL
     if args.device == "cpu":
         torch.set_num_threads(1)
     report = {"arguments": vars(args), "sizes": sizes, "torch": torch.__version__}
-    report["memory"] = memory(args, sizes)
-    report["subtb"] = balance(args, sizes)
-    report["step"] = step(args, sizes)
+    if args.pairs:
+        report["prompts"] = prompts_once(args)
+    else:
+        report["memory"] = memory(args, sizes)
+        report["subtb"] = balance(args, sizes)
+        report["step"] = step(args, sizes)
     if args.output:
         Path(args.output).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
@@ -115,6 +133,51 @@ def take_step(trainer, batch: dict) -> None:
     trainer.training_step(trainer.model, dict(batch))
     trainer.optimizer.step()
     trainer.optimizer.zero_grad()
+
+
+def prompts_once(args: argparse.Namespace, num_batches: int = 2, batch_size: int = 8) -> dict:
+    """Measure a step on real pairs that reads each prompt once, relative to a step that reads it twice."""
+    folder = fetch_model(default_cache())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    pairs = load_dataset("json", data_files=args.pairs, split=f"train[:{2 * num_batches * batch_size}]")
+    with tempfile.TemporaryDirectory() as output_dir:
+        trainer = TFPOTrainer(
+            model=small_doctor(folder, num_layers=8),
+            patient_model=AutoModelForCausalLM.from_pretrained(folder),
+            args=TFPOConfig(
+                output_dir,
+                per_device_train_batch_size=batch_size,
+                max_length=512,
+                drop_unusable=True,
+                convert_transcripts=True,
+                calibrate_rewards=False,
+                bf16=False,
+                report_to="none",
+                use_cpu=args.device == "cpu",
+            ),
+            train_dataset=pairs,
+            processing_class=tokenizer,
+            faces=Faces(positive="Answer helpfully and kindly.", negative="Answer badly and rudely."),
+        )
+        trainer.create_optimizer()
+        trainer.current_gradient_accumulation_steps = 1
+        batches = list(islice(trainer.get_train_dataloader(), num_batches))
+
+        def take_steps(limit: float) -> None:
+            with patch.object(pair_rows, "WORTHWHILE", limit):
+                for batch in batches:
+                    trainer.training_step(trainer.model, dict(batch))
+                    trainer.optimizer.zero_grad()
+
+        ways = {"once": partial(take_steps, pair_rows.WORTHWHILE), "twice": partial(take_steps, 0.0)}
+        seconds = in_turn(ways, repetitions=5, device=args.device)
+    row = {
+        "shapes": [list(batch["input_ids"].shape) for batch in batches],
+        "once_over_twice": quartiles(seconds["once"], seconds["twice"]),
+    }
+    print(f"Batches {row['shapes']}, {processor(args.device)}: time of a step that reads each prompt once, over one")
+    print(f"that reads it twice: {cell(row['once_over_twice'])}")
+    return row
 
 
 def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
