@@ -6,7 +6,8 @@ import random
 
 import pytest
 import torch
-from conftest import ENGINE, NUM_TOKENS, start, stop
+from conftest import ENGINE, start, stop
+from tiny_models import NUM_TOKENS
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
@@ -179,42 +180,6 @@ def test_samples_follow_the_guided_policy(engine, models):
     expected = probs * 400
     assert expected.min() > 4
     assert ((counts - expected).square() / expected).sum() < 22.5  # 0.999 of chi-square with 6 degrees of freedom
-
-
-@pytest.fixture(scope="module")
-def small_engine(folders):
-    """Two doctors, one with a smaller vocabulary, in an engine whose cache is too small for all requests."""
-    doctors = {"helpful": folders.helpful, "harmless": folders.harmless}
-    config = guided_config(folders.patient, doctors, beta={"harmless": 0.3})
-    engine = start(**config, num_gpu_blocks_override=9)
-    yield engine
-    stop(engine)
-
-
-def test_preempted_requests_keep_their_weights(small_engine, models):
-    """A preempted request comes back as a new one, and in another slot."""
-    weights = [
-        {},
-        {"beta_harmless": 0.0, "beta_helpful": 0.0},
-        {"beta_harmless": 0.6},
-        {"alpha": 1.0, "beta_helpful": 1.0, "beta_harmless": -0.5},
-        {"alpha": 1.0, "beta_helpful": -0.4, "beta_harmless": 0.8},
-        {"alpha": 0.0, "beta_helpful": 1.0, "beta_harmless": 1.0},
-        {"alpha": 1.0, "beta_helpful": 0.3, "beta_harmless": 0.0},
-        {"beta_helpful": 0.5, "beta_harmless": 0.5},
-    ]
-    scheduler = small_engine.llm_engine.engine_core.engine_core.scheduler
-    preempt, num_preempted = scheduler._preempt_request, []
-    scheduler._preempt_request = lambda *args, **kwargs: [num_preempted.append(1), preempt(*args, **kwargs)][1]
-    prompts = [prompt[:20] for prompt in PROMPTS]
-    outputs = small_engine.generate(prompts_of(prompts), [params(x, max_tokens=48) for x in weights], use_tqdm=False)
-    del scheduler._preempt_request
-    for prompt, given, tokens in zip(prompts, weights, tokens_of(outputs), strict=True):
-        helpful, harmless = given.get("beta_helpful", 0.25), given.get("beta_harmless", 0.3)
-        alpha = given.get("alpha", 1 - helpful - harmless)
-        exponents = {"patient": alpha, "helpful": helpful, "harmless": harmless}
-        assert tokens == greedy(models, prompt, exponents, num_new=48)
-    assert num_preempted
 
 
 def test_speculation_with_a_draft_model(folders, models):

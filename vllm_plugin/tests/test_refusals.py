@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import save_model
+from tiny_models import save_model
 from vllm import ModelRegistry, envs
 from vllm.engine.arg_utils import EngineArgs
 
@@ -55,14 +55,14 @@ def test_unsupported_modes(folders, arguments, mode):
 
 def test_another_tokenizer(folders):
     """Ids would stand for other tokens, and guidance would push towards arbitrary ones."""
-    doctor = save_model(folders.root / "other", 4, words=["t4", "t3"])
+    doctor = save_model(folders.root / "other", seed=4, words=["t4", "t3"])
     with pytest.raises(ValueError, match="2 ids that differ for doctor 'helpful'; the first is 3: 't3' .* 't4'"):
         config_of(folders, doctor)
 
 
 def test_no_tokenizer(folders):
     """Without it nobody can say whether ids stand for the same tokens."""
-    doctor = save_model(folders.root / "bare", 4)
+    doctor = save_model(folders.root / "bare", seed=4)
     for file in folders.root.glob("bare/tokenizer*"):
         file.unlink()
     with pytest.raises(ValueError, match="must be saved with their tokenizer"):
@@ -71,7 +71,7 @@ def test_no_tokenizer(folders):
 
 def test_a_quantised_doctor(folders):
     """vLLM would build it as an ordinary model, from weights of another format."""
-    doctor = save_model(folders.root / "quantised", 4)
+    doctor = save_model(folders.root / "quantised", seed=4)
     path = Path(doctor) / "config.json"
     settings = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
@@ -81,14 +81,14 @@ def test_a_quantised_doctor(folders):
 
 def test_too_few_embeddings(folders):
     """A token that the doctor cannot read would end the engine."""
-    doctor = save_model(folders.root / "small", 4, vocab_size=60)
+    doctor = save_model(folders.root / "small", seed=4, vocab_size=60)
     with pytest.raises(ValueError, match="an embedding for every token. Got 60 embeddings and the id 60"):
         config_of(folders, doctor)
 
 
 def test_too_few_positions(folders):
     """vLLM checks the positions of the patient only."""
-    doctor = save_model(folders.root / "short", 4, positions=64)
+    doctor = save_model(folders.root / "short", seed=4, positions=64)
     with pytest.raises(ValueError, match="Got 64, and a `max_model_len` of 96; pass `max_model_len=64`"):
         config_of(folders, doctor)
     assert config_of(folders, doctor, max_model_len=64)
