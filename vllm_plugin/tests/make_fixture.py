@@ -117,6 +117,7 @@ def make_texts() -> list[dict]:
                 weights.get("alpha"),
                 betas,
                 reference=[models.get(references.get(name)) for name in names],
+                processing_classes=[tiny_models.make_tokenizer()] * (1 + len(names) + len(references)),
             )
             ids = torch.tensor([prompt])
             ids = guided_generate(
