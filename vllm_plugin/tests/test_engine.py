@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 from conftest import ENGINE, start, stop
-from tiny_models import NUM_TOKENS
-from transformers import AutoModelForCausalLM
+from tiny_models import NUM_TOKENS, save_config
+from transformers import AutoModelForCausalLM, MambaConfig
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
@@ -211,6 +211,21 @@ def test_an_engine_without_the_check_of_requests_does_not_start(folders, monkeyp
     monkeypatch.delitem(MODELS_CONFIG_MAP, "GuidedForCausalLM")
     with pytest.raises(ValueError, match="Requests must be checked when they arrive"):
         start(**guided_config(folders.patient, {"helpful": folders.helpful}))
+
+
+def test_a_load_format_that_reads_the_patient_only(engine):
+    """Doctors would keep the values that happened to be in memory."""
+    model = engine.llm_engine.model_executor.driver_worker.worker.model_runner.model
+    with pytest.raises(ValueError, match=r"weights of all models must be read. Got none of \['factor0', 'patient'\]"):
+        model.load_weights(iter(()))
+
+
+def test_a_model_with_another_state(folders):
+    """Guidance by a model whose state vLLM would not page with the patient's."""
+    config = MambaConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, architectures=["MambaForCausalLM"])
+    doctor = save_config(folders.root / "mamba", config)
+    with pytest.raises(ValueError, match="attention alone. Got a MambaForCausalLM as factor0"):
+        start(**guided_config(folders.patient, {"helpful": doctor}))
 
 
 def test_a_forward_pass_without_weights_is_an_error():

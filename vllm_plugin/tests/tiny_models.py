@@ -64,6 +64,20 @@ def save_model(folder, words=(), **settings):
     return str(folder)
 
 
+def save_config(folder, config):
+    """Save the config of a model with a tokenizer, without weights, and return the folder."""
+    config.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def change_config(folder, **changes):
+    """Change fields in the config of a model, and return its folder."""
+    path = Path(folder) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
 def save_adapter(folder, name, base, **changes):
     """Put a stored adapter with a tokenizer in a folder, on another base. `changes` are to its config."""
     shutil.copytree(ADAPTERS / name, folder)

@@ -77,8 +77,8 @@ def check_doctors(guidance: Guidance, model_config: "ModelConfig") -> None:
     """
     Raise `ValueError` unless every doctor and reference belongs to the patient.
 
-    Each must have the patient's tokenizer (the same token for every id), an embedding for each token, and as many
-    positions as the engine.
+    Each must read text only, as the patient must, and have the patient's tokenizer (the same token for every id), an
+    embedding for each token, and as many positions as the engine.
 
     Args:
         guidance ([`Guidance`]):
@@ -86,6 +86,7 @@ def check_doctors(guidance: Guidance, model_config: "ModelConfig") -> None:
         model_config ([`~vllm.config.ModelConfig`]):
             The config of the patient in the engine.
     """
+    _check_reads_text("The patient", model_config.hf_config)
     patient_tokens = _tokens_by_id(model_config.tokenizer or model_config.model)
     models = {f"Doctor {doctor.name!r}": doctor.path for doctor in guidance.doctors}
     models |= {
@@ -94,7 +95,8 @@ def check_doctors(guidance: Guidance, model_config: "ModelConfig") -> None:
         if doctor.reference not in (None, PATIENT)
     }
     for label, path in models.items():
-        tokens, config = _tokens_by_id(path), config_of(read_doctor(path)).get_text_config()
+        tokens, config = _tokens_by_id(path), config_of(read_doctor(path))
+        _check_reads_text(label, config)
         differing = [i for i in patient_tokens.keys() | tokens.keys() if patient_tokens.get(i) != tokens.get(i)]
         if differing:
             first = min(differing)
@@ -130,6 +132,15 @@ def config_of(saved: SavedDoctor) -> PreTrainedConfig:
             f"A doctor must have a model that can be found. Got {saved.base!r} for {str(saved.folder)!r}; write the "
             "right folder or Hub id as `base_model_name_or_path` in its `adapter_config.json`."
         ) from error
+
+
+def _check_reads_text(label: str, config: PreTrainedConfig) -> None:
+    """Raise `ValueError` when a model has parts besides a language model."""
+    if config.get_text_config() is not config:
+        raise ValueError(
+            f"{label} must be a language model. Got a {type(config).__name__}, of a model that reads images or sound "
+            "as well; use `trl-tfpo serve` or another model."
+        )
 
 
 def _tokens_by_id(path: str) -> dict[int, str]:

@@ -50,9 +50,9 @@ class Lora:
         self.folder = saved.folder
         self.embeddings, self.head = _names_of_ends(config)
         changed = self.matrices.keys() | self.replaced.keys()
-        self.unties = config.get_text_config().tie_word_embeddings and bool({self.embeddings, self.head} & changed)
+        self.unties = config.tie_word_embeddings and bool({self.embeddings, self.head} & changed)
         if self.unties:
-            config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+            config.tie_word_embeddings = False
 
     def merge(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """

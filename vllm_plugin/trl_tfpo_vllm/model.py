@@ -76,8 +76,8 @@ class GuidedForCausalLM(nn.Module):
                 vllm_config, prefix=layers, hf_config=config, architectures=architecture
             )
             setattr(self, name, model)
-        self.sizes = [config.get_text_config().hidden_size for config in self.configs]
-        self.num_embeddings = [config.get_text_config().vocab_size for config in self.configs]
+        self.sizes = [config.hidden_size for config in self.configs]
+        self.num_embeddings = [config.vocab_size for config in self.configs]
         self.found_by_name = list(vllm_config.compilation_config.static_forward_context.values())
 
     @staticmethod
@@ -172,14 +172,24 @@ class GuidedForCausalLM(nn.Module):
 
         Returns:
             `set[str]`: names of the parameters that were loaded.
+
+        Raises:
+            `ValueError`: when a model gets no weights, or an adapter does not fit its base.
         """
         loaded: set[str] = set()
+        owners = set()
         # The loader reads one model after the other; a group is read while it is loaded, never held as a whole
         for owner, group in groupby(weights, key=lambda item: self._owner(item[0])):
             own = ((name.removeprefix(f"{owner}."), tensor) for name, tensor in group)
             own = ((name, tensor) for name, tensor in own if not name.startswith(f"{VALUE_HEAD}."))
             own = self.loras[owner].merge(own) if owner in self.loras else own
             loaded |= {f"{owner}.{name}" for name in getattr(self, owner).load_weights(own)}
+            owners.add(owner)
+        if missing := sorted(set(self.names) - owners):
+            raise ValueError(
+                f"The weights of all models must be read. Got none of {missing}, as some load formats read one model "
+                "only; leave out `load_format`."
+            )
         for (model, config), (other, its_config) in combinations(zip(self.models, self.configs, strict=True), 2):
             if are_alike(config, its_config):
                 share_modules(other, model, apart=self.found_by_name)
