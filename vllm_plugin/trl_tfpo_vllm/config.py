@@ -51,16 +51,7 @@ def guided_config(
         if unknown := sorted(set(given) - set(doctors)):
             raise ValueError(f"`{argument}` must name doctors among {sorted(doctors)}. Got {unknown}; rename them.")
     for name, path in references.items():
-        if os.path.abspath(doctors[name]) == path:
-            raise ValueError(
-                f"`reference` must be the doctor before training. Got the folder of {name!r} itself, which undoes the "
-                "guidance; pass the folder of the model that was trained."
-            )
-        if saved[name].exponents and (path == PATIENT or not read_doctor(path).exponents):
-            raise ValueError(
-                f"`reference` is for a doctor that is a language model. Got one for {name!r}, a doctor of guided "
-                "flow, whose logits are the log-ratio to its reference already; leave it out."
-            )
+        _check_reference(name, path, saved[name].exponents, is_itself=os.path.abspath(doctors[name]) == path)
     num_mixed = sum(not one.exponents and name not in references for name, one in saved.items())
     entries = []
     for name, one in saved.items():
@@ -85,3 +76,17 @@ def _reference(patient: str | os.PathLike, path: str | os.PathLike) -> str:
         return PATIENT
     read_doctor(path)
     return os.path.abspath(path)
+
+
+def _check_reference(name: str, path: str, exponents: Mapping[str, float], is_itself: bool) -> None:
+    """Raise `ValueError` when the reference is the doctor itself, or the doctor is one of guided flow."""
+    if is_itself:
+        raise ValueError(
+            f"`reference` must be the doctor before training. Got the folder of {name!r} itself, which undoes the "
+            "guidance; pass the folder of the model that was trained."
+        )
+    if exponents and (path == PATIENT or not read_doctor(path).exponents):
+        raise ValueError(
+            f"`reference` is for a doctor that is a language model. Got one for {name!r}, a doctor of guided flow, "
+            "whose logits are the log-ratio to its reference already; leave it out."
+        )

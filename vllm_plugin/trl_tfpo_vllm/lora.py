@@ -84,17 +84,21 @@ class Lora:
 
     def _changed(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """A weight (O, I) of the doctor, from that of the base."""
-        parts = [self.replaced[name]] if name in self.replaced else []
-        if name in self.matrices:
-            first, second = (self.matrices[name][part].to(tensor.device, torch.float32) for part in "AB")
-            parts.append(self._scale(name, len(first)) * (second @ first))
-        if wrong := [tuple(part.shape) for part in parts if part.shape != tensor.shape]:
+        weight = self._fitting(name, self.replaced.get(name, tensor), tensor)
+        if name not in self.matrices:
+            return weight
+        first, second = (self.matrices[name][part].to(tensor.device, torch.float32) for part in "AB")
+        product = self._fitting(name, self._scale(name, len(first)) * (second @ first), tensor)
+        return weight.to(tensor.device, torch.float32) + product
+
+    def _fitting(self, name: str, weight: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+        """The weight, unless it has another shape than that of the base."""
+        if weight.shape != tensor.shape:
             raise ValueError(
-                f"An adapter must fit its base. Got {name!r} of shape {wrong[0]} in {str(self.folder)!r}, for "
-                f"{tuple(tensor.shape)}; name the base that it was trained on in its `adapter_config.json`."
+                f"An adapter must fit its base. Got {name!r} of shape {tuple(weight.shape)} in {str(self.folder)!r}, "
+                f"for {tuple(tensor.shape)}; name the base that it was trained on in its `adapter_config.json`."
             )
-        weight = self.replaced.get(name, tensor)
-        return weight.to(tensor.device, torch.float32) + parts[-1] if name in self.matrices else weight
+        return weight
 
     def _scale(self, name: str, rank: int) -> float:
         """The factor of a product of rank `rank`, as PEFT computes it."""
