@@ -182,8 +182,8 @@ class GuidedForCausalLM(nn.Module):
         for owner, group in groupby(weights, key=lambda item: self._owner(item[0])):
             own = ((name.removeprefix(f"{owner}."), tensor) for name, tensor in group)
             own = ((name, tensor) for name, tensor in own if not name.startswith(f"{VALUE_HEAD}."))
-            own = self.loras[owner].merge(own) if owner in self.loras else own
-            loaded |= {f"{owner}.{name}" for name in getattr(self, owner).load_weights(own)}
+            merged = self.loras[owner].merge(own) if owner in self.loras else own
+            loaded |= {f"{owner}.{name}" for name in getattr(self, owner).load_weights(merged)}
             owners.add(owner)
         if missing := sorted(set(self.names) - owners):
             raise ValueError(

@@ -40,7 +40,7 @@ def share_modules(model: nn.Module, other: nn.Module, apart: Collection[nn.Modul
     twins, kept = dict(other.named_modules(remove_duplicate=False)), set(apart)
     for name, module in list(model.named_modules(remove_duplicate=False)):
         twin, weights = twins.get(name), dict(module.named_parameters(recurse=False))
-        if module in kept or type(module) is not type(twin) or not weights or any(module.children()):
+        if twin is None or type(module) is not type(twin) or module in kept or not weights or any(module.children()):
             continue
         theirs = dict(twin.named_parameters(recurse=False))
         if weights.keys() == theirs.keys() and all(torch.equal(weights[key], theirs[key]) for key in weights):
