@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Time of annotation, compared with a straightforward implementation and with the bare forward passes.
+Time of annotation, relative to a simple implementation and to the bare forward passes.
 
 ```bash
 python benchmarks/annotation.py --output annotation.json
@@ -10,8 +10,8 @@ python benchmarks/annotation.py --quick
 
 - *annotated*: `score_token_rewards`, as `annotate_token_rewards` calls it.
 - *four forwards*: a separate forward pass for each completion under each face, with full logits in float32.
-- *bare*: the backbone over the tokens that must be read (each face's prompt once, both completions), in batches of the
-  same size, and the language model head where a token is predicted. Nothing is scored.
+- *bare*: the backbone over the necessary tokens (each face's prompt once, both completions), in batches of the same
+  size, and the language model head at the predicted tokens, without scores.
 
 The model is a random Llama, because only its size matters. Prompts are three times as long as completions, as in
 HH-RLHF; lengths are drawn from a seed. Each repetition runs all three in turn and gives one ratio. The table shows the

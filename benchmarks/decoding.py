@@ -1,30 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Time of guided decoding relative to the patient alone: overhead of a doctor, and gain by speculation. Prints Markdown
-tables.
+Time of guided decoding relative to the patient alone: overhead of a doctor, and gain by speculation.
 
 ```bash
 python benchmarks/decoding.py --output decoding.json
 python benchmarks/decoding.py --quick --peers
 ```
 
-Times are per new token, prefill included, as ratios within one process. All methods take turns at each prompt, each
-repetition gives one ratio, and a cell is the median over repetitions with the first and third quartile. On a CPU one
-thread is used and processor time is measured. It excludes the time of other processes, but not their use of caches and
-memory bandwidth. On a GPU wall-clock time is measured.
+Times are per new token and include the prefill. All methods take turns at each prompt in one process, and each
+repetition gives one ratio of times. A cell is the median over repetitions, with the first and third quartile. On a CPU
+one thread is used and processor time is measured, which excludes the time of other processes, but not their use of
+caches and memory bandwidth. On a GPU wall-clock time is measured.
 
-1. *Overhead.* Random models, because only their size matters. The cached guide reads each token once. The naive one
+1. *Overhead.* Random models, because only their size matters. The cached guide reads each token once. The naive guide
    reads the whole prefix at each step.
-2. *Speculation.* Its gain depends on how often doctor and patient agree. The trained pair is the patient of the
-   controlled world and its doctor, trained by TFPO in this run. Both are tiny, so they are padded with zeros to usual
-   sizes (`grow`): logits stay the same, and only the arithmetic grows. The vocabulary stays at the 174 words of the
-   world, and texts end where the model ends them. The random pair never agrees: the worst case.
-3. *Verification.* A forward pass of the patient over k + 1 positions in each row: the cost of checking k drafted
+2. *Speculation.* The gain depends on how often doctor and patient agree. The trained pair is the patient of the
+   controlled world and its doctor, trained by TFPO in this run. Both are padded with zeros to usual sizes (`grow`),
+   which does not change logits, vocabulary (174 words) and lengths of texts. The random pair never agrees: the worst
+   case.
+3. *Verification.* A forward pass of the patient over k + 1 positions in each row: the cost of verifying k drafted
    tokens.
 
-`--quick` takes three minutes on one core. Its quartiles come from two repetitions, and show the order of magnitude
-only.
+`--quick` takes three minutes on one core. With two repetitions, its quartiles show only the order of magnitude.
 """
 
 import argparse
@@ -54,7 +52,7 @@ from trl_tfpo.testbed import load_world
 
 FULL = dict(
     repetitions=5,
-    vocab_sizes={32_000: 1.08, 151_936: 1.15},  # with the target of cached guidance, over patient + doctor
+    vocab_sizes={32_000: 1.08, 151_936: 1.15},  # with the target ratio of cached guidance to patient + doctor
     random_patient=(1024, 11),  # hidden size, layers
     random_doctor=(320, 8),
     random_lengths=(32, 64),  # prompt, completion
@@ -119,10 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def measure(args: argparse.Namespace, runs: dict[str, Callable], inputs: list[torch.Tensor]) -> dict[str, list[float]]:
-    """
-    Return seconds per unit of work, one value for each repetition. A run takes an input and returns the units of
-    its work.
-    """
+    """Return seconds per unit of work, one value for each repetition. A run returns the units of work of its input."""
     next(iter(runs.values()))(inputs[0])  # warm up
     seconds = {name: [] for name in runs}
     for repetition in range(args.repetitions):
@@ -151,9 +146,7 @@ def milliseconds(seconds: list[float]) -> float:
 
 
 def random_llama(vocab_size: int, hidden_size: int, num_layers: int, scale: float = 0.02) -> PreTrainedModel:
-    """
-    Return an untrained Llama. A larger `scale` of its weights makes it depend more on context, with lower entropy.
-    """
+    """Return an untrained Llama. A larger `scale` of the weights lowers the entropy."""
     shape = dict(vocab_size=vocab_size, hidden_size=hidden_size, num_hidden_layers=num_layers)
     shape |= dict(intermediate_size=11 * hidden_size // 4, num_attention_heads=max(hidden_size // 64, 1))
     config = LlamaConfig(**shape, initializer_range=scale, tie_word_embeddings=True, eos_token_id=None, pad_token_id=0)
@@ -164,11 +157,11 @@ def grow(model: PreTrainedModel, hidden_size: int, num_layers: int) -> PreTraine
     """
     Return a larger Llama with the same logits: weights padded with zeros, and added layers whose output is zero.
 
-    The MLP widens in proportion. The number of heads grows, not their size, because scale and rotation of attention
-    depend on the size.
+    The width of the MLP grows in proportion. The number of heads grows instead of their size, because scale and
+    rotation of attention depend on the size.
     """
     small, config = model.config, copy.deepcopy(model.config)
-    kept = small.hidden_size / hidden_size  # RMSNorm takes its mean over the zeros too
+    kept = small.hidden_size / hidden_size  # RMSNorm includes the zeros in its mean
     config.hidden_size, config.num_hidden_layers = hidden_size, num_layers
     config.intermediate_size = small.intermediate_size * hidden_size // small.hidden_size
     config.num_attention_heads = hidden_size // small.head_dim
@@ -196,7 +189,7 @@ def trained_pair(args: argparse.Namespace, sizes: dict) -> tuple[PreTrainedModel
         TFPOTrainer(
             model=world.doctor,
             patient_model=world.patient,
-            # A language model, because a doctor of guided flow does not draft
+            # A language model, because a doctor of guided flow cannot draft
             args=TFPOConfig(
                 output_dir,
                 policy="doctor",
@@ -378,12 +371,11 @@ def _without_adapter(patient, run: Callable, input_ids: torch.Tensor) -> int:
 
 
 def peers(args: argparse.Namespace, patient, doctor, prompts) -> list[dict]:
-    """Return guides that compute `0.5 * log p_patient + 0.5 * log p_doctor` for one prompt."""
+    """Measure guides that compute `0.5 * log p_patient + 0.5 * log p_doctor` for one prompt."""
     patient, doctor = patient.to(args.device), doctor.to(args.device)
     guides = {"cached": cached_guide(doctor, 0.5, 0.5), "naive": naive_guide(doctor, 0.5, 0.5)}
-    # The class is for one model under two prompts: scale * log p + (1 - scale) * log p_other. With the doctor as the
-    # other model and the same prompt it computes the mixture. An instance serves one call, without padding and without
-    # beams.
+    # scale * log p + (1 - scale) * log p_other, made for one model under two prompts, here for two models under one
+    # prompt. An instance supports one call, without padding and without beams.
     guides["transformers, UnbatchedClassifierFreeGuidanceLogitsProcessor"] = lambda input_ids, mask: (
         UnbatchedClassifierFreeGuidanceLogitsProcessor(0.5, doctor, unconditional_ids=input_ids)
     )

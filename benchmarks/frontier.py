@@ -13,18 +13,19 @@ python benchmarks/frontier.py --quick
 sizes of patient and doctor (`weak_to_strong.py`), parts and settings (`sweep.py`), and worlds drawn from a seed
 (`random_worlds.py`).
 
-All methods (`methods.py`) have the same preference pairs, steps and batches. If a method has several settings, the
-best is chosen for each attribute, by its mean efficiency on validation prompts near the second and the third of the
-KLs (at all strengths if there is no KL to match), with the first seed. All seeds are trained with it and measured on
-test prompts. Strengths are found on validation prompts. Efficiency is interpolated between measured strengths. Beyond
-them it is that of the nearest one, if its KL is within a fifth.
+All methods (`methods.py`) have the same preference pairs, steps and batches. The settings of a method are chosen for
+each attribute with the first seed, by the mean efficiency on validation prompts near the second and the third KL (at
+all strengths if a method cannot match a KL). All seeds are then trained with these settings and measured on test
+prompts. Strengths are found on validation prompts. Efficiency is interpolated between measured strengths; outside
+their range it is the efficiency at the nearest strength, if its KL differs by at most a fifth.
 
-Guided methods and the frontier share importance-weighted samples of the patient (`patient_samples.py`). Other methods,
-and diversity, grammar and wins of all methods, are measured on texts sampled from each policy.
+Guided methods and the frontier are measured on the same importance-weighted samples of the patient
+(`patient_samples.py`). Other methods, and diversity, grammar and wins of all methods, are measured on texts sampled
+from each policy.
 
 Each measurement is appended to the output at once, so a stopped run can be resumed. Several runs can divide the work
-(`--methods`, `--attributes`), each with its own output; `--report` reads all outputs together. Intervals are by
-bootstrap over seeds and test prompts, for the given attributes. Intervals of diversity are the range over seeds.
+(`--methods`, `--attributes`), each with its own output; `--report` reads several outputs. Intervals are by bootstrap
+over seeds and test prompts, with fixed attributes. Intervals of diversity are the range over seeds.
 """
 
 import argparse
@@ -56,10 +57,10 @@ from trl_tfpo.testbed.report import POOL, evenly_chosen
 FULL = dict(num_pairs=3000, max_steps=500, num_samples_per_prompt=50, num_patient_samples_per_prompt=400)
 QUICK = dict(num_pairs=128, max_steps=10, num_samples_per_prompt=12)
 KLS = [0.3, 0.6, 1.2, 2.0]  # nats
-FAR = 2.6  # about the KL of a patient tuned by DPO
+FAR = 2.6  # nats, about the KL of a patient tuned by DPO
 QUICK_KLS = [0.05, 0.1]
 SHARES = [0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0]  # of the strongest guide
-NUM_KEPT = 25  # samples of each prompt whose rewards are kept
+NUM_KEPT = 25  # samples of each prompt whose rewards are written to the output
 OURS = ("guided flow", "TFPO", "guided flow, more diverse", "TFPO, more diverse")
 
 
@@ -69,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--attributes", nargs="+", default=["praise"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument(
-        "--world", type=Path, help="folder of `trl_tfpo.testbed.build` (default: the world that ships)"
+        "--world", type=Path, help="folder of `trl_tfpo.testbed.build` (default: the world of the package)"
     )
     parser.add_argument("--output", type=Path, default=Path("runs/frontier.jsonl"))
     parser.add_argument("--everything", type=Path, help="run all parts, with results in this folder")
@@ -79,16 +80,16 @@ def main(arguments: list[str] | None = None) -> None:
     if unknown := set(args.methods or ()) - set(METHODS):
         parser.error(f"`--methods` must be among {list(METHODS)}. Got {sorted(unknown)}.")
     if args.everything and args.world:
-        parser.error("`--everything` is of the world that ships. Leave out `--world`, or `--everything`.")
+        parser.error("`--everything` uses the world of the package. Leave out `--world`, or `--everything`.")
     if args.everything:
-        return everything(args)
+        return run_everything(args)
     if not args.report:
         measure_all(args)
     report(args, args.report or [args.output], args.output.with_suffix(".png"))
 
 
-def everything(args: argparse.Namespace) -> None:
-    """Run all parts of the controlled world in a folder."""
+def run_everything(args: argparse.Namespace) -> None:
+    """Run all parts of `docs/results/controlled_world.md`, and write their results to a folder."""
     folder = args.everything
     folder.mkdir(parents=True, exist_ok=True)
     chosen = ["--methods", *args.methods] if args.methods else []
@@ -111,7 +112,7 @@ def everything(args: argparse.Namespace) -> None:
 
 
 def run_parts(parts: dict[str, list], folder: Path, arguments: list[str]) -> None:
-    """Run scripts, as many at once as there are cores. Their output and run times are written to the folder."""
+    """Run scripts, one on each core, and write their output and run times to the folder."""
 
     def run(name: str) -> None:
         (script, *others), start = parts[name], time.perf_counter()
@@ -119,14 +120,14 @@ def run_parts(parts: dict[str, list], folder: Path, arguments: list[str]) -> Non
         environment = os.environ | {"OMP_NUM_THREADS": "1"}  # one core for each script
         with (folder / f"{name}.md").open("w", encoding="utf-8") as tables, (folder / f"{name}.log").open("w") as log:
             if subprocess.run(command, stdout=tables, stderr=log, env=environment).returncode:
-                raise RuntimeError(f"{name} failed, see {log.name}; what it has measured is kept for the next run.")
+                raise RuntimeError(f"{name} failed, see {log.name}; its measurements are kept for the next run.")
         with (folder / "minutes.txt").open("a", encoding="utf-8") as file:
             file.write(f"{name}: {(time.perf_counter() - start) / 60:.1f}\n")
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        under_way = [pool.submit(run, name) for name in parts]
+        futures = [pool.submit(run, name) for name in parts]
         try:
-            for part in tqdm(as_completed(under_way), total=len(parts), desc="Parts"):
+            for part in tqdm(as_completed(futures), total=len(parts), desc="Parts"):
                 part.result()
         finally:
             pool.shutdown(cancel_futures=True)
@@ -137,7 +138,7 @@ def run_parts(parts: dict[str, list], folder: Path, arguments: list[str]) -> Non
 
 def measure_all(args: argparse.Namespace) -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    # The first seed of every task comes first, because it chooses the settings
+    # The first seed of all tasks comes first, because it chooses the settings
     tasks = [
         Task(attribute, seed, **(QUICK if args.quick else FULL), weights=args.world)
         for seed in args.seeds
@@ -154,10 +155,10 @@ def measure_all(args: argparse.Namespace) -> None:
 
 
 def measure(name: str, method: Method, task: Task, kls: list[float], output: Path, *, first_seed: int) -> None:
-    """Append the rows of a method that the output does not have yet."""
+    """Append the missing rows of a method to the output."""
     key = {"method": name} | task.key
     tried = key | {"seed": first_seed, "split": "validation"}
-    trained = {}  # by settings, because the best one is measured on test prompts afterwards
+    trained = {}  # by settings, because the best one is later measured on test prompts
     for settings, split in [(settings, "validation") for settings in method.grid] + [(None, "test")]:
         if split == "validation" and (len(method.grid) == 1 or task.seed != first_seed):
             continue
@@ -167,46 +168,43 @@ def measure(name: str, method: Method, task: Task, kls: list[float], output: Pat
         if read(output, **key):
             continue
         if (shown := json.dumps(settings)) not in trained:
-            _ = task.gaps  # read before the clock starts, and once for all settings of a task
+            _ = task.gaps  # computed once for all settings of a task, outside the measured time
             start = time.process_time()
             trained[shown] = method.policy(task, **settings), time.process_time() - start
         policy, seconds = trained[shown]
         targets = kls if split == "test" else kls[1:3]
         if method.strengths is None:
             rows = follow(task, policy, targets, method.largest)
-            if split == "test":  # on validation prompts the weighted samples suffice
+            if split == "test":  # on validation prompts no texts are sampled
                 rows = sample(task, policy, [row["beta"] for row in rows], method.largest)
         else:
             comparison = task.comparison(split)
             rows = [describe(policy(comparison, x), comparison) for x in method.strengths]
         lines = [json.dumps(key | {"train_seconds": round(seconds, 1)} | row) + "\n" for row in rows]
-        with output.open("a", encoding="utf-8") as file:  # all of them or none
+        with output.open("a", encoding="utf-8") as file:  # all rows at once
             file.write("".join(lines))
 
 
 def sample(task: Task, guide: Guide, strengths: list[float], largest: float) -> list[dict]:
     """
-    Measure on test prompts. Importance-weighted samples serve all strengths but the last, where their effective number
-    is small. Texts are sampled at the second, the third and the last strength.
+    Measure on test prompts: with importance-weighted samples, and with texts sampled at the second, the third and the
+    last strength. At the last strength the texts replace the weighted samples, whose effective number is small.
     """
     samples, comparison = task.samples("test"), task.comparison("test")
     rows = samples.follow(guide, samples.doctor_logits(guide(largest)), strengths, attribute=task.attribute)
 
-    def said(row: dict) -> dict:
+    def from_texts(row: dict) -> dict:
         return describe(comparison.add("guided", guide(row["beta"]), beta=row["beta"]), comparison)
 
     for row in rows[1:3]:
-        row |= said(row) | row
+        row |= from_texts(row) | row
     for row in rows[3:][-1:]:
-        row |= said(row)
+        row |= from_texts(row)
     return rows
 
 
 def follow(task: Task, guide: Guide, kls: list[float], largest: float) -> list[dict]:
-    """
-    Return strength, KL and efficiency near each of the wanted KLs, or at the largest strength if a KL is out of
-    reach.
-    """
+    """Return a row near each KL on validation prompts, or at the largest strength if it does not reach the KL."""
     samples, doctor_logits = task.samples("validation"), task.samples("validation").doctor_logits(guide(largest))
     follow = functools.partial(samples.follow, guide, doctor_logits, attribute=task.attribute)
     points = [(row["kl"] ** 0.5, row["beta"]) for row in follow([largest * x for x in SHARES], max_kl=max(kls))]
@@ -216,7 +214,7 @@ def follow(task: Task, guide: Guide, kls: list[float], largest: float) -> list[d
 
 
 def interpolate(points: list[tuple[float, float]], x: float, *, slack: float = 0.0) -> float | None:
-    """Interpolate linearly between points sorted by x. Return the nearest value up to `slack` beyond, else None."""
+    """Interpolate linearly between points sorted by x. Outside, return the nearest value within `slack`, or None."""
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if x0 <= x <= x1:
             return y0 + (y1 - y0) * (x - x0) / (x1 - x0) if x1 > x0 else y1
@@ -225,7 +223,7 @@ def interpolate(points: list[tuple[float, float]], x: float, *, slack: float = 0
 
 
 def describe(row: dict, comparison: Comparison) -> dict:
-    """Return what is kept of a row: numbers, and the rewards of some samples."""
+    """Replace the texts of a row by measures and by the rewards of some samples."""
     if "texts" not in row:
         return row
     num_samples = len(row["texts"]) // len(comparison.prompts)
@@ -242,7 +240,7 @@ def describe(row: dict, comparison: Comparison) -> dict:
 
 
 def best(grid: list[dict], rows: list[dict]) -> dict:
-    """Return the settings with the best mean efficiency. Rows near KL 0 do not count."""
+    """Return the settings with the largest mean efficiency. Rows with a KL near 0 do not count."""
 
     def score(settings: dict) -> float:
         found = [x["efficiency"] for x in rows if x["settings"] == settings and x["efficiency"] and x["kl"] > 0.1]
@@ -252,7 +250,7 @@ def best(grid: list[dict], rows: list[dict]) -> dict:
 
 
 def read(output: Path, **key) -> list[dict]:
-    """Return the lines of an output, if it exists, that have these values."""
+    """Return the rows of an output that have these values, or no rows if it does not exist."""
     lines = output.read_text(encoding="utf-8").splitlines() if output.is_file() else []
     rows = [json.loads(line) for line in lines]
     return [row for row in rows if all(row.get(field) == value for field, value in key.items())]
@@ -262,7 +260,7 @@ def read(output: Path, **key) -> list[dict]:
 
 
 def report(args: argparse.Namespace, outputs: list[Path], picture: Path) -> None:
-    """Print tables, and draw a figure, of the given methods, attributes and seeds in the outputs."""
+    """Print tables and draw a figure from the outputs, for the given methods, attributes and seeds."""
     kls, names = QUICK_KLS if args.quick else [*KLS, FAR], args.methods or list(METHODS)
     rows = [row for path in outputs for row in read(path) if row["method"] in names]
     rows = [row for row in rows if row["attribute"] in args.attributes and row["seed"] in args.seeds]
@@ -276,25 +274,20 @@ def report(args: argparse.Namespace, outputs: list[Path], picture: Path) -> None
 
 
 def check_is_one_run(rows: list[dict]) -> None:
-    """
-    Raise `ValueError` if rows of a method on test prompts have several settings or sizes, which must not be mixed.
-    """
+    """Raise `ValueError` if the rows of a method on test prompts have different settings or sizes."""
     names, measured = ["settings", *(field.name for field in fields(Task))], {}
     for row in (row for row in rows if row["split"] == "test"):
         found = [row.get(name) for name in names]
         known = measured.setdefault((row["method"], row["attribute"], row["seed"]), found)
         if known != found:
             raise ValueError(
-                f"A method must have been measured in one way. Got {known} and {found} of {row['method']!r}; take the "
-                "rows of one of them out of the output, or give another output."
+                f"A method must have one setting and one size. Got {known} and {found} for {row['method']!r}; remove "
+                "the rows of one of them from the output, or use another output."
             )
 
 
 def cells(rows: list[dict], value: str, at: str, x: float, scale: Callable[[float], float] = float) -> dict:
-    """
-    Return a value for each method, attribute and seed, interpolated where `at` is x. Values out of reach are left
-    out.
-    """
+    """Return a value for each method, attribute and seed whose rows reach `at` = x, interpolated to x."""
     found, tested = {}, [row for row in rows if row["split"] == "test" and row.get(value) is not None and row[at] > 0]
     for key in sorted({(row["method"], row["attribute"], row["seed"]) for row in tested}):
         mine = [row for row in tested if (row["method"], row["attribute"], row["seed"]) == key]
@@ -305,7 +298,7 @@ def cells(rows: list[dict], value: str, at: str, x: float, scale: Callable[[floa
     return found
 
 
-def of(found: dict, method: str) -> dict:
+def values_of(found: dict, method: str) -> dict:
     return {key[1:]: value for key, value in found.items() if key[0] == method}
 
 
@@ -314,7 +307,7 @@ def names_of(rows: list[dict]) -> list[str]:
 
 
 def grids(rows: list[dict]) -> str:
-    """Print the settings that were tried on validation prompts, with their efficiencies."""
+    """Return a table of the settings tried on validation prompts, with their efficiencies."""
     lines = ["| method | attribute | settings | efficiency (validation) |", "|---|---|---|---|"]
     tried = [row for row in rows if row["split"] == "validation"]
     for (name, attribute, settings), mine in itertools.groupby(
@@ -328,8 +321,8 @@ def grids(rows: list[dict]) -> str:
 
 def efficiencies(rows: list[dict], kls: list[float]) -> str:
     """
-    Print costs, and efficiency at each KL: mean and standard deviation over seeds and attributes. If some runs do not
-    come near a KL, the number of those that do is printed.
+    Return a table of costs, and of efficiency at each KL: mean and standard deviation over seeds and attributes. If
+    only some runs reach a KL, their number is shown.
     """
     shown = " | ".join(f"{kl} nats" for kl in kls)
     lines = [f"| method | seeds | {shown} | grammar | passes for a token | training (s) |"]
@@ -339,29 +332,27 @@ def efficiencies(rows: list[dict], kls: list[float]) -> str:
         mine = [row for row in rows if row["method"] == name and row["split"] == "test"]
         shown = [str(len({row["seed"] for row in mine}))]
         num = len({(row["attribute"], row["seed"]) for row in mine})
-        for found in (of(at[kl], name) for kl in kls):
+        for found in (values_of(at[kl], name) for kl in kls):
             shown += [spread(list(found.values())) + (f" ({len(found)} of {num})" if 0 < len(found) < num else "")]
         grammar = [row["grammar"] for row in mine if "grammar" in row]
         shown += [f"{statistics.mean(grammar):.2f}" if grammar else "", METHODS[name].passes]
         seconds = statistics.median(row["train_seconds"] for row in mine) if mine else 0
-        shown += [f"{seconds:.0f}" if seconds >= 1 else ""]  # empty where the method itself trains nothing
+        shown += [f"{seconds:.0f}" if seconds >= 1 else ""]  # empty for a method without training
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
 def versus(rows: list[dict], columns: dict[str, dict], form: str, *, wins_near: float | None = None) -> str:
-    """
-    Print differences between ours and others over the same seeds and attributes, and head-to-head wins near a KL.
-    """
+    """Return a table of differences between ours and others on the same runs, with head-to-head wins near a KL."""
     ours, attributes = [name for name in names_of(rows) if name in OURS], {row["attribute"] for row in rows}
     lines = ["| ours | against | " + " | ".join(columns) + (" | win + half ties |" if wins_near else " |")]
     lines += ["|---|---" + "|---:" * (len(columns) + bool(wins_near)) + "|"]
     for name, other in itertools.product(ours, names_of(rows)):
         if other in ours and ours.index(other) <= ours.index(name):
-            continue  # this pair is listed already
+            continue  # this pair is already listed
         shown = []
         for column in columns.values():
-            mine, theirs = of(column, name), of(column, other)
+            mine, theirs = values_of(column, name), values_of(column, other)
             differences = {key: mine[key] - theirs[key] for key in mine if key in theirs}
             shown.append(interval(differences, attributes, form, sign="+"))
         shown += [interval(wins(rows, name, other, wins_near), attributes, ".2f")] if wins_near else []
@@ -371,9 +362,7 @@ def versus(rows: list[dict], columns: dict[str, dict], form: str, *, wins_near: 
 
 
 def wins(rows: list[dict], name: str, other: str, kl: float) -> dict:
-    """
-    Return the share of pairs on each prompt that the oracle gives to `name`, ties half, at strengths nearest to a KL.
-    """
+    """Return win + half ties of `name` against `other` on each prompt, by the oracle, near a KL."""
     shares, tested = {}, [row for row in rows if row["split"] == "test" and "rewards" in row]
     for key in sorted({(row["attribute"], row["seed"]) for row in tested}):
         mine = [row for row in tested if (row["attribute"], row["seed"]) == key]
@@ -390,13 +379,13 @@ def wins(rows: list[dict], name: str, other: str, kl: float) -> dict:
 
 
 def diversity(rows: list[dict]) -> str:
-    """Print diversity at equal reward, mean over seeds and attributes."""
+    """Return a table of diversity at equal reward, mean over seeds and attributes."""
     fields = ["distinct_1", "distinct_2", "distinct_3", "distinct_4", "entropy", "self_similarity", "num_words", "kl"]
     lines = ["| method | reward | " + " | ".join(fields) + " |", "|---" + "|---:" * (len(fields) + 1) + "|"]
     for reward, name in itertools.product(REWARDS, names_of(rows)):
         shown = []
         for field in fields:
-            values = list(of(cells(rows, field, "reward", reward), name).values())
+            values = list(values_of(cells(rows, field, "reward", reward), name).values())
             shown.append(f"{np.mean(values):.3f}" if values else "")
         if any(shown):
             lines.append(f"| {name} | {reward} | " + " | ".join(shown) + " |")
@@ -411,9 +400,8 @@ def spread(values: list[float]) -> str:
 
 def interval(found: dict, attributes: set[str], form: str, sign: str = "") -> str:
     """
-    Return the mean over attributes and seeds, with an interval. Seeds that lack an attribute are left out. With a
-    value for each prompt, the interval is by bootstrap over prompts and seeds, or over prompts alone if there is one
-    seed; attributes are fixed. Otherwise it is the range.
+    Return the mean over attributes and seeds, with an interval: by bootstrap over prompts and seeds if each prompt has
+    a value, otherwise the range. Attributes are fixed. Seeds that lack an attribute are left out.
     """
     seeds = [seed for seed in sorted({seed for _, seed in found}) if all((x, seed) in found for x in attributes)]
     if not seeds:

@@ -1,4 +1,4 @@
-"""Times and memory of this process, measured in turn, so that ratios can be compared."""
+"""Time and memory of this process. Alternatives take turns, so that their ratios can be compared."""
 
 import ctypes
 import gc
@@ -19,7 +19,7 @@ def clock(device: str) -> float:
 
 
 def in_turn(ways: dict[str, Callable[[], object]], *, repetitions: int, device: str) -> dict[str, list[float]]:
-    """Return seconds of each way at each repetition, measured in turn after one warm-up."""
+    """Return the seconds of each alternative at each repetition. They run in turn, after one warm-up."""
     seconds = {name: [] for name in ways}
     for repetition in range(repetitions + 1):
         for name, way in ways.items():
@@ -41,8 +41,16 @@ def cell(quartiles: list[float]) -> str:
     return f"{quartiles[1]:.2f} ({quartiles[0]:.2f}-{quartiles[2]:.2f})"
 
 
+def processor(device: str) -> str:
+    """Return the name of the processor or card."""
+    if device != "cpu":
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+
+
 def peak_mebibytes(run: Callable[[], object], *, device: str) -> float:
-    """Return the peak memory of a run above what was used before; on a CPU that of the process, from Linux."""
+    """Return the increase of memory at the peak of a run: of the process on a CPU (Linux), or of the GPU."""
     if device == "cpu":
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # return free memory to the system

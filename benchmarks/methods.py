@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-The methods that `frontier.py` compares. All have the same preference pairs, steps and batches.
+The methods that `frontier.py` compares. All have the same preference pairs, steps and batches. Our methods, and "the
+faces alone", also use the two faces of the patient.
 
-Our methods, and "the faces alone", also read the two faces of the patient.
-
-A method returns a *guide* for a task and settings. A method that does not guide returns a *policy*: a function that
-returns a row of a comparison and a strength.
+A method returns a *guide* for a task and settings. A method without a guide returns a *policy*: a function from a
+comparison and a strength to a row of results.
 """
 
 import inspect
@@ -36,12 +35,12 @@ from trl_tfpo.testbed.language import MAX_NEW_TOKENS
 from trl_tfpo.training.objective import tfpo_objective
 
 
-Policy = Callable[[Comparison, float], dict]  # the row of a strength
+Policy = Callable[[Comparison, float], dict]  # returns the row of a strength
 
 
 @dataclass(frozen=True)
 class Task:
-    """The data and settings that every method is given."""
+    """Data and settings that all methods share."""
 
     attribute: str
     seed: int
@@ -61,7 +60,7 @@ class Task:
 
     @cached_property
     def gaps(self) -> Dataset:
-        """The pairs, with the gap of the patient's faces at each token."""
+        """The pairs with the gap of the patient's faces at each token."""
         faces, settings = self.world.attributes[self.attribute].faces, dict(batch_size=256, sparsity_threshold=0.0)
         return annotate_token_rewards(self.pairs, self.world.patient, self.world.tokenizer, faces=faces, **settings)
 
@@ -83,7 +82,7 @@ class Task:
         return self.gaps.map(add_rewards)
 
     def fresh(self, name: str) -> PreTrainedModel:
-        """Return a copy of the patient or of the doctor, to be trained."""
+        """Return a copy of the patient or of the doctor for training."""
         return getattr(load_world(self.weights), name)
 
     @cached_property
@@ -91,7 +90,7 @@ class Task:
         return {}
 
     def comparison(self, split: str) -> Comparison:
-        """Return patient samples and frontier on the prompts of a split, drawn once."""
+        """Return patient samples and frontier on the prompts of a split. They are drawn once."""
         return self._draw(split)[0]
 
     def samples(self, split: str) -> PatientSamples:
@@ -125,18 +124,17 @@ class Method:
 
     Args:
         policy (`Callable`):
-            Trains with a task and one of the settings. Returns a [`Guide`], or a [`Policy`] if the method does not
-            guide.
+            Function from a task and one of the settings to a [`Guide`] or a [`Policy`].
         passes (`str`):
-            Cost of a token besides a forward pass of the patient.
+            Forward passes for a token besides the patient's.
         grid (`list[dict]`):
             Settings to try. The best one is measured.
         largest (`float`):
-            Largest strength of the guide.
+            Largest strength of a guide.
         strengths (`list[float]`, *optional*):
-            Strengths of a policy, which has no KL to match.
+            Strengths of a policy, which is not matched to a KL.
         num_seeds (`int`, *optional*):
-            Number of seeds to measure. Defaults to all; fewer are enough where the result is clear.
+            Number of seeds to measure; all by default.
     """
 
     policy: Callable[..., Guide | Policy]
@@ -148,7 +146,7 @@ class Method:
 
 
 def train(trainer: Trainer) -> None:
-    """Train, with logs on stderr, because stdout has the tables."""
+    """Train with logs on stderr, because stdout is for tables."""
     with redirect_stdout(sys.stderr):
         trainer.train()
 
@@ -172,9 +170,7 @@ def train_tfpo(task: Task, objective=None, **settings) -> PreTrainedModel:
 
 
 def tfpo(task: Task, **settings) -> Guide:
-    """
-    Train a doctor by TFPO. Its default exponents make a product, or for a language model a mixture.
-    """
+    """Train a doctor by TFPO. By default it guides by a product, or by a mixture if it is a language model."""
     doctor = train_tfpo(task, **settings)
     return lambda beta: DoctorGuidedLogitsProcessor(doctor, beta=beta)
 
@@ -216,7 +212,7 @@ def dpo_doctor(task: Task, **settings) -> Guide:
 
 @lru_cache(maxsize=8)
 def tuned_patient(task: Task, **settings) -> tuple[PreTrainedModel, dict[float, dict[str, torch.Tensor]]]:
-    """Return the patient tuned by DPO, and its weights after each of the `STOPS`."""
+    """Return the patient tuned by DPO, and its weights at each of `STOPS`."""
     saved = {}
 
     class Keep(TrainerCallback):
@@ -234,7 +230,7 @@ def dpo_patient(task: Task, **settings) -> Guide:
 
 
 def dpo_patient_stopped(task: Task, **settings) -> Policy:
-    """Return the tuned patient itself, after a share of the steps."""
+    """Return the tuned patient after a share of the steps, without guidance."""
     _, saved = tuned_patient(task, **settings)
     stopped = task.fresh("patient")
 
@@ -259,7 +255,7 @@ def temperature(task: Task) -> Policy:
 
 @lru_cache(maxsize=4)
 def train_reward_model(task: Task, **settings) -> PreTrainedModel:
-    """Train the doctor with a scalar head by TRL's `RewardTrainer`."""
+    """Train the doctor as a reward model with TRL's `RewardTrainer`."""
     with tempfile.TemporaryDirectory() as folder:
         task.world.doctor.save_pretrained(folder)
         model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
@@ -277,11 +273,11 @@ def faces_alone(task: Task) -> Policy:
     samples, prompts = task.samples("test"), task.comparison("test").prompts
     doctor_logits = []
     for face in (faces.positive, faces.negative):
-        asked = [
+        faced = [
             tokenize_prompt(apply_face(prompt, face, placement=faces.placement), task.world.tokenizer)
             for prompt in prompts
         ]
-        doctor_logits.append(samples.logits_after(asked, patient))
+        doctor_logits.append(samples.logits_after(faced, patient))
 
     def policy(comparison: Comparison, strength: float) -> dict:
         def guide(beta: float) -> DoctorGuidedLogitsProcessor:
@@ -294,7 +290,7 @@ def faces_alone(task: Task) -> Policy:
 
 
 def best_policy(task: Task) -> Policy:
-    """Return the best possible policy, the bound of all methods. A strength is its reward."""
+    """Return the best possible policy, an upper bound of all methods. Its strength is its reward."""
     return lambda comparison, reward: task.samples("test").best(task.attribute, reward)
 
 
@@ -323,7 +319,7 @@ def best_by_reward_model(task: Task, **settings) -> Policy:
 
 
 def args_decoding(task: Task, top_k: int, **settings) -> Policy:
-    """Return ARGS: the patient's likeliest tokens, reweighted by the reward of the text that each of them makes."""
+    """Return ARGS: the patient's likeliest tokens, reweighted by the reward of the text that ends with the token."""
     reward_model, tokenizer = train_reward_model(task, **settings), task.world.tokenizer
 
     def policy(comparison: Comparison, weight: float) -> dict:
@@ -347,7 +343,7 @@ def _args_samples(task, reward_model, ids, weight, top_k, generator) -> tuple[li
     for step in range(MAX_NEW_TOKENS):
         logits = patient(ids if step == 0 else ids[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1]
         logps, tokens = logits.log_softmax(dim=-1).topk(top_k)  # (B, k)
-        # The candidates lie side by side behind the text; each sees the text and itself, at the same position
+        # The candidates follow the text, all at the same position; each attends to the text and to itself
         num_text = ids.size(1)
         sees = torch.ones(num_text + top_k, num_text + top_k, dtype=torch.bool).tril()
         sees[num_text:, num_text:] = torch.eye(top_k, dtype=torch.bool)
@@ -371,7 +367,7 @@ def _args_samples(task, reward_model, ids, weight, top_k, generator) -> tuple[li
 
 
 def full_trajectory(*, doctor_logps, log_values, token_rewards, completion_mask, is_complete, reference_logps, **_):
-    """Balance of the whole trajectory alone: trajectory balance with a start that depends on the prompt."""
+    """Trajectory balance: the balance of the whole trajectory only, with an initial flow for each prompt."""
     score = token_rewards / TFPOConfig.reward_temperature + TFPOConfig.reference_weight * reference_logps  # (B, T)
     gain = score - doctor_logps
     return (log_values[:, 0] - gain.masked_fill(~completion_mask, 0).sum(dim=1))[is_complete].square().mean(), {}
@@ -389,7 +385,7 @@ STOPS = [0.2, 0.4, 0.7, 1.0]  # shares of the steps
 REWARDS = [2.0, 2.5]  # at which diversity is compared
 RATE = dict(learning_rate=3e-3)
 GUIDED = RATE | dict(policy="guided", reward_direction="faces", reward_temperature=0.5)
-ALONE = dict(policy="doctor", reward_temperature=0.125)  # a language model of its own
+ALONE = dict(policy="doctor", reward_temperature=0.125)  # the doctor is a language model
 PUBLISHED = ALONE | dict(
     reward_direction="label", importance_temperature=1.0, gap_floor=1e-6, reference_weight=0.0, subtb_lambda=1.0
 )

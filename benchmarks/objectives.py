@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Two objectives in the controlled world: rewards for praise and for calm, at one KL from the patient, for seven
-weightings.
+Two objectives in the controlled world, praise and calm: rewards of seven weightings at one KL from the patient.
 
 ```bash
 python benchmarks/objectives.py --seed 0
@@ -10,13 +9,13 @@ python benchmarks/objectives.py --seed 0
 
 - *two doctors*, *two doctors, guided flow*: trained once each; the weighting is chosen at decoding time.
 - *MOD*: two patients tuned by DPO, mixed at decoding time (https://huggingface.co/papers/2406.18853).
-- *soup*: their weights averaged (https://huggingface.co/papers/2306.04488).
-- *DPO for each weighting*: a patient tuned on labels of the weighted oracle, seven times.
+- *soup*: the averaged weights of these two patients (https://huggingface.co/papers/2306.04488).
+- *DPO for each weighting*: a patient tuned on labels of the weighted oracle, for each weighting.
 
 The strength of each policy is matched to the KL on validation prompts; tuned patients are mixed with the original
 patient. Rewards and KL are importance-weighted estimates on patient samples for test prompts. The hypervolume is the
-area between the front and the patient's own rewards, divided by that of the best possible policies: the same samples,
-reweighted by the weighted reward, at the KL that was reached. Each measurement is appended to the output at once, so a
+area between the front and the patient's own rewards, divided by the area for the best possible policies: the same
+samples, reweighted by the weighted reward, at the same KL. Each measurement is appended to the output at once, so a
 stopped run can be resumed.
 """
 
@@ -33,13 +32,13 @@ from patient_samples import Guide, PatientSamples
 
 from trl_tfpo import DoctorGuidedLogitsProcessor
 from trl_tfpo.testbed import Attribute
-from trl_tfpo.testbed.frontier import kl_of, tilted
+from trl_tfpo.testbed.frontier import find_tilt, kl_from_uniform
 
 
 NAMES = ("praise", "calm")
 QUICK = dict(num_pairs=32, max_steps=2, num_samples_per_prompt=8)
-DPO = DPO_GRID[0]  # the other setting is better for each objective alone, and worse in all three methods
-LARGEST = {"two doctors": 4.0, "two doctors, guided flow": 4.0}  # strengths that are tried; a mixture has at most 1
+DPO = DPO_GRID[0]  # the other setting is better for each objective alone, but worse in all three methods
+LARGEST = {"two doctors": 4.0, "two doctors, guided flow": 4.0}  # strengths; 1 for other methods, which are mixtures
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
@@ -54,7 +53,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     sizes, num_weightings = (QUICK, 2) if args.quick else (FULL, 7)
     tasks = {name: Task(name, args.seed, **sizes) for name in NAMES}
     task = tasks[NAMES[0]]
-    samples = task.samples("test")  # with the rewards of both
+    samples = task.samples("test")  # with the rewards of both objectives
     origin = tuple(samples.rewards[name].mean().item() for name in NAMES)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     found = {}
@@ -83,7 +82,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
 def make_methods(tasks: dict[str, Task], num_weightings: int) -> dict[str, tuple[Callable[[float], Guide], int]]:
     """
-    Return for each method a guide for each weight of praise, trained when first used, and its number of trainings.
+    Return for each method a function from the weight of praise to a guide, and the number of trainings. Models are
+    trained when they are first used.
     """
 
     @cache
@@ -113,7 +113,7 @@ def make_methods(tasks: dict[str, Task], num_weightings: int) -> dict[str, tuple
 
     def retrained(weight: float) -> Guide:
         task = mixed_task(tasks[NAMES[0]], weight)
-        ends = {1.0: NAMES[0], 0.0: NAMES[1]}  # weightings whose labels are those of one objective
+        ends = {1.0: NAMES[0], 0.0: NAMES[1]}  # weightings with the labels of one objective
         model = tuned(ends[weight]) if weight in ends else train_dpo(task, task.fresh("patient"), **DPO)
         return lambda s: DoctorGuidedLogitsProcessor(model, beta=s)
 
@@ -127,7 +127,7 @@ def make_methods(tasks: dict[str, Task], num_weightings: int) -> dict[str, tuple
 
 
 def mixed_task(task: Task, weight: float) -> Task:
-    """Return the same task with labels by both rewards."""
+    """Return the same task with labels by the weighted sum of both rewards."""
     world = task.world
     words = {
         word: share * sign
@@ -136,25 +136,25 @@ def mixed_task(task: Task, weight: float) -> Task:
     }
     mixed = Attribute("mixed", world.attributes[NAMES[0]].faces, words)
     language = replace(world.language)
-    language.__dict__["attributes"] = world.attributes | {"mixed": mixed}  # in place of those that it would compute
+    language.__dict__["attributes"] = world.attributes | {"mixed": mixed}  # replaces the cached property
     new = replace(task, attribute="mixed")
     new.__dict__["world"] = replace(world, language=language)
     return new
 
 
 def tilted_front(samples: PatientSamples, kls: list[float]) -> list[tuple[float, ...]]:
-    """Return rewards of the best policies for each weighting, at the KL of a method: reweighted patient samples."""
+    """Return rewards of the best policy for each weighting, at the KLs of a method, by reweighted patient samples."""
     rewards, front = [samples.rewards[name] for name in NAMES], []  # (P, N) each
     for index, kl in enumerate(kls):
         weight = index / (len(kls) - 1)
         mixed = weight * rewards[0] + (1 - weight) * rewards[1]
-        _, policy = tilted(mixed, lambda weights: kl_of(weights).mean(), kl)
+        _, policy = find_tilt(mixed, lambda weights: kl_from_uniform(weights).mean(), kl)
         front.append(tuple((policy * reward).sum(dim=1).mean().item() for reward in rewards))
     return front
 
 
 def hypervolume(points: list[tuple[float, ...]], origin: tuple[float, ...]) -> float:
-    """Return the area that the points dominate, above the origin."""
+    """Return the area above the origin that the points dominate."""
     area, reached = 0.0, origin[1]
     for x, y in sorted(points, key=lambda point: -point[0]):
         if x > origin[0] and y > reached:

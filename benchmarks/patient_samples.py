@@ -2,10 +2,10 @@
 
 
 """
-Policies measured on importance-weighted samples of the patient.
+Measurement of policies on importance-weighted samples of the patient.
 
-Only the patient is sampled, once. All settings, all strengths and the frontier share the same texts. KL and entropy
-are exact at each token.
+The patient is sampled once. All settings, all strengths and the frontier use these texts. KL and entropy are exact at
+each token.
 """
 
 import math
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from trl_tfpo import DoctorGuidedLogitsProcessor
 from trl_tfpo.testbed import Comparison
-from trl_tfpo.testbed.frontier import Frontier, kl_of, reward_kl_frontier, tilted
+from trl_tfpo.testbed.frontier import Frontier, find_tilt, kl_from_uniform, reward_kl_frontier
 
 
 Guide = Callable[[float], DoctorGuidedLogitsProcessor]  # maps a strength to a guide; all guides have the same models
@@ -31,11 +31,11 @@ class WeightedPolicy:
 
     Args:
         kl, entropy, num_tokens (`torch.Tensor` of shape `(P,)`):
-            Of whole completions: nats, nats, tokens.
+            KL and entropy in nats, and number of tokens, of whole completions.
         num_effective (`torch.Tensor` of shape `(P,)`):
             Effective sample size.
         rewards (`dict[str, torch.Tensor]` of shape `(P,)`):
-            Of each attribute.
+            Reward by attribute.
     """
 
     kl: torch.Tensor
@@ -45,7 +45,7 @@ class WeightedPolicy:
     rewards: dict[str, torch.Tensor]
 
     def row(self, **more) -> dict:
-        """Numbers over all prompts, as in an output; entropy in nats per token."""
+        """Return means over all prompts, as in an output. The entropy is in nats per token."""
         entropy = (self.entropy.mean() / self.num_tokens.mean()).item()
         numbers = {"kl": max(self.kl.mean().item(), 0.0), "entropy": entropy}
         return numbers | {"num_effective": round(self.num_effective.mean().item(), 1)} | more
@@ -60,9 +60,9 @@ class PatientSamples:
         ids (`torch.Tensor` of shape `(M, L)`):
             Prompts and completions, padded on the right.
         completion_mask (`torch.Tensor` of shape `(M, L)`):
-            Which of them are completion.
+            True for tokens of completions.
         rewards (`dict[str, torch.Tensor]` of shape `(P, N)`):
-            Of each attribute.
+            Rewards by attribute.
         patient_logps (`torch.Tensor` of shape `(tokens, V)`):
             Log-probabilities of the patient where completion tokens are predicted, in nats.
     """
@@ -102,19 +102,19 @@ class PatientSamples:
         return logits_of(model, *(pad_sequence(x, batch_first=True) for x in (rows, is_text)))
 
     def weigh(self, guide: DoctorGuidedLogitsProcessor, doctor_logits: Sequence[torch.Tensor]) -> WeightedPolicy:
-        """Weight the samples for a guided policy, given [`doctor_logits`] of the guide."""
+        """Weight the samples for a guided policy. `doctor_logits` are those of the guide."""
         guided = guide.combine(self.patient_logps, doctor_logits)  # (tokens, V)
         shift, probs = guided - self.patient_logps, guided.exp()
         weights = self._sums(shift.gather(1, self._tokens()).squeeze(1)).softmax(dim=1)  # (P, N)
         return self._expected(weights, kl=(probs * shift).sum(dim=1), entropy=-(probs * guided).sum(dim=1))
 
     def best(self, attribute: str, reward: float) -> dict:
-        """Return the row of the policy that has a reward at the least KL: samples reweighted by their rewards."""
+        """Return a row of the policy with this reward and the smallest KL: samples reweighted by their rewards."""
         rewards = self.rewards[attribute]
-        tilt, weights = tilted(rewards, lambda weights: (weights * rewards).sum(dim=1).mean(), reward)
+        tilt, weights = find_tilt(rewards, lambda weights: (weights * rewards).sum(dim=1).mean(), reward)
         surprise = -self.patient_logps.gather(1, self._tokens()).squeeze(1)
         found = self._expected(weights, kl=torch.zeros_like(surprise), entropy=surprise)
-        kl = kl_of(weights)
+        kl = kl_from_uniform(weights)
         entropy = found.entropy - kl  # the cross-entropy with the patient is entropy plus KL of the policy
         row = replace(found, kl=kl, entropy=entropy).row(beta=tilt, reward=reward)
         return row | {"efficiency": None}
@@ -129,9 +129,8 @@ class PatientSamples:
         max_kl: float = math.inf,
     ) -> list[dict]:
         """
-        Return a row for each strength, up to the first with a KL above `max_kl`. It has KL in nats, reward, entropy in
-        nats per token, efficiency, and the part of each prompt in the efficiency. `doctor_logits` do not depend on the
-        strength.
+        Return a row for each strength, up to the first KL above `max_kl`: KL in nats, reward, entropy in nats per
+        token, efficiency, and the part of each prompt in the efficiency.
         """
         frontier, rows = reward_kl_frontier(self.rewards[attribute]), []
         for strength in strengths:
@@ -162,10 +161,10 @@ class PatientSamples:
 
 def shares(frontier: Frontier, gain: torch.Tensor, kl: torch.Tensor) -> dict:
     """
-    Return efficiency, and each prompt's part in it, from gains and KLs (P,); None where the frontier is unknown.
+    Return the efficiency and the part of each prompt in it, from gains and KLs (P,); None outside the frontier.
 
-    The efficiency is the mean of the parts. The gain of a prompt with a larger KL than the mean is reduced by what the
-    frontier gains over that difference, so that the parts can be resampled for an interval.
+    The efficiency is the mean of the parts. Each part is corrected for the difference of its KL from the mean, by the
+    slope of the frontier, so that parts can be resampled for an interval.
     """
     mean_kl, mean_gain = kl.mean().item(), gain.mean().item()
     if not 1e-6 < mean_kl <= frontier.max_kl:  # the patient itself gains nothing

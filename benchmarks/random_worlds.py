@@ -2,14 +2,14 @@
 
 
 """
-The defaults in worlds without tuning: words, grammar, attributes, lengths and rates are drawn from a seed.
+The defaults in random worlds: words, grammar, attributes, lengths and rates are drawn from a seed.
 
 ```bash
 python benchmarks/random_worlds.py --seeds 1 2 3 --output_dir runs/worlds
 ```
 
-Both models of a world first learn its language, for about five minutes. TFPO is then measured as in `sweep.py`, for
-each attribute of the world. Worlds and models in the output folder are reused.
+Both models of a world first learn its language, in about five minutes. TFPO is then measured for each attribute, as in
+`sweep.py`. Worlds and models in the output folder are reused.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import sweep
 
-from trl_tfpo.common.atomic import written_whole
+from trl_tfpo.common.atomic import atomic_write
 from trl_tfpo.testbed import load_world, random_language
 from trl_tfpo.testbed.build import build
 
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     for seed in args.seeds[:1] if args.quick else args.seeds:
         world = args.output_dir / str(seed)
         if not world.is_dir():
-            with written_whole(world) as part, redirect_stdout(sys.stderr):
+            with atomic_write(world) as part, redirect_stdout(sys.stderr):
                 build(part, seed=seed, steps=2 if args.quick else 1200, language=random_language(seed))
         print(f"\nWorld {seed}", flush=True)
         given = ["--world", str(world), "--output", f"{world}.jsonl", *["--quick"] * args.quick]

@@ -7,7 +7,7 @@ The controlled world over several seeds: mean and standard deviation of each row
 python benchmarks/seeds.py --seeds 0 1 2
 ```
 
-A seed changes the preference pairs, the training and all samples. Other arguments are passed to `examples/train.py`.
+The seed changes preference pairs, training and samples. Other arguments are passed to `examples/train.py`.
 """
 
 import argparse

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Throughput of serving engines, in tokens per second. All engines take turns.
+Throughput of serving engines in tokens per second, measured in turn.
 
 ```bash
 python benchmarks/serving.py                                                # our engine: many clients against one
 python benchmarks/serving.py --engines ours vllm --vllm_python .venv-vllm/bin/python
 ```
 
-Requests go to the engines directly, without HTTP, for greedy answers. The first table is of the controlled world. The
-second compares our engine with vLLM, for a patient alone and with a doctor of a quarter of its parameters: the patient
-is SmolLM2-135M-Instruct, and the doctor has its embeddings and first two layers. Both engines decode in float32 with
-one thread. The answers of both are compared.
+Requests for greedy answers go to the engines directly, without HTTP. The first command measures our engine in the
+controlled world. The second compares it with vLLM, for the patient SmolLM2-135M-Instruct alone and with a doctor of a
+quarter of its parameters (its embeddings and first two layers). Both engines decode in float32 with one thread. Their
+answers are compared.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from measuring import cell, quartiles
+from measuring import cell, processor, quartiles
 from real.model import default_cache, fetch_model, small_doctor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> dict:
 
 
 def compare_clients(clients: list[int], repetitions: int) -> dict[int, list[float]]:
-    """Measure our engine in the controlled world with several numbers of clients."""
+    """Measure our engine in the controlled world, for several numbers of clients."""
     world = load_world()
     engine = Engine(world.patient, world.tokenizer, {"doctor": world.doctor}, Limits(max_rows=max(clients)))
     prompts = [
@@ -80,7 +80,7 @@ def compare_clients(clients: list[int], repetitions: int) -> dict[int, list[floa
 
 
 def compare_engines(vllm_python: str, sizes: list[int], repetitions: int) -> dict[tuple[str, str, int], list[float]]:
-    """Measure our engine and vLLM, for the patient alone and guided, with several numbers of requests."""
+    """Measure our engine and vLLM for several numbers of requests, with and without the doctor."""
     with TemporaryDirectory() as scratch:
         patient = fetch_model(default_cache())
         tokenizer = AutoTokenizer.from_pretrained(patient)
@@ -146,7 +146,7 @@ def report(rates: dict[tuple[str, str, int], list[float]], sizes: list[int], equ
 
 
 class VllmWorker:
-    """An engine of vLLM in another process, with its own Python environment."""
+    """A vLLM engine in another process, with its own Python environment."""
 
     def __init__(self, python: str, patient: Path, doctor: Path | None):
         command = [python, str(WORKER), "--patient", str(patient), "--num_new", str(NUM_NEW)]
@@ -205,14 +205,6 @@ def timed(answer: Callable[[Answers], Answers], prompts: Answers) -> tuple[Answe
     """Return the answers, and seconds of wall-clock time."""
     start = time.perf_counter()
     return answer(prompts), time.perf_counter() - start
-
-
-def processor(device: str) -> str:
-    """Return the name of the processor or card."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
 
 
 if __name__ == "__main__":

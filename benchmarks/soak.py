@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Long runs in the controlled world. They check that every answer stays correct, and that memory does not grow.
+Long runs in the controlled world, which check that all answers are correct and that memory does not grow.
 
 ```bash
 python benchmarks/soak.py server --minutes 30 --clients 16
@@ -9,13 +9,12 @@ python benchmarks/soak.py decoding --calls 2000
 python benchmarks/soak.py training --steps 5000
 ```
 
-- *server*: clients connect, read and disconnect. The server is that of `trl-tfpo serve`, in its own process, at
-  127.0.0.1.
+- *server*: clients send requests to `trl-tfpo serve`, read answers and disconnect.
 - *decoding*: one processor serves thousands of calls.
 - *training*: a training is killed and resumed many times.
 
-Each prints a table. The exit status is 1 if an answer, a call or a tensor was lost, late or wrong, or if memory grew
-by 5%.
+Each run prints a table. The exit status is 1 if an answer, a call or a tensor is missing, late or wrong, or if memory
+grows by 5%.
 """
 
 import argparse
@@ -45,10 +44,10 @@ from trl_tfpo.evaluation.completions import pad
 from trl_tfpo.testbed import load_world
 
 
-PATIENCE = 60  # seconds after which a request or a step counts as hung
-MARGIN = 1e-4  # nats; a greedy token with a smaller lead depends on the order of sums
-NONE_OF = (
-    *("wrong answers", "lost answers", "clients that hang", "completions left behind"),
+TIMEOUT = 60  # seconds
+MARGIN = 1e-4  # minimum difference of the two best scores; below it, the greedy token depends on rounding
+FAILURES = (
+    *("wrong answers", "lost answers", "clients that hang", "completions still running"),
     *("calls that differ from a fresh processor", "points that differ", "tensors that differ"),
 )
 MAX_GROWTH = 0.05
@@ -56,14 +55,14 @@ MAX_GROWTH = 0.05
 
 def main(arguments: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a run of seconds, to check that it runs")
+    parser.add_argument("--quick", action="store_true", help="a few seconds, to check that it runs")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     soaks = parser.add_subparsers(dest="soak", required=True)
     server = soaks.add_parser("server")
     server.add_argument("--minutes", type=float, default=30.0)
     server.add_argument("--clients", type=int, default=16)
     server.add_argument(
-        "--cancelled", type=float, default=0.2, help="share of the answers during which a client disconnects"
+        "--cancelled", type=float, default=0.2, help="share of answers during which the client disconnects"
     )
     decoding = soaks.add_parser("decoding")
     decoding.add_argument("--calls", type=int, default=2000)
@@ -87,18 +86,15 @@ def main(arguments: list[str] | None = None) -> dict:
 
 
 def is_sound(figures: dict) -> bool:
-    """Return whether nothing was lost, late or wrong, and memory did not grow."""
-    return not any(figures.get(name) for name in NONE_OF) and figures.get("growth", 0) < MAX_GROWTH
+    """Return whether the figures show no failure and no growth of memory."""
+    return not any(figures.get(name) for name in FAILURES) and figures.get("growth", 0) < MAX_GROWTH
 
 
 # Serving
 
 
 def soak_server(minutes: float, num_clients: int, num_prompts: int, *, cancelled: float) -> dict:
-    """
-    Run clients that send requests, read answers and disconnect. Every answer is compared with that of the library for
-    the prompt alone.
-    """
+    """Run clients against a server, and compare each answer with the answer of the library to the prompt alone."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         questions = prepare_questions(Path(folder), num_prompts)
         free.bind(("127.0.0.1", 0))
@@ -112,7 +108,7 @@ def soak_server(minutes: float, num_clients: int, num_prompts: int, *, cancelled
             counts, lock, stop = Counter(), threading.Lock(), threading.Event()
             clients = [
                 threading.Thread(
-                    target=be_a_client, args=(port, questions, random.Random(i), cancelled, counts, lock, stop)
+                    target=run_client, args=(port, questions, random.Random(i), cancelled, counts, lock, stop)
                 )
                 for i in range(num_clients)
             ]
@@ -124,32 +120,32 @@ def soak_server(minutes: float, num_clients: int, num_prompts: int, *, cancelled
                 time.sleep(min(1.0, minutes))
             stop.set()
             for client in clients:
-                client.join(2 * PATIENCE)
+                client.join(2 * TIMEOUT)
             hung = sum(client.is_alive() for client in clients)
-            deadline = time.monotonic() + PATIENCE
-            while (left := rows_in_progress(port)) and time.monotonic() < deadline:  # of clients that disconnected
+            deadline = time.monotonic() + TIMEOUT
+            while (num_running := rows_in_progress(port)) and time.monotonic() < deadline:
                 time.sleep(0.1)
         finally:
             server.send_signal(signal.SIGTERM)
-            status = server.wait(PATIENCE)
+            status = server.wait(TIMEOUT)
     return {
         "minutes": round(minutes, 2),
         "clients": num_clients,
-        "questions with their lone answers": len(questions),
-        "requests": counts["asked"],
-        "answered as alone": counts["right"],
-        "walked out on, right so far": counts["left"],
+        "questions": len(questions),
+        "requests": counts["requests"],
+        "correct answers": counts["correct"],
+        "cancelled answers, correct so far": counts["cancelled"],
         "wrong answers": counts["wrong"],
-        "lost answers": counts["asked"] - counts["right"] - counts["left"] - counts["wrong"],
+        "lost answers": counts["requests"] - counts["correct"] - counts["cancelled"] - counts["wrong"],
         "clients that hang": hung,
-        "completions left behind": left,
+        "completions still running": num_running,
         "exit status after SIGTERM": status,
         **growth(memory),
     }
 
 
 def prepare_questions(folder: Path, num_prompts: int) -> list[tuple[dict, str]]:
-    """Write two doctors to the folder. Return requests, and the greedy answer of the library to each of them alone."""
+    """Write two doctors to the folder. Return requests, each with the library's greedy answer."""
     world = load_world()
     torch.manual_seed(0)
     doctors = {"calm": world.doctor, "wild": AutoModelForCausalLM.from_pretrained(world.weights / "doctor").eval()}
@@ -183,25 +179,25 @@ def prepare_questions(folder: Path, num_prompts: int) -> list[tuple[dict, str]]:
     return questions
 
 
-def be_a_client(port: int, questions: list, draw: random.Random, cancelled: float, counts, lock, stop) -> None:
-    """Send requests until told to stop, and count the outcomes. A request without an outcome is lost."""
+def run_client(port: int, questions: list, draw: random.Random, cancelled: float, counts, lock, stop) -> None:
+    """Send requests until `stop` is set, and count their outcomes."""
     while not stop.is_set():
         request, expected = draw.choice(questions)
-        walks_out, stream = draw.random() < cancelled, draw.random() < 0.5
+        cancels, stream = draw.random() < cancelled, draw.random() < 0.5
         with lock:
-            counts["asked"] += 1
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+            counts["requests"] += 1
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)
         try:
-            body = json.dumps(request | {"stream": stream or walks_out})
+            body = json.dumps(request | {"stream": stream or cancels})
             connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
-            if walks_out and draw.random() < 0.3:  # before there is an answer
+            if cancels and draw.random() < 0.3:  # before the answer begins
                 found, expected = "", ""
-            elif stream or walks_out:
-                found = read_stream(connection.getresponse(), draw.randint(1, 20) if walks_out else None)
-                expected = expected[: len(found)] if walks_out else expected
+            elif stream or cancels:
+                found = read_stream(connection.getresponse(), draw.randint(1, 20) if cancels else None)
+                expected = expected[: len(found)] if cancels else expected
             else:
                 found = json.load(connection.getresponse())["choices"][0]["message"]["content"]
-            outcome = "wrong" if found != expected else "left" if walks_out else "right"
+            outcome = "wrong" if found != expected else "cancelled" if cancels else "correct"
         except (OSError, http.client.HTTPException, KeyError, ValueError) as error:
             print(f"Lost: {error!r}", file=sys.stderr)
             outcome = "lost"
@@ -212,7 +208,7 @@ def be_a_client(port: int, questions: list, draw: random.Random, cancelled: floa
 
 
 def read_stream(response: http.client.HTTPResponse, num_pieces: int | None) -> str:
-    """Return the text of a stream, or of a number of its chunks. A stream that breaks off is an error."""
+    """Return the text of a stream, or of its first chunks. Raise an error if the stream is incomplete."""
     text = ""
     for line in response:
         if line.startswith(b"data: [DONE]") or num_pieces == 0:
@@ -224,19 +220,19 @@ def read_stream(response: http.client.HTTPResponse, num_pieces: int | None) -> s
 
 
 def wait_for(port: int, server: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 2 * PATIENCE
+    deadline = time.monotonic() + 2 * TIMEOUT
     while server.poll() is None and time.monotonic() < deadline:
         try:
             socket.create_connection(("127.0.0.1", port), timeout=1).close()
             return
         except OSError:
             time.sleep(0.1)
-    raise RuntimeError(f"The server must start. Got status {server.poll()}; see what it printed.")
+    raise RuntimeError(f"The server must start. Got status {server.poll()}; see its messages.")
 
 
 def rows_in_progress(port: int) -> int:
-    """Return the completions that run or wait, by the server's own count."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+    """Return the number of completions that run or wait, by the metrics of the server."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)
     connection.request("GET", "/metrics")
     lines = connection.getresponse().read().decode().splitlines()
     connection.close()
@@ -247,7 +243,7 @@ def rows_in_progress(port: int) -> int:
 
 
 def soak_decoding(num_calls: int) -> dict:
-    """Use one processor for all calls, of several forms. Each is compared with a new processor."""
+    """Use one processor for many calls of several forms, and compare each call with a new processor."""
     world, draw, memory, num_wrong = load_world(), random.Random(0), [], 0
     prompts = [
         world.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
@@ -263,7 +259,7 @@ def soak_decoding(num_calls: int) -> dict:
         settings["max_new_tokens"] = draw.randint(1, 24)
         form = draw.choice(["guided_generate", "guided_generate, memory kept", "generate"])
         if form == "guided_generate, memory kept":
-            settings["do_sample"] = False  # a kept cache was summed in another order
+            settings["do_sample"] = False  # logits from a kept cache differ by rounding
         forms[form] += 1
         outputs = []
         for one in (guide, DoctorGuidedLogitsProcessor(world.doctor, beta=0.5)):
@@ -283,9 +279,7 @@ def soak_decoding(num_calls: int) -> dict:
 
 
 def soak_training(num_steps: int, num_kills: int) -> dict:
-    """
-    Compare an undisturbed training with one that is killed and resumed: curves, weights and optimizer must agree.
-    """
+    """Compare loss curve, weights and optimizer of a training with those of one that is killed and resumed."""
     world, draw = load_world(), random.Random(0)
     annotated = annotate_token_rewards(
         world.preference_dataset("praise", num_pairs=64, seed=0),
@@ -294,7 +288,7 @@ def soak_training(num_steps: int, num_kills: int) -> dict:
         faces=world.attributes["praise"].faces,
     )
     with tempfile.TemporaryDirectory() as folder:
-        calm, restless = Path(folder) / "calm", Path(folder) / "restless"
+        whole, killed = Path(folder) / "whole", Path(folder) / "killed"
 
         def start(output_dir):
             process = multiprocessing.get_context("fork").Process(
@@ -304,12 +298,12 @@ def soak_training(num_steps: int, num_kills: int) -> dict:
             return process
 
         begin = time.monotonic()
-        process = start(calm)
+        process = start(whole)
         process.join()
         seconds, num_killed, resumed_at = time.monotonic() - begin, 0, []
         while True:
-            resumed_at.append(last_step(restless))
-            process = start(restless)
+            resumed_at.append(last_step(killed))
+            process = start(killed)
             if num_killed == num_kills:
                 process.join()
                 break
@@ -319,7 +313,7 @@ def soak_training(num_steps: int, num_kills: int) -> dict:
             process.kill()
             process.join()
             num_killed += 1
-        curves, states = zip(*(read_training(path, num_steps) for path in (calm, restless)), strict=True)
+        curves, states = zip(*(read_training(path, num_steps) for path in (whole, killed)), strict=True)
     return {
         "steps": num_steps,
         "kills": num_killed,
@@ -363,7 +357,7 @@ def last_step(output_dir: Path) -> int:
 
 
 def read_training(output_dir: Path, num_steps: int) -> tuple[list[tuple], dict[str, torch.Tensor]]:
-    """Return steps and losses, and the weights and optimizer states."""
+    """Return the loss curve, and the tensors of the weights and the optimizer."""
     folder = output_dir / f"checkpoint-{num_steps}"
     history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     moments = torch.load(folder / "optimizer.pt", weights_only=True)["state"]
@@ -379,7 +373,7 @@ def resident_mebibytes(pid: int) -> float:
 
 
 def growth(memory: list[float]) -> dict:
-    """Return resident memory in the second tenth of the run, after warm-up, and in the last tenth, as medians."""
+    """Return the median memory in the second tenth of a run (after warm-up) and in the last tenth, and the growth."""
     tenth = max(len(memory) // 10, 1)
     early, late = statistics.median(memory[tenth : 2 * tenth]), statistics.median(memory[-tenth:])
     return {

@@ -50,13 +50,13 @@ SETTINGS = {
     "value_margin": [1.0],
 }
 CHANGES = PARTS | {f"{name}={value}": {name: value} for name, values in SETTINGS.items() for value in values}
-LARGEST = 4.0  # the strongest guide that is tried
+LARGEST = 4.0  # largest strength
 
 
 def measure(task: Task, **settings) -> dict:
     """
-    Train a doctor with these settings. Return its efficiency at each of `KLS`, and its entropy at the first of
-    `REWARDS` in nats per token, or None where no strength leads there.
+    Train a doctor with these settings. Return its efficiency at each of `KLS`, and its entropy in nats per token at
+    the first of `REWARDS`. Values that no strength reaches are None.
     """
     samples, guide = task.samples("validation"), tfpo(task, **RATE | settings)
     strengths = [LARGEST * share for share in SHARES]
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         "--changes", nargs="+", default=list(CHANGES), choices=list(CHANGES), help="names of changes (default: all)"
     )
     parser.add_argument(
-        "--world", type=Path, help="folder of `trl_tfpo.testbed.build` (default: the world that ships)"
+        "--world", type=Path, help="folder of `trl_tfpo.testbed.build` (default: the world of the package)"
     )
     parser.add_argument("--output", type=Path, default=Path("runs/sweep.jsonl"))
     parser.add_argument(
@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """Print mean and deviation of each change over seeds and attributes, at each KL and over all; and its entropy."""
+    """Return a table of each change: efficiency at each KL and its mean, and entropy, over seeds and attributes."""
     columns = [*(f"{kl} nats" for kl in KLS), "mean", f"entropy at reward {REWARDS[0]}"]
     lines = ["| changed | " + " | ".join(columns) + " |", "|---" + "|---:" * len(columns) + "|"]
     for change in dict.fromkeys(row["change"] for row in rows):

@@ -9,11 +9,11 @@ python benchmarks/training.py --quick
 ```
 
 1. *Step.* Forward, backward and optimizer of `TFPOTrainer` and of `DPOTrainer` with precomputed reference: time, and
-   peak memory above models and optimizers.
-2. *Sub-trajectory balance.* The loss over all pairs of prefixes in linear time, relative to all pairs as a matrix and
-   to a loop over their lengths; forward and backward, 8 completions.
-3. *Memory.* Log-probabilities of the doctor, forward and backward, in chunks, relative to logits and a log-softmax
-   over the whole vocabulary: peak above the model and its gradients.
+   peak memory without models and optimizers.
+2. *Sub-trajectory balance.* Forward and backward of the loss over all pairs of prefixes in linear time, relative to a
+   matrix of all pairs and to a loop over lengths, for 8 completions.
+3. *Memory.* Forward and backward of the doctor's log-probabilities in chunks, relative to logits and a log-softmax
+   over the whole vocabulary: peak without the model and its gradients.
 
 Each repetition runs both sides in turn and gives one ratio. The table shows the median and the quartiles. On a CPU one
 thread is used, and processor time is measured.
@@ -106,7 +106,7 @@ def step(args: argparse.Namespace, sizes: dict) -> dict:
         "subtb_share_of_step": statistics.median(loss) / statistics.median(seconds["TFPO"]),
     }
     print(f"\nStep, batches {shapes}: time of TFPO over DPO {cell(row['tfpo_over_dpo'])}")
-    print(f"Peak memory of the step: {peaks['TFPO']:,.0f} MiB, of DPO's {peaks['DPO']:,.0f} MiB")
+    print(f"Peak memory of a step: TFPO {peaks['TFPO']:,.0f} MiB, DPO {peaks['DPO']:,.0f} MiB")
     print(f"Sub-trajectory balance takes {100 * row['subtb_share_of_step']:.2f}% of the step")
     return row
 
@@ -212,7 +212,7 @@ def memory(args: argparse.Namespace, sizes: dict) -> dict:
     ids = torch.randint(vocab_size, (1, num_tokens), device=args.device)
     ways = {"chunked": chunked_logps, "naive": naive_logps}
     for way in ways.values():
-        way(model, ids[:, :8])  # allocations that the first call keeps
+        way(model, ids[:, :8])  # warm-up, because the first call keeps some memory
     peaks = {name: peak_mebibytes(partial(way, model, ids), device=args.device) for name, way in ways.items()}
     row = peaks | {"chunked_over_naive": peaks["chunked"] / peaks["naive"]}
     print(

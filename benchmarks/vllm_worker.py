@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-An engine of vLLM for `serving.py`, in the environment of vLLM.
+A vLLM engine for `serving.py`, to be run in the environment of vLLM.
 
-Reads lists of prompts (token ids) from standard input, one line of JSON each, and writes the greedy answers. On a CPU
-it uses the older runner of vLLM, as Model Runner V2 needs Triton, which has no backend there. The older runner does
-not pass weights of requests to the model, so the doctor has the default exponent in all requests.
+It reads lists of prompts (token ids) from standard input, one list as JSON in each line, and writes the greedy
+answers. On a CPU it uses the older runner of vLLM, because Model Runner V2 needs Triton. The older runner does not
+pass the weights of a request to the model, so all requests have the default exponent.
 """
 
 import argparse

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Gain of a doctor as the patient grows, in the controlled world.
+Gain of a doctor for patients of several sizes, in the controlled world.
 
 ```bash
 python benchmarks/weak_to_strong.py --output_dir runs/weak_to_strong
 ```
 
-Patients and doctors of several widths learn the language by the recipe of `trl_tfpo.testbed.build`; the models that
-ship are used as they are. Each doctor is aligned by the defaults for each patient, on pairs sampled from this patient
-and with its token rewards, and measured as in `sweep.py`. Results in the output folder are reused.
+Patients and doctors of several widths learn the language by the recipe of `trl_tfpo.testbed.build`. The package's own
+models are used for their widths. Each doctor is aligned with the defaults for each patient, on pairs and token rewards
+of this patient, and measured as in `sweep.py`. Results in the output folder are reused.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 import sweep
 from transformers import set_seed
 
-from trl_tfpo.common.atomic import written_whole
+from trl_tfpo.common.atomic import atomic_write
 from trl_tfpo.testbed import load_world
 from trl_tfpo.testbed.build import RECIPES, instructions_of, make_model, train_model
 
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser.add_argument(
         "--doctors", type=int, nargs="+", default=[24, 48], help="widths of the doctors, multiples of 8"
     )
-    parser.add_argument("--steps", type=int, help="steps of language training (default: those of the recipe)")
+    parser.add_argument("--steps", type=int, help="steps of language training (default: from the recipe)")
     parser.add_argument("--attribute", default="praise")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/weak_to_strong"))
@@ -62,12 +62,12 @@ def make_world(patient: int, doctor: int, args: argparse.Namespace) -> Path:
     world = args.output_dir / f"{patient}-{doctor}"
     for name, width in (("patient", patient), ("doctor", doctor)):
         if not (world / name).is_dir():
-            with written_whole(world / name) as part:
-                shutil.copytree(learned(name, width, args), part, dirs_exist_ok=True)
+            with atomic_write(world / name) as part:
+                shutil.copytree(trained_model(name, width, args), part, dirs_exist_ok=True)
     return world
 
 
-def learned(name: str, width: int, args: argparse.Namespace) -> Path:
+def trained_model(name: str, width: int, args: argparse.Namespace) -> Path:
     """Return the folder of a model of this width, trained on the language."""
     folder, recipe, shipped = args.output_dir / f"{name}-{width}", RECIPES[name], load_world()
     if width == recipe["size"]["hidden_size"]:
@@ -87,7 +87,7 @@ def learned(name: str, width: int, args: argparse.Namespace) -> Path:
             learning_rate=recipe["learning_rate"],
             seed=args.seed,
         )
-    with written_whole(folder) as part:
+    with atomic_write(folder) as part:
         model.save_pretrained(part)
         shipped.tokenizer.save_pretrained(part)
     return folder

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Make a small patient and doctor from scratch, with a tokenizer trained on your own preference data: no download.
+Create a small random patient and doctor, with a tokenizer trained on your preference data, without a download.
 
 ```bash
 python examples/make_small_models.py --dataset_name my_preferences.jsonl --output_dir runs/small
@@ -11,7 +11,7 @@ accelerate launch --num_processes 2 examples/train.py \
     --dataset_name my_preferences.jsonl
 ```
 
-The models are random. They show that a pipeline runs on given data, not that it aligns a model.
+The models check that a pipeline runs on your data. They cannot show that it aligns a model.
 """
 
 import argparse

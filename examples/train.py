@@ -7,7 +7,8 @@
 """
 Train a doctor and guide a patient with it.
 
-Without arguments it runs in the controlled world (minutes on a laptop CPU): a table, a figure, and completions.
+Without arguments the script runs in the controlled world (minutes on a laptop CPU), and shows a table, a figure and
+completions.
 
 ```bash
 python examples/train.py
@@ -28,7 +29,7 @@ accelerate launch examples/train.py \
     --output_dir qwen3-doctor
 ```
 
-The same from a file (see `examples/configs`), here with an estimate for 8 processes instead of a training:
+From a file (see `examples/configs`), here with `--dry_run`, which estimates memory for 8 processes without training:
 
 ```bash
 python examples/train.py --config examples/configs/ultrafeedback_qwen3.yaml --dry_run 8
@@ -60,8 +61,7 @@ WORLD_SETTINGS = dict(
     save_strategy="no",
     dataloader_pin_memory=False,
 )
-# Decoded with alpha=1.0
-PUBLISHED = dict(
+PUBLISHED = dict(  # decoded with alpha=1.0
     reward_direction="label",
     importance_temperature=1.0,
     gap_floor=1e-6,
@@ -69,18 +69,18 @@ PUBLISHED = dict(
     reward_temperature=0.125,
     reference_weight=0.0,
     subtb_lambda=1.0,
-    value_head_learning_rate=WORLD_SETTINGS["learning_rate"],  # the rate of the other weights, which is better here
+    value_head_learning_rate=WORLD_SETTINGS["learning_rate"],  # better here than the default
 )
 
 
 @dataclass
 class Arguments(TFPOScriptArguments):
-    """Options of `trl-tfpo train`, and of the controlled world."""
+    """Options of `trl-tfpo train` and of the controlled world."""
 
-    attribute: str = field(default="praise", metadata={"help": "What to align to in the controlled world."})
+    attribute: str = field(default="praise", metadata={"help": "Attribute to align to in the controlled world."})
     num_pairs: int = field(default=3000, metadata={"help": "Preference pairs drawn in the controlled world."})
     num_samples_per_prompt: int = field(
-        default=120, metadata={"help": "Completions of each test prompt behind a row of the table."}
+        default=120, metadata={"help": "Completions of each test prompt for a row of the table."}
     )
 
 

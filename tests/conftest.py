@@ -2,6 +2,7 @@
 
 """Tiny real models and data: built from a config in a second, no network, no weights."""
 
+import gc
 import inspect
 import json
 import os
@@ -13,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import contextmanager
+from functools import wraps
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -134,6 +136,12 @@ def hear_interruptions():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def pytest_collection_finish():
+    """Trainers collect garbage: a third of a second each time, if that of the imported libraries is looked through."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     torch.set_num_threads(1)
@@ -182,6 +190,22 @@ def world():
     from trl_tfpo.testbed import load_world
 
     return load_world()
+
+
+@contextmanager
+def few_prompts(num: int = 3):
+    """Evaluate on so many of the 12 prompts of each split of the controlled world. Pairs are of all prompts."""
+    from trl_tfpo.testbed import World
+
+    every = inspect.unwrap(World.prompts)  # so that one test of a file can have more than the others
+
+    @wraps(every)
+    def prompts(world: World, split: str):
+        return every(world, split)[: None if split == "train" else num]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(World, "prompts", prompts)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -262,7 +286,7 @@ class Endpoint(BaseHTTPRequestHandler):
 def endpoint():
     with ThreadingHTTPServer(("127.0.0.1", 0), Endpoint) as server:
         server.requests, server.failures, server.lock, server.wake = [], [], threading.Lock(), threading.Event()
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))  # seconds until it sees the shutdown
         thread.start()
         yield server
         server.wake.set()

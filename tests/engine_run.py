@@ -11,12 +11,11 @@ import json
 import os
 from pathlib import Path
 
-import torch
 from accelerate import DistributedType, PartialState
-from accelerate.state import AcceleratorState
 from conftest import FACES
-from datasets import config, load_dataset
+from datasets import load_dataset
 from peft import LoraConfig
+from processes import join_engine, leave_engine
 
 from trl_tfpo import TFPOConfig, TFPOTrainer, tfpo_objective
 from trl_tfpo.common.language_model import is_sharded
@@ -105,13 +104,7 @@ def make_trainer(folder: Path, args: TFPOConfig, method: str, objective: Recordi
 
 def run_as_rank(folder: Path, output: Path, *jobs: str) -> None:
     """Run jobs in one process of several, which was forked, in the environment that a launcher sets."""
-    config.HF_DATASETS_CACHE = output / "cache"  # scores of another engine are not to be found
-    AcceleratorState._reset_state(reset_partial_state=True)
-    if "ACCELERATE_USE_DEEPSPEED" in os.environ:
-        import deepspeed
-
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled; gloo does
+    join_engine(output / "cache")
     for job in jobs:
         run(folder, output, job)
-    torch.distributed.barrier()  # one that leaves while the other writes may abort as well
-    torch.distributed.destroy_process_group()
+    leave_engine()

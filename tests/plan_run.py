@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-What `test_plan.py` launches: a short training, the bytes each process then holds, and the plan made in the same place.
-
-    accelerate launch --config_file ENGINE.yaml plan_run.py FOLDER
+What each process of `test_plan.py` runs: a short training, the bytes it then holds, and the plan made in the same
+place.
 """
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import torch
 from accelerate import DistributedType, PartialState
+from conftest import FACES
 from datasets import load_dataset
-from engine_run import FACES
+from processes import join_engine, leave_engine
 from torch.distributed.tensor import DTensor
 
 from trl_tfpo import TFPOConfig, TFPOTrainer
@@ -68,13 +67,10 @@ def run(folder: Path) -> None:
             "plan": {row.phase: [row.weights, row.optimizer] for row in plan.memory},
         }
         (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
-    trainer.end()
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    if "ACCELERATE_USE_DEEPSPEED" in os.environ:
-        import deepspeed
-
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled; gloo does
-    run(Path(sys.argv[1]))
+def run_as_rank(folder: Path) -> None:
+    """The same in one process of several, which was forked, in the environment that a launcher sets."""
+    join_engine(folder / "cache")
+    run(folder)
+    leave_engine()

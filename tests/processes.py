@@ -3,6 +3,7 @@
 """Processes for tests: forked, so that nothing is imported again, and waited for within a bounded time."""
 
 import os
+import runpy
 import signal
 import socket
 import sys
@@ -12,13 +13,19 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from unittest.mock import patch
 
+import datasets
 import pytest
+import torch
+from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.state import AcceleratorState
 from datasets.fingerprint import fingerprint_rng
 from tqdm import tqdm
 
 
-PATIENCE = 300  # seconds after which a process counts as hung: many times what it takes, for busy machines
+CONFIGS = Path(__file__).parents[1] / "examples" / "accelerate_configs"
+PATIENCE = 900  # seconds after which a process counts as hung: many times what it takes, for busy machines
 
 
 def in_child(function, *args, said: str | int | None = None) -> int:
@@ -56,6 +63,35 @@ def start_ranks(output: Path, function, *args) -> list[int]:
         return function(*args)
 
     return [in_child(run, rank, said=str(output / f"rank-{rank}.txt")) for rank in range(2)]
+
+
+def launch(engine: str, mixed_precision: str, output: Path, function, *args) -> None:
+    """
+    Run in two processes that must succeed, by Accelerate's launcher with the shipped config of an engine. The
+    launcher's last step, which starts the processes, is replaced by a fork, so that nothing is imported again.
+    """
+    options = ["--config_file", CONFIGS / f"{engine}.yaml", "--num_processes", 2, "--mixed_precision", mixed_precision]
+    launched = []
+    with patch("torch.distributed.run.run", lambda _: launched.extend(start_ranks(output, function, *args))):
+        launch_command(launch_command_parser().parse_args([str(option) for option in [*options, "script.py"]]))
+    ends = [end_of(child) for child in launched]
+    assert ends == [0, 0], [path.read_text(errors="replace")[-6000:] for path in output.glob("rank-*.txt")]
+
+
+def join_engine(cache: Path) -> None:
+    """In a process that was forked for an engine: forget the state of the parent, and find no scores of others."""
+    datasets.config.HF_DATASETS_CACHE = cache
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if "ACCELERATE_USE_DEEPSPEED" in os.environ:
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled; gloo does
+
+
+def leave_engine() -> None:
+    """End the process group, once all are there: one that leaves while the other writes may abort as well."""
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 def wait_for(paths: list[Path]) -> None:
@@ -99,11 +135,32 @@ def finish(children: list[int]) -> None:
 
 def fails(function, *args) -> str:
     """Run in a process that must end with an error, by itself; returns its output."""
-    reader, writer = os.pipe()  # a file would be full, too
+    status, text = outcome(function, *args)
+    assert os.WIFEXITED(status) and os.WEXITSTATUS(status) != 0, text[-2000:]
+    return text
+
+
+def succeeds(function, *args) -> str:
+    """Run in a process that must succeed; returns its output."""
+    status, text = outcome(function, *args)
+    assert status == 0, text[-6000:]
+    return text
+
+
+def outcome(function, *args) -> tuple[int, str]:
+    """Run in a process; returns its status, as `waitpid` does, and its output with that of its children."""
+    reader, writer = os.pipe()  # a file would be full, too, on a full disk
     child = in_child(function, *args, said=writer)
     os.close(writer)
     with open(reader, errors="replace") as pipe, ThreadPoolExecutor(1) as pool:
         reading = pool.submit(pipe.read)
-        status, text = end_of(child), reading.result(PATIENCE)
-    assert os.WIFEXITED(status) and os.WEXITSTATUS(status) != 0, text[-2000:]
-    return text
+        return end_of(child), reading.result(PATIENCE)
+
+
+def run_script(script: Path, folder: Path, *options) -> None:
+    """In a child: run a script in a folder, as its command line would, but with what is imported already."""
+    os.chdir(folder)
+    datasets.config.HF_DATASETS_CACHE = folder / "cache"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    sys.argv = [script.name, *map(str, options)]
+    runpy.run_path(str(script), run_name="__main__")

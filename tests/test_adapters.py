@@ -40,10 +40,10 @@ from trl_tfpo import (
 )
 from trl_tfpo.annotation.scoring import score_completions
 from trl_tfpo.evaluation import Completion, evaluate_guidance, next_token_statistics
-from trl_tfpo.models.adapters import RECORD, center_head, trained_exponents
 from trl_tfpo.models.doctor import make_doctor
-from trl_tfpo.models.guidance import GUIDANCE, start_guidance
+from trl_tfpo.models.initial_head import start_at_zero
 from trl_tfpo.models.saved_doctor import VALUE_HEAD_FILE
+from trl_tfpo.models.trained_exponents import RECORD, TRAINING_EXPONENTS, center_head, trained_exponents
 from trl_tfpo.server import Engine
 
 
@@ -138,7 +138,7 @@ def test_a_merged_doctor_stays_what_it_is_when_it_is_saved(folder, tmp_path):
     load_doctor(folder / "ratio", with_value_head=False).merge_and_unload().save_pretrained(tmp_path)
     guide = DoctorGuidedLogitsProcessor.from_pretrained(tmp_path)
     assert (guide.alpha, guide.betas) == (1.0, [1.0])
-    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.guidance == GUIDANCE
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.guidance == TRAINING_EXPONENTS
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -154,7 +154,7 @@ def test_a_ratio_without_a_record_is_refused(folder, base, name, dtype):
     with pytest.raises(ValueError, match="add up to zero.*Set `model.config.guidance"):
         guided_logps(doctor)
     wanted = guided_logps(doctor, alpha=1.0)  # who gives the exponents need not be asked for them
-    doctor.config.guidance = GUIDANCE
+    doctor.config.guidance = TRAINING_EXPONENTS
     assert guided_logps(doctor).equal(wanted)
 
 
@@ -162,7 +162,7 @@ def test_a_centred_head_says_the_same(folder):
     """The mark in the weights must cost nothing."""
     torch.manual_seed(0)
     doctor = make_llama(3, vocab_size=64)
-    start_guidance(doctor)
+    start_at_zero(doctor)
     torch.nn.init.normal_(doctor.lm_head.weight, mean=1.0)
     before = doctor(IDS).logits.log_softmax(-1)
     center_head(doctor)
@@ -183,7 +183,7 @@ def test_adapters_from_before_there_was_a_record(folder, base, tmp_path):
     doctor = load_doctor(tmp_path / "ratio", with_value_head=False)
     assert guided_logps(doctor).equal(guided_logps(load_doctor(folder / "ratio", with_value_head=False)))
     doctor.save_pretrained(tmp_path / "again")
-    with pytest.raises(ValueError, match="Got one without a record, with \\['lm_head'\\] of its own; load it with"):
+    with pytest.raises(ValueError, match="Got no record, and the trained modules \\['lm_head'\\]; load it with"):
         guided_logps(PeftModel.from_pretrained(base, tmp_path / "ratio").eval())
     base = AutoModelForCausalLM.from_pretrained(folder / "base")
     assert DoctorGuidedLogitsProcessor(PeftModel.from_pretrained(base, tmp_path / "again").eval()).alpha == 1.0
@@ -195,7 +195,7 @@ def test_an_adapter_without_its_head_is_refused(folder, base):
     """On the language model's own head the changes of a ratio's layers mean nothing."""
     model = PeftModel.from_pretrained(base, folder / "ratio").eval()
     base.lm_head = base.lm_head.original_module
-    with pytest.raises(ValueError, match="must be complete. Got one without its \\['lm_head'\\]"):
+    with pytest.raises(ValueError, match="must be complete. Got no \\['lm_head'\\]"):
         guided_logps(model)
 
 
@@ -214,13 +214,13 @@ def test_adapters_on_one_model_keep_their_own_exponents(folder, base):
     model.add_adapter("stranger", LoraConfig(r=2, target_modules=["q_proj"]))
     model.eval()
     doctors = {name: Doctor(model, adapter=name) for name in ("ratio", "doctor", "stranger", "__base__")}
-    assert [doctor.exponents for doctor in doctors.values()] == [GUIDANCE, {}, {}, {}]
+    assert [doctor.exponents for doctor in doctors.values()] == [TRAINING_EXPONENTS, {}, {}, {}]
     guide = DoctorGuidedLogitsProcessor([doctors["ratio"], doctors["doctor"]], beta=[0.5, 0.25])
     assert guide.alpha == 0.75
-    with pytest.raises(ValueError, match="`reference` is for a doctor that is a language model"):
+    with pytest.raises(ValueError, match="`reference` is for doctors that are language models"):
         DoctorGuidedLogitsProcessor(doctors["ratio"], reference=doctors["__base__"])
     loaded = load_doctor(folder / "ratio", with_value_head=False)
-    assert Doctor(loaded).exponents == GUIDANCE and Doctor(loaded, adapter="__base__").exponents == {}
+    assert Doctor(loaded).exponents == TRAINING_EXPONENTS and Doctor(loaded, adapter="__base__").exponents == {}
 
 
 def test_a_ratio_is_no_patient(folder, base):
@@ -253,7 +253,7 @@ def test_a_ratio_is_no_patient(folder, base):
 def test_what_a_doctor_is_does_not_change_in_training(folder, base):
     """Trained on as a policy of its own, a ratio would be saved, and decoded, as the ratio that it no longer is."""
     ratio = PeftModel.from_pretrained(base, folder / "ratio")
-    with pytest.raises(ValueError, match="With `policy='doctor'` the doctor is a language model"):
+    with pytest.raises(ValueError, match="With `policy='doctor'` the doctor must be a language model"):
         make_doctor(ratio)
     with pytest.raises(ValueError, match="must be a `PeftModel`"):
         make_doctor(AutoModelForCausalLM.from_pretrained(folder / "ratio"), guides=True)
@@ -303,7 +303,7 @@ def test_the_head_is_looked_at_once(folder, base, monkeypatch):
     assert trained_exponents(model) == {} and len(calls) == num_calls > 0
     with torch.no_grad():
         model.lm_head.weight -= model.lm_head.weight.mean(dim=0)
-    with pytest.raises(ValueError, match="must have a record of the exponents"):
+    with pytest.raises(ValueError, match="must record the exponents"):
         trained_exponents(model)
 
 
@@ -345,20 +345,16 @@ def test_the_best_model_comes_with_its_value_head(folder, tmp_path):
     rows = Dataset.from_list(conversational_rows())
     tokenizer = make_tokenizer()
     rows = annotate_token_rewards(rows, make_llama(1, 32), tokenizer, faces=FACES)
-    trainer = TFPOTrainer(
-        model=make_llama(2),
-        args=config(
-            tmp_path,
-            eval_strategy="steps",
-            eval_steps=1,
-            save_strategy="steps",
-            save_steps=1,
-            load_best_model_at_end=True,
-            metric_for_best_model="eval_values/start",
-        ),
-        train_dataset=rows,
+    trainer = make_trainer(
+        rows,
+        tmp_path,
         eval_dataset=rows,
-        processing_class=tokenizer,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_values/start",
     )
     trainer.state.best_metric = None
     trainer.train()

@@ -18,7 +18,7 @@ from trl_tfpo.cli.annotate import AnnotateArguments
 from trl_tfpo.cli.generate import GenerateArguments
 from trl_tfpo.cli.parser import Parser
 from trl_tfpo.cli.train import TFPOScriptArguments
-from trl_tfpo.common.arguments import INSTEAD, check_types
+from trl_tfpo.common.arguments import REPLACEMENTS, check_types
 
 
 def parse(tmp_path, text: str, *arguments: str, types=(TFPOScriptArguments, TFPOConfig, ModelConfig)):
@@ -125,8 +125,8 @@ def test_arguments_of_other_trainers_are_answered(tmp_path):
     with pytest.raises(ValueError, match="unknown option '--padding_free'. Instead"):
         parse(tmp_path, "padding_free: true\noutput_dir: run\n")
     known = {*TFPOConfig.__dataclass_fields__, *inspect.signature(TFPOTrainer.__init__).parameters}
-    for name in INSTEAD:
-        hint = INSTEAD[name]
+    for name in REPLACEMENTS:
+        hint = REPLACEMENTS[name]
         assert name not in TFPOConfig.__dataclass_fields__, name
         fields = [word.split("=")[0] for word in hint.split("`")[1::2] if "=" in word and "(" not in word]
         assert set(fields) <= known, hint  # a hint to something that is gone sends people in circles
@@ -158,14 +158,14 @@ def test_settings_stay_what_they_were():
 
 def test_a_doctor_may_have_a_name(tmp_path):
     """What is an option of one command is none of another otherwise, and a path that looks like both is a path."""
-    from trl_tfpo.cli.models import name_doctor
+    from trl_tfpo.cli.models import parse_doctor
 
-    assert name_doctor("helpful=runs/one") == ("helpful", "runs/one")
-    assert name_doctor("runs/one") == ("one", "runs/one")
+    assert parse_doctor("helpful=runs/one") == ("helpful", "runs/one")
+    assert parse_doctor("runs/one") == ("one", "runs/one")
     folder = tmp_path / "lr=1"
     folder.mkdir()
-    assert name_doctor(str(folder)) == ("lr=1", str(folder))
-    assert name_doctor(".") == (Path.cwd().name, ".")
+    assert parse_doctor(str(folder)) == ("lr=1", str(folder))
+    assert parse_doctor(".") == (Path.cwd().name, ".")
     for text in ("=path", "name=", ""):
         with pytest.raises(ValueError, match="NAME=PATH"):
-            name_doctor(text)
+            parse_doctor(text)

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from trl_tfpo import DoctorGuidedLogitsProcessor, TFPOTrainer, annotate_token_rewards, load_doctor
 from trl_tfpo.models.doctor import add_value_head, make_doctor
-from trl_tfpo.models.guidance import save_guidance, start_guidance
+from trl_tfpo.models.initial_head import start_at_zero
+from trl_tfpo.models.trained_exponents import save_exponents
 from trl_tfpo.training.base_policy import read_base_policy
 
 
@@ -65,7 +66,7 @@ def test_training_starts_at_the_patient(tied, tmp_path):
     doctor.config.tie_word_embeddings = tied
     doctor.tie_weights()
     embeddings = doctor.get_input_embeddings().weight.detach().clone()
-    start_guidance(doctor)
+    start_at_zero(doctor)
     assert not plain_logits(doctor).any()
     assert doctor.get_input_embeddings().weight.equal(embeddings) and embeddings.any()
     patient = make_llama(1)
@@ -74,7 +75,7 @@ def test_training_starts_at_the_patient(tied, tmp_path):
     torch.testing.assert_close(guide(ids, patient(ids).logits[:, -1]), patient(ids).logits[:, -1].log_softmax(-1))
 
     torch.nn.init.normal_(doctor.lm_head.weight)
-    start_guidance(doctor)  # it has been trained
+    start_at_zero(doctor)  # it has been trained
     assert plain_logits(doctor).any()
     doctor.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -154,7 +155,7 @@ def test_a_mixture_and_a_product_stand_side_by_side(tmp_path):
     """Two doctors that were trained in two ways each need their share, and only one takes it from the patient."""
     make_doctor(make_llama(2), guides=True).save_pretrained(tmp_path / "guided")
     make_llama(3).save_pretrained(tmp_path / "alone")
-    save_guidance(make_doctor(make_llama(2), guides=True), tmp_path / "guided")
+    save_exponents(make_doctor(make_llama(2), guides=True), tmp_path / "guided")
     names = [tmp_path / "guided", tmp_path / "alone"]
     guide = DoctorGuidedLogitsProcessor.from_pretrained(names)
     assert (guide.alpha, guide.betas) == (0.5, [1.0, 0.5])

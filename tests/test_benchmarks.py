@@ -6,6 +6,8 @@ import io
 import json
 import os
 import re
+import shutil
+import subprocess
 import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -15,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import few_prompts
 from processes import end_of, in_child
 from scripts import BENCHMARKS, load
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -39,6 +42,13 @@ TINY = dict(
     trained_cases=[("bfloat16", 0.5), ("float32", 1.0)],
     random_cases=[("float32", 0.5)],
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short():
+    """Policies are measured on few prompts."""
+    with few_prompts():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -310,12 +320,11 @@ def test_one_command_measures_everything(frontier, tmp_path, monkeypatch, capsys
     assert "loss" not in printed  # what trainers log is no part of a table
 
 
-@pytest.mark.slow
 def test_a_part_that_fails_is_not_passed_over(frontier, tmp_path):
     """A page with a table missing would look like one that was never asked for."""
-    with pytest.raises(RuntimeError, match="sweep failed, see .*sweep.log"):
-        frontier.run_parts({"sweep": ["sweep.py", "--changes", "everything"]}, tmp_path, ["--quick"])
-    assert "invalid choice: 'everything'" in (tmp_path / "sweep.log").read_text(encoding="utf-8")
+    with pytest.raises(RuntimeError, match="seeds failed, see .*seeds.log"):  # a script that imports nothing large
+        frontier.run_parts({"seeds": ["seeds.py", "--seeds", "zero"]}, tmp_path, [])
+    assert "invalid int value: 'zero'" in (tmp_path / "seeds.log").read_text(encoding="utf-8")
 
 
 def test_the_best_settings_are_those_of_the_highest_mean(frontier):
@@ -383,6 +392,18 @@ def test_serving(capsys):
 
 
 @pytest.mark.slow
+def test_measurements_on_a_gpu_run_on_tiny_models(tmp_path):
+    """The script for a GPU, where an error would cost the time of the card. It compiles patient and doctor."""
+    environment = os.environ | {"MODELS": "tiny", "PARTS": "decoding", "PYTHON": sys.executable}
+    script = [shutil.which("bash"), str(BENCHMARKS / "gpu.sh"), str(tmp_path)]
+    subprocess.run(script, env=environment, check=True, capture_output=True, timeout=300)
+    rows = json.loads((tmp_path / "decoding.json").read_text())["rows"]
+    assert [(row["batch_size"], row["way"]) for row in rows] == [(1, "eager"), (1, "compiled")]
+    assert all(min(row["over_both"]) > 0 and row["limit"] > 0 for row in rows)
+    assert "| 1 | compiled |" in (tmp_path / "tables.md").read_text()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["server", "decoding", "training"])
 def test_soaks_are_sound(name, tmp_path, capsys):
     """Each runs for seconds here, and must have seen what it is for: clients that leave, kept memory, kills."""
@@ -391,7 +412,11 @@ def test_soaks_are_sound(name, tmp_path, capsys):
     growth = {"growth": 0.0} if "growth" in figures else {}  # seconds are all warm-up
     assert soak.is_sound(figures | growth), figures
     assert json.loads((tmp_path / "figures.json").read_text()) == figures
-    seen = {"server": "walked out on, right so far", "decoding": "guided_generate, memory kept", "training": "kills"}
+    seen = {
+        "server": "cancelled answers, correct so far",
+        "decoding": "guided_generate, memory kept",
+        "training": "kills",
+    }
     assert figures[seen[name]] > 0 and f"| {seen[name]} |" in capsys.readouterr().out
 
 
@@ -525,7 +550,7 @@ def test_a_method_that_was_measured_in_two_ways_is_not_reported(frontier):
     row = {"method": "a", "attribute": "b", "seed": 0, "split": "test", "settings": {"rate": 1}, "max_steps": 500}
     frontier.check_is_one_run([row, row | {"split": "validation", "settings": {"rate": 2}}, row | {"seed": 1}])
     for other in ({"settings": {"rate": 2}}, {"max_steps": 10}):
-        with pytest.raises(ValueError, match="in one way"):
+        with pytest.raises(ValueError, match="one setting and one size"):
             frontier.check_is_one_run([row, row | other])
 
 
@@ -548,15 +573,16 @@ def test_what_is_weighed_is_what_is_sampled(frontier):
     """Were the two ways to measure a policy to differ, the settings would be chosen by the wrong one."""
     from methods import Task
 
-    task = Task("praise", 0, num_pairs=2, max_steps=1, num_samples_per_prompt=100)
+    task = Task("praise", 0, num_pairs=2, max_steps=1, num_samples_per_prompt=25)
     world = task.world
 
     def guide(beta):
         return DoctorGuidedLogitsProcessor(world.doctor, beta=beta)
 
-    samples = task.samples("validation")
-    (row,) = samples.follow(guide, samples.doctor_logits(guide(0.4)), [0.4], attribute="praise")
-    sampled = task.comparison("validation").add("doctor", guide(0.4), beta=0.4)
+    with few_prompts(6):  # the standard error is over prompts
+        samples = task.samples("validation")
+        (row,) = samples.follow(guide, samples.doctor_logits(guide(0.4)), [0.4], attribute="praise")
+        sampled = task.comparison("validation").add("doctor", guide(0.4), beta=0.4)
     assert row["kl"] == pytest.approx(sampled["kl"], rel=0.1, abs=4 * sampled["kl_se"])
     near = frontier.follow(task, guide, [row["kl"]], 1.0)
     assert [x["beta"] for x in near] == [pytest.approx(0.4, abs=0.02)]

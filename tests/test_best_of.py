@@ -117,7 +117,7 @@ def test_what_cannot_be_ranked_is_refused(patient, change, message):
 def test_doctors_without_credits_are_refused_before_anything_is_generated(patient):
     """Else the first sample would be returned as the best."""
     guide = DoctorGuidedLogitsProcessor(llama(1))
-    with pytest.raises(ValueError, match="Got a doctor without any"):
+    with pytest.raises(ValueError, match="Got a doctor without credits"):
         guided_generate(patient, guide, **ONE, **SETTINGS, best_of=2)
     assert guide.num_calls == 0
     later = DoctorGuidedLogitsProcessor(Doctor(llama(1), credits=torch.zeros(40)), beta=lambda step: step / 5)

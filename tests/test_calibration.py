@@ -190,9 +190,7 @@ def test_too_little_to_calibrate_is_refused():
         found.apply(Dataset.from_dict({"prompt": ["a"]}))
     sharded = make_llama(2)
     sharded.lm_head.weight.ds_id = 0  # what DeepSpeed ZeRO-3 leaves on a parameter
-    with pytest.raises(
-        ValueError, match="needs the whole embeddings of the doctor. Got a doctor that was loaded in shards"
-    ):
+    with pytest.raises(ValueError, match="needs the whole embeddings of the doctor. Got a sharded doctor"):
         check_can_calibrate(dataset, sharded, is_online=False)
 
 
@@ -267,7 +265,9 @@ def test_other_data_without_gaps_are_evaluated(labelled, tokenizer, tmp_path):
     without_gaps = dataset.select(range(8)).remove_columns(["chosen_gaps", "rejected_gaps"])
     trainer = make_trainer(dataset, tmp_path, copy.deepcopy(doctor))
     assert trainer.calibration is not None
-    with pytest.warns(UserWarning, match="token rewards of this dataset are used: its loss is not comparable"):
+    with pytest.warns(
+        UserWarning, match="token rewards of this dataset are used as they are: its loss is not comparable"
+    ):
         metrics = trainer.evaluate(without_gaps)
     mean_sum = 0.1 * sum(map(len, without_gaps["chosen_ids"])) / len(without_gaps)
     assert metrics["eval_token_rewards/chosen"] == pytest.approx(mean_sum, rel=1e-4)
@@ -291,13 +291,7 @@ def test_sparse_rewards_stay_where_nobody_asked(labelled, tokenizer, tmp_path):
     from_a_file = Dataset.from_list(dataset.to_list())  # whose rewards may be anybody's
     assert make_trainer(from_a_file, tmp_path, copy.deepcopy(doctor)).calibration is None
     without_gaps = dataset.remove_columns(["chosen_gaps", "rejected_gaps"])
-    trainer = TFPOTrainer(
-        model=doctor,
-        args=config(tmp_path),
-        train_dataset=dataset,
-        eval_dataset=without_gaps,
-        processing_class=tokenizer,
-    )
+    trainer = make_trainer(dataset, tmp_path, doctor, eval_dataset=without_gaps)
     assert trainer.calibration is None  # evaluation by other rewards would be another loss
 
 

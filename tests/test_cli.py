@@ -15,9 +15,9 @@ from pathlib import Path
 import datasets
 import pytest
 from accelerate.state import AcceleratorState
-from conftest import WORDS, conversational_rows, hear_interruptions, make_llama, make_tokenizer, save_model, write_rows
+from conftest import WORDS, conversational_rows, make_llama, make_tokenizer, save_model, write_rows
 from datasets import Dataset, load_dataset, load_from_disk
-from processes import finish, in_child, start_ranks
+from processes import end_of, finish, in_child, outcome, start_ranks, succeeds
 
 from trl_tfpo import Faces, annotate_token_rewards
 from trl_tfpo.annotation.token_rewards import annotation_settings
@@ -51,16 +51,17 @@ def folder(tmp_path_factory):
     return folder
 
 
-def trl_tfpo(*arguments, cwd):
-    """A process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "trl_tfpo", *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(cwd / "cache")},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+def run_in_a_terminal(arguments, cwd):
+    """
+    In a forked process: a command, which hears Ctrl-C. The processes that it launches are of the interpreter, and
+    import everything again.
+    """
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.chdir(cwd)
+    os.environ["HF_DATASETS_CACHE"] = str(cwd / "cache")
+    datasets.config.HF_DATASETS_CACHE = cwd / "cache"
+    return main([str(argument) for argument in arguments])
 
 
 # Help
@@ -134,7 +135,7 @@ def test_version_and_environment(capsys):
 
 def test_a_mistake_in_a_process_of_its_own(folder):
     """Scripts go by the exit status, and people by the last line."""
-    result = trl_tfpo("anotate", cwd=folder)
+    result = subprocess.run([sys.executable, "-m", "trl_tfpo", "anotate"], capture_output=True, text=True, cwd=folder)
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.strip().splitlines()[-1].startswith("trl-tfpo: error: unknown command 'anotate'")
 
@@ -169,9 +170,9 @@ def test_what_nobody_foresaw_is_one_line_too(monkeypatch, capsys):
 def test_a_mistake_in_processes_that_were_launched(launch, folder):
     """What goes wrong behind a launcher is said by the one it happened to, and its status is the command's."""
     arguments = ["annotate", "--world", "prais", "--output", "out.jsonl"]
-    result = trl_tfpo(*arguments, *launch, cwd=folder)
-    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
-    assert "trl-tfpo annotate: error: `--world` must be one of" in result.stderr
+    status, said = outcome(run_in_a_terminal, [*arguments, *launch], folder)
+    assert os.waitstatus_to_exitcode(status) == 2 and "Traceback" not in said, said
+    assert "trl-tfpo annotate: error: `--world` must be one of" in said
 
 
 @pytest.mark.slow
@@ -180,28 +181,20 @@ def test_ctrl_c_in_a_terminal(launch, folder, tmp_path):
     """A terminal interrupts every process of a command at once; one of them speaks, and none is left."""
     rows = [json.dumps(row) + "\n" for row in conversational_rows(2_000)]
     (tmp_path / "pairs.jsonl").write_text("".join(rows))
-    command = [sys.executable, "-m", "trl_tfpo", "annotate", "--dataset_name", "pairs.jsonl", "--output", "out.jsonl"]
-    process = subprocess.Popen(
-        [*command, "--patient", folder / "patient", "--reward_direction", "faces", *launch],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=hear_interruptions,
-    )
+    command = ["annotate", "--dataset_name", "pairs.jsonl", "--output", "out.jsonl"]
+    command += ["--patient", folder / "patient", "--reward_direction", "faces", *launch]
+    child = in_child(run_in_a_terminal, command, tmp_path, said=tmp_path / "said.txt")
     while not list(tmp_path.glob("cache/trl_tfpo/*/*.arrow")):  # of 125 shards
-        assert process.poll() is None, process.stderr.read()
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), (tmp_path / "said.txt").read_text()
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 130, error
+    os.killpg(child, signal.SIGINT)
+    status, error = end_of(child), (tmp_path / "said.txt").read_text()
+    assert os.waitstatus_to_exitcode(status) == 130, error
     assert error.count("interrupted. To resume, run the same command again: finished shards are kept.") == 1
     ignored = re.compile(r"Exception ignored in.*?KeyboardInterrupt: ?\n", re.DOTALL)  # Python's, of a destructor
     assert "Traceback" not in ignored.sub("", error), error
     with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
+        os.killpg(child, 0)
     assert not (tmp_path / "out.jsonl").exists()
 
 
@@ -356,15 +349,12 @@ def test_two_processes_annotate_what_one_does(tmp_path):
 @pytest.mark.slow
 def test_train_generate_evaluate(folder, tmp_path):
     """The pipeline of the quick start, by commands alone: two processes train, and the doctor guides."""
-    trained = trl_tfpo(
-        *["train", "--accelerate_config", "cpu", "--num_processes", "2", "--quiet"],
-        *["--dataset_name", folder / "pairs.jsonl", "--patient", folder / "patient"],
-        *["--doctor", folder / "doctor", "--output_dir", tmp_path / "run", "--max_steps", "2"],
-        *["--positive_face", "you are kind", "--negative_face", "you are rude", "--report_to", "none"],
-        *["--per_device_train_batch_size", "2", "--save_strategy", "no", "--reward_direction", "faces"],
-        cwd=tmp_path,
-    )
-    assert trained.returncode == 0, trained.stdout[-2000:] + trained.stderr[-4000:]
+    command = ["train", "--accelerate_config", "cpu", "--num_processes", "2", "--quiet"]
+    command += ["--dataset_name", folder / "pairs.jsonl", "--patient", folder / "patient"]
+    command += ["--doctor", folder / "doctor", "--output_dir", tmp_path / "run", "--max_steps", "2"]
+    command += ["--positive_face", "you are kind", "--negative_face", "you are rude", "--report_to", "none"]
+    command += ["--per_device_train_batch_size", "2", "--save_strategy", "no", "--reward_direction", "faces"]
+    succeeds(run_in_a_terminal, command, tmp_path)
     assert (tmp_path / "run" / "model.safetensors").is_file()
     for name, options in (("guided", ["--doctor", str(tmp_path / "run"), "--beta", "0.5"]), ("patient", [])):
         common = ["--patient", str(folder / "patient"), "--prompt", "you are", "are you"]

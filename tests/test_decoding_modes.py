@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from plain_guidance import BOS, VOCABULARY, PlainGuidance, batch, generate, gpt2, llama, run_out_of_memory
-from transformers import GenerationConfig
+from transformers import CompileConfig, GenerationConfig
 
 from trl_tfpo import Doctor, DoctorGuidedLogitsProcessor, guided_generate
 from trl_tfpo.decoding.doctors import DoctorMemory
@@ -41,6 +41,7 @@ MODES = {
     "assisted": dict(assistant_model=True),
     "speculative": dict(speculative=True, num_draft_tokens=3),
 }
+COMPILED = CompileConfig(backend="eager", mode=None, dynamic=False)  # traced and guarded, without a C++ compiler
 ONE_ROW_MODES = ("prompt lookup", "assisted", "speculative")
 
 
@@ -95,16 +96,18 @@ def run(patient, guide, mode: str, inputs):
     return generate(patient, guide, inputs, **settings, **kwargs)
 
 
+@pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("doctors", ["1 doctor", "2 doctors", "adapter doctor"])
 @pytest.mark.parametrize(
     "mode, prompts",
     [(mode, prompts) for mode in MODES for prompts in PROMPTS if prompts == "1 prompt" or mode not in ONE_ROW_MODES],
 )
-def test_tokens_and_scores_are_those_of_guidance_from_scratch(cast, mode, prompts, doctors):
-    """Else some mode would be guided by another row, another time, or another model."""
+def test_tokens_and_scores_are_those_of_guidance_from_scratch(cast, mode, prompts, doctors, cache):
+    """Else some mode would be guided by another row, another time, or another model. Static caches are compiled."""
     patient, given, independent, plain_patient = cast[doctors]
     inputs, betas = PROMPTS[prompts], [0.8, 0.3][: len(given)]
-    guide = DoctorGuidedLogitsProcessor(given, alpha=1.0, beta=betas)
+    static = dict(cache_implementation=cache, compile_config=COMPILED) if cache else {}
+    guide = DoctorGuidedLogitsProcessor(given, alpha=1.0, beta=betas, **static)
     found = run(patient, guide, mode, inputs)
     plain = PlainGuidance(independent, betas, 1.0, inputs["attention_mask"])
     expected = run(plain_patient, plain, mode, inputs)
@@ -216,7 +219,7 @@ def test_a_doctor_is_the_adapter_that_was_active_when_it_was_made():
         plain = PlainGuidance([independent], [0.8], 1.0, inputs["attention_mask"])
         expected = run(llama(7), plain, "greedy", inputs).sequences
         assert torch.equal(run(llama(7), guide, "greedy", inputs).sequences, expected)
-    with pytest.raises(ValueError, match="undoes the guidance"):
+    with pytest.raises(ValueError, match="cancels the guidance"):
         DoctorGuidedLogitsProcessor(shared, reference=Doctor(shared, adapter="adapter_1"))
     shared.base_model.set_adapter(["adapter_0", "adapter_1"])
     assert Doctor(shared).adapters == ("adapter_0", "adapter_1")
@@ -434,7 +437,7 @@ def test_an_entropy_gate_leaves_the_patient_alone_where_it_is_sure():
 def test_a_doctor_has_the_adapter_that_it_names():
     """Else a misspelt adapter would guide as the base model."""
     shared, _ = add_adapters(llama(0))
-    with pytest.raises(ValueError, match="Got 'helpful', and it has \\['adapter_0'\\]"):
+    with pytest.raises(ValueError, match="one of \\['adapter_0'\\]. Got 'helpful'"):
         Doctor(shared, adapter="helpful")
     with pytest.raises(ValueError, match="left-padded"):
         Doctor(shared, prompt={"input_ids": torch.tensor([[1, 0]]), "attention_mask": torch.tensor([[1, 0]])})
@@ -469,7 +472,7 @@ def live_tensor_bytes() -> int:
     return sum(x.untyped_storage().nbytes() for x in {x.data_ptr(): x for x in tensors}.values())
 
 
-def test_a_thousand_calls_equal_a_thousand_fresh_processors_and_leave_nothing():
+def test_many_calls_equal_as_many_fresh_processors_and_leave_nothing():
     """Else a service would go wrong, or out of memory, after a day."""
     draw = random.Random(0)
     patient, doctor = llama(0), llama(1)
@@ -477,7 +480,7 @@ def test_a_thousand_calls_equal_a_thousand_fresh_processors_and_leave_nothing():
     modes = [dict(), dict(do_sample=True), dict(num_beams=2), dict(num_return_sequences=2, do_sample=True)]
     single = [dict(prompt_lookup_num_tokens=2), dict(speculative=True, do_sample=True)]
     text, sizes = None, []
-    for call in range(1000):
+    for call in range(300):
         num_rows = draw.choice([1, 1, 2, 4])
         inputs = batch(*([draw.randrange(3, VOCABULARY) for _ in range(draw.randint(1, 6))] for _ in range(num_rows)))
         if text is not None and draw.random() < 0.3:  # a conversation that goes on
@@ -490,7 +493,7 @@ def test_a_thousand_calls_equal_a_thousand_fresh_processors_and_leave_nothing():
             outputs.append(guided_generate(patient, processor, keep_memory=True, **inputs, **kwargs))
         assert torch.equal(*outputs), (call, kwargs)
         text = outputs[0][0].tolist() if len(inputs["input_ids"]) == 1 and len(outputs[0][0]) < 30 else None
-        if call % 100 == 99:
+        if call % 30 == 29:
             guide.reset()
             del processor, outputs
             sizes.append(live_tensor_bytes())

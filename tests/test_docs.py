@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import few_prompts
 from transformers import AutoModelForSequenceClassification
 
 import trl_tfpo
@@ -45,7 +46,8 @@ def deepspeed_has_spoken():
 def test_docstring_examples(name, tmp_path, monkeypatch):
     """An example that fails is the first thing a user tries."""
     monkeypatch.chdir(tmp_path)
-    failures, _ = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
+    with few_prompts():
+        failures, _ = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
     assert failures == 0
 
 
@@ -66,7 +68,8 @@ def test_python_snippets(page, tmp_path, monkeypatch, endpoint, capsys):
         model.config.pad_token_id = world.tokenizer.pad_token_id
         model.save_pretrained(tmp_path / REWARD_MODEL)
         world.tokenizer.save_pretrained(tmp_path / REWARD_MODEL)
-    exec(compile(script, page.name, "exec"), {})
+    with few_prompts():
+        exec(compile(script, page.name, "exec"), {})
     if page.name == "README.md":  # what it prints must show what guidance is for
         unguided, *guided = map(float, re.findall(r"mean score (-?[\d.]+)", capsys.readouterr().out))
         assert unguided + 1 < guided[0] < guided[1]

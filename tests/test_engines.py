@@ -3,17 +3,14 @@
 """Every engine in real processes: the same global batch gives the same doctor, as one process, saved and resumed."""
 
 import json
-from pathlib import Path
-from unittest.mock import patch
 
 import engine_run
 import pytest
 import torch
-from accelerate.commands.launch import launch_command, launch_command_parser
 from conftest import conversational_rows, make_llama, make_tokenizer, save_model, write_rows
 from datasets import Dataset
 from peft import LoraConfig
-from processes import end_of, start_ranks
+from processes import launch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -25,7 +22,6 @@ from trl_tfpo.models.saved_doctor import VALUE_HEAD_FILE
 pytest.importorskip("deepspeed")
 pytest.importorskip("bitsandbytes")
 
-ROOT = Path(__file__).parents[1]
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="float32")
 JOBS = ["full-undivided", "full", "full-resumed", "lora", "lora-resumed"]
 GUIDED = ["ratio", "guided", "guided-resumed"]
@@ -44,21 +40,9 @@ def make_folder(folder, doctor_size=16, patient_size=32):
     return folder
 
 
-def launch(engine, folder, output, *jobs, mixed_precision="no"):
-    """
-    Run jobs in two processes, by Accelerate's launcher with the shipped config of an engine. The launcher's last step,
-    which starts the processes, is replaced by a fork, so that nothing is imported again.
-    """
-    config = ROOT / "examples" / "accelerate_configs" / f"{engine}.yaml"
-    options = ["--config_file", config, "--num_processes", 2, "--mixed_precision", mixed_precision, "engine_run.py"]
-    launched = []
-    with patch(
-        "torch.distributed.run.run",
-        lambda _: launched.extend(start_ranks(output, engine_run.run_as_rank, folder, output, *jobs)),
-    ):
-        launch_command(launch_command_parser().parse_args([str(option) for option in options]))
-    ends = [end_of(child) for child in launched]
-    assert ends == [0, 0], [path.read_text(errors="replace")[-6000:] for path in output.glob("rank-*.txt")]
+def run_jobs(engine, folder, output, *jobs, mixed_precision="no"):
+    """Run jobs in two processes of an engine."""
+    launch(engine, mixed_precision, output, engine_run.run_as_rank, folder, output, *jobs)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +77,7 @@ def test_engine_equals_one_process(one_process, tmp_path, engine, jobs):
     A loss that is averaged in another way trains at another learning rate on other hardware, a shard that is lost on
     save or resume costs the whole run, and a reference or a reward read from a shard is noise: all without a word.
     """
-    launch(engine, one_process, tmp_path, *jobs)
+    run_jobs(engine, one_process, tmp_path, *jobs)
     for job in jobs:
         method = job.split("-")[0]
         seen = report(tmp_path, job)
@@ -156,7 +140,7 @@ def next_logps(patient, doctor=None):
 @pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
 def test_flows_stay_float32_in_bfloat16_training(one_process, tmp_path, engine):
     """bfloat16 has three digits: a log-probability of -70 is off by a quarter of a nat, and so is the balance."""
-    launch(engine, one_process, tmp_path, "full", mixed_precision="bf16")
+    run_jobs(engine, one_process, tmp_path, "full", mixed_precision="bf16")
     seen = report(tmp_path, "full")["seen"]
     assert seen.keys() == {"doctor_logps", "log_values", "token_rewards", "reference_logps"}
     for name, tensor in seen.items():

@@ -351,12 +351,12 @@ def test_match_kl_finds_the_beta_of_a_kl(patient, tokenizer, monkeypatch):
     assert found == pytest.approx(wanted, rel=0.01)
     assert len(evaluated) <= 9
 
-    with pytest.raises(ValueError, match="within reach. Got 100"):
+    with pytest.raises(ValueError, match="exceed the KL at `max_beta`. Got 100"):
         match_kl(patient, tokenizer, PROMPTS, make_guide, 100.0, **kwargs)
     with pytest.raises(ValueError, match="`target_kl` must be positive"):
         match_kl(patient, tokenizer, PROMPTS, make_guide, 0.0, **kwargs)
-    monkeypatch.setattr("trl_tfpo.evaluation.guidance.MAX_EVALUATIONS", 2)
-    with pytest.raises(ValueError, match="met within 2 evaluations"):
+    monkeypatch.setattr("trl_tfpo.evaluation.reward_and_kl.MAX_ESTIMATES", 2)
+    with pytest.raises(ValueError, match="reached in 2 estimates"):
         match_kl(patient, tokenizer, PROMPTS, make_guide, wanted / 7, tolerance=1e-9, **kwargs)
 
 

@@ -4,24 +4,22 @@
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
-from conftest import conversational_rows, make_llama, make_tokenizer
-from processes import finish, in_child, start_ranks
+from conftest import conversational_rows, few_prompts, make_llama, make_tokenizer
+from processes import finish, in_child, run_script, start_ranks, succeeds
 from transformers import AutoModelForCausalLM
 
 from trl_tfpo import DoctorGuidedLogitsProcessor
 
 
 ROOT = Path(__file__).parents[1]
+TRAIN = ROOT / "examples" / "train.py"
 HH_RLHF = ROOT.parent / "shared" / "data" / "hh-rlhf"
 TWO_PROCESSES = [
     *[sys.executable, "-m", "accelerate.commands.launch"],
@@ -56,13 +54,19 @@ def logged_losses(output_dir):
     return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
 
 
-def test_controlled_world_end_to_end(tmp_path):
+def test_controlled_world_end_to_end(tmp_path, monkeypatch):
     """Without arguments: table, picture and completions, here with less training and fewer samples."""
-    output = run(
-        *[sys.executable, ROOT / "benchmarks" / "seeds.py", "--seeds", "0", "1", "--output_dir", "runs"],
-        *["--num_pairs", "256", "--max_steps", "40", "--num_samples_per_prompt", "16"],
-        cwd=tmp_path,
-    )
+
+    def in_forks(command, *, check):
+        """In place of `subprocess.run`: nothing is imported again."""
+        _, script, *options = command
+        finish([in_child(run_script, script, tmp_path, *options)])
+
+    monkeypatch.setattr(subprocess, "run", in_forks)
+    options = ["--seeds", "0", "1", "--output_dir", "runs"]
+    options += ["--num_pairs", "128", "--max_steps", "30", "--num_samples_per_prompt", "16"]
+    with few_prompts():
+        output = succeeds(run_script, ROOT / "benchmarks" / "seeds.py", tmp_path, *options)
     for seed in (0, 1):
         report = json.loads((tmp_path / f"runs/seed-{seed}/report.json").read_text())
         patient, guided, stronger, published, best = report
@@ -114,39 +118,19 @@ def test_own_models_from_a_yaml_config(small):
         for name, value in zip(names[::2], names[1::2], strict=True)
     }
     (small / "config.yaml").write_text(yaml.safe_dump(config))
-    run(
-        *[
-            sys.executable,
-            ROOT / "examples" / "train.py",
-            "--config",
-            "config.yaml",
-            "--max_steps",
-            "2",
-            "--save_steps",
-            "2",
-        ],
-        *["--use_peft", "--lora_r", "2", "--lora_target_modules", "q_proj", "v_proj", "--num_guided_examples", "1"],
-        cwd=small,
-    )
+    options = ["--config", "config.yaml", "--max_steps", "2", "--save_steps", "2", "--num_guided_examples", "1"]
+    options += ["--use_peft", "--lora_r", "2", "--lora_target_modules", "q_proj", "v_proj"]
+    succeeds(run_script, TRAIN, small, *options)
     assert len(logged_losses(small / "run" / "checkpoint-2")) == 2
     assert (small / "run" / "adapter_model.safetensors").exists()
-
-
-def train(folder, *options):
-    """The example, in a forked process."""
-    os.chdir(folder)
-    datasets.config.HF_DATASETS_CACHE = folder / "cache"
-    AcceleratorState._reset_state(reset_partial_state=True)
-    sys.argv = ["train.py", *map(str, options)]
-    runpy.run_path(str(ROOT / "examples" / "train.py"), run_name="__main__")
 
 
 def test_two_processes_equal_one_with_twice_the_batch(small):
     """Processes that do not average their gradients, or score only their share, still finish without a word."""
     one, two = small / "one", small / "two"
-    finish([in_child(train, small, *arguments(small, output_dir=one, per_device_train_batch_size=8))])
+    finish([in_child(run_script, TRAIN, small, *arguments(small, output_dir=one, per_device_train_batch_size=8))])
     options = arguments(small, output_dir=two, per_device_train_batch_size=4)
-    finish(start_ranks(small / "ranks", train, small, *options))
+    finish(start_ranks(small / "ranks", run_script, TRAIN, small, *options))
     assert logged_losses(two / "checkpoint-4") == pytest.approx(logged_losses(one / "checkpoint-4"), rel=1e-4)
     weights = [AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (one, two)]
     for name, value in weights[0].items():
@@ -156,17 +140,14 @@ def test_two_processes_equal_one_with_twice_the_batch(small):
 @pytest.mark.skipif(not HH_RLHF.exists(), reason="real preference data is not on this machine")
 def test_real_preferences_with_two_processes(tmp_path):
     """Real transcripts, a tokenizer and models made for them, two processes: the loss falls and the doctor guides."""
-    run(
-        *[sys.executable, ROOT / "examples" / "make_small_models.py", "--dataset_name", HH_RLHF, "--split", "test"],
-        *["--output_dir", "small", "--vocab_size", 1024],
-        cwd=tmp_path,
-    )
+    options = ["--dataset_name", HH_RLHF, "--split", "test", "--output_dir", "small", "--vocab_size", 1024]
+    succeeds(run_script, ROOT / "examples" / "make_small_models.py", tmp_path, *options)
     import gzip
 
     with gzip.open(HH_RLHF / "harmless-base-test.jsonl.gz", "rt", encoding="utf-8") as file:
         (tmp_path / "head.jsonl").write_text("".join(next(file) for _ in range(120)), encoding="utf-8")
     output = run(
-        *[*TWO_PROCESSES, ROOT / "examples" / "train.py", "--patient", "small/patient"],
+        *[*TWO_PROCESSES, TRAIN, "--patient", "small/patient"],
         *["--doctor", "small/doctor", "--dataset_name", "head.jsonl", "--faces", "harmlessness"],
         *["--max_length", 2048, "--learning_rate", 1e-3, "--num_train_epochs", 3, "--per_device_train_batch_size", 4],
         *["--logging_steps", 5, "--report_to", "none", "--output_dir", "run", "--num_guided_examples", 1],

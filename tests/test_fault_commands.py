@@ -92,7 +92,7 @@ def test_a_command_without_room_leaves_nothing(verb, data, tmp_path, record_prop
     assert "File too large" in said and "Traceback" not in said
     assert not files(tmp_path)
     said = fails(on_read_only, tmp_path, run, verb, data, tmp_path)
-    assert f"error: The output must be in a folder that can be written to. Got '{tmp_path}'" in said
+    assert f"error: The output folder must be writable. Got '{tmp_path}'" in said
     tmp_path.chmod(0o755)
     finish([in_child(run, verb, data, tmp_path)])
     assert files(tmp_path)

@@ -208,7 +208,7 @@ def test_a_folder_that_cannot_be_written_is_noticed_before_the_work(annotated, u
     run, cache = tmp_path / "run", tmp_path / "cache"
     shutil.copytree(undisturbed[0] / "checkpoint-10", run / "checkpoint-10")
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    assert "can be written to. Got" in fails(on_read_only, run, train, annotated, run)
+    assert "must be writable. Got" in fails(on_read_only, run, train, annotated, run)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
     run.chmod(0o755)  # a user other than root, who has no other means, has changed it
     finish([in_child(train, annotated, run)])
@@ -242,7 +242,7 @@ def test_a_dataset_that_vanishes(annotated, undisturbed, tmp_path, record_proper
     data.rename(tmp_path / "elsewhere")
     before = sorted(run.rglob("*"))
     said = fails(main, [str(argument) for argument in command])
-    assert f"Got '{data}', which is not there; check the path." in said and "Traceback" not in said
+    assert f"Got '{data}', which does not exist; check the path." in said and "Traceback" not in said
     assert sorted(run.rglob("*")) == before
     (tmp_path / "elsewhere").rename(data)
     finish([in_child(main, [str(argument) for argument in command], said=os.devnull)])

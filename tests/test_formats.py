@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from trl_tfpo import DoctorGuidedLogitsProcessor, TFPOConfig, TFPOTrainer, load_doctor
 from trl_tfpo.annotation.token_rewards import SETTINGS_KEY, annotation_settings
-from trl_tfpo.models.guidance import GUIDANCE_FILE
+from trl_tfpo.models.trained_exponents import EXPONENTS_FILE
 
 
 FIRST = Path(__file__).parent / "fixtures" / "format_1"
@@ -53,7 +53,7 @@ def test_a_doctor_of_the_first_release_guides_and_trains_on():
 def test_later_formats_are_refused(tmp_path):
     """Read as if it were known, a later format would give wrong rewards or weights without a word."""
     shutil.copytree(FIRST / "doctor", tmp_path / "doctor")
-    path = tmp_path / "doctor" / GUIDANCE_FILE
+    path = tmp_path / "doctor" / EXPONENTS_FILE
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
     for load in (load_doctor, DoctorGuidedLogitsProcessor.from_pretrained):
         with pytest.raises(ValueError, match="must have format 1. Got format 2; use the version"):

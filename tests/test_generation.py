@@ -75,7 +75,7 @@ def test_a_patient_under_another_prompt_keeps_an_adapter_of_its_own():
         (dict(generation_config=GenerationConfig(cache_implementation="paged")), "Got `cache_implementation='paged'`"),
         (dict(custom_generate=lambda *args, **kwargs: None), "Got `custom_generate`"),
         (dict(inputs_embeds=torch.zeros(1, 6, 16).double()), "Got `inputs_embeds`"),
-        (dict(logits_processor=[DoctorGuidedLogitsProcessor(llama(2))]), "Got another among `logits_processor`"),
+        (dict(logits_processor=[DoctorGuidedLogitsProcessor(llama(2))]), "Got another in `logits_processor`"),
     ],
 )
 def test_what_would_leave_the_guide_out_is_refused(patient, change, message):
@@ -97,7 +97,7 @@ def test_a_cache_of_an_earlier_turn_needs_the_whole_text(patient):
 def test_a_guide_that_was_never_asked_is_noticed(patient, monkeypatch):
     """Else a mode of tomorrow that skips processors would pass for guided."""
     monkeypatch.setattr(patient, "generate", lambda input_ids, **kwargs: input_ids)
-    with pytest.raises(ValueError, match="It never did, so the text is the patient's alone"):
+    with pytest.raises(ValueError, match="must call the guide at every step. Got no call"):
         guided_generate(patient, DoctorGuidedLogitsProcessor(llama(1)), **ONE, **SETTINGS)
 
 
@@ -120,7 +120,7 @@ def test_prompts_of_a_doctor_are_checked(patient, prompt, message):
     with pytest.raises(ValueError, match=message):
         Doctor(patient, prompt=prompt)
     ids = torch.tensor([[BOS, 3]])
-    assert torch.equal(Doctor(patient, prompt={"input_ids": ids}).own_tokens(ids, 2), ids)  # no mask, no padding
+    assert torch.equal(Doctor(patient, prompt={"input_ids": ids}).with_own_prompt(ids, 2), ids)  # no mask, no padding
 
 
 def test_an_encoder_decoder_patient_is_refused():

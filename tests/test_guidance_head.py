@@ -9,8 +9,8 @@ from test_base_policy import BATCH, plain_logits, tokens_of
 from transformers import AutoModelForCausalLM
 
 from trl_tfpo.models.doctor import add_value_head, make_doctor
-from trl_tfpo.models.guidance import start_at_credits, start_guidance
 from trl_tfpo.models.guidance_head import GuidanceHead
+from trl_tfpo.models.initial_head import start_at_credits, start_at_zero
 from trl_tfpo.training.base_policy import read_base_policy
 
 
@@ -19,7 +19,7 @@ def trained_doctor(tied: bool = True):
     model = make_llama(3)
     model.config.tie_word_embeddings = tied
     model.tie_weights()
-    start_guidance(model, in_span=True)
+    start_at_zero(model, in_span=True)
     torch.nn.init.normal_(model.lm_head.map)
     return model
 
@@ -31,7 +31,7 @@ def test_the_doctor_starts_nowhere_and_its_vocabulary_is_frozen(tied):
     model.config.tie_word_embeddings = tied
     model.tie_weights()
     vocabulary = model.lm_head.weight.detach().clone()
-    start_guidance(model, in_span=True)
+    start_at_zero(model, in_span=True)
     assert isinstance(model.lm_head, GuidanceHead) and not plain_logits(model).any()
     assert model.lm_head.weight.equal(vocabulary) and not model.lm_head.weight.requires_grad
     assert model.get_input_embeddings().weight.requires_grad is not tied and model.lm_head.map.requires_grad
@@ -51,7 +51,7 @@ def test_a_saved_doctor_is_an_ordinary_model(tied, tmp_path):
     again = make_llama(3)
     again.config.tie_word_embeddings = tied
     again.tie_weights()
-    start_guidance(again, in_span=True)
+    start_at_zero(again, in_span=True)
     again.load_state_dict(loaded.state_dict())
     torch.testing.assert_close(again.lm_head.map, model.lm_head.map, atol=1e-4, rtol=1e-4)
     assert again.lm_head.weight.equal(model.lm_head.weight)
@@ -101,6 +101,6 @@ def test_a_doctor_starts_at_credits():
     centered = logits - logits.mean(dim=1, keepdim=True)
     assert torch.corrcoef(torch.stack([centered.mean(dim=0), credits]))[0, 1] > 0.9
     free = make_llama(3)
-    start_guidance(free)
+    start_at_zero(free)
     start_at_credits(free, credits, [BATCH], lambda rows: rows[0])
     assert not plain_logits(free).any()

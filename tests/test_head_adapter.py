@@ -15,7 +15,7 @@ from trainers import config
 from trl_tfpo import DoctorGuidedLogitsProcessor, TFPOTrainer, annotate_token_rewards, guided_generate, load_doctor
 from trl_tfpo.decoding.shared_forward import can_share
 from trl_tfpo.models.doctor import make_doctor
-from trl_tfpo.models.head_adapter import has_adapted_head, starts_at_zero, with_head
+from trl_tfpo.models.head_adapter import has_adapted_head, has_zero_lora, with_lora_on_head
 
 
 TEMPERATURE = 0.5
@@ -77,7 +77,7 @@ def test_an_adapter_of_guided_flow_says_that_it_starts_without_credits(
 ):
     """Its head is new and starts at zero: the rewards would be calibrated, and most of what they give lost."""
     annotated = annotate_token_rewards(preferences, patient, tokenizer, faces=FACES)
-    with pytest.warns(UserWarning, match="Got an adapter of guided flow, which starts as it is"):
+    with pytest.warns(UserWarning, match="Got an adapter of guided flow, which starts without them"):
         TFPOTrainer(
             model=base,
             args=config(tmp_path, max_steps=2, calibrate_rewards=True),
@@ -113,7 +113,7 @@ def test_a_trained_doctor_goes_on_with_its_credits(trainer, tmp_path):
     trainer.save_model()
     doctor = make_doctor(load_doctor(tmp_path / "doctor"), has_credits=True)
     head, before = doctor.get_output_embeddings(), trainer.model.get_output_embeddings()
-    assert head.lora_B["default"].weight.equal(before.lora_B["default"].weight) and not starts_at_zero(doctor)
+    assert head.lora_B["default"].weight.equal(before.lora_B["default"].weight) and not has_zero_lora(doctor)
     assert not any(x.requires_grad for x in head.parameters())
     assert any(x.requires_grad for name, x in doctor.named_parameters() if "q_proj.lora_A" in name)
 
@@ -200,4 +200,4 @@ def test_the_head_is_added_to_any_targets(base, targets, layers):
 def test_adapters_without_a_place_for_credits_are_left_as_they_are(base, settings):
     """An adapter that rewrites the weights under it would change the embeddings that the head is tied to."""
     peft_config = LoraConfig(**{"r": 4, "target_modules": ["q_proj"]} | settings)
-    assert with_head(base, peft_config) is peft_config
+    assert with_lora_on_head(base, peft_config) is peft_config

@@ -12,20 +12,20 @@ from trainers import make_trainer
 from transformers import AutoModelForCausalLM
 
 from trl_tfpo.models.guidance_head import GuidanceHead
-from trl_tfpo.training.head_choice import explained_gaps
+from trl_tfpo.training.head_choice import explained_variance
 
 
 def test_what_tokens_and_embeddings_explain():
     """Values with variance 1 under noise with variance 1 explain half of the variance of the gaps."""
     dataset, embeddings, values = made_up_pairs(num_pairs=600)
     expected = values[3:].var() / (values[3:].var() + 1)
-    by_token, by_embedding = explained_gaps(dataset, embeddings, [EOS])
+    by_token, by_embedding = explained_variance(dataset, embeddings, [EOS])
     assert by_token == pytest.approx(expected.item(), abs=0.06)
     assert by_embedding == pytest.approx(expected.item(), abs=0.06)
     others = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(1))
-    by_token, by_embedding = explained_gaps(dataset, others, [EOS])
+    by_token, by_embedding = explained_variance(dataset, others, [EOS])
     assert by_token == pytest.approx(expected.item(), abs=0.06) and by_embedding < 0.3 * by_token
-    by_token, by_embedding = explained_gaps(made_up_pairs(num_pairs=600, signal=0.0)[0], embeddings, [EOS])
+    by_token, by_embedding = explained_variance(made_up_pairs(num_pairs=600, signal=0.0)[0], embeddings, [EOS])
     assert abs(by_token) < 0.01 and abs(by_embedding) < 0.01
 
 

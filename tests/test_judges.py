@@ -111,7 +111,7 @@ def test_any_pairwise_judge_will_do():
             return [0] if len(prompts) > 2 else [7, 7]
 
     for prompts in (["one", "two"], ["one"]):
-        with pytest.raises(ValueError, match="must give 0, 1, 0.5 or -1"):
+        with pytest.raises(ValueError, match="must return 0, 1, 0.5 or -1"):
             head_to_head(prompts, ["a"] * len(prompts), ["b"] * len(prompts), Careless())
 
 
@@ -221,5 +221,5 @@ def test_what_is_no_reward_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="need a chat template"):
         RewardModel(reward_model(), tokenizer)([[{"role": "user", "content": "say"}]], ["good"])
     reward_model().model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="with its head"):
+    with pytest.raises(ValueError, match="must have all weights"):
         RewardModel(str(tmp_path), tokenizer)

@@ -57,7 +57,7 @@ def test_logits_that_are_no_numbers_are_not_decoded(culprit, value, speculative)
     models = {"the patient": make_llama(1, 32), "doctor 0": make_llama(2)}
     biased(models[culprit], [5], value)
     guide = DoctorGuidedLogitsProcessor(models["doctor 0"])
-    with pytest.raises(ValueError, match=f"give no NaN. Got NaN from {culprit}"):
+    with pytest.raises(ValueError, match=f"must not be NaN. Got NaN from {culprit}"):
         guided_generate(models["the patient"], guide, input_ids=PROMPT, **GREEDY, speculative=speculative)
 
 
@@ -85,7 +85,7 @@ def test_a_vocabulary_mask_over_data_is_said_and_any_other_has_no_effect():
     ]
     assert rewards[0] == rewards[1]
     used = biased(make_llama(1, 32), [WORDS.split().index("good")], -math.inf)
-    with pytest.raises(ValueError, match="must be finite.*no token of the data is masked out"):
+    with pytest.raises(ValueError, match="must be finite.*every token of the data a finite logit"):
         annotate_token_rewards(rows, used, tokenizer, faces=FACES)
 
 
@@ -310,7 +310,7 @@ def test_the_rounding_of_a_patient_in_halves_is_measured(monkeypatch, caplog, tm
     assert "the mean error of its gaps is" in (tmp_path / "rewards.html").read_text(encoding="utf-8")
     monkeypatch.setattr("trl_tfpo.annotation.token_rewards.MAX_FLIPPED", -1.0)
     annotate_token_rewards(rows, half, tokenizer, faces=FACES)
-    assert "Load it in float32" in caplog.text
+    assert "Load the patient in float32" in caplog.text
 
 
 def test_scores_in_halves_are_nearer_to_float32_than_logits_in_halves():

@@ -5,20 +5,20 @@
 import importlib.util
 import json
 import math
-import os
 import re
-import socket
-import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
+import plan_run
 import pytest
 import torch
 import yaml
 from conftest import conversational_rows, make_llama, make_tokenizer
 from datasets import Dataset
 from peft import LoraConfig
+from processes import launch, run_script, succeeds
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -219,17 +219,7 @@ def test_engines_hold_what_the_plan_says(tmp_path, engine):
     (tmp_path / "preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in conversational_rows(8)))
     for name, model in (("patient", make_llama(1, 32)), ("doctor", make_llama(2, 128))):
         save(model, tmp_path / name)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", 2, "--main_process_port", port]
-    command += ["--config_file", ROOT / "examples" / "accelerate_configs" / f"{engine}.yaml"]
-    command += ["--mixed_precision", "bf16", ROOT / "tests" / "plan_run.py", tmp_path]
-    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    result = subprocess.run(
-        [str(part) for part in command], env=os.environ | environment, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    launch(engine, "bf16", tmp_path, plan_run.run_as_rank, tmp_path)
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     weights, optimizer = report["plan"]["training, " + engine.replace("zero", "ZeRO-").replace("fsdp", "FSDP")]
     size = report["parameters"]
@@ -250,31 +240,36 @@ def test_the_default_is_deepspeeds():
 # Counts
 
 
-def count_tokens(model, counts, name):
-    """Add up the tokens that go into a model, without padding and without what it is probed with (ids 1 to 7)."""
+def count_tokens(model) -> list[int]:
+    """A list that grows by the tokens of each batch that goes into a model, without padding."""
+    counts = []
 
     def hook(_, inputs):
-        rows = inputs[0][inputs[0].amax(dim=1) > 7]
-        counts[name] = counts.get(name, 0) + int((rows > 0).sum())
+        rows = inputs[0][inputs[0].amax(dim=1) > 7]  # without what a model is probed with, ids 1 to 7
+        counts.append(int((rows > 0).sum()))
 
     model.get_input_embeddings().register_forward_pre_hook(hook)
+    return counts
 
 
-@pytest.mark.parametrize(("sliding_window", "policy"), [(None, "doctor"), (16, "ratio")])
-def test_counts_are_what_the_trainer_does(tmp_path, monkeypatch, sliding_window, policy):
-    """Machines are rented by tokens and steps."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    sizes = make_llama(1, 32).config.to_dict()
+def tiny_mistral(sliding_window: int | None) -> MistralConfig:
+    """A patient of the size of the usual one, whose attention may have a window."""
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    sizes = {name: getattr(make_llama(1, 32).config, name) for name in names}
     ids = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    mistral = MistralConfig(
-        **{name: sizes[name] for name in names}, num_key_value_heads=2, sliding_window=sliding_window, **ids
-    )
+    return MistralConfig(**sizes, **ids, num_key_value_heads=2, sliding_window=sliding_window)
+
+
+@pytest.fixture(scope="module", params=["doctor", "ratio"])
+def training(request, tmp_path_factory):
+    """A plan for 130 pairs in two epochs, and what a training by it did."""
+    folder, policy = tmp_path_factory.mktemp("counts"), request.param
+    rows = Dataset.from_list(conversational_rows(130))
+    patient_config = tiny_mistral(sliding_window=16 if policy == "ratio" else None)
     set_seed(0)
-    patient, doctor = AutoModelForCausalLM.from_config(mistral).eval(), make_llama(2)
-    rows = conversational_rows(130)
+    patient, doctor = AutoModelForCausalLM.from_config(patient_config).eval(), make_llama(2)
     args = config(
-        tmp_path,
+        folder,
         policy=policy,
         num_train_epochs=2,
         per_device_train_batch_size=8,
@@ -283,37 +278,65 @@ def test_counts_are_what_the_trainer_does(tmp_path, monkeypatch, sliding_window,
         gap_floor=1e-6,  # the faces of a random patient hardly differ
         calibrate_rewards=False,  # a doctor that starts at credits is read before
     )
-    plan = training_plan(
-        Dataset.from_list(rows), make_tokenizer(), doctor=doctor.config, patient=mistral, args=args, faces=FACES
-    )
-    counts = {}
-    count_tokens(patient, counts, "annotation")
-    count_tokens(doctor, counts, "doctor")
-    trainer = TFPOTrainer(
-        doctor,
-        patient,
+    plan = training_plan(rows, make_tokenizer(), doctor=doctor.config, patient=patient_config, args=args, faces=FACES)
+    read_by_patient, read_by_doctor = count_tokens(patient), count_tokens(doctor)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        trainer = TFPOTrainer(
+            doctor, patient, args=args, train_dataset=rows, processing_class=make_tokenizer(), faces=FACES
+        )
+        read_before_training = sum(read_by_doctor)
+        trainer.train()
+    return SimpleNamespace(
+        plan=plan,
+        policy=policy,
         args=args,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=make_tokenizer(),
-        faces=FACES,
+        doctor_config=doctor.config,
+        dataset=trainer.train_dataset,
+        num_steps=trainer.state.global_step,
+        num_shards=len(list((folder / "cache" / "trl_tfpo").rglob("*.arrow"))),
+        read_by_patient=sum(read_by_patient),
+        read_before_training=read_before_training,
+        read_in_training=sum(read_by_doctor) - read_before_training,
     )
-    reference_tokens = counts.get("doctor", 0)
-    trainer.train()
-    assert plan.annotation_tokens == counts["annotation"]
-    assert plan.reference_tokens == reference_tokens
-    num_readers = 2 if policy == "ratio" else 1  # the copy of a ratio's doctor reads what it reads, and is counted too
-    assert 2 * plan.training_tokens * num_readers == counts["doctor"] - reference_tokens
-    assert plan.num_update_steps == trainer.state.global_step == 12
-    assert len(trainer.train_dataset) == plan.num_pairs == 130
-    num_scores = 1 if policy == "ratio" else 2  # rewards, and the reference
-    assert num_scores * plan.num_shards == len(list((tmp_path / "cache" / "trl_tfpo").rglob("*.arrow")))
-    assert plan.num_shards == math.ceil(130 / SHARD_SIZE)
-    lengths = [len(r["prompt_ids"]) + len(r[n]) for r in trainer.train_dataset for n in ("chosen_ids", "rejected_ids")]
-    assert plan.longest_row == max(lengths)
 
-    annotated = training_plan(trainer.train_dataset, make_tokenizer(), doctor=doctor.config, args=args)
-    assert annotated.annotation_tokens == annotated.patient_parameters == 0
-    assert (annotated.training_tokens, annotated.num_update_steps) == (plan.training_tokens, 12)
+
+def test_tokens_are_those_that_the_models_read(training):
+    """Machines are rented by tokens."""
+    plan = training.plan
+    assert plan.annotation_tokens == training.read_by_patient
+    assert plan.reference_tokens == training.read_before_training
+    num_readers = 2 if training.policy == "ratio" else 1  # the copy of a ratio's doctor reads what the doctor reads
+    assert 2 * plan.training_tokens * num_readers == training.read_in_training  # two epochs
+
+
+def test_steps_are_those_that_the_trainer_makes(training):
+    """Learning rates decay over these."""
+    assert training.plan.num_update_steps == training.num_steps == 12
+
+
+def test_pairs_and_the_longest_row_are_those_of_the_dataset(training):
+    """The longest row decides whether a batch fits."""
+    plan, names = training.plan, ("chosen_ids", "rejected_ids")
+    assert plan.num_pairs == len(training.dataset) == 130
+    assert plan.longest_row == max(
+        len(row["prompt_ids"]) + len(row[name]) for row in training.dataset for name in names
+    )
+
+
+def test_shards_are_those_in_the_cache(training):
+    """After an interruption at most one shard is computed again."""
+    assert training.plan.num_shards == math.ceil(130 / SHARD_SIZE)
+    num_scores = 1 if training.policy == "ratio" else 2  # rewards, and the reference
+    assert num_scores * training.plan.num_shards == training.num_shards
+
+
+def test_annotated_pairs_need_no_patient(training):
+    """A plan for them would else include work that is done."""
+    plan = training_plan(training.dataset, make_tokenizer(), doctor=training.doctor_config, args=training.args)
+    assert plan.annotation_tokens == plan.patient_parameters == 0
+    assert plan.training_tokens == training.plan.training_tokens
+    assert plan.num_update_steps == training.plan.num_update_steps
 
 
 @pytest.mark.parametrize(
@@ -466,12 +489,10 @@ def test_dry_run_of_the_example(tmp_path):
     for name, model in (("patient", make_llama(1, 32)), ("doctor", make_llama(2))):
         model.config.save_pretrained(tmp_path / name)
         make_tokenizer().save_pretrained(tmp_path / name)
-    command = [sys.executable, ROOT / "examples" / "train.py", "--dataset_name", "pairs.jsonl", "--dry_run", "4"]
-    command += ["--config", ROOT / "examples" / "configs" / "pku_saferlhf_helpful.yaml"]
-    command += ["--patient", "patient", "--doctor", "doctor"]
-    result = subprocess.run([str(part) for part in command], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "| preference pairs | 24 | all tokenized |" in result.stdout
-    assert "| optimizer steps | 1 | with 4 process(es) |" in result.stdout
-    assert "| training, FSDP2 |" in result.stdout and "Activations are not counted" in result.stdout
+    options = ["--config", ROOT / "examples" / "configs" / "pku_saferlhf_helpful.yaml", "--dry_run", "4"]
+    options += ["--dataset_name", "pairs.jsonl", "--patient", "patient", "--doctor", "doctor"]
+    printed = succeeds(run_script, ROOT / "examples" / "train.py", tmp_path, *options)
+    assert "| preference pairs | 24 | all tokenized |" in printed
+    assert "| optimizer steps | 1 | with 4 process(es) |" in printed
+    assert "| training, FSDP2 |" in printed and "Activations are not counted" in printed
     assert not (tmp_path / "runs").exists()

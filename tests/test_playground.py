@@ -3,14 +3,14 @@
 """The playground, in a real browser: a slider changes the answer, and nothing goes wrong out of sight."""
 
 import os
+import re
 import shutil
 import signal
-import subprocess
-import sys
+import time
 import urllib.request
 
 import pytest
-from conftest import hear_interruptions
+from processes import PATIENCE, end_of, in_child
 
 from trl_tfpo.cli import main
 from trl_tfpo.server.playground import Frontiers, _as_html, launch, train_world_doctors, world_playground
@@ -59,10 +59,10 @@ def test_the_dot_is_where_the_setting_is(monkeypatch):
     monkeypatch.setattr("trl_tfpo.server.playground.NUM_FRONTIER_SAMPLES", 20)
     world = load_world()
     frontiers = Frontiers(world, {"praise": world.doctor})
-    kl, rewards = frontiers.dot((0.0,))
+    kl, rewards = frontiers.measure((0.0,))
     assert kl == 0 and abs(rewards["praise"]) < 1
-    assert frontiers.dot((0.5,))[0] > 0
-    assert frontiers.picture((0.0,)).startswith("<svg")
+    assert frontiers.measure((0.5,))[0] > 0
+    assert frontiers.plot((0.0,)).startswith("<svg")
 
 
 @pytest.fixture
@@ -133,31 +133,33 @@ def test_in_a_browser(page, tmp_path):
     assert os.path.getsize(screenshot) > 20_000
 
 
+def demo(command):
+    """The command in a forked process, which hears Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return main(command)
+
+
 @pytest.mark.slow
-def test_demo_as_a_command(cache_dir, url):
+def test_demo_as_a_command(cache_dir, url, tmp_path):
     """The one command that everybody tries has to open a page, and to end."""
-    command = [sys.executable, "-m", "trl_tfpo", "demo", "--cache_dir", cache_dir, "--max_steps", str(MAX_STEPS)]
-    process = subprocess.Popen(
-        list(map(str, command)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=hear_interruptions,
-    )
+    said, deadline = tmp_path / "said.txt", time.monotonic() + PATIENCE
+    said.touch()
+    child = in_child(demo, ["demo", "--cache_dir", str(cache_dir), "--max_steps", str(MAX_STEPS)], said=said)
     try:
-        address = next((line.split()[1] for line in process.stdout if line.startswith("Open http")), None)
-        assert address is not None, process.stderr.read()
-        with urllib.request.urlopen(address) as page:
+        while not (address := re.search(r"^Open (http\S+)", said.read_text(), flags=re.MULTILINE)):
+            assert os.waitpid(child, os.WNOHANG) == (0, 0) and time.monotonic() < deadline, said.read_text()
+            time.sleep(0.05)
+        with urllib.request.urlopen(address[1]) as page:
             assert b"trl-tfpo" in page.read()
     finally:
-        process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=60)
-    assert process.returncode in (0, 130) and "Traceback" not in error, error
+        os.kill(child, signal.SIGINT)
+        status = end_of(child)
+    assert os.waitstatus_to_exitcode(status) in (0, 130) and "Traceback" not in said.read_text(), said.read_text()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--doctor", "a=b"], "needs `--patient`"), (["--patient", "x"], "at least one"), (["--hots", "1"], "'--host'")],
+    [(["--doctor", "a=b"], "together"), (["--patient", "x"], "together"), (["--hots", "1"], "'--host'")],
 )
 def test_demo_answers_mistakes_in_one_line(arguments, message, capsys):
     """A page that does not open must say why."""

@@ -62,7 +62,7 @@ def test_a_doctor_says_what_it_says_of_the_whole_text(name):
 def test_padding_that_changes_a_doctor_is_refused_before_the_first_token(patient):
     """Else prompts of a batch would be guided by a doctor that read their padding."""
     guide, patient = DoctorGuidedLogitsProcessor(make("RecurrentGemma")), make("Llama")
-    with pytest.raises(ValueError, match="padded on the left.*RecurrentGemma.*one by one"):
+    with pytest.raises(ValueError, match="padding on the left.*RecurrentGemma.*one by one"):
         guided_generate(patient, guide, **PADDED, **SETTINGS)
     assert guide.num_calls == 0
     same_length = dict(input_ids=TEXT.reshape(2, 8), attention_mask=torch.ones(2, 8, dtype=torch.long))
@@ -75,7 +75,7 @@ def test_padding_that_changes_the_patient_is_refused(name, is_guided):
     """Else the answers of a batch would not be those to its prompts, which is so upstream."""
     patient, tokenizer = make(name), make_tokenizer()
     guide = DoctorGuidedLogitsProcessor(make("Llama", 1)) if is_guided else None
-    with pytest.raises(ValueError, match=f"A prompt that is padded or split must.*{name}.*batch_size=1"):
+    with pytest.raises(ValueError, match=f"same logits for a prompt with and without padding.*{name}.*batch_size=1"):
         generate_completions(patient, tokenizer, ["good soup", "the"], guide=guide, max_new_tokens=2)
     one_by_one = generate_completions(
         patient, tokenizer, ["good soup", "the"], guide=guide, max_new_tokens=2, batch_size=1

@@ -544,7 +544,7 @@ def test_a_cut_answer_has_no_end(demo, tasks):
 
 def test_more_questions_than_there_are(demo, tmp_path):
     """Test questions that were trained on would flatter the doctor."""
-    with pytest.raises(SystemExit, match="There are 240 questions.*`--num-prompts` 239.*ask for fewer"):
+    with pytest.raises(SystemExit, match="must be at most 240 together. Got 239.*reduce one of them"):
         demo.main(["--num-prompts", "239", "--num-test-prompts", "2", "--cache", str(tmp_path)])
 
 

@@ -160,6 +160,6 @@ def test_the_human_task_from_pairs_to_a_table(chat_model, human, tmp_path, capsy
     assert {row["seed"] for row in seeds} == {0, 1, 2} and {len(row["test"]) for row in seeds} == {16}
     human.main(arguments)
     assert (tmp_path / "human.jsonl").read_text() == written and capsys.readouterr().out == printed
-    with pytest.raises(ValueError, match="There must be 56 pairs of at most 20 tokens. Got 30.*smaller folds"):
+    with pytest.raises(ValueError, match="There must be 56 pairs of at most 20 tokens. Got 30.*reduce `--num-fold`"):
         write_pairs(tmp_path / "pairs.jsonl.gz", pairs[:30])
         human.main(arguments)

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from trl_tfpo import DoctorGuidedLogitsProcessor, guided_generate
 from trl_tfpo.cli import main
-from trl_tfpo.models.guidance import start_guidance
+from trl_tfpo.models.initial_head import start_at_zero
 from trl_tfpo.server import Engine, Generation, Limits
 from trl_tfpo.server.engine import Row
 from trl_tfpo.testbed import load_world
@@ -62,7 +62,7 @@ def test_answers_are_those_of_the_library(client, world, doctors):
 def test_exponents_are_those_of_the_library(world):
     """Another default, or another rest for the patient, would be another policy than that of `generate`."""
     guiding = load_world().doctor
-    start_guidance(guiding)
+    start_at_zero(guiding)
     doctors = {"calm": world.doctor, "guiding": guiding.eval()}
     engine = Engine(world.patient, world.tokenizer, doctors)
     assert engine.default_weights == {"calm": 0.5, "guiding": 1.0}

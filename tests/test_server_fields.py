@@ -12,9 +12,9 @@ from transformers import LogitsProcessor, PreTrainedTokenizerFast
 
 from trl_tfpo import DoctorGuidedLogitsProcessor, guided_generate
 from trl_tfpo.server import Engine, Generation, make_app
+from trl_tfpo.server.generation import Row
 from trl_tfpo.server.protocol import ChatRequest, TextRequest
-from trl_tfpo.server.sampling import Row
-from trl_tfpo.server.text import TokenTexts
+from trl_tfpo.server.token_texts import TokenTexts
 
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -293,6 +293,7 @@ def guided_answer(world, guide, inputs):
     return world.tokenizer.decode(output[0, inputs["input_ids"].size(1) :], skip_special_tokens=True)
 
 
+@pytest.mark.slow
 def test_truncation_is_that_of_generate():
     """A cut before temperature keeps other tokens than after it, and one of another order keeps more or fewer."""
     logps = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05]).log()

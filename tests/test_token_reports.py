@@ -16,7 +16,7 @@ from trl_tfpo import (
     show_token_rewards,
     show_trace,
 )
-from trl_tfpo.data.token_map import TokenMap
+from trl_tfpo.common.heat_map import TokenMap
 from trl_tfpo.decoding.trace import GuidanceTrace
 from trl_tfpo.testbed import load_world
 
@@ -153,13 +153,13 @@ def test_what_cannot_be_traced_is_refused(world):
     """A trace of beams would mix texts; the trace of another generation would be believed."""
     ids = torch.tensor([[world.tokenizer.bos_token_id, 9, 10]])
     guide = DoctorGuidedLogitsProcessor(world.doctor, return_trace=True)
-    with pytest.raises(ValueError, match="none was traced"):
+    with pytest.raises(ValueError, match="Got none; call `generate` first"):
         guide.trace(ids)
     with pytest.raises(ValueError, match="keep their rows"):
         guided_generate(world.patient, guide, input_ids=ids, num_beams=4, max_new_tokens=12, do_sample=False)
     output = guided_generate(world.patient, guide, input_ids=ids, max_new_tokens=4, do_sample=False)
     assert guide.trace(output).token_ids.shape == (1, output.size(1) - 3)
-    with pytest.raises(ValueError, match="what `generate` returned"):
+    with pytest.raises(ValueError, match="pass the output of `generate`"):
         guide.trace(output.flip(1))
     with pytest.raises(ValueError, match="return_trace=True"):
         DoctorGuidedLogitsProcessor(world.doctor).trace(output)

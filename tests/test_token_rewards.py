@@ -218,7 +218,7 @@ def test_processes_with_different_weights_are_refused(preferences, patient, toke
 def test_a_sharded_patient_is_refused(preferences, patient, tokenizer):
     """The parameters of a shard are empty, and the error of the first matrix product says nothing of it."""
     patient.lm_head.weight.ds_id = 0  # what DeepSpeed ZeRO-3 leaves on a parameter
-    with pytest.raises(ValueError, match="whole in each process"):
+    with pytest.raises(ValueError, match="all its parameters in each process"):
         annotate_token_rewards(preferences, patient, tokenizer, faces=FACES)
 
 

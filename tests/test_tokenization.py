@@ -212,7 +212,7 @@ def test_a_prompt_that_the_answer_changes_is_refused(tokenizer):
     """Where the border is not certain, words of the user may be scored as if the assistant had said them."""
     tokenizer.chat_template = CHAT_TEMPLATE.replace("' <assistant>' }}{% endif %}", "' <assistant> not' }}{% endif %}")
     with pytest.raises(
-        ValueError, match="render a prompt in the same way .* Got 'not' before .* and 'soup is good </s>'"
+        ValueError, match="render a prompt in the same way .* Got 'not' without .* and 'soup is good </s>'"
     ):
         tokenize(PAIR, tokenizer)
 
@@ -330,7 +330,7 @@ def test_messages_of_the_assistant_in_a_row(tokenizer):
 def test_a_turn_that_the_template_leaves_out_is_refused(first, tokenizer):
     """The doctor would learn to end its turn at once."""
     pair = {**PAIR, "chosen": [first, {"role": "tool", "content": "bread"}, *PAIR["chosen"]]}
-    with pytest.raises(ValueError, match="must print what the assistant says in each of its turns"):
+    with pytest.raises(ValueError, match="must render the content of each turn of the assistant"):
         tokenize(pair, tokenizer)
 
 
@@ -340,7 +340,7 @@ def test_arguments_of_a_row_may_be_json(tokenizer):
     row = tokenize({**PAIR, "chat_template_kwargs": '{"mood": "not"}'}, tokenizer)
     assert text(tokenizer, row["prompt_ids"]) == "<s> not <user> say soup <assistant>"
     for columns in ({"chat_template_kwargs": "{"}, {"chat_template_kwargs": [1]}, {"tools": 5}, {"tools": "{}"}):
-        with pytest.raises(ValueError, match="must be a (dict|list), or one as JSON"):
+        with pytest.raises(ValueError, match="must be a (dict|list), also as JSON"):
             tokenize({**PAIR, **columns}, tokenizer)
 
 

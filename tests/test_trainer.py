@@ -174,13 +174,7 @@ class TestTraining:
 
     def test_annotated_datasets_need_no_patient(self, annotated, doctor, tokenizer, tmp_path):
         """Annotate once, train often, on a machine that could never hold the patient."""
-        trainer = TFPOTrainer(
-            model=doctor,
-            args=config(tmp_path),
-            train_dataset=annotated,
-            eval_dataset=annotated,
-            processing_class=tokenizer,
-        )
+        trainer = make_trainer(annotated, tmp_path, doctor, eval_dataset=annotated)
         before = trainer.evaluate()["eval_loss"]
         trainer.train()
         assert trainer.evaluate()["eval_loss"] < before
@@ -305,21 +299,18 @@ class TestTraining:
 
     def test_best_model_by_any_metric(self, annotated, doctor, tokenizer, tmp_path):
         """`metric_for_best_model` reads what `evaluate` returns."""
-        trainer = TFPOTrainer(
-            model=doctor,
-            args=config(
-                tmp_path,
-                eval_strategy="steps",
-                eval_steps=2,
-                save_strategy="steps",
-                save_steps=2,
-                load_best_model_at_end=True,
-                metric_for_best_model="eval_flow/potential_std",
-                greater_is_better=False,
-            ),
-            train_dataset=annotated,
+        trainer = make_trainer(
+            annotated,
+            tmp_path,
+            doctor,
             eval_dataset=annotated,
-            processing_class=tokenizer,
+            eval_strategy="steps",
+            eval_steps=2,
+            save_strategy="steps",
+            save_steps=2,
+            load_best_model_at_end=True,
+            metric_for_best_model="eval_flow/potential_std",
+            greater_is_better=False,
         )
         trainer.train()
         assert trainer.state.best_metric is not None
@@ -533,6 +524,7 @@ class TestPeft:
         assert runs[0] == pytest.approx(runs[1], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_streamed_datasets(annotated, preferences, patient, doctor, tokenizer, tmp_path):
     """A stream of annotated rows, or one annotated as it is read, must train as the dataset does."""
     streams = {
@@ -706,10 +698,10 @@ def test_faces_that_say_nothing_are_noticed_before_training(is_streamed, annotat
 def test_keyword_arguments_for_a_loaded_model_are_not_ignored_in_silence(annotated, tokenizer, tmp_path):
     """A `dtype` that nobody reads is a training in another precision than the one that was asked for."""
     with pytest.warns(
-        UserWarning, match=r"`model_init_kwargs` are for a `model` given by name.*\['dtype'\] are ignored"
+        UserWarning, match=r"`model_init_kwargs` apply only to a `model` given by name.*ignored \['dtype'\]"
     ):
         make_trainer(annotated, tmp_path, model_init_kwargs={"dtype": "bfloat16"})
-    with pytest.warns(UserWarning, match="`patient_model_init_kwargs` are for a `patient_model`"):
+    with pytest.warns(UserWarning, match="`patient_model_init_kwargs` apply only to a `patient_model`"):
         TFPOTrainer(
             model=make_llama(2),
             patient_model=make_llama(1, 32),

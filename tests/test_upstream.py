@@ -211,7 +211,7 @@ def test_the_generation_config_of_the_base_is_what_counts():
     """
     Samples set aside what a model says of sampling, also inside a `PeftModel`.
 
-    Change: `_own_policy` in `evaluation/completions.py`.
+    Change: `_without_generation_config` in `evaluation/completions.py`.
     """
     model = get_peft_model(make_llama(2), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).eval()
     ids = torch.tensor([[1, 5]])

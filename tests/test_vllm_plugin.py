@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from trl_tfpo.common.atomic import FORMAT
 from trl_tfpo.decoding.exponents import DEFAULT_BETA
-from trl_tfpo.models.adapters import RECORD, VALUE_HEAD
-from trl_tfpo.models.guidance import GUIDANCE_FILE
+from trl_tfpo.models.adapters import VALUE_HEAD
+from trl_tfpo.models.trained_exponents import EXPONENTS_FILE, RECORD
 
 
 PLUGIN = Path(__file__).parents[1] / "vllm_plugin"
@@ -57,7 +57,7 @@ def test_stored_adapters_are_those_that_training_saves(fixture, tmp_path):
             del config["peft_version"]
             config["target_modules"].sort()
         assert configs[0] == configs[1]
-        assert (folder / GUIDANCE_FILE).read_text() == (new / GUIDANCE_FILE).read_text()
+        assert (folder / EXPONENTS_FILE).read_text() == (new / EXPONENTS_FILE).read_text()
         tensors, others = (load_file(one / "adapter_model.safetensors") for one in (folder, new))
         assert tensors.keys() == others.keys()
         for name, tensor in tensors.items():
@@ -79,7 +79,7 @@ def test_constants_are_those_of_this_package(monkeypatch):
     from trl_tfpo_vllm import config, saved_doctor
 
     assert config.DEFAULT_BETA == DEFAULT_BETA
-    found = (saved_doctor.FORMAT, saved_doctor.GUIDANCE_FILE, saved_doctor.RECORD, saved_doctor.VALUE_HEAD)
-    assert found == (FORMAT, GUIDANCE_FILE, RECORD, VALUE_HEAD)
+    found = (saved_doctor.FORMAT, saved_doctor.EXPONENTS_FILE, saved_doctor.RECORD, saved_doctor.VALUE_HEAD)
+    assert found == (FORMAT, EXPONENTS_FILE, RECORD, VALUE_HEAD)
     for name in [name for name in sys.modules if name.startswith("trl_tfpo_vllm")]:
         del sys.modules[name]

@@ -31,11 +31,18 @@ def losses(trainer: TFPOTrainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def make_trainer(dataset: Dataset, output_dir: Path, model: PreTrainedModel | None = None, **settings) -> TFPOTrainer:
+def make_trainer(
+    dataset: Dataset,
+    output_dir: Path,
+    model: PreTrainedModel | None = None,
+    eval_dataset: Dataset | None = None,
+    **settings,
+) -> TFPOTrainer:
     """A trainer of a doctor, on a dataset with token rewards."""
     return TFPOTrainer(
         model=make_llama(2) if model is None else model,
         args=config(output_dir, **settings),
         train_dataset=dataset,
+        eval_dataset=eval_dataset,
         processing_class=make_tokenizer(),
     )

@@ -7,24 +7,25 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from .annotation.report import reward_report, show_token_rewards
-    from .annotation.token_rewards import annotate_token_rewards
-    from .decoding.doctors import Doctor
-    from .decoding.generation import guided_generate
-    from .decoding.logits_processor import DoctorGuidedLogitsProcessor
-    from .decoding.speculative import speculative_guided_generate
-    from .decoding.trace import show_trace
-    from .faces import Faces
-    from .models.saved_doctor import load_doctor
-    from .training.callbacks import LogGuidedCompletionsCallback
-    from .training.collator import TokenRewardCollator
-    from .training.config import TFPOConfig
-    from .training.objective import tfpo_objective
-    from .training.trainer import TFPOTrainer
+    from .annotation.report import reward_report as reward_report
+    from .annotation.report import show_token_rewards as show_token_rewards
+    from .annotation.token_rewards import annotate_token_rewards as annotate_token_rewards
+    from .decoding.doctors import Doctor as Doctor
+    from .decoding.generation import guided_generate as guided_generate
+    from .decoding.logits_processor import DoctorGuidedLogitsProcessor as DoctorGuidedLogitsProcessor
+    from .decoding.speculative import speculative_guided_generate as speculative_guided_generate
+    from .decoding.trace import show_trace as show_trace
+    from .faces import Faces as Faces
+    from .models.saved_doctor import load_doctor as load_doctor
+    from .training.callbacks import LogGuidedCompletionsCallback as LogGuidedCompletionsCallback
+    from .training.collator import TokenRewardCollator as TokenRewardCollator
+    from .training.config import TFPOConfig as TFPOConfig
+    from .training.objective import tfpo_objective as tfpo_objective
+    from .training.trainer import TFPOTrainer as TFPOTrainer
 
 __version__ = "0.1.0"
 
-_MODULES = {  # read when first used, so that the command line answers at once
+_MODULES = {  # imported on first use: the command line starts faster
     "Doctor": "decoding.doctors",
     "DoctorGuidedLogitsProcessor": "decoding.logits_processor",
     "Faces": "faces",
@@ -41,23 +42,7 @@ _MODULES = {  # read when first used, so that the command line answers at once
     "speculative_guided_generate": "decoding.speculative",
     "tfpo_objective": "training.objective",
 }
-__all__ = [
-    "Doctor",
-    "DoctorGuidedLogitsProcessor",
-    "Faces",
-    "LogGuidedCompletionsCallback",
-    "TFPOConfig",
-    "TFPOTrainer",
-    "TokenRewardCollator",
-    "annotate_token_rewards",
-    "guided_generate",
-    "load_doctor",
-    "reward_report",
-    "show_token_rewards",
-    "show_trace",
-    "speculative_guided_generate",
-    "tfpo_objective",
-]
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str):

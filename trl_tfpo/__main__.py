@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""`python -m trl_tfpo` is `trl-tfpo`."""
+"""Entry point of `python -m trl_tfpo`, the same as `trl-tfpo`."""
 
 from .cli import main
 

@@ -3,7 +3,7 @@
 """
 The function behind `patient.generate(custom_generate="<doctor>", trust_remote_code=True)`.
 
-The file `custom_generate/generate.py` in the folder of a doctor imports `generate` from here.
+The file `custom_generate/generate.py` in the folder of a doctor imports [`generate`].
 """
 
 import functools
@@ -16,17 +16,17 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .decoding.doctors import Doctor
-from .decoding.exponents import Weight, default_beta
+from .decoding.exponents import Exponent, default_beta
 from .decoding.generation import guided_generate
 from .decoding.logits_processor import DoctorGuidedLogitsProcessor
-from .models.adapters import trained_exponents
 from .models.saved_doctor import load_doctor
 from .models.token_credits import load_credits
+from .models.trained_exponents import trained_exponents
 
 
 __all__ = ["generate"]
 
-NUM_LOADED = 2  # doctors that stay loaded for the next call
+NUM_LOADED = 2  # doctors that stay in memory
 
 
 def generate(
@@ -35,8 +35,8 @@ def generate(
     *,
     input_ids: torch.Tensor | None = None,
     doctor: str | os.PathLike | None = None,
-    alpha: Weight | None = None,
-    beta: Weight | None = None,
+    alpha: Exponent | None = None,
+    beta: Exponent | None = None,
     **kwargs: object,
 ) -> ModelOutput | torch.Tensor:
     """
@@ -46,20 +46,20 @@ def generate(
         model ([`~transformers.PreTrainedModel`]):
             The patient.
         inputs, input_ids (`torch.LongTensor` of shape `(B, L)`):
-            Prompts, left-padded, under either name.
+            Prompts, left-padded, under one of the two names.
         doctor (`str`, *optional*):
-            Hub id or folder. By default the `custom_generate` of the `model.generate` call that runs this function.
+            Hub id or folder. The default is the `custom_generate` argument of `model.generate`.
         alpha, beta (*optional*):
-            Exponents of patient and doctor, as in [`DoctorGuidedLogitsProcessor.from_pretrained`]. By default those of
-            the doctor's training.
+            Exponents of patient and doctor. The defaults are those of
+            [`DoctorGuidedLogitsProcessor.from_pretrained`].
         **kwargs:
             Further arguments of `generate`, such as `attention_mask`.
 
     Returns:
-        What `model.generate` returns.
+        The output of `model.generate`.
 
     Raises:
-        `ValueError`: when there is no doctor or no prompt, and on what [`guided_generate`] refuses.
+        `ValueError`: without a doctor or a prompt, and on errors of [`guided_generate`].
     """
     doctor = doctor or _custom_generate_of_caller()
     if doctor is None:
@@ -69,7 +69,7 @@ def generate(
         )
     prompts = inputs if input_ids is None else input_ids
     if prompts is None:
-        raise ValueError("Guidance needs prompts. Got none; pass `input_ids`, which the doctor reads too.")
+        raise ValueError("Guidance needs prompts. Got none; pass `input_ids`.")
     weights = [file.stat().st_mtime_ns for file in Path(doctor).glob("*.safetensors")]
     loaded, trained_beta = _load(str(doctor), model.device, max(weights, default=None))
     guide = DoctorGuidedLogitsProcessor(loaded, alpha, trained_beta if beta is None else beta)
@@ -79,16 +79,14 @@ def generate(
 
 def _custom_generate_of_caller() -> str | None:
     """
-    The `custom_generate` argument of the `model.generate` call that runs [`generate`].
+    Return the `custom_generate` argument of the `model.generate` call that runs [`generate`].
 
-    This reads a local variable of `model.generate`, because nothing else names the folder. transformers withholds this
-    one argument from the function. It runs a copy of the folder's code from a cache that is addressed by the content
-    of the code, so the code does not know its folder either. A path written into the code would be wrong after the
-    folder is moved, copied or uploaded. `tests/test_hub.py` fails if transformers renames the variable. Calls with
-    `doctor=` do not depend on it.
+    `model.generate` does not pass this argument on, so it is read from the local variables of the call. The location
+    of the code does not tell the folder, because transformers runs a cached copy. A path in the code would be wrong
+    after the folder is moved or uploaded. `tests/test_hub.py` fails if transformers renames the variable.
     """
     frame = inspect.currentframe()
-    for _ in range(2):  # from here to `generate` to its caller
+    for _ in range(2):  # to `generate`, and to its caller
         frame = frame and frame.f_back
     name = frame.f_locals.get("custom_generate") if frame else None
     return name if isinstance(name, str) else None
@@ -96,9 +94,6 @@ def _custom_generate_of_caller() -> str | None:
 
 @functools.lru_cache(maxsize=NUM_LOADED)
 def _load(doctor: str, device: torch.device, written: int | None) -> tuple[Doctor, float]:
-    """
-    Load a doctor and the exponent of its training. They are loaded again if the weights were `written` at another
-    time.
-    """
+    """Load a doctor and its default exponent. The time of the last change, `written`, is part of the cache key."""
     model = load_doctor(doctor, with_value_head=False, device_map={"": device}).eval()
     return Doctor(model, credits=load_credits(doctor)), default_beta(trained_exponents(model))

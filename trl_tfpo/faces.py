@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Faces: a pair of contrastive prompts, two opposite instructions under which the patient scores each token.
+Faces: contrastive prompts, a pair of opposite instructions.
 
-Token rewards come from the difference between the log-probabilities under the two instructions.
+The patient scores each token under both instructions. The difference of the log-probabilities gives the token rewards.
 """
 
 from dataclasses import dataclass
@@ -40,10 +40,10 @@ class Faces:
         positive (`str`):
             Instruction that asks for the wanted behaviour.
         negative (`str`):
-            Instruction that asks for its opposite.
+            Instruction that asks for the opposite.
         placement (`str`, *optional*, defaults to `"system"`):
             Place of the instruction, see [`apply_face`]: `"system"` is the system message, `"user"` the end of the
-            last user message. Small chat models follow instructions better in the user message.
+            last user message. Small chat models follow instructions in the user message better.
 
     Raises:
         `ValueError`: if an instruction is blank, if both are the same, or if `placement` is unknown.
@@ -70,7 +70,7 @@ class Faces:
             )
         if self.positive.strip() == self.negative.strip():
             raise ValueError(
-                f"The two faces must differ: identical faces make every token reward zero. Got {self.positive!r} "
+                f"The two faces must differ, because equal faces make every token reward zero. Got {self.positive!r} "
                 "twice; describe the opposite of the wanted behaviour in `negative`."
             )
         check_placement(self.placement)
@@ -123,17 +123,10 @@ BUILT_IN_FACES = {"helpfulness": HELPFULNESS, "harmlessness": HARMLESSNESS, "hon
 
 def resolve_faces(faces: "Faces | str") -> Faces:
     """
-    Return the built-in [`Faces`] of this name. Faces are returned unchanged.
-
-    Args:
-        faces ([`Faces`] or `str`):
-            Faces, or a name in `BUILT_IN_FACES`.
-
-    Returns:
-        [`Faces`]
+    Return faces unchanged, or look up built-in faces by name in `BUILT_IN_FACES`.
 
     Raises:
-        `ValueError`: if there are no built-in faces of this name.
+        `ValueError`: if the name is unknown.
     """
     if isinstance(faces, Faces):
         return faces
@@ -146,7 +139,7 @@ def resolve_faces(faces: "Faces | str") -> Faces:
 
 
 def has_system_role(processing_class: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template renders system messages. Some templates raise on them, others drop them."""
+    """Whether the chat template renders system messages. Some templates raise an error on them or drop them."""
     if processing_class.chat_template is None:
         return False
     probe = [{"role": "system", "content": "sentinel-7f3a"}, {"role": "user", "content": "x"}]
@@ -170,14 +163,14 @@ def apply_face(
         system_role (`bool`, *optional*, defaults to `True`):
             Whether the chat template has a system role, see [`has_system_role`].
         placement (`str`, *optional*, defaults to `"system"`):
-            `"system"`: the instruction becomes the system message, or the first paragraph of an existing system
-            message. Without a system role it becomes the first paragraph of the first user message; in a text, the
-            first paragraph. `"user"`: it becomes the last line of the last user message; in a text, the last
-            paragraph. Convert transcripts to messages first, because they end with the opening of the assistant's
-            turn.
+            `"system"`: the instruction becomes the system message, or the first paragraph of an existing one. Without
+            a system role it becomes the first paragraph of the first user message. In a text it becomes the first
+            paragraph.
+            `"user"`: the instruction becomes the last line of the last user message, or the last paragraph of a text.
+            Convert transcripts to messages first, because they end with the beginning of the assistant's turn.
 
     Returns:
-        `str` or `list[dict]`: a new prompt with the instruction.
+        `str` or `list[dict]`: a new prompt.
 
     Raises:
         `ValueError`: if the prompt has no user message and the instruction cannot be a system message, or if
@@ -195,32 +188,22 @@ def apply_face(
     ```
     """
     check_placement(placement)
-    if placement == "user":
-        return _append(prompt, instruction)
+    at_end = placement == "user"
     if isinstance(prompt, str):
-        return f"{instruction}\n\n{prompt}"
-    if system_role and prompt[0]["role"] != "system":
+        return f"{prompt}\n\n{instruction}" if at_end else f"{instruction}\n\n{prompt}"
+    role = "system" if system_role and not at_end else "user"
+    if role == "system" and prompt[0]["role"] != "system":
         return [{"role": "system", "content": instruction}, *prompt]
-    role = "system" if system_role else "user"
-    for index, message in enumerate(prompt):
-        if message["role"] == role:
-            faced = {**message, "content": f"{instruction}\n\n{message['content']}"}
-            return [*prompt[:index], faced, *prompt[index + 1 :]]
-    raise ValueError(
-        "A prompt needs a user message to carry the instruction of a face, as the chat template has no system role. "
-        f"Got roles {[message['role'] for message in prompt]}; add a user message or a template with a system role."
-    )
-
-
-def _append(prompt: Prompt, instruction: str) -> Prompt:
-    """Add the instruction to the end of the text, or of the last user message."""
-    if isinstance(prompt, str):
-        return f"{prompt}\n\n{instruction}"
-    for index in reversed(range(len(prompt))):
-        if prompt[index]["role"] == "user":
-            faced = {**prompt[index], "content": f"{prompt[index]['content']}\n{instruction}"}
-            return [*prompt[:index], faced, *prompt[index + 1 :]]
-    raise ValueError(
-        "A prompt needs a user message to carry the instruction of a face with `placement='user'`. Got roles "
-        f"{[message['role'] for message in prompt]}; add a user message, or use `placement='system'`."
-    )
+    roles = [message["role"] for message in prompt]
+    if role not in roles:
+        reason, remedy = "the chat template has no system role", "use a chat template with a system role"
+        if at_end:
+            reason, remedy = "`placement` is 'user'", "use `placement='system'`"
+        raise ValueError(
+            f"A prompt needs a user message for the instruction of a face, because {reason}. Got roles {roles}; add a "
+            f"user message, or {remedy}."
+        )
+    index = len(roles) - 1 - roles[::-1].index(role) if at_end else roles.index(role)
+    content = prompt[index]["content"]
+    content = f"{content}\n{instruction}" if at_end else f"{instruction}\n\n{content}"
+    return [*prompt[:index], {**prompt[index], "content": content}, *prompt[index + 1 :]]

@@ -4,24 +4,22 @@ r"""
 The equations of LLMdoctor, in the order of the paper (https://huggingface.co/papers/2601.10416), as pure functions.
 
 Shapes: B rows, T completion tokens (EOS included), S = T + 1 states, V vocabulary. State $s_t$ is the prompt followed
-by the first $t$ completion tokens, so column $t$ of a (B, S) tensor stands *before* column $t$ of a (B, T) tensor.
-Units: nats. Masks are boolean: True where a token counts. A masked token counts as deleted, and its entries may have
-any value, NaN included. `docs/paper_map.md` names the test of every function.
+by the first $t$ completion tokens: column $t$ of a (B, S) tensor stands *before* column $t$ of a (B, T) tensor.
+Units: nats. Masks are boolean, True where a token counts. A masked token counts as deleted. Its entries may have any
+value, NaN included. `docs/paper_map.md` lists the test of every function.
 
-Deviations from the paper, with the function or the argument that chooses them:
+Deviations from the paper, with the function or argument that selects them:
 
-1. The sign of a token reward may be that of the gap between the faces (`reward_direction`). The reward may be reduced
-   where the label disagrees (`disagreement_weight`).
+1. The sign of a token reward may be the sign of the gap between the faces (`reward_direction`). The reward may be
+   reduced where the label disagrees (`disagreement_weight`).
 2. The residual of sub-trajectory balance is $\log F(s_n) - \log F(s_m) - \sum \log \pi$. The public reference code
    reverses the sign of the flows. Its residual is not zero at balance.
-3. $\log V$ is zero at the end of a completed text ([`terminal_boundary`]). Without this boundary every policy is
-   balanced.
-4. $Q$ is the exponential of the accumulated reward. The paper does not state how rewards are mapped to $Q$.
+3. $\log V$ is zero at the end of a completed text ([`terminal_boundary`]).
+4. $Q$ is the exponential of the accumulated reward. The paper does not define the map from rewards to $Q$.
 5. The reward may be tempered and anchored to a reference policy (`reward_temperature`, `reference_weight`).
-6. Squared residuals are averaged, not summed, over the sub-trajectories of a completion, in $O(T)$.
+6. Squared residuals are averaged, not summed, over the sub-trajectories of a completion.
 7. Value discrimination compares $\log V$ at the first token at which chosen and rejected differ.
-8. $\epsilon$ in the importance is not negligible (`gap_floor`): a completion on which the faces agree has no important
-   token.
+8. $\epsilon$ in the importance is not negligible (`gap_floor`).
 9. The balanced policy is a language model times the doctor ([`token_logps`]), or the doctor alone (`policy`).
 """
 
@@ -48,7 +46,7 @@ def token_importance(
     gap_floor: float = 0.05,
 ) -> torch.Tensor:
     r"""
-    Importance of each token: the size of its gap relative to the mean of the completion.
+    Importance of each token: the size of its gap relative to the mean size in the completion.
 
     $$S_t = \tanh\Big(\frac{1}{\tau}\,\frac{|\Delta_t|}{\operatorname{mean}_j |\Delta_j| + \epsilon}\Big)$$
 
@@ -56,7 +54,7 @@ def token_importance(
         gap (`torch.Tensor` of shape `(B, T)`):
             $\Delta_t = \log \pi_{\text{pos}} - \log \pi_{\text{neg}}$ of each token, in nats.
         completion_mask (`torch.Tensor` of shape `(B, T)`):
-            True for the tokens of the completion, over which the mean is taken.
+            Tokens over which the mean is taken.
         importance_temperature (`float`, *optional*, defaults to `3.0`):
             $\tau > 0$. The importance of a token with the mean gap is 0.76 at $\tau = 1$ and 0.32 at $\tau = 3$.
         gap_floor (`float`, *optional*, defaults to `0.05`):
@@ -67,17 +65,6 @@ def token_importance(
 
     Raises:
         `ValueError`: if temperature or floor is not positive.
-
-    Examples:
-
-    ```python
-    >>> import torch
-    >>> from trl_tfpo.functional import token_importance
-    >>> gap = torch.tensor([[0.0, 1.0, -1.0]])
-    >>> token_importance(gap=gap, completion_mask=torch.ones(1, 3, dtype=torch.bool)).round(decimals=4)
-    tensor([[0.0000, 0.4342, 0.4342]])
-
-    ```
     """
     _check_positive(importance_temperature, gap_floor)
     size = gap.abs().masked_fill(~completion_mask, 0)  # (B, T)
@@ -102,21 +89,18 @@ def token_rewards(
 
     $$r_t = \operatorname{sign} \cdot S_t \cdot 1[S_t > \theta]$$
 
-    The sign is that of the label (`"label"`, the paper) or of the gap $\Delta_t$ (`"faces"`). With `"agreement"` it is
-    that of the gap, and the reward is multiplied by $w$ where the label has the opposite sign.
-
     Args:
         positive_logps, negative_logps (`torch.Tensor` of shape `(B, T)`):
             Log-probability of each token under each face, in nats.
         preference_sign (`torch.Tensor` of shape `(B,)`):
-            +1 for a chosen completion, -1 for a rejected one.
+            Label: +1 for a chosen completion, -1 for a rejected one.
         completion_mask (`torch.Tensor` of shape `(B, T)`):
             Tokens that count.
         reward_direction (`str`, *optional*, defaults to `"agreement"`):
-            `"label"`, `"agreement"` or `"faces"`.
+            Source of the sign: `"label"` (the paper); `"faces"`, the gap $\Delta_t$; or `"agreement"`, the gap, with
+            the reward multiplied by $w$ where the label has the opposite sign.
         disagreement_weight (`float`, *optional*, defaults to `0.5`):
-            $w$ in `[0, 1]`, for `"agreement"`. At 0 a token whose gap contradicts the label has no reward; 1 is the
-            same as `"faces"`.
+            $w$ in `[0, 1]`, for `"agreement"`. 1 is the same as `"faces"`.
         importance_temperature, gap_floor (`float`, *optional*, default to `3.0` and `0.05`):
             $\tau$ and $\epsilon$ of [`token_importance`].
         sparsity_threshold (`float`, *optional*, defaults to `0.3`):
@@ -126,7 +110,7 @@ def token_rewards(
         `torch.Tensor` of shape `(B, T)`: rewards in `[-1, 1]`, zero outside the mask.
 
     Raises:
-        `ValueError`: on an unknown direction, or a setting out of range.
+        `ValueError`: if a setting is unknown or out of range.
     """
     check_reward_settings(reward_direction, disagreement_weight, importance_temperature, gap_floor, sparsity_threshold)
     gap = positive_logps - negative_logps  # (B, T)
@@ -187,18 +171,18 @@ def log_prefix_scores(
     reference_weight: float = 0.0,
 ) -> torch.Tensor:
     r"""
-    Log score of every prefix: its rewards over the temperature, plus its weighted log-probability under the reference.
+    Log score of every prefix: its tempered rewards, plus its weighted log-probability under a reference policy.
 
     $$\log Q(s_t) = \sum_{k \le t} \big( r_k / \beta + w \log \pi_{\text{ref}}(y_k \mid s_{k-1}) \big)$$
 
-    At balance the policy is proportional to $Q$. With $w = 0$ (the paper) it depends on rewards alone. With $w = 1$ it
-    is the reference times the exponential of the reward.
+    At balance the policy is proportional to $Q$. With $w = 0$ (the paper) it depends on rewards only. With $w = 1$ it
+    is the reference times the exponential of the tempered reward.
 
     Args:
         token_rewards, completion_mask (`torch.Tensor` of shape `(B, T)`):
             $r_k$, and the tokens that count.
         reference_logps (`torch.Tensor` of shape `(B, T)`, *optional*):
-            $\log \pi_{\text{ref}}$, in nats. Needed when `reference_weight` is not zero.
+            $\log \pi_{\text{ref}}$, in nats. Required if `reference_weight` is not zero.
         reward_temperature (`float`, *optional*, defaults to `1.0`):
             $\beta > 0$. One unit of reward is worth $1/\beta$ nats.
         reference_weight (`float`, *optional*, defaults to `0.0`):
@@ -208,14 +192,14 @@ def log_prefix_scores(
         `torch.Tensor` of shape `(B, S)`: $\log Q$ in nats, zero at $s_0$.
 
     Raises:
-        `ValueError`: on a setting out of range, or when reference log-probabilities are missing.
+        `ValueError`: if a setting is out of range, or required reference log-probabilities are missing.
     """
     check_flow_settings(reward_temperature, reference_weight)
     scores = token_rewards / reward_temperature
     if reference_weight:
         if reference_logps is None:
             raise ValueError(
-                f"`reference_logps` are required when `reference_weight` is not zero. Got None with weight "
+                "`reference_logps` are required if `reference_weight` is not zero. Got None with weight "
                 f"{reference_weight}; pass them, or set the weight to 0."
             )
         scores = scores + reference_weight * reference_logps
@@ -236,8 +220,8 @@ def terminal_boundary(
     r"""
     Fix the flow at the end of completed texts: $\log V(s_T) = 0$, so that $F(s_T) = Q(s_T)$.
 
-    A completed text has no continuation. A truncated text has no boundary. Without the boundary, $\log V(s_t) =
-    \sum_{k \le t} \log \pi - \log Q(s_t)$ balances any policy, and rewards do not affect the policy.
+    A truncated text has no boundary. Without any boundary, every policy is balanced by $\log V(s_t) = \sum_{k \le t}
+    \log \pi - \log Q(s_t)$, and rewards have no effect.
 
     Args:
         log_values (`torch.Tensor` of shape `(B, S)`):
@@ -248,9 +232,9 @@ def terminal_boundary(
             Whether the completion ends in EOS.
 
     Returns:
-        `torch.Tensor` of shape `(B, S)`: `log_values`, in complete rows zero from the state after the last token on.
+        `torch.Tensor` of shape `(B, S)`: `log_values`, with zeros after the last token of complete rows.
     """
-    num_left = completion_mask.flip(1).cumsum(1).flip(1)  # (B, T), tokens from here on
+    num_left = completion_mask.flip(1).cumsum(1).flip(1)  # (B, T), tokens from each position on
     has_ended = F.pad(num_left, (0, 1)) == 0  # (B, S)
     return log_values.masked_fill(has_ended & is_complete[:, None], 0)
 
@@ -263,18 +247,18 @@ def flow_potential(
     completion_mask: torch.Tensor,
 ) -> torch.Tensor:
     r"""
-    Flow potential of each state. It is constant along a completion if the flow is balanced.
+    Flow potential of each state.
 
     $$p_t = \log F(s_t) - \sum_{k \le t} \log \pi(y_k \mid s_{k-1}), \qquad \log F = \log Q + \log V$$
 
-    The residual of the sub-trajectory from $s_m$ to $s_n$ is $p_n - p_m$. All residuals are zero if the potential is
-    constant.
+    The residual of the sub-trajectory from $s_m$ to $s_n$ is $p_n - p_m$. The flow is balanced if the potential is
+    constant along a completion.
 
     Args:
         log_values, log_prefix_scores (`torch.Tensor` of shape `(B, S)`):
             $\log V$ after [`terminal_boundary`], and $\log Q$ from [`log_prefix_scores`], in nats.
         policy_logps, completion_mask (`torch.Tensor` of shape `(B, T)`):
-            $\log \pi$ under the policy that is trained, in nats, and the tokens that count.
+            $\log \pi$ of the trained policy, in nats, and the tokens that count.
 
     Returns:
         `torch.Tensor` of shape `(B, S)`: $p_t$, in nats.
@@ -288,10 +272,10 @@ def subtb_loss(*, potential: torch.Tensor, completion_mask: torch.Tensor, subtb_
 
     $$\frac{\sum_{m<n} \lambda^{n-m-1} (p_n - p_m)^2}{\sum_{m<n} \lambda^{n-m-1}}$$
 
-    With $\lambda = 1$ this is twice the unbiased variance of the potential. With $\lambda < 1$ let $d_n = p_n -
-    p_{n-1}$; then the sums $A_n = \sum_{m<n} \lambda^{n-m-1}$, $G_n = \sum_{m<n} \lambda^{n-m-1} (p_n - p_m)$ and
-    $R_n$ (the same with squares) obey $A_n = \lambda A_{n-1} + 1$, $G_n = \lambda G_{n-1} + A_n d_n$ and $R_n =
-    \lambda R_{n-1} + 2 d_n G_n - A_n d_n^2$. $\lambda = 0$ is detailed balance.
+    $\lambda = 0$ is detailed balance. With $\lambda = 1$ the loss is twice the unbiased variance of the potential.
+    With $\lambda < 1$ let $d_n = p_n - p_{n-1}$. The sums $A_n = \sum_{m<n} \lambda^{n-m-1}$, $G_n = \sum_{m<n}
+    \lambda^{n-m-1} (p_n - p_m)$ and $R_n$ (the same with squares) obey $A_n = \lambda A_{n-1} + 1$, $G_n = \lambda
+    G_{n-1} + A_n d_n$ and $R_n = \lambda R_{n-1} + 2 d_n G_n - A_n d_n^2$.
 
     Args:
         potential (`torch.Tensor` of shape `(B, S)`):
@@ -302,7 +286,7 @@ def subtb_loss(*, potential: torch.Tensor, completion_mask: torch.Tensor, subtb_
             $\lambda$ in `[0, 1]`. A smaller value gives short sub-trajectories more weight.
 
     Returns:
-        `torch.Tensor` of shape `(B,)`: loss of each row in squared nats; zero where no token counts.
+        `torch.Tensor` of shape `(B,)`: loss of each row in squared nats, zero where no token counts.
 
     Raises:
         `ValueError`: if `subtb_lambda` is outside `[0, 1]`.
@@ -320,7 +304,7 @@ def subtb_loss(*, potential: torch.Tensor, completion_mask: torch.Tensor, subtb_
     """
     if not 0 <= subtb_lambda <= 1:
         raise ValueError(
-            f"`subtb_lambda` must be in [0, 1]. Got {subtb_lambda}; at 1 all sub-trajectories count equally."
+            f"`subtb_lambda` must be in [0, 1]. Got {subtb_lambda}; with 1 all sub-trajectories have the same weight."
         )
     state_mask = F.pad(completion_mask, (1, 0), value=True)  # (B, S), the state before the first token always counts
     num_states = state_mask.sum(dim=1)  # (B,)
@@ -330,13 +314,12 @@ def subtb_loss(*, potential: torch.Tensor, completion_mask: torch.Tensor, subtb_
         residual = (potential - mean).masked_fill(~state_mask, 0)
         return 2 * residual.square().sum(dim=1) / (num_states - 1).clamp(min=1)
 
-    order = state_mask.int().argsort(dim=1, descending=True, stable=True)  # masked states last: they count as deleted
+    order = state_mask.int().argsort(dim=1, descending=True, stable=True)  # masked states last
     potential = potential.masked_fill(~state_mask, 0).gather(1, order)
     step = potential.diff(dim=1).masked_fill(~state_mask.gather(1, order)[:, 1:], 0)  # (B, T), d_n
     age = torch.arange(1, step.size(1) + 1, device=step.device)  # (T,), n
-    # Sums of the first 0, 1, ... powers of lambda; in float64, for lambda close to 1
-    powers = subtb_lambda ** torch.arange(state_mask.size(1), dtype=torch.float64)
-    geometric = ((1 - powers) / (1 - subtb_lambda)).to(step)
+    powers = subtb_lambda ** torch.arange(state_mask.size(1), dtype=torch.float64)  # float64, for lambda close to 1
+    geometric = ((1 - powers) / (1 - subtb_lambda)).to(step)  # (S,), sums of the first 0, 1, ... powers
     weight = geometric[1:]  # (T,), A_n
     discounted = _discounted_cumsum(weight * step, subtb_lambda)  # (B, T), G_n
     inherited = geometric[(num_states[:, None] - age).clamp(min=0)]  # (B, T), weight of x_n in the sum of R_n
@@ -359,7 +342,7 @@ def first_divergence(
         chosen_ids, rejected_ids (`torch.Tensor` of shape `(B, T)`):
             Token ids of the completions, left-aligned.
         chosen_mask, rejected_mask (`torch.Tensor` of shape `(B, T)`):
-            Tokens that count: those at the start of a row.
+            Tokens that count, at the start of each row.
 
     Returns:
         `torch.Tensor` of shape `(B,)`: index in `[0, T)`, or -1 where one completion is a prefix of the other.
@@ -376,7 +359,7 @@ def value_discrimination_loss(
     value_margin: float = 0.1,
 ) -> torch.Tensor:
     r"""
-    Hinge loss after the first differing tokens: log V of the chosen completion should be the larger one.
+    Hinge loss on log V after the first tokens that differ.
 
     $$\max\big(0,\ \gamma - (\log V(s_t \cdot y_w) - \log V(s_t \cdot y_l))\big)$$
 
@@ -406,7 +389,7 @@ def value_discrimination_loss(
 
 class FactoredLogits(NamedTuple):
     r"""
-    Logits $\ell = c \tanh\big((h W^\top + b) / c\big)$ as their factors. The N x V product is not stored.
+    Factors of the logits $\ell = c \tanh\big((h W^\top + b) / c\big)$, whose (N, V) product is not stored.
 
     Args:
         hidden (`torch.Tensor` of shape `(N, H)`):
@@ -416,7 +399,7 @@ class FactoredLogits(NamedTuple):
         bias (`torch.Tensor` of shape `(V,)`, *optional*):
             Bias of the head.
         softcap (`float`, *optional*):
-            $c$, where the model caps its logits; `None` stands for $\ell = h W^\top + b$.
+            $c$, for models that cap their logits. `None` stands for $\ell = h W^\top + b$.
     """
 
     hidden: torch.Tensor
@@ -425,7 +408,7 @@ class FactoredLogits(NamedTuple):
     softcap: float | None = None
 
     def columns(self, start: int, stop: int) -> torch.Tensor:
-        """Logits of the ids from `start` to `stop` (N, stop - start), float32."""
+        """Logits (N, stop - start), float32, of the ids from `start` to `stop`."""
         weight = self.weight[start:stop].to(self.hidden)
         bias = None if self.bias is None else self.bias[start:stop].to(self.hidden)
         logits = F.linear(self.hidden, weight, bias).float()
@@ -443,7 +426,7 @@ class FactoredLogits(NamedTuple):
 
 def token_logps(*, logits: Sequence[FactoredLogits | torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
     r"""
-    Log-probability of each target under the product of policies, which is the sum of their logits.
+    Log-probability of each target under a product of policies, whose logits are added.
 
     $$\log \pi(y \mid s) = \log \operatorname{softmax}\Big( \sum_k \ell_k(s) \Big)_y$$
 
@@ -451,15 +434,15 @@ def token_logps(*, logits: Sequence[FactoredLogits | torch.Tensor], targets: tor
 
     Args:
         logits (sequence of [`FactoredLogits`] or `torch.Tensor` of shape `(N, V_k)`):
-            Logits of each policy, at least one. The distribution is over the ids that all of them have. They may be on
-            several devices.
+            Logits of each policy, at least one, possibly on several devices. The distribution is over the ids that all
+            policies have.
         targets (`torch.LongTensor` of shape `(N,)`):
             Token ids.
 
     Returns:
-        `torch.Tensor` of shape `(N,)`: log-probabilities in nats, float32, on the device of the first policy,
-        differentiable once in hidden states, weights and biases. A target that one of the factored policies lacks has
-        minus infinity.
+        `torch.Tensor` of shape `(N,)`: log-probabilities in nats, float32, on the device of the first policy. They are
+        differentiable once with respect to hidden states, weights and biases. If all logits are factored, a target
+        that a policy does not have gets minus infinity.
 
     Examples:
 
@@ -486,7 +469,7 @@ def token_logps(*, logits: Sequence[FactoredLogits | torch.Tensor], targets: tor
 
 
 class _TiledLogps(torch.autograd.Function):
-    """[`token_logps`] of factored logits. Only the logits of one tile of ids are held at a time."""
+    """[`token_logps`] of factored logits. Only the logits of one tile of ids are in memory at a time."""
 
     @staticmethod
     def forward(ctx, targets, softcaps, *factors):
@@ -533,13 +516,13 @@ class _TiledLogps(torch.autograd.Function):
 
 
 def _compute_dtype(hidden: torch.Tensor) -> torch.dtype:
-    """The dtype of matrix products: that of autocast, or of the hidden states."""
+    """Dtype of matrix products: the dtype of autocast, or of the hidden states."""
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 def _as_policies(factors: Sequence, softcaps: Sequence[float | None], dtype: torch.dtype) -> list[FactoredLogits]:
-    """Policies whose hidden states have one dtype, on the device of the first."""
+    """Policies from their factors, with hidden states of one dtype on the device of the first."""
     device = factors[0].device
     triples = zip(factors[::3], factors[1::3], factors[2::3], softcaps, strict=True)
     return [
@@ -571,11 +554,10 @@ def guided_logps(
     $$\log \pi(y \mid s) = \log \operatorname{softmax}\Big( \alpha \log \pi_{\text{patient}} + \sum_i \beta_i \log
     \pi_{\text{doctor}_i} \Big)$$
 
-    The *product* form (the paper) has $\alpha = 1$; the *mixture* has $\alpha = 1 - \sum_i \beta_i$; the *ratio* gives
-    the doctor $\beta$ and its reference, as one more doctor, $-\beta$.
+    The *product* (the paper) has $\alpha = 1$. The *mixture* has $\alpha = 1 - \sum_i \beta_i$. The *ratio* gives the
+    doctor $\beta$, and its reference, as a further doctor, $-\beta$.
 
-    A token whose patient logit is minus infinity stays excluded for every $\alpha$. A doctor logit of minus infinity
-    excludes a token only if $\beta$ is positive.
+    A patient logit of minus infinity excludes a token for every $\alpha$, a doctor logit only if $\beta$ is positive.
 
     Args:
         patient_logits, doctor_logits (`torch.Tensor` of shape `(..., V)`, and a sequence of these):
@@ -601,7 +583,10 @@ def guided_logps(
     ```
     """
     if len(doctor_logits) != len(beta):
-        raise ValueError(f"`beta` needs one weight for each doctor. Got {len(beta)} for {len(doctor_logits)} doctors.")
+        raise ValueError(
+            f"`beta` must have one weight for each doctor. Got {len(beta)} weights for {len(doctor_logits)} doctors; "
+            "pass one for each."
+        )
     guided = _add_weighted(None, patient_logits, alpha)
     for logits, weight in zip(doctor_logits, beta, strict=True):
         guided = _add_weighted(guided, logits, weight)
@@ -612,16 +597,15 @@ def guided_logps(
 
 def plausible_mask(*, patient_logits: torch.Tensor, min_patient_prob: float) -> torch.Tensor:
     r"""
-    Mask of plausible tokens: those with $\pi_{\text{patient}}(y \mid s) \ge p \max_{y'} \pi_{\text{patient}}(y' \mid
-    s)$.
+    Plausibility constraint of contrastive decoding (https://huggingface.co/papers/2210.15097).
 
-    This is the plausibility constraint of contrastive decoding (https://huggingface.co/papers/2210.15097).
+    $$\pi_{\text{patient}}(y \mid s) \ge p \max_{y'} \pi_{\text{patient}}(y' \mid s)$$
 
     Args:
         patient_logits (`torch.Tensor` of shape `(..., V)`):
             Logits or log-probabilities of the patient.
         min_patient_prob (`float`):
-            $p$, in (0, 1]: probability relative to that of the likeliest token. At 1 only that token is plausible.
+            $p$, in (0, 1]. At 1 only the most probable token is plausible.
 
     Returns:
         `torch.Tensor` of shape `(..., V)`: True for plausible tokens, at least one in each row.
@@ -651,30 +635,20 @@ def next_token_entropy(logits: torch.Tensor) -> torch.Tensor:
 
     Args:
         logits (`torch.Tensor` of shape `(..., V)`):
-            Logits or log-probabilities; minus infinity has no weight.
+            Logits or log-probabilities, minus infinity included.
 
     Returns:
         `torch.Tensor` of shape `(...)`: entropies in nats, from 0 to $\log V$.
-
-    Examples:
-
-    ```python
-    >>> import torch
-    >>> from trl_tfpo.functional import next_token_entropy
-    >>> next_token_entropy(torch.tensor([[0.0, 0.0], [0.0, -float("inf")]]))
-    tensor([0.6931, 0.0000])
-
-    ```
     """
     return torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1)
 
 
 def _add_weighted(total: torch.Tensor | None, logits: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:
     """
-    `total + weight * log pi` (..., V), up to a constant for each row that the next softmax removes.
+    `total + weight * log pi` (..., V), up to a constant for each row.
 
-    For a positive number, unnormalized logits are added in one pass, and minus infinity is kept. For other weights,
-    minus infinity is replaced by zero, except in rows where the weight is positive.
+    Minus infinity is kept where the weight is positive, and replaced by zero elsewhere. A positive number takes one
+    pass, without normalization.
     """
     if _is_positive_number(weight):
         if total is None:
@@ -695,7 +669,7 @@ def _is_positive_number(weight: float | torch.Tensor) -> bool:
 
 
 def _prefix_sums(values: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
-    """Sums of `values` (B, T) over the unmasked tokens of each prefix, (B, S): zero at the first state."""
+    """Sums (B, S) of `values` (B, T) over the unmasked tokens of each prefix."""
     return F.pad(values.masked_fill(~completion_mask, 0).cumsum(dim=1), (1, 0))
 
 
@@ -703,7 +677,7 @@ def _discounted_cumsum(values: torch.Tensor, discount: float, block: int = 128) 
     """
     `y[n] = discount * y[n - 1] + values[n]` along the rows of (B, T), in O(T).
 
-    Each block is a product with a triangular matrix; only the carry between blocks is serial.
+    Each block is multiplied by a triangular matrix. Only the carry between blocks is serial.
     """
     length = values.size(1)
     blocks = F.pad(values, (0, -length % block)).unfold(1, block, block)  # (B, T / block, block)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Reward at equal KL from a real language model: the potential of each reward, and the gain of each method.
+Comparison of rewards and of methods at equal KL from a real language model.
 
 ```bash
 python benchmarks/real/bench.py --output runs/real/bench.jsonl --prompts hh-rlhf/harmless-base-test.jsonl.gz
@@ -9,11 +9,11 @@ python benchmarks/real/bench.py --output runs/real/bench.jsonl --report --figure
 python benchmarks/real/bench.py --quick --model FOLDER
 ```
 
-Samples of the patient are drawn and read once. The pairs, the frontier and all methods use them. The doctors are maps
-of the patient's hidden states (`states.py`). Settings are chosen on validation prompts with the first seed; every
-seed, of labels and of training, is then measured on test prompts. Each result is appended to the output, so a stopped
-run can be resumed. There are five parts: rewards (`signals.py`), methods (`doctors.py`, `measures.py`), the best of
-several guided answers, two objectives at once, and texts sampled at large KL (`guided.py`).
+Samples of the patient are drawn and read once, for the pairs, the frontier and all methods. The doctors are functions
+of the patient's hidden states (`states.py`). Settings are chosen on validation prompts with the first seed. All seeds
+(of labels and of training) are then measured on test prompts. Each result is appended to the output, so a stopped run
+can be resumed. There are five parts: rewards (`signals.py`), methods (`doctors.py`, `measures.py`), the best of
+several guided answers, two objectives, and texts sampled at large KL (`guided.py`).
 """
 
 import argparse
@@ -43,24 +43,15 @@ from trl_tfpo.training.calibration import MIN_PAIRS, Calibration
 
 FULL = dict(train=512, validation=32, test=48, samples=64, validation_samples=32, max_new_tokens=40)
 QUICK = dict(train=40, validation=3, test=3, samples=16, validation_samples=16, max_new_tokens=6)
-FIRST = {"test": 0, "validation": 64, "train": 104}  # prompt of each split, with room for more of the splits before it
+FIRST = {"test": 0, "validation": 64, "train": 104}  # first prompt of each split; the gaps allow larger splits
 BEST_OF = [1, 2, 4]
-CHOSEN_AT = [0.5, 1.0]  # nats, where settings are compared
+CHOSEN_AT = [0.5, 1.0]  # nats at which settings are compared
 WEIGHTINGS = [dict(zip(TASKS, (w, 1 - w), strict=True)) for w in (1.0, 0.75, 0.5, 0.25, 0.0)]
 MIXTURES = {mixture(x).name: x for x in WEIGHTINGS if 1.0 not in x.values()}
 
 
 class Bench:
-    """
-    The patient's samples with their scores, by split, and the pairs of each task and seed.
-
-    Args:
-        args (`argparse.Namespace`):
-            Of the command.
-
-    Raises:
-        `ValueError`: when there are too few prompts.
-    """
+    """Samples of the patient with their scores, by split, and the pairs of each task and seed."""
 
     def __init__(self, args: argparse.Namespace):
         self.args, sizes = args, QUICK if args.quick else FULL
@@ -169,7 +160,7 @@ def run_methods(args: argparse.Namespace, bench: Bench) -> None:
 
 
 def run_best_of(args: argparse.Namespace, bench: Bench) -> None:
-    """Measure the best of several guided answers. Ours are ranked by the credits, those of DPO by its log-ratio."""
+    """Measure the best of several guided answers, ranked by credits (ours) or by log-ratios (DPO)."""
     groups = bench.answers["test"]
     for seed, task, name in itertools.product(args.seeds, args.tasks, (OURS, "DPO")):
         key = {"task": task, "method": name, "seed": seed, "kind": "best of"}
@@ -200,15 +191,15 @@ def run_objectives(args: argparse.Namespace, bench: Bench) -> None:
                     if task not in logits:
                         doctor, _ = trained(args, bench, task, seed, OURS)
                         logits[task] = logits_on(doctor, bench.answers["test"])
-                said = combined(logits, weights)
+                total = combined(logits, weights)
             else:
                 doctor, _ = trained(args, bench, mixture(weights).name, seed, "DPO")
-                said = logits_on(doctor, bench.answers["test"])
-            write(args.output, [key | row for row in measure_objectives(bench, weights, said)])
+                total = logits_on(doctor, bench.answers["test"])
+            write(args.output, [key | row for row in measure_objectives(bench, weights, total)])
 
 
 def run_sampled(args: argparse.Namespace, bench: Bench) -> None:
-    """Sample texts at large KL with the first seed: calibrated TFPO and DPO near some KLs, and AAD at its own KL."""
+    """Sample texts with the first seed: of TFPO and DPO near large KLs, and of AAD at the KL that it has."""
     seed = args.seeds[0]
     for task in args.tasks:
         key = {"task": task, "seed": seed, "kind": "sampled"}
@@ -242,7 +233,7 @@ PARTS = {
 
 
 def trained(args: argparse.Namespace, bench: Bench, task: str, seed: int, name: str) -> tuple[Doctor, dict]:
-    """Return a doctor of a method with the settings of [`chosen`], and a description of its training."""
+    """Train a doctor with the settings of [`chosen`]. Return it with its settings and the time of training."""
     settings, start = chosen(args, bench, task, name), time.perf_counter()
     doctor = METHODS[name][0](bench, task, seed, **settings)
     return doctor, {"settings": settings, "seconds": time.perf_counter() - start}

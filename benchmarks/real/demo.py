@@ -6,13 +6,13 @@ Align a small real language model on a CPU, in about twelve minutes: `make demo-
 ```bash
 python benchmarks/real/demo.py                      # make SmolLM2-135M-Instruct answer cheerfully
 python benchmarks/real/demo.py --task plain         # or in plain words
-python benchmarks/real/demo.py --model FOLDER       # another chat model: a folder, or a name on the Hub
+python benchmarks/real/demo.py --model FOLDER       # use another chat model: a folder, or a name on the Hub
 ```
 
 1. The patient answers each of 200 questions twice.
-2. A scorer, with noise, says which answer is better.
-3. The patient reads the answers under its two faces, which gives every token a reward.
-4. A doctor, the first 8 layers of the patient, is trained on these rewards.
+2. A noisy scorer labels the better answer.
+3. The patient scores the answers under its two faces, which gives each token a reward.
+4. A doctor, initialized with the first 8 layers of the patient, is trained on these rewards.
 5. The doctor guides the patient on held-out questions.
 """
 
@@ -42,7 +42,7 @@ BATCH_SIZE = 8  # pairs of a training step
 @contextmanager
 def step(title: str) -> Iterator[list[str]]:
     """
-    Within the context, time a step. At its end print one line: title, the facts in the list, and time.
+    Yield a list of facts. After the context, print a line with title, facts and time.
 
     Output of libraries goes to standard error.
     """
@@ -62,26 +62,11 @@ def preferences(
     decode: Callable[[list[int]], str],
 ) -> Dataset:
     """
-    Return labelled pairs of answers, in TRL's conversational format.
-
-    Pairs with an empty answer, and pairs of equal answers, are left out.
-
-    Args:
-        task ([`Task`]):
-            The scorer.
-        questions (`Sequence[str]` of P):
-            The questions.
-        pairs_ids (`Sequence[list[list[int]]]` of P x 2):
-            Token ids of two answers to each.
-        eos_ids (`Sequence[int]`):
-            Ids that end an answer.
-        seed (`int`):
-            Of the noise of the labels.
-        decode (`Callable[[list[int]], str]`):
-            From token ids to a text.
+    Label pairs of answers, given as token ids of two answers to each question. `seed` is that of the noise.
 
     Returns:
-        `Dataset`: `prompt`, `chosen`, `rejected`; `chosen_is_cut`, `rejected_is_cut`, whether the answer has no end.
+        `Dataset`: `prompt`, `chosen`, `rejected` in TRL's conversational format, without empty or equal answers;
+        `chosen_is_cut`, `rejected_is_cut`, whether the answer is truncated.
     """
     texts = [[decode(ids).strip() for ids in pair] for pair in pairs_ids]
     labels = label(task, *zip(*texts, strict=True), seed)
@@ -98,7 +83,7 @@ def preferences(
 
 
 def without_added_end(row: dict) -> dict:
-    """Remove the EOS that the chat template added to answers that were cut."""
+    """Remove the EOS that the chat template added to truncated answers."""
     kept = {}
     for name in ("chosen", "rejected"):
         for column in (f"{name}_ids", f"{name}_mask", f"{name}_token_rewards", f"{name}_gaps"):
@@ -145,7 +130,7 @@ def train(
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Align cells in columns, the first on the left, the others on the right."""
+    """Return a text table: the first column is aligned to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
     return "\n".join("  ".join(line) for line in lines)
@@ -156,8 +141,8 @@ def run(args: argparse.Namespace) -> None:
     questions = prompts()
     if args.num_prompts + args.num_test_prompts > len(questions):
         raise ValueError(
-            f"There are {len(questions)} questions for training and testing. Got `--num-prompts` {args.num_prompts} "
-            f"and `--num-test-prompts` {args.num_test_prompts}; ask for fewer."
+            f"`--num-prompts` and `--num-test-prompts` must be at most {len(questions)} together. Got "
+            f"{args.num_prompts} and {args.num_test_prompts}; reduce one of them."
         )
     questions, held_out = questions[: args.num_prompts], questions[args.num_prompts :][: args.num_test_prompts]
 
@@ -190,7 +175,7 @@ def run(args: argparse.Namespace) -> None:
     with step("Token rewards") as facts:
         annotated = annotate_token_rewards(dataset, patient, tokenizer, faces=task.faces)
         annotated = annotated.map(without_added_end, features=annotated.features)
-        facts += [f"of the faces {task.faces.positive!r} and {task.faces.negative!r}"]
+        facts += [f"from the faces {task.faces.positive!r} and {task.faces.negative!r}"]
 
     with step("Training") as facts:
         trainer = train(patient, tokenizer, annotated, num_layers=args.num_layers, output=args.output, seed=args.seed)
@@ -198,7 +183,7 @@ def run(args: argparse.Namespace) -> None:
         facts += [
             f"a doctor of {args.num_layers} layers",
             f"{trainer.state.global_step} steps",
-            f"its rewards predict {accuracy:.0%} of held-out labels",
+            f"calibrated rewards predict {accuracy:.0%} of held-out labels",
             f"saved to {args.output}",
         ]
         del trainer
@@ -219,7 +204,7 @@ def evaluate(
     questions: Sequence[str],
     args: argparse.Namespace,
 ) -> dict[float, dict]:
-    """Return a report for the patient, at strength 0, and for each strength of the saved doctor."""
+    """Return a report for each strength of the saved doctor, and for the patient at strength 0."""
     settings = dict(num_samples_per_prompt=args.num_samples, max_new_tokens=args.max_new_tokens, batch_size=24)
     reports = {}
     for strength in (0.0, *args.strengths):
@@ -239,7 +224,7 @@ def evaluate(
 
 
 def results(task: Task, reports: dict[float, dict], *, num_samples: int) -> str:
-    """Return a table: gain and KL from the patient at each strength."""
+    """Return a table of mean score and KL from the patient at each strength."""
     rows = [[f"{task.name}, on held-out questions", "mean score", "KL in nats", "tokens", "ended"]]
     for strength, report in reports.items():
         rows.append(
@@ -265,10 +250,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-prompts", type=int, default=200, help="questions for training; 32 pairs or more")
     parser.add_argument("--num-test-prompts", type=int, default=12, help="held-out questions")
     parser.add_argument(
-        "--num-samples", type=int, default=8, help="answers to each held-out question, at each strength"
+        "--num-samples", type=int, default=8, help="answers to each held-out question at each strength"
     )
     parser.add_argument("--strengths", type=float, nargs="+", default=[0.3, 1.0], help="exponents of the doctor")
-    parser.add_argument("--max-new-tokens", type=int, default=40, help="largest number of tokens of an answer")
+    parser.add_argument("--max-new-tokens", type=int, default=40, help="maximum number of tokens of an answer")
     parser.add_argument("--num-layers", type=int, default=8, help="layers of the doctor")
     parser.add_argument("--seed", type=int, default=0, help="seed of answers, labels and training")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="folder for the model and its answers")

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Methods: how each makes a doctor from pairs, and its grid of settings.
+Methods: a training function and a grid of settings for each.
 
-All make the same doctor, a map of the patient's states (`states.py`), from the same pairs in the same number of
-epochs.
+All methods train a doctor on the patient's states (`states.py`) with the same pairs.
 """
 
 from typing import TYPE_CHECKING
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 def tfpo(
     bench: "Bench", task: str, seed: int, *, learning_rate: float, epochs: int, subtb_lambda: float, map_rate: float
 ):
-    """TFPO with calibrated rewards; the doctor starts with the credit of each token."""
+    """Train by TFPO with calibrated rewards. The logits of the doctor start as the credits of the tokens."""
     doctor, credits = credited(bench, task, seed), bench.calibration(task, seed).credits
     loss = flow_loss(lambda answer: credits[answer.ids], reward_temperature=1.0, subtb_lambda=subtb_lambda)
     settings = dict(epochs=epochs, learning_rate=learning_rate, map_rate=map_rate, seed=seed)
@@ -30,7 +29,7 @@ def tfpo(
 
 
 def credited(bench: "Bench", task: str, seed: int) -> Doctor:
-    """Credits alone: every token has its credit at every state, and nothing is trained."""
+    """Return a doctor without training: its logits are the credits of the tokens at every state."""
     doctor, credits = new_doctor(bench.embeddings, bench.answers["train"]), bench.calibration(task, seed).credits
     doctor.bias.data.copy_(fitted_direction(bench.embeddings, credits))
     return doctor.eval()
@@ -46,7 +45,7 @@ def sparse_tfpo(
     subtb_lambda: float,
     map_rate: float = 0.1,
 ):
-    """TFPO with the token rewards of the paper, or of this package without calibration."""
+    """Train by TFPO with the token rewards of the paper, or of this package without calibration."""
     pairs = bench.pairs(task, seed)
     found = {}
     for pair in pairs:
@@ -66,7 +65,7 @@ def dpo(bench: "Bench", task: str, seed: int, *, learning_rate: float, beta: flo
 def genarm(
     bench: "Bench", task: str, seed: int, *, learning_rate: float, beta: float, map_rate: float, from_patient: bool
 ):
-    """GenARM: an autoregressive reward model, which multiplies the patient."""
+    """Train an autoregressive reward model by GenARM. It multiplies the patient."""
     doctor = new_doctor(bench.embeddings, bench.answers["train"])
     loss = genarm_loss(beta=beta, starts_at_patient=from_patient, seed=seed)
     settings = dict(epochs=2, learning_rate=learning_rate, map_rate=map_rate, seed=seed)

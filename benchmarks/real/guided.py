@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Texts sampled from a guided patient, at a KL where importance weights are unreliable."""
+"""Texts sampled from a guided patient, at KLs where importance weights are unreliable."""
 
 import math
 from collections.abc import Sequence
@@ -19,25 +19,25 @@ if TYPE_CHECKING:
 
 
 AIMS = [1.0, 2.0, 4.0]  # nats
-NUM_SAMPLES, ROWS = 4, 64  # of each prompt, and together
-MIN_P = 0.1  # of AAD: tokens at least this likely, relative to the likeliest
+NUM_SAMPLES, ROWS = 4, 64  # samples of each prompt, and rows of a batch
+MIN_P = 0.1  # of AAD: minimum probability of a token, relative to the likeliest
 
 
 class Guide:
     """
-    A guide for [`~samples.draw`]: the patient times a doctor. It sums the KL of the texts.
+    Guide for [`~samples.draw`], the patient times a doctor, which also measures the KL of the texts.
 
     Args:
         doctor ([`~states.Doctor`]):
-            Of the patient's states.
+            Doctor on the patient's states.
         strength (`float`):
             Exponent of the doctor.
         num_texts (`int`):
-            Texts that are drawn.
+            Number of texts to draw.
 
     Attributes:
         kl, surprise (`torch.Tensor` of shape `(num_texts,)`):
-            Exact sums over the states along each text, in nats: KL from the patient, and cross-entropy with it.
+            KL from the patient and cross-entropy with the patient, in nats, summed exactly over the states of a text.
     """
 
     def __init__(self, doctor: Doctor, strength: float, num_texts: int):
@@ -54,12 +54,12 @@ class Guide:
         return guided
 
     def choose(self, patient: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities (B, V) of the guided patient."""
+        """Return log-probabilities (B, V) of the guided patient."""
         return (patient + self.strength * guidance).log_softmax(dim=-1)
 
 
 class Greedy(Guide):
-    """AAD: among tokens that are likely under the patient, the one that the doctor prefers most."""
+    """AAD: the doctor's most probable token among those that are likely under the patient."""
 
     def choose(self, patient: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
         is_out = patient < patient.amax(dim=-1, keepdim=True) + math.log(MIN_P)
@@ -90,7 +90,7 @@ def sampled(bench: "Bench", task: str, guide: Guide, *, num_samples: int, seed: 
 
 
 def patient_row(bench: "Bench", task: str) -> dict:
-    """Return the same row for the patient's own samples; diversity is over as many texts as for the others."""
+    """Return the row of [`sampled`] for the patient's own samples. Diversity uses the same number of texts."""
     groups = [[answer.ids.tolist() for answer in group] for group in bench.answers["test"]]
     surprise = -sum(patient_logps(bench.embeddings, a).sum().item() for group in bench.answers["test"] for a in group)
     kl = torch.zeros(len(groups), len(groups[0]))
@@ -98,9 +98,7 @@ def patient_row(bench: "Bench", task: str) -> dict:
 
 
 def _row(bench: "Bench", task: str, groups: Sequence, kl: torch.Tensor, surprise: float, pool: Sequence) -> dict:
-    """
-    Return measures of texts (P, N), given their KLs (P, N), their summed cross-entropy, and a pool for the diversity.
-    """
+    """Return measures of texts (P, N), from KLs (P, N), summed cross-entropy, and the texts for the diversity."""
     texts = [[bench.text(ids) for ids in group] for group in groups]
     scores = torch.tensor([[TASKS[task].score(text) for text in group] for group in texts]).double()
     gain = scores.mean(dim=1) - bench.scores[task, "test"].mean(dim=1)
@@ -119,10 +117,7 @@ def _row(bench: "Bench", task: str, groups: Sequence, kl: torch.Tensor, surprise
 
 
 def strength_at(rows: list[dict], kl: float) -> float | None:
-    """
-    Interpolate the strength at a KL, as a power of the KL, from the two closest rows. None if there is only one
-    row.
-    """
+    """Interpolate the strength at a KL from the two closest rows, as a power of the KL. None if a row is missing."""
     known = sorted({row["kl"]: row["strength"] for row in rows if "strength" in row}.items())
     if len(known) < 2:
         return None

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Human preferences: how often each method agrees with people on held-out pairs of answers.
+Human preferences: agreement of each method with people on held-out pairs of answers.
 
 ```bash
 python benchmarks/real/human.py --pairs hh-rlhf/harmless-base-test.jsonl.gz
@@ -9,13 +9,13 @@ python benchmarks/real/human.py --quick --model FOLDER --pairs FILE
 ```
 
 A trained doctor prefers the answer with the larger log-ratio of the guided patient to the patient, summed over the
-tokens of the answer, EOS included. The doctors are maps of the patient's hidden states (`states.py`), trained by the
-methods of `bench.py`. The patient reads each pair once. There is one pair for each first message, so no prompt is in
-two splits.
+tokens of the answer, EOS included. The doctors are functions of the patient's hidden states (`states.py`), trained by
+the methods of `bench.py`. The patient reads each pair once. There is one pair for each first message, so no prompt is
+in two splits.
 
 The pairs are divided into validation pairs and three folds. Each seed tests on one fold and trains on the two others,
-so every pair of the folds is a test pair of one seed. The validation pairs choose the settings, the same for all
-seeds, and the temperature of each seed. Each result is appended to the output, so a stopped run can be resumed.
+so every pair of the folds is a test pair of one seed. The validation pairs select the settings for all seeds, and the
+temperature of each seed. Each result is appended to the output, so a stopped run can be resumed.
 """
 
 import argparse
@@ -51,15 +51,15 @@ from trl_tfpo.training.calibration import Calibration
 
 
 NUM_SEEDS = 3
-NUM_KEPT = 32  # candidates for the normalizer of a policy, and samples of the others
-PIECE = 8  # pairs that are read together
+NUM_KEPT = 32  # likeliest candidates for the normalizer of a policy, and samples of the others
+PIECE = 8  # pairs in a piece of the cache
 RIVAL = "DPO"
 PENALTIES = [0.1, 1.0, 10.0, 100.0]  # ridge of the linear models, in units of the mean square of a feature
 
 
 @dataclass(frozen=True)
 class Task:
-    """Faces and their name. Their gaps in an answer have the same name."""
+    """Faces, and the name of their gaps in an answer."""
 
     name: str = "harmless"
     faces: Faces = field(default_factory=lambda: Faces(HARMLESSNESS.positive, HARMLESSNESS.negative, "user"))
@@ -83,23 +83,9 @@ def human_pairs(path: str | Path, tokenizer: PreTrainedTokenizerBase, max_tokens
     """
     Return pairs of short answers to short prompts, one for each first message, in a fixed order.
 
-    Args:
-        path (`str` or `Path`):
-            A file of JSON lines, or the name or folder of a dataset with the split "train". A row has `chosen` and
-            `rejected`, and optionally `prompt`; otherwise the prompt is their common beginning. They are transcripts
-            with
-            turns of "Human:" and "Assistant:", or messages.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            With a chat template.
-        max_tokens (`int`):
-            Largest number of tokens of a prompt and its longer answer, without what the chat template adds to every
-            prompt. Longer pairs are left out.
-
-    Returns:
-        `list[Pair]`
-
-    Raises:
-        `ValueError`: when no pair is short enough.
+    Rows are messages or transcripts, from a file of JSON lines or the split "train" of a dataset, see
+    [`~trl_tfpo.data.preferences.read_pair`]. A pair is short if its prompt and longer answer have at most `max_tokens`
+    tokens, without the chat template's tokens for an empty prompt.
     """
     path = str(path)
     if path.endswith((".jsonl", ".jsonl.gz")):
@@ -114,7 +100,7 @@ def human_pairs(path: str | Path, tokenizer: PreTrainedTokenizerBase, max_tokens
         try:
             prompt = read_pair(row, convert_transcripts=True)["prompt"]
             ids = tokenize_pair(row, tokenizer, **settings)
-        except ValueError:  # the two answers have another prompt, or one is empty
+        except ValueError:  # the answers have different prompts, or one is empty
             continue
         longer = max(len(ids["chosen_ids"]), len(ids["rejected_ids"]))
         is_chat = not isinstance(prompt, str) and prompt[-1]["role"] == "user"
@@ -127,7 +113,7 @@ def human_pairs(path: str | Path, tokenizer: PreTrainedTokenizerBase, max_tokens
         found.setdefault(prompt[0]["content"], Pair(prompt, ids["chosen_ids"], ids["rejected_ids"]))
     if not found:
         raise ValueError(
-            f"There must be pairs of messages or transcripts of at most {max_tokens} tokens. Got none in {path!r}; "
+            f"Some pairs of messages or transcripts must have at most {max_tokens} tokens. Got none in {path!r}; "
             "raise `--max-tokens`, or convert the dataset to the format of HH-RLHF."
         )
     kept = list(found.values())
@@ -137,8 +123,8 @@ def human_pairs(path: str | Path, tokenizer: PreTrainedTokenizerBase, max_tokens
 
 def thinned(answer: Answer, generator: torch.Generator) -> Answer:
     """
-    Return the answer with its 32 likeliest candidates and 32 samples of the others, weighted by the probability that
-    they stand for. Training a doctor then takes a third of the time.
+    Keep the 32 likeliest candidates of an answer, and 32 samples of the others, weighted by the probability that they
+    represent. Training then takes a third of the time.
     """
     kept = answer.log_weights[:, :NUM_KEPT]
     others = answer.log_weights[:, NUM_KEPT:].double()
@@ -157,15 +143,7 @@ Answers = Sequence[tuple[Answer, Answer]]  # chosen and rejected
 
 class Fold:
     """
-    Training data of a seed, with the attributes that methods of `bench.py` use.
-
-    Args:
-        embeddings (`torch.Tensor` of shape `(V, H)`):
-            The patient's head.
-        eos_token_id (`int`):
-            What ends an answer.
-        train (`Sequence[tuple[Answer, Answer]]`):
-            Chosen and rejected answers.
+    Training data of a seed (chosen and rejected answers), with the attributes of `bench.Bench` that its methods use.
     """
 
     def __init__(self, embeddings: torch.Tensor, eos_token_id: int, train: Answers):
@@ -182,7 +160,7 @@ class Fold:
         return self._calibration
 
 
-# Scores: how much a method prefers an answer, from a fold
+# Scores of answers, fitted on a fold
 
 Score = Callable[[Answer], float]
 
@@ -194,7 +172,7 @@ def log_ratio(doctor: Doctor, answer: Answer) -> float:
 
 
 def trained(name: str) -> Callable[..., Score]:
-    """Score by the log-ratio of a doctor that a method of `bench.py` trains."""
+    """Return a function that trains a doctor by a method of `bench.py` and scores by its log-ratio."""
 
     def fit(fold: Fold, seed: int, **settings) -> Score:
         doctor = METHODS[name][0](fold, TASK.name, seed, **settings)
@@ -206,9 +184,7 @@ def trained(name: str) -> Callable[..., Score]:
 def labelled_tfpo(
     fold: Fold, seed: int, *, label_reward: float, map_rate: float, learning_rate: float, **settings
 ) -> Score:
-    """
-    Flow balance with two rewards: calibrated token rewards, and the label of the answer, spread over its tokens.
-    """
+    """Train on the sum of calibrated token rewards and the label, divided equally among the tokens of the answer."""
     credits, rewards = fold.calibration(TASK.name, seed).credits, {}
     for pair in fold.pairs(TASK.name, seed):
         for answer, sign in zip(pair, (1, -1), strict=True):
@@ -221,7 +197,7 @@ def labelled_tfpo(
 
 
 def calibrated(fold: Fold, seed: int, *, by: str) -> Score:
-    """Score by a part of the calibration, summed over the tokens, without a doctor."""
+    """Score by a part of the calibration, summed over the tokens, without training a doctor."""
     calibration = fold.calibration(TASK.name, seed)
     weights = calibration.weights
 
@@ -239,7 +215,7 @@ def calibrated(fold: Fold, seed: int, *, by: str) -> Score:
 
 
 def linear(fold: Fold, seed: int, *, of: str, penalty: float) -> Score:
-    """Ridge regression of the label on last hidden states: their mean over the answer, or the state after its end."""
+    """Ridge regression of the label on hidden states: the mean over the answer, or the last state."""
 
     def features(answer: Answer) -> torch.Tensor:
         return (answer.states[-1] if of == "last" else answer.states[1:].mean(dim=0)).double()
@@ -254,17 +230,17 @@ def linear(fold: Fold, seed: int, *, of: str, penalty: float) -> Score:
 
 
 def gaps(fold: Fold, answer: Answer) -> torch.Tensor:
-    """The gaps (T,) of an answer in nats, zero at EOS."""
+    """Return the gaps (T,) of an answer in nats, zero at EOS."""
     return answer.faces[TASK.name][0].masked_fill(answer.ids == fold.eos, 0)
 
 
 def sparse(fold: Fold, answer: Answer) -> torch.Tensor:
-    """Token rewards (T,) by the faces alone, zero at EOS."""
+    """Return token rewards (T,) from the faces alone, zero at EOS."""
     rewards = sparse_rewards(TASK.name, answer, reward_direction="faces")
     return rewards.masked_fill(answer.ids == fold.eos, 0)
 
 
-# The map may learn as fast as that of DPO: what people prefer depends on the context
+# Higher learning rates of the map, as for DPO, because human preferences depend on the context
 FASTER_MAPS = {
     "TFPO, calibrated": [
         dict(learning_rate=x, epochs=2, subtb_lambda=y, map_rate=z)
@@ -301,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, help="folder or name of a patient (default: SmolLM2 from PyPI)")
     parser.add_argument("--methods", nargs="+", default=list(SCORES), choices=list(SCORES))
     parser.add_argument(
-        "--max-tokens", type=int, default=120, help="largest number of tokens of a prompt with its longer answer"
+        "--max-tokens", type=int, default=120, help="maximum number of tokens of a prompt with its longer answer"
     )
     parser.add_argument("--num-validation", type=int, default=96, help="validation pairs")
     parser.add_argument("--num-fold", type=int, default=224, help="pairs of each of the three folds")
@@ -317,7 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def read_answers(args: argparse.Namespace) -> tuple[torch.Tensor, int, dict[str, Answers]]:
-    """The patient's head, its EOS, and the answers of `"validation"`, `"0"`, `"1"` and `"2"`."""
+    """Return the patient's head, its EOS, and the answers of `"validation"`, `"0"`, `"1"` and `"2"`."""
     num_validation, num_fold = (8, 16) if args.quick else (args.num_validation, args.num_fold)
     path = args.model or fetch_model(args.cache)
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -327,12 +303,12 @@ def read_answers(args: argparse.Namespace) -> tuple[torch.Tensor, int, dict[str,
     if len(pairs) < needed:
         raise ValueError(
             f"There must be {needed} pairs of at most {args.max_tokens} tokens. Got {len(pairs)} in {args.pairs!r}; "
-            "raise `--max-tokens`, or ask for smaller folds."
+            "raise `--max-tokens`, or reduce `--num-fold`."
         )
     key = json.dumps([model_fingerprint(model), args.max_tokens, vars(TASK.faces), pairs])
     folder = args.cache / "human" / hashlib.sha256(key.encode()).hexdigest()[:16]
     reader = Reader(model, tokenizer, tokenizer.eos_token_id)
-    whole = pairs[: -(-needed // PIECE) * PIECE]  # a whole last piece, so that pairs can be added later
+    whole = pairs[: -(-needed // PIECE) * PIECE]  # complete pieces, so that pairs can be added later
     prompts, completions = [pair.prompt for pair in whole], [pair[1:] for pair in whole]
     groups = read_all(reader, prompts, completions, [TASK], folder, "pairs", prompts_per_piece=PIECE)
     generator = torch.Generator().manual_seed(0)
@@ -367,9 +343,7 @@ def run(args: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Result:
-    """
-    A method with its best settings on the validation pairs, and agreement and log-likelihood of each test pair.
-    """
+    """Best settings of a method on the validation pairs, and agreement and log-likelihood of each test pair."""
 
     settings: dict
     agrees: torch.Tensor
@@ -380,19 +354,19 @@ class Result:
 
 
 def agreement(margins: torch.Tensor) -> torch.Tensor:
-    """Return for each pair 1 where the chosen answer has the larger score, 1/2 for a tie, else 0."""
+    """Return 1 for each pair whose chosen answer has the larger score, 1/2 for a tie, otherwise 0."""
     return (margins > 0).double() + (margins == 0).double() / 2
 
 
 def best_scale(margins: torch.Tensor) -> float:
-    """Return the non-negative factor by which these margins explain the labels best in a Bradley-Terry model."""
+    """Return the non-negative factor of the margins with the largest likelihood in a Bradley-Terry model."""
     unit = margins.square().mean().sqrt().clamp(min=1e-12)
     scales = torch.cat([torch.zeros(1), 2 ** torch.linspace(-6, 4, 81)]).double() / unit
     return scales[F.logsigmoid(scales[:, None] * margins).mean(dim=1).argmax()].item()
 
 
 def results(rows: list[dict]) -> dict[str, Result]:
-    """Return the best settings of each method that was measured with all seeds."""
+    """Return the best settings of each method with results of all seeds."""
     found: dict[str, Result] = {}
     for row in rows:
         name, settings = row["method"], row["settings"]

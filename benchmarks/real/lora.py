@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-A LoRA on a real patient: trained by TFPO with calibrated rewards, and by DPO on the same pairs.
+LoRA adapters on a real patient, trained by TFPO with calibrated rewards, and by DPO on the same pairs.
 
 ```bash
 python benchmarks/real/lora.py --prompts hh-rlhf/harmless-base-test.jsonl.gz
 python benchmarks/real/lora.py --quick --model FOLDER
 ```
 
-Both adapters are measured as ratios to the patient at several strengths, on the samples of `bench.py`, from its cache.
-At strength 1 the ratio is the adapted model itself. Each result is appended to the output; existing results and
-adapters are reused.
+Both adapters are measured as ratios to the patient at several strengths, on the cached samples of `bench.py`. At
+strength 1 the ratio is the adapted model. Each result is appended to the output; existing results and adapters are
+reused.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def dpo_objective(
     beta: float,
     **_,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Direct preference optimization, from log-probabilities (B, T) of 2B rows, chosen first."""
+    """Return the DPO loss of log-probabilities (2B, T), chosen first."""
     log_ratios = (doctor_logps - reference_logps).masked_fill(~completion_mask, 0).sum(dim=1)
     chosen, rejected = log_ratios.chunk(2)
     return -F.logsigmoid(beta * (chosen - rejected)).mean(), {}
@@ -60,21 +60,9 @@ def adapted_logits(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, eos_token_id: int, messages, groups
 ) -> Logits:
     """
-    Return what [`states.logits_on`] returns, for an adapter on the patient as a ratio to the patient.
+    Return the same as [`states.logits_on`], for an adapter on the patient as a ratio to the patient.
 
-    Its logits are differences between those of two models, at the candidates of each answer only.
-
-    Args:
-        model ([`~peft.PeftModel`]):
-            The adapter on the patient. Merged into it, but for the head.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Of both.
-        eos_token_id (`int`):
-            What ends an answer.
-        messages (`Sequence[list[dict]]` of P):
-            The prompts.
-        groups (`Sequence[Sequence[Answer]]` of P):
-            The answers to each, with the patient's states.
+    The adapter of every layer but the head is merged into `model`.
     """
     base = model.get_base_model().eval()
     head = base.get_output_embeddings()
@@ -83,8 +71,8 @@ def adapted_logits(
         own = plain + head.get_delta_weight(model.active_adapter)
     for layer in base.modules():
         if hasattr(layer, "get_delta_weight") and layer is not head:  # the head is tied to the embeddings
-            layer.merge()  # reads faster
-    reader, said = Reader(base, tokenizer, eos_token_id), []
+            layer.merge()  # for faster forward passes
+    reader, ratios = Reader(base, tokenizer, eos_token_id), []
     for some, group in zip(messages, groups, strict=True):
         found = {}
         for answers in by_length(group):
@@ -96,12 +84,12 @@ def adapted_logits(
                 )
                 found[id(answer)] = here - before
         logits = torch.cat([found[id(answer)] for answer in group])
-        said.append((logits[:, 0], logits[:, 1:]))
-    return said
+        ratios.append((logits[:, 0], logits[:, 1:]))
+    return ratios
 
 
 def credited_logits(credits: torch.Tensor, groups: Sequence[Sequence[Answer]]) -> Logits:
-    """Return what [`states.logits_on`] returns, for an adapter before training: every token has its credit."""
+    """Return the same as [`states.logits_on`], for an adapter before training: the credit of each token."""
     return [
         tuple(credits[torch.cat([getattr(answer, name).long() for answer in group])] for name in ("ids", "candidates"))
         for group in groups
@@ -109,19 +97,13 @@ def credited_logits(credits: torch.Tensor, groups: Sequence[Sequence[Answer]]) -
 
 
 def by_length(answers: Sequence[Answer], size: int = 16) -> list[list[Answer]]:
-    """Group answers of similar lengths, so that little padding is read."""
+    """Group answers of similar lengths, to reduce padding."""
     answers = sorted(answers, key=lambda x: len(x.ids))
     return [answers[first : first + size] for first in range(0, len(answers), size)]
 
 
 class Runs:
-    """
-    Adapters of one task and seed, with the data that they are measured on.
-
-    Args:
-        args (`argparse.Namespace`):
-            Of the command.
-    """
+    """Adapters of one task and seed, with the data of their measurement."""
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.bench = args, Bench(args)
@@ -129,7 +111,7 @@ class Runs:
         self.folder = args.output.with_suffix("")
         self.path = args.model or fetch_model(args.cache)
         for split in ("validation", "test"):
-            self.bench.frontier(args.task, split)  # of all answers
+            self.bench.frontier(args.task, split)  # cached before the answers are reduced
             self.bench.answers[split] = [group[: args.num_answers] for group in self.bench.answers[split]]
             self.bench.scores[args.task, split] = self.bench.scores[args.task, split][:, : args.num_answers]
         self.questions = prompts(args.prompts)
@@ -141,7 +123,7 @@ class Runs:
     @cached_property
     @torch.no_grad()
     def dataset(self) -> Dataset:
-        """The pairs, annotated, with the log-probabilities of the patient, from its states."""
+        """Annotated pairs, with log-probabilities of the patient from its states."""
         rows, task = [], self.args.task
         pairs = self.bench.pairs(task, self.args.seed)
         for messages, pair in zip(self.messages("train"), pairs, strict=True):
@@ -157,7 +139,7 @@ class Runs:
         return Dataset.from_list(rows)
 
     def trainer(self, folder: Path, method: str, learning_rate: float, num_pairs: int, **settings) -> TFPOTrainer:
-        """Return a trainer of an adapter on the first pairs, with evaluation on the last."""
+        """Return a trainer for an adapter on the first pairs, with evaluation on the last pairs."""
         args, all_pairs = self.args, self.dataset
         defaults = dict(
             per_device_train_batch_size=args.batch_size,
@@ -191,7 +173,7 @@ class Runs:
         )
 
     def chosen_rate(self, method: str) -> float:
-        """Return the learning rate with the smallest loss on the last pairs after training on the first tenth."""
+        """Return the learning rate with the smallest evaluation loss after training on a tenth of the pairs."""
         rates = [self.args.learning_rate] if self.args.learning_rate else LEARNING_RATES[method]
         losses = []
         for rate in rates if len(rates) > 1 else []:
@@ -206,7 +188,7 @@ class Runs:
         return rates[losses.index(min(losses)) if losses else 0]
 
     def trained(self, method: str) -> list[Path]:
-        """Return folders of the adapter during its training, the last one at its end."""
+        """Train the adapter if its checkpoints do not exist. Return them in the order of training."""
         folder = self.folder / method
         if not (folder / "seconds.json").is_file():
             num_steps = self.args.pairs // self.args.batch_size
@@ -221,7 +203,7 @@ class Runs:
         return sorted(folder.glob("checkpoint-*"), key=lambda x: int(x.name.split("-")[1]))
 
     def measured(self, folder: Path, method: str, split: str) -> list[dict]:
-        """Return rows of [`measures.measure`] for a saved adapter, and one for the adapted model itself."""
+        """Return rows of [`measures.measure`] for a saved adapter, and one for the adapted model."""
         key = {"method": method, "step": folder.name, "kind": split, **self.key}
         if rows := read(self.args.output, **key):
             return rows
@@ -246,7 +228,7 @@ class Runs:
         return rows
 
     def untrained(self, split: str) -> None:
-        """Return rows of [`measures.measure`] for an adapter before training."""
+        """Append rows of [`measures.measure`] for an adapter before training to the output."""
         key = {"method": "credits alone", "step": "before training", "kind": split, **self.key}
         if read(self.args.output, **key):
             return
@@ -268,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--subtb_lambda", type=float, default=0.5)
     parser.add_argument("--dpo_beta", type=float, default=0.1)
     parser.add_argument(
-        "--learning_rate", type=float, help="learning rate of all methods (default: one for each, or chosen)"
+        "--learning_rate", type=float, help="learning rate of all methods (default: chosen for each method)"
     )
     parser.add_argument("--num_answers", type=int, help="number of answers to each prompt (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the labels")
@@ -292,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def gain_near(rows: list[dict]) -> float:
-    """Return the gain of the ratio at the KLs where settings are compared."""
+    """Return the sum of the gains of the ratio at the KLs of `CHOSEN_AT`."""
     return sum(row["gain"] for row in rows if row["kl"] in CHOSEN_AT and not row["is_policy"])
 
 

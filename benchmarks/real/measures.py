@@ -3,9 +3,9 @@
 """
 Measures: reward at a given KL from the patient, on test or validation prompts.
 
-Near the patient, its own samples are importance-weighted. All methods therefore share the noise of these samples.
-Strengths are found on them too. Beyond 2 nats the effective sample size of 64 samples is too small, and texts are
-sampled from the guided patient (`guided.py`).
+Up to 2 nats, samples of the patient are importance-weighted, so all methods share their noise. Strengths are found on
+the same samples. Beyond 2 nats the effective sample size of 64 samples is too small, and texts are sampled from the
+guided patient (`guided.py`).
 """
 
 import itertools
@@ -34,15 +34,9 @@ NO_TRAINING = ("best of 2 by the scorer", "best of 4 by the scorer", "best of 2 
 
 def best_of_weights(weights: torch.Tensor, signal: torch.Tensor, n: int) -> torch.Tensor:
     """
-    Return weights of samples in the best of n, ranked by a signal and drawn by other weights with replacement.
+    Return the probability (P, N) that each sample is the best of n.
 
-    Args:
-        weights (`torch.Tensor` of shape `(P, N)`):
-            Of the samples of each prompt, adding up to 1.
-        signal (`torch.Tensor` of shape `(P, N)`):
-            What they are ranked by.
-        n (`int`):
-            How many are drawn.
+    The n samples are drawn with replacement by `weights` (P, N) with sum 1, and ranked by `signal` (P, N).
     """
     order = signal.argsort(dim=1)
     up_to = weights.gather(1, order).cumsum(dim=1) ** n
@@ -70,13 +64,13 @@ def interpolated(
         groups (P groups of N [`Answer`]):
             Samples of the patient.
         logits ([`~states.Logits`]):
-            Of the doctor on them, at strength 1.
+            The doctor's logits on these samples, at strength 1.
         values (`dict[str, torch.Tensor]` of shape `(P, N)`):
-            What is expected, by name.
+            Values of the samples, by name.
         kls (`Sequence[float]`):
             Mean KLs, in nats.
         ranked_by (`torch.Tensor` of shape `(P, N)`, *optional*), n (`int`, *optional*):
-            The best of n guided samples is kept, by this signal.
+            Signal that selects the best of n guided samples.
 
     Returns:
         `list` of a row with `kl`, `strength` and `num_effective`, and the expectations `(P,)` by name.
@@ -87,13 +81,13 @@ def interpolated(
         weights = found.weights if n == 1 else best_of_weights(found.weights, ranked_by, n)
         by_prompt = {name: (weights * x).sum(dim=1) for name, x in values.items()}
         by_prompt["kl"] = (found.weights * found.kl).sum(dim=1)
-        if n > 1:  # chosen samples are further from the patient than guided ones, and the choice adds a KL
+        if n > 1:  # the KL of the selected samples from the patient, plus the KL of the selection
             by_prompt["kl"] += ((weights - found.weights) * found.log_ratios).sum(dim=1) + best_of_kl(n)
         num_effective = (1 / found.weights.square().sum(dim=1)).mean().item()
         return by_prompt["kl"].mean().item(), beta, by_prompt, num_effective
 
     points = [point(BETAS[FIRST_BETA])]
-    for beta in reversed(BETAS[:FIRST_BETA]):  # down to the first KL, for a doctor with large logits
+    for beta in reversed(BETAS[:FIRST_BETA]):  # smaller strengths, for a doctor with large logits
         if points[0][0] <= max(kls[0], 2 * best_of_kl(n)):
             break
         points.insert(0, point(beta))
@@ -115,10 +109,7 @@ def interpolated(
 def measure(
     bench: "Bench", task: str, split: str, logits: Logits, ranked_by: torch.Tensor | None = None, n: int = 1
 ) -> list[dict]:
-    """
-    Return a row for each KL: reward, number of tokens, share of complete texts, gain by prompt. With a signal they are
-    those of the best of n.
-    """
+    """Return a row for each KL: reward, tokens, share of complete texts, gain by prompt."""
     groups, scores = bench.answers[split], bench.scores[task, split]
     tokens = torch.tensor([[float(len(a.ids)) for a in group] for group in groups]).double()
     ends = torch.tensor([[float(a.ends) for a in group] for group in groups]).double()
@@ -135,7 +126,7 @@ def measure(
 
 
 def shares(bench: "Bench", task: str, split: str, kl: float, gain: torch.Tensor) -> dict:
-    """Return gains by prompt (P,), and the share of the best possible gain where the frontier is known."""
+    """Return gains by prompt (P,), and the share of the best possible gain if the frontier reaches the KL."""
     frontier, by_prompt = bench.frontier(task, split), {"by_prompt": [round(x, 5) for x in gain.tolist()]}
     if kl > frontier.max_kl:
         return by_prompt
@@ -143,7 +134,7 @@ def shares(bench: "Bench", task: str, split: str, kl: float, gain: torch.Tensor)
 
 
 def best_of(bench: "Bench", task: str, seed: int, name: str) -> list[dict]:
-    """Return the best of n patient samples; its KL is at most log n - (n - 1) / n."""
+    """Return a row for the best of n patient samples. `name` is one of `NO_TRAINING`."""
     n, scores = int(name.split()[2]), bench.scores[task, "test"]
     signal = scores
     if name.endswith("credits"):
@@ -165,10 +156,7 @@ def best_possible(bench: "Bench", task: str) -> dict:
 
 
 def measure_objectives(bench: "Bench", weights: dict[str, float], logits: Logits) -> list[dict]:
-    """
-    Return a row for each KL: the gain of a doctor in each task, in units of its score, and the gain by prompt in the
-    weighted log-odds of labels.
-    """
+    """Return a row for each KL: gains in the score of each task, and by prompt in the weighted log-odds of labels."""
     factors = {name: weight * TASKS[name].noise_factor for name, weight in weights.items()}
     scores = {name: bench.scores[name, "test"] for name in weights}
     utility = sum(factor * scores[name] for name, factor in factors.items())

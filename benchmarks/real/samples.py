@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Answers sampled from a model at temperature 1, and a folder that caches them. Sampling is the largest cost of a bench.
+Answers sampled from a model at temperature 1, with a cache on disk.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from trl_tfpo.common.atomic import written_whole
+from trl_tfpo.common.atomic import atomic_write
 from trl_tfpo.common.progress import Progress
 from trl_tfpo.models.fingerprint import model_fingerprint
 
@@ -36,28 +36,28 @@ def draw(
     """
     Sample one completion for each prompt, at temperature 1 and from the whole vocabulary, with or without a guide.
 
-    Equal prompts pass the model once, and a row that has ended leaves the batch. Prompts are padded on the left.
+    Equal prompts are read once, and a completion leaves the batch when it ends. Prompts are padded on the left.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            A causal language model, in evaluation mode.
+            A causal language model, in eval mode.
         prompts_ids (`Sequence[list[int]]` of B):
             Token ids of the prompts. For several completions of a prompt, repeat it.
         max_new_tokens (`int`):
-            Tokens of a completion at most.
+            Maximum number of tokens of a completion.
         generator (`torch.Generator`):
-            Source of chance. Sampling is done on its device, which should be that of the model.
+            Random number generator, on the device where tokens are sampled.
         eos_token_id (`int` or `Sequence[int]`):
             Tokens that end a completion.
         guide (`Callable`, *optional*):
-            From the indices of the live completions, the model's last hidden states `(B', H)` and its logits `(B', V)`
-            there, to the logits that are sampled.
+            Function from the indices of the unfinished completions, their last hidden states `(B', H)` and their
+            logits `(B', V)` to the logits to sample from.
 
     Returns:
-        `list[list[int]]` of B: the new token ids. A completion that has ended has its EOS at the end.
+        `list[list[int]]` of B: the new token ids, with EOS if the completion has ended.
 
     Raises:
-        `ValueError`: when there is no prompt, one is empty, or there is no token to draw.
+        `ValueError`: if there is no prompt, a prompt is empty, or `max_new_tokens` is not positive.
     """
     if not prompts_ids or not all(prompts_ids) or max_new_tokens < 1:
         raise ValueError(
@@ -65,7 +65,7 @@ def draw(
             f"Got {len(prompts_ids)} prompts, the shortest of {min(map(len, prompts_ids), default=0)} tokens, and "
             f"max_new_tokens={max_new_tokens}; correct what is zero."
         )
-    # B rows, U distinct prompts, P tokens of the longest prompt, V words. Rows are completions that have not ended
+    # B rows (unfinished completions), U distinct prompts, P tokens of the longest prompt, V words
     device = model.device
     eos = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id), device=device)
     prompt_of_row, ids, mask = _distinct_prompts(prompts_ids, device)
@@ -120,27 +120,28 @@ def _distinct_prompts(
 
 class Samples:
     """
-    Cache of samples of a model. Each sample is drawn once, and then read from a folder.
+    Cache of samples of a model on disk.
 
-    They are drawn in pieces: some prompts, with all their samples. A piece is a file of JSON lines,
+    Samples are drawn in pieces: some prompts, with all their samples. A piece is a file of JSON lines,
     `{"prompt_ids": [...], "completions_ids": [[...], ...]}`, at `folder/FINGERPRINT/SPLIT-FIRST_PROMPT-KEY.jsonl`. The
-    fingerprint is the hash of the model's configuration and weights, and the key is the hash of everything else that
-    the piece depends on. A file is written whole or not at all. Each piece has its own seed, so a resumed run draws
-    the same samples as an uninterrupted one.
+    fingerprint is the hash of the model's configuration and weights, and the key is the hash of all other inputs of
+    the piece. Files are written atomically. Each piece has its own seed, so a resumed run draws the same samples as an
+    uninterrupted run.
 
     Args:
         folder (`Path`):
-            Where samples are kept.
+            Folder of the cache.
         model ([`~transformers.PreTrainedModel`]):
-            A causal language model, in evaluation mode.
+            A causal language model, in eval mode.
         max_new_tokens (`int`):
-            Tokens of a completion at most.
+            Maximum number of tokens of a completion.
         eos_token_id (`int` or `Sequence[int]`):
             Tokens that end a completion.
         seed (`int`, *optional*, defaults to 0):
-            Other samples of the same prompts have another seed.
+            Seed of the samples.
         rows_per_piece (`int`, *optional*, defaults to 128):
-            Completions that are drawn together, unless one prompt has more. It changes which samples are drawn.
+            Number of completions in a piece, or all completions of one prompt if they are more. The samples depend on
+            it.
     """
 
     def __init__(
@@ -163,26 +164,12 @@ class Samples:
 
     def of(self, split: str, prompts_ids: Sequence[list[int]], num_samples: int) -> list[list[list[int]]]:
         """
-        Return samples of some prompts. Cached samples are read, others are drawn.
+        Return the token ids of `num_samples` completions of each prompt, EOS included. Draw those that are not cached.
 
-        Prompts may be added at the end: earlier pieces stay valid.
-
-        Args:
-            split (`str`):
-                Name of the prompts, such as "train". It is part of the names of files.
-            prompts_ids (`Sequence[list[int]]` of P):
-                Token ids of the prompts.
-            num_samples (`int`):
-                Samples of each prompt.
-
-        Returns:
-            `list[list[list[int]]]` of P x num_samples: token ids of completions, EOS included.
-
-        Raises:
-            `ValueError`: when `num_samples` is not positive.
+        `split` names the prompts in the names of files. Pieces stay valid if prompts are added at the end.
         """
         if num_samples < 1:
-            raise ValueError(f"`num_samples` must be at least 1. Got {num_samples}; ask for one sample or more.")
+            raise ValueError(f"`num_samples` must be at least 1. Got {num_samples}; raise it.")
         size = max(self.rows_per_piece // num_samples, 1)  # prompts of a piece
         samples = []
         with Progress(len(prompts_ids) * num_samples, f"Sampling {split}", "completions") as progress:
@@ -205,14 +192,14 @@ class Samples:
         repeated = [ids for ids in prompts_ids for _ in range(num_samples)]
         flat = draw(self.model, repeated, generator=generator, **self.settings)
         drawn = [flat[first : first + num_samples] for first in range(0, len(flat), num_samples)]
-        with written_whole(file) as part, open(part, "w", encoding="utf-8") as lines:
+        with atomic_write(file) as part, open(part, "w", encoding="utf-8") as lines:
             for ids, completions in zip(prompts_ids, drawn, strict=True):
                 lines.write(json.dumps({"prompt_ids": ids, "completions_ids": completions}) + "\n")
         return drawn, False
 
 
 def _read(file: Path, prompts_ids: list[list[int]]) -> list[list[list[int]]] | None:
-    """Return the samples in a file; None where the file is missing or damaged."""
+    """Return the samples in a file, or None if the file is missing or damaged."""
     if not file.is_file():
         return None
     try:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Rewards of whole texts: how much each could gain if a doctor learned it perfectly.
+Rewards of whole texts, and the gain of a perfect doctor for each reward.
 
-The patient's samples of validation prompts are reweighted by the exponential of the reward. No doctor is trained.
+The patient's samples of validation prompts are reweighted by the exponential of the reward, without training.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from datasets import Dataset
 from states import Answer
 
 from trl_tfpo.functional import token_rewards
-from trl_tfpo.testbed.frontier import kl_of, tilted
+from trl_tfpo.testbed.frontier import find_tilt, kl_from_uniform
 from trl_tfpo.training.calibration import Calibration, calibrate
 
 
@@ -27,12 +27,12 @@ SIGNAL_KLS = [0.1, 0.25, 0.5, 1.0]  # nats
 
 def gain_by(signal: torch.Tensor, scores: torch.Tensor, kl: float) -> float:
     """Return the gain of samples with scores (P, N), reweighted by a signal (P, N), at a mean KL in nats."""
-    _, weights = tilted(signal, lambda weights: kl_of(weights).mean(), kl)
+    _, weights = find_tilt(signal, lambda weights: kl_from_uniform(weights).mean(), kl)
     return ((weights * scores).sum(dim=1).mean() - scores.mean()).item()
 
 
 def calibrated(task: str, pairs: Sequence[tuple[Answer, Answer]], embeddings: torch.Tensor, eos: int) -> Calibration:
-    """Return token rewards that explain the labels of pairs, chosen and rejected, by the gaps of a task's faces."""
+    """Calibrate token rewards on pairs (chosen, rejected) and the gaps of a task's faces."""
     columns = {name: [] for name in ("chosen_ids", "rejected_ids", "chosen_gaps", "rejected_gaps")}
     for pair in pairs:
         for side, answer in zip(("chosen", "rejected"), pair, strict=True):
@@ -58,7 +58,7 @@ def sparse_rewards(task: str, answer: Answer, sign: float = 1.0, **settings) -> 
 
 
 def signals(bench: "Bench", task: str, seed: int) -> list[dict]:
-    """Return the share of the best gain that each reward could reach on validation prompts."""
+    """Return a row for each reward: its share of the best possible gain on validation prompts, and its correlation."""
     groups, scores = bench.answers["validation"], bench.scores[task, "validation"]
     calibration = bench.calibration(task, seed)
 

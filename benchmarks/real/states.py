@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-Answers of a patient with their hidden states, cached; and doctors that are maps of these states.
+Cached hidden states of a patient's answers, and doctors that are functions of these states.
 
-A *doctor on states* has no forward pass of its own: its logits are $e_y^\top (M h_s + b)$, where $h_s$ is the
-patient's last hidden state and $e$ are its vocabulary embeddings. It is trained from cached states in less than a
-minute on a CPU, so that objectives and rewards can be compared on equal terms, each with a grid of settings and
-several seeds.
+A *doctor on states* has the logits $e_y^\top (M h_s + b)$, where $h_s$ is the patient's last hidden state and $e$ are
+the embeddings of its head. It is trained on cached states in less than a minute on a CPU. Objectives and rewards can
+therefore be compared with a grid of settings and several seeds for each.
 
 The normalizer of a guided policy is a sum over the vocabulary. It is estimated from the patient's 128 likeliest
-tokens, exactly, and 64 samples of the others, weighted by the remaining probability.
+tokens, exactly, and 64 samples of the other tokens, weighted by the remaining probability.
 """
 
 import copy
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trl_tfpo.common.atomic import written_whole
+from trl_tfpo.common.atomic import atomic_write
 from trl_tfpo.common.progress import Progress
 from trl_tfpo.faces import apply_face
 from trl_tfpo.functional import flow_potential, log_prefix_scores, subtb_loss
@@ -39,17 +38,17 @@ class Answer:
 
     Args:
         ids (`torch.Tensor` of shape `(T,)`):
-            Its tokens.
+            Token ids.
         states (`torch.Tensor` of shape `(T + 1, H)`):
-            The patient's last hidden states: where each token is predicted, and after the last.
+            The patient's last hidden states: where each token is predicted, and after the last token.
         candidates (`torch.Tensor` of shape `(T, C)`):
-            Tokens that stand for the vocabulary.
+            Tokens that represent the vocabulary.
         log_weights (`torch.Tensor` of shape `(T, C)`):
-            Log of the probability that each stands for.
+            Log of the probability that each candidate represents.
         ends (`bool`):
             Whether the last token is EOS.
         faces (`dict[str, tuple[torch.Tensor, torch.Tensor]]`):
-            Gaps of the faces, by task: of the tokens `(T,)`, and of the candidates `(T, C)`, in nats.
+            Gaps of the faces in nats, by task: at the tokens `(T,)` and at the candidates `(T, C)`.
     """
 
     ids: torch.Tensor
@@ -65,33 +64,33 @@ class Answer:
 
 class Reader:
     """
-    Reads answers under prompts. The common beginning of consecutive prompts is read once.
+    Computes hidden states of answers after prompts. The common start of consecutive prompts is read once.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            The patient. Its logits must be the product of its last hidden states with its head.
+            The patient. Its logits must be the product of its last hidden states and its head.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer, with a chat template.
+            Tokenizer with a chat template.
         eos_token_id (`int`):
-            What ends an answer.
+            Token that ends an answer.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, eos_token_id: int):
         self.model, self.tokenizer, self.eos_token_id = model, tokenizer, eos_token_id
-        self._last, self._cache = [], None  # the prompt that was read before, and its keys and values
+        self._last, self._cache = [], None  # the previous prompt, with its keys and values
 
     def _render(self, messages: list[dict]) -> list[int]:
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
     @torch.inference_mode()
     def states(self, messages: list[dict], completions: Sequence[list[int]]) -> list[torch.Tensor]:
-        """Last hidden states `(T_i + 1, H)` of each completion."""
+        """Return the last hidden states `(T_i + 1, H)` of each completion."""
         prompt, cache = self._render(messages), None
         pairs = enumerate(zip(prompt[:-1], self._last, strict=False))
         num_shared = next((i for i, (a, b) in pairs if a != b), min(len(prompt) - 1, len(self._last)))
         if num_shared:
             cache = copy.deepcopy(self._cache)
-            cache.crop(num_shared - len(self._last))  # tokens to remove, as a negative number
+            cache.crop(num_shared - len(self._last))  # a negative number is the number of tokens to remove
         read = self.model.base_model(
             input_ids=torch.tensor([prompt[num_shared:]]), past_key_values=cache, use_cache=True
         )
@@ -109,7 +108,7 @@ class Reader:
     def answers(
         self, messages: list[dict], completions: Sequence[list[int]], generator: torch.Generator
     ) -> list[Answer]:
-        """Return the completions as answers, read by the patient under the prompt alone."""
+        """Return the completions as answers, without faces."""
         answers = []
         for ids, states in zip(completions, self.states(messages, completions), strict=True):
             logps = self.model.lm_head(states[:-1]).log_softmax(dim=-1)  # (T, V)
@@ -124,7 +123,7 @@ class Reader:
 
     @torch.inference_mode()
     def read_faces(self, messages: list[dict], answers: list[Answer], task) -> None:
-        """Add the gaps of a task's faces, in place."""
+        """Add the gaps of a task's faces to the answers."""
         ids, found = [answer.ids.tolist() for answer in answers], []
         for instruction in (task.faces.positive, task.faces.negative):
             faced = apply_face(messages, instruction, placement=task.faces.placement)
@@ -144,7 +143,7 @@ def read_all(
     split: str,
     prompts_per_piece: int = 8,
 ) -> list[list[Answer]]:
-    """Return the answers to each prompt. Pieces are files of their own, so a stopped run can be resumed."""
+    """Return the answers to each prompt. Each piece is cached in a file, so a stopped run can be resumed."""
     folder.mkdir(parents=True, exist_ok=True)
     groups, firsts = [], range(0, len(prompts), prompts_per_piece)
     with Progress(len(prompts), f"Reading {split}", "prompts") as progress:
@@ -157,15 +156,15 @@ def read_all(
                     for task in tasks:
                         reader.read_faces(messages, answers, task)
                     piece.append([vars(answer) for answer in answers])
-                with written_whole(path) as part:
+                with atomic_write(path) as part:
                     torch.save(piece, part)
             kept = [[Answer(**answer) for answer in answers] for answers in torch.load(path)]
             if [[answer.ids.tolist() for answer in group] for group in kept] != list(
                 map(list, completions[first : first + prompts_per_piece])
             ):
                 raise ValueError(
-                    f"The file must hold the states of these samples. Got those of others in {str(path)!r}; "
-                    "delete the folder, or use another `--cache` for another model."
+                    f"A file of states must belong to these samples. Got {str(path)!r} with other samples; delete the "
+                    "folder, or use another `--cache` for another model."
                 )
             groups += kept
             progress.update(min(prompts_per_piece, len(prompts) - first))
@@ -177,10 +176,10 @@ def read_all(
 
 class CandidateLogits(torch.autograd.Function):
     """
-    `embeddings[candidates] @ directions`, (N, C), of candidates (N, C) and directions (N, H).
+    `embeddings[candidates] @ directions`, (N, C), for candidates (N, C) and directions (N, H).
 
-    The embeddings of all candidates would take gigabytes. Those of one state at a time fit a processor's cache. The
-    gradient is a weighted sum of embeddings, computed without copies of them.
+    The embeddings of all candidates would take gigabytes. The embeddings for one state fit in a processor's cache. The
+    gradient is a weighted sum of embeddings, computed without copies.
     """
 
     @staticmethod
@@ -201,17 +200,17 @@ class CandidateLogits(torch.autograd.Function):
 
 class Doctor(torch.nn.Module):
     """
-    Logits `embeddings @ (M h + b)` from a patient's hidden states h, and the value of a state; both start at zero.
+    Logits `embeddings @ (M h + b)` and log V of a patient's hidden states h. Both are zero before training.
 
     Args:
         embeddings (`torch.Tensor` of shape `(V, H)`):
             The patient's head.
         mean, scale (`torch.Tensor` of shape `(H,)`):
-            Of the hidden states; M sees them standardized to a mean square norm of 24.
+            Mean and scale by which the hidden states are standardized for M.
 
     Attributes:
         patient_weight (`float`):
-            Factor of the patient's logits in the doctor's: 1 where the doctor is a language model, else 0.
+            Factor of the patient's logits in the doctor's logits: 1 if the doctor is a language model, otherwise 0.
     """
 
     patient_weight = 0.0
@@ -230,11 +229,11 @@ class Doctor(torch.nn.Module):
         return (states - self.mean) / self.scale
 
     def directions(self, states: torch.Tensor) -> torch.Tensor:
-        """Return vectors (N, H) at N states of the patient. Their products with the embeddings are the logits."""
+        """Return vectors (N, H) at N states, whose products with the embeddings are the logits."""
         return self.standardized(states) @ self.map.T + self.bias + self.patient_weight * states
 
     def guidance(self, states: torch.Tensor, answer_ids: torch.Tensor, candidates: torch.Tensor):
-        """Logits of the tokens (N,) and of the candidates (N, C) at N states of the patient."""
+        """Return logits of the tokens (N,) and of the candidates (N, C) at N states."""
         is_fixed = not (torch.is_grad_enabled() and self.map.requires_grad)
         if is_fixed and not self.patient_weight and not self.map.any():  # the same logits at every state
             logits = self.embeddings @ self.bias
@@ -252,9 +251,7 @@ def new_doctor(embeddings: torch.Tensor, groups: Sequence[Sequence[Answer]]) -> 
 
 @dataclass
 class Batch:
-    """
-    Answers of B rows and N tokens: log-ratios of the guided policy to the patient, and values, (B, T) and (B, S).
-    """
+    """Log-ratios (B, T) of the guided policy to the patient, values (B, S), and mask (B, T) of B answers."""
 
     log_ratios: torch.Tensor
     log_values: torch.Tensor
@@ -288,10 +285,7 @@ def train(
     seed: int = 0,
     batch_size: int = 16,
 ) -> Doctor:
-    """
-    Train by AdamW with a cosine schedule. The value has ten times the learning rate, and the map `map_rate`
-    times.
-    """
+    """Train with AdamW and a cosine schedule. The learning rate is multiplied by 10 for log V, by `map_rate` for M."""
     doctor.map.requires_grad_(map_rate > 0)
     optimizer = torch.optim.AdamW(
         [
@@ -317,7 +311,7 @@ def train(
 
 
 def flow_loss(rewards: Callable[[Answer], torch.Tensor], *, reward_temperature: float, subtb_lambda: float):
-    """Sub-trajectory balance of the guided policy, with the patient as the reference."""
+    """Return the sub-trajectory balance loss of the guided policy, with the patient as the reference."""
 
     def loss(doctor, chosen, rejected, _):
         answers = [*chosen, *rejected]
@@ -338,7 +332,7 @@ def flow_loss(rewards: Callable[[Answer], torch.Tensor], *, reward_temperature: 
 
 
 def dpo_loss(*, beta: float):
-    """Direct preference optimization of the guided policy, with the patient as the reference."""
+    """Return the DPO loss of the guided policy, with the patient as the reference."""
 
     def loss(doctor, chosen, rejected, _):
         batch = forward(doctor, [*chosen, *rejected])
@@ -350,19 +344,17 @@ def dpo_loss(*, beta: float):
 
 def genarm_loss(*, beta: float, starts_at_patient: bool, num_words: int = 1024, seed: int = 0):
     """
-    GenARM: Bradley-Terry on sums of log-probabilities under the doctor as a language model, without a reference.
+    Return the loss of GenARM: Bradley-Terry on sums of log-probabilities of the doctor as a language model.
 
     Args:
         beta (`float`):
             Factor of the difference of the sums.
         starts_at_patient (`bool`):
             Whether the language model is the patient times the doctor, or the doctor alone, which starts uniform. The
-            normalizer of the former is estimated from the candidates. That of the latter is estimated from the tokens
-            of
-            the batch, exactly, and `num_words` samples of the others, because candidates of the patient have no rare
-            words.
+            normalizer of a product is estimated from the candidates. The normalizer of a doctor alone is estimated
+            from the tokens of the batch, exactly, and samples of the others, because the candidates lack rare tokens.
         num_words, seed (`int`):
-            Samples of the vocabulary, which change at each step.
+            Number and seed of the samples of the vocabulary, drawn at each step.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -393,9 +385,7 @@ def genarm_loss(*, beta: float, starts_at_patient: bool, num_words: int = 1024, 
 
 
 def patient_logps(embeddings: torch.Tensor, answer: Answer) -> torch.Tensor:
-    """
-    Return log-probabilities (T,) of an answer's tokens under the patient. Its likeliest token is the first candidate.
-    """
+    """Return log-probabilities (T,) of an answer's tokens under the patient."""
     likeliest = answer.candidates[:, 0].long()
     return answer.log_weights[:, 0] + ((embeddings[answer.ids] - embeddings[likeliest]) * answer.states[:-1]).sum(
         dim=1
@@ -407,10 +397,7 @@ def patient_logps(embeddings: torch.Tensor, answer: Answer) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Guided:
-    """
-    A guided policy on the patient's samples: log-ratios to the patient, importance weights, and KL in nats, (P, N)
-    each.
-    """
+    """Log-ratios of a guided policy to the patient, and KL, in nats, on the patient's samples; (P, N) each."""
 
     log_ratios: torch.Tensor
     kl: torch.Tensor
@@ -420,14 +407,13 @@ class Guided:
         return self.log_ratios.softmax(dim=1)
 
 
-Logits = list[
-    tuple[torch.Tensor, torch.Tensor]
-]  # of each prompt: of the tokens (N,) of all answers, and of the candidates
+# For each prompt: logits of the tokens (N,) of all answers, and of their candidates (N, C)
+Logits = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 @torch.no_grad()
 def logits_on(doctor: Doctor, groups: Sequence[Sequence[Answer]]) -> Logits:
-    """Return logits of the tokens and the candidates of each prompt's answers, at strength 1."""
+    """Return a doctor's logits of the tokens and the candidates, at strength 1."""
     return [
         doctor.guidance(
             torch.cat([answer.states[:-1] for answer in group]),
@@ -440,7 +426,7 @@ def logits_on(doctor: Doctor, groups: Sequence[Sequence[Answer]]) -> Logits:
 
 @torch.no_grad()
 def weigh(groups: Sequence[Sequence[Answer]], logits: Logits, strength: float) -> Guided:
-    """Importance-weight the samples of P prompts, N each, for the patient guided at a strength."""
+    """Importance-weight the samples of P prompts, N for each, for the patient guided at a strength."""
     log_ratios, kls = [], []
     for group, (own, others) in zip(groups, logits, strict=True):
         patient, lengths = torch.cat([answer.log_weights for answer in group]), [len(answer.ids) for answer in group]
@@ -457,13 +443,13 @@ def weigh(groups: Sequence[Sequence[Answer]], logits: Logits, strength: float) -
 def logits_of(
     model: PreTrainedModel, reader: Reader, prompts: Sequence[list[dict]], groups: Sequence[Sequence[Answer]]
 ) -> Logits:
-    """Return the same as [`logits_on`], for a doctor that is a model and reads prompts and answers itself."""
-    own_reader, said = Reader(model, reader.tokenizer, reader.eos_token_id), []
+    """Return the same as [`logits_on`], for a doctor that is a language model."""
+    own_reader, logits_of_prompts = Reader(model, reader.tokenizer, reader.eos_token_id), []
     for messages, group in zip(prompts, groups, strict=True):
         states = own_reader.states(messages, [answer.ids.tolist() for answer in group])
         parts = []
         for state, answer in zip(states, group, strict=True):
             logits = model.lm_head(state[:-1])  # (T, V)
             parts.append((logits.gather(1, answer.ids[:, None])[:, 0], logits.gather(1, answer.candidates.long())))
-        said.append(tuple(torch.cat(x) for x in zip(*parts, strict=True)))
-    return said
+        logits_of_prompts.append(tuple(torch.cat(x) for x in zip(*parts, strict=True)))
+    return logits_of_prompts

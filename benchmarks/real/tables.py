@@ -17,7 +17,7 @@ OURS = "TFPO, calibrated"
 
 
 def read(output: Path, **key) -> list[dict]:
-    """Return the rows that have these values."""
+    """Return the rows of an output that have these values."""
     lines = output.read_text(encoding="utf-8").splitlines() if output.is_file() else []
     return [row for row in map(json.loads, lines) if all(row.get(name) == value for name, value in key.items())]
 
@@ -61,7 +61,7 @@ def methods_table(task: str, rows: list[dict]) -> None:
 
 
 def best_of_table(task: str, rows: list[dict]) -> None:
-    """Print the best of n guided answers. The KL is that of the guided patient, plus the largest KL of the choice."""
+    """Print the best of n guided answers. The KL is an upper bound, see `measures.best_of_kl`."""
     if not rows:
         return
     print(f"\n## {task}: the best of n guided answers, efficiency on test prompts\n")
@@ -94,9 +94,7 @@ def sampled_table(task: str, rows: list[dict]) -> None:
 
 
 def objectives_table(rows: list[dict]) -> None:
-    """
-    Print for each weighting and KL the gain of each method in each score, and the share of the best weighted gain.
-    """
+    """Print the gain of each method in each score, and its efficiency, for each weighting and KL."""
     methods = list(dict.fromkeys(row["method"] for row in rows))
     if not methods:
         return
@@ -131,7 +129,7 @@ def _mean_column(rows: list[dict], methods: list[str], kl: float) -> list[str]:
 
 
 def over_weightings(rows: list[dict]) -> torch.Tensor | None:
-    """Return efficiency (seeds, P), a mean over weightings; None if some are unknown."""
+    """Return efficiency (seeds, P) as a mean over weightings, or None if one of them is unknown."""
     by_seed = {row["seed"]: [] for row in rows}
     for row in rows:
         share = row["efficiency"] / row["gain"] if "efficiency" in row else math.nan
@@ -148,10 +146,7 @@ def _between(draws: torch.Tensor) -> str:
 
 
 def versus(rows: list[dict], ours: str) -> None:
-    """
-    Return the gain of one method divided by that of each other, on the same prompts and seeds, with bootstrap
-    intervals.
-    """
+    """Print ratios of the gain of one method to the gains of the others, with bootstrap intervals."""
     print(f"\n| gain of *{ours}*, divided by that of | " + " | ".join(f"{kl} nats" for kl in KLS) + " |")
     print("|---" + "|---:" * len(KLS) + "|")
     for name in dict.fromkeys(row["method"] for row in rows if "strength" in row and row["method"] != ours):
@@ -183,10 +178,7 @@ def spread(values: list[float]) -> str:
 
 
 def interval(rows: list[dict]) -> str:
-    """
-    Return mean efficiency, or gain where the frontier is unknown, with its 95% interval. It is by bootstrap over seeds
-    and prompts; all seeds have the same prompts.
-    """
+    """Return mean efficiency, or gain if the frontier is unknown, with its 95% interval from [`bootstrap`]."""
     if not rows:
         return ""
     is_known = all(row.get("efficiency") is not None for row in rows)
@@ -210,17 +202,7 @@ POINTS = {"best of 2 by the scorer": "best of 2", "best of 4 by the scorer": "be
 
 
 def plot(output: Path, tasks: list[str], path: Path) -> None:
-    """
-    Draw the gain of each method against its KL from the patient, with 95% bands, below the frontier.
-
-    Args:
-        output (`Path`):
-            The lines of a bench.
-        tasks (`list[str]`):
-            One panel for each.
-        path (`Path`):
-            The image, in a format that matplotlib writes.
-    """
+    """Draw the frontier and the gain of each method against its KL, with 95% bands, in one panel for each task."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -238,7 +220,7 @@ def plot(output: Path, tasks: list[str], path: Path) -> None:
 
 def draw_task(axes, task: str, rows: list[dict]) -> None:
     """Draw one panel, with labels at the ends of the lines."""
-    axes.set_xscale("function", functions=(lambda x: x**0.5, lambda x: x**2))  # where gains are straight lines
+    axes.set_xscale("function", functions=(lambda x: x**0.5, lambda x: x**2))  # gains are almost linear in the root
     ends = []
     for row in (row for row in rows if row["kind"] == "frontier"):
         kls, gains, errors = (torch.tensor(row[x]) for x in ("kls", "gains", "standard_errors"))

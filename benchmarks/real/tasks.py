@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Tasks for a real model: two scorers, and the questions.
+Tasks for a real model: scorers and questions.
 
-The scorers are deterministic and need no network. They simulate people who choose between two answers: a label is
-drawn with a probability that depends on the difference of the scores, so some labels are wrong.
+The scorers are deterministic and need no network. They simulate people who choose between two answers: the probability
+of a label depends on the difference of the scores, so some labels are wrong.
 """
 
 import functools
@@ -38,11 +38,11 @@ class Task:
         name (`str`):
             Name of the task.
         faces ([`~trl_tfpo.faces.Faces`] or `None`):
-            The instructions to the patient. A mixture of tasks has none.
+            Contrastive prompts. A mixture of tasks has none.
         score (`Callable[[str], float]`):
-            Measures how much of the wanted behaviour the text of an answer shows.
+            Function from the text of an answer to the degree of the wanted behaviour.
         noise_factor (`float`):
-            Log-odds of a label for one unit of difference in the score, see [`label`].
+            Log-odds of a label per unit of difference in the score, see [`label`].
     """
 
     name: str
@@ -63,9 +63,9 @@ def sentiment(text: str) -> float:
 
 def plainness(text: str) -> float:
     """
-    The Flesch reading ease of a text of 6 to 32 words, cut to [0, 100] and divided by 100; else 0.5.
+    Flesch reading ease of a text, clipped to [0, 100] and divided by 100.
 
-    Texts of other lengths get 0.5, so that no answer scores high by its length.
+    A text with fewer than 6 or more than 32 words gets 0.5, so that no answer scores high by its length.
     """
     if not 6 <= len(text.split()) <= 32:
         return 0.5
@@ -101,11 +101,9 @@ TASKS = {
 
 def mixture(weights: dict[str, float]) -> Task:
     """
-    Combine tasks. A label is drawn by the weighted sum of their log-odds.
+    Combine tasks by weights. The log-odds of a label are the weighted sum of the log-odds of the tasks.
 
-    Args:
-        weights (`dict[str, float]`):
-            Of tasks, by name. A task with the whole weight is that task.
+    A task with weight 1 is returned unchanged.
     """
     whole = [name for name, weight in weights.items() if weight == 1]
     if whole:
@@ -121,28 +119,18 @@ def mixture(weights: dict[str, float]) -> Task:
 
 def label(task: Task, texts_a: Sequence[str], texts_b: Sequence[str], seed: int) -> list[bool]:
     """
-    Which of two answers is preferred, with Bradley-Terry noise.
+    Label pairs of answers with Bradley-Terry noise.
 
         P(a is preferred) = sigmoid(noise_factor * (score(a) - score(b)))
 
-    Args:
-        task ([`Task`]):
-            The scorer and its noise.
-        texts_a, texts_b (`Sequence[str]` of N):
-            The answers.
-        seed (`int`):
-            Of the noise. The n-th label depends on the n-th pair and the seed only.
+    The n-th label depends only on the n-th pair and the seed.
 
     Returns:
-        `list[bool]` of N: True where the text in `texts_a` is preferred.
-
-    Raises:
-        `ValueError`: when the two lists have different lengths.
+        `list[bool]`: True where the text in `texts_a` is preferred.
     """
     if len(texts_a) != len(texts_b):
         raise ValueError(
-            f"There must be one text in `texts_b` for each in `texts_a`. Got {len(texts_a)} and {len(texts_b)}; pass "
-            "pairs."
+            f"`texts_a` and `texts_b` must have the same length. Got {len(texts_a)} and {len(texts_b)}; pass pairs."
         )
     noise = random.Random(seed)
     differences = (task.score(a) - task.score(b) for a, b in zip(texts_a, texts_b, strict=True))
@@ -150,26 +138,23 @@ def label(task: Task, texts_a: Sequence[str], texts_b: Sequence[str], seed: int)
 
 
 def as_messages(prompt: str) -> list[dict]:
-    """Return the conversation that asks a question: one message, with a request for a short answer."""
+    """Return the conversation for a question: one message, with a request for a short answer."""
     return [{"role": "user", "content": f"{prompt}\nAnswer in one short sentence."}]
 
 
 def prompts(path: str | os.PathLike | None = None) -> list[str]:
     """
-    Return distinct questions of fewer than 120 characters, in a fixed order.
+    Return distinct questions of fewer than 120 characters, in a fixed random order.
 
     Args:
         path (`str` or `os.PathLike`, *optional*):
-            A file in the format of HH-RLHF (`.jsonl` or `.jsonl.gz`), or the name of a dataset on the Hub, of which
-            the split "train" is read. The question is in the column `prompt`, or, where there is none, in `chosen`:
-            the first message of the user, or the first turn of a text with turns of "Human:" and "Assistant:". A
-            `prompt` without turns is a question as a whole. By default the questions are those of `own_questions`.
-
-    Returns:
-        `list[str]`: the questions, shuffled.
+            A file in the format of HH-RLHF (`.jsonl` or `.jsonl.gz`), or the name of a dataset on the Hub with the
+            split "train". The question is the first message of the user, or the first turn of a transcript ("Human:",
+            "Assistant:"), in the column `prompt` or else `chosen`. A `prompt` without turns is a question. By default
+            the questions are those of [`own_questions`].
 
     Raises:
-        `ValueError`: when the file does not exist, or no question is found.
+        `ValueError`: if the file does not exist, or no question is found.
     """
     if path is None:
         found = own_questions()
@@ -178,7 +163,7 @@ def prompts(path: str | os.PathLike | None = None) -> list[str]:
     kept = [text for text in dict.fromkeys(found) if 0 < len(text) <= MAX_PROMPT_CHARACTERS]
     if not kept:
         raise ValueError(
-            "Each row must have `prompt` or `chosen` that begins with a question of fewer than 120 characters. Got "
+            "Some rows must have a `prompt` or `chosen` that begins with a question of fewer than 120 characters. Got "
             f"none in {str(path)!r}; convert the dataset to the format of HH-RLHF."
         )
     random.Random(0).shuffle(kept)
@@ -186,7 +171,7 @@ def prompts(path: str | os.PathLike | None = None) -> list[str]:
 
 
 def _rows(path: str | os.PathLike) -> Iterable[dict]:
-    """The rows of a file, or of a dataset on the Hub."""
+    """Return the rows of a file, or of a dataset on the Hub."""
     name = str(path)
     if not name.endswith((".jsonl", ".jsonl.gz")):
         return datasets.load_dataset(name, split="train")
@@ -198,7 +183,7 @@ def _rows(path: str | os.PathLike) -> Iterable[dict]:
 
 
 def _first_turn(row: dict) -> str | None:
-    """The first question in a row, without white space around it; None where there is none."""
+    """Return the first question in a row, without surrounding whitespace, or None."""
     value = row.get("prompt") or row.get("chosen")
     if isinstance(value, list):
         return next((message["content"].strip() for message in value if message["role"] == "user"), None)
@@ -210,7 +195,7 @@ def _first_turn(row: dict) -> str | None:
     return value.strip() if row.get("prompt") else None
 
 
-# Templates, and topics that each of them can ask about
+# Templates, with topics for each of them
 QUESTIONS = [
     (
         [
@@ -320,5 +305,5 @@ QUESTIONS = [
 
 
 def own_questions() -> list[str]:
-    """240 everyday questions, neutral and emotional, made of templates and topics."""
+    """Return 240 everyday questions, neutral and emotional, from templates and topics."""
     return [template.format(topic) for templates, topics in QUESTIONS for topic in topics for template in templates]

@@ -46,7 +46,7 @@ PATIENTS = [
     (
         "patient that is not there",
         lambda: annotate(patient="./absent"),
-        "Got './absent', which is not there; check the path",
+        "Got './absent', which does not exist; check the path",
     ),
     ("encoder-decoder patient", lambda: annotate(patient=tiny_t5()), "causal language model"),
     ("NaN log-probabilities", lambda: annotate(patient=broken_patient(float("nan"))), "must be finite.*nan"),

@@ -83,16 +83,16 @@ ANNOTATE = [
     ),
     ("negative length", f"{PAIRS} {PATIENT} --max_length -1", "`max_length` must be at least 1. Got -1"),
     ("4 bits and 8", f"{PAIRS} {PATIENT} --patient_load_in_4bit --patient_load_in_8bit", "Got both"),
-    ("show less than nothing", f"{DRAW} --show -1", "must not be negative"),
+    ("show less than nothing", f"{DRAW} --show -1", "`--show` must be at least 0"),
 ]
 
 # Files and models of annotate
 FILES = [
-    ("no such file", f"annotate --dataset_name absent.jsonl {PATIENT} --output out.jsonl", "not there"),
+    ("no such file", f"annotate --dataset_name absent.jsonl {PATIENT} --output out.jsonl", "does not exist"),
     ("broken file", f"annotate --dataset_name broken.jsonl {PATIENT} --output out.jsonl", "cannot be read"),
     ("empty file", f"annotate --dataset_name empty.jsonl {PATIENT} --output out.jsonl", "cannot be read: it is empty"),
     ("rows without texts", f"annotate --dataset_name null.jsonl {PATIENT} --output out.jsonl", "Row 0 of the dataset"),
-    ("no such model", f"{PAIRS} --patient ./absent", "Got './absent', which is not there"),
+    ("no such model", f"{PAIRS} --patient ./absent", "Got './absent', which does not exist"),
     ("other columns", f"annotate --dataset_name other.jsonl {PATIENT} --output out.jsonl", "chosen"),
     ("no such split", f"{PAIRS} {PATIENT} --dataset_split test", "must be one of ['train']"),
     ("output exists", "annotate --world praise --output pairs.jsonl", "must not exist"),
@@ -121,7 +121,7 @@ TRAIN = [
     (
         "train from no such checkpoint",
         f"{TRAINING} --resume_from_checkpoint ./absent",
-        "must be complete, and written by a `TFPOTrainer`",
+        "must be complete and written by `TFPOTrainer`",
     ),
     ("train a doctor of another family", f"{TRAINING} --doctor other", "must have the same tokenizer"),
     ("train by no such column", f"{TRAINING} --chosen_id_column better", "needs ['better', 'prompt', 'response_0'"),
@@ -135,10 +135,10 @@ GENERATE = [
     ("generate with a beta too many", "generate --world --beta 0.5", "a number for each doctor"),
     ("generate with too much beta", f"{GENERATION} --doctor doctor --beta 2", "must not exceed 1"),
     ("generate without a column", f"generate {PATIENT} --dataset_name other.jsonl", "a column `prompt`"),
-    ("generate, no such doctor", "generate --world --doctor ./absent", "Got './absent', which is not there"),
+    ("generate, no such doctor", "generate --world --doctor ./absent", "Got './absent', which does not exist"),
     ("generate, doctor of another family", f"{GENERATION} --doctor other", "must have the same tokenizer"),
-    ("generate at a negative temperature", f"{GENERATION} --temperature -1", "`--temperature` must not be negative"),
-    ("generate from more than all", f"{GENERATION} --top_p 7", "`--top_p` be in (0, 1]"),
+    ("generate at a negative temperature", f"{GENERATION} --temperature -1", "`--temperature` must be at least 0"),
+    ("generate from more than all", f"{GENERATION} --top_p 7", "`--top_p` in (0, 1]"),
     ("generate no samples", f"{GENERATION} --num_samples_per_prompt 0", "`num_samples_per_prompt` 0"),
     ("generate into a folder of others", f"{GENERATION} --output patient", "must not exist"),
     ("generate over a file", f"{GENERATION} --output pairs.jsonl", "must not exist"),
@@ -153,8 +153,8 @@ EVALUATE = [
     ("evaluate without columns", f"{EVALUATION} a=other.jsonl", "`completion`"),
     ("evaluate numbers", f"{EVALUATION} a=numbers.jsonl", "must be a text or messages. Got 2"),
     ("evaluate without a judge", f"{EVALUATION} a=a.jsonl b=b.jsonl --baseline a", "a judge or a reward function"),
-    ("evaluate, rewards of nobody", f"{EVALUATION} a=a.jsonl --output rewards.jsonl", "are for rewards"),
-    ("evaluate into a file", "evaluate --output_dir a.jsonl --completions a=a.jsonl", "can be written to"),
+    ("evaluate, rewards of nobody", f"{EVALUATION} a=a.jsonl --output rewards.jsonl", "need rewards"),
+    ("evaluate into a file", "evaluate --output_dir a.jsonl --completions a=a.jsonl", "must be writable"),
     ("evaluate at no level", f"{EVALUATION} a=a.jsonl --level 2", "`level` must be between 0 and 1"),
     ("evaluate by no such oracle", f"{EVALUATION} a=a.jsonl --world prais", "Got 'prais'"),
 ]
@@ -162,13 +162,13 @@ EVALUATE = [
 # serve and demo
 SERVE_AND_DEMO = [
     ("serve nothing", SERVER, "a patient is needed"),
-    ("serve at no port", "serve --world --port 99999", "an address of this machine that is free"),
-    ("serve at no address", f"{SERVER} --world --host 256.0.0.1", "an address of this machine that is free"),
+    ("serve at no port", "serve --world --port 99999", "a free address of this machine"),
+    ("serve at no address", f"{SERVER} --world --host 256.0.0.1", "a free address of this machine"),
     ("serve a doctor without a name", f"{SERVER} --world --doctor =path", "NAME=PATH"),
     (
         "serve a doctor that is not there",
         f"{SERVER} --world --doctor a=./absent",
-        "Got './absent', which is not there",
+        "Got './absent', which does not exist",
     ),
     ("serve a doctor of another family", f"{SERVER} --world --doctor a=doctor", "must have the same tokenizer"),
     ("serve with a key that is not there", f"{SERVER} --world --api_key_file absent.txt", "absent.txt"),
@@ -188,9 +188,9 @@ SERVE_AND_DEMO = [
     ("serve no choices", f"{SERVER} --world --max_choices 0", "`max_choices` must be positive. Got 0"),
     ("serve nobody", f"{SERVER} --world --max_rows 0", "`max_rows` must be positive. Got 0"),
     ("serve for no time", f"{SERVER} --world --max_seconds nan", "`max_seconds` must be positive. Got nan"),
-    ("play without a patient", "demo --doctor a=doctor", "`--doctor` needs `--patient`"),
-    ("play without a doctor", "demo --patient patient", "needs at least one `--doctor"),
-    ("play at no port", "demo --port -1", "an address of this machine that is free"),
+    ("play without a patient", "demo --doctor a=doctor", "must be passed together"),
+    ("play without a doctor", "demo --patient patient", "must be passed together"),
+    ("play at no port", "demo --port -1", "a free address of this machine"),
     ("play with doctors that learn nothing", "demo --max_steps 0 --cache_dir cache", "`max_steps` must be at least 1"),
 ]
 

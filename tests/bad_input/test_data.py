@@ -19,7 +19,7 @@ from bad_input.calls import (
 # The dataset as a whole
 DATASETS = [
     ("missing columns", lambda: annotate(PREFERENCES.remove_columns("rejected")), "'chosen' and 'rejected'"),
-    ("not a dataset", lambda: annotate(dataset=ROWS), "one of the library Datasets. Got a `list`"),
+    ("not a dataset", lambda: annotate(dataset=ROWS), "of the library Datasets. Got a `list`"),
     ("no rows", lambda: annotate(PREFERENCES.select([])), "at least one row. Got none"),
     ("vision dataset", lambda: annotate(PREFERENCES.add_column("images", [[]] * 4)), "vision"),
 ]

@@ -124,7 +124,7 @@ COMPARISONS = [
     (
         "completions of half the prompts",
         lambda: evaluation.head_to_head(TEXTS, ["a"], ["a", "b"], length),
-        "as many completions of each",
+        "the same number of completions",
     ),
     (
         "other numbers of seeds",
@@ -169,7 +169,7 @@ JUDGES = [
     (
         "reward model that is not there",
         lambda: evaluation.RewardModel("./absent"),
-        "Got './absent', which is not there",
+        "Got './absent', which does not exist",
     ),
     ("reward model of two labels", lambda: evaluation.RewardModel(make_llama(1)), "must have one label"),
     ("endpoint without http", lambda: judge("localhost:8000"), "URL of an endpoint. Got 'localhost:8000'"),

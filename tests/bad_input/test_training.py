@@ -50,7 +50,7 @@ def collate(**changes):
 # The dataset
 DATASETS = [
     ("no dataset", lambda: TFPOTrainer(model=make_llama(2), args=TFPOConfig("run")), "`train_dataset` is required"),
-    ("not a dataset", lambda: train(train_dataset=ROWS), "one of the library Datasets. Got a `list`"),
+    ("not a dataset", lambda: train(train_dataset=ROWS), "of the library Datasets. Got a `list`"),
     ("no rows", lambda: train(train_dataset=annotate().select([])), "at least one row"),
     (
         "vision dataset",
@@ -65,7 +65,7 @@ DATASETS = [
             faces=FACES,
             settings={"reference_weight": 0.0},
         ),
-        "token rewards already",
+        "A streamed dataset must have token rewards",
     ),
     (
         "streamed dataset with a reference",
@@ -80,7 +80,7 @@ DATASETS = [
     (
         "ids of a larger vocabulary",
         lambda: train(train_dataset=Dataset.from_list([{**row, "prompt_ids": [99]} for row in annotate()])),
-        "Got the token id 99, and its ids are 0 to 21",
+        "whose ids are 0 to 21. Got the token id 99",
     ),
     ("no completion ends", lambda: train(train_dataset=annotate(max_length=8)), "must end in EOS"),
 ]
@@ -92,7 +92,7 @@ DOCTORS = [
         lambda: TFPOTrainer(model=None, train_dataset=annotate()),
         "`model` must be a causal language model, .*Got None",
     ),
-    ("doctor that is not there", lambda: train(model="./absent"), "Got './absent', which is not there"),
+    ("doctor that is not there", lambda: train(model="./absent"), "Got './absent', which does not exist"),
     ("encoder-decoder doctor", lambda: train(model=tiny_t5()), "causal language model"),
     ("not a tokenizer", lambda: train(tokenizer=object()), "must be a tokenizer"),
     ("tokenizer larger than the doctor", lambda: train(model=make_llama(2, vocab_size=9)), "9 embeddings for 22"),
@@ -188,9 +188,9 @@ COLLATOR = [
         lambda: collate(chosen_token_rewards=[0.1]),
         "one entry for each completion token. Got 1 for 2",
     ),
-    ("long prompt", lambda: collate(prompt_ids=[5] * 9), "shorter than `max_length`"),
-    ("empty prompt", lambda: collate(prompt_ids=[]), "at least one token each. Got 0 of the prompt"),
-    ("empty completion", lambda: collate(chosen_ids=[], chosen_token_rewards=[]), "0 of the chosen one"),
+    ("long prompt", lambda: collate(prompt_ids=[5] * 9), "fewer than `max_length` tokens"),
+    ("empty prompt", lambda: collate(prompt_ids=[]), "at least one token. Got 0 in the prompt"),
+    ("empty completion", lambda: collate(chosen_ids=[], chosen_token_rewards=[]), "0 in the chosen completion"),
     (
         "reward that is not finite",
         lambda: collate(chosen_token_rewards=[0.1, float("nan")]),
@@ -199,7 +199,7 @@ COLLATOR = [
     (
         "reference of one completion",
         lambda: collate(chosen_ref_logps=[-1.0, -2.0]),
-        "for all completions or for none. Got 1 for 2",
+        "for all completions or for none. Got it for 1 of 2",
     ),
 ]
 

@@ -18,13 +18,11 @@ MIN_PAIRS = 16  # fewer pairs do not show whether the faces separate them
 
 def agreement_of_faces(dataset: Dataset | IterableDataset) -> tuple[float, float, int] | None:
     """
-    Share of pairs whose faces agree with the label: the sum of the gaps of the chosen completion is larger.
-
-    A tie counts as one half.
+    Share of pairs in which the gaps of the chosen completion have the larger sum. A tie counts as one half.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Dataset with `chosen_gaps` and `rejected_gaps`. Of a streamed dataset, the first 64 pairs are read.
+            Dataset with `chosen_gaps` and `rejected_gaps`. Only the first 64 pairs of a streamed dataset are read.
 
     Returns:
         `float`, `float` and `int`: the share, its standard error under chance, and the number of pairs; `None` if
@@ -52,8 +50,8 @@ def warn_unless_faces_separate(dataset: Dataset | IterableDataset) -> None:
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Annotated dataset. It is not checked if it has no gaps, fewer than 16 pairs, or `reward_direction="faces"`,
-            which ignores labels.
+            Annotated dataset. Datasets without gaps, with fewer than 16 pairs, or with `reward_direction="faces"`
+            (which ignores labels) are not checked.
 
     Warns:
         `UserWarning`: if [`agreement_of_faces`] is less than two standard errors above one half.

@@ -14,9 +14,9 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..common.atomic import written_whole
+from ..common.atomic import atomic_write
+from ..common.heat_map import TokenMap, token_texts
 from ..common.printable import printable
-from ..data.token_map import TokenMap, token_texts
 from ..functional import token_importance
 from .agreement import agreement_of_faces, warn_unless_faces_separate
 from .token_rewards import annotation_settings
@@ -33,8 +33,8 @@ def show_token_rewards(example: Mapping, processing_class: PreTrainedTokenizerBa
             Tokenizer of the annotation.
 
     Returns:
-        [`TokenMap`]: rewards as colors; gap, importance and reward of each token as notes. The importance is that of
-        the default settings, because a row does not have the settings of its annotation.
+        [`TokenMap`]: rewards as colors; gap, importance and reward of each token as notes. The importance is computed
+        with the default settings, because a row does not contain the settings of its annotation.
 
     Raises:
         `ValueError`: if the row has no token rewards.
@@ -83,7 +83,7 @@ def reward_report(
     num_examples: int = 5,
 ) -> dict[str, Any]:
     """
-    Summarize the token rewards of a dataset in `rewards.png`, and in `rewards.html` with figures and examples.
+    Summarize the token rewards of a dataset in a plot, `rewards.png`, and a page with examples, `rewards.html`.
 
     Args:
         dataset ([`~datasets.Dataset`]):
@@ -105,14 +105,13 @@ def reward_report(
         `ValueError`: if the dataset has no token rewards or no gaps.
 
     Warns:
-        `UserWarning`: if the faces do not distinguish chosen from rejected completions: `agreement` is less than two
-            standard errors above one half.
+        `UserWarning`: if `agreement` is less than two standard errors above one half.
     """
     needed = {f"{name}_{kind}" for name in ("chosen", "rejected") for kind in ("ids", "token_rewards", "gaps")}
     if not needed <= set(dataset.column_names) or len(dataset) == 0:
         raise ValueError(
-            f"The dataset must have pairs with the columns {sorted(needed)}. Got {len(dataset)} with "
-            f"{dataset.column_names}; pass it through `annotate_token_rewards` first."
+            f"The dataset must have pairs with the columns {sorted(needed)}. Got {len(dataset)} pairs with "
+            f"{dataset.column_names}; pass the dataset through `annotate_token_rewards` first."
         )
     num_tokens = num_rewarded = 0
     sums: Counter[int] = Counter()
@@ -150,7 +149,7 @@ def reward_report(
 
 
 def _plot(report: dict, path: Path) -> None:
-    """Plot rewards by position, and the tokens with the largest and smallest sums."""
+    """Plot the rewards by position, and the tokens with the largest and smallest sums of rewards."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
@@ -167,12 +166,12 @@ def _plot(report: dict, path: Path) -> None:
     figure.suptitle(
         f"{report['sparsity']:.0%} of tokens without reward; faces agree with {report['agreement']:.0%} of labels"
     )
-    with written_whole(path) as part:
+    with atomic_write(path) as part:
         figure.savefig(part, dpi=150, format="png")
 
 
 def _write_page(report: dict, examples: Sequence[TokenMap], folder: Path) -> None:
-    """Write a page that needs no other file than the picture beside it."""
+    """Write `rewards.html`. The page needs no other file than `rewards.png`."""
     cells = "".join(
         f"<tr><td>{html.escape(printable(token))}</td><td>{total:+.2f}</td></tr>"
         for token, total in report["most_rewarded"] + report["most_punished"][::-1]
@@ -190,5 +189,5 @@ def _write_page(report: dict, examples: Sequence[TokenMap], folder: Path) -> Non
         f"<table><tr><th>token</th><th>sum of rewards</th></tr>{cells}</table>"
         f"{''.join(example._repr_html_() for example in examples)}</html>\n"
     )
-    with written_whole(folder / "rewards.html") as part:
+    with atomic_write(folder / "rewards.html") as part:
         part.write_text(page, encoding="utf-8")

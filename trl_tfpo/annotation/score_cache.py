@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Cache of the scores of a dataset: shards are divided among processes, and each shard is computed once."""
+"""Cache of the scores of a dataset. Shards are divided among processes, and each shard is computed once."""
 
 import logging
 from collections.abc import Callable
@@ -16,14 +16,14 @@ from datasets import Dataset, concatenate_datasets
 from datasets.fingerprint import Hasher
 
 from .. import __version__
-from ..common.atomic import written_whole
+from ..common.atomic import atomic_write
 from ..common.progress import Progress
 
 
 logger = logging.getLogger(__name__)
 
-SHARD_SIZE = 16  # pairs in a shard: the most that an interruption loses
-SHARDS_IN_WINDOW = 64  # the pairs of a window are divided among its shards by their length
+SHARD_SIZE = 16  # pairs in a shard; an interruption loses at most one shard of each process
+SHARDS_IN_WINDOW = 64  # shards of a window, in which pairs are sorted by length to reduce padding
 
 
 def add_scores(
@@ -38,24 +38,21 @@ def add_scores(
     """
     Add columns of one float for each completion token.
 
-    Each process scores a share of the shards, and all processes get the whole result. A finished shard is a file in
-    the cache of Datasets, written atomically. An interrupted call resumes, with any number of processes, and gives the
-    same bytes. `datasets.disable_caching()` turns the cache off.
-
-    Shards are small, so that an interruption loses little. Pairs are sorted by length within a window of 64 shards, so
-    that batches have little padding.
+    Each process scores a share of the shards, and all processes get the whole result. A finished shard is written
+    atomically to a file in the cache of Datasets. An interrupted call resumes, also with another number of processes,
+    and returns the same bytes. `datasets.disable_caching()` turns the cache off.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             Tokenized preferences.
         function (`Callable`):
-            Function from a batch of rows to the new columns. It also gets a callable `on_progress`, and passes it the
-            share of the batch, in [0, 1], scored since the last call.
+            Function from a batch of rows to the new columns. It calls its keyword argument `on_progress` with the
+            share of the batch, in [0, 1], that it has scored since the last call.
         lengths (`np.ndarray` of shape `(len(dataset),)`):
-            Tokens of each row, by which rows are grouped in shards.
+            Number of tokens of each row. Rows of similar length share a shard.
         key (`object`):
-            Everything that the scores depend on, except the token ids of the dataset and the version of this package.
-            It must be the same in all processes.
+            Everything that the scores depend on, except the token ids of the dataset and the version of this package;
+            the same in all processes.
         columns (`list[str]`):
             Names of the new columns.
         desc (`str`):
@@ -72,7 +69,7 @@ def add_scores(
     is_cached = datasets.is_caching_enabled()
     schema = pa.schema({name: pa.list_(pa.float32()) for name in columns})
     shards = [shard for window in windows for shard in window]
-    rows_of, done = dataset.with_format(None), {}
+    unformatted, done = dataset.with_format(None), {}
     with Progress(len(dataset), desc, "pairs", is_shown=state.is_main_process) as progress:
         for index in range(state.process_index, len(shards), state.num_processes):
             rows, file = shards[index], folder / f"{index:06d}.arrow"
@@ -81,9 +78,9 @@ def add_scores(
             if table is not None:
                 progress.update(share, is_skipped=True)
             else:
-                table = _score_shard(function, rows_of[rows], schema, progress, share)
+                table = _score_shard(function, unformatted[rows], schema, progress, share)
                 if is_cached:
-                    with written_whole(file) as part, pa.ipc.new_stream(str(part), schema) as stream:
+                    with atomic_write(file) as part, pa.ipc.new_stream(str(part), schema) as stream:
                         stream.write_table(table)
             done[index] = table
     if state.num_processes > 1:
@@ -100,7 +97,7 @@ def add_scores(
 def _score_shard(
     function: Callable[..., dict], batch: dict[str, list], schema: pa.Schema, progress: Progress, share: int
 ) -> pa.Table:
-    """Score one shard, which is `share` units of the progress."""
+    """Score one shard, which counts as `share` units of progress."""
     reported: list[float] = []
 
     def on_progress(part: float) -> None:
@@ -113,7 +110,7 @@ def _score_shard(
 
 
 def _windows(lengths: np.ndarray) -> list[list[np.ndarray]]:
-    """Row numbers of each shard of each window, longest rows first within a window."""
+    """Row numbers of each shard of each window. Within a window, rows are sorted from the longest to the shortest."""
     window_size = SHARD_SIZE * SHARDS_IN_WINDOW
     windows = []
     for start in range(0, len(lengths), window_size):
@@ -138,7 +135,7 @@ def _read_shard(file: Path, num_rows: int) -> pa.Table | None:
 
 
 def _hash_of_ids(dataset: Dataset) -> str:
-    """Hash all columns of token ids; other columns, file and history of the dataset do not matter."""
+    """Hash the columns of token ids. Other columns, the file and the history of the dataset do not count."""
     hasher, table = Hasher(), dataset.with_format("arrow")[:]
     for name, feature in sorted(dataset.features.items()):
         if isinstance(feature, datasets.List) and getattr(feature.feature, "dtype", "").startswith("int"):

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Log-probabilities of given completions under a model. Each prompt is read once for all its completions.
+Log-probabilities of given completions under a model. Two completions of one prompt share a row.
 
-Shapes: B rows of a forward pass, L tokens of a row. A row holds a prompt and its completions side by side:
+Shapes: B rows of a forward pass, L tokens of a row.
 
     prompt[:-1] | prompt[-1] completion_0 | prompt[-1] completion_1 | padding
 
-Each branch attends to the prompt and to itself. Its positions are those of a row without the other branch. It begins
-with the prompt's last token, which predicts its first token.
+A branch is the last token of the prompt, followed by one completion. It attends to the prompt and to itself. Its
+positions continue those of the prompt.
 """
 
 import inspect
@@ -24,17 +24,17 @@ from transformers import PreTrainedModel
 
 from ..common._upstream import unsharded
 from ..common.language_model import LanguageModel, device_of, inference, is_sharded, unwrap_peft
-from ..common.precision import HALVES, float32_residuals
+from ..common.precision import HALF_PRECISION, float32_residuals
 from ..functional import token_logps
-from ..models.adapters import check_speaks
 from ..models.logits import read_logits
+from ..models.trained_exponents import check_is_language_model
 
 
 logger = logging.getLogger(__name__)
 
 PADDING_BRANCH = -1
 PROMPT_BRANCH = 0
-_READS_BRANCHES: WeakKeyDictionary[PreTrainedModel, dict[tuple, bool]] = WeakKeyDictionary()
+_SUPPORTS_BRANCHES: WeakKeyDictionary[PreTrainedModel, dict[tuple, bool]] = WeakKeyDictionary()
 
 
 def score_completions(
@@ -49,25 +49,25 @@ def score_completions(
     """
     Log-probability of every completion token after its prompt.
 
-    Completions of one prompt share a row if the model's attention supports such a mask, so the prompt is read once.
-    Rows of similar length share a forward pass, with more rows the shorter they are. The (tokens, vocabulary) logits
-    are never stored. For a model in half precision the residual stream, the norms and the head are computed in
-    float32.
+    Completions of one prompt share a row if the model's attention supports the mask. Rows of similar length share a
+    forward pass. The (tokens, vocabulary) logits are never stored. For a model in half precision the residual stream,
+    the norms and the head are computed in float32.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            Causal language model; read in eval mode, without gradients.
+            Causal language model. It runs in eval mode, without gradients.
         prompt_ids (`list[list[int]]`):
-            At least one token each.
+            Prompts of at least one token.
         completion_ids (`list[list[int]]`):
             One completion for each prompt.
         batch_size (`int`):
-            Number of completions of the greatest length in one forward pass. A pass of shorter completions has at most
-            the same number of tokens.
+            Number of sequences of the greatest length in one forward pass. A pass of shorter sequences has at most the
+            same number of tokens.
         longest (`int`, *optional*, defaults to `0`):
-            Tokens of the longest completion with its prompt over all calls, if it is not in this call.
+            Number of tokens of the longest sequence (prompt and completion) of other calls. With it, all calls use the
+            same number of tokens in a pass.
         on_progress (`Callable`, *optional*):
-            Called after each forward pass with the share of the completions that it has scored, in [0, 1].
+            Called after each forward pass with the share of `completion_ids`, in [0, 1], that this pass has scored.
 
     Returns:
         `list[torch.Tensor]` of shape `(T_i,)`: log-probabilities in nats, float32, on the CPU, in the given order.
@@ -76,12 +76,12 @@ def score_completions(
         `ValueError`: if the model is sharded, is a doctor of guided flow or has adapters that add tokens, or a
             log-probability is not finite.
     """
-    check_whole(model)
-    check_speaks(model)
+    check_unsharded(model)
+    check_is_language_model(model)
     logps: dict[int, torch.Tensor] = {}
     with inference(model), unsharded(), _with_float32_residuals(model):
         rows = _rows(prompt_ids, max_branches=2)
-        if max(map(len, rows), default=1) > 1 and not _reads_branches(model):
+        if max(map(len, rows), default=1) > 1 and not _supports_branches(model):
             rows = _rows(prompt_ids, max_branches=1)
 
         def length(row: list[int]) -> int:
@@ -93,8 +93,8 @@ def score_completions(
         while rows:
             num_rows = max_tokens // length(rows[0])
             batch, rows = rows[:num_rows], rows[num_rows:]
-            texts = [(prompt_ids[row[0]], [completion_ids[index] for index in row]) for row in batch]
-            for row, branches in zip(batch, _score_rows(model, texts), strict=True):
+            sequences = [(prompt_ids[row[0]], [completion_ids[index] for index in row]) for row in batch]
+            for row, branches in zip(batch, _score_rows(model, sequences), strict=True):
                 for index, branch in zip(row, branches, strict=True):
                     logps[index] = branch
             if on_progress is not None:
@@ -104,23 +104,24 @@ def score_completions(
             raise ValueError(
                 f"Log-probabilities must be finite. {type(model).__name__} gives "
                 f"{scored[~scored.isfinite()][0].item()} to a token of sequence {index} "
-                f"({len(prompt_ids[index]) + len(scored)} tokens); load it in float32 or bfloat16, and check its "
-                "weights and that no token of the data is masked out."
+                f"({len(prompt_ids[index]) + len(scored)} tokens); load it in float32 or bfloat16, check its weights, "
+                "and check that it gives every token of the data a finite logit."
             )
     return [logps[index] for index in range(len(completion_ids))]
 
 
-def check_whole(model: torch.nn.Module) -> None:
+def check_unsharded(model: torch.nn.Module) -> None:
     """Raise `ValueError` if the parameters of the model are sharded."""
     if is_sharded(model):
         raise ValueError(
-            f"A model that scores completions must be whole in each process. Got a {type(model).__name__} with "
-            "sharded parameters; pass its name or path, or load it before the `TFPOConfig` is made."
+            "A model that scores completions must have all its parameters in each process. Got a "
+            f"{type(model).__name__} with sharded parameters; pass its name or path, or load it before you create the "
+            "`TFPOConfig`."
         )
 
 
 def _rows(prompt_ids: list[list[int]], max_branches: int) -> list[list[int]]:
-    """Indices of the completions in each row: those of one prompt, at most `max_branches`."""
+    """Indices of the completions in each row: at most `max_branches`, all with the same prompt."""
     rows: dict[tuple[int, ...], list[list[int]]] = {}
     for index, prompt in enumerate(prompt_ids):
         of_prompt = rows.setdefault(tuple(prompt), [[]])
@@ -131,7 +132,7 @@ def _rows(prompt_ids: list[list[int]], max_branches: int) -> list[list[int]]:
 
 
 def _score_rows(model: LanguageModel, rows: list[tuple[list[int], list[list[int]]]]) -> list[list[torch.Tensor]]:
-    """Log-probabilities of the completions of each row, a prompt and its completions."""
+    """Log-probabilities of the completions of each row. A row is a prompt and its completions."""
     device = device_of(model)
     ids, labels, positions, branches = [], [], [], []
     for prompt, completions in rows:
@@ -177,37 +178,37 @@ def _branch_mask(branch: torch.Tensor, model: LanguageModel) -> torch.Tensor:
 
 def _with_float32_residuals(model: LanguageModel) -> AbstractContextManager[None]:
     """
-    [`float32_residuals`] for a model in half precision, if a forward pass within it works. Otherwise a context without
-    effect. To be called within [`inference`].
+    [`float32_residuals`] if the model is in half precision and can run in that context, otherwise a context without
+    effect. Call it within [`inference`].
     """
     base = unwrap_peft(model)
-    if model.dtype not in HALVES or getattr(base, "is_quantized", False):
+    if model.dtype not in HALF_PRECISION or getattr(base, "is_quantized", False):
         return nullcontext()
     tokens = torch.arange(1, 5, device=device_of(model))[None] % base.config.get_text_config().vocab_size
     try:
         with float32_residuals(base):
             is_finite = model(input_ids=tokens, use_cache=False).logits.isfinite().all()
-    except Exception as error:  # kernels raise various errors on another dtype
-        logger.info("%s is read in %s throughout: %r", type(model).__name__, model.dtype, error)
+    except Exception as error:  # kernels raise errors of any type if the dtype is not supported
+        logger.info("%s computes its residual stream in %s: %r", type(model).__name__, model.dtype, error)
         return nullcontext()
     return float32_residuals(base) if is_finite else nullcontext()
 
 
-def _reads_branches(model: LanguageModel) -> bool:
-    """The cached result of [`_tries_branches`] for a model, its attention implementation and its dtype."""
-    found = _READS_BRANCHES.setdefault(unwrap_peft(model), {})
-    way = (unwrap_peft(model).config._attn_implementation, model.dtype)
-    if way not in found:
-        found[way] = _tries_branches(model)
-    return found[way]
+def _supports_branches(model: LanguageModel) -> bool:
+    """Cached result of [`_test_branches`] for a model, its attention implementation and its dtype."""
+    results = _SUPPORTS_BRANCHES.setdefault(unwrap_peft(model), {})
+    key = (unwrap_peft(model).config._attn_implementation, model.dtype)
+    if key not in results:
+        results[key] = _test_branches(model)
+    return results[key]
 
 
-def _tries_branches(model: LanguageModel) -> bool:
-    """Whether the model gives two completions in one row the log-probabilities that each has alone."""
+def _test_branches(model: LanguageModel) -> bool:
+    """Whether two completions have the same log-probabilities in a shared row as in separate rows."""
     base = unwrap_peft(model)
     config = base.config.get_text_config()
-    takes_masks = base.config._attn_implementation in ("sdpa", "eager")
-    if not takes_masks or getattr(config, "sliding_window", None) is not None:
+    supports_masks = base.config._attn_implementation in ("sdpa", "eager")
+    if not supports_masks or getattr(config, "sliding_window", None) is not None:
         return False
     if "position_ids" not in inspect.signature(type(base).forward).parameters:
         return False

@@ -4,8 +4,7 @@
 Token rewards from preference pairs (Stage 1 of LLMdoctor).
 
 A frozen language model, the patient, scores each completion under two *faces*: contrastive prompts with a positive and
-a negative instruction. The gap at a token is its log-probability under the positive face minus that under the negative
-one.
+a negative instruction. The *gap* at a token is the difference of its log-probabilities: positive minus negative face.
 """
 
 import inspect
@@ -26,7 +25,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from .. import functional
 from ..common.arguments import check_counts
 from ..common.atomic import FORMAT, check_format
-from ..common.precision import HALVES, in_float32
+from ..common.precision import HALF_PRECISION, in_float32
 from ..data.tokenization import (
     FACE_COLUMNS,
     ID_COLUMNS,
@@ -38,18 +37,18 @@ from ..data.tokenization import (
 )
 from ..data.tokenizer_identity import check_embeddings, check_same_tokenizer, tokenizer_fingerprint
 from ..faces import Faces, resolve_faces
-from ..models.adapters import check_speaks
 from ..models.fingerprint import model_fingerprint
 from ..models.named_model import NamedModel, outline_of, resolve_model
+from ..models.trained_exponents import check_is_language_model
 from .score_cache import SHARD_SIZE, add_scores
-from .scoring import check_whole, score_completions
+from .scoring import check_unsharded, score_completions
 
 
 REWARD_COLUMNS = ["chosen_token_rewards", "rejected_token_rewards"]
 GAP_COLUMNS = ["chosen_gaps", "rejected_gaps"]
 SETTINGS_KEY = "trl_tfpo settings: "
-NUM_STREAMED = 64  # pairs of a streamed dataset that are checked beforehand: each may query the patient
-NUM_CHECKED_PAIRS = 8  # pairs that a patient in half precision scores in float32 as well
+NUM_STREAMED = 64  # pairs of a streamed dataset that are checked before training; each may query the patient
+NUM_CHECKED_PAIRS = 8  # pairs that a patient in half precision also scores in float32
 MAX_FLIPPED = 0.1  # share of rewarded tokens that may depend on rounding without a warning
 
 logger = logging.getLogger(__name__)
@@ -69,15 +68,16 @@ def annotate_token_rewards(
     eos_token_ids: Sequence[int] = (),
     **reward_settings,
 ) -> Dataset | IterableDataset | DatasetDict | IterableDatasetDict:
-    """
+    r"""
     Add a reward for each token to a preference dataset, from a frozen patient under two contrastive prompts.
 
-    The patient scores token ids; the ids of a completion are the same under both faces and for the doctor. Under
-    `accelerate launch`, each process scores a share of the dataset, and all processes get the whole result. Scores are
-    cached shard by shard in the cache of Datasets: an interrupted call resumes, and a repeated call scores nothing.
+    The ids of a completion are the same under both faces and for the doctor. Under `accelerate launch`, each process
+    scores a share of the dataset, and all processes get the whole result. Scores are cached shard by shard in the
+    cache of Datasets: an interrupted call resumes, and a repeated call scores nothing.
 
-    A streamed dataset is annotated as it is read, 16 pairs at a time, and nothing is cached. Each pass queries the
-    patient again. Each process scores all pairs that it reads (see `datasets.distributed.split_dataset_by_node`).
+    A streamed dataset is annotated as it is read, 16 pairs at a time, and nothing is cached: each pass over the
+    dataset queries the patient again. Each process scores all pairs that it reads (see
+    `datasets.distributed.split_dataset_by_node`).
 
     Args:
         dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`], or a dict of them):
@@ -85,7 +85,7 @@ def annotate_token_rewards(
             prompt.
         patient (`str`, [`~transformers.PreTrainedModel`] or [`~trl_tfpo.models.named_model.NamedModel`]):
             Causal language model, its name or path, or a name with keyword arguments of `from_pretrained`. Its weights
-            never change. A patient given by name is loaded only if something is not cached.
+            do not change. A patient given by name is loaded only if a score is not cached.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the patient and of the doctor.
         faces ([`~trl_tfpo.faces.Faces`] or `str`):
@@ -101,23 +101,23 @@ def annotate_token_rewards(
             completion is empty, if its prompt has `max_length` or more tokens, or if the chat template cannot render
             it. See [`~trl_tfpo.data.tokenization.tokenize_pair`].
         batch_size (`int`, *optional*, defaults to `16`):
-            Number of sequences of the longest length in one forward pass of the patient. A pass of shorter sequences
+            Number of sequences of the greatest length in one forward pass of the patient. A pass of shorter sequences
             has at most the same number of tokens. A pair has four sequences.
         convert_transcripts (`bool`, *optional*, defaults to `False`):
-            Whether to convert texts with turns of `"\n\nHuman:"` and `"\n\nAssistant:"` (HH-RLHF) to messages, as a
-            chat model expects.
+            Whether to convert texts with turns of `"\n\nHuman:"` and `"\n\nAssistant:"` (HH-RLHF) to messages, the
+            format of chat models.
         eos_token_ids (`Sequence[int]`, *optional*):
-            Further ids that end a completion, such as those of the doctor. Those of the tokenizer and of the patient's
+            Further ids that end a completion, such as the doctor's. The ids of the tokenizer and of the patient's
             generation config are always included.
         reward_settings:
             Further keyword arguments of `reward_fn`, such as `reward_direction` and `sparsity_threshold`.
 
     Returns:
         the dataset, of the same type, with these columns: `prompt_ids`, `chosen_ids`, `rejected_ids`; `chosen_mask`,
-        `rejected_mask` (1 for tokens of the assistant, 0 for users and tools between its turns);
-        `chosen_token_rewards`, `rejected_token_rewards` (one reward for each token of the completion); `chosen_gaps`,
-        `rejected_gaps` (positive minus negative log-probability, in nats). Rewards and gaps are 0 where the mask is 0.
-        The settings are stored in the info of the dataset, see [`annotation_settings`].
+        `rejected_mask` (1 for tokens of the assistant, 0 for users and tools); `chosen_token_rewards`,
+        `rejected_token_rewards`; `chosen_gaps`, `rejected_gaps` (positive minus negative log-probability, in nats).
+        Masks, rewards and gaps have one value for each token of the completion. Rewards and gaps are 0 where the mask
+        is 0. The settings are stored in the info of the dataset, see [`annotation_settings`].
 
     Raises:
         `ValueError`: if the dataset has images or lacks columns; if a pair is unusable; if a log-probability is not
@@ -143,7 +143,7 @@ def annotate_token_rewards(
     check_counts(batch_size=batch_size, max_length=max_length)
     if not callable(reward_fn):
         raise ValueError(
-            f"`reward_fn` must be callable. Got {reward_fn!r}; leave it out for `functional.token_rewards`."
+            f"`reward_fn` must be callable. Got {reward_fn!r}; leave it out to use `functional.token_rewards`."
         )
     faces = resolve_faces(faces)
     reward_fn = partial(reward_fn, **reward_settings)
@@ -199,9 +199,9 @@ def _annotate_cached(
     tokenized: Dataset, patient: PreTrainedModel | NamedModel, score: Callable[..., dict[str, list]], *, key: tuple
 ) -> tuple[Dataset, dict[str, float] | None]:
     """
-    Score a tokenized dataset, shard by shard in the cache of Datasets.
+    Score a tokenized dataset through the cache of Datasets.
 
-    Returns the dataset with rewards and gaps, and the rounding error of a patient in half precision.
+    Returns the dataset with rewards and gaps, and the result of [`_measure_rounding`] for a patient in half precision.
     """
     fingerprint = patient.fingerprint if isinstance(patient, NamedModel) else model_fingerprint(patient)
     positive, negative, chosen, rejected = column_lengths(tokenized, [*FACE_COLUMNS, *ID_COLUMNS[1:]])
@@ -213,7 +213,7 @@ def _annotate_cached(
         "columns": REWARD_COLUMNS + GAP_COLUMNS,
     }
     annotated = add_scores(tokenized, score, desc="Annotating token rewards", **scoring)
-    rounding = _measure_rounding(tokenized, annotated, score, **scoring) if patient.dtype in HALVES else None
+    rounding = _measure_rounding(tokenized, annotated, score, **scoring) if patient.dtype in HALF_PRECISION else None
     table = annotated.data
     if not any(pc.any(pc.not_equal(pc.list_flatten(table.column(name)), 0.0)).as_py() for name in REWARD_COLUMNS):
         raise ValueError(
@@ -225,7 +225,7 @@ def _annotate_cached(
 
 
 class _Scoring(TypedDict):
-    """Arguments of [`add_scores`] that annotation and its check in float32 share."""
+    """Arguments of [`add_scores`] that are the same for the annotation and for its check in float32."""
 
     lengths: np.ndarray
     key: tuple
@@ -241,33 +241,34 @@ def annotation_settings(dataset: Dataset | IterableDataset) -> dict[str, Any] | 
 
 
 def check_annotated_for(dataset: Dataset | IterableDataset, processing_class: PreTrainedTokenizerBase) -> None:
-    """Raise `ValueError` if a dataset was annotated with another tokenizer, or in a later format."""
+    """Raise `ValueError` if a dataset was annotated with another tokenizer, or has an unsupported format."""
     settings = annotation_settings(dataset) or {}
     check_format(settings.get("format", FORMAT), "An annotated dataset")
     if settings.get("tokenizer") not in (None, tokenizer_fingerprint(processing_class)):
         raise ValueError(
-            "A dataset must be annotated with the doctor's tokenizer. Got token ids of another one (vocabulary "
+            "A dataset must be annotated with the doctor's tokenizer. Got token ids of another tokenizer (vocabulary "
             f"{settings['tokenizer'][:8]}, patient {settings.get('patient')!r}); annotate it again with this "
             "tokenizer, or use a doctor of the patient's family."
         )
     largest = max(processing_class.get_vocab().values())
     num_rows = 1000 if isinstance(dataset, Dataset) else NUM_STREAMED
-    for row in islice(dataset, num_rows):  # a dataset in a file has no info
+    for row in islice(dataset, num_rows):  # the info is lost if the dataset is read from a file
         for token_id in (token_id for name in ID_COLUMNS for token_id in row[name]):
             if not 0 <= token_id <= largest:
                 raise ValueError(
-                    f"A dataset must be annotated with the doctor's tokenizer. Got the token id {token_id}, and its "
-                    f"ids are 0 to {largest}; annotate the dataset again, or use a doctor of the patient's family."
+                    f"A dataset must be annotated with the doctor's tokenizer, whose ids are 0 to {largest}. Got the "
+                    f"token id {token_id}; annotate the dataset again, or use a doctor of the patient's family."
                 )
 
 
-def check_given(patient: PreTrainedModel | NamedModel | None) -> None:
-    """Raise `ValueError` if a training needs a patient and has none."""
+def check_has_patient(patient: PreTrainedModel | NamedModel | None) -> None:
+    """Raise `ValueError` if the patient is `None`."""
     if patient is None:
         raise ValueError(
             "A dataset without token rewards needs a patient to annotate it, and so does `policy='guided'`. Got "
-            f"`patient_model=None`; pass one, or a dataset with the columns {ID_COLUMNS + REWARD_COLUMNS} from "
-            "`annotate_token_rewards`. A trainer releases a patient given as a model once its datasets are annotated."
+            "`patient_model=None`; pass a patient, or a dataset with the columns "
+            f"{ID_COLUMNS + REWARD_COLUMNS} from `annotate_token_rewards`. The trainer releases a patient given as a "
+            "model after annotation; pass its name to annotate another dataset."
         )
 
 
@@ -277,11 +278,11 @@ def check_patient(patient: PreTrainedModel | NamedModel, processing_class: PreTr
     patient = outline_of(patient)
     if patient.config.is_encoder_decoder:
         raise ValueError(
-            "The patient must be a causal language model: its completion continues the prompt. Got the "
-            f"encoder-decoder {type(patient).__name__}; use a decoder-only model."
+            f"The patient must be a causal language model. Got the encoder-decoder {type(patient).__name__}; use a "
+            "decoder-only model."
         )
-    check_whole(patient)
-    check_speaks(patient)
+    check_unsharded(patient)
+    check_is_language_model(patient)
     own_tokenizer = _tokenizer_of(patient)
     if own_tokenizer is not None:
         check_same_tokenizer(own_tokenizer, processing_class)
@@ -311,11 +312,11 @@ def _measure_rounding(
     columns: list[str],
 ) -> dict[str, float] | None:
     """
-    Compare the gaps of a patient in half precision with those of the same weights in float32, on eight pairs.
+    Compare the gaps of a patient in half precision with its gaps in float32, on eight pairs.
 
     Returns:
-        `dict[str, float]`: `mean` and `p95` of the error in nats, and `flipped`, the share of rewarded tokens that
-        have a reward in only one of the two. `None` if the patient's kernels do not support float32.
+        `dict[str, float]`: `mean` and `p95` of the error in nats, and `flipped`, the share of rewarded tokens with a
+        reward in only one of the two precisions. `None` if the patient's kernels do not support float32.
     """
     some = range(0, len(tokenized), -(-len(tokenized) // NUM_CHECKED_PAIRS))
 
@@ -323,7 +324,7 @@ def _measure_rounding(
         try:
             with in_float32():
                 return score(batch, on_progress=on_progress)
-        except Exception as error:  # kernels raise errors of any type, and other processes wait for a result
+        except Exception as error:  # kernels raise errors of any type; other processes wait for a result
             logger.info("The rounding of gaps could not be measured: %r", error)
             return {
                 f"{name}_{kind}": [[math.nan] * len(ids) for ids in batch[f"{name}_ids"]]
@@ -358,7 +359,8 @@ def _measure_rounding(
     if measured["flipped"] > MAX_FLIPPED:
         logger.warning(
             "The patient computes in half precision: on %d pairs the mean error of its gaps is %.3f nats, and %.0f%% "
-            "of the rewards depend on rounding. Load it in float32 (`dtype`), or raise `gap_floor` above the error.",
+            "of the rewards depend on rounding. Load the patient in float32 (`dtype`), or set `gap_floor` above the "
+            "error.",
             len(some),
             measured["mean"],
             100 * measured["flipped"],
@@ -372,7 +374,7 @@ def _score_pairs(
     patient: PreTrainedModel | NamedModel,
     **settings,
 ) -> dict[str, list]:
-    """Score a batch of tokenized pairs: rewards and gaps, by column."""
+    """Rewards and gaps of a batch of tokenized pairs, as columns."""
     if isinstance(patient, NamedModel):
         patient = patient.loaded
     rewards, gaps = score_token_rewards(batch, patient=patient, **settings)
@@ -400,7 +402,7 @@ def score_token_rewards(
             `chosen_ids`, `rejected_ids`, `positive_prompt_ids` and `negative_prompt_ids` of P pairs, and optionally
             `chosen_mask` and `rejected_mask`.
         patient ([`~transformers.PreTrainedModel`]):
-            The frozen model.
+            Model that scores the completions.
         reward_fn (`Callable`):
             See [`annotate_token_rewards`].
         settings:
@@ -440,7 +442,7 @@ def score_token_rewards(
     if shape != tuple(completion_mask.shape) or not rewards[completion_mask].isfinite().all():
         raise ValueError(
             "`reward_fn` must return one finite reward for each token, in a tensor of shape "
-            f"{tuple(completion_mask.shape)}. Got {shape}, or values that are not finite; correct it."
+            f"{tuple(completion_mask.shape)}. Got {shape}, or values that are not finite; correct the function."
         )
     rewards = rewards.masked_fill(~completion_mask, 0)
     gaps = (positive_logps - negative_logps).masked_fill(~completion_mask, 0)
@@ -451,12 +453,12 @@ def score_token_rewards(
 
 
 def describe(function: partial) -> dict[str, Any]:
-    """Return the name and settings of a callable, including defaults, as plain values that identify it."""
+    """Return the name and the settings, defaults included, of a reward function."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except ValueError as error:
         raise ValueError(
-            f"`reward_fn` must take the settings that it is given. Got {sorted(function.keywords)} for "
+            f"`reward_fn` must accept the reward settings. Got {sorted(function.keywords)} for "
             f"`{function.func.__name__}`; look for a mistyped name."
         ) from error
     settings = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}

@@ -3,8 +3,8 @@
 """
 The command line: `trl-tfpo VERB`, or `python -m trl_tfpo VERB`.
 
-Each verb is a module with a function `run(arguments)`, imported on demand. A verb parses its options before it imports
-torch, so that help and errors in options are instant. Only `train` needs torch to know its options.
+Each verb is a module with a function `run(arguments)`, imported on demand. All verbs except `train` parse their
+options before they import torch. Help and option errors therefore appear at once.
 """
 
 import difflib
@@ -17,21 +17,21 @@ from .. import __version__
 from ..common.printable import printable
 
 
-VERBS = {  # each is a module
+VERBS = {  # by name of the module
     "annotate": "compute token rewards for a preference dataset",
     "train": "train a doctor",
     "generate": "sample completions from a patient, guided by doctors",
     "evaluate": "compare completions of several methods",
-    "serve": "run an OpenAI-compatible server, with exponents for each request",
-    "demo": "open the playground: a web page with a slider for each doctor",
+    "serve": "run an OpenAI-compatible server, with doctor weights per request",
+    "demo": "open the playground, a web page with a slider for each doctor",
     "env": "print versions, for a bug report",
 }
-KEPT = {  # by verb: results that survive an interruption
+RESUME_HINTS = {  # by verb: results that survive an interruption
     "annotate": ": finished shards are kept",
     "train": ": token rewards are kept; add `--resume_from_checkpoint True` to resume from the last checkpoint",
 }
-FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130  # exit statuses, as shells use them
-LAUNCHED = "TRL_TFPO_LAUNCHED"  # environment variable of processes that a verb has launched
+FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130  # exit statuses
+LAUNCHED = "TRL_TFPO_LAUNCHED"  # environment variable that is set in launched processes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,8 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             The verb and its options. Defaults to the arguments of the process.
 
     Returns:
-        `int`: exit status. 0 for success, 2 for an error that the user can correct, 1 for an unexpected error, 130
-        when interrupted, or the status of the processes that the verb launched. Errors are one line on standard error.
+        `int`: exit status: 0 on success, 1 on an unexpected error, 2 on an error that the user can correct, 130 on an
+        interruption, or the status of launched processes. Errors are printed as one line on standard error.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -57,15 +57,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         return print_error("", f"unknown command {verb!r}{did_you_mean(verb, VERBS)}. `trl-tfpo --help` lists them")
     if not sys.stderr.isatty():
-        os.environ["TQDM_DISABLE"] = "1"  # progress is reported in lines instead
+        os.environ["TQDM_DISABLE"] = "1"  # progress is printed as lines instead
     if "--quiet" in rest:
         os.environ["TQDM_DISABLE"] = os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
         rest = [argument for argument in rest if argument != "--quiet"]
     try:
         return importlib.import_module(f".{verb}", __name__).run(rest) or 0
     except KeyboardInterrupt:
-        if LAUNCHED not in os.environ:  # else the launching process prints it
-            message = f"interrupted. To resume, run the same command again{KEPT.get(verb, '')}."
+        if LAUNCHED not in os.environ:  # otherwise the launching process prints it
+            message = f"interrupted. To resume, run the same command again{RESUME_HINTS.get(verb, '')}."
             print(f"\ntrl-tfpo {verb}: {message}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
@@ -85,10 +85,10 @@ def overview() -> str:
     lines += [
         "",
         "`trl-tfpo COMMAND --help` lists the options of a command. `trl-tfpo --version` prints the version.",
-        "All commands except `env` also take:",
+        "All commands except `env` also accept:",
         "",
-        "  --config FILE.yaml  read options from a file; those on the command line take precedence",
-        "  --quiet             show no progress",
+        "  --config FILE.yaml  read options from a file; the command line takes precedence",
+        "  --quiet             hide progress",
         "",
         "Set TRL_TFPO_TRACEBACK=1 in the environment to see where an error was raised.",
     ]
@@ -96,12 +96,12 @@ def overview() -> str:
 
 
 def print_error(verb: str, message: str) -> int:
-    """Print an error as one line on standard error. Returns the exit status."""
+    """Print an error as one line on standard error, and return the exit status of a usage error."""
     print(f"trl-tfpo{verb}: error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return USAGE_ERROR
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """Return the most similar of the names as a question, or an empty text if none is similar."""
+    """Return `, did you mean NAME?` with the most similar name, or an empty string if none is similar."""
     nearest = difflib.get_close_matches(name, list(names), n=1)
     return f", did you mean {nearest[0]!r}?" if nearest else ""

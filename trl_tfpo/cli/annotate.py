@@ -25,7 +25,7 @@ class AnnotateArguments:
 
     output: str = field(metadata={"help": "Output: a `.jsonl` or `.parquet` file, or a folder."})
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Preferences: a Hub name, a folder, or a JSON lines or Parquet file."}
+        default=None, metadata={"help": "Preference dataset: a Hub name, a folder, or a JSON Lines or Parquet file."}
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_split: str = field(default="train", metadata={"help": "Split to annotate."})
@@ -39,45 +39,41 @@ class AnnotateArguments:
     negative_face: str | None = field(default=None, metadata=options.NEGATIVE_FACE)
     face_placement: str = field(default="system", metadata=options.FACE_PLACEMENT)
     max_length: int | None = field(
-        default=None, metadata={"help": "Maximum tokens of prompt and completion. Longer completions are cut."}
+        default=None, metadata={"help": "Maximum tokens of prompt and completion. Longer completions are truncated."}
     )
-    drop_unusable: bool = field(
-        default=False, metadata={"help": "Drop pairs that cannot be used. By default they are an error."}
-    )
+    drop_unusable: bool = field(default=False, metadata={"help": "Drop unusable pairs. By default they are an error."})
     convert_transcripts: bool = field(
-        default=False, metadata={"help": "Read texts with turns of 'Human:' and 'Assistant:' as messages."}
+        default=False, metadata={"help": "Convert texts with 'Human:' and 'Assistant:' turns to messages."}
     )
-    scoring_batch_size: int = field(default=16, metadata={"help": "Sequences in one forward pass of the patient."})
+    scoring_batch_size: int = field(default=16, metadata={"help": "Sequences per forward pass of the patient."})
     reward_direction: str = field(
         default="agreement", metadata={"help": "Source of the sign of rewards: 'label', 'agreement' or 'faces'."}
     )
     disagreement_weight: float = field(
-        default=0.5, metadata={"help": "With 'agreement': factor of rewards that the label contradicts."}
+        default=0.5, metadata={"help": "With 'agreement': factor for rewards whose sign contradicts the label."}
     )
     importance_temperature: float = field(default=3.0, metadata={"help": "Importance temperature (tau in the paper)."})
     gap_floor: float = field(
         default=0.05, metadata={"help": "Nats added to the mean gap of a completion (epsilon in the paper)."}
     )
     sparsity_threshold: float = field(
-        default=0.3, metadata={"help": "Importance up to which rewards are 0, in [0, 1) (theta in the paper)."}
+        default=0.3, metadata={"help": "Largest importance that gets reward 0, in [0, 1) (theta in the paper)."}
     )
     show: int = field(default=0, metadata={"help": "Number of pairs to print as heat maps."})
     report: str | None = field(
-        default=None, metadata={"help": "Folder for a plot and a web page about the distribution of rewards."}
+        default=None, metadata={"help": "Folder for a plot and a web page of the reward distribution."}
     )
-    push_to_hub: str | None = field(
-        default=None, metadata={"help": "Hub dataset to which the result is pushed as well."}
-    )
+    push_to_hub: str | None = field(default=None, metadata={"help": "Also push the result to this Hub dataset."})
     overwrite: bool = field(default=False, metadata=options.OVERWRITE)
     world: str | None = field(
         default=None,
-        metadata={"help": "Annotate the controlled world, without models or data: 'praise' or 'calm'."},
+        metadata={"help": "Annotate pairs sampled in the controlled world, for 'praise' or 'calm'."},
     )
-    num_pairs: int = field(default=100, metadata={"help": "With --world: pairs to sample."})
+    num_pairs: int = field(default=100, metadata={"help": "With `--world`: number of pairs to sample."})
 
 
 def resolve_given_faces(faces: str, positive: str | None, negative: str | None, placement: str) -> "Faces":
-    """Return the two given faces, or else the built-in pair of the name `faces`, with their placement."""
+    """Return the faces of both given prompts, or the built-in pair `faces` if neither is given."""
     from ..faces import Faces, resolve_faces
 
     place = cast("Placement", placement)  # checked by `Faces`
@@ -91,7 +87,7 @@ def resolve_given_faces(faces: str, positive: str | None, negative: str | None, 
 def run(arguments: Sequence[str]) -> int:
     """Annotate, in one process or several."""
     description = (
-        "Compute token rewards for a preference dataset. Takes the options of `accelerate launch` as well, such as "
+        "Compute token rewards for a preference dataset. Also accepts options of `accelerate launch`, such as "
         "`--num_processes 8` or `--accelerate_config ddp`."
     )
     parsed = Parser([AnnotateArguments], "annotate", description).parse_or_launch(arguments)
@@ -136,10 +132,10 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def input_names(args: AnnotateArguments) -> tuple[str, str] | None:
-    """Return the names of dataset and patient, or `None` for the controlled world; check options."""
+    """Check options. Return the names of dataset and patient, or `None` for the controlled world."""
     if args.show < 0 or args.scoring_batch_size < 1:
         raise ValueError(
-            "`--show` must not be negative, and `--scoring_batch_size` at least 1. Got "
+            "`--show` must be at least 0, and `--scoring_batch_size` at least 1. Got "
             f"{args.show} and {args.scoring_batch_size}; leave them out for the defaults"
         )
     if args.world is not None:
@@ -173,7 +169,7 @@ def load_inputs(
 def sample_world(
     args: AnnotateArguments, faces: "Faces", device: "torch.device"
 ) -> "tuple[Dataset, NamedModel | PreTrainedModel, PreTrainedTokenizerBase, Faces]":
-    """Return pairs, patient, tokenizer and faces of the controlled world. Faces that the user gave replace its own."""
+    """Return pairs, patient, tokenizer and faces of the controlled world. Custom faces replace the world's faces."""
     from ..testbed import load_world
 
     world = load_world()
@@ -187,7 +183,7 @@ def sample_world(
 
 
 def write_outputs(args: AnnotateArguments, annotated: "Dataset", tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Write an annotated dataset, and print and plot its rewards as options ask for."""
+    """Write the annotated dataset, then print, plot and push it if requested."""
     from ..annotation.agreement import warn_unless_faces_separate
     from ..annotation.report import reward_report, show_token_rewards
     from .files import push_dataset, write_dataset

@@ -29,33 +29,33 @@ class EvaluateArguments:
     completions: list[str] = field(
         metadata={
             "action": options.Repeated,
-            "help": "Completions, NAME=DATASET for each method: a file, a folder or a Hub name with the columns "
-            "`prompt` and `completion`, as `trl-tfpo generate` writes them. All methods need the same prompts.",
+            "help": "Completions of each method, NAME=DATASET. A dataset is a file, a folder or a Hub name, with the "
+            "columns `prompt` and `completion`. All methods need the same prompts.",
         }
     )
     output_dir: str = field(metadata={"help": "Folder for `report.json` and `report.png`."})
     reward_model: str | None = field(default=None, metadata={"help": "Reward model: a Hub name or a folder."})
     dtype: str = field(default="auto", metadata=options.DTYPE)
     world: str | None = field(
-        default=None, metadata={"help": "Reward by the oracle of the controlled world: 'praise' or 'calm'."}
+        default=None, metadata={"help": "Compute rewards by this oracle of the controlled world: 'praise' or 'calm'."}
     )
-    baseline: str | None = field(default=None, metadata={"help": "Method that the others are compared with."})
+    baseline: str | None = field(default=None, metadata={"help": "Method to compare the others with."})
     level: float = field(default=0.95, metadata={"help": "Coverage of the confidence intervals."})
     seed: int = field(default=0, metadata={"help": "Seed of the bootstrap."})
     output: str | None = field(
         default=None,
-        metadata={"help": "Dataset of all completions with rewards: a `.jsonl` or `.parquet` file, or a folder."},
+        metadata={"help": "Output for all completions and rewards: a `.jsonl` or `.parquet` file, or a folder."},
     )
-    push_to_hub: str | None = field(default=None, metadata={"help": "Hub dataset to which these are pushed."})
+    push_to_hub: str | None = field(default=None, metadata={"help": "Hub dataset to push completions and rewards to."})
     overwrite: bool = field(default=False, metadata=options.OVERWRITE)
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Write the report, and print its table."""
+    """Evaluate completions, write the report and print its table."""
     description = "Compare completions of several methods, by rewards, length and diversity."
     (args,) = Parser([EvaluateArguments], "evaluate", description).parse(arguments)
     if (args.output or args.push_to_hub) and not (args.reward_model or args.world):
-        raise ValueError("`--output` and `--push_to_hub` are for rewards. Pass `--reward_model` or `--world` as well")
+        raise ValueError("`--output` and `--push_to_hub` need rewards. Pass `--reward_model` or `--world`")
 
     from ..evaluation import evaluate_completions
     from .files import check_output, push_dataset, write_dataset
@@ -107,7 +107,7 @@ def load_reward_fn(args: EvaluateArguments) -> "RewardFunction | None":
 
 
 def recording(reward_fn: "RewardFunction", rewards: Rewards) -> "RewardFunction":
-    """Return a reward function that also keeps the rewards."""
+    """Return `reward_fn`, wrapped to store its results in `rewards`."""
 
     def recorded(prompts: Sequence[object], completions: Sequence[str]) -> Sequence[float]:
         found = reward_fn(prompts, completions)
@@ -118,33 +118,34 @@ def recording(reward_fn: "RewardFunction", rewards: Rewards) -> "RewardFunction"
 
 
 def read_methods(given: Sequence[str]) -> dict[str, Completions]:
-    """Read the completions of each method, from NAME=DATASET each. All need the same prompts."""
+    """Read the completions of each method from NAME=DATASET arguments. Check that the prompts are the same."""
     methods: dict[str, Completions] = {}
     for text in given:
         name, separator, path = text.partition("=")
         if not separator or not name or name in methods:
-            raise ValueError(f"`--completions` must be NAME=DATASET, each name once. Got {text!r}; write it so")
+            raise ValueError(f"`--completions` must be NAME=DATASET, each name once. Got {text!r}; correct it")
         methods[name] = read_completions(path)
     prompts = next(iter(methods.values())).keys()
     for name, grouped in methods.items():
         sizes = {len(texts) for texts in grouped.values()}
         if grouped.keys() != prompts or len(sizes) != 1:
             raise ValueError(
-                f"All methods must have the same prompts, and equally many completions of each. Got {name!r} with "
-                f"{len(grouped)} prompts and {sorted(sizes)} completions, where the first has {len(prompts)} prompts"
+                "All methods must have the same prompts, and the same number of completions per prompt. Got "
+                f"{len(grouped)} prompts with {sorted(sizes)} completions of {name!r}, and {len(prompts)} prompts of "
+                "the first method; generate them with the same options"
             )
     return methods
 
 
 def read_completions(path: str) -> Completions:
-    """Read the completions of each prompt, in the order of the dataset."""
+    """Read the completions of each prompt in dataset order."""
     from .files import read_split
 
     rows = read_split(path, "train")
     if not {"prompt", "completion"} <= set(rows.column_names):
         raise ValueError(
             "Completions must have the columns `prompt` and `completion`. Got "
-            f"{rows.column_names} in {path!r}; rename them"
+            f"{rows.column_names} in {path!r}; rename the columns"
         )
     grouped: Completions = {}
     for row in rows:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Reading and writing datasets. Files are written atomically."""
+"""Reading and atomic writing of datasets."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import DatasetCard
 
 from ..annotation.token_rewards import annotation_settings
-from ..common.atomic import check_writable, written_whole
+from ..common.atomic import atomic_write, check_writable
 from ..data.tokenization import columns_of
 from ..training.cards import annotation_card
 
@@ -19,29 +19,29 @@ def read_dataset(
     name: str, config: str | None = None, *, streaming: bool = False, data_dir: str | None = None
 ) -> DatasetDict:
     """
-    Read a dataset.
+    Read all splits of a dataset.
 
     Args:
         name (`str`):
-            Hub name, folder (of files, or written by `save_to_disk`), JSON lines or Parquet file.
-        config (`str`, *optional*):
-            Configuration of a Hub dataset.
-        streaming (`bool`, *optional*, defaults to `False`):
-            Whether rows are read on demand.
-        data_dir (`str`, *optional*):
-            Folder within a Hub dataset.
+            Hub name, folder (of files, or written by `save_to_disk`), JSON Lines file or Parquet file.
+        config, streaming, data_dir:
+            Arguments of `load_dataset` for datasets of the Hub.
 
     Raises:
-        `ValueError`: when there is nothing at a path, or a file cannot be read.
+        `ValueError`: when a path does not exist, or a file cannot be read.
     """
     path = Path(name)
     if path.is_file():
         builder = "parquet" if ".parquet" in path.suffixes else "json"
         try:
             return load_dataset(builder, data_files={"train": str(path)}, streaming=streaming)
-        except (DatasetGenerationError, StopIteration, ValueError) as error:  # depends on the version of Datasets
+        except (
+            DatasetGenerationError,
+            StopIteration,
+            ValueError,
+        ) as error:  # the type depends on the version of Datasets
             raise ValueError(
-                "A file must be JSON lines, or Parquet with the suffix `.parquet`. Got "
+                "A file must be JSON Lines, or Parquet with the suffix `.parquet`. Got "
                 f"{name!r}, which cannot be read: {error.__cause__ or str(error) or 'it is empty'}; correct it."
             ) from error
     if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
@@ -53,28 +53,18 @@ def read_dataset(
         and (path.suffix in (".json", ".jsonl", ".parquet") or name.startswith((".", "/", "~")))
     ):
         raise ValueError(
-            f"A dataset must be a Hub name, a folder or a file. Got {name!r}, which is not there; check the path."
+            f"A dataset must be a Hub name, a folder or a file. Got {name!r}, which does not exist; check the path."
         )
     return load_dataset(name, config, data_dir=data_dir, streaming=streaming)
 
 
 def read_split(name: str, split: str, config: str | None = None) -> Dataset:
-    """
-    Read one split of a dataset, see [`read_dataset`].
-
-    Raises:
-        `ValueError`: when there is no such split, or it is empty.
-    """
+    """Read one split of a dataset, see [`read_dataset`] and [`take_split`]."""
     return take_split(read_dataset(name, config), split, name)
 
 
 def take_split(dataset: DatasetDict, split: str, name: str) -> Dataset:
-    """
-    Return one split of a dataset. Its name is for messages.
-
-    Raises:
-        `ValueError`: when there is no such split, or it is empty.
-    """
+    """Return one split of the dataset `name`. Raises `ValueError` when the split is missing or empty."""
     if split not in dataset:
         raise ValueError(f"The split must be one of {sorted(dataset)}. Got {split!r} of {name!r}; pass another.")
     columns_of(dataset[split])
@@ -82,27 +72,22 @@ def take_split(dataset: DatasetDict, split: str, name: str) -> Dataset:
 
 
 def check_output(path: str | os.PathLike, *, overwrite: bool) -> None:
-    """
-    Check that an output can be written, before the work begins.
-
-    Raises:
-        `ValueError`: when it exists already, or its folder is not writable.
-    """
+    """Raise `ValueError` when an output already exists or its folder is not writable."""
     path = Path(path)
     check_writable(path.absolute().parent)
     if path.exists() and not overwrite and (path.is_file() or any(path.iterdir())):
         raise ValueError(
-            f"The output must not exist. Got {str(path)!r}, which does; choose another, or pass `--overwrite`."
+            f"The output must not exist. Got the existing {str(path)!r}; choose another path, or pass `--overwrite`."
         )
     if path.is_dir() and overwrite and any(path.iterdir()) and not (path / "dataset_info.json").is_file():
         raise ValueError(
-            f"Only a dataset is overwritten. Got the folder {str(path)!r} of other files; choose another."
+            f"Only a dataset can be overwritten. Got {str(path)!r}, a folder of other files; choose another path."
         )
 
 
 def write_dataset(dataset: Dataset, path: str | os.PathLike) -> None:
-    """Write JSON lines (`.jsonl`), Parquet (`.parquet`) or a folder for `load_from_disk`, atomically."""
-    with written_whole(path) as part:
+    """Write JSON Lines (`.jsonl`), Parquet (`.parquet`) or a folder for `load_from_disk`, atomically."""
+    with atomic_write(path) as part:
         if Path(path).suffix in (".json", ".jsonl"):
             dataset.to_json(part, force_ascii=False)
         elif Path(path).suffix == ".parquet":

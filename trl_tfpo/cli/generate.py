@@ -30,14 +30,14 @@ class GenerateArguments:
     alpha: float | None = field(
         default=None,
         metadata={
-            "help": "Exponent of the patient. By default 1 less the exponents of doctors that are language models."
+            "help": "Exponent of the patient. By default 1 minus the exponents of doctors that are language models."
         },
     )
     beta: list[float] = field(
         default_factory=list,
         metadata={
             "action": options.Repeated,
-            "help": "Exponent of each doctor. By default that of its training, or 0.5 for a language model.",
+            "help": "Exponent of each doctor. By default the exponent used in training, or 0.5 for a language model.",
         },
     )
     prompt: list[str] = field(
@@ -48,31 +48,35 @@ class GenerateArguments:
         default=None,
         metadata={"help": "Dataset with more prompts in a column `prompt`: a Hub name, a folder or a file."},
     )
-    dataset_split: str = field(default="train", metadata={"help": "Split of this dataset."})
-    num_samples_per_prompt: int = field(default=1, metadata={"help": "Completions of each prompt."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
+    num_samples_per_prompt: int = field(default=1, metadata={"help": "Completions per prompt."})
     best_of: int = field(
         default=1,
-        metadata={"help": "Candidates for each completion. The best by the doctors' token credits is kept."},
+        metadata={
+            "help": "Candidates per completion. The candidate with the highest token credits by the doctors is kept."
+        },
     )
     max_new_tokens: int = field(default=256, metadata={"help": "Maximum length of a completion, in tokens."})
-    temperature: float = field(default=1.0, metadata={"help": "Temperature of the guided policy. 0 is greedy search."})
+    temperature: float = field(
+        default=1.0, metadata={"help": "Temperature of the guided policy, or 0 for greedy search."}
+    )
     top_p: float = field(
-        default=1.0, metadata={"help": "Sample from the likeliest tokens of this total probability, in (0, 1]."}
+        default=1.0, metadata={"help": "Sample from the most likely tokens up to this total probability, in (0, 1]."}
     )
     batch_size: int = field(default=16, metadata={"help": "Completions generated at once."})
-    seed: int = field(default=0, metadata={"help": "Seed of the samples."})
+    seed: int = field(default=0, metadata={"help": "Random seed."})
     trust_remote_code: bool = field(default=False, metadata=options.REMOTE_CODE)
     output: str | None = field(
         default=None,
         metadata={
-            "help": "Dataset of prompts and completions: a `.jsonl` or `.parquet` file, or a folder. By default they "
+            "help": "Output for prompts and completions: a `.jsonl` or `.parquet` file, or a folder. By default they "
             "are printed."
         },
     )
     overwrite: bool = field(default=False, metadata=options.OVERWRITE)
     world: bool = field(
         default=False,
-        metadata={"help": "Use the patient of the controlled world, and its prompts where none are given."},
+        metadata={"help": "Use the patient of the controlled world and, without `--prompt`, its test prompts."},
     )
 
 
@@ -121,15 +125,16 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def check_arguments(args: GenerateArguments) -> None:
-    """Raise `ValueError` on options that can be refused before anything is loaded."""
+    """Raise `ValueError` on invalid options, before anything is loaded."""
     if not args.temperature >= 0 or not 0 < args.top_p <= 1 or args.batch_size < 1:
         raise ValueError(
-            "`--temperature` must not be negative, `--top_p` be in (0, 1], and `--batch_size` at least 1. Got "
+            "`--temperature` must be at least 0, `--top_p` in (0, 1], and `--batch_size` at least 1. Got "
             f"{args.temperature}, {args.top_p} and {args.batch_size}; leave them out for the defaults"
         )
     if args.beta and len(args.beta) != len(args.doctor):
         raise ValueError(
-            f"`--beta` must have a number for each doctor. Got {len(args.beta)} for {len(args.doctor)}; give as many"
+            "`--beta` must have a number for each doctor. Got "
+            f"{len(args.beta)} for {len(args.doctor)}; pass one for each"
         )
     if args.best_of != 1 and not args.doctor:
         raise ValueError(
@@ -141,7 +146,7 @@ def check_arguments(args: GenerateArguments) -> None:
 
 
 def read_prompts(args: GenerateArguments, tokenizer: "PreTrainedTokenizerBase") -> "list[Prompt]":
-    """Return the prompts of options, dataset and controlled world: all texts, or all conversations."""
+    """Collect the prompts of options, dataset and controlled world. All are texts, or all are conversations."""
     from .files import read_split
 
     prompts: list[Prompt] = []
@@ -161,8 +166,8 @@ def read_prompts(args: GenerateArguments, tokenizer: "PreTrainedTokenizerBase") 
     for prompt in prompts:
         if not prompt or type(prompt) is not type(prompts[0]) or not isinstance(prompt, (str, list)):
             raise ValueError(
-                "Prompts must be texts, or conversations, and not empty. Got "
-                f"{prompt!r}, the first being {prompts[0]!r}; correct or leave it out"
+                "Prompts must be texts or conversations, all of one kind and not empty. Got "
+                f"{prompt!r}, and {prompts[0]!r} as the first; correct or remove it"
             )
     return prompts
 
@@ -175,9 +180,9 @@ def load_guide(
 
     from ..data.tokenizer_identity import check_same_tokenizer
     from ..decoding.logits_processor import DoctorGuidedLogitsProcessor
-    from .models import check_dtype, name_doctor
+    from .models import check_dtype, parse_doctor
 
-    paths = [name_doctor(text)[1] for text in args.doctor]
+    paths = [parse_doctor(text)[1] for text in args.doctor]
     trust = {"trust_remote_code": args.trust_remote_code}
     guide = DoctorGuidedLogitsProcessor.from_pretrained(
         paths,

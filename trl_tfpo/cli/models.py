@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Loading patients and doctors that options name."""
+"""Loading of the patient and the doctors given by options."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,12 +16,7 @@ from .options import DTYPES
 
 
 def check_dtype(dtype: str) -> str:
-    """
-    Return a dtype for `from_pretrained`. `"auto"` becomes float32 where half precision would be slow.
-
-    Raises:
-        `ValueError`: when it is not one of `DTYPES`.
-    """
+    """Check a dtype, and return it for `from_pretrained`. `"auto"` becomes float32 where half precision is slow."""
     if dtype not in DTYPES:
         raise ValueError(f"`--dtype` must be one of {DTYPES}. Got {dtype!r}; leave it out for 'auto'")
     return default_dtype() if dtype == "auto" else dtype
@@ -30,7 +25,7 @@ def check_dtype(dtype: str) -> str:
 def quantization(in_4bit: bool, in_8bit: bool = False) -> BitsAndBytesConfig | None:
     """Return the quantization of a patient, or `None`."""
     if in_4bit and in_8bit:
-        raise ValueError("A patient is loaded in 4 or in 8 bits. Got both options; leave one out")
+        raise ValueError("A patient must be loaded in 4 or in 8 bits. Got both options; leave one out")
     if in_4bit:
         return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16")
     return BitsAndBytesConfig(load_in_8bit=True) if in_8bit else None
@@ -45,7 +40,7 @@ def name_patient(
     trust_remote_code: bool = False,
     **settings: object,
 ) -> tuple[NamedModel, PreTrainedTokenizerBase]:
-    """Return a patient that is loaded on demand, and its tokenizer."""
+    """Return a patient that loads on first use, and its tokenizer."""
     check_dtype(dtype)
     if quantized := quantization(in_4bit, in_8bit):
         settings["quantization_config"] = quantized
@@ -56,7 +51,7 @@ def name_patient(
 def load_patient(
     name: str | None, *, dtype: str = "auto", in_4bit: bool = False, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a patient in eval mode, and its tokenizer. Without a name they are those of the controlled world."""
+    """Load a patient, in eval mode, and its tokenizer. `None` is the patient of the controlled world."""
     if name is None:
         from ..testbed import load_world
 
@@ -68,51 +63,36 @@ def load_patient(
     return patient.loaded.eval(), tokenizer
 
 
-def name_doctor(text: str) -> tuple[str, str]:
-    """
-    Split NAME=PATH into name and path of a doctor. The name of a path alone is its last part.
-
-    Raises:
-        `ValueError`: when the name or the path is empty.
-    """
+def parse_doctor(text: str) -> tuple[str, str]:
+    """Split NAME=PATH into the name and the path of a doctor. Without NAME, the name is the last part of PATH."""
     label, separator, path = text.partition("=")
     if not separator or Path(text).is_dir():
         label, path = Path(text).resolve().name, text
     if not label or not path:
-        raise ValueError(f"`--doctor` must be NAME=PATH, or a path. Got {text!r}; write it so")
+        raise ValueError(f"`--doctor` must be NAME=PATH, or a path. Got {text!r}; correct it")
     return label, path
 
 
 def load_models(
     name: str | None,
-    given: Sequence[str],
+    doctor_options: Sequence[str],
     *,
     dtype: str = "auto",
     in_4bit: bool = False,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, LanguageModel]]:
     """
-    Load models in eval mode.
+    Load models in eval mode: the patient, its tokenizer, and the doctors by name.
 
-    Args:
-        name (`str` or `None`):
-            Name of the patient; `None` for that of the controlled world.
-        given (sequence of `str`):
-            NAME=PATH, or PATH, of each doctor.
-        dtype, in_4bit, trust_remote_code:
-            As in the options. Only the patient is loaded in 4 bits.
-
-    Returns:
-        `tuple`: the patient, its tokenizer, and the doctors by name.
+    `name` is the patient, or `None` for the controlled world. `doctor_options` has NAME=PATH or PATH for each
+    doctor. Only the patient is loaded in 4 bits.
     """
     patient, tokenizer = load_patient(name, dtype=dtype, in_4bit=in_4bit, trust_remote_code=trust_remote_code)
     doctors: dict[str, LanguageModel] = {}
-    for text in given:
-        label, path = name_doctor(text)
+    for text in doctor_options:
+        label, path = parse_doctor(text)
         if label in doctors:
-            raise ValueError(
-                f"Each doctor must have a name of its own. Got {label!r} twice; write `--doctor NAME=PATH`"
-            )
+            raise ValueError(f"Each doctor must have a unique name. Got {label!r} twice; write `--doctor NAME=PATH`")
         doctors[label] = load_doctor(
             path,
             with_value_head=False,

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Options that several verbs have: their metadata, see `transformers.HfArgumentParser`."""
+"""Metadata of options that several verbs share, for `transformers.HfArgumentParser`."""
 
 from argparse import Action, ArgumentParser, Namespace
 from collections.abc import Sequence
 
 
 class Repeated(Action):
-    """A list option that may be given at once (`--doctor a b`) or repeatedly (`--doctor a --doctor b`)."""
+    """Action of a list option that may be repeated: `--doctor a b` equals `--doctor a --doctor b`."""
 
     def __call__(
         self,
@@ -17,27 +17,27 @@ class Repeated(Action):
         option_string: str | None = None,
     ) -> None:
         before = getattr(namespace, self.dest)
-        # The default may come from a configuration file. The command line replaces it
+        # Values of the command line replace the default, which may come from a configuration file
         setattr(namespace, self.dest, values if before is self.default else [*before, *(values or [])])
 
 
-def old_name(name: str) -> list[str]:
-    """Return the option strings of a former name, for the `aliases` of its field."""
+def option_strings(name: str) -> list[str]:
+    """Return both spellings of an option, with underscores and with hyphens."""
     return [f"--{name}", f"--{name.replace('_', '-')}"]
 
 
-OLD_PATIENT = old_name("patient_model_name_or_path")
+OLD_PATIENT = option_strings("patient_model_name_or_path")
 PATIENT = {"aliases": OLD_PATIENT, "help": "Patient: a Hub name or a folder."}
 IN_4BIT = {"help": "Load the patient in 4-bit NF4."}
 DOCTORS = {"action": Repeated, "help": "Doctors, each PATH or NAME=PATH."}
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DTYPE = {
-    "help": "'bfloat16', 'float16', 'float32' or 'auto': that of the checkpoint, but float32 on a CPU without "
-    "bfloat16 instructions."
+    "help": "'bfloat16', 'float16', 'float32' or 'auto' (that of the checkpoint, but float32 on a CPU without "
+    "bfloat16 instructions)."
 }
-REMOTE_CODE = {"help": "Run code that comes with the models."}
+REMOTE_CODE = {"help": "Run code from the model repositories."}
 FACES = {"help": "Pair of contrastive prompts: 'helpfulness', 'harmlessness' or 'honesty'."}
-POSITIVE_FACE = {"help": "Your own contrastive prompt: the wanted behaviour."}
-NEGATIVE_FACE = {"help": "Your own contrastive prompt: the opposite behaviour."}
+POSITIVE_FACE = {"help": "Custom contrastive prompt for the desired behaviour."}
+NEGATIVE_FACE = {"help": "Custom contrastive prompt for the opposite behaviour."}
 FACE_PLACEMENT = {"help": "Place of the contrastive prompts: 'system', or 'user' (end of the last user message)."}
 OVERWRITE = {"help": "Replace existing outputs."}

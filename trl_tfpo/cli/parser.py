@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Options of a verb: TRL's parser, with short help, errors of one line, and the options of `accelerate launch`."""
+"""Option parser of a verb: TRL's parser with short help, one-line errors and the options of `accelerate launch`."""
 
 import contextlib
 import inspect
@@ -17,17 +17,17 @@ from typing import Any, NoReturn
 import yaml
 from trl import TrlParser
 
-from ..common.arguments import INSTEAD, OF_TRAINER, check_types
+from ..common.arguments import REPLACEMENTS, TRAINER_ARGUMENT, check_types
 from . import LAUNCHED, did_you_mean
 
 
 ACCELERATE_CONFIGS = Path(__file__).parents[1] / "training" / "accelerate_configs"
 HELP_COLUMN, HELP_WIDTH = 34, 119
-VALUES = {"int": "N", "float": "X", "string_to_bool": "BOOL"}  # in help, by the type of an option
+VALUES = {"int": "N", "float": "X", "string_to_bool": "BOOL"}  # placeholders in help, by type
 
 
 class ConfigParser(TrlParser):
-    """TRL's parser, with configuration files that may use any name of an option, and one value for a list."""
+    """TRL's parser. Configuration files may use any alias of an option, and a single value for a list option."""
 
     def set_defaults_with_config(self, **kwargs) -> list[str]:
         options = {
@@ -41,7 +41,9 @@ class ConfigParser(TrlParser):
             action = options.get(name.replace("-", "_"))
             dest = name if action is None else action.dest
             if dest in defaults:
-                raise ValueError(f"`{dest}` has two names in the configuration, {name!r} among them. Leave one out")
+                raise ValueError(
+                    f"The configuration must set `{dest}` once. Got two names, {name!r} and another; remove one"
+                )
             if action is not None and action.nargs in ("+", "*") and value is not None:
                 values = value if isinstance(value, list) else [value]
                 value = [self._get_value(action, one) if isinstance(one, str) else one for one in values]
@@ -54,7 +56,7 @@ class Parser(ConfigParser):
 
     def __init__(self, dataclass_types: Sequence[type], verb: str, description: str):
         super().__init__(
-            dataclass_types,  # type: ignore[arg-type]  # annotated by a NewType that no class is of
+            dataclass_types,  # type: ignore[arg-type]  # the annotation is a NewType
             prog=f"trl-tfpo {verb}",
             description=description,
             allow_abbrev=False,
@@ -62,7 +64,7 @@ class Parser(ConfigParser):
         self.verb, self._types = verb, dataclass_types
 
     def format_help(self) -> str:
-        """Return the help: one entry for each option, by its first name, grouped by the library that defines it."""
+        """Format one entry per option, under its first name, grouped by the library that defines the option."""
         titles = {"trl_tfpo": "Options:", "trl": "Options of TRL:", "transformers": "Options of Transformers:"}
         entries: dict[str, list[str]] = {library: [] for library in titles}
         for action in self._actions:
@@ -82,21 +84,13 @@ class Parser(ConfigParser):
         return next(bases).__module__.split(".")[0]
 
     def error(self, message: str) -> NoReturn:
-        """Raise `ValueError` instead of printing all options."""
+        """Raise `ValueError` instead of printing the usage and exiting."""
         raise ValueError(message)
 
     def parse(self, arguments: Sequence[str]) -> tuple:
-        """
-        Parse options.
-
-        Returns:
-            `tuple`: an instance of each dataclass.
-
-        Raises:
-            `ValueError`: on an unknown option, with the most similar one.
-        """
+        """Parse options into one instance of each dataclass. Raises `ValueError` on invalid options."""
         *parsed, from_config, from_line = self._parse(arguments)
-        self._refuse(from_config + from_line, ())
+        self._reject_unknown(from_config + from_line, ())
         return self._checked(parsed)
 
     def parse_or_launch(self, arguments: Sequence[str]) -> tuple | int:
@@ -106,11 +100,10 @@ class Parser(ConfigParser):
         `--accelerate_config` is a file, or the name of a configuration of this package or of TRL.
 
         Returns:
-            `tuple` or `int`: an instance of each dataclass, also in a launched process; or the exit status of the
-            launched processes.
+            `tuple` or `int`: one instance of each dataclass or, after a launch, the exit status of the processes.
 
         Raises:
-            `ValueError`: on an unknown option, with the most similar one.
+            `ValueError`: on invalid options.
         """
         *parsed, from_config, from_line = self._parse(arguments)
         if not from_config + from_line:
@@ -124,14 +117,14 @@ class Parser(ConfigParser):
         for name, value in zip(from_config[::2], from_config[1::2], strict=True):
             if num_values.get(name) != 0:
                 launch_options += [name, value]
-            elif value == "True":  # a switch, which takes no value
+            elif value == "True":  # a flag without a value
                 launch_options.append(name)
         launch_options += from_line
-        self._refuse(launch_options, {"--accelerate_config", *num_values})
+        self._reject_unknown(launch_options, {"--accelerate_config", *num_values})
         if LAUNCHED in os.environ or "LOCAL_RANK" in os.environ:
             return self._checked(parsed)
         own_options, remaining = [], list(from_line)
-        for argument in split_names(arguments):  # `from_line` is a part of them, in order
+        for argument in split_names(arguments):  # `from_line` is a subsequence of them
             if remaining and argument == remaining[0]:
                 remaining.pop(0)
             else:
@@ -161,27 +154,28 @@ class Parser(ConfigParser):
             raise ValueError(f"`--config` must be a YAML file. Got {config!r}: {error}") from error
 
     def _checked(self, parsed: Sequence[Any]) -> tuple:
-        """Check the types of all values. Those of a configuration file may have any."""
+        """Check the types of all values, because a configuration file may contain any type."""
         for instance in parsed:
             check_types(instance)
         return tuple(parsed)
 
-    def _refuse(self, remaining: Sequence[str], known: Collection[str]) -> None:
-        """Raise `ValueError` on the first option that is not among the known ones."""
+    def _reject_unknown(self, remaining: Sequence[str], known: Collection[str]) -> None:
+        """Raise `ValueError` on the first unknown argument, and name the most similar option."""
         for argument in remaining:
             name = argument.split("=")[0]
             if name.startswith("--") and name not in known:
                 names = [*self._option_string_actions, *known]
                 plain = name.lstrip("-").replace("-", "_")
-                if INSTEAD.get(plain, OF_TRAINER) not in (OF_TRAINER, INSTEAD["tokenizer"]):  # advice on Python code
-                    raise ValueError(f"unknown option {name!r}. Instead: {INSTEAD[plain]}")
+                python_only = (TRAINER_ARGUMENT, REPLACEMENTS["tokenizer"])
+                if REPLACEMENTS.get(plain, TRAINER_ARGUMENT) not in python_only:
+                    raise ValueError(f"unknown option {name!r}. Instead: {REPLACEMENTS[plain]}")
                 raise ValueError(f"unknown option {name!r}{did_you_mean(name, names)}")
         if remaining and not remaining[0].startswith("--"):
             raise ValueError(f"unexpected argument {remaining[0]!r}. Options begin with `--`")
 
 
 def help_entry(action: Action) -> str:
-    """Return the help of an option: name, kind of value, meaning and default."""
+    """Format the help of one option: name, placeholder of the value, description and default."""
     name = next(x for x in action.option_strings if x.startswith("--"))
     is_switch = action.nargs == 0 or action.const is True
     kind = "|".join(map(str, action.choices or ())) or VALUES.get(getattr(action.type, "__name__", ""), "TEXT")
@@ -204,10 +198,7 @@ def split_names(arguments: Sequence[str]) -> list[str]:
 
 
 def launch(launch_args: Namespace) -> int:
-    """
-    Launch processes. Returns the exit status of the first one that failed, or 0. Failed processes print their
-    error.
-    """
+    """Launch processes. Returns 0 or the exit status of the first one to fail. Failed processes print their errors."""
     from accelerate.commands.launch import launch_command
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -218,7 +209,7 @@ def launch(launch_args: Namespace) -> int:
         return error.returncode
     except KeyboardInterrupt:
         with contextlib.suppress(ChildProcessError):
-            os.waitpid(-1, 0)  # the interrupt has reached the process too, and it is about to end
+            os.waitpid(-1, 0)  # the process received the interrupt too, and is about to exit
         raise
     except ChildFailedError as error:
         return error.get_first_failure()[1].exitcode
@@ -244,7 +235,7 @@ def with_config_file(options: Sequence[str]) -> list[str]:
     if not path.is_file():
         ours = sorted(file.stem for file in ACCELERATE_CONFIGS.glob("*.yaml"))
         raise ValueError(
-            f"`--accelerate_config` must be a file or a name. Got {name!r}{did_you_mean(name, ours)}; the names are "
-            f"{ours}, and those of TRL."
+            f"`--accelerate_config` must be a file or a name. Got {name!r}{did_you_mean(name, ours)}; choose from "
+            f"{ours} and the names of TRL."
         )
     return ["--config_file", str(path), *options[:index], *options[index + 2 :]]

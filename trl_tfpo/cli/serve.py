@@ -28,32 +28,32 @@ class ServeArguments:
         default_factory=list,
         metadata={
             "action": options.Repeated,
-            "help": "Further model names with exponents of doctors, each NAME=DOCTOR:WEIGHT,DOCTOR:WEIGHT.",
+            "help": "Additional model names with preset doctor weights, each NAME=DOCTOR:WEIGHT,DOCTOR:WEIGHT.",
         },
     )
     model_name: str | None = field(
         default=None, metadata={"help": "Name of the patient in requests. By default the last part of `--patient`."}
     )
     host: str = field(
-        default="127.0.0.1", metadata={"help": "Address of the server. 0.0.0.0 accepts the whole network."}
+        default="127.0.0.1", metadata={"help": "Address of the server. 0.0.0.0 listens on all interfaces."}
     )
-    port: int = field(default=8000, metadata={"help": "Port of the server. 0 takes any free one."})
+    port: int = field(default=8000, metadata={"help": "Port of the server. 0 selects a free port."})
     api_key_file: str | None = field(
-        default=None, metadata={"help": "File with the key that clients must send. By default none is needed."}
+        default=None, metadata={"help": "File with the API key for clients. By default no key is required."}
     )
-    max_rows: int = field(default=32, metadata={"help": "Completions decoded at once."})
-    max_choices: int = field(default=8, metadata={"help": "Completions of one request, over all its prompts."})
-    max_prompt_tokens: int = field(default=4096, metadata={"help": "Maximum length of a prompt."})
-    max_new_tokens: int = field(default=2048, metadata={"help": "Maximum length of a completion."})
-    max_queue: int = field(default=256, metadata={"help": "Completions that may wait."})
-    max_seconds: float = field(default=600.0, metadata={"help": "Maximum time of a request."})
+    max_rows: int = field(default=32, metadata={"help": "Maximum completions decoded at once."})
+    max_choices: int = field(default=8, metadata={"help": "Maximum completions of a request, over all prompts."})
+    max_prompt_tokens: int = field(default=4096, metadata={"help": "Maximum tokens of a prompt."})
+    max_new_tokens: int = field(default=2048, metadata={"help": "Maximum tokens of a completion."})
+    max_queue: int = field(default=256, metadata={"help": "Maximum completions in the queue."})
+    max_seconds: float = field(default=600.0, metadata={"help": "Time limit of a request, in seconds."})
     trust_remote_code: bool = field(default=False, metadata=options.REMOTE_CODE)
-    world: bool = field(default=False, metadata={"help": "Serve the patient of the controlled world, to try it."})
+    world: bool = field(default=False, metadata={"help": "Serve the patient of the controlled world."})
 
 
 def run(arguments: Sequence[str]) -> int:
     """Serve until interrupted."""
-    description = "Run an OpenAI-compatible server for a patient and doctors, with exponents for each request."
+    description = "Run an OpenAI-compatible server for a patient and doctors, with doctor weights per request."
     (args,) = Parser([ServeArguments], "serve", description).parse(arguments)
     with listen(args.host, args.port) as listener:
         app = build(args)
@@ -61,7 +61,7 @@ def run(arguments: Sequence[str]) -> int:
 
         listener.listen()
         host = f"[{args.host}]" if ":" in args.host else args.host
-        print(f"Serving at http://{host}:{listener.getsockname()[1]}/v1 (Ctrl-C ends it)", flush=True)
+        print(f"Serving at http://{host}:{listener.getsockname()[1]}/v1 (Ctrl-C to stop)", flush=True)
         config = uvicorn.Config(
             app,
             log_level="warning",
@@ -73,7 +73,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def build(args: ServeArguments) -> "FastAPI":
-    """Load models, and return the app that options ask for."""
+    """Load the models and make the app."""
     try:
         from ..server import Engine, Limits, make_app
     except ImportError as error:
@@ -88,7 +88,7 @@ def build(args: ServeArguments) -> "FastAPI":
     if args.api_key_file is not None:
         key = Path(args.api_key_file).read_text(encoding="utf-8").strip()
         if not key:
-            raise ValueError(f"`--api_key_file` must hold a key. Got {args.api_key_file!r}, which is empty; write one")
+            raise ValueError(f"`--api_key_file` must hold a key. Got the empty file {args.api_key_file!r}; write one")
     name = None if args.world else args.patient
     if name is None and not args.world:
         raise ValueError("a patient is needed. Pass `--patient`, or `--world` to try it")
@@ -113,12 +113,7 @@ def build(args: ServeArguments) -> "FastAPI":
 
 
 def read_aliases(given: Sequence[str]) -> dict[str, dict[str, float]]:
-    """
-    Read model names with exponents of doctors, from NAME=DOCTOR:WEIGHT,... each.
-
-    Raises:
-        `ValueError`: when one is not of this form, or a name is given twice.
-    """
+    """Read NAME=DOCTOR:WEIGHT,... arguments: the weights of doctors, by model name."""
     aliases: dict[str, dict[str, float]] = {}
     for text in given:
         name, _, pairs = text.partition("=")
@@ -141,12 +136,7 @@ def read_aliases(given: Sequence[str]) -> dict[str, dict[str, float]]:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """
-    Bind a socket to an address, before models are loaded, so that an error comes at once.
-
-    Raises:
-        `ValueError`: when there is no such address, or it is taken.
-    """
+    """Bind a socket. Called before models are loaded. Raises `ValueError` when the address is unavailable."""
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -154,6 +144,6 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         listener.close()
         raise ValueError(
-            f"`--host` and `--port` must be an address of this machine that is free. Got {host!r} and {port}: {error}"
+            f"`--host` and `--port` must be a free address of this machine. Got {host!r} and {port}: {error}"
         ) from error
     return listener

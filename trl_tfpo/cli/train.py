@@ -45,8 +45,8 @@ class TFPOScriptArguments(ScriptArguments):
     doctor: str | None = field(
         default=None,
         metadata={
-            "aliases": options.old_name("doctor_model_name_or_path"),
-            "help": "Model to train, with the patient's tokenizer: a Hub name or a folder.",
+            "aliases": options.option_strings("doctor_model_name_or_path"),
+            "help": "Doctor to train: a Hub name or a folder. It must have the patient's tokenizer.",
         },
     )
     dataset_data_dir: str | None = field(
@@ -55,7 +55,7 @@ class TFPOScriptArguments(ScriptArguments):
     chosen_id_column: str | None = field(
         default=None,
         metadata={
-            "help": "Column with the number of the chosen response, of 'response_0' and 'response_1': "
+            "help": "Column with the index of the chosen response, 0 or 1, for 'response_0' and 'response_1': "
             "'better_response_id' or 'safer_response_id' of PKU-SafeRLHF."
         },
     )
@@ -64,26 +64,24 @@ class TFPOScriptArguments(ScriptArguments):
         metadata={
             "nargs": "?",
             "const": 1,
-            "help": "Print a plan of tokens, steps and memory for this many processes (1 without a number), and stop. "
-            "No model is loaded, and no accelerator is needed.",
+            "help": "Print a plan of tokens, steps and memory for this number of processes (default 1), and exit. "
+            "Loads no model and needs no accelerator.",
         },
     )
-    world: bool = field(
-        default=False, metadata={"help": "Use patient and doctor of the controlled world, where not given."}
-    )
+    world: bool = field(default=False, metadata={"help": "Use patient and doctor of the controlled world by default."})
     faces: str = field(default="helpfulness", metadata=options.FACES)
     positive_face: str | None = field(default=None, metadata=options.POSITIVE_FACE)
     negative_face: str | None = field(default=None, metadata=options.NEGATIVE_FACE)
     face_placement: str = field(default="system", metadata=options.FACE_PLACEMENT)
     num_guided_examples: int = field(
-        default=0, metadata={"help": "Training prompts whose guided completions are printed at the end."}
+        default=0, metadata={"help": "Print guided completions of this many training prompts at the end."}
     )
 
 
 def run(arguments: Sequence[str]) -> int:
     """Train, in one process or several."""
     description = (
-        "Train a doctor on preferences. Takes the options of `accelerate launch` as well, such as "
+        "Train a doctor on preferences. Also accepts options of `accelerate launch`, such as "
         "`--num_processes 8` or `--accelerate_config ddp`."
     )
     types = [TFPOScriptArguments, TFPOConfig, ModelConfig]
@@ -93,7 +91,7 @@ def run(arguments: Sequence[str]) -> int:
     script_args, training_args, model_args = parsed
     if script_args.dry_run < 0:
         raise ValueError(
-            f"`--dry_run` must be a number of processes. Got {script_args.dry_run}; leave the number out for 1"
+            f"`--dry_run` must be a number of processes. Got {script_args.dry_run}; omit the number for 1"
         )
     train_doctor(script_args, training_args, model_args)
     PartialState().destroy_process_group()  # otherwise its threads may abort the process at exit
@@ -101,7 +99,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def train_doctor(script_args: TFPOScriptArguments, training_args: TFPOConfig, model_args: ModelConfig) -> None:
-    """Annotate, train and save; or, on a dry run, print a plan."""
+    """Annotate, train and save. On a dry run, print a plan instead."""
     dataset_name = script_args.dataset_name
     if dataset_name is None:
         raise ValueError("`train` needs preferences. Pass `--dataset_name`: a Hub name, a folder or a file")
@@ -127,7 +125,7 @@ def train_doctor(script_args: TFPOScriptArguments, training_args: TFPOConfig, mo
             patient_quantization_config=patient_quantization_config,
             peft_config=peft_config,
             num_processes=max(script_args.dry_run, training_args.world_size),
-            # Without an accelerator, plan for one, where mixed precision is the default
+            # Without an accelerator, plan for one with mixed precision, which is the default there
             mixed_precision=training_args.bf16 or training_args.fp16 or not torch.accelerator.is_available(),
         )
         if training_args.process_index == 0:
@@ -157,7 +155,7 @@ def train_doctor(script_args: TFPOScriptArguments, training_args: TFPOConfig, mo
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
     if script_args.num_guided_examples and patient is not None and trainer.accelerator.is_main_process:
-        tokenized = cast("Dataset | IterableDataset", trainer.train_dataset)  # annotated as a dataset of torch
+        tokenized = cast("Dataset | IterableDataset", trainer.train_dataset)  # its type in TRL is a PyTorch dataset
         show_guided_examples(islice(tokenized, script_args.num_guided_examples), patient, training_args)
     trainer.end()
 
@@ -166,9 +164,9 @@ def model_names(script_args: TFPOScriptArguments, model_args: ModelConfig) -> tu
     """Return the names of doctor and patient."""
     doctor, patient = script_args.doctor or model_args.model_name_or_path, script_args.patient
     if script_args.world:
-        from ..testbed.world import SHIPPED
+        from ..testbed.world import SHIPPED_WEIGHTS
 
-        doctor, patient = doctor or str(SHIPPED / "doctor"), patient or str(SHIPPED / "patient")
+        doctor, patient = doctor or str(SHIPPED_WEIGHTS / "doctor"), patient or str(SHIPPED_WEIGHTS / "patient")
     if doctor is None:
         raise ValueError("`train` needs a doctor. Pass `--doctor`: a Hub name or a folder")
     if patient is None and script_args.num_guided_examples:
@@ -177,27 +175,22 @@ def model_names(script_args: TFPOScriptArguments, model_args: ModelConfig) -> tu
 
 
 def set_init_kwargs(script_args: TFPOScriptArguments, training_args: TFPOConfig, model_args: ModelConfig) -> None:
-    """Add options about the loading of models to the training arguments, which take precedence."""
+    """Add model options to the training arguments, without overriding their keyword arguments."""
     check_dtype(script_args.patient_dtype)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
-        **as_dict(training_args.model_init_kwargs),
+        **cast("dict[str, Any]", training_args.model_init_kwargs or {}),  # JSON text is parsed already
     }
     training_args.patient_model_init_kwargs = {
         "dtype": script_args.patient_dtype,
-        **as_dict(training_args.patient_model_init_kwargs),
+        **cast("dict[str, Any]", training_args.patient_model_init_kwargs or {}),
     }
 
 
-def as_dict(kwargs: dict[str, Any] | str | None) -> dict[str, Any]:
-    """Return keyword arguments. [`TFPOConfig`] has parsed those that were JSON."""
-    return kwargs if isinstance(kwargs, dict) else {}
-
-
 def read_preferences(name: str, script_args: TFPOScriptArguments) -> DatasetDict:
-    """Read the dataset, as pairs of a chosen and a rejected completion."""
+    """Read the preference dataset. `--chosen_id_column` converts it to pairs."""
     dataset = read_dataset(
         name,
         script_args.dataset_config,
@@ -211,15 +204,18 @@ def read_preferences(name: str, script_args: TFPOScriptArguments) -> DatasetDict
 
 
 def choose_responses(dataset: Dataset | IterableDataset, chosen_id_column: str) -> Dataset | IterableDataset:
-    """Make pairs from the columns `prompt`, `response_0`, `response_1`, and the number of the chosen response."""
+    """Make pairs from the columns `prompt`, `response_0` and `response_1`, and the index of the chosen response."""
     needed = {"prompt", "response_0", "response_1", chosen_id_column}
     if missing := needed - columns_of(dataset):
-        raise ValueError(f"With `--chosen_id_column` a dataset needs {sorted(needed)}. Got none of {sorted(missing)}")
+        raise ValueError(
+            f"With `--chosen_id_column` a dataset needs {sorted(needed)}. Got one without {sorted(missing)}; "
+            "rename its columns"
+        )
 
     def to_pair(row: dict) -> dict:
         chosen_id = int(row[chosen_id_column])
         if chosen_id not in (0, 1):
-            raise ValueError(f"`{chosen_id_column}` must be 0 or 1. Got {chosen_id}; leave such rows out.")
+            raise ValueError(f"`{chosen_id_column}` must be 0 or 1. Got {chosen_id}; remove such rows.")
         pair = {"chosen": row[f"response_{chosen_id}"], "rejected": row[f"response_{1 - chosen_id}"]}
         return {
             "prompt": [{"role": "user", "content": row["prompt"]}],
@@ -230,7 +226,7 @@ def choose_responses(dataset: Dataset | IterableDataset, chosen_id_column: str) 
 
 
 def show_guided_examples(rows: Iterable[dict], patient_name: str, training_args: TFPOConfig) -> None:
-    """Print greedy completions of training prompts, without and with the saved doctor."""
+    """Print greedy completions of training prompts, with and without the saved doctor."""
     folder, trust = str(training_args.output_dir), training_args.trust_remote_code
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     settings = {"dtype": default_dtype(), "use_safetensors": True, "trust_remote_code": trust}

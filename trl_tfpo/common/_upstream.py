@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Private parts of TRL, PEFT, Accelerate and transformers that this package uses, each with the reason.
+Private parts of TRL, PEFT, Accelerate and transformers that this package uses.
 
 `tests/test_upstream.py` checks that each part still behaves as this package needs it.
 """
@@ -42,10 +42,10 @@ __all__ = [
 @contextmanager
 def unsharded() -> Iterator[None]:
     """
-    Within the context every process loads unsharded models, whatever the engine of the training.
+    Within the context every process loads whole models, also under an engine that shards them.
 
-    Otherwise transformers shards a model while it loads it (ZeRO-3), or leaves the parameters empty on all processes
-    but one (FSDP). Datasets are scored before training, by unsharded models.
+    Outside the context transformers shards a model when it loads it (ZeRO-3), or loads the parameters on one process
+    only (FSDP). Datasets are scored by unsharded models before training.
     """
     zero = deepspeed_integration._hf_deepspeed_config_weak_ref
     fsdp = os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
@@ -60,10 +60,10 @@ def unsharded() -> Iterator[None]:
 
 def keep_differentiable(model: torch.nn.Module) -> None:
     """
-    Let a 4-bit model be trained on a CPU after a forward pass in eval mode.
+    Keep a 4-bit model on a CPU differentiable after a forward pass in eval mode.
 
-    On processors with AVX512-BF16 bitsandbytes repacks the weights in the first forward pass in eval mode. Gradients
-    no longer pass through the repacked weights, so training could not follow an evaluation.
+    On processors with AVX512-BF16, bitsandbytes repacks the weights in the first forward pass in eval mode. Gradients
+    do not pass through repacked weights, so training could not continue after an evaluation.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -71,44 +71,44 @@ def keep_differentiable(model: torch.nn.Module) -> None:
 
 
 def keep_output_precision(accelerator: Accelerator) -> None:
-    """Keep the outputs of an FSDP2 model in float32. Accelerate's mixed-precision policy would round them."""
+    """Keep the outputs of an FSDP2 model in float32: Accelerate's mixed-precision policy rounds them."""
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
 
 def load_model(name: str, **init_kwargs) -> PreTrainedModel:
-    """Load a model by name or path, from safetensors. Each process loads the whole model onto its own device."""
+    """Load a model by name or path. Each process loads the whole model onto its own device."""
     init_kwargs.setdefault("use_safetensors", True)  # a pickle can run code
-    init_kwargs.setdefault("trust_remote_code", False)  # without a value, transformers prompts the user
+    init_kwargs.setdefault("trust_remote_code", False)  # by default transformers asks the user
     state = PartialState()
     if state.num_processes > 1:
-        init_kwargs.setdefault("device_map", {"": state.device})  # "auto" spreads each model over all devices
+        init_kwargs.setdefault("device_map", {"": state.device})  # "auto" would spread each model over all devices
     with unsharded():
         return create_model_from_path(name, **init_kwargs)
 
 
 def load_sharded(name: str, **init_kwargs) -> PreTrainedModel:
     """
-    Load a model by name or path for [`shard`]. Under ZeRO-3 each process loads its shard only. Under FSDP2 each
-    process loads the whole model into the memory of the CPU.
+    Load a model by name or path for [`shard`]. Each process loads only its shard (ZeRO-3), or the whole model into CPU
+    memory (FSDP2).
     """
     defaults = {"use_safetensors": True, "trust_remote_code": False}
     return create_model_from_path(name, **defaults | init_kwargs | {"device_map": None})
 
 
 def shards_models(accelerator: Accelerator) -> bool:
-    """Whether the engine shards the parameters of models among processes, as DeepSpeed ZeRO-3 and FSDP2 do."""
+    """Whether the engine shards parameters among processes: DeepSpeed ZeRO-3 or FSDP2."""
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     return accelerator.is_fsdp2 or (plugin is not None and plugin.zero_stage == 3)
 
 
 def shard(model: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Module:
     """
-    Freeze a model and shard it as the engine does. All processes must read it at the same time.
+    Freeze a model and shard it as the engine does. All processes must run its forward passes at the same time.
 
-    For FSDP2 this is Accelerate's internal function. The public one needs an optimizer. TRL's wraps the model as a
-    single unit, so all parameters are gathered at once.
+    For FSDP2 this calls an internal function of Accelerate, because Accelerate's public function needs an optimizer,
+    and TRL's function gathers all parameters at once.
     """
     model.requires_grad_(False)
     if accelerator.is_fsdp2:
@@ -117,12 +117,12 @@ def shard(model: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Module:
 
 
 def adapter_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The modules with PEFT adapters: LoRA layers, and modules that are saved with an adapter."""
+    """The modules with PEFT adapters: LoRA layers, and the modules in `modules_to_save`."""
     return [module for module in model.modules() if hasattr(module, "_disable_adapters")]
 
 
 def active_adapters(layers: Sequence[torch.nn.Module]) -> tuple[str, ...]:
-    """Names of the adapters that the layers use. Layers with disabled adapters have none."""
+    """Names of the adapters that are active in at least one layer."""
     states: list[Any] = list(layers)
     names = [name for layer in states if not layer._disable_adapters for name in layer.active_adapters]
     return tuple(dict.fromkeys(names))
@@ -131,10 +131,10 @@ def active_adapters(layers: Sequence[torch.nn.Module]) -> tuple[str, ...]:
 @contextmanager
 def using_adapters(layers: Sequence[torch.nn.Module], names: Sequence[str]) -> Iterator[None]:
     """
-    Within the context the layers use the adapters of these names, or none.
+    Within the context the layers use only the adapters of these names.
 
-    `PeftModel.disable_adapter` and `set_adapter` do the same, but also walk all modules and set which parameters
-    require gradients. That takes milliseconds, and decoding switches adapters for every token.
+    Decoding switches adapters for every token. `PeftModel.disable_adapter` and `set_adapter` take milliseconds,
+    because they traverse all modules and set which parameters require gradients.
     """
     states: list[Any] = list(layers)
     before = [(layer._disable_adapters, layer._active_adapter) for layer in states]

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""
-Checks of arguments: types of settings, and replacements for arguments of other trainers that do not exist here.
-"""
+"""Checks of arguments: types of settings, and replacements for arguments of other trainers."""
 
 import contextlib
 import dataclasses
@@ -26,71 +24,68 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-PACKING = "`train_sampling_strategy='group_by_length'` makes batches with little padding (sequences are not packed)"
+PACKING = "`train_sampling_strategy='group_by_length'` reduces padding (sequences are not packed)"
 REFERENCE = (
     "the reference is the doctor before training, or the patient with `policy='guided'`; `reference_weight` is its "
     "exponent"
 )
-CUT = "`max_length` limits prompt and completion together; completions are truncated at the end, prompts never"
+TRUNCATION = "`max_length` limits prompt and completion together; completions are truncated at the end, prompts never"
 GENERATION = "nothing is generated in training; `LogGuidedCompletionsCallback` shows guided completions"
 OBJECTIVE = "`TFPOTrainer(objective=...)` takes another loss"
-OF_TRAINER = "pass it to `TFPOTrainer`"
-INSTEAD = {  # for arguments of TRL's trainers and configs, and of transformers' Trainer
-    "beta": "`reward_temperature` is its counterpart in training; the strength of guidance is `beta` of "
+TRAINER_ARGUMENT = "pass it to `TFPOTrainer`"
+REPLACEMENTS = {  # for arguments of TRL's trainers and configs, and of transformers' Trainer
+    "beta": "`reward_temperature` has this role in training; the strength of guidance is `beta` of "
     "`DoctorGuidedLogitsProcessor`",
     "compute_loss_func": OBJECTIVE,
     "dataset_num_proc": "`accelerate launch` divides the annotation among several processes",
     "f_divergence_type": OBJECTIVE,
-    "faces": OF_TRAINER,
+    "faces": TRAINER_ARGUMENT,
     "formatting_func": "map the dataset to `prompt`, `chosen` and `rejected` beforehand",
     "generate_during_eval": GENERATION,
     "label_smoothing": "`disagreement_weight` reduces rewards that contradict the label",
     "log_completions": GENERATION,
     "loss_type": OBJECTIVE,
-    "max_completion_length": CUT,
-    "max_prompt_length": CUT + ". `drop_unusable=True` drops pairs whose prompt is too long",
-    "max_seq_length": CUT,
-    "model_init": "make a new trainer for each trial, with the model by name",
-    "objective": OF_TRAINER,
+    "max_completion_length": TRUNCATION,
+    "max_prompt_length": TRUNCATION + ". `drop_unusable=True` drops pairs whose prompt is too long",
+    "max_seq_length": TRUNCATION,
+    "model_init": "create a new trainer for each trial, with the name of the model",
+    "objective": TRAINER_ARGUMENT,
     "optimizer_cls_and_kwargs": "`optimizers` takes an optimizer and a scheduler, `args.optim` a name",
     "packing": PACKING,
     "pad_token": "set `processing_class.pad_token`",
     "padding_free": PACKING,
-    "patient_model": OF_TRAINER,
-    "peft_config": OF_TRAINER,
+    "patient_model": TRAINER_ARGUMENT,
+    "peft_config": TRAINER_ARGUMENT,
     "precompute_ref_batch_size": "`scoring_batch_size`",
     "precompute_ref_log_probs": "this is always done with `policy='doctor'`, and never with other policies",
-    "preprocess_logits_for_metrics": "predictions of tokens are not kept; `evaluate` and `predict` return metrics",
+    "preprocess_logits_for_metrics": "logits are not kept; `evaluate` and `predict` return metrics",
     "ref_adapter_name": REFERENCE,
     "ref_model": REFERENCE,
     "ref_model_init_kwargs": REFERENCE,
     "reference_free": "`reference_weight=0`",
-    "reward_fn": OF_TRAINER,
+    "reward_fn": TRAINER_ARGUMENT,
     "reward_funcs": "rewards come from the two faces; `TFPOTrainer(reward_fn=...)` takes another rule",
     "sync_ref_model": REFERENCE + ". It does not change in training",
     "tokenizer": "`processing_class`",
-    "truncation_mode": CUT,
+    "truncation_mode": TRUNCATION,
     "use_vllm": GENERATION,
 }
-# Fields of `TrainingArguments` that accept more types than their annotation
-BEYOND_ANNOTATION = {"accelerator_config", "debug", "fsdp", "resume_from_checkpoint"}
+# Fields of `TrainingArguments` that accept types other than their annotation
+UNCHECKED_FIELDS = {"accelerator_config", "debug", "fsdp", "resume_from_checkpoint"}
 
 
 def explains_unknown(*, settings: type | None = None) -> Callable[[type[T]], type[T]]:
     """
-    Class decorator: an unknown keyword argument raises a `TypeError` that names the replacement.
+    Class decorator: an unknown keyword argument raises a `TypeError` that names its replacement.
 
     Args:
         settings (`type`, *optional*):
             A dataclass whose fields users may pass to the class by mistake.
-
-    Returns:
-        `Callable`: from a class to the class, with the same signature.
     """
-    return functools.partial(_explain_unknown, settings=settings)
+    return functools.partial(_explain_unknown_arguments, settings=settings)
 
 
-def _explain_unknown(cls: type[T], settings: type | None) -> type[T]:
+def _explain_unknown_arguments(cls: type[T], settings: type | None) -> type[T]:
     init: Callable[..., None] = vars(cls)["__init__"]
     known = inspect.signature(init).parameters
     fields = set() if settings is None else {field.name for field in dataclasses.fields(settings)}
@@ -101,7 +96,7 @@ def _explain_unknown(cls: type[T], settings: type | None) -> type[T]:
             if settings is not None and name in fields:
                 hint = f"It is a field of `{settings.__name__}`: pass `args={settings.__name__}(..., {name}=...)`."
             else:
-                hint = instead_of(name, known)
+                hint = suggest_replacement(name, known)
             raise TypeError(f"`{cls.__name__}` has no argument `{name}`. {hint or 'Leave it out.'}")
         init(self, *args, **kwargs)
 
@@ -109,16 +104,16 @@ def _explain_unknown(cls: type[T], settings: type | None) -> type[T]:
     return cls
 
 
-def instead_of(name: str, known: typing.Iterable[str]) -> str:
-    """Suggest a replacement or the nearest name for an unknown argument. Return "" if there is none."""
-    if name in INSTEAD:
-        return f"Instead: {INSTEAD[name]}."
+def suggest_replacement(name: str, known: typing.Iterable[str]) -> str:
+    """Suggest a replacement, or a similar name, for an unknown argument. Return "" if there is none."""
+    if name in REPLACEMENTS:
+        return f"Instead: {REPLACEMENTS[name]}."
     nearest = difflib.get_close_matches(name, list(known), n=1)
     return f"Did you mean `{nearest[0]}`?" if nearest else ""
 
 
 def check_counts(**counts: int | None) -> None:
-    """Raise `ValueError` unless each of the named counts is at least 1, or `None`."""
+    """Raise `ValueError` if a count is less than 1. `None` is allowed."""
     for name, value in counts.items():
         if value is not None and not value >= 1:
             raise ValueError(f"`{name}` must be at least 1. Got {value}; leave it out for the default.")
@@ -128,27 +123,23 @@ def check_types(settings: "DataclassInstance") -> None:
     """
     Check every field of a dataclass against its annotation.
 
-    Values from configuration files and sweeps may have any type. An integer counts as a float, and 2.0 as an integer;
-    0 and 1 count as booleans, a path or a number as a string, and a single string as a list of strings. Objects that a
-    file cannot contain, and the default of a field, are not checked.
-
-    Args:
-        settings (dataclass instance):
-            The dataclass.
+    Values from configuration files and sweeps may have any type. These are accepted: an integer as a float, 2.0 as an
+    integer, 0 and 1 as booleans, a path or a number as a string, a single string as a list of strings, and JSON as a
+    dictionary. Objects that a file cannot contain, and the default of a field, are not checked.
 
     Raises:
-        `ValueError`: if a value does not have the type of its field, or a string in place of a dictionary is not JSON.
+        `ValueError`: if a value has another type than its field.
     """
     hints: dict[str, Any] = {}
     for cls in reversed(type(settings).__mro__):
-        with contextlib.suppress(NameError):  # names that are imported for type checkers only
+        with contextlib.suppress(NameError):  # for names that are imported for type checkers only
             hints |= typing.get_type_hints(cls)
     for field in dataclasses.fields(settings):
         value, hint = getattr(settings, field.name, None), hints.get(field.name, Any)
-        if value is field.default or field.name in BEYOND_ANNOTATION:
+        if value is field.default or field.name in UNCHECKED_FIELDS:
             continue
-        if not _fits(value, hint):
-            value = _converted(value, hint)
+        if not _has_type(value, hint):
+            value = _convert(value, hint)
             if value is None:
                 value = getattr(settings, field.name)
                 raise ValueError(
@@ -164,15 +155,15 @@ def check_types(settings: "DataclassInstance") -> None:
             if not is_mapping:
                 raise ValueError(
                     f"`{field.name}` must be a dictionary, also as JSON. Got {value!r}; write it like "
-                    f"'{{\"name\": 1}}'."
+                    "'{\"name\": 1}'."
                 )
 
 
-def _fits(value: object, hint: Any) -> bool:
+def _has_type(value: object, hint: Any) -> bool:
     """Whether a value has the annotated type. Always true for objects that a file cannot contain."""
     arguments, origin = typing.get_args(hint), typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, part) for part in arguments)
+        return any(_has_type(value, part) for part in arguments)
     if origin is typing.Literal:
         return value in arguments
     if value is None or hint is type(None):
@@ -195,11 +186,11 @@ def _fits(value: object, hint: Any) -> bool:
         of = arguments[0] if arguments else Any
         if isinstance(value, str):
             return of in (str, Any)
-        return isinstance(value, (list, tuple)) and all(_fits(one, of) for one in value)
+        return isinstance(value, (list, tuple)) and all(_has_type(one, of) for one in value)
     return isinstance(value, hint)
 
 
-def _converted(value: object, hint: Any) -> int | str | None:
+def _convert(value: object, hint: Any) -> int | str | None:
     """Convert a number to the annotated type: 2.0 to an integer, 2024 to a string. Return `None` for other values."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return None
@@ -210,7 +201,7 @@ def _converted(value: object, hint: Any) -> int | str | None:
 
 
 def _describe(hint: Any) -> str:
-    """Name a type for a message."""
+    """Name a type for an error text."""
     arguments, origin = typing.get_args(hint), typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         names = [_describe(part) for part in arguments if part is not type(None)]
@@ -236,6 +227,6 @@ def _remedy(value: object, hint: Any) -> str:
         return "write it in quotes, because YAML reads `yes`, `no`, `on` and `off` as true and false"
     if isinstance(value, (list, tuple)) and len(value) == 1:
         return "write it without brackets"
-    if _fits(str(value), hint):
+    if _has_type(str(value), hint):
         return "write it in quotes"
     return "correct it, or leave it out for the default"

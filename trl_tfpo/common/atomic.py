@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Atomic writing of files and folders, and their format version."""
+"""Atomic writing of files and folders, and the version of their format."""
 
 import os
 import shutil
@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-FORMAT = 1  # format version of written files; increased if an older version could misread them
+FORMAT = 1  # format version of written files; increase it if an older version of the package could misread them
 
 
 def check_format(found: int, name: str) -> None:
-    """Raise `ValueError` if a format version is not supported. `name` is the subject of the message."""
+    """Raise `ValueError`, with `name` as its subject, if a format version is not supported."""
     if found != FORMAT:
         raise ValueError(
             f"{name} must have format {FORMAT}. Got format {found}; use the version of trl-tfpo that wrote it, or a "
@@ -24,14 +24,11 @@ def check_format(found: int, name: str) -> None:
 
 def check_writable(folder: str | os.PathLike) -> None:
     """
-    Check that a folder is writable, before work that would be lost. The check leaves no files.
+    Raise `ValueError` if a folder is not writable, before long work whose result would be lost.
 
     Args:
         folder (`str` or `os.PathLike`):
             The folder. If it does not exist, its nearest existing parent is checked.
-
-    Raises:
-        `ValueError`: if the folder is not writable.
     """
     nearest = Path(folder)
     while not nearest.exists():
@@ -41,22 +38,22 @@ def check_writable(folder: str | os.PathLike) -> None:
             file.write(bytes(1024))
     except OSError as error:
         raise ValueError(
-            f"The output must be in a folder that can be written to. Got {str(folder)!r}: {error.strerror}; choose "
-            "another folder, or free disk space."
+            f"The output folder must be writable. Got {str(folder)!r}: {error.strerror}; choose another folder, or "
+            "free disk space."
         ) from error
 
 
 @contextmanager
-def written_whole(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """
     Write to a temporary path, then replace `path` atomically. After an error the temporary path is deleted.
 
     Args:
         path (`str` or `os.PathLike`):
-            A file or folder, which is replaced if it exists. Its parents are created.
+            A file or folder. It is replaced if it exists, and its parents are created.
 
     Yields:
-        `Path`: temporary path, at which to write the file or create the folder.
+        `Path`: temporary path for the new file or folder.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +63,7 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
         if part.is_file():
             with open(part, "rb") as file:
                 os.fsync(file.fileno())
-        elif path.is_dir():  # `os.replace` does not replace a folder that is not empty
+        elif path.is_dir():  # `os.replace` replaces only empty folders
             os.replace(path, old)
         os.replace(part, path)
     finally:

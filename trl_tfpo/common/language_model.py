@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Parts and states of a language model, with or without adapters: backbone, head, device, sharding, eval mode."""
+"""Access to a language model with or without adapters: backbone, head, device, sharding, eval mode."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, DynamicLayer, PreTrainedModel
 
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ LanguageModel: TypeAlias = "PreTrainedModel | PeftModel"
 
 
 def is_peft_model(model: torch.nn.Module) -> bool:
-    """Whether the model is a `PeftModel`. Accelerate's function would inspect the installed packages at every call."""
+    """Whether the model is a `PeftModel`. Accelerate's function inspects the installed packages at every call."""
     return hasattr(model, "get_base_model")
 
 
@@ -29,25 +29,31 @@ def unwrap_peft(model: LanguageModel) -> PreTrainedModel:
 
 
 def backbone_of(model: LanguageModel) -> torch.nn.Module:
-    """The module whose last hidden states the language model head reads. In OPT it is a part of the base model."""
+    """The module that computes the input of the language model head. In OPT it is a part of the base model."""
     base = unwrap_peft(model)
     decoder = base.get_decoder()
     return base.base_model if decoder is base else decoder
 
 
 def head_of(model: LanguageModel) -> Any:
-    """The language model head: a linear layer, a PEFT layer around one, or another module."""
+    """The language model head: a linear layer, a PEFT layer around it, or another module."""
     return unwrap_peft(model).get_output_embeddings()
 
 
 def device_of(model: LanguageModel) -> torch.device:
-    """Device of the input embeddings, and therefore of the token ids."""
+    """Device of the input embeddings, to which token ids are moved."""
     embeddings: Any = unwrap_peft(model).get_input_embeddings()
     return embeddings.weight.device
 
 
+def keeps_all_keys(model: LanguageModel) -> bool:
+    """Whether every layer attends to all earlier tokens: none has a window, chunks or a recurrent state."""
+    layers = DynamicCache(config=model.config.get_text_config()).layers
+    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+
+
 def is_sharded(model: torch.nn.Module) -> bool:
-    """Whether the parameters are sharded. DeepSpeed ZeRO-3 marks sharded parameters; FSDP2 replaces them."""
+    """Whether the parameters are sharded, by DeepSpeed ZeRO-3 (it sets `ds_id`) or by FSDP2 (they are `DTensor`s)."""
     return any(hasattr(parameter, "ds_id") or isinstance(parameter, DTensor) for parameter in model.parameters())
 
 

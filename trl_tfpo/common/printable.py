@@ -7,7 +7,7 @@ import html
 
 def printable(text: str) -> str:
     """
-    Escape control characters, which could move the cursor, color the terminal or reverse the writing direction.
+    Escape control characters, which can move the cursor, color the terminal or reverse the writing direction.
 
     Examples:
 

@@ -16,8 +16,8 @@ class Progress:
     """
     Context manager that shows the progress of a task on standard error.
 
-    In a terminal, it shows a bar. Elsewhere, such as in a log, it prints a line at most every 15 seconds, and none for
-    shorter tasks. `datasets.disable_progress_bars()` turns both off.
+    In a terminal, it shows a bar. Elsewhere, such as in a log, it prints a line at most every 15 seconds.
+    `datasets.disable_progress_bars()` turns both off.
 
     Args:
         total (`int`):
@@ -25,7 +25,7 @@ class Progress:
         desc (`str`):
             Name of the task.
         unit (`str`):
-            Name of the units, in plural.
+            Name of the units, plural.
         is_shown (`bool`, *optional*, defaults to `True`):
             Whether this process shows the progress.
     """
@@ -54,7 +54,7 @@ class Progress:
             amount (`float`):
                 Number of units, possibly fractional.
             is_skipped (`bool`, *optional*, defaults to `False`):
-                Whether they were finished before, and do not count for the estimate of the remaining time.
+                Whether an earlier call finished them. The estimate of the remaining time ignores such units.
         """
         self.done = min(self.done + amount, self.total)
         self.skipped += amount if is_skipped else 0

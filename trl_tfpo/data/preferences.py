@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Preference formats of TRL: each row becomes one prompt and two completions of the assistant.
+Preference formats of TRL. Each row becomes a prompt and two completions of the assistant.
 
 A row has texts or messages. The prompt has its own column, or is the start of both completions.
 """
@@ -15,32 +15,32 @@ from itertools import takewhile
 from trl.trainer.utils import remove_none_values
 
 
-TRANSCRIPT_TURN = "\n\nAssistant:"  # of HH-RLHF, whose `chosen` and `rejected` are whole transcripts
+TRANSCRIPT_TURN = "\n\nAssistant:"  # in HH-RLHF, `chosen` and `rejected` are whole transcripts
 OTHER_TURN = "\n\nHuman:"
 TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 THOUGHTS = ("reasoning_content", "thinking")  # keys of a message
-REMEDY = "correct the row, leave it out, or pass `drop_unusable=True`."
+REMEDY = "correct or remove the row, or pass `drop_unusable=True`."
 
 
 def read_pair(example: dict, *, openings: Sequence[str] = (), convert_transcripts: bool = False) -> dict:
     r"""
     Split a row into a prompt and two completions.
 
-    The formats and their order of precedence are those of TRL. A text prompt is ignored if the completions are
-    conversations, because these repeat it. Messages of the prompt are removed from the start of the completions.
+    The formats and their order of precedence are those of TRL. If the completions are lists of messages, a text prompt
+    is ignored, because the completions repeat it. Prompt messages are removed from the start of the completions.
 
     Args:
         example (`dict`):
             Row with `chosen`, `rejected` and, optionally, `prompt`.
         openings (`Sequence[str]`, *optional*):
             Texts that open the assistant's turn, in addition to `"\n\nAssistant:"`. A prompt without its own column
-            ends after the last opening that both texts share, or between two words if there is none.
+            ends after the last opening that both texts share. Without an opening it ends between two words.
         convert_transcripts (`bool`, *optional*, defaults to `False`):
             Whether to convert texts with turns of `"\n\nHuman:"` and `"\n\nAssistant:"` to messages.
 
     Returns:
         `dict`: `prompt`, `chosen` and `rejected`, all texts or all lists of messages with texts as content. If the
-        prompt ends with a message of the assistant, the completions continue it.
+        prompt ends with a message of the assistant, the completions continue this message.
 
     Raises:
         `ValueError`: if the row mixes texts and messages, a message has no role or no text, the completions do not
@@ -64,7 +64,7 @@ def read_pair(example: dict, *, openings: Sequence[str] = (), convert_transcript
     """
     pair = {name: example[name] for name in ("prompt", "chosen", "rejected") if name in example}
     if isinstance(pair.get("prompt"), str) and not isinstance(pair["chosen"], str):
-        del pair["prompt"]  # in UltraFeedback, the conversations repeat it
+        del pair["prompt"]  # UltraFeedback has such rows
     are_texts = all(isinstance(value, str) for value in pair.values())
     if not (are_texts or all(map(_are_messages, pair.values()))):
         raise ValueError(
@@ -85,10 +85,10 @@ def read_pair(example: dict, *, openings: Sequence[str] = (), convert_transcript
 
 
 def empty_completion(name: str) -> ValueError:
-    """Return the error for a completion, `"chosen"` or `"rejected"`, without tokens of its own."""
+    """Return the error for an empty completion. `name` is `"chosen"` or `"rejected"`."""
     return ValueError(
-        f"A completion must have at least one token before EOS. Got an empty {name!r} completion, after the prompt "
-        f"and the common start of both completions; {REMEDY}"
+        f"A completion must have at least one token before EOS. Got an empty {name!r} completion (the prompt and a "
+        f"common start of both texts do not count); {REMEDY}"
     )
 
 
@@ -99,17 +99,8 @@ def is_transcript(text: object) -> bool:
 
 def transcript_to_messages(text: str) -> list[dict[str, str]]:
     r"""
-    Convert the turns of a transcript to messages, without surrounding whitespace. Text before the first turn is a
+    Convert the turns of a transcript to messages without surrounding whitespace. Text before the first turn becomes a
     system message.
-
-    Examples:
-
-    ```python
-    >>> from trl_tfpo.data.preferences import transcript_to_messages
-    >>> transcript_to_messages("\n\nHuman: Tea?\n\nAssistant: Please.")
-    [{'role': 'user', 'content': 'Tea?'}, {'role': 'assistant', 'content': 'Please.'}]
-
-    ```
     """
     roles = {"Human": "user", "Assistant": "assistant"}
     before, *turns = TURN.split(text)
@@ -122,10 +113,9 @@ def transcript_to_messages(text: str) -> list[dict[str, str]]:
 
 def clean_messages(messages: list[dict]) -> list[dict]:
     """
-    Copy messages, with texts as content and without keys that are `None`.
+    Copy messages, with texts as content and without keys whose value is `None`: Arrow adds these from other rows.
 
-    Text parts (`[{"type": "text", "text": ...}]`) are joined. A message with tool calls needs no content. Keys that
-    Arrow adds from other rows are `None`, and do not reach the chat template.
+    Text parts (`[{"type": "text", "text": ...}]`) are joined. A message with tool calls needs no content.
 
     Raises:
         `ValueError`: if the argument is not a list of messages with a role, or a message has no text.
@@ -143,7 +133,7 @@ def clean_messages(messages: list[dict]) -> list[dict]:
             content = "".join(part["text"] for part in content)
         if not isinstance(content, str):
             raise ValueError(
-                "The content of a message must be a text, or a list of parts that are texts. Got "
+                "The content of a message must be a text, or a list of text parts. Got "
                 f"{reprlib.repr(content)} from role {message['role']!r}; {REMEDY}"
             )
         cleaned.append({**message, "content": content})
@@ -159,7 +149,7 @@ def _are_messages(value: object) -> bool:
 
 
 def _has_content(answer: str | list[dict]) -> bool:
-    """Whether a completion is more than whitespace. A message may have tool calls or thoughts instead of content."""
+    """Whether a completion has more than whitespace: content, tool calls or thoughts."""
     if isinstance(answer, str):
         return bool(answer.strip())
     return any(message.get(name) for message in answer for name in ("tool_calls", *THOUGHTS)) or any(
@@ -168,12 +158,12 @@ def _has_content(answer: str | list[dict]) -> bool:
 
 
 def _split_messages(chosen: list[dict], rejected: list[dict], prompt: list[dict] | None = None) -> dict:
-    """Separate the prompt from both conversations, and drop messages after the last one of the assistant."""
+    """Separate the prompt from both conversations, and drop messages after the assistant's last message."""
     if prompt is None:
         shared = takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False))
         prompt = [message for message, _ in shared]
         while prompt and prompt[-1]["role"] == "assistant":
-            prompt.pop()  # an answer that both completions share
+            prompt.pop()  # both completions start with this answer
     if chosen[: len(prompt)] == rejected[: len(prompt)] == prompt:
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     if not prompt:
@@ -184,17 +174,17 @@ def _split_messages(chosen: list[dict], rejected: list[dict], prompt: list[dict]
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if answer and answer[0]["role"] != "assistant":
             raise ValueError(
-                "A completion must start with a message of the assistant, after the whole prompt. Got roles "
+                "A completion must start with a message of the assistant. Got roles "
                 f"{[message['role'] for message in answer]} in {name!r}, after a prompt with roles "
                 f"{[message['role'] for message in prompt]}; {REMEDY}"
             )
         while answer and answer[-1]["role"] != "assistant":
-            answer.pop()  # a turn without an answer
+            answer.pop()  # the assistant does not answer this message
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def _split_texts(chosen: str, rejected: str, openings: Sequence[str], prompt: str | None = None) -> dict:
-    """Separate the prompt, with the opening of the assistant's turn, from both texts."""
+    """Separate the prompt from both texts. The opening of the assistant's turn belongs to the prompt."""
     if prompt is None:
         shared = os.path.commonprefix([chosen, rejected])
         end = _end_of_prompt(chosen, rejected, shared, openings)
@@ -223,7 +213,7 @@ def _split_texts(chosen: str, rejected: str, openings: Sequence[str], prompt: st
 
 
 def _end_of_prompt(chosen: str, rejected: str, shared: str, openings: Sequence[str]) -> int:
-    """Length of the prompt at the start of both texts, which share a prefix."""
+    """Length of the prompt within `shared`, the common prefix of both texts."""
     ends = [shared.rfind(opening) + len(opening) for opening in openings if opening in shared]
     if ends:
         return max(ends)
@@ -238,7 +228,7 @@ def _end_of_prompt(chosen: str, rejected: str, shared: str, openings: Sequence[s
 
 
 def _without_last_question(answer: str) -> str:
-    """Remove an unanswered last turn of the human from a completion."""
+    """Remove the last turn of a completion if it is the human's."""
     *_, last = [None, *TURN.finditer(answer)]
     return answer[: last.start()] if last is not None and last[1] == "Human" else answer
 

@@ -3,8 +3,8 @@
 """
 Rendering of a prompt and its completion as one text, with the spans of the assistant's turns.
 
-A span is a pair of start and end, in characters. It contains one turn of the assistant, up to EOS. Turns of users and
-tools, and the text that a chat template adds around turns, are outside the spans.
+A span is the start and the end, in characters, of one turn of the assistant with its EOS. Turns of users and tools,
+and text that a chat template adds around turns, are outside the spans.
 """
 
 import contextlib
@@ -49,12 +49,12 @@ class ChatTemplate:
             ) from error
 
     def render_prompt(self, messages: list[dict], is_continued: bool = False) -> str:
-        """Render messages and the opening of the assistant's turn. With `is_continued` the last message stays open."""
+        """Render messages and the opening of a turn, or with `is_continued` leave the last message open instead."""
         return self.render(messages, add_generation_prompt=not is_continued, continue_final_message=is_continued)
 
     @cached_property
     def opening(self) -> str:
-        """Text with which the template opens the assistant's turn; empty without a template."""
+        """Text with which the template opens the assistant's turn, empty if it is unknown."""
         if self.processing_class.chat_template is None:
             return ""
         question = [{"role": "user", "content": "x"}]
@@ -70,7 +70,8 @@ def template_variables(example: dict[str, Any], processing_class: PreTrainedToke
     Read `tools` and `chat_template_kwargs` of a row, without the keys that Arrow adds from other rows.
 
     Raises:
-        `ValueError`: if one of them has another type and is not JSON, or if a variable is an argument of tokenization.
+        `ValueError`: if `tools` is not a list or `chat_template_kwargs` is not a dictionary (JSON is accepted); if a
+            variable is one of [`reserved_variables`].
     """
     values: dict[str, Any] = {}
     for name, expected in (("tools", list), ("chat_template_kwargs", dict)):
@@ -79,7 +80,7 @@ def template_variables(example: dict[str, Any], processing_class: PreTrainedToke
             value = json.loads(value) if isinstance(value, str) else remove_none_values(value)
         if not isinstance(value, expected):
             raise ValueError(
-                f"`{name}` must be a {expected.__name__}, or one as JSON. Got {reprlib.repr(value)}; {REMEDY}"
+                f"`{name}` must be a {expected.__name__}, also as JSON. Got {reprlib.repr(value)}; {REMEDY}"
             )
         values[name] = value
     variables = values["chat_template_kwargs"]
@@ -102,7 +103,7 @@ def reserved_variables(processing_class: PreTrainedTokenizerBase) -> set[str]:
 def complete_text(
     prompt: str, completion: str, processing_class: PreTrainedTokenizerBase
 ) -> tuple[str, list[tuple[int, int]]]:
-    """Join a prompt and its completion with EOS. In a transcript, turns of the human separate the spans."""
+    """Join prompt, completion and EOS. The completion of a transcript has a span for each turn of the assistant."""
     text = prompt + completion + (processing_class.eos_token or "")
     spans, end = [], len(prompt)
     while end < len(text):
@@ -122,11 +123,11 @@ def complete_messages(
 
     Args:
         prompt (`list[dict]`):
-            Messages. If the last one is of the assistant, the first message of the completion continues it.
+            Messages. If the last message is the assistant's, the first message of the completion continues it.
         completion (`list[dict]`):
-            Messages, the first of the assistant.
+            Messages, of which the first is the assistant's.
         opened (`str`):
-            The prompt alone, from [`ChatTemplate.render_prompt`].
+            The rendered prompt, from [`ChatTemplate.render_prompt`].
         template ([`ChatTemplate`]):
             The template, with the variables of the row.
         eos_tokens (`list[str]`):
@@ -136,8 +137,8 @@ def complete_messages(
         `str` and `list[tuple[int, int]]`: the text, and the spans of the assistant.
 
     Raises:
-        `ValueError`: if the template fails, renders a prompt differently when a completion follows, omits the content
-            of an assistant's turn, or does not mark the end of a turn.
+        `ValueError`: if the template fails, renders a prompt differently before a completion, omits the content of an
+            assistant's turn, or does not mark the end of a turn.
     """
     conversation, first = [*prompt, *completion], len(prompt)
     if prompt[-1]["role"] == "assistant":  # the completion continues this message
@@ -153,13 +154,13 @@ def complete_messages(
         if not text.startswith(before):
             at = len(os.path.commonprefix([before, text]))
             raise ValueError(
-                "A chat template must render a prompt in the same way once the answer follows. Got "
-                f"{before[at : at + 40]!r} before an answer and {text[at : at + 40]!r} with it, after "
+                "A chat template must render a prompt in the same way with and without the answer. Got "
+                f"{before[at : at + 40]!r} without the answer and {text[at : at + 40]!r} with it, after "
                 f"{before[:at][-40:]!r}; give the answers the thinking that the template expects, set "
                 f"`chat_template_kwargs` of the row, use another template, or {REMEDY}"
             )
         end = _end_of_turn(conversation, index, len(before), text, template, eos_tokens)
-        _check_printed(message, text[len(before) : end])
+        _check_rendered(message, text[len(before) : end])
         spans.append((len(before), end))
     return text, spans
 
@@ -167,38 +168,37 @@ def complete_messages(
 def _end_of_turn(
     conversation: list[dict], index: int, start: int, text: str, template: ChatTemplate, eos_tokens: list[str]
 ) -> int:
-    """Latest possible end of a turn in the text. An EOS before it ends the turn."""
+    """Upper bound of the end of a turn in the text. The first EOS before it ends the turn."""
     if index + 1 == len(conversation):
         return len(text)
     rendered = template.render(conversation[: index + 1])
     if text.startswith(rendered):
         return len(rendered)
-    # The template renders a last message differently: the turn ends before the content of the next message
+    # The template renders the last message differently: the turn ends before the content of the next message
     following = conversation[index + 1]
     other = {**following, "content": "1" if following["content"].strip().startswith("0") else "0"}
     others = template.render([*conversation[: index + 1], other, *conversation[index + 2 :]])
     end = len(os.path.commonprefix([text, others]))
     if not any(token in text[start:end] for token in eos_tokens):
         raise ValueError(
-            f"It must be clear where a turn of the assistant ends. Got a chat template that renders message {index} "
-            f"differently once others follow, and closes it with none of {eos_tokens}; use a completion of one "
+            "A chat template must mark where a turn of the assistant ends. Got a template that renders message "
+            f"{index} differently if others follow, and closes it with none of {eos_tokens}; use a completion of one "
             f"message, or {REMEDY}"
         )
     return end
 
 
-def _check_printed(message: dict, printed: str) -> None:
+def _check_rendered(message: dict, rendered: str) -> None:
     """
-    Raise `ValueError` if a template omits the end of the content, a name of a tool call or, without these, the end of
-    the thoughts of a message.
+    Raise `ValueError` if a template omits the last word of the content, the name of a tool call or, without these, the
+    last word of the thoughts.
     """
     expected = message["content"].split()[-1:]
     expected += [(call.get("function") or call).get("name", "") for call in message.get("tool_calls") or []]
     expected = expected or [str(message[name]).split()[-1] for name in THOUGHTS if str(message.get(name, "")).strip()]
-    missing = [word for word in expected if word not in printed]
-    if missing or not expected:
+    if not expected or any(word not in rendered for word in expected):
         raise ValueError(
-            "A chat template must print what the assistant says in each of its turns. Got "
-            f"{reprlib.repr(message)} and the rendering {reprlib.repr(printed)}; use a template that takes the "
-            f"content of a message as a text and knows its tool calls, or {REMEDY}"
+            "A chat template must render the content of each turn of the assistant. Got "
+            f"{reprlib.repr(message)}, rendered as {reprlib.repr(rendered)}; use a template that supports tool calls "
+            f"and a text as the content of a message, or {REMEDY}"
         )

@@ -3,8 +3,8 @@
 """
 Tokenization of preference datasets, the same for patient and doctor.
 
-A completion follows the prompt, and ends with the assistant's last turn. Its mask marks the tokens of the assistant.
-Tokens of users and tools between its turns are context, without score or reward.
+A completion is the text from the end of the prompt to the end of the assistant's last turn. Its mask marks the tokens
+of the assistant. Tokens of users and tools are context, without rewards.
 """
 
 import os
@@ -59,12 +59,12 @@ def tokenize_preferences(
     if has_transcripts and processing_class.chat_template is not None and not convert_transcripts:
         warnings.warn(
             f"The dataset has transcripts ({OTHER_TURN!r}, {TRANSCRIPT_TURN!r}), but the tokenizer has a chat "
-            "template: the model will be used in another format than it was trained on. Pass "
+            "template: the prompts will not have the format that the model was trained on. Pass "
             "`convert_transcripts=True` to convert the transcripts to messages.",
             stacklevel=2,
         )
     is_map_style = isinstance(dataset, Dataset)
-    features = dataset.features  # declared, because unusable rows have empty lists
+    features = dataset.features  # explicit, because a type cannot be inferred from the empty lists of unusable rows
     if features is not None:
         new = ID_COLUMNS + MASK_COLUMNS + (FACE_COLUMNS if faces else [])
         features = Features({**features, **dict.fromkeys(new, List(Value("int64")))})
@@ -88,7 +88,7 @@ def tokenize_preferences(
         if is_map_style and len(tokenized) == 0:
             raise ValueError(
                 f"At least one pair must be usable. Got {len(dataset)} unusable pairs; call without `drop_unusable` "
-                f"to see why the first is. A prompt must be shorter than `max_length`={max_length} tokens."
+                f"to see the error of the first. A prompt must be shorter than `max_length`={max_length} tokens."
             )
     return tokenized
 
@@ -115,18 +115,18 @@ def tokenize_pair(
     """
     Tokenize one preference pair.
 
-    Prompt and completion are tokenized together. The completion ends with the EOS of the assistant's last turn; text
-    that a chat template adds after it is never generated. If the completion changes the tokens at the end of the
-    prompt, the new tokens belong to the completion, and are masked if they end within the prompt.
+    Prompt and completion are tokenized together. The completion ends with the EOS of the assistant's last turn, even
+    if the chat template adds text after EOS. If the completion changes the tokens at the end of the prompt, the new
+    tokens belong to the completion, and are masked if they end within the prompt.
 
     Args:
         example (`dict`):
-            Row, see [`~trl_tfpo.data.preferences.read_pair`]. The chat template also gets `tools` (a list of schemas)
-            and `chat_template_kwargs` (a `dict`), both optionally as JSON.
+            Row, see [`~trl_tfpo.data.preferences.read_pair`]. Its optional columns `tools` (a list of schemas) and
+            `chat_template_kwargs` (a `dict`), also as JSON, are passed to the chat template.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             The tokenizer.
         faces ([`~trl_tfpo.faces.Faces`], *optional*):
-            Contrastive prompts, under which the prompt is rendered as well.
+            Contrastive prompts. With them, the prompt is also rendered under each face.
         system_role (`bool`):
             Whether the chat template has a system role, see [`~trl_tfpo.faces.has_system_role`].
         eos_token_ids (`list[int]`):
@@ -142,8 +142,8 @@ def tokenize_pair(
 
     Raises:
         `ValueError`: if the row is not a preference pair, see [`~trl_tfpo.data.preferences.read_pair`]; if the chat
-            template fails, or renders the prompt differently when a completion follows; if the prompt is empty, or has
-            `max_length` or more tokens; if a completion has no token but EOS.
+            template fails, see [`~trl_tfpo.data.rendering.complete_messages`]; if the prompt is empty, or has
+            `max_length` or more tokens; if a completion has no token before EOS.
     """
     template = ChatTemplate(processing_class, template_variables(example, processing_class))
     is_text = isinstance(example.get("prompt", example["chosen"]), str) and isinstance(example["chosen"], str)
@@ -160,7 +160,7 @@ def tokenize_pair(
     prompt_ids = leading + _encode(opened, processing_class)
     completed = [_tokenize_spans(text, spans, leading, template, eos_token_ids) for text, spans in rendered]
     prompt_length = min(_common_prefix_length(prompt_ids, ids) for ids, _ in completed)
-    merged = prompt_ids[prompt_length:]  # tokens that also contain the first characters of a completion
+    merged = prompt_ids[prompt_length:]  # tokens that change when a completion follows
     row = {"prompt_ids": prompt_ids[:prompt_length]}
     _check_prompt(row["prompt_ids"], max_length)
 
@@ -174,7 +174,7 @@ def tokenize_pair(
         if not any(row[f"{name}_mask"]):
             raise ValueError(
                 "A completion must have a token of the assistant within `max_length`. Got none in the first "
-                f"{max_length} tokens of prompt and {name!r}; raise it, or {REMEDY}"
+                f"{max_length} tokens of prompt and {name!r}; raise `max_length`, or {REMEDY}"
             )
 
     if faces is not None:
@@ -186,7 +186,7 @@ def tokenize_pair(
             face_ids = leading + _encode(opened, processing_class)
             if merged and face_ids[-len(merged) :] != merged:
                 raise ValueError(
-                    "The prompt must end in the same tokens under both faces as without. Got "
+                    "The prompt must end in the same tokens with and without a face. Got "
                     f"{processing_class.decode(face_ids[-len(merged) :])!r} instead of "
                     f"{processing_class.decode(merged)!r}; end the prompt on a token boundary."
                 )
@@ -196,8 +196,8 @@ def tokenize_pair(
 
 def tokenize_prompt(prompt: str | list[dict], processing_class: PreTrainedTokenizerBase, **template) -> list[int]:
     """
-    Tokenize a text, or messages with the opening of the assistant's turn. A last message of the assistant is left
-    open.
+    Tokenize a text, or messages with the opening of the assistant's turn. A final message of the assistant is left
+    open instead.
 
     Raises:
         `ValueError`: if the prompt is neither a text nor messages, or the chat template fails.
@@ -224,9 +224,9 @@ def _tokenize_spans(
     """
     Tokenize a text after leading special tokens, and mark the tokens of the assistant.
 
-    Within a span, tokens up to EOS are the assistant's. A text that was rendered before may have further turns of the
-    assistant in the span: each begins after the opening of the chat template. A token across the start of a span is
-    the assistant's; a token across its end is not.
+    Tokens of a span are the assistant's up to EOS. A text that is already rendered may have further turns of the
+    assistant in the span; each begins after the opening of the chat template. A token across the start of a span is
+    the assistant's; a token across the end of a span is not.
     """
     processing_class = template.processing_class
     encoded = processing_class(text, add_special_tokens=False, return_offsets_mapping=processing_class.is_fast)
@@ -235,7 +235,7 @@ def _tokenize_spans(
         ends = [0] * len(leading) + [end for _, end in encoded["offset_mapping"]]
 
     def num_tokens(end: int) -> int:
-        """Number of tokens that end there or before."""
+        """Number of tokens that end at or before a character."""
         if processing_class.is_fast:
             return bisect_right(ends, end)
         return _common_prefix_length(leading + _encode(text[:end], processing_class), ids)
@@ -258,7 +258,11 @@ def _encode(text: str, processing_class: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _leading_tokens(text: str, processing_class: PreTrainedTokenizerBase) -> tuple[list[int], str]:
-    """Special tokens that the tokenizer puts before a text: ids to add, or the start of the text if it has them."""
+    """
+    Special tokens that the tokenizer puts before a text.
+
+    Returns their ids and "". If the text already starts with these tokens, returns no ids and this start of the text.
+    """
     plain, whole = _encode("a", processing_class), processing_class("a")["input_ids"]
     starts = [k for k in range(len(whole)) if plain and whole[k : k + len(plain)] == plain]
     special = whole[: starts[0]] if starts else []
@@ -278,7 +282,7 @@ def _common_prefix_length(first: list[int], second: list[int]) -> int:
 def resolve_processing_class(
     processing_class: PreTrainedTokenizerBase | None, model: LanguageModel, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """Return a tokenizer with a padding token, by default that of the model. Raise `ValueError` for other objects."""
+    """Return `processing_class`, by default the tokenizer of the model, with a padding token."""
     if processing_class is None:
         processing_class = AutoTokenizer.from_pretrained(
             model.config._name_or_path, trust_remote_code=trust_remote_code
@@ -294,8 +298,8 @@ def check_is_tokenizer(processing_class: PreTrainedTokenizerBase) -> None:
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise ValueError(
             "`processing_class` must be a tokenizer, because token rewards are defined for text only. Got a "
-            f"`{type(processing_class).__name__}`; pass a tokenizer, such as that of the processor, and a text "
-            "dataset."
+            f"`{type(processing_class).__name__}`; pass a tokenizer, such as `processor.tokenizer`, and a dataset of "
+            "texts."
         )
 
 
@@ -310,13 +314,13 @@ def all_eos_token_ids(processing_class: PreTrainedTokenizerBase, *models: "Langu
 
 
 def row_lengths(dataset: Dataset) -> list[int]:
-    """Tokens of the longer of the two rows of each tokenized pair."""
+    """Number of tokens of the prompt and the longer completion of each tokenized pair."""
     prompt, chosen, rejected = column_lengths(dataset, ID_COLUMNS)
-    return np.maximum(prompt + chosen, prompt + rejected).tolist()
+    return (prompt + np.maximum(chosen, rejected)).tolist()
 
 
 def column_lengths(dataset: Dataset, columns: Sequence[str]) -> np.ndarray:
-    """Number of tokens in columns of token ids, (columns, rows)."""
+    """Number of tokens in each row of columns of token ids, (columns, rows)."""
     table = dataset.select_columns(list(columns)).with_format("arrow")[:]
     return np.stack([pc.list_value_length(table.column(name)).to_numpy() for name in columns])
 
@@ -324,21 +328,21 @@ def column_lengths(dataset: Dataset, columns: Sequence[str]) -> np.ndarray:
 def _check_prompt(prompt_ids: list[int], max_length: int | None) -> None:
     if not prompt_ids:
         raise ValueError(
-            f"A prompt must have at least one token. Got an empty one; use a tokenizer with a BOS token, or {REMEDY}"
+            f"A prompt must have at least one token. Got none; use a tokenizer with a BOS token, or {REMEDY}"
         )
     if max_length is not None and len(prompt_ids) >= max_length:
         raise ValueError(
-            f"A prompt must be shorter than `max_length`, or no completion token is left. Got {len(prompt_ids)} "
-            f"tokens with `max_length`={max_length}; raise it, or {REMEDY}"
+            f"A prompt must be shorter than `max_length`. Got {len(prompt_ids)} tokens with "
+            f"`max_length`={max_length}; raise `max_length`, or {REMEDY}"
         )
 
 
 def columns_of(dataset: Dataset | IterableDataset) -> set[str]:
-    """Return the column names, also of a streamed dataset. Raise `ValueError` if it is empty, or not a dataset."""
+    """Return the names of the columns. Raise `ValueError` if the dataset is empty, or not of the library Datasets."""
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise ValueError(
-            "A dataset must be one of the library Datasets. Got a "
-            f"`{type(dataset).__name__}`; make one, for instance with `Dataset.from_list(rows)`."
+            "A dataset must be a `Dataset` or an `IterableDataset` of the library Datasets. Got a "
+            f"`{type(dataset).__name__}`; convert it, for instance with `Dataset.from_list(rows)`."
         )
     columns = dataset.column_names or next(iter(dataset), None)
     if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
@@ -356,13 +360,13 @@ def check_preference_columns(dataset: Dataset | IterableDataset) -> None:
         )
     if not {"chosen", "rejected"} <= columns:
         raise ValueError(
-            "A preference dataset needs the columns 'chosen' and 'rejected', and 'prompt' unless it is contained in "
-            f"both. Got {sorted(columns)}; rename or build the missing ones."
+            "A preference dataset needs the columns 'chosen' and 'rejected', and 'prompt' unless both contain the "
+            f"prompt. Got {sorted(columns)}; rename columns, or add the missing ones."
         )
 
 
 def is_complete(completion_ids: Sequence[int], mask: Sequence[int] | None, eos_token_ids: Sequence[int]) -> bool:
-    """Whether a completion ends with an EOS of the assistant rather than being truncated."""
+    """Whether a completion ends with an EOS of the assistant, that is, it is not truncated."""
     return len(completion_ids) > 0 and completion_ids[-1] in eos_token_ids and (mask is None or bool(mask[-1]))
 
 
@@ -377,7 +381,7 @@ def check_some_completion_ends(
             if is_whole and is_complete(ids, row.get(f"{name}_mask"), eos_token_ids):
                 return
     raise ValueError(
-        "Some completions must end in EOS: without the boundary at EOS every policy balances the flow, and rewards do "
-        f"not reach the doctor. Got none that end in one of the ids {eos_token_ids} within `max_length`={max_length}; "
+        "Some completions must end in EOS: without the boundary at EOS every policy balances the flow, and rewards "
+        f"have no effect. Got none that end in one of the ids {eos_token_ids} within `max_length`={max_length}; "
         "use a chat template that closes the assistant's turn with EOS, or raise `max_length`."
     )

@@ -3,8 +3,8 @@
 """
 Comparison of tokenizers: whether the same ids stand for the same tokens.
 
-Patient and doctor exchange token ids, never texts. So only the token of each id matters, including added and special
-tokens. File names, chat template, padding side and the role of a token (EOS, padding) do not matter.
+Patient and doctor exchange token ids, never texts. Therefore only the token of each id is compared, including added
+and special tokens. File names, chat template, padding side and the role of a token (EOS, padding) may differ.
 """
 
 import hashlib
@@ -19,9 +19,7 @@ from ..common.language_model import LanguageModel
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """
     Hash a vocabulary. Two tokenizers have the same fingerprint if and only if every id stands for the same token in
-    both.
-
-    The fingerprint is the same in all processes and on all machines, so it can be saved and compared later.
+    both. The fingerprint does not depend on the process or the machine.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -29,20 +27,6 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
     Returns:
         `str`: 64 hexadecimal digits, the SHA-256 of the `(id, token)` pairs in the order of their ids.
-
-    Examples:
-
-    ```python
-    >>> from tokenizers import Tokenizer
-    >>> from tokenizers.models import WordLevel
-    >>> from transformers import PreTrainedTokenizerFast
-    >>> from trl_tfpo.data.tokenizer_identity import tokenizer_fingerprint
-    >>> a = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"good": 0, "bad": 1}, unk_token="bad")))
-    >>> b = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"bad": 0, "good": 1}, unk_token="bad")))
-    >>> tokenizer_fingerprint(a) == tokenizer_fingerprint(b)
-    False
-
-    ```
     """
     pairs = sorted(_tokens_by_id(tokenizer).items())
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
@@ -55,15 +39,10 @@ def check_same_tokenizer(
     Raise `ValueError`, with the first difference, unless every id stands for the same token in both tokenizers.
 
     Args:
-        a ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer, or a processor with a tokenizer.
-        b ([`~transformers.PreTrainedTokenizerBase`]):
-            The other one.
+        a, b ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizers, or processors with a tokenizer.
         names (`tuple[str, str]`, *optional*, defaults to `("patient", "doctor")`):
-            Names of the two in the message.
-
-    Raises:
-        `ValueError`: if an id stands for different tokens, or is missing in one of the two.
+            Names of `a` and `b` in the error.
     """
     if a is b:
         return
@@ -76,7 +55,7 @@ def check_same_tokenizer(
     raise ValueError(
         f"The {names[0]} and the {names[1]} must have the same tokenizer: the same token for every id. Got "
         f"{len(tokens_a)} and {len(tokens_b)} tokens, of which {len(differing)} ids differ; the first is id {first}: "
-        f"{token_a} for the {names[0]}, {token_b} for the {names[1]}. Take two models of one family, and add the same "
+        f"{token_a} for the {names[0]}, {token_b} for the {names[1]}. Use two models of one family, and add the same "
         "tokens to both."
     )
 
@@ -84,18 +63,19 @@ def check_same_tokenizer(
 def check_all_same(
     processing_classes: Sequence[PreTrainedTokenizerBase], num_doctors: int, num_references: int
 ) -> None:
-    """Raise `ValueError` unless patient, doctors and references have one tokenizer each, and all are the same."""
+    """Raise `ValueError` unless there is one tokenizer for each model, and all are the same."""
     if len(processing_classes) != 1 + num_doctors + num_references:
         raise ValueError(
             "`processing_classes` must be the tokenizers of the patient, each doctor and each reference. Got "
-            f"{len(processing_classes)} for 1 patient, {num_doctors} doctors and {num_references} references."
+            f"{len(processing_classes)} for 1 patient, {num_doctors} doctors and {num_references} references; pass "
+            "one tokenizer for each model."
         )
     for other in processing_classes[1:]:
         check_same_tokenizer(processing_classes[0], other)
 
 
 def check_embeddings(name: str, model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise `ValueError` unless the model, called `name` in the message, has an embedding for every token."""
+    """Raise `ValueError`, with `name` as its subject, unless the model has an embedding for every token."""
     weight = model.get_input_embeddings().get_parameter("weight")
     num_embeddings = getattr(weight, "ds_shape", weight.shape)[0]  # in all shards
     if len(tokenizer) > num_embeddings:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Exponents of patient and doctors: a number, a tensor with one number for each prompt, or a schedule of either.
+Exponents of patient and doctors: a number, a tensor with one number per prompt, or a schedule of either.
 
 Shapes: B prompts.
 """
@@ -13,41 +13,25 @@ import torch
 
 
 Number = float | torch.Tensor  # a tensor has shape (B,)
-Weight = Number | Callable[[int], Number]
+Exponent = Number | Callable[[int], Number]
 DEFAULT_BETA = 0.5  # of a doctor that is a language model
 
 
 def default_beta(trained_exponents: Mapping[str, float], num_language_models: int = 1) -> float:
     """
-    Return the exponent that a doctor has by default.
-
-    Args:
-        trained_exponents (`Mapping[str, float]`):
-            Exponents of its training, see [`~trl_tfpo.models.adapters.trained_exponents`]. Empty for a language model.
-        num_language_models (`int`, *optional*, defaults to `1`):
-            Number of doctors among which `DEFAULT_BETA` is divided.
-
-    Returns:
-        `float`: the `beta` of its training; for a language model its share of `DEFAULT_BETA`.
+    Return the default exponent of a doctor: the `beta` of its training, or a share of `DEFAULT_BETA` for a language
+    model, which has no [`~trl_tfpo.models.adapters.trained_exponents`].
     """
     return trained_exponents["beta"] if trained_exponents else DEFAULT_BETA / num_language_models
 
 
-def check_weight(name: str, value: Weight) -> Weight:
+def check_exponent(name: str, value: Exponent) -> Exponent:
     """
-    Check an exponent. What a schedule returns is checked at each call of the schedule.
-
-    Args:
-        name (`str`):
-            Name of the argument, for the message.
-        value (`float`, `torch.Tensor` of shape `(B,)` or callable):
-            The exponent.
-
-    Returns:
-        `float`, `torch.Tensor` of shape `(B,)` or callable.
+    Return an exponent. A schedule is wrapped, and checks each number that it returns.
 
     Raises:
-        `ValueError`: when the exponent is neither a finite number, nor a tensor of finite numbers, nor a schedule.
+        `ValueError`: when the exponent is not a finite number, a tensor (B,) of finite numbers, or a schedule. The
+            message contains the `name` of the argument.
     """
     if callable(value):
         schedule = value
@@ -60,47 +44,47 @@ def _check_number(name: str, value: Number) -> Number:
         value = value if isinstance(value, torch.Tensor) and value.dim() == 1 else float(value)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"`{name}` must be a number, a tensor with one for each prompt, or a schedule. Got {value!r}; try 0.5."
+            f"`{name}` must be a number, a tensor with one number per prompt, or a schedule. Got {value!r}; try 0.5."
         ) from error
     if not torch.as_tensor(value).isfinite().all():
         raise ValueError(f"`{name}` must be finite. Got {value}; try 0.5.")
     return value
 
 
-def weight_at(weight: Weight, step: int) -> Number:
+def exponent_at(exponent: Exponent, step: int) -> Number:
     """Return the exponent after `step` generated tokens."""
-    return weight(step) if callable(weight) else weight
+    return exponent(step) if callable(exponent) else exponent
 
 
-def opposite_weight(weight: Weight) -> Weight:
-    """Return minus the exponent: the exponent of a doctor's reference."""
-    if callable(weight):
-        schedule = weight
+def opposite_exponent(exponent: Exponent) -> Exponent:
+    """Return the negative of an exponent: the exponent of a doctor's reference."""
+    if callable(exponent):
+        schedule = exponent
         return lambda step: -schedule(step)
-    return -weight
+    return -exponent
 
 
 @overload
-def remaining_weight(betas: Sequence[float]) -> float: ...
+def remaining_exponent(betas: Sequence[float]) -> float: ...
 @overload
-def remaining_weight(betas: Sequence[Weight]) -> Weight: ...
-def remaining_weight(betas: Sequence[Weight]) -> Weight:
+def remaining_exponent(betas: Sequence[Exponent]) -> Exponent: ...
+def remaining_exponent(betas: Sequence[Exponent]) -> Exponent:
     """
     Return 1 minus the sum of the doctors' exponents: the exponent of the patient in a mixture.
 
     Raises:
-        `ValueError`: when it is negative. A schedule raises when it is called.
+        `ValueError`: when the result is negative. If an exponent is a schedule, so is the result, and it raises.
     """
     if any(map(callable, betas)):
-        return lambda step: _remainder([weight_at(beta, step) for beta in betas])
-    return _remainder([weight_at(beta, 0) for beta in betas])
+        return lambda step: _remainder([exponent_at(beta, step) for beta in betas])
+    return _remainder([exponent_at(beta, 0) for beta in betas])
 
 
 def _remainder(betas: Sequence[Number]) -> Number:
     alpha = 1.0 - sum(betas)
     if torch.as_tensor(alpha).min() < -1e-6:
         raise ValueError(
-            "The exponents of the doctors in a mixture must not exceed 1 in sum, as the patient has the rest. Got "
+            "The exponents of doctors in a mixture must not exceed 1 in sum, because the patient has the rest. Got "
             f"{betas}, thus `alpha` {alpha}; pass `alpha`, e.g. 1.0 for the product, or smaller exponents."
         )
     return alpha.clamp(min=0.0) if isinstance(alpha, torch.Tensor) else max(alpha, 0.0)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-`guided_generate`: the patient's `generate` with a guide, and checks for silent errors.
+`guided_generate`: the patient's `generate` with a guide, after checks of the arguments.
 
 Shapes: B rows, L tokens of the prompt (padding included).
 """
@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 
 from ..common._upstream import adapter_layers, using_adapters
 from ..common.language_model import unwrap_peft
-from ..models.adapters import check_speaks
+from ..models.trained_exponents import check_is_language_model
 from .best_of import check_best_of, keep_best
 from .logits_processor import DoctorGuidedLogitsProcessor
 from .reading import reading_fault
@@ -40,44 +40,42 @@ def guided_generate(
     **kwargs: object,
 ) -> ModelOutput | torch.Tensor:
     """
-    Generate from the patient under guidance.
+    Generate from the guided policy.
 
-    This is `patient.generate(..., logits_processor=[guide])`, with two differences. The guide gets the mask of the
-    prompts. Doctors that are adapters on the patient are off while the patient is read; in greedy search and sampling
-    they share its forward pass. Arguments that would disable the guide are refused.
+    This is `patient.generate(..., logits_processor=[guide])`, with three differences. The guide receives the mask of
+    the prompts. Doctors that are adapters on the patient do not change its logits. In greedy search and sampling they
+    share its forward pass. Arguments that would disable the guide raise an error.
 
     Args:
         patient ([`~transformers.PreTrainedModel`]):
-            The patient. It may be a `PeftModel` with doctors among its adapters: it is read with the active adapters
-            that are not doctors.
+            The patient. In a `PeftModel`, active adapters that are not doctors of the guide belong to the patient.
         guide ([`DoctorGuidedLogitsProcessor`]):
-            The guidance.
+            The doctors and the exponents.
         input_ids (`torch.LongTensor` of shape `(B, L)`):
             Prompts, left-padded.
         attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*):
-            Mask of the prompts. Needed where a prompt is padded.
+            Mask of the prompts. Required if a prompt is padded.
         speculative (`bool`, *optional*, defaults to `False`):
-            Let the doctors draft, [`speculative_guided_generate`]: faster, for one prompt, without beams.
+            Whether the doctors draft tokens, see [`speculative_guided_generate`]. This is faster, but limited to one
+            prompt without beams.
         keep_memory (`bool`, *optional*, defaults to `False`):
-            Keep the caches of the doctors from the previous call, for the next turn of a conversation. By default they
-            are freed first.
+            Whether to keep the caches of the doctors from the previous call, for the next turn of a conversation.
         streamer ([`~transformers.generation.BaseStreamer`], *optional*):
-            Gets the tokens as they are generated.
+            Receives the tokens during generation.
         best_of (`int`, *optional*, defaults to `1`):
-            Sample n completions of each prompt, and return the one with the largest reward according to the doctors'
-            token credits, [`~best_of.completion_rewards`]. Its KL from the guided policy is at most
-            `log n - (n - 1) / n` nats. The KL from the patient grows by more, because the choice follows the guidance.
-            The cost is n times as large.
+            Number n of completions to sample per prompt. The completion with the largest sum of token credits is
+            returned, see [`~best_of.completion_rewards`]. Its KL from the guided policy is at most
+            `log n - (n - 1) / n` nats. Its KL from the patient can increase by more. The cost is n times as large.
         **kwargs:
             Further arguments of `patient.generate`, or of [`speculative_guided_generate`].
 
     Returns:
-        What `patient.generate` returns: `(B, L + T)` ids, or an output object.
+        The output of `patient.generate`: ids of shape `(B, L + T)`, or an output object.
 
     Raises:
         `ValueError`: on an encoder-decoder, a patient that is a doctor of guided flow or has adapters that add tokens,
-            padding without a mask, `input_ids` without the text in the cache, a second guide, a mode without
-            processors, a patient that [`check_reads`] refuses, `best_of` without sampling or token credits, and on
+            padding without a mask, `input_ids` that are not longer than the cache, a second guide, modes without
+            logits processors, a patient that [`check_reads`] refuses, `best_of` without sampling or token credits, and
             errors of `generate` and of the guide.
 
     Examples:
@@ -99,20 +97,23 @@ def guided_generate(
     ```
     """
     _check_ids(patient, input_ids)
-    _check_mode(patient, guide, input_ids, kwargs)
+    _check_arguments(patient, guide, input_ids, kwargs)
     if speculative:
-        _check_no_other_drafts(patient, kwargs)
+        for name in ("assistant_model", "prompt_lookup_num_tokens"):
+            if _setting(patient, kwargs, name):
+                raise ValueError(f"With `speculative=True` the doctors draft. Got `{name}`; leave out one of the two.")
     if best_of != 1:
-        of_modes = kwargs | {"speculative": speculative, "streamer": streamer}
-        check_best_of(guide, best_of, lambda name: _setting(patient, of_modes, name))
+        settings = kwargs | {"speculative": speculative, "streamer": streamer}
+        check_best_of(guide, best_of, lambda name: _setting(patient, settings, name))
         kwargs["num_return_sequences"] = best_of
     attention_mask = _mask_of(patient, input_ids, attention_mask, kwargs)
     guide.reset(attention_mask=attention_mask, keep_memory=keep_memory)
+    _use_caches_of(patient, guide, kwargs)
     with without_doctors(patient, guide):
         check_reads(patient, attention_mask, prefill_chunk_size=_setting(patient, kwargs, "prefill_chunk_size"))
     if not attention_mask.all():
         for memory in guide.memories:
-            if memory.doctor.prompt is None:  # a prompt of its own has its own mask
+            if memory.doctor.prompt is None:  # doctors with prompts of their own do not read these
                 memory.check_padding()
     if speculative:
         kwargs["custom_generate"] = speculative_guided_generate
@@ -126,8 +127,8 @@ def guided_generate(
         streamer.end()
     if guide.num_calls == num_calls:
         raise ValueError(
-            "`generate` must call the guide at every step. It never did, so the text is the patient's alone; leave "
-            f"out the arguments that change how `generate` works. Got {sorted(kwargs)}."
+            f"`generate` must call the guide at every step. Got no call, with the arguments {sorted(kwargs)}; leave "
+            "out those that change how `generate` works."
         )
     if best_of == 1 or not isinstance(output, torch.Tensor):  # `best_of` refuses `return_dict_in_generate`
         return output
@@ -139,7 +140,7 @@ def guided_generate(
 def _generate(
     patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor, kwargs: dict
 ) -> ModelOutput | torch.Tensor:
-    """Call `generate`. Doctors on the patient's weights share its forward pass if they can, and are off otherwise."""
+    """Call `generate`. Doctors on the patient's weights share its forward pass, or are switched off in it."""
     kwargs["logits_processor"] = [*(kwargs.get("logits_processor") or ()), guide]
     if not (_keeps_rows(patient, kwargs) and can_share(patient, guide)):
         with without_doctors(patient, guide):
@@ -157,31 +158,23 @@ def check_reads(
     patient: PreTrainedModel, attention_mask: torch.Tensor, *, prefill_chunk_size: int | None = None
 ) -> None:
     """
-    Raise `ValueError` when padding, or reading a prompt in pieces, would change the logits of `patient.generate`.
+    Raise `ValueError` when padding or `prefill_chunk_size` changes the logits of `patient.generate`.
 
-    Some models take padding into their state, or lose the state between pieces of a prompt.
-
-    Args:
-        patient ([`~transformers.PreTrainedModel`]):
-            The patient, in eval mode.
-        attention_mask (`torch.Tensor` of shape `(B, L)`):
-            Mask of the prompts.
-        prefill_chunk_size (`int`, *optional*):
-            Tokens of a prompt that `generate` reads at once. By default all.
+    Some models let padding enter their state, or lose the state between parts of a prompt.
     """
     is_padded, in_pieces = not attention_mask.all(), bool(prefill_chunk_size)
-    how = " and ".join(["generate", *["is_padded"] * is_padded, *["in_pieces"] * in_pieces])
-    read = partial(_generate_along, patient, is_padded=is_padded, in_pieces=in_pieces)
-    if fault := reading_fault(patient, how, read, errors_count=False):
+    mode = " and ".join(["generate", *["is_padded"] * is_padded, *["in_pieces"] * in_pieces])
+    read = partial(_generate_text, patient, is_padded=is_padded, in_pieces=in_pieces)
+    if fault := reading_fault(patient, mode, read, errors_count=False):
         raise ValueError(
-            "A prompt that is padded or split must give the logits of the prompt read alone and in one piece. Got "
-            f"{type(unwrap_peft(patient)).__name__}: {fault}. Decode prompts one by one (`batch_size=1`), or those of "
-            "one length together, without `prefill_chunk_size`."
+            "The patient must give the same logits for a prompt with and without padding, and whole or in parts. Got "
+            f"{type(unwrap_peft(patient)).__name__}: {fault}. Decode prompts one by one (`batch_size=1`), or prompts "
+            "of one length together, without `prefill_chunk_size`."
         )
 
 
 class _ForcedTokens(LogitsProcessor):
-    """Makes `generate` follow the ids (B, L) of a given text."""
+    """Forces `generate` to reproduce the ids (B, L) of a text."""
 
     def __init__(self, ids: torch.Tensor):
         self.ids = ids
@@ -191,32 +184,33 @@ class _ForcedTokens(LogitsProcessor):
         return torch.full_like(scores, -math.inf).scatter(1, next_ids, 0.0)
 
 
-def _generate_along(
+def _generate_text(
     patient: PreTrainedModel, text: torch.Tensor, *, is_padded: bool, in_pieces: bool
 ) -> Iterator[tuple[torch.Tensor, list[int]]]:
-    """Yield the logits of `generate` after 12 and more tokens of a text (16,), in a second row after 2 and more."""
+    """
+    Yield the logits of `generate` after 12, 13 and 14 tokens of a text (16,). A second row, if `is_padded`, contains
+    10 tokens of padding and then the same text.
+    """
     num_padding = torch.tensor([0, 10] if is_padded else [0], device=text.device)[:, None]  # (B, 1)
-    places = torch.arange(len(text), device=text.device) - num_padding  # (B, 16)
-    ids = text[places.clamp(min=0)]
+    positions = torch.arange(len(text), device=text.device) - num_padding  # (B, 16)
+    ids = text[positions.clamp(min=0)]
     settings = {"max_new_tokens": 3, "do_sample": False, "num_beams": 1, "num_return_sequences": 1}
-    neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}  # set, or the values of the patient apply with a warning
+    # Without these settings the patient's values apply, with a warning
+    neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
     outputs = {"output_logits": True, "return_dict_in_generate": True}
     config = GenerationConfig(**settings, **neutral, **outputs, prefill_chunk_size=5 if in_pieces else None)
     output = patient.generate(  # type: ignore[operator]
         input_ids=ids[:, :12],
-        attention_mask=(places >= 0)[:, :12].long(),
+        attention_mask=(positions >= 0)[:, :12].long(),
         logits_processor=[_ForcedTokens(ids)],
         generation_config=config,
     )
     for step, logits in enumerate(output.logits):
-        yield logits, places[:, 11 + step].tolist()
+        yield logits, positions[:, 11 + step].tolist()
 
 
 def _after_prompt(streamer: BaseStreamer, input_ids: torch.Tensor) -> Callable[[torch.Tensor], None]:
-    """
-    Return a function that streams tokens. It streams the prompt with the first token, so a refused request streams
-    nothing.
-    """
+    """Return a function that streams tokens, and the prompts before the first. Refused prompts are not streamed."""
     prompts = [input_ids.cpu()]
 
     def put(token: torch.Tensor) -> None:
@@ -230,20 +224,19 @@ def _after_prompt(streamer: BaseStreamer, input_ids: torch.Tensor) -> Callable[[
 def _mask_of(
     patient: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, kwargs: dict
 ) -> torch.Tensor:
-    """The mask (B, L), by default without padding."""
+    """Check the mask (B, L). By default return one without padding."""
     if attention_mask is None:
         pad_token_id = _setting(patient, kwargs, "pad_token_id")
         if pad_token_id is not None and (input_ids[:, 0] == pad_token_id).any():
             raise ValueError(
-                "`attention_mask` must be given where prompts are padded. Got none, and a prompt that begins with the "
-                f"padding id {pad_token_id}; pass the mask that the tokenizer returns with the ids."
+                "Padded prompts need an `attention_mask`. Got none, and a prompt that begins with the padding id "
+                f"{pad_token_id}; pass the mask that the tokenizer returns with the ids."
             )
         return torch.ones_like(input_ids)
     if attention_mask.shape != input_ids.shape:
         raise ValueError(
-            "`attention_mask` must have the shape of `input_ids`. Got "
-            f"{tuple(attention_mask.shape)} for ids {tuple(input_ids.shape)}; pass what the tokenizer returned "
-            "together."
+            f"`attention_mask` must have the shape of `input_ids`. Got {tuple(attention_mask.shape)} for ids "
+            f"{tuple(input_ids.shape)}; pass both from one call of the tokenizer."
         )
     return attention_mask
 
@@ -253,18 +246,18 @@ def _check_ids(patient: PreTrainedModel, input_ids: torch.Tensor) -> None:
     if not is_tensor or input_ids.dim() != 2 or input_ids.numel() == 0 or input_ids.is_floating_point():
         raise ValueError(
             "`input_ids` must be token ids of shape (B, L), with at least one token. Got "
-            f"{f'{tuple(input_ids.shape)}, {input_ids.dtype}' if is_tensor else type(input_ids).__name__}; pass what "
-            'the tokenizer returns with `return_tensors="pt"`.'
+            f"{f'{tuple(input_ids.shape)}, {input_ids.dtype}' if is_tensor else type(input_ids).__name__}; pass the "
+            'ids that the tokenizer returns with `return_tensors="pt"`.'
         )
     known = getattr(patient.get_input_embeddings(), "num_embeddings", None)
     if known is not None and not 0 <= input_ids.min() <= input_ids.max() < known:
         raise ValueError(
             f"`input_ids` must be ids of the patient's tokenizer, from 0 to {known - 1}. Got {input_ids.min()} to "
-            f"{input_ids.max()}; tokenize the prompt with it."
+            f"{input_ids.max()}; tokenize the prompt with the patient's tokenizer."
         )
 
 
-def _check_mode(
+def _check_arguments(
     patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor, input_ids: torch.Tensor, kwargs: dict
 ) -> None:
     if not isinstance(guide, DoctorGuidedLogitsProcessor):
@@ -273,55 +266,55 @@ def _check_mode(
         )
     if patient.config.is_encoder_decoder:
         raise ValueError(
-            f"The patient must be a causal language model. Got {type(patient).__name__}, an encoder-decoder, whose "
-            "doctors could not read the input of the encoder."
+            f"The patient must be a causal language model. Got {type(patient).__name__}, an encoder-decoder, and "
+            "doctors cannot read the input of the encoder; load another model."
         )
-    check_speaks(patient, patient_adapters(patient, guide))
+    check_is_language_model(patient, patient_adapters(patient, guide))
     if _setting(patient, kwargs, "cache_implementation") == "paged":
         raise ValueError(
-            "Guidance needs `generate` to call its processors. Got `cache_implementation='paged'`, which does not; "
-            "leave it out."
+            "Guidance needs logits processors. Got `cache_implementation='paged'`, which does not call them; leave it "
+            "out."
         )
     if _setting(patient, kwargs, "assistant_early_exit") and any(doctor.is_on(patient) for doctor in guide.doctors):
         raise ValueError(
-            "Early exit shortens the patient while it drafts, and with it a doctor on its weights. Got "
+            "Early exit drafts with fewer layers, also in a doctor on the patient's weights. Got "
             "`assistant_early_exit`; leave it out."
         )
     for name in ("custom_generate", "inputs_embeds", "inputs"):
         if kwargs.get(name) is not None:
             raise ValueError(
-                "`guided_generate` needs `input_ids`, which doctors read too, and sets `custom_generate`. Got "
-                f"`{name}`; leave it out, or call `patient.generate(..., logits_processor=[guide])`."
+                "`guided_generate` needs `input_ids`, because doctors read them, and sets `custom_generate` itself. "
+                f"Got `{name}`; leave it out, or call `patient.generate(..., logits_processor=[guide])`."
             )
     if any(isinstance(other, DoctorGuidedLogitsProcessor) for other in kwargs.get("logits_processor") or ()):
         raise ValueError(
-            "There must be one guide. Got another among `logits_processor`, which would take the guided policy for "
-            "the patient; give one guide a list of doctors."
+            "There must be one guide. Got another in `logits_processor`; make one guide with a list of doctors."
         )
     cache = kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length() >= input_ids.size(1):
         raise ValueError(
-            "`input_ids` must be the whole text, also with a cache, because the doctors have not read it. Got "
-            f"{input_ids.size(1)} ids and a cache of {cache.get_seq_length()} tokens; pass all ids."
+            "`input_ids` must be the whole text, even with a cache, because doctors do not read the patient's cache. "
+            f"Got {input_ids.size(1)} ids and a cache of {cache.get_seq_length()} tokens; pass all ids."
         )
 
 
-def _check_no_other_drafts(patient: PreTrainedModel, kwargs: dict) -> None:
-    for name in ("assistant_model", "prompt_lookup_num_tokens"):
-        if _setting(patient, kwargs, name):
-            raise ValueError(
-                f"With `speculative=True` the doctors draft. Got `{name}`, another way to draft; leave out one."
-            )
-
-
 def _setting(patient: PreTrainedModel, kwargs: dict, name: str) -> Any:
-    """Resolve a setting as `generate` does: the argument, else the given config, else the config of the patient."""
+    """Look up a setting as `generate` does: in the arguments, their config, and the config of the patient."""
     given = [kwargs.get(name), getattr(kwargs.get("generation_config"), name, None)]
     return next((value for value in given if value is not None), getattr(patient.generation_config, name, None))
 
 
+def _use_caches_of(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor, kwargs: dict) -> None:
+    """Give the doctors static caches and compiled steps where the patient has them."""
+    names = ("cache_implementation", "compile_config", "disable_compile")
+    implementation, compile_config, disable_compile = (_setting(patient, kwargs, name) for name in names)
+    if implementation != "static":
+        implementation, compile_config = guide.cache_implementation, guide.compile_config
+    guide.use_caches(implementation, compile_config or guide.compile_config, bool(disable_compile))
+
+
 def _keeps_rows(patient: PreTrainedModel, kwargs: dict) -> bool:
-    """Whether this is plain greedy search or sampling: one row for each prompt, one forward pass for each token."""
+    """Whether the mode is greedy search or sampling with one row per prompt and one forward pass per token."""
     if any(_setting(patient, kwargs, name) not in (None, 1) for name in ("num_beams", "num_return_sequences")):
         return False
     others = (
@@ -333,14 +326,6 @@ def _keeps_rows(patient: PreTrainedModel, kwargs: dict) -> bool:
 
 @contextmanager
 def without_doctors(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor) -> Iterator[None]:
-    """
-    Within the context, adapters of the patient that are doctors of the guide are off.
-
-    Args:
-        patient ([`~transformers.PreTrainedModel`]):
-            The patient. Its other active adapters stay on.
-        guide ([`DoctorGuidedLogitsProcessor`]):
-            The guidance.
-    """
+    """Within the context, adapters of the patient that are doctors of the guide are switched off."""
     with using_adapters(adapter_layers(patient), patient_adapters(patient, guide)):
         yield

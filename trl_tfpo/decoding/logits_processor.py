@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-Guided decoding: a logits processor with which doctors steer `patient.generate(...)`.
+Guided decoding: a logits processor through which doctors guide `patient.generate(...)`.
 
-`generate` passes a processor the ids and the patient's scores only. It passes no mask, does not say from which row a
-beam came, and does not announce a new generation. The doctors' logits are therefore a function of the tokens alone,
-and their KV caches are addressed by the tokens in them, [`DoctorMemory`].
+`generate` passes only the ids and the patient's scores to a processor. It passes no mask and no indices of reordered
+beams, and does not announce a new generation. The doctors' logits are therefore a function of the tokens alone, and
+their KV caches are addressed by tokens, see [`DoctorMemory`].
 
 Shapes: B rows, L tokens so far (padding included), V vocabulary. Units: nats.
 """
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers import LogitsProcessor, PreTrainedTokenizerBase
+from transformers import CompileConfig, LogitsProcessor, PreTrainedTokenizerBase
 
 from ..common.language_model import LanguageModel
 from ..data.tokenizer_identity import check_all_same
@@ -28,76 +28,79 @@ from ..models.token_credits import load_credits
 from .doctors import Doctor, DoctorMemory, check_reference
 from .exponents import (
     DEFAULT_BETA,
+    Exponent,
     Number,
-    Weight,
-    check_weight,
+    check_exponent,
     default_beta,
-    opposite_weight,
-    remaining_weight,
-    weight_at,
+    exponent_at,
+    opposite_exponent,
+    remaining_exponent,
 )
 from .padding import Prompts
 from .trace import GuidanceTrace, TraceRecorder
 
 
-MIN_DRAFT_WEIGHT = 1e-6  # of a doctor in the draft, where its exponent is smaller or negative
+MIN_DRAFT_WEIGHT = 1e-6  # replaces smaller and negative exponents in a draft
 
 
 class DoctorGuidedLogitsProcessor(LogitsProcessor):
     r"""
-    Logits processor that multiplies the patient's next-token distribution with those of doctors: $\pi \propto
+    Logits processor that multiplies the patient's next-token distribution by those of doctors: $\pi \propto
     \pi_{\text{patient}}^\alpha \prod_i \pi_{\text{doctor}_i}^{\beta_i}$.
 
-    It works with greedy search, sampling, beams, `num_return_sequences` and assisted decoding, and with any number of
-    `generate` calls, one at a time. Each doctor reads each token once. The processor comes after the repetition
-    penalty and processors that ban tokens. It comes before temperature, top-k and top-p: these act on the guided
-    distribution.
+    It supports greedy search, sampling, beams, `num_return_sequences` and assisted decoding, in any number of
+    consecutive `generate` calls. Each doctor reads each token once. The processor follows the repetition penalty and
+    processors that ban tokens. Temperature, top-k and top-p act on the guided distribution.
 
     Args:
         doctor ([`~transformers.PreTrainedModel`] or [`Doctor`], or list of them):
-            Causal language models with the patient's tokenizer, in eval mode. A PEFT model is used with its adapter. A
-            [`Doctor`] may name an adapter or have prompts of its own.
+            Causal language models with the patient's tokenizer, in eval mode. A PEFT model is used with its active
+            adapter. A [`Doctor`] may name another adapter, and have prompts of its own.
         alpha (`float`, `torch.Tensor` of shape `(B,)` or callable, *optional*):
-            Exponent of the patient. By default it is `1 - sum(beta)`, so that the exponents add up to 1 (the
-            *mixture*). Doctors with a `reference` (the *ratio*) and doctors of guided flow leave the patient's
-            exponent at 1. The *product* of the paper is `alpha=1`.
+            Exponent of the patient. The default is 1 minus the exponents of the doctors, so that all exponents add up
+            to 1 (the *mixture*). Exponents of doctors with a `reference` (the *ratio*) and of doctors of guided flow
+            are not subtracted. The *product* of the paper is `alpha=1`.
         beta (`float`, `torch.Tensor` of shape `(B,)` or callable, or list of them, *optional*, defaults to `0.5`):
-            Exponent of the doctor, or of each doctor. At 0 the patient generates alone, and the doctor is not read. A
-            negative exponent steers away from the doctor. A tensor has one number for each prompt of the batch. A
+            Exponent of the doctor, or a list with one for each doctor. A doctor with exponent 0 is not read. A
+            negative exponent guides away from the doctor. A tensor has one number for each prompt of the batch. A
             callable is a schedule: it maps the number of tokens since the prompt to a number or a tensor.
         reference ([`~transformers.PreTrainedModel`] or [`Doctor`], or list of them, *optional*):
-            The doctor before training, or one for each doctor (`None` for none). Its exponent is `-beta`.
+            The doctor before training, or a list with one for each doctor (`None` for none). Its exponent is `-beta`.
         attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*):
             Mask of the prompts, as given to `generate`. Pass the mask of a later batch to [`reset`]. Without a mask,
-            the first ids seen are the prompts, and a leading run of padding ids is padding. This is a guess where the
-            padding id is also BOS or EOS.
+            leading padding ids count as padding. This is a guess if the padding id is also BOS or EOS.
         processing_classes (sequence of [`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Tokenizer of the patient, then of each doctor, then of each reference. They are checked to be the same, and
-            not kept.
+            Tokenizers to compare: those of the patient, each doctor and each reference. They must be the same.
         min_patient_prob (`float`, *optional*, defaults to `0.0`):
-            Rule out tokens to which the patient gives less than this share of its likeliest token's probability, in
-            [0, 1]: [`~functional.plausible_mask`]. 0 rules out none.
+            Fraction in [0, 1]. Tokens whose probability under the patient is below this fraction of the largest
+            probability are ruled out, see [`~functional.plausible_mask`]. 0 rules out none.
         min_patient_entropy (`float`, *optional*, defaults to `0.0`):
-            Leave the patient's distribution as it is where its entropy is below this many nats. Where that holds in
-            all rows of a batch the doctors are not read; they read the missing tokens later.
+            Threshold in nats. If the entropy of the patient's distribution is lower, the doctors have no effect on
+            this token. If it is lower in all rows of a batch, the doctors read the token later.
         return_trace (`bool`, *optional*, defaults to `False`):
-            Keep the log-probabilities of the generated tokens, for [`~DoctorGuidedLogitsProcessor.trace`]. Not
+            Whether to keep the log-probabilities of generated tokens for [`~DoctorGuidedLogitsProcessor.trace`]. Not
             supported with beams.
+        cache_implementation (`str`, *optional*):
+            `"static"`: the doctors have KV caches of fixed shape, and a compiled forward pass reads each token, as in
+            `generate` with this argument. By default the caches grow. [`guided_generate`] uses the patient's setting.
+        compile_config ([`~transformers.CompileConfig`], *optional*):
+            Settings of the compiler, for static caches. Without them, doctors are compiled on accelerators only.
 
     Attributes:
         alpha (`float`, `torch.Tensor` or callable): exponent of the patient.
         doctors (`list` of [`Doctor`]): the doctors, then their references.
         betas (`list`): exponent of each of `doctors`.
-        num_references (`int`): how many of `doctors`, at the end, are references.
-        memories (`list` of [`DoctorMemory`]): logits and KV cache of each of `doctors`.
+        num_references (`int`): number of references in `doctors`.
+        memories (`list` of [`DoctorMemory`]): KV cache of each of `doctors`.
         num_calls (`int`): number of calls by `generate`.
 
     Raises:
-        `ValueError`: at construction, on exponents that are not finite or of the wrong number, a mixture with a
-            negative `alpha`, thresholds out of range, doctors that [`Doctor`] refuses, a doctor of guided flow without
-            a record of it (unless `alpha` is given) or with a `reference`, different tokenizers, and a mask that is
-            not left-padded. At a call, on prompts other than those of the mask, `inputs_embeds` without ids, ids or
-            positions that a doctor does not have, and NaN.
+        `ValueError`: at construction, on a wrong number of exponents or references, exponents that are not finite, a
+            mixture with a negative `alpha`, thresholds out of range, doctors that [`Doctor`] refuses, a `reference` of
+            a doctor of guided flow, a missing `alpha` if such a doctor has no record of its exponents, different
+            tokenizers, a mask that is not left-padded, and an unknown `cache_implementation`. At a call, on prompts
+            that do not match the mask, `inputs_embeds` without ids, too many tokens for a doctor, ids unknown to a
+            doctor, and NaN.
 
     Examples:
 
@@ -118,13 +121,13 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
     ```
     """
 
-    supports_continuous_batching = False  # there, rows are not requests, and only the last token is passed
+    supports_continuous_batching = False  # it passes the last token only, and mixes requests in one row
 
     def __init__(
         self,
         doctor: "LanguageModel | Doctor | Sequence[LanguageModel | Doctor]",
-        alpha: Weight | None = None,
-        beta: Weight | Sequence[Weight] = DEFAULT_BETA,
+        alpha: Exponent | None = None,
+        beta: Exponent | Sequence[Exponent] = DEFAULT_BETA,
         *,
         reference: "LanguageModel | Doctor | Sequence[LanguageModel | Doctor | None] | None" = None,
         attention_mask: torch.Tensor | None = None,
@@ -132,31 +135,32 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         min_patient_prob: float = 0.0,
         min_patient_entropy: float = 0.0,
         return_trace: bool = False,
+        cache_implementation: str | None = None,
+        compile_config: CompileConfig | None = None,
     ):
         models = _as_list(doctor)
         betas, references = _as_list(beta, len(models)), _as_list(reference, len(models))
         if not models or not len(models) == len(betas) == len(references):
             raise ValueError(
                 f"There must be at least one doctor, and a `beta` and a `reference` for each. Got {len(models)}, "
-                f"{len(betas)} and {len(references)}; for a doctor without a reference, give None."
+                f"{len(betas)} and {len(references)}; pass `None` for a doctor without a reference."
             )
         doctors = [x if isinstance(x, Doctor) else Doctor(x) for x in models]
         references = [x if x is None or isinstance(x, Doctor) else Doctor(x) for x in references]
         for one, ref in zip(doctors, references, strict=True):
             check_reference(one, ref)
-        betas = [check_weight("beta", beta) for beta in betas]
+        betas = [check_exponent("beta", beta) for beta in betas]
         if alpha is None:
             rows = zip(doctors, betas, references, strict=True)
-            alpha = remaining_weight([beta for one, beta, ref in rows if ref is None and not one.exponents])
+            alpha = remaining_exponent([beta for one, beta, ref in rows if ref is None and not one.exponents])
         if not (0 <= min_patient_prob <= 1 and 0 <= min_patient_entropy < math.inf):
             raise ValueError(
-                "`min_patient_prob` must be in [0, 1] and `min_patient_entropy` a number of nats, at least 0. Got "
-                f"{min_patient_prob} and {min_patient_entropy}; 0 switches them off."
+                "`min_patient_prob` must be in [0, 1], and `min_patient_entropy` a number of nats, at least 0. Got "
+                f"{min_patient_prob} and {min_patient_entropy}; pass 0 to switch them off."
             )
-        # The factors of the product besides the patient: doctors, then their references
-        opposite = [opposite_weight(beta) for beta, ref in zip(betas, references, strict=True) if ref is not None]
-        self.alpha = check_weight("alpha", alpha)
-        self.betas: list[Weight] = betas + opposite
+        opposite = [opposite_exponent(beta) for beta, ref in zip(betas, references, strict=True) if ref is not None]
+        self.alpha = check_exponent("alpha", alpha)
+        self.betas: list[Exponent] = betas + opposite
         self.doctors: list[Doctor] = doctors + [ref for ref in references if ref is not None]
         self.num_references = len(self.doctors) - len(doctors)
         self.min_patient_prob = min_patient_prob
@@ -167,7 +171,14 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         self._has_same_tokenizer = processing_classes is not None
         self._warned: set[str] = set()
         self._trace = TraceRecorder() if return_trace else None
+        if cache_implementation not in (None, "static"):
+            raise ValueError(
+                f"`cache_implementation` of doctors must be 'static' or None. Got {cache_implementation!r}; leave it "
+                "out for caches that grow."
+            )
+        self.cache_implementation, self.compile_config = cache_implementation, compile_config
         self.memories = [DoctorMemory(doctor) for doctor in self.doctors]
+        self.use_caches(cache_implementation, compile_config)
         self._external: Mapping[int, Callable[[torch.Tensor], torch.Tensor]] = {}  # by index of `doctors`
         self._num_common_tokens = min(memory.num_embeddings for memory in self.memories)
         self.reset(attention_mask)
@@ -176,28 +187,28 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
     def from_pretrained(
         cls,
         doctor: str | os.PathLike | Sequence[str],
-        alpha: Weight | None = None,
-        beta: Weight | Sequence[Weight] | None = None,
+        alpha: Exponent | None = None,
+        beta: Exponent | Sequence[Exponent] | None = None,
         *,
         model_init_kwargs: dict | None = None,
         **settings: object,
     ) -> "DoctorGuidedLogitsProcessor":
         """
-        Load doctors, and guide with the exponents for which they were trained.
+        Make a processor with saved doctors and the exponents of their training.
 
         Args:
             doctor (`str` or sequence of `str`):
                 Folders or Hub ids of doctors that [`TFPOTrainer`] saved, full models or adapters.
             alpha, beta (*optional*):
-                As above. By default a doctor of guided flow and the patient have the exponents of its training, 1 and
-                1. A doctor that is a language model has 0.5, and the patient 1 minus the exponents of these doctors.
+                Exponents, as above. By default `beta` is 1 for doctors of guided flow, as in their training, and 0.5
+                for language models.
             model_init_kwargs (`dict`, *optional*):
-                Keyword arguments of `from_pretrained` of the doctors, such as `dtype` and `device_map`.
+                Keyword arguments of the doctors' `from_pretrained`, such as `dtype` and `device_map`.
             settings:
                 Further arguments of the processor.
 
         Returns:
-            [`DoctorGuidedLogitsProcessor`]: with the doctors in eval mode.
+            [`DoctorGuidedLogitsProcessor`]: the processor, with its doctors in eval mode.
         """
         names = [doctor] if isinstance(doctor, (str, os.PathLike)) else list(doctor)
         load = model_init_kwargs or {}
@@ -212,13 +223,13 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
 
     def reset(self, attention_mask: torch.Tensor | None = None, *, keep_memory: bool = False) -> None:
         """
-        Prepare for other prompts, and free the caches of the doctors.
+        Prepare for other prompts.
 
         Args:
             attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*):
-                Mask of the next prompts. Without it padding is guessed from the ids.
+                Mask of the next prompts. Without a mask, padding is guessed from the ids.
             keep_memory (`bool`, *optional*, defaults to `False`):
-                Keep the caches, for prompts that continue the generated texts.
+                Whether to keep the caches of the doctors, for prompts that continue the generated texts.
 
         Raises:
             `ValueError`: when the mask is not left-padded.
@@ -229,6 +240,15 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         if not keep_memory:
             self._forget()
 
+    def use_caches(
+        self, implementation: str | None, compile_config: CompileConfig | None = None, disable_compile: bool = False
+    ) -> None:
+        """
+        Choose static (`"static"`) or growing caches (any other value), see [`DoctorMemory.use_static_cache`].
+        """
+        for memory in self.memories:
+            memory.use_static_cache(implementation == "static", compile_config, disable_compile)
+
     def _forget(self) -> None:
         for memory in self.memories:
             memory.forget()
@@ -236,12 +256,12 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
     @contextmanager
     def external_logits(self, sources: Mapping[int, Callable[[torch.Tensor], torch.Tensor]]) -> Iterator[None]:
         """
-        Within the context, get the logits of some doctors from elsewhere, such as a forward pass of the patient.
+        Within the context, replace the forward passes of some doctors.
 
         Args:
             sources (mapping from `int` to callable):
-                For each index of `doctors` concerned a function, called once at each step, from the tokens `(B, L)` to
-                the doctor's logits `(B, V)` of the next token.
+                Functions, by index of `doctors`. Each is called once per step. It maps the tokens `(B, L)` to the
+                doctor's next-token logits `(B, V)`.
         """
         before, self._external = self._external, sources
         try:
@@ -251,7 +271,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """
-        Log-probabilities of the guided policy.
+        Compute the log-probabilities of the guided policy.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(B, L)`):
@@ -260,7 +280,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
                 Logits or log-probabilities of the patient. Not modified.
 
         Returns:
-            `torch.FloatTensor` of shape `(B, V)`: log-probabilities in nats, in float64 if `scores` are, else float32.
+            `torch.FloatTensor` of shape `(B, V)`: log-probabilities in nats, float64 for float64 scores, else float32.
         """
         self.num_calls += 1
         tokens = self._tokens(input_ids)
@@ -277,33 +297,27 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
 
     def trace(self, sequences: torch.Tensor) -> GuidanceTrace:
         """
-        Log-probabilities of the last generation, for a processor made with `return_trace=True`.
+        Return the log-probabilities of the tokens of the last generation.
 
         Args:
             sequences (`torch.LongTensor` of shape `(B, L + T)`):
-                What `generate` returned.
+                The output of `generate`.
 
         Raises:
-            `ValueError`: when there is no trace, or it is of another generation.
+            `ValueError`: when the processor was made without `return_trace=True`, or `sequences` are the output of
+                another generation.
         """
         if self._trace is None:
-            raise ValueError("There is no trace. Got a processor made without `return_trace=True`; make one with it.")
+            raise ValueError("A trace must be recorded. Got none; make the processor with `return_trace=True`.")
         return self._trace.finish(sequences)
 
     @torch.no_grad()
     def draft_logits(self, input_ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
         """
-        A guess at the patient's logits: the mean of the doctors' logits, weighted by their exponents.
+        Approximate the patient's logits by the mean (B, V) of the doctors' logits, weighted by their exponents.
 
-        Args:
-            input_ids (`torch.LongTensor` of shape `(B, L)`):
-                Prompts and completions so far.
-            vocab_size (`int`):
-                V of the patient.
-
-        Returns:
-            `torch.FloatTensor` of shape `(B, V)`: logits. Called with them, the processor returns a guess at the
-            guided policy.
+        Called with these logits, the processor approximates the guided policy. `input_ids` have shape (B, L), and
+        `vocab_size` is V.
         """
         tokens = self._tokens(input_ids)
         step = self._step(tokens)
@@ -311,7 +325,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         total_weight: Number = 0.0
         for logits, beta in zip(self._doctor_logits(tokens, vocab_size), self.betas, strict=True):
             if logits is not None:
-                weight = torch.as_tensor(self._per_row(weight_at(beta, step), total))
+                weight = torch.as_tensor(self._per_row(exponent_at(beta, step), total))
                 weight = weight.clamp(min=MIN_DRAFT_WEIGHT).to(total)
                 total = total + weight * self._over_patient_tokens(logits, total)
                 total_weight = total_weight + weight
@@ -321,35 +335,36 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         self, patient_logits: torch.Tensor, doctor_logits: Sequence[torch.Tensor | None], step: int = 0
     ) -> torch.Tensor:
         """
-        Log-probabilities of the guided policy, given logits of patient and doctors.
+        Compute the log-probabilities of the guided policy from the logits of patient and doctors.
 
         Args:
             patient_logits (`torch.Tensor` of shape `(B, V)`):
                 Logits or log-probabilities of the patient.
-            doctor_logits (sequence of `torch.Tensor` of shape `(B, V)`):
-                The same of each of `doctors`, whose V may include other padding. `None` where the exponent is 0.
+            doctor_logits (sequence of `torch.Tensor` of shape `(B, V')`):
+                Logits or log-probabilities of each of `doctors`; `None` where the exponent is 0. V' may differ from V
+                by padding of the vocabulary.
             step (`int`, *optional*, defaults to `0`):
-                Tokens generated since the prompt, for exponents that follow a schedule.
+                Number of tokens since the prompt, for schedules of exponents.
 
         Returns:
-            `torch.Tensor` of shape `(B, V)`: log-probabilities in nats, in float64 if the patient's are, else float32.
+            `torch.Tensor` of shape `(B, V)`: log-probabilities in nats, float64 for a float64 patient, else float32.
 
         Raises:
-            `ValueError`: on NaN, or when no token is allowed by all models.
+            `ValueError`: on NaN, or when no token has a positive probability under all models.
         """
         patient_logits = logits = self._only_common(_float(patient_logits))
         if self.min_patient_prob:
             plausible = plausible_mask(patient_logits=logits, min_patient_prob=self.min_patient_prob)
             logits = logits.masked_fill(~plausible, -math.inf)
         factors = [
-            (self._over_patient_tokens(doctor, logits), self._per_row(weight_at(beta, step), logits))
+            (self._over_patient_tokens(doctor, logits), self._per_row(exponent_at(beta, step), logits))
             for doctor, beta in zip(doctor_logits, self.betas, strict=True)
             if doctor is not None
         ]
         guided = guided_logps(
             patient_logits=logits,
             doctor_logits=[doctor for doctor, _ in factors],
-            alpha=self._per_row(weight_at(self.alpha, step), logits),
+            alpha=self._per_row(exponent_at(self.alpha, step), logits),
             beta=[beta for _, beta in factors],
         )
         if self.min_patient_entropy:
@@ -359,51 +374,51 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
             named = {"the patient": patient_logits} | {f"doctor {i}": x for i, (x, _) in enumerate(factors)}
             culprits = [name for name, logits in named.items() if logits.log_softmax(dim=-1).isnan().any()]
             raise ValueError(
-                "Patient and doctors must allow at least one token in common and give no NaN. Got NaN from "
-                f"{' and '.join(culprits) or 'their product'}; check the weights, the dtype (float16 overflows) and "
-                "the processors that ban tokens."
+                "Patient and doctors must allow at least one token in common, and their logits must not be NaN. Got "
+                f"NaN from {' and '.join(culprits) or 'their product'}; check the weights, the dtype (float16 "
+                "overflows) and the processors that ban tokens."
             )
         return guided
 
     def _tokens(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """The ids (B, L), with `PADDING` in place of padding ids."""
-        tokens = self._prompts.hide_padding(input_ids)
-        if self._prompts.doubt:
-            self._warn_once(self._prompts.doubt)
+        """Return the ids (B, L), with `PADDING` in place of padding ids."""
+        tokens = self._prompts.mark_padding(input_ids)
+        if self._prompts.warning:
+            self._warn_once(self._prompts.warning)
         return tokens
 
     def _step(self, tokens: torch.Tensor) -> int:
-        """Tokens generated since the prompt."""
+        """Return the number of tokens since the prompt."""
         return tokens.size(1) - self._prompts.length
 
     def _doctor_logits(self, tokens: torch.Tensor, vocab_size: int) -> list[torch.Tensor | None]:
-        """Logits (B, V) of each doctor after `tokens` (B, L), `None` where its exponent is 0."""
+        """Return the logits (B, V) of each doctor after `tokens` (B, L); `None` if its exponent is 0."""
         doctor_logits: list[torch.Tensor | None] = []
         for index, (doctor, memory) in enumerate(zip(self.doctors, self.memories, strict=True)):
-            beta = weight_at(self.betas[index], self._step(tokens))
+            beta = exponent_at(self.betas[index], self._step(tokens))
             if isinstance(beta, float) and beta == 0:
                 doctor_logits.append(None)
                 continue
             if vocab_size > memory.num_embeddings and (largest := tokens.max()) >= memory.num_embeddings:
                 raise ValueError(
-                    f"The doctor must know every token. Got id {largest}, and it knows {memory.num_embeddings}; take "
-                    "a doctor with the patient's tokenizer, and a `pad_token_id` that both know."
+                    f"Ids must be below {memory.num_embeddings}, the number of embeddings of the doctor. Got "
+                    f"{largest}; use a doctor with the patient's tokenizer, and a `pad_token_id` that both know."
                 )
             if doctor.prompt_tokens is not None:
                 self._check_by_prompt("A doctor's `prompt` must have", len(doctor.prompt_tokens), len(tokens))
             read = self._external.get(index, memory.logits)
-            doctor_logits.append(read(doctor.own_tokens(tokens, self._prompts.length)))
+            doctor_logits.append(read(doctor.with_own_prompt(tokens, self._prompts.length)))
         return doctor_logits
 
     def _only_common(self, logits: torch.Tensor) -> torch.Tensor:
-        """Rule out tokens, in logits (B, V), that have no embedding in one of the doctors."""
+        """Set the logits (B, V) of tokens without an embedding in some doctor to minus infinity."""
         if logits.size(-1) <= self._num_common_tokens:
             return logits
         is_unknown = torch.arange(logits.size(-1), device=logits.device) >= self._num_common_tokens
         return logits.masked_fill(is_unknown, -math.inf)
 
     def _per_row(self, weight: Number, scores: torch.Tensor) -> Number:
-        """Expand an exponent for each prompt to one for each row, (B, 1): beams and return sequences copy prompts."""
+        """Repeat a tensor of exponents by prompt for each row, (B, 1). Beams and return sequences copy prompts."""
         if not isinstance(weight, torch.Tensor):
             return weight
         self._check_by_prompt("`alpha` and `beta` must be numbers, or tensors with", len(weight), len(scores))
@@ -415,20 +430,20 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         if num_rows % num_entries or (is_mask_given and num_entries != num_prompts):
             raise ValueError(
                 f"{rule} an entry for each prompt. Got {num_entries} entries for {num_prompts} "
-                f"{'prompts' if is_mask_given else 'rows'}; give as many."
+                f"{'prompts' if is_mask_given else 'rows'}; pass one for each."
             )
 
     def _is_confident(self, patient_logits: torch.Tensor) -> torch.Tensor:
-        """Rows (B, 1) in which the entropy of the patient is below `min_patient_entropy`."""
+        """Whether the entropy of the patient is below `min_patient_entropy`, for each row (B, 1)."""
         return next_token_entropy(_float(patient_logits))[:, None] < self.min_patient_entropy
 
     def _over_patient_tokens(self, logits: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Slice logits of a doctor to the vocabulary of the patient, or fill them up with minus infinity."""
+        """Slice a doctor's logits to the patient's vocabulary, or pad them with minus infinity."""
         size = scores.size(-1)
         if logits.size(-1) != size and not self._has_same_tokenizer:
             self._warn_once(
-                f"The patient has logits for {size} tokens and a doctor for {logits.size(-1)}. That is right only if "
-                "one tokenizer was padded to two sizes: pass `processing_classes` to have it checked."
+                f"The patient has logits for {size} tokens, and a doctor for {logits.size(-1)}. This is correct only "
+                "if they have one tokenizer, padded to two sizes. Pass `processing_classes` to check this."
             )
         logits = logits[:, :size].to(device=scores.device, dtype=scores.dtype)
         num_missing = size - logits.size(-1)
@@ -441,10 +456,10 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
 
 
 def _as_list(value: object, num: int = 1) -> list:
-    """The items of a list or tuple; else the value, `num` times."""
+    """Return the items of a list or tuple, or `num` times another value."""
     return list(value) if isinstance(value, (list, tuple)) else [value] * num
 
 
 def _float(scores: torch.Tensor) -> torch.Tensor:
-    """Convert to float32, unless in float64: the product would be rounded in half precision."""
+    """Convert half precision to float32, because it would round the product."""
     return scores if scores.dtype == torch.float64 else scores.float()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-The prompts of a generation, and which of their ids are padding.
+The prompts of a generation, and the mask of their padding.
 
-Shapes: P prompts, B rows (each prompt is copied to B / P rows), L tokens so far, padding included.
+Shapes: P prompts, B rows (each prompt is copied to B / P consecutive rows), L tokens so far (padding included).
 """
 
 import torch
@@ -11,27 +11,24 @@ import torch
 from ..common.language_model import LanguageModel
 
 
-PADDING = -1  # replaces every padding id in the tokens that a doctor reads
+PADDING = -1  # replaces padding ids in the tokens of doctors
 
 
 class Prompts:
     """
-    The prompts of one generation, found in the ids that `generate` passes to its processors.
+    The prompts of one generation, taken from the ids that `generate` passes to its processors.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            Its special ids identify padding where no mask is given.
+            Model whose special ids identify padding if there is no mask.
         attention_mask (`torch.Tensor` of shape `(P, L)`, *optional*):
-            Mask of the prompts. Without a mask, the first ids seen are the prompts, and their padding is guessed with
-            [`guess_mask`].
+            Left-padded mask of the prompts. Without a mask, the first ids are the prompts, and [`guess_mask`] guesses
+            their padding.
 
     Attributes:
         is_mask_given (`bool`): whether there was an `attention_mask`.
-        mask (`torch.BoolTensor` of shape `(P, L)`): `True` where a prompt has a token. `(1, 0)` before it is known.
-        doubt (`str`, *optional*): why a guess of the padding may be wrong.
-
-    Raises:
-        `ValueError`: when the mask is not left-padded.
+        mask (`torch.BoolTensor` of shape `(P, L)`): `True` for tokens of a prompt. `(1, 0)` before the first ids.
+        warning (`str`, *optional*): why a guess of the padding may be wrong.
     """
 
     def __init__(self, model: LanguageModel, attention_mask: torch.Tensor | None = None):
@@ -39,28 +36,21 @@ class Prompts:
             check_left_padded(attention_mask)
         self.is_mask_given = attention_mask is not None
         self.mask = torch.ones(1, 0, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        self.doubt: str | None = None
+        self.warning: str | None = None
         self._model = model
         self._ids: torch.Tensor | None = None  # (P, L)
 
     @property
     def length(self) -> int:
-        """Ids of each prompt, padding included."""
+        """Length of the prompts, padding included."""
         return self.mask.size(1)
 
     def __len__(self) -> int:
         return self.mask.size(0)
 
-    def hide_padding(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def mark_padding(self, input_ids: torch.Tensor) -> torch.Tensor:
         """
-        Replace the padding of the prompts by [`PADDING`].
-
-        Args:
-            input_ids (`torch.Tensor` of shape `(B, L)`):
-                Prompts and completions so far.
-
-        Returns:
-            `torch.Tensor` of shape `(B, L)`.
+        Replace the padding of the prompts in `input_ids` (B, L) by [`PADDING`].
 
         Raises:
             `ValueError`: when there are no ids, or they do not continue the prompts of the mask.
@@ -68,7 +58,7 @@ class Prompts:
         if input_ids.dim() != 2 or input_ids.size(1) == 0:
             raise ValueError(
                 "`input_ids` must have shape (B, L) with at least one token, because the doctors read them. Got shape "
-                f"{tuple(input_ids.shape)}; give `generate` the `input_ids`, not `inputs_embeds` alone."
+                f"{tuple(input_ids.shape)}; pass `input_ids` to `generate`, not `inputs_embeds` alone."
             )
         if self.is_mask_given and self._ids is None and input_ids.size(1) == self.length:
             num_copies = max(len(input_ids) // len(self), 1)
@@ -81,14 +71,14 @@ class Prompts:
                     "before you generate from other prompts."
                 )
             self._ids = input_ids.clone()
-            self.mask, self.doubt = guess_mask(input_ids, self._model)
+            self.mask, self.warning = guess_mask(input_ids, self._model)
         mask = self.mask.to(input_ids.device).repeat_interleave(len(input_ids) // len(self), dim=0)
         tokens = input_ids.clone()
         tokens[:, : self.length].masked_fill_(~mask, PADDING)
         return tokens
 
     def _are_continued_by(self, input_ids: torch.Tensor) -> bool:
-        """Whether every row begins with its prompt. The copies of a prompt follow each other."""
+        """Whether every row begins with its prompt."""
         if self._ids is None or len(input_ids) % len(self):
             return False
         prompts = self._ids.to(input_ids.device).repeat_interleave(len(input_ids) // len(self), dim=0)
@@ -96,54 +86,48 @@ class Prompts:
 
 
 def check_left_padded(attention_mask: torch.Tensor) -> None:
-    """Raise `ValueError` unless each row of the mask has its zeros, if any, before its ones."""
+    """Raise `ValueError` unless all zeros of each row of the mask come before its ones."""
     shape = tuple(getattr(attention_mask, "shape", ()))
     if len(shape) != 2 or 0 in shape:
         raise ValueError(
             "`attention_mask` must have shape (B, L), with at least one token. Got "
-            f"{type(attention_mask).__name__} of shape {shape}; pass what the tokenizer returned with "
+            f"{type(attention_mask).__name__} of shape {shape}; pass the mask that the tokenizer returns with "
             '`return_tensors="pt"`.'
         )
     if not (attention_mask[:, -1].all() and (attention_mask.int().diff(dim=1) >= 0).all()):
         raise ValueError(
-            "`attention_mask` must be left-padded, zeros before ones in every row. Got something else; set "
+            "`attention_mask` must be left-padded, zeros before ones in every row. Got a zero after a one; set "
             "`padding_side='left'` on the tokenizer of the prompts."
         )
 
 
 def guess_mask(input_ids: torch.Tensor, model: LanguageModel) -> tuple[torch.Tensor, str | None]:
     """
-    Guess the mask of prompts: the leading run of padding ids is padding.
+    Guess the mask of prompts (P, L): leading padding ids are padding.
 
-    Where the padding id is also BOS or EOS, the longest row is taken to have no padding.
-
-    Args:
-        input_ids (`torch.Tensor` of shape `(P, L)`):
-            The prompts.
-        model ([`~transformers.PreTrainedModel`]):
-            Its configs name the padding id. Without one, EOS is the padding, as in `generate`.
+    The padding id comes from the configs of the model; the default is EOS, as in `generate`. If the padding id is also
+    BOS or EOS, the longest prompt is assumed to have no padding.
 
     Returns:
-        `tuple`: the mask, a `torch.BoolTensor` of shape `(P, L)`, and a warning where the guess may be wrong, else
-        `None`.
+        `tuple[torch.BoolTensor, str | None]`: the mask (P, L), and a warning if the guess may be wrong.
     """
     bos, eos, pad = (special_ids(model, name) for name in ("bos", "eos", "pad"))
     if not pad + eos:
         return torch.ones_like(input_ids, dtype=torch.bool), None
-    pad_token_id, doubt = (pad + eos)[0], None
-    run = (input_ids == pad_token_id).int().cumprod(dim=1).sum(dim=1, keepdim=True)  # (P, 1)
-    if pad_token_id in bos + eos and run.any():
-        run = run - run.min()
-        doubt = (
-            f"Prompts begin with id {pad_token_id}, which is padding and also begins or ends texts, so what is "
-            'padding is a guess. Pass `attention_mask=inputs["attention_mask"]` to `DoctorGuidedLogitsProcessor`.'
+    pad_token_id, warning = (pad + eos)[0], None
+    num_padding = (input_ids == pad_token_id).int().cumprod(dim=1).sum(dim=1, keepdim=True)  # (P, 1)
+    if pad_token_id in bos + eos and num_padding.any():
+        num_padding = num_padding - num_padding.min()
+        warning = (
+            f"Prompts begin with id {pad_token_id}, which is the padding id and also BOS or EOS, so their padding is "
+            'a guess. Pass `attention_mask=inputs["attention_mask"]` to `DoctorGuidedLogitsProcessor`.'
         )
     position = torch.arange(input_ids.size(1), device=input_ids.device)
-    return position >= run.clamp(max=input_ids.size(1) - 1), doubt
+    return position >= num_padding.clamp(max=input_ids.size(1) - 1), warning
 
 
 def special_ids(model: LanguageModel, name: str) -> list[int]:
-    """Ids of the `"bos"`, `"eos"` or `"pad"` tokens in the generation config and the config of a model."""
+    """Return the ids of the `"bos"`, `"eos"` or `"pad"` tokens in the generation config and the config of a model."""
     configs = (getattr(model, "generation_config", None), model.config.get_text_config())
     values = [getattr(config, f"{name}_token_id", None) for config in configs]
     return [i for value in values if value is not None for i in (value if isinstance(value, list) else [value])]

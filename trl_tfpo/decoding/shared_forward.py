@@ -3,12 +3,13 @@
 """
 One forward pass for the patient and the doctors that are adapters on it.
 
-Shapes: B rows of the patient, D doctors in its forward pass, V vocabulary. The pass has (1 + D) B rows: those of the
-patient, then those of each doctor. The KV cache has as many, so no state of a doctor reaches the patient.
+Shapes: B rows of the patient, D doctors in its forward pass, V vocabulary. The pass and its KV cache have (1 + D) B
+rows: those of the patient, then those of each doctor. Separate rows keep the states of the doctors out of the patient.
 """
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,20 +29,13 @@ if TYPE_CHECKING:
 @contextmanager
 def shared_forward(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor, num_rows: int) -> Iterator[None]:
     """
-    Within the context, each forward pass of the patient also computes the logits of the doctors that are its adapters.
+    Within the context, each forward pass of the patient also computes the logits of the doctors on its weights.
 
-    For greedy search and sampling: rows must keep their place, and the guide must be called once for each pass.
-
-    Args:
-        patient ([`~transformers.PreTrainedModel`]):
-            The patient, or the `PeftModel` around it.
-        guide ([`DoctorGuidedLogitsProcessor`]):
-            The guidance. Doctors on other weights keep their own forward passes.
-        num_rows (`int`):
-            B, texts generated at once.
+    The context is for greedy search and sampling of `num_rows` (B) texts, without reordered rows. The guide must be
+    called once after each pass.
     """
     base, layers = unwrap_peft(patient), adapter_layers(patient)
-    shared = {index: _LogitsOfPass() for index, doctor in enumerate(guide.doctors) if doctor.is_on(base)}
+    shared: dict[int, list[torch.Tensor]] = {i: [] for i, doctor in enumerate(guide.doctors) if doctor.is_on(base)}
     names = [*patient_adapters(patient, guide), NO_ADAPTER][:1]
     names += [[*guide.doctors[index].adapters, NO_ADAPTER][0] for index in shared]
     adapter_of_row = [name for name in names for _ in range(num_rows)]
@@ -55,7 +49,7 @@ def shared_forward(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor,
     def split_logits(_: torch.nn.Module, args: tuple, output: CausalLMOutputWithPast) -> CausalLMOutputWithPast:
         rows_of_patient, *rows_of_doctors = output["logits"].split(num_rows)
         for logits, rows in zip(shared.values(), rows_of_doctors, strict=True):
-            logits.put(rows[:, -1])
+            logits.append(rows[:, -1])
         output["logits"] = rows_of_patient
         return output
 
@@ -70,43 +64,27 @@ def shared_forward(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor,
             *(layer.register_forward_pre_hook(choose_adapters, with_kwargs=True) for layer in layers),
         ):
             stack.callback(hook.remove)
-        stack.enter_context(guide.external_logits({index: logits.take for index, logits in shared.items()}))
+        stack.enter_context(guide.external_logits({i: partial(_take, logits) for i, logits in shared.items()}))
         yield
 
 
-class _LogitsOfPass:
-    """Logits (B, V) of one doctor in the last forward pass of the patient."""
-
-    def __init__(self) -> None:
-        self.logits: list[torch.Tensor] = []
-
-    def put(self, logits: torch.Tensor) -> None:
-        self.logits.append(logits)
-
-    def take(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the logits. Raises `ValueError` unless there was one forward pass since the last call."""
-        if len(self.logits) != 1:
-            raise ValueError(
-                "A doctor in the patient's forward pass must be asked once for each pass. Got "
-                f"{len(self.logits)} passes; use `patient.generate` with adapters disabled, and "
-                "`logits_processor=[guide]`."
-            )
-        return self.logits.pop()
+def _take(logits: list[torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
+    """Take a doctor's logits (B, V), or raise `ValueError` unless there was one forward pass since the last call."""
+    if len(logits) != 1:
+        raise ValueError(
+            f"There must be one forward pass of the patient for each call of the guide. Got {len(logits)} passes; use "
+            "`patient.generate` with `logits_processor=[guide]`, and adapters disabled."
+        )
+    return logits.pop()
 
 
 def can_share(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor) -> bool:
     """
-    Whether the doctors on the patient's weights can be rows of its forward pass.
+    Whether [`shared_forward`] supports the doctors on the patient's weights.
 
-    There must be at least one, each must be needed at every step, and PEFT must be able to choose its adapter by row.
-    PEFT can do so for LoRA without DoRA and biases, and for one adapter in each row. The rows must reach the adapters
-    unchanged. The experts of a mixture and OPT's feed-forward layers change them.
-
-    Args:
-        patient ([`~transformers.PreTrainedModel`]):
-            The patient, or the `PeftModel` around it.
-        guide ([`DoctorGuidedLogitsProcessor`]):
-            The guidance.
+    There must be at least one, and each must be needed at every step. PEFT can choose adapters by row only for LoRA
+    without DoRA and biases, and only one adapter per row. The layers with adapters must keep the rows of the batch.
+    Experts of a mixture and OPT's feed-forward layers do not.
     """
     base = unwrap_peft(patient)
     doctors = [doctor for doctor in guide.doctors if doctor.is_on(base)]
@@ -127,7 +105,7 @@ def can_share(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor) -> b
 
 
 def _can_choose_by_row(config: "LoraConfig | None") -> bool:
-    """Whether PEFT can use an adapter with this config in some rows of a batch only."""
+    """Whether PEFT can apply an adapter with this config to some rows of a batch only."""
     return (
         config is not None
         and config.peft_type == "LORA"
@@ -138,7 +116,7 @@ def _can_choose_by_row(config: "LoraConfig | None") -> bool:
 
 
 def patient_adapters(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor) -> tuple[str, ...]:
-    """Adapters with which the patient is read: the active ones, without those that are doctors of the guide."""
+    """Return the adapters of the patient: the active adapters, without doctors of the guide."""
     doctors = {
         name
         for doctor in guide.doctors

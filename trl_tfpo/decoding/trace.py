@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..data.token_map import TokenMap, token_texts
+from ..common.heat_map import TokenMap, token_texts
 
 
 @dataclass(frozen=True)
 class GuidanceTrace:
     """
-    Log-probabilities of the tokens that were generated, before temperature, top-k and top-p.
+    Log-probabilities of generated tokens, before temperature, top-k and top-p.
 
     Args:
         token_ids (`torch.LongTensor` of shape `(B, T)`):
@@ -38,7 +38,7 @@ class GuidanceTrace:
 
     @property
     def shift(self) -> torch.Tensor:
-        """Log-ratio of guided policy and patient for each token, (B, T), in nats."""
+        """Log-ratio (B, T) of the guided policy to the patient for each token, in nats."""
         return self.guided_logps - self.patient_logps
 
 
@@ -46,7 +46,7 @@ class TraceRecorder:
     """
     Records the [`GuidanceTrace`] of a generation.
 
-    The distributions of a step are kept until the ids of the next step contain the chosen token.
+    The distributions of a step are kept until the ids of the next step show which token was chosen.
     """
 
     def __init__(self) -> None:
@@ -66,18 +66,12 @@ class TraceRecorder:
         guided_logps: torch.Tensor,
     ) -> None:
         """
-        Record the distributions of the next token. Ids of another length begin a new trace.
+        Record the distributions (B, V) of the next token. Logits are `None` for a doctor that was not read.
 
-        Args:
-            input_ids (`torch.LongTensor` of shape `(B, L)`):
-                Prompts and completions so far.
-            patient_logits, guided_logps (`torch.Tensor` of shape `(B, V)`):
-                Logits of the patient, and log-probabilities of the guided policy.
-            doctor_logits (sequence of `torch.Tensor` of shape `(B, V)`):
-                Logits of each doctor; `None` where it was not read.
+        Ids (B, L) of an unexpected length begin a new trace.
 
         Raises:
-            `ValueError`: when the ids do not continue those of the step before, as with beams.
+            `ValueError`: when the ids do not continue those of the previous step, as with beams.
         """
         if self._tokens is None or input_ids[:, :-1].shape != self._tokens.shape:
             self.restart()
@@ -85,15 +79,15 @@ class TraceRecorder:
             self._choose(input_ids[:, -1])
         else:
             raise ValueError(
-                "A trace needs texts that keep their rows. Got tokens that do not continue those of the step before; "
-                "leave out `return_trace` with beams, or call `reset()` before other prompts."
+                "A trace needs texts that keep their rows. Got tokens that do not continue the previous step; leave "
+                "out `return_trace` with beams, or call `reset()` before other prompts."
             )
         logits = [patient_logits, *doctor_logits]
         self._tokens = input_ids.clone()
         self._pending = [None if x is None else x.float().log_softmax(dim=-1) for x in logits] + [guided_logps]
 
     def _choose(self, tokens: torch.Tensor) -> None:
-        """Keep the log-probabilities of the chosen tokens (B,) from the pending distributions."""
+        """Record the chosen tokens (B,) and their log-probabilities under the pending distributions."""
         index = tokens[:, None]
 
         def chosen(logps: torch.Tensor | None) -> torch.Tensor:
@@ -108,24 +102,19 @@ class TraceRecorder:
 
     def finish(self, sequences: torch.Tensor) -> GuidanceTrace:
         """
-        Return the trace of a generation.
-
-        Args:
-            sequences (`torch.LongTensor` of shape `(B, L + T)`):
-                The output of `generate`, which has the last token.
+        Return the trace, given the output (B, L + T) of `generate`, which includes the last token.
 
         Raises:
             `ValueError`: when `sequences` are not the output of the recorded generation.
         """
-        if self._tokens is None or sequences.shape[1] < self._tokens.size(1) or len(sequences) != len(self._tokens):
+        if self._tokens is None:
+            raise ValueError("A trace needs a generation. Got none; call `generate` first.")
+        if not torch.equal(sequences[:, : self._tokens.size(1)].to(self._tokens.device), self._tokens):
             raise ValueError(
-                "A trace is of the last generation. Got sequences of shape "
-                f"{tuple(sequences.shape)}, and {'none was traced' if self._tokens is None else 'another one was'}; "
-                "pass what `generate` returned."
+                f"A trace belongs to the last generation. Got other tokens, of shape {tuple(sequences.shape)}; pass "
+                "the output of `generate`."
             )
         sequences = sequences.to(self._tokens.device)
-        if not torch.equal(sequences[:, : self._tokens.size(1)], self._tokens):
-            raise ValueError("A trace is of the last generation. Got other tokens; pass what `generate` returned.")
         if self._pending is not None and sequences.size(1) > self._tokens.size(1):
             self._choose(sequences[:, self._tokens.size(1)])
             self._tokens = sequences.clone()
@@ -138,7 +127,7 @@ def show_trace(
     trace: GuidanceTrace, processing_class: PreTrainedTokenizerBase, eos_token_ids: Sequence[int] = ()
 ) -> TokenMap:
     """
-    Show a trace as a heat map of how much guidance shifted each token.
+    Show a trace as a heat map: the color of a token shows how guidance changed its log-probability.
 
     Args:
         trace ([`GuidanceTrace`]):
@@ -146,10 +135,10 @@ def show_trace(
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             The tokenizer.
         eos_token_ids (`Sequence[int]`, *optional*):
-            Ids that end a text in addition to the tokenizer's EOS, such as those of the patient's generation config.
+            Further ids that end a text, besides the tokenizer's EOS.
 
     Returns:
-        [`TokenMap`]: a row for each text, up to its end. The color of a token is its shift.
+        [`TokenMap`]: one row for each text, up to its end.
     """
     rows = []
     for row, ids in enumerate(trace.token_ids.tolist()):
@@ -163,4 +152,4 @@ def show_trace(
         ]
         shifts = trace.shift[row, :length].tolist()
         rows.append((f"{row}", token_texts(ids[:length], processing_class), shifts, notes))
-    return TokenMap(rows, "⁺ likelier under guidance, ⁻ less likely; the darker, the more (log-probability, nats).")
+    return TokenMap(rows, "⁺ likelier under guidance, ⁻ less likely. Darker: larger changes of log-probability")

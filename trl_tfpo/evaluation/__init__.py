@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Evaluation: from completions to a report.
+Evaluation of completions.
 
-The completions come from `generate_completions` or from elsewhere. A reward function or a pairwise judge rates them.
-`evaluate_completions` collects reward, KL from the patient, diversity and win rates in a `Report`, with confidence
-intervals.
+`generate_completions` samples completions. Reward functions and pairwise judges rate them. `evaluate_completions`
+returns a `Report` of reward, KL from the patient, diversity and win rates, with confidence intervals.
 """
 
 from .bootstrap import bootstrap_interval
 from .completions import Completion, generate_completions
 from .diversity import distinct_n, self_similarity
-from .guidance import best_of_n, evaluate_guidance, guided_kl, match_kl, next_token_statistics, sampled_kl
 from .judges import ChatJudge, PairwiseJudge, RewardModel, parse_verdict
 from .report import Report, evaluate_completions
+from .reward_and_kl import best_of_n, evaluate_guidance, guided_kl, match_kl, next_token_statistics, sampled_kl
 from .win_rates import head_to_head
 
 

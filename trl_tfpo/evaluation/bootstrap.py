@@ -12,7 +12,7 @@ from typing import TypedDict, Unpack
 import torch
 
 
-MAX_ELEMENTS = 2**22  # of the resampled prompts in memory
+MAX_ELEMENTS = 2**22  # resampled prompt indices in memory
 
 
 class IntervalSettings(TypedDict, total=False):
@@ -29,19 +29,19 @@ def bootstrap_interval(
     r"""
     Percentile interval of a mean over prompts, or over seeds and prompts.
 
-    Prompts are drawn with replacement. Several seeds are drawn as well, independently of the prompts. All seeds of a
-    draw have the same prompts. Samples of one prompt are not independent, so average them first. With few seeds, the
-    part of the interval that is due to seeds is too short, by a factor of about $\sqrt{(S - 1) / S}$.
+    Prompts are resampled with replacement. Several seeds are also resampled, independently of the prompts. All
+    seeds of a resample share its prompts. Average the samples of a prompt first, because they are not independent.
+    With few seeds, the seeds' part of the interval is too short by a factor of about $\sqrt{(S - 1) / S}$.
 
     Args:
         values (`torch.Tensor` of shape `(P,)` or `(S, P)`):
-            One finite number for each prompt, and for each seed.
+            One finite number per prompt, or per seed and prompt.
         level (`float`, *optional*, defaults to `0.95`):
             Nominal coverage, between 0 and 1.
         num_resamples (`int`, *optional*, defaults to `2000`):
-            Number of draws.
+            Number of resamples.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the draws. Methods with the same seed are compared on the same draws.
+            Random seed. Methods with the same seed are compared on the same resamples.
 
     Returns:
         `tuple[float, float]`: lower and upper end.
@@ -64,8 +64,7 @@ def bootstrap_interval(
     if values.dim() not in (1, 2) or values.shape[-1] < 2 or values.shape[0] < 1 or not values.isfinite().all():
         raise ValueError(
             "`values` must be finite, of shape (P,) or (S, P) with at least two prompts. Got shape "
-            f"{tuple(values.shape)}, {int((~values.isfinite()).sum())} not finite; add prompts, "
-            "as one has no variance."
+            f"{tuple(values.shape)}, {int((~values.isfinite()).sum())} not finite; pass finite values of more prompts."
         )
     check_interval(level, num_resamples)
     values = values.view(-1, values.shape[-1])  # (S, P)
@@ -96,19 +95,12 @@ def check_interval(level: float = 0.95, num_resamples: int = 2000, seed: int = 0
 
 def mean_with_interval(values: torch.Tensor, **settings: Unpack[IntervalSettings]) -> dict[str, float | None]:
     """
-    Mean of samples with its bootstrap interval.
+    Return the `mean` of values (S, P, N), and its bootstrap interval from `low` to `high`.
 
-    Args:
-        values (`torch.Tensor` of shape `(S, P, N)`):
-            A number for each seed, prompt and sample.
-        **settings:
-            `level`, `num_resamples` and `seed` of [`bootstrap_interval`].
-
-    Returns:
-        `dict`: `mean`, and the interval from `low` to `high`. The interval is over prompts; with one prompt, over its
-        samples. It is `None` for a single sample, or where a value is not finite.
+    The interval is over prompts or, for a single prompt, over its samples. Its ends are `None` for a single sample, or
+    if a value is not finite.
     """
-    check_interval(**settings)  # also where there is no interval
+    check_interval(**settings)  # even without an interval
     units = values.mean(dim=2) if values.size(1) > 1 else values[:, 0]  # (S, P), or (S, N)
     mean = units.mean().item()
     is_known = units.size(1) > 1 and bool(units.isfinite().all())

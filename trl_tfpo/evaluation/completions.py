@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-r"""
-Completions of a set of prompts, sampled from a policy.
-"""
+"""Sampling of completions, and their grouping by prompt."""
 
 import math
 import reprlib
@@ -24,31 +22,21 @@ from ..decoding.generation import check_reads, guided_generate
 from ..decoding.logits_processor import DoctorGuidedLogitsProcessor
 from ..decoding.shared_forward import patient_adapters
 from ..faces import Prompt
-from ..models.adapters import check_speaks
+from ..models.trained_exponents import check_is_language_model
 
 
-# Settings of a patient's generation config that are kept: they change the computation, not the policy
-COMPUTATION = ("use_cache", "cache_implementation", "cache_config", "compile_config", "disable_compile")
-# Settings of `generate` that do not change the policy, at any value
-WITHOUT_EFFECT = {
-    "keep_memory",
-    "speculative",
-    "num_draft_tokens",
-    "statistics",
-    "synced_gpus",
-    "prefill_chunk_size",
-    *COMPUTATION,
+# Settings of the generation config that change the computation, not the policy
+COMPUTATION_SETTINGS = ("use_cache", "cache_implementation", "cache_config", "compile_config", "disable_compile")
+# Settings of `generate` that never change the policy
+NEUTRAL_SETTINGS = {
+    *("keep_memory", "speculative", "num_draft_tokens", "statistics", "synced_gpus", "prefill_chunk_size"),
+    *COMPUTATION_SETTINGS,
 }
 # Settings of `generate` that do not change the policy at this value
-NEUTRAL: dict[str, float] = {
-    "do_sample": True,
-    "temperature": 1,
-    "top_k": 0,
-    "top_p": 1,
-    "min_p": 0,
-    "repetition_penalty": 1,
+NEUTRAL_VALUES: dict[str, float] = {
+    **{"do_sample": True, "temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1},
+    **{"num_beams": 1, "num_return_sequences": 1, "length_penalty": 1, "no_repeat_ngram_size": 0},
 }
-NEUTRAL |= {"num_beams": 1, "num_return_sequences": 1, "length_penalty": 1, "no_repeat_ngram_size": 0}
 
 
 @dataclass(frozen=True)
@@ -66,12 +54,11 @@ class Completion:
         text (`str`):
             The completion without special tokens.
         is_complete (`bool`):
-            Whether it ends in EOS, not at `max_new_tokens`.
+            Whether the completion ends in EOS.
         seconds (`float`, *optional*):
-            Its share of the time of its batch. Ignored in comparisons.
+            Generation time of the batch, divided by its number of completions. Ignored in comparisons.
         altered_by (`Mapping`, *optional*):
-            Settings of `generate` that changed the policy of patient and guide, such as `{"top_k": 1}`. Ignored in
-            comparisons.
+            Settings of `generate` that changed the policy, such as `{"top_k": 1}`. Ignored in comparisons.
     """
 
     prompt: Prompt
@@ -104,8 +91,8 @@ def generate_completions(
     """
     Sample completions from the patient, with or without guidance.
 
-    By default these are samples of the policy itself: sampling settings, penalties and banned tokens in the generation
-    config of the patient do not apply. The random state of the caller is not changed.
+    By default these are samples of the unaltered policy: sampling settings, penalties and banned tokens in the
+    generation config of the patient are ignored. The random state of the caller is preserved.
 
     Args:
         patient ([`~transformers.PreTrainedModel`]):
@@ -115,33 +102,32 @@ def generate_completions(
         prompts (sequence of `str` or `list[dict]`):
             Texts, or conversations for the chat template.
         guide ([`DoctorGuidedLogitsProcessor`], *optional*):
-            The guidance; `None` for the patient alone. It gets the mask of each batch.
+            The guidance. `None` is the patient alone.
         num_samples_per_prompt (`int`, *optional*, defaults to `1`):
             Independent samples of each prompt.
         max_new_tokens (`int`, *optional*, defaults to `256`):
             Maximum length of a completion, in tokens.
         temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature of the samples; 0 is greedy search.
+            Sampling temperature, or 0 for greedy search.
         batch_size (`int`, *optional*, defaults to `16`):
-            Completions generated at once. The samples depend on it, and so do their `seconds`.
+            Completions generated at once. The samples and their `seconds` depend on it.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the samples.
+            Random seed.
         **generate_kwargs:
-            Further arguments of `patient.generate`. Those that change the policy, such as `top_k`, are recorded in
-            each completion.
+            Other arguments of `patient.generate`. Completions record those that change the policy, such as `top_k`.
 
     Returns:
         `list[Completion]`: the samples of the first prompt, then those of the second, and so on.
 
     Raises:
-        `ValueError`: when there is no prompt, or a prompt without tokens; a setting is out of range; the patient is in
+        `ValueError`: when there is no prompt; a prompt has no tokens; a setting is out of range; the patient is in
             training mode, is a doctor of guided flow or has adapters that add tokens; or an exponent of the guide is a
             tensor or a schedule.
     """
     check_policy(patient, guide)
     if isinstance(prompts, str) or len(prompts) == 0 or num_samples_per_prompt < 1:
         raise ValueError(
-            "There must be a sequence of at least one prompt, and one sample of each. Got "
+            "`prompts` must be a sequence of at least one prompt, each sampled at least once. Got "
             f"{reprlib.repr(prompts)} and `num_samples_per_prompt` {num_samples_per_prompt}; pass a list."
         )
     check_counts(batch_size=batch_size)
@@ -152,7 +138,10 @@ def generate_completions(
             f"`temperature` must be at least 0, and `top_p` in (0, 1]. Got {temperature} and {top_p}; 0 is greedy "
             "search."
         )
-    tokenized = [(prompt, _prompt_ids(prompt, processing_class)) for prompt in prompts]
+    tokenized = [(prompt, tokenize_prompt(prompt, processing_class)) for prompt in prompts]
+    for prompt, prompt_ids in tokenized:
+        if not prompt_ids:
+            raise ValueError(f"A prompt must have at least one token. Got none for {prompt!r}; leave it out.")
     rows = [row for row in tokenized for _ in range(num_samples_per_prompt)]
     altered_by = altering_settings({"temperature": temperature, **generate_kwargs})
     eos_ids = all_eos_token_ids(processing_class, patient)
@@ -166,7 +155,7 @@ def generate_completions(
     }
     completions = []
     with (
-        _own_policy(patient),
+        _without_generation_config(patient),
         torch.random.fork_rng(devices=[patient.device] if patient.device.type == "cuda" else []),
         Progress(len(rows), "Generating", "completions") as progress,
     ):
@@ -185,20 +174,13 @@ def generate_completions(
     return completions
 
 
-def _prompt_ids(prompt: Prompt, processing_class: PreTrainedTokenizerBase) -> list[int]:
-    ids = tokenize_prompt(prompt, processing_class)
-    if not ids:
-        raise ValueError(f"A prompt must have at least one token. Got none for {prompt!r}; leave it out.")
-    return ids
-
-
 def _generate_batch(
     patient: PreTrainedModel,
     guide: DoctorGuidedLogitsProcessor | None,
     prompts: list[list[int]],
     settings: dict,
 ) -> tuple[list[list[int]], float]:
-    """Generate one completion of each prompt. Returns their ids with padding, and the seconds that each took."""
+    """Generate one completion per prompt. Returns padded ids, and the seconds per completion."""
     generate: Callable = patient.generate if guide is None else partial(guided_generate, patient, guide)  # type: ignore[assignment]
     ids, mask = pad(prompts, padding_side="left", device=patient.device)
     if guide is None:
@@ -211,14 +193,7 @@ def _generate_batch(
 
 def altering_settings(settings: Mapping[str, object]) -> dict[str, object]:
     """
-    Select the settings of `generate` that change the policy.
-
-    Args:
-        settings (`Mapping`):
-            Keyword arguments of `generate`. Unknown ones are taken to change the policy.
-
-    Returns:
-        `dict`: empty where the samples are of the policy itself.
+    Select the settings of `generate` that change the policy. Unknown settings count as changes.
 
     Examples:
 
@@ -232,39 +207,29 @@ def altering_settings(settings: Mapping[str, object]) -> dict[str, object]:
     return {
         name: value
         for name, value in settings.items()
-        if name not in WITHOUT_EFFECT and value is not None and (name not in NEUTRAL or value != NEUTRAL[name])
+        if name not in NEUTRAL_SETTINGS and value is not None and value != NEUTRAL_VALUES.get(name)
     }
 
 
 @contextmanager
-def _own_policy(patient: PreTrainedModel) -> Iterator[None]:
-    """Within the context, the generation config of the patient has no settings that choose tokens."""
+def _without_generation_config(patient: PreTrainedModel) -> Iterator[None]:
+    """Context manager that keeps only computation settings in the generation config of the patient."""
     base = unwrap_peft(patient)
     config = base.generation_config
-    base.generation_config = GenerationConfig(**{name: getattr(config, name, None) for name in COMPUTATION})
+    base.generation_config = GenerationConfig(**{name: getattr(config, name, None) for name in COMPUTATION_SETTINGS})
     try:
         yield
     finally:
         base.generation_config = config
 
 
-def by_prompt(prompts: Sequence[Prompt], completions: Completions) -> Grouped:
+def group_by_prompt(prompts: Sequence[Prompt], completions: Completions) -> Grouped:
     """
     Group completions by seed, prompt and sample.
 
-    Args:
-        prompts (sequence of `str` or `list[dict]`):
-            P prompts.
-        completions (sequence of [`Completion`] or `str`, or sequence of such sequences):
-            The samples of the first prompt, then those of the second, and so on; as many of each. With several seeds,
-            one such sequence for each.
-
-    Returns:
-        `list[list[list]]`: by seed, prompt and sample.
-
-    Raises:
-        `ValueError`: when there is no completion, prompts have different numbers of samples, or a completion is of
-            another prompt.
+    `completions` has the samples of the first prompt, then those of the second, and so on, or one such sequence per
+    seed. Raises `ValueError` when there is no completion, prompts have different numbers of samples, or a completion
+    belongs to another prompt.
     """
     seeds: list[list[Completion | str]] = []
     for item in completions:
@@ -276,8 +241,8 @@ def by_prompt(prompts: Sequence[Prompt], completions: Completions) -> Grouped:
     counts = sorted({len(seed) for seed in seeds})
     if len(prompts) == 0 or len(counts) != 1 or counts[0] == 0 or counts[0] % len(prompts):
         raise ValueError(
-            f"There must be as many completions of each of the {len(prompts)} prompts, and for each seed. Got "
-            f"{counts or 'none'}; order them as `generate_completions` does, the samples of the first prompt first."
+            f"All prompts and seeds must have the same number of completions. Got {counts or 'no'} completions for "
+            f"{len(prompts)} prompts; pass them in the order of `generate_completions`."
         )
     num = counts[0] // len(prompts)
     grouped = [[seed[i * num : (i + 1) * num] for i in range(len(prompts))] for seed in seeds]
@@ -285,8 +250,8 @@ def by_prompt(prompts: Sequence[Prompt], completions: Completions) -> Grouped:
         for prompt, samples in zip(prompts, of_seed, strict=True):
             if any(isinstance(sample, Completion) and sample.prompt != prompt for sample in samples):
                 raise ValueError(
-                    f"Completions must be in the order of the prompts. Got one of another prompt where {prompt!r} has "
-                    "its samples; pass the prompts that they were generated from."
+                    "Completions must be in the order of the prompts. Got a completion of another prompt for "
+                    f"{prompt!r}; pass the prompts used for generation."
                 )
     return grouped
 
@@ -305,28 +270,19 @@ def pad(rows: Sequence[list[int]], *, padding_side: str, device: torch.device) -
 
 
 def check_policy(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor | None) -> None:
-    """
-    Raise `ValueError` when patient and guide are not one policy that can be evaluated.
-
-    Args:
-        patient ([`~transformers.PreTrainedModel`]):
-            A language model in eval mode.
-        guide ([`DoctorGuidedLogitsProcessor`], *optional*):
-            The guidance, with numbers as exponents, and doctors in eval mode without a prompt of their own.
-    """
+    """Raise `ValueError` unless patient and guide can be evaluated as one policy."""
     doctors = guide.doctors if guide else []
-    check_speaks(patient, patient_adapters(patient, guide) if guide else None)
+    check_is_language_model(patient, patient_adapters(patient, guide) if guide else None)
     if any(model.training for model in (patient, *(doctor.model for doctor in doctors))):
         raise ValueError(
-            "Patient and doctors must be in eval mode, as dropout is random. Got training mode; call `.eval()`."
+            "Patient and doctors must be in eval mode, because dropout is random. Got training mode; call `.eval()`."
         )
     if guide and not all(isinstance(weight, float) for weight in (guide.alpha, *guide.betas)):
         raise ValueError(
-            "An evaluation is of one policy, so `alpha` and `beta` must be numbers. Got a weight for each row or a "
-            "schedule; evaluate one strength at a time."
+            "`alpha` and `beta` must be numbers in an evaluation. Got a weight for each row or a schedule; evaluate "
+            "one strength at a time."
         )
     if any(doctor.prompt is not None for doctor in doctors):
         raise ValueError(
-            "An evaluation has prompts of its own, so doctors must read those. Got a doctor with a `prompt`; leave it "
-            "out."
+            "Doctors must read the prompts of the evaluation. Got a doctor with its own `prompt`; leave it out."
         )

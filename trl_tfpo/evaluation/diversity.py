@@ -3,7 +3,7 @@
 """
 Diversity of texts: distinct n-grams and edit similarity.
 
-Both measures take texts, which are split at white space, or token ids.
+Both measures take texts or token ids. Texts are split at white space.
 
 Shapes: N pairs of texts, L words of the longer text.
 """
@@ -16,17 +16,17 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 
-BATCH_SIZE = 2048  # of pairs
+BATCH_SIZE = 2048  # pairs
 
 
 def distinct_n(texts: Sequence[str | Sequence[int]], n: int = 4) -> float:
     r"""
-    Share of the n-grams of a pool of texts that are distinct.
+    Share of distinct n-grams in a pool of texts.
 
     $$\frac{\#\ \text{distinct n-grams of the pool}}{\#\ \text{n-grams of the pool}}$$
 
-    An n-gram lies within one text. The share falls as the pool grows, because n-grams repeat. Compare only pools of
-    the same number of texts, of about the same length.
+    An n-gram lies within one text. The share falls with the size of the pool, because n-grams repeat. Compare only
+    pools with the same number of texts of similar length.
 
     Args:
         texts (sequence of `str` or of sequences of `int`):
@@ -50,7 +50,7 @@ def distinct_n(texts: Sequence[str | Sequence[int]], n: int = 4) -> float:
     ```
     """
     if n < 1:
-        raise ValueError(f"`n` must be at least 1. Got {n}; the usual is 4.")
+        raise ValueError(f"`n` must be at least 1. Got {n}; 4 is usual.")
     pool = [text.split() if isinstance(text, str) else text for text in texts]
     ngrams = [tuple(words[i : i + n]) for words in pool for i in range(len(words) - n + 1)]
     return len(set(ngrams)) / len(ngrams) if ngrams else math.nan
@@ -60,21 +60,21 @@ def self_similarity(
     groups: Sequence[Sequence[str | Sequence[int]]], *, max_pairs: int = 1000, seed: int = 0
 ) -> torch.Tensor:
     r"""
-    Mean edit similarity of the texts of a group, over its pairs:
+    Mean edit similarity over the pairs of texts in each group:
 
     $$1 - \frac{\operatorname{Levenshtein}(a, b)}{\max(|a|, |b|)}$$
 
-    in words. It is 1 for equal texts, and 0 where no word is shared. A high value for the samples of one prompt means
-    that the policy has collapsed. A mean over pairs does not depend on the size of the group. Self-BLEU does: it
-    compares each text with all others at once.
+    Distance and length are in words. The similarity is 1 for equal texts, and 0 for texts without a common word. High
+    similarity among the samples of a prompt indicates a collapsed policy. Unlike Self-BLEU, the mean over pairs does
+    not depend on the size of the group.
 
     Args:
         groups (sequence of sequences of `str` or of sequences of `int`):
             G groups of texts or token ids, for instance the samples of each prompt.
         max_pairs (`int`, *optional*, defaults to `1000`):
-            Largest number of pairs of a group. From a group with more, they are drawn without replacement.
+            Maximum number of pairs per group. Pairs of larger groups are drawn without replacement.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of that draw.
+            Random seed.
 
     Returns:
         `torch.Tensor` of shape `(G,)`: in `[0, 1]`; `nan` for a group of fewer than two texts.
@@ -92,7 +92,9 @@ def self_similarity(
     ```
     """
     if max_pairs < 1:
-        raise ValueError(f"`max_pairs` must be at least 1. Got {max_pairs}; 1000 give a standard error below 0.01.")
+        raise ValueError(
+            f"`max_pairs` must be at least 1. Got {max_pairs}; with 1000 the standard error is below 0.01."
+        )
     vocabulary: dict = {}
     rng = random.Random(seed)
     first, second, owners = [], [], []
@@ -113,7 +115,7 @@ def self_similarity(
 
 
 def _edit_similarities(first: list[torch.Tensor], second: list[torch.Tensor]) -> torch.Tensor:
-    """Similarities (N,) of pairs of ids. Each step computes one row of the table of edit distances, for all pairs."""
+    """Similarities (N,) of pairs of id sequences. Each step computes one row of each edit-distance table."""
     order = sorted(range(len(first)), key=lambda index: max(len(first[index]), len(second[index])))
     similarities = torch.empty(len(first), dtype=torch.float64)
     for start in range(0, len(order), BATCH_SIZE):
@@ -122,7 +124,7 @@ def _edit_similarities(first: list[torch.Tensor], second: list[torch.Tensor]) ->
         lengths = [torch.tensor([len(row) for row in side]) for side in rows]  # (N,)
         one, other = (pad_sequence(side, batch_first=True, padding_value=-1) for side in rows)  # (N, L)
         columns = torch.arange(other.size(1) + 1)
-        row = columns.expand(len(batch), -1)  # no word of `one`: insert all
+        row = columns.expand(len(batch), -1)  # from no word of `one`: insert all
         distances = lengths[1].clone()
         for step in range(1, one.size(1) + 1):
             delete = row + 1

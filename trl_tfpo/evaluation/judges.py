@@ -4,7 +4,7 @@
 Reward functions and pairwise judges.
 
 A reward function is a callable `(prompts, completions) -> list[float]`, for example a [`RewardModel`]. A pairwise
-judge is an object with the method [`PairwiseJudge.judge`], for example a [`ChatJudge`], which asks a language model.
+judge is an object with the method [`PairwiseJudge.judge`], for example a [`ChatJudge`].
 """
 
 import hashlib
@@ -25,7 +25,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..faces import Prompt
-from ..models.named_model import check_there
+from ..models.named_model import check_model_exists
 from .completions import pad
 
 
@@ -37,13 +37,13 @@ JUDGE_INSTRUCTION = (
     "in two or three sentences, then end with a line that says exactly one of: Verdict: A, Verdict: B, Verdict: tie."
 )
 VERDICT = re.compile(r"\bverdict\W+(?:response )?(a|b|tie)\W*$", flags=re.IGNORECASE | re.MULTILINE)
-RETRIED_STATUSES = {408, 409, 425, 429}  # HTTP statuses, besides those from 500 on
+RETRIED_STATUSES = {408, 409, 425, 429}  # HTTP statuses; those from 500 are retried, too
 MAX_DELAY = 60.0  # seconds
 
 
 @runtime_checkable
 class PairwiseJudge(Protocol):
-    """Compares two completions of a prompt. The pairwise judges of earlier versions of TRL have this interface."""
+    """Interface of a judge of two completions. Pairwise judges of earlier TRL versions have the same interface."""
 
     def judge(
         self, prompts: Sequence[Prompt], completions: Sequence[Sequence[str]], shuffle_order: bool = True
@@ -55,35 +55,19 @@ class PairwiseJudge(Protocol):
             prompts (sequence of `str` or `list[dict]`):
                 N prompts.
             completions (sequence of sequences of `str`):
-                Two completions of each.
+                Two completions per prompt.
             shuffle_order (`bool`, *optional*, defaults to `True`):
                 Whether to swap the completions in half of the questions.
 
         Returns:
-            sequence of `float`: index of the better completion, 0 or 1, before swapping; 0.5 where neither is better;
-            -1 where there is no verdict.
+            sequence of `float`: index of the better completion before swapping, 0 or 1; 0.5 for a tie; -1 without a
+            verdict.
         """
         ...
 
 
 def score_texts(reward_fn: RewardFunction, prompts: Sequence[Prompt], completions: Sequence[str]) -> torch.Tensor:
-    """
-    Call a reward function, and check what it returns.
-
-    Args:
-        reward_fn (`Callable`):
-            Called once as `reward_fn(prompts=..., completions=...)`.
-        prompts (sequence of `str` or `list[dict]`):
-            N prompts.
-        completions (sequence of `str`):
-            N completions.
-
-    Returns:
-        `torch.Tensor` of shape `(N,)`: rewards in float64.
-
-    Raises:
-        `ValueError`: when there is not one finite reward for each completion.
-    """
+    """Return the rewards (N,) of N completions in float64. Raises `ValueError` unless there are N finite rewards."""
     found = reward_fn(prompts=list(prompts), completions=list(completions))
     try:
         rewards = torch.as_tensor(found, dtype=torch.float64)
@@ -92,24 +76,23 @@ def score_texts(reward_fn: RewardFunction, prompts: Sequence[Prompt], completion
     if rewards.shape != (len(completions),) or not rewards.isfinite().all():
         raise ValueError(
             "`reward_fn` must return a finite number for each completion. Got "
-            f"{reprlib.repr(found)} for {len(completions)} completions; return a number for texts that cannot be "
-            "judged as well."
+            f"{reprlib.repr(found)} for {len(completions)} completions; return a number even for invalid texts."
         )
     return rewards
 
 
 class RewardModel:
     """
-    A reward function by a reward model: a sequence classifier with one label.
+    Reward function that applies a reward model, a sequence classifier with one label.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]):
-            Name, path or the model itself.
+            The model, or its name or path.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Its tokenizer; by default loaded from `model`. Conversations are formatted with its chat template. Texts
-            are the concatenation of prompt and completion.
+            Its tokenizer, by default loaded from `model`. Conversations are formatted with its chat template. Text
+            prompts are concatenated with their completions.
         batch_size (`int`, *optional*, defaults to `8`):
-            Texts read at once, of similar length. Without a padding token they are read one by one.
+            Texts per forward pass. Models without a padding token read one text at a time.
         **model_kwargs:
             Arguments of `from_pretrained`, e.g. `dtype` or `device_map` (by default `"auto"`).
 
@@ -140,7 +123,7 @@ class RewardModel:
         **model_kwargs: object,
     ):
         if isinstance(model, (str, os.PathLike)):
-            check_there(model)
+            check_model_exists(model)
             if processing_class is None:
                 processing_class = AutoTokenizer.from_pretrained(
                     model, trust_remote_code=model_kwargs.get("trust_remote_code", False)
@@ -149,12 +132,10 @@ class RewardModel:
         if model.config.num_labels != 1:
             raise ValueError(
                 f"A reward model must have one label. Got {type(model).__name__} with "
-                f"`num_labels`={model.config.num_labels}; pass a reward model, or a function of your own."
+                f"`num_labels`={model.config.num_labels}; pass a reward model or a custom reward function."
             )
         if processing_class is None:
-            raise ValueError(
-                "A model needs its tokenizer to read texts. Got a model without one; pass `processing_class`."
-            )
+            raise ValueError("A model object needs a tokenizer. Got none; pass `processing_class`.")
         self.model, self.processing_class, self.batch_size = model.eval(), processing_class, batch_size
 
     @torch.no_grad()
@@ -180,10 +161,10 @@ class RewardModel:
         if limit is not None and longest > limit:
             raise ValueError(
                 f"Prompt and completion must fit the {limit} positions of the reward model. Got {longest} tokens; "
-                "leave such prompts out, because a truncated text has another reward."
+                "remove such prompts. Truncation would change the reward."
             )
         rewards = [0.0] * len(rows)
-        pad_token_id = config.pad_token_id  # the model finds the last token by its own padding id
+        pad_token_id = config.pad_token_id  # the model locates the last token by its padding id
         batch_size = 1 if pad_token_id is None else self.batch_size
         order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
         for start in range(0, len(order), batch_size):
@@ -212,25 +193,25 @@ class RewardModel:
 
 
 def _load_classifier(name: str | os.PathLike, **model_kwargs: object) -> PreTrainedModel:
-    """Load a sequence classifier. Raises `ValueError` for missing weights, which transformers would draw at random."""
+    """Load a sequence classifier. Raises `ValueError` where transformers would initialize missing weights."""
     defaults = {"device_map": "auto", "use_safetensors": True, "trust_remote_code": False}
     model, loading = AutoModelForSequenceClassification.from_pretrained(
         name, output_loading_info=True, **(defaults | model_kwargs)
     )
     if loading["missing_keys"]:
         raise ValueError(
-            f"A reward model must come with its head. Got {type(model).__name__} without "
-            f"{sorted(loading['missing_keys'])[:3]}, which would be random; pass a trained reward model."
+            f"The checkpoint of a reward model must have all weights. Got {type(model).__name__} without "
+            f"{sorted(loading['missing_keys'])[:3]}; pass a trained reward model."
         )
     return model
 
 
 class ChatJudge:
     """
-    A pairwise judge by a language model behind an OpenAI-compatible endpoint, such as a hosted model, vLLM or TGI.
+    Pairwise judge that asks a language model at an OpenAI-compatible endpoint, such as vLLM, TGI or a hosted model.
 
-    Every answer is appended to the cache file at once, with or without a verdict. An interrupted run resumes from that
-    file, and sends no request twice. Requests are also sent where `HF_HUB_OFFLINE` is set.
+    Answers are appended to the cache file as they arrive, with or without a verdict. An interrupted run resumes from
+    this file and repeats no request. `HF_HUB_OFFLINE` does not block requests.
 
     Args:
         base_url (`str`):
@@ -240,22 +221,23 @@ class ChatJudge:
         api_key (`str`, *optional*):
             Sent as a bearer token, and never written to a file.
         cache_file (`str` or `Path`, *optional*):
-            JSONL file of requests and answers. Without it, answers are kept in this object only.
+            JSON Lines file of requests and answers. By default answers are kept in memory only.
         instruction (`str`, *optional*):
-            System message. It must ask for a last line `Verdict: A`, `Verdict: B` or `Verdict: tie`.
+            System message. It must request a last line `Verdict: A`, `Verdict: B` or `Verdict: tie`.
         request (mapping, *optional*):
-            Further fields of each request, such as `max_tokens`; by default `{"temperature": 0.0}`.
+            Additional fields of each request, such as `max_tokens`. By default `{"temperature": 0.0}`.
         num_workers (`int`, *optional*, defaults to `8`):
             Number of concurrent requests.
         timeout (`float`, *optional*, defaults to `120.0`):
             Seconds to wait for an answer.
         max_retries (`int`, *optional*, defaults to `6`):
-            Maximum number of retries of a request, when the endpoint is overloaded, fails or cannot be reached.
+            Maximum number of retries of a request if the endpoint is overloaded, fails or cannot be reached.
         backoff (`float`, *optional*, defaults to `1.0`):
-            Seconds before the first retry. Doubled with each retry, up to a minute, unless the endpoint names a delay.
+            Seconds before the first retry. The delay doubles with each retry, up to a minute. The header `Retry-After`
+            of a response replaces it.
 
     Attributes:
-        num_answered (`int`): answers of the endpoint so far, without those in the cache file.
+        num_answered (`int`): number of answers received so far, without those in the cache file.
 
     Raises:
         `ValueError`: when the URL is not an HTTP URL, or a number is out of range.
@@ -307,18 +289,18 @@ class ChatJudge:
         self, prompts: Sequence[Prompt], completions: Sequence[Sequence[str]], shuffle_order: bool = True
     ) -> list[float]:
         """
-        Decide which of two completions is better. [`head_to_head`] asks in both orders.
+        Decide which of two completions is better. [`head_to_head`] calls this for both orders.
 
         Args:
             prompts (sequence of `str` or `list[dict]`):
                 N prompts.
             completions (sequence of sequences of `str`):
-                Two completions of each. Equal ones are a tie without a request.
+                Two completions per prompt. Equal completions are a tie, without a request.
             shuffle_order (`bool`, *optional*, defaults to `True`):
-                Whether to swap the completions in about half of the questions, always the same ones.
+                Whether to swap the completions in about half of the questions, chosen by a hash.
 
         Returns:
-            `list[float]`: index of the better completion, 0 or 1; 0.5 for a tie; -1 where the answer has no verdict.
+            `list[float]`: index of the better completion, 0 or 1; 0.5 for a tie; -1 without a verdict.
 
         Raises:
             `ValueError`: when there are not two completions for each prompt, or the endpoint refuses a request.
@@ -326,11 +308,11 @@ class ChatJudge:
         """
         if len(prompts) != len(completions) or any(len(pair) != 2 for pair in completions):
             raise ValueError(
-                "A pairwise judge takes two completions for each prompt. Got "
-                f"{len(prompts)} prompts and {[len(pair) for pair in completions][:8]} completions; give two for each."
+                "A pairwise judge needs two completions for each prompt. Got "
+                f"{len(prompts)} prompts and {[len(pair) for pair in completions][:8]} completions; pass two for each."
             )
         asked: list[tuple[str | None, bool]] = []  # key of the request, and whether the completions are swapped
-        requests: dict[str, dict] = {}  # by key, so that equal questions are one request
+        requests: dict[str, dict] = {}  # by key: equal questions share a request
         for prompt, pair in zip(prompts, completions, strict=True):
             is_swapped = shuffle_order and hashlib.sha256(repr((prompt, list(pair))).encode()).digest()[0] % 2 == 1
             if pair[0] == pair[1]:
@@ -366,7 +348,7 @@ class ChatJudge:
             try:
                 for future in as_completed(futures):
                     future.result()
-            except BaseException:  # also an interrupt: wait for pending requests, which are paid for
+            except BaseException:  # on an interrupt, too: keep the answers to pending requests
                 stop.set()
                 executor.shutdown(wait=True, cancel_futures=True)
                 raise
@@ -382,7 +364,7 @@ class ChatJudge:
                     urllib.request.Request(self.url, data=body, headers=self.headers), timeout=self.timeout
                 ) as response:
                     reply = json.load(response)
-                answer = reply["choices"][0]["message"]["content"] or ""  # null where the model ran out of tokens
+                answer = reply["choices"][0]["message"]["content"] or ""  # null if the model ran out of tokens
                 break
             except urllib.error.HTTPError as error:
                 reason = f"{error.code}: {error.read(500).decode(errors='replace')}"
@@ -398,9 +380,9 @@ class ChatJudge:
             except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
                 reason = f"{type(error).__name__}: {error}"  # unreachable, timed out, interrupted or malformed
             if attempt == self.max_retries or stop.wait(delay):
-                stop.set()  # before another request starts
+                stop.set()  # prevents other requests from starting
                 raise ConnectionError(
-                    f"{self.url} must answer. Got {reason} in {attempt + 1} attempts; check the endpoint and run "
+                    f"{self.url} must answer. Got {reason} after {attempt + 1} attempts; check the endpoint and run "
                     "again. Answers so far are kept" + (f" in {self.cache_file}." if self.cache_file else ".")
                 )
         with self._lock:
@@ -412,7 +394,7 @@ class ChatJudge:
 
 
 def _append_line(path: Path, line: bytes) -> None:
-    """Append a line to a file and flush it to the disk. An incomplete last line is ended first."""
+    """Append a line to a file, after ending an incomplete last line, and flush the file to disk."""
     with open(path, "ab+") as file:
         if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
             file.write(b"\n")

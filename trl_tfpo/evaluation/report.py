@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..common.atomic import written_whole
+from ..common.atomic import atomic_write
 from ..faces import Prompt
 from .bootstrap import IntervalSettings, mean_with_interval
-from .completions import Completion, Completions, Grouped, by_prompt, text_of
+from .completions import Completion, Completions, Grouped, group_by_prompt, text_of
 from .diversity import distinct_n, self_similarity
 from .judges import PairwiseJudge, RewardFunction
 from .win_rates import compare_rewards, head_to_head, rewards_by_prompt
@@ -30,23 +30,23 @@ if TYPE_CHECKING:
 
 
 NGRAMS = (1, 2, 3, 4)
-MAX_PAIRS = 32  # of samples of a prompt, for `self_similarity_within`
-Interval = dict[str, float | None]  # a `mean`, and its ends `low` and `high`
-Measures = Mapping[str, float | Sequence[float] | torch.Tensor]  # by name, one number, or one for each completion
+MAX_PAIRS = 32  # per prompt, for `self_similarity_within`
+Interval = dict[str, float | None]  # `mean`, `low` and `high`
+Measures = Mapping[str, float | Sequence[float] | torch.Tensor]  # by name: one number, or one per completion
 
 
 @dataclass(frozen=True)
 class Report:
     """
-    Result of [`evaluate_completions`]. It has plain numbers only, so a loaded report equals the saved one.
+    Result of [`evaluate_completions`], in plain numbers. A loaded report equals the saved one.
 
     Args:
         settings (`dict`):
             `baseline`, `num_prompts`, and `level`, `num_resamples` and `seed` of the intervals.
         methods (`dict`):
             By name of the method: `num_seeds` and `num_samples_per_prompt`; `measures`, each with a `mean` and an
-            interval from `low` to `high`, which are `None` without an interval; and the win rates `head_to_head`
-            against the baseline, if any.
+            interval from `low` to `high` (`None` if unknown); and `head_to_head`, the win rates against the baseline,
+            or `None`.
     """
 
     settings: dict[str, object]
@@ -55,7 +55,7 @@ class Report:
     def save(self, path: str | os.PathLike) -> None:
         """Write the report as JSON, atomically."""
         text = json.dumps(asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        with written_whole(path) as part:
+        with atomic_write(path) as part:
             part.write_text(text, encoding="utf-8")
 
     @classmethod
@@ -65,7 +65,7 @@ class Report:
             return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"A report must be a file that `Report.save` wrote. Got {str(path)!r}: {error}; make it again."
+                f"A report must be a file that `Report.save` wrote. Got {str(path)!r}: {error}; save it again."
             ) from error
 
     def table(self) -> str:
@@ -87,7 +87,7 @@ class Report:
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
     def plot(self, path: str | os.PathLike) -> None:
-        """Draw reward against KL and win rates, where known, and distinct n-grams. Needs matplotlib."""
+        """Plot reward against KL, win rates and distinct n-grams, if known. Needs matplotlib."""
         from matplotlib.figure import Figure
 
         measures = {name: row["measures"] for name, row in self.methods.items()}
@@ -100,14 +100,14 @@ class Report:
         figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
         for index, panel in enumerate(panels):
             panel(figure.add_subplot(1, len(panels), index + 1))
-        with written_whole(path) as part:
+        with atomic_write(path) as part:
             figure.savefig(part, dpi=150, format=Path(path).suffix.removeprefix(".") or "png")
 
     def _plot_reward(self, axes: "Axes") -> None:
         rows = {name: row["measures"] for name, row in self.methods.items()}
         has_kl = all("kl" in row for row in rows.values())
         for index, (name, row) in enumerate(rows.items()):
-            x: dict = row["kl"] if has_kl else _number(index)
+            x: dict = row["kl"] if has_kl else _mean_alone(index)
             bars = [_error_bar(x), _error_bar(row["reward"])]
             axes.errorbar([x["mean"]], [row["reward"]["mean"]], xerr=bars[0], yerr=bars[1], marker="o", label=name)
         axes.set(ylabel="reward", xlabel="KL from the patient (nats per completion)" if has_kl else "")
@@ -155,30 +155,27 @@ def evaluate_completions(
     Measure the completions of several methods on the same prompts.
 
     - `reward`, with `reward_fn`.
-    - `num_words`. For [`Completion`] objects also `num_tokens`, `is_complete` and, if their time is known,
+    - `num_words`. For [`Completion`] objects also `num_tokens`, `is_complete` and, if times are known,
       `tokens_per_second`.
-    - `distinct_1` to `distinct_4`, over the same number of texts for every method: the first samples of the first
-    seed.
-    - `self_similarity_within` samples of a prompt, and `self_similarity_across` first samples of different prompts, of
-    the
-      first seed.
-    - `measures` from elsewhere: `kl` and `entropy` from [`next_token_statistics`], `kl` from [`sampled_kl`].
+    - `distinct_1` to `distinct_4`, over first samples of the first seed, with the same number for every method.
+    - `self_similarity_within` the samples of a prompt, and `self_similarity_across` the first samples of all prompts,
+      both of the first seed.
+    - `measures` from the caller, such as `kl` and `entropy` of [`next_token_statistics`] or `kl` of [`sampled_kl`].
 
     Args:
         prompts (sequence of `str` or `list[dict]`):
             P prompts.
-        completions (mapping from `str` to a sequence of [`Completion`] or `str`, or to one for each seed):
+        completions (mapping from `str` to a sequence of [`Completion`] or `str`, or to one sequence per seed):
             Completions of each method: the samples of the first prompt, then those of the second, and so on.
         reward_fn (`Callable`, *optional*):
-            A [`RewardModel`] or any `(prompts, completions) -> list[float]`; called once for each method.
+            A [`RewardModel`] or any `(prompts, completions) -> list[float]`. It is called once per method.
         baseline (`str`, *optional*):
-            Name of the method with which all others are compared by [`head_to_head`], using `judge`, or else
-            `reward_fn`.
+            Method to compare all others with by [`head_to_head`], using `judge` or, without one, `reward_fn`.
         judge ([`PairwiseJudge`], *optional*):
             For instance a [`ChatJudge`].
         measures (mapping, *optional*):
-            Further measures of some methods: by name, one number for each completion, or a single number, such as
-            `extra_forwards_per_token`. For a method with several seeds, a sequence of such mappings.
+            Additional measures, by method and then by name: one number per completion, or a single number such as
+            `extra_forwards_per_token`. A method with several seeds needs a sequence of mappings, one per seed.
         tie_margin (`float`, *optional*, defaults to `0.0`):
             Rewards that differ by no more than this are a tie.
         level, num_resamples, seed:
@@ -188,8 +185,8 @@ def evaluate_completions(
         [`Report`]
 
     Raises:
-        `ValueError`: when completions or measures do not match the prompts, a name is not that of a method, or there
-            is a `baseline` without `judge` and `reward_fn`.
+        `ValueError`: when completions or measures do not match the prompts, a method is unknown, or a `baseline` lacks
+            both `judge` and `reward_fn`.
 
     Examples:
 
@@ -209,30 +206,30 @@ def evaluate_completions(
     if not completions or not {*measures, *([baseline] if baseline is not None else [])} <= set(completions):
         raise ValueError(
             "`baseline` and `measures` must name methods of `completions`. Got "
-            f"{baseline!r} and {sorted(measures)} for {sorted(completions)}; give them the same names."
+            f"{baseline!r} and {sorted(measures)} for {sorted(completions)}; use the same names."
         )
     if baseline is not None and judge is None and reward_fn is None:
         raise ValueError(
-            "A comparison needs a judge or a reward function. Got a `baseline` alone; pass `judge` or `reward_fn`."
+            "A comparison needs a judge or a reward function. Got only a `baseline`; pass `judge` or `reward_fn`."
         )
     settings: IntervalSettings = {"level": level, "num_resamples": num_resamples, "seed": seed}
-    grouped = {name: by_prompt(prompts, of_method) for name, of_method in completions.items()}
+    grouped = {name: group_by_prompt(prompts, texts) for name, texts in completions.items()}
     pool = min(len(seeds[0][0]) for seeds in grouped.values())  # texts of each prompt
     rewards: dict[str, torch.Tensor] = {}
     rows: dict[str, dict] = {}
     for name, seeds in grouped.items():
-        known: dict[str, Interval] = {}
+        intervals: dict[str, Interval] = {}
         if reward_fn is not None:
             rewards[name] = rewards_by_prompt(reward_fn, prompts, seeds)
-            known["reward"] = mean_with_interval(rewards[name], **settings)
+            intervals["reward"] = mean_with_interval(rewards[name], **settings)
         given = _given_measures(name, measures.get(name, {}), seeds)
-        of_texts = _measures_of_texts(seeds, pool, settings)
-        for taken in {*given} & {"reward", *of_texts}:
-            raise ValueError(f"`measures` must have new names. Got {taken!r} of {name!r}; give it another.")
+        text_measures = _measures_of_texts(seeds, pool, settings)
+        for reused in {*given} & {"reward", *text_measures}:
+            raise ValueError(f"`measures` must have new names. Got the built-in {reused!r} for {name!r}; rename it.")
         for measure, values in given.items():
-            known[measure] = values if isinstance(values, dict) else mean_with_interval(values, **settings)
-        known |= of_texts
-        rows[name] = {"num_seeds": len(seeds), "num_samples_per_prompt": len(seeds[0][0]), "measures": known}
+            intervals[measure] = values if isinstance(values, dict) else mean_with_interval(values, **settings)
+        intervals |= text_measures
+        rows[name] = {"num_seeds": len(seeds), "num_samples_per_prompt": len(seeds[0][0]), "measures": intervals}
     for name, row in rows.items():
         row["head_to_head"] = None
         if baseline is not None and name != baseline:
@@ -245,7 +242,7 @@ def evaluate_completions(
 
 
 def _measures_of_texts(seeds: Grouped, pool: int, settings: IntervalSettings) -> dict[str, Interval]:
-    """Measures that need only the completions (S, P, N) of a method."""
+    """Compute measures that need only the completions (S, P, N) of a method."""
 
     def mean(function: Callable[..., float]) -> Interval:
         values = [[[float(function(sample)) for sample in samples] for samples in rows] for rows in seeds]
@@ -253,31 +250,31 @@ def _measures_of_texts(seeds: Grouped, pool: int, settings: IntervalSettings) ->
 
     every = [sample for rows in seeds for samples in rows for sample in samples]
     sampled = [sample for sample in every if isinstance(sample, Completion)]
-    known = {"num_words": mean(lambda sample: len(text_of(sample).split()))}
+    intervals = {"num_words": mean(lambda sample: len(text_of(sample).split()))}
     if len(sampled) == len(every):
-        known["num_tokens"] = mean(lambda sample: len(sample.completion_ids))
-        known["is_complete"] = mean(lambda sample: sample.is_complete)
+        intervals["num_tokens"] = mean(lambda sample: len(sample.completion_ids))
+        intervals["is_complete"] = mean(lambda sample: sample.is_complete)
         seconds = [sample.seconds for sample in sampled if sample.seconds]
         if len(seconds) == len(sampled):
-            known["tokens_per_second"] = _number(sum(len(x.completion_ids) for x in sampled) / sum(seconds))
+            intervals["tokens_per_second"] = _mean_alone(sum(len(x.completion_ids) for x in sampled) / sum(seconds))
     texts = [[text_of(sample) for sample in samples] for samples in seeds[0]]  # (P, N)
     for n in NGRAMS:
-        known[f"distinct_{n}"] = _number(distinct_n([text for samples in texts for text in samples[:pool]], n))
+        intervals[f"distinct_{n}"] = _mean_alone(distinct_n([text for samples in texts for text in samples[:pool]], n))
     if len(texts[0]) > 1:
         within = self_similarity(texts, max_pairs=MAX_PAIRS, seed=settings["seed"])  # (P,)
-        known["self_similarity_within"] = (
-            mean_with_interval(within.view(1, -1, 1), **settings) if len(texts) > 1 else _number(within.item())
+        intervals["self_similarity_within"] = (
+            mean_with_interval(within.view(1, -1, 1), **settings) if len(texts) > 1 else _mean_alone(within.item())
         )
     if len(texts) > 1:
         across = self_similarity([[samples[0] for samples in texts]], seed=settings["seed"])
-        known["self_similarity_across"] = _number(across.item())
-    return known
+        intervals["self_similarity_across"] = _mean_alone(across.item())
+    return intervals
 
 
 def _given_measures(
     name: str, given: Measures | Sequence[Measures], seeds: Grouped
 ) -> dict[str, torch.Tensor | Interval]:
-    """Measures by name: values (S, P, N), or a mean without an interval."""
+    """Check the measures of one method. Returns values (S, P, N) or a mean without an interval, by name."""
     if not isinstance(given, Mapping):
         by_seed = list(given)
     else:
@@ -286,13 +283,13 @@ def _given_measures(
     if len(by_seed) != len(seeds) or any(set(one) != set(by_seed[0]) for one in by_seed):
         raise ValueError(
             f"`measures` must have the same names for each seed. Got {[sorted(one) for one in by_seed]} for "
-            f"{len(seeds)} seeds of {name!r}; give a mapping for each."
+            f"{len(seeds)} seeds of {name!r}; pass one mapping per seed."
         )
     measures: dict[str, torch.Tensor | Interval] = {}
     for measure in by_seed[0]:
         values = torch.stack([torch.as_tensor(one[measure], dtype=torch.float64) for one in by_seed])
         if values.dim() == 1:  # a number for each seed
-            measures[measure] = _number(values.mean().item())
+            measures[measure] = _mean_alone(values.mean().item())
         elif values.shape[1:] == (num_values,):
             measures[measure] = values.view(len(seeds), len(seeds[0]), -1)
         else:
@@ -304,19 +301,19 @@ def _given_measures(
     return measures
 
 
-def _number(value: float) -> Interval:
-    """A mean without an interval."""
+def _mean_alone(value: float) -> Interval:
+    """Mean without an interval."""
     return {"mean": value if math.isfinite(value) else None, "low": None, "high": None}
 
 
 def _error_bar(value: dict) -> list[list[float]]:
-    """Distances of both ends of an interval from its mean, 0 where there is no interval, for matplotlib."""
+    """Distances between a mean and the ends of its interval, as matplotlib expects them; 0 without an interval."""
     ends = [value["mean"] if value[end] is None else value[end] for end in ("low", "high")]
     return [[abs(end - value["mean"])] for end in ends]
 
 
 def _cell(value: dict | None, mean: str = "mean") -> str:
-    """A cell of the table: a mean and its interval, as far as they are known."""
+    """Format a cell of the table: mean and interval, if known."""
     if value is None or value[mean] is None:
         return ""
     interval = "" if value["low"] is None else f" ({value['low']:.3f} to {value['high']:.3f})"

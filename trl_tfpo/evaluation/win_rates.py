@@ -12,7 +12,7 @@ from typing import Unpack
 import torch
 
 from .bootstrap import IntervalSettings, mean_with_interval
-from .completions import Completions, Grouped, Prompt, by_prompt, text_of
+from .completions import Completions, Grouped, Prompt, group_by_prompt, text_of
 from .judges import PairwiseJudge, RewardFunction, score_texts
 
 
@@ -35,25 +35,25 @@ def head_to_head(
             Completions of the method, grouped by prompt: those of the first prompt, then those of the second, and so
             on.
         baseline_completions:
-            Completions of the baseline. As many seeds, or one for all.
+            Completions of the baseline, for as many seeds or for one.
         judge (`Callable` or [`PairwiseJudge`]):
-            A reward function `(prompts, completions) -> list[float]`: every sample of a prompt is compared with every
-            sample of the baseline. Or a pairwise judge: it compares the first samples of each prompt, in both orders.
-            A win must hold in both orders. All else is a tie, for example when the judge prefers the first text each
-            time.
+            A reward function `(prompts, completions) -> list[float]` compares every sample of a prompt with every
+            sample of the baseline. A pairwise judge compares the first samples of each prompt in both orders. A win or
+            loss needs the same verdict in both orders. Otherwise the result is a tie.
         tie_margin (`float`, *optional*, defaults to `0.0`):
             Rewards that differ by no more than this are a tie.
         **settings:
             `level`, `num_resamples` and `seed` of [`bootstrap_interval`].
 
     Returns:
-        `dict`: `win`, `loss` and `tie`, which add up to 1; `win_half_tie`, wins and half the ties, with its bootstrap
+        `dict`: the shares `win`, `loss` and `tie`; `win_half_tie`, wins plus half the ties, with its bootstrap
         interval from `low` to `high`; and `num_prompts`. For a pairwise judge also `consistency`, the share of pairs
-        with the same verdict in both orders, and `num_without_verdict`, the number of pairs without a verdict in at
-        least one order, which are counted as ties.
+        with the same verdict in both orders, and `num_without_verdict`, the number of pairs that lack a verdict in at
+        least one order. These pairs count as ties.
 
     Raises:
-        `ValueError`: when the number of completions is no multiple of that of the prompts, or a verdict is missing.
+        `ValueError`: when the number of completions is not a multiple of the number of prompts, or the judge does not
+            return one verdict per pair.
 
     Examples:
 
@@ -67,11 +67,11 @@ def head_to_head(
 
     ```
     """
-    method, baseline = by_prompt(prompts, completions), by_prompt(prompts, baseline_completions)
+    method, baseline = group_by_prompt(prompts, completions), group_by_prompt(prompts, baseline_completions)
     if len(baseline) not in (1, len(method)):
         raise ValueError(
-            "The baseline must have as many seeds as the method, or one for all. Got "
-            f"{len(baseline)} for {len(method)}; give it one."
+            "The baseline must have as many seeds as the method, or one. Got "
+            f"{len(baseline)} for {len(method)}; pass one."
         )
     if isinstance(judge, PairwiseJudge):
         return _compare_by_judge(judge, prompts, method, baseline, settings)
@@ -82,7 +82,7 @@ def head_to_head(
 def _compare_by_judge(
     judge: PairwiseJudge, prompts: Sequence[Prompt], method: Grouped, baseline: Grouped, settings: IntervalSettings
 ) -> dict[str, float | int | None]:
-    """Win rates from the verdicts of a judge on the first samples of each prompt, in both orders."""
+    """Win rates by a judge's verdicts on the first samples of each prompt, in both orders."""
     pairs = [
         (prompt, [text_of(ours[0]), text_of(theirs[0])])
         for i, seed in enumerate(method)
@@ -94,13 +94,13 @@ def _compare_by_judge(
     is_known = (verdicts == 0) | (verdicts == 0.5) | (verdicts == 1) | (verdicts == -1)
     if verdicts.shape != (len(asked),) or not is_known.all():
         raise ValueError(
-            "A pairwise judge must give 0, 1, 0.5 or -1 for each pair. Got "
+            "A pairwise judge must return 0, 1, 0.5 or -1 for each pair. Got "
             f"{tuple(verdicts.shape)} verdicts for {len(asked)} pairs; see `PairwiseJudge`."
         )
     first, swapped = verdicts.view(2, len(method), len(prompts))  # (S, P) each
     has_verdict = (first >= 0) & (swapped >= 0)
     wins, losses = (first == 0) & (swapped == 1), (first == 1) & (swapped == 0)
-    result = _rates(wins[..., None].double(), losses[..., None].double(), settings)
+    result = _win_rates(wins[..., None].double(), losses[..., None].double(), settings)
     same = (first == 1 - swapped)[has_verdict]
     return result | {
         "consistency": same.double().mean().item() if len(same) else None,
@@ -116,33 +116,19 @@ def compare_rewards(
     **settings: Unpack[IntervalSettings],
 ) -> dict[str, float | int | None]:
     """
-    Win rates from rewards: every sample of a prompt is compared with every sample of the baseline.
+    Win rates, as in [`head_to_head`], of rewards (S, P, N) against baseline rewards (S', P, M), where S' is S or 1.
 
-    Args:
-        rewards (`torch.Tensor` of shape `(S, P, N)`):
-            Rewards of the method.
-        baseline_rewards (`torch.Tensor` of shape `(S', P, M)`):
-            Rewards of the baseline, where S' is S or 1.
-        tie_margin (`float`, *optional*, defaults to `0.0`):
-            Rewards that differ by no more than this are a tie.
-        **settings:
-            `level`, `num_resamples` and `seed` of [`bootstrap_interval`].
-
-    Returns:
-        `dict`: as in [`head_to_head`].
-
-    Raises:
-        `ValueError`: when the margin is negative.
+    Raises `ValueError` when the margin is negative.
     """
     if not tie_margin >= 0:
         raise ValueError(f"`tie_margin` must not be negative. Got {tie_margin}; at 0 only equal rewards are a tie.")
     margins = rewards[..., None] - baseline_rewards[..., None, :]  # (S, P, N, M)
     wins, losses = (margins > tie_margin).double().mean(dim=3), (margins < -tie_margin).double().mean(dim=3)
-    return _rates(wins, losses, settings) | {"consistency": None, "num_without_verdict": 0}
+    return _win_rates(wins, losses, settings) | {"consistency": None, "num_without_verdict": 0}
 
 
 def rewards_by_prompt(reward_fn: RewardFunction, prompts: Sequence[Prompt], completions: Grouped) -> torch.Tensor:
-    """Rewards (S, P, N) of completions grouped by seed, prompt and sample. The reward function is called once."""
+    """Rewards (S, P, N) of completions, from one call of the reward function."""
     rows = [
         (prompt, text_of(sample))
         for seed in completions
@@ -153,7 +139,7 @@ def rewards_by_prompt(reward_fn: RewardFunction, prompts: Sequence[Prompt], comp
     return rewards.view(len(completions), len(prompts), -1)
 
 
-def _rates(wins: torch.Tensor, losses: torch.Tensor, settings: IntervalSettings) -> dict[str, float | int | None]:
+def _win_rates(wins: torch.Tensor, losses: torch.Tensor, settings: IntervalSettings) -> dict[str, float | int | None]:
     """Win rates from wins and losses (S, P, N), each in [0, 1]."""
     score = mean_with_interval((1 + wins - losses) / 2, **settings)
     win, loss = wins.mean().item(), losses.mean().item()

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The doctor: a causal language model with a scalar value head. Only training uses the value head."""
+"""The doctor: a causal language model with a scalar value head, which only training uses."""
 
 import copy
 import functools
@@ -15,10 +15,11 @@ from transformers.utils import ModelOutput
 
 from ..common.language_model import LanguageModel, device_of, head_of, is_peft_model, unwrap_peft
 from ..functional import FactoredLogits
-from .adapters import VALUE_HEAD, check_adapters, record_exponents, why_unsupported
-from .guidance import GUIDANCE, is_guidance, start_guidance
-from .head_adapter import keep_head, save_without_embeddings, with_head
+from .adapters import VALUE_HEAD, check_adapters, why_unsupported
+from .head_adapter import freeze_head_lora, save_without_embeddings, with_lora_on_head
+from .initial_head import start_at_zero
 from .logits import PLAIN, add_logits, completion_logps, head_form, read_logits
+from .trained_exponents import TRAINING_EXPONENTS, record_exponents, trained_exponents
 
 
 if TYPE_CHECKING:
@@ -32,12 +33,12 @@ class DoctorOutput(ModelOutput):
 
     Args:
         doctor_logps (`torch.Tensor` of shape `(B, T)`):
-            Log-probability of each completion token, in nats, float32; zero outside the mask. The policy is base
-            policy times doctor if logits of a base policy are given, otherwise the doctor.
+            Log-probability of each completion token in nats, float32; zero outside the mask. The policy is base policy
+            times doctor if `base_logits` were given, otherwise the doctor.
         log_values (`torch.Tensor` of shape `(B, S)`):
             Output of the value head at each state: log V in nats, float32. Arbitrary outside the mask.
         completion_ids (`torch.Tensor` of shape `(B, T)`):
-            The completion tokens.
+            Completion tokens.
         completion_mask (`torch.Tensor` of shape `(B, T)`):
             True for completion tokens, False for padding.
     """
@@ -50,14 +51,9 @@ class DoctorOutput(ModelOutput):
 
 class ValueHead(torch.nn.Linear):
     """
-    Linear map from the last hidden state to log V, in nats. Starts at zero; always computed in float32.
+    Linear map from the last hidden state to log V, in nats. Its weights start at zero; it computes in float32.
 
-    In bfloat16 training DeepSpeed and FSDP2 round its weights for the forward pass, as they do all weights. The
-    optimizer keeps them in float32.
-
-    Args:
-        hidden_size (`int`):
-            Size of the hidden states.
+    In bfloat16 training, DeepSpeed and FSDP2 round its weights for the forward pass, but not in the optimizer.
     """
 
     def __init__(self, hidden_size: int):
@@ -75,13 +71,9 @@ def add_value_head(model: LanguageModel) -> None:
     Turn a causal language model, or a `PeftModel` of one, into a doctor, in place.
 
     `model(input_ids, attention_mask, completion_mask=mask, base_logits=logits)` then returns a [`DoctorOutput`], see
-    [`read_completions`]. Without `completion_mask` the forward is that of the language model, so `generate` is
-    unchanged. The model's class becomes a subclass of the same name. The value head is the submodule `value_head`. It
-    is saved with the model, and ignored when the folder is loaded as a plain causal language model.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The language model. Given a `PeftModel`, the head is trained and saved with the active adapter.
+    [`read_completions`]. Without `completion_mask`, the forward pass is that of the language model; `generate` does
+    not change. The class of the model becomes a subclass of the same name. The value head is the submodule
+    `value_head`, saved with the model. In a `PeftModel` it is trained and saved with the active adapter.
     """
     base = unwrap_peft(model)
     if not hasattr(base, VALUE_HEAD):
@@ -102,11 +94,7 @@ def add_value_head(model: LanguageModel) -> None:
 
 @functools.cache
 def _doctor_class(language_model: Any) -> Any:
-    """
-    The subclass of a language model's class whose forward reads completions.
-
-    It has the name of that class, because configs record the name.
-    """
+    """Subclass of a language model class, for doctors. It has the same name, because configs record the name."""
 
     class DoctorModel(language_model):
         language_model_class = language_model
@@ -118,7 +106,7 @@ def _doctor_class(language_model: Any) -> Any:
                 return forward(**kwargs)
             return read_completions(self, forward, completion_mask, base_logits, **kwargs)
 
-        def __reduce_ex__(self, protocol):  # pickle finds the language model's class by the name of this one
+        def __reduce_ex__(self, protocol):  # by this class's name, pickle would find the language model class
             return _new_doctor, (language_model,), *super().__reduce_ex__(protocol)[2:]
 
     DoctorModel.__name__, DoctorModel.__qualname__ = language_model.__name__, language_model.__qualname__
@@ -140,23 +128,20 @@ def read_completions(
     **inputs: Any,
 ) -> DoctorOutput:
     """
-    The forward pass of a doctor in training: log-probabilities and values of completions, left-aligned.
+    Forward pass of a doctor in training: log-probabilities and values of completions, left-aligned.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
             The doctor.
         forward (`Callable`):
-            The forward of its language model.
+            Forward pass of its language model.
         completion_mask (`torch.Tensor` of shape `(B, L)`):
-            True for the N tokens of completions: at least one in each row, and not the first of a row.
+            True for the N completion tokens: at least one in each row, but never the first token of a row.
         base_logits (list of [`~trl_tfpo.functional.FactoredLogits`] or `torch.Tensor` of shape `(N, V)`, *optional*):
-            Logits of the base policy where completion tokens are predicted, see
-            `read_base_policy` in `training/base_policy.py`. `None` for a doctor with a policy of its own.
+            Logits of the base policy at the positions that predict completion tokens, from `read_base_policy` in
+            `training/base_policy.py`. `None` with `policy="doctor"`.
         inputs:
             `input_ids` and `attention_mask` of shape `(B, L)`.
-
-    Returns:
-        [`DoctorOutput`]
     """
     logits, hidden = read_logits(model, completion_mask[:, 1:], forward=forward, **inputs)
     if base_logits is not None:
@@ -180,7 +165,7 @@ def make_doctor(
     has_credits: bool = False,
 ) -> LanguageModel:
     """
-    Turn a language model into a doctor for training: value head, head for guided flow, adapter.
+    Turn a language model into a doctor for training: value head, initial language model head, adapter.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -188,23 +173,20 @@ def make_doctor(
         peft_config ([`~peft.PeftConfig`], *optional*):
             Config of a new adapter; not changed. The value head is trained and saved with the adapter.
         guides (`bool`, *optional*, defaults to `False`):
-            Whether the doctor is for guided flow. Its language model head then starts at zero, see
-            [`~trl_tfpo.models.guidance.start_guidance`], and is trained and saved with the adapter.
+            Whether training is guided flow. The language model head then starts at zero, see
+            [`~trl_tfpo.models.initial_head.start_at_zero`], and is trained and saved with the adapter.
         has_credits (`bool`, *optional*, defaults to `False`):
-            Whether the doctor starts at token credits. A new LoRA with a policy of its own then also adapts the head,
-            see [`~trl_tfpo.models.head_adapter.with_head`].
-
-    Returns:
-        [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]: the doctor.
+            Whether the doctor starts at token credits. Without `guides`, a new LoRA then also adapts the head, see
+            [`~trl_tfpo.models.head_adapter.with_lora_on_head`].
 
     Raises:
         `ValueError`: for a second adapter, prompt learning, or activated LoRA; with `guides`, for a `PeftModel` that
-            was not trained by guided flow; without it, for a doctor of guided flow.
+            was not trained by guided flow; without `guides`, for a doctor of guided flow.
     """
-    _check_start(model, guides)
+    _check_initial_model(model, guides)
     doctor: Any = model
     if guides and not is_peft_model(model):
-        start_guidance(doctor, in_span=peft_config is None)
+        start_at_zero(doctor, in_span=peft_config is None)
     if peft_config is None:
         add_value_head(doctor)
     else:
@@ -213,55 +195,55 @@ def make_doctor(
         others = (parameter for name, parameter in doctor.named_parameters() if VALUE_HEAD not in name.split("."))
         if not any(parameter.requires_grad for parameter in others):  # the adapter was loaded for inference
             doctor.set_adapter(doctor.active_adapter)
-        record_exponents(doctor, GUIDANCE if guides else {})
+        record_exponents(doctor, TRAINING_EXPONENTS if guides else {})
         save_without_embeddings(doctor)
         if has_credits:
-            keep_head(doctor)
+            freeze_head_lora(doctor)
     return doctor
 
 
-def _check_start(model: LanguageModel, guides: bool) -> None:
-    """Raise `ValueError` if a model cannot become a doctor, of guided flow or with a policy of its own."""
+def _check_initial_model(model: LanguageModel, guides: bool) -> None:
+    """Raise `ValueError` if training cannot start from a model. `guides` is as in [`make_doctor`]."""
     check_adapters(model, "The doctor")
     adapters: Any = getattr(model, "peft_config", None)
     if adapters and not is_peft_model(model):
         raise ValueError(
-            "A doctor with adapters must be a `PeftModel`, which saves them. Got a "
-            f"{type(model).__name__} with the adapters {sorted(adapters)}; load it with `load_doctor` or "
-            "`PeftModel.from_pretrained`, or pass the model without adapters."
+            f"A doctor with adapters must be a `PeftModel`. Got a {type(model).__name__} with the adapters "
+            f"{sorted(adapters)}; load it with `load_doctor` or `PeftModel.from_pretrained`, or pass the model "
+            "without adapters."
         )
-    if guides and is_peft_model(model) and not is_guidance(model):
+    if guides and is_peft_model(model) and not trained_exponents(model):
         raise ValueError(
-            "A doctor of guided flow starts with a new head. Got a `PeftModel` that was not trained by guided flow; "
-            "pass its base model and a `peft_config`, or set `policy='doctor'`."
+            "Guided flow must start with a new head. Got a `PeftModel` that was not trained by guided flow; pass its "
+            "base model and a `peft_config`, or set `policy='doctor'`."
         )
-    if not guides and is_guidance(model):
+    if not guides and trained_exponents(model):
         raise ValueError(
-            "With `policy='doctor'` the doctor is a language model. Got one of guided flow, which is a ratio of two "
-            "policies; start from the model before its training, or continue with `policy='guided'`."
+            "With `policy='doctor'` the doctor must be a language model. Got a doctor of guided flow, which is a "
+            "ratio of two policies; start from the original language model, or continue with `policy='guided'`."
         )
 
 
 def _add_adapter(model: PreTrainedModel, peft_config: Any, *, guides: bool, has_credits: bool) -> "PeftModel":
-    """Add the value head and a new adapter. The adapter saves the value head, and for guided flow the head."""
+    """Add the value head and a new adapter, which saves the value head and, with `guides`, the language model head."""
     from peft import get_peft_model
 
     if is_peft_model(model):
         raise ValueError(
-            "`peft_config` makes a new adapter. Got a `PeftModel` as well; pass one or the other, or merge the "
-            "adapter with `merge_and_unload()` first."
+            "`peft_config` adds an adapter to a model without adapters. Got a `PeftModel`; leave `peft_config` out, "
+            "or merge the adapter with `merge_and_unload()` first."
         )
     reason = why_unsupported(peft_config)
     if reason is None and not hasattr(peft_config, "modules_to_save"):
-        reason = "The value head is saved with the adapter, by `modules_to_save`"
+        reason = "Only `modules_to_save` saves the value head with the adapter"
     if reason:
         raise ValueError(
             f"{reason}. Got {type(peft_config).__name__}; use an adapter of the weights, such as `LoraConfig`."
         )
     if has_credits and not guides and (model.device.type == "meta" or head_form(model) == PLAIN):
-        peft_config = with_head(model, peft_config)
+        peft_config = with_lora_on_head(model, peft_config)
     add_value_head(model)
-    peft_config = copy.deepcopy(peft_config)  # do not change the caller's config
+    peft_config = copy.deepcopy(peft_config)
     head = head_of(model)
     heads = [name.split(".")[-1] for name, module in model.named_modules() if guides and module is head]
     peft_config.modules_to_save = [*(peft_config.modules_to_save or []), VALUE_HEAD, *heads]
@@ -270,15 +252,9 @@ def _add_adapter(model: PreTrainedModel, peft_config: Any, *, guides: bool, has_
 
 def set_head_learning_rate(optimizer: torch.optim.Optimizer, model: torch.nn.Module, learning_rate: float) -> None:
     """
-    Give the value head its own learning rate, in new parameter groups with otherwise equal settings.
+    Move the value head of a doctor to parameter groups with this initial learning rate, in place.
 
-    Args:
-        optimizer ([`~torch.optim.Optimizer`]):
-            Optimizer of the model, before its first step and before a scheduler is created; changed in place.
-        model ([`~torch.nn.Module`]):
-            The doctor.
-        learning_rate (`float`):
-            Learning rate of the value head at the start of the schedule.
+    Other settings of the groups stay the same. Call it before the first step and before a scheduler is created.
     """
     of_head = {id(parameter) for name, parameter in model.named_parameters() if VALUE_HEAD in name.split(".")}
     for group in list(optimizer.param_groups):
@@ -292,17 +268,17 @@ def locate_completions(completion_mask: torch.Tensor) -> tuple[torch.Tensor, tor
     """
     Find the positions of the states and tokens of each completion.
 
-    One state precedes each token of the assistant, and one follows the last. Text of a user or tool between two turns
-    of the assistant is part of the state that follows it: a masked token counts as deleted.
+    One state precedes each token of the assistant, and one follows the last token. Text of a user or tool between two
+    turns of the assistant belongs to the state after it and has no states of its own.
 
     Args:
         completion_mask (`torch.Tensor` of shape `(B, L)`):
-            True for the tokens of the assistant: at least one in each row, and not the first.
+            True for the tokens of the assistant: at least one in each row, but never the first token.
 
     Returns:
         `torch.Tensor` of shape `(B, S)`: position of the last token of each state; `torch.Tensor` of shape `(B, T)`:
-        position of each token; `torch.Tensor` of shape `(B, T)`: True where there is a token. Other entries are
-        arbitrary.
+        position of each token; `torch.Tensor` of shape `(B, T)`: True for tokens, False for padding. Positions in the
+        padding are arbitrary.
     """
     num_tokens = completion_mask.sum(dim=1, keepdim=True)  # (B, 1)
     is_token = torch.arange(int(num_tokens.max()), device=completion_mask.device) < num_tokens  # (B, T)

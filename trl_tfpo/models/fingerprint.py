@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Fingerprint of a model: a hash of its configuration and weights."""
+"""Fingerprint of a model: a hash of its config and weights."""
 
 import torch
 from accelerate import PartialState
@@ -12,7 +12,7 @@ from ..common.language_model import LanguageModel
 
 def model_fingerprint(model: LanguageModel) -> str:
     """
-    Hash the configuration and the weights of a model. With several processes, all of them must call it.
+    Hash the config and weights of a model. All processes must call this function together.
 
     Raises:
         `ValueError`: if the processes hold different weights.

@@ -6,13 +6,13 @@ A language model head whose logits lie in the span of the vocabulary embeddings.
 $$g(y \mid s) = c \, e_y^\top M h_s$$
 
 $e_y$ is the frozen embedding of token $y$. $M$ is a square matrix that starts at zero. $c$ is 1, or the inverse of the
-mean norm of the embeddings if this norm is below 1. Small embeddings therefore do not slow training down.
+mean norm of the embeddings if this norm is below 1; otherwise small embeddings would slow training down.
 
-A head with a free row for each token learns nothing about tokens that the pairs do not contain. With this head, tokens
-with similar embeddings get similar logits, and H x H weights are trained instead of V x H.
+An ordinary head learns nothing about tokens that do not occur in the pairs. With this head, tokens with similar
+embeddings get similar logits. It trains H x H weights instead of V x H.
 
-A saved doctor has an ordinary head, $W = (E - \bar e) M$, and loads as any causal language model does. Subtracting the
-mean row changes no probability. [`GuidanceHead`] recovers $M$ when it loads $W$.
+A saved doctor has an ordinary head, $W = c \, (E - \bar e) M$, and loads as a causal language model. Subtracting the
+mean row $\bar e$ changes no probability. [`GuidanceHead`] recovers $M$ when it loads $W$.
 """
 
 import torch
@@ -26,7 +26,7 @@ class GuidanceHead(torch.nn.Module):
 
     Args:
         embeddings (`torch.nn.Parameter` of shape `(V, H)`):
-            Weights of the language model's head. They are frozen. Tied weights stay tied to the input embeddings.
+            Weights of the current head, which are frozen. Tied weights stay tied to the input embeddings.
     """
 
     bias = None
@@ -35,7 +35,7 @@ class GuidanceHead(torch.nn.Module):
         super().__init__()
         self.froze_embeddings = embeddings.requires_grad
         embeddings.requires_grad_(False)
-        size = getattr(embeddings, "ds_shape", embeddings.shape)[1]  # under ZeRO-3 the parameter itself is a shard
+        size = getattr(embeddings, "ds_shape", embeddings.shape)[1]  # `ds_shape` is the whole shape under ZeRO-3
         self.weight = embeddings
         is_known = embeddings.numel() > 0 and embeddings.device.type != "meta"
         self.scale = (
@@ -49,16 +49,14 @@ class GuidanceHead(torch.nn.Module):
         return self.map.size(1)
 
     def to_embedding_space(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """
-        Scaled product `M h` of shape `(..., H)`. Its product with the embeddings gives the logits.
-        """
+        """Vectors `c M h` of shape `(..., H)`. Their products with the embeddings are the logits."""
         return F.linear(hidden_states, self.map) * self.scale
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return F.linear(self.to_embedding_space(hidden_states), self.weight)
 
     def has_embeddings(self, weight: torch.Tensor) -> bool:
-        """Whether another head has the same weights. Hidden states of both can then be added. The answer is cached."""
+        """Whether these weights of another head equal the embeddings. The answer is cached."""
         key = tuple((x.data_ptr(), x._version, x.dtype, x.shape) for x in (self.weight, weight))
         if self._compared is None or self._compared[0] != key:
             is_alike = self.weight.dtype == weight.dtype and self.weight.device == weight.device
@@ -68,34 +66,34 @@ class GuidanceHead(torch.nn.Module):
     @torch.no_grad()
     def start_at(self, logits: torch.Tensor, hidden_states: torch.Tensor) -> None:
         r"""
-        Start with the same logits at every state, by least squares.
+        Start at the same logits in every state, approximately.
 
-        A direction $b$ in embedding space is fitted to the logits. The head has no bias, so $M = b a^\top$, where
-        $a^\top h \approx 1$ is fitted to hidden states.
+        The head has no bias. Therefore $M = b a^\top / c$, with two directions from ridge regression: the products of
+        $b$ with the embeddings approximate the logits, and $a^\top h \approx 1$ for the hidden states.
 
         Args:
             logits (`torch.Tensor` of shape `(V,)`):
                 Logit of each token, in nats, up to a constant.
             hidden_states (`torch.Tensor` of shape `(N, H)`):
-                Hidden states that predict completion tokens. N should be larger than H.
+                Hidden states that predict completion tokens, with N larger than H.
         """
         direction = fitted_direction(self.weight, logits)
         self.map.copy_(torch.outer(direction, constant_over(hidden_states)) / self.scale)
 
     @torch.no_grad()
     def folded(self, embeddings: torch.Tensor, map: torch.Tensor) -> torch.Tensor:
-        """Weights (V, H) of an ordinary head with the same probabilities. Their mean row is zero."""
+        """Weights (V, H) of an ordinary head with the same probabilities and mean row zero."""
         weight = embeddings.float() @ (map.float() * self.scale)
         return (weight - weight.mean(dim=0)).to(embeddings.dtype)
 
     @torch.no_grad()
     def unfolded(self, embeddings: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """The map (H, H) that [`folded`] turns into these weights (V, H), or the nearest one by least squares."""
+        """Map (H, H) of the weights (V, H) of an ordinary head: the inverse of [`folded`], by least squares."""
         centered = embeddings.double() - embeddings.double().mean(dim=0)
         map = torch.linalg.lstsq(centered.T @ centered, centered.T @ weight.double()).solution / self.scale
         return map.to(embeddings.dtype)
 
-    # The head is saved as an ordinary one. Engines that shard it save its parameters, which `fold_map` converts later.
+    # The head is saved as an ordinary head. Engines that shard it save the map instead, which `fold_map` converts.
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         if isinstance(self.map, DTensor) or hasattr(self.map, "ds_id"):
@@ -114,23 +112,19 @@ class GuidanceHead(torch.nn.Module):
 
 
 def fitted_direction(embeddings: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """
-    The direction (H,), float64, whose products with embeddings (V, H) are nearest to logits (V,), up to a constant.
-    """
+    """Ridge regression (H,), float64, of logits (V,) on embeddings (V, H), with a free constant."""
     embeddings = embeddings.detach().double()
     centered, logits = embeddings - embeddings.mean(dim=0), logits.to(embeddings) - logits.mean().to(embeddings)
     return _ridge(centered.T @ centered, centered.T @ logits, 1e-4)
 
 
 def constant_over(hidden_states: torch.Tensor) -> torch.Tensor:
-    """The direction (H,), float64, whose product with each of the hidden states (N, H) is about 1."""
+    """Direction (H,), float64, whose product with each of the hidden states (N, H) is about 1."""
     hidden_states = hidden_states.double()
     return _ridge(hidden_states.T @ hidden_states, hidden_states.sum(dim=0), 1e-3)
 
 
 def _ridge(second_moments: torch.Tensor, products: torch.Tensor, ridge: float) -> torch.Tensor:
-    """
-    Ridge regression (H,) from second moments (H, H) and products (H,). The ridge is a share of the mean variance.
-    """
+    """Ridge regression (H,) from second moments (H, H) and products (H,). `ridge` is a share of the mean variance."""
     diagonal = torch.eye(len(second_moments)).to(second_moments) * ridge * second_moments.diagonal().mean()
     return torch.linalg.solve(second_moments + diagonal, products)

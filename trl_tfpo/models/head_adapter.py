@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-Token credits in a LoRA on the language model head: the initial state of a LoRA doctor with a policy of its own.
+LoRA on the language model head that holds token credits, for doctors with an adapter and `policy="doctor"`.
 
 $$\log \pi(y \mid s) \propto (W h_s)_y + c_y \, a^\top h_s, \qquad a^\top h_s \approx 1$$
 
 $c$ are the token credits, and $c \, a^\top$ is a LoRA of rank 1 on the head $W$. It has V + H weights; a separate head
-would have V x H. It is part of an ordinary adapter that `PeftModel` loads. It is not trained: a free number for each
-token would fit the noise of the pairs. Training changes only the adapters of the layers.
+would have V x H. It is part of an ordinary adapter that `PeftModel` loads. Training changes only the adapters of the
+layers: trainable credits would fit the noise of the pairs.
 """
 
 import copy
@@ -20,7 +20,7 @@ import torch
 from ..common.language_model import LanguageModel, head_of, unwrap_peft
 
 
-STARTS_AT_ZERO = (True, "gaussian")  # values of `init_lora_weights` for which the product of the matrices is zero
+ZERO_INITS = (True, "gaussian")  # values of `init_lora_weights` with which a LoRA starts at zero
 
 
 def has_adapted_head(model: LanguageModel) -> bool:
@@ -30,7 +30,7 @@ def has_adapted_head(model: LanguageModel) -> bool:
 
 
 def is_plain_lora(head: Any) -> bool:
-    """Whether each active adapter of a head only adds the product of two matrices to its weights."""
+    """Whether each active adapter of a head is a LoRA without DoRA and without bias."""
     return all(
         name in getattr(head, "lora_A", {})
         and not getattr(head, "use_dora", {}).get(name, False)
@@ -39,19 +39,15 @@ def is_plain_lora(head: Any) -> bool:
     )
 
 
-def adapter_factors(head: Any, hidden: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def lora_factors(head: Any, hidden: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """
-    Logits that the active adapters add to those of a head, in factors. See [`is_plain_lora`].
+    Factors (N, R) and (V, R) for each active adapter of a head. The adapter adds their product to the logits.
 
     Args:
         head (`torch.nn.Module`):
-            The LoRA layer.
+            LoRA layer that satisfies [`is_plain_lora`].
         hidden (`torch.Tensor` of shape `(N, H)`):
             Hidden states.
-
-    Returns:
-        A list of hidden states (N, R) and weights (V, R), one for each adapter, whose products are added to the
-        logits.
     """
     factors = []
     for name in head.active_adapters:
@@ -61,19 +57,11 @@ def adapter_factors(head: Any, hidden: torch.Tensor) -> list[tuple[torch.Tensor,
     return factors
 
 
-def with_head(model: LanguageModel, peft_config: Any) -> Any:
+def with_lora_on_head(model: LanguageModel, peft_config: Any) -> Any:
     """
-    Add a LoRA of rank 1 on the language model head to the config of an adapter, as a place for token credits.
+    Return a copy of an adapter config that also has a LoRA of rank 1 on the head of `model`, for token credits.
 
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The language model, before it gets the adapter.
-        peft_config ([`~peft.PeftConfig`]):
-            Config of the adapter; not changed.
-
-    Returns:
-        [`~peft.PeftConfig`]: a changed copy; or the config itself, if it already covers the head or is not a LoRA that
-        starts at zero.
+    The config itself is returned if it already covers the head, or is not a LoRA that starts at zero.
     """
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 
@@ -83,7 +71,7 @@ def with_head(model: LanguageModel, peft_config: Any) -> Any:
         targets = DEFAULT_TARGETS.get(str(getattr(model.config, "model_type", None)))
     is_plain = getattr(peft_config.peft_type, "value", peft_config.peft_type) == "LORA" and not peft_config.use_dora
     last, kept = name.rsplit(".", 1)[-1], {*(peft_config.modules_to_save or ()), *peft_config.rank_pattern}
-    if not is_plain or peft_config.init_lora_weights not in STARTS_AT_ZERO or targets is None or {name, last} & kept:
+    if not is_plain or peft_config.init_lora_weights not in ZERO_INITS or targets is None or {name, last} & kept:
         return peft_config
     if targets == "all-linear":
         from transformers.pytorch_utils import Conv1D
@@ -104,13 +92,12 @@ def with_head(model: LanguageModel, peft_config: Any) -> Any:
 
 
 def _name_of_head(model: LanguageModel) -> str:
-    """The name of the language model head among the modules of a model."""
     head = head_of(model)
     return next(name for name, module in model.named_modules() if module is head)
 
 
-def keep_head(model: LanguageModel) -> None:
-    """Exclude the LoRA that [`with_head`] has added from training, so that the credits do not change."""
+def freeze_head_lora(model: LanguageModel) -> None:
+    """Freeze the LoRA of [`with_lora_on_head`]. The credits then do not change in training."""
     head, name_of_head = head_of(model), _name_of_head(unwrap_peft(model))
     configs: dict[str, Any] = model.peft_config
     for name, matrix in getattr(head, "lora_A", {}).items():
@@ -120,15 +107,15 @@ def keep_head(model: LanguageModel) -> None:
 
 
 def save_without_embeddings(model: LanguageModel) -> None:
-    """Make the model save an adapter on the head without the embeddings. By default PEFT saves both."""
+    """Make `save_pretrained` save an adapter on the head without the embeddings. By default PEFT saves both."""
     if hasattr(head_of(model), "base_layer"):
         save_pretrained: Any = type(model).save_pretrained
         save = functools.partial(save_pretrained, model, save_embedding_layers=False)
         vars(model)["save_pretrained"] = functools.wraps(save_pretrained)(save)
 
 
-def starts_at_zero(model: LanguageModel) -> bool:
-    """Whether the active adapter has a LoRA on the head whose product is still zero."""
+def has_zero_lora(model: LanguageModel) -> bool:
+    """Whether the active adapter has a LoRA on the head that is still zero."""
     head, name = head_of(model), getattr(model, "active_adapter", None)
     if not hasattr(head, "base_layer") or name not in getattr(head, "lora_B", {}) or not is_plain_lora(head):
         return False
@@ -136,13 +123,13 @@ def starts_at_zero(model: LanguageModel) -> bool:
 
 
 @torch.no_grad()
-def start_head_at(model: LanguageModel, logits: torch.Tensor, constant: torch.Tensor) -> None:
+def set_head_lora(model: LanguageModel, logits: torch.Tensor, constant: torch.Tensor) -> None:
     """
-    Set the LoRA on the head so that it adds the same logits at every state, in place.
+    Set the LoRA on the head, in place, to add the same logits at every state.
 
     Args:
         model ([`~peft.PeftModel`]):
-            The doctor, see [`starts_at_zero`].
+            Doctor with a zero LoRA, see [`has_zero_lora`].
         logits (`torch.Tensor` of shape `(V,)`):
             Logit of each token, in nats.
         constant (`torch.Tensor` of shape `(H,)`):

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Read the logits of a model where labels are predicted, in factors: hidden states and head.
+Logits of a model at the positions that predict labels, stored as factors: hidden states and head.
 
-Doctor, base policy, reference and annotation all read models by [`read_logits`]. Its result becomes log-probabilities
-by [`~trl_tfpo.functional.token_logps`].
+Doctor, base policy, reference and annotation all use [`read_logits`]. [`~trl_tfpo.functional.token_logps`] turns its
+result into log-probabilities.
 
-Shapes: B rows, L tokens of a row, N labels in all rows, H size of a hidden state, V vocabulary.
+Shapes: B rows, L tokens in a row, N labels in all rows, H entries of a hidden state, V tokens in the vocabulary.
 """
 
 import logging
@@ -23,14 +23,15 @@ from transformers import PreTrainedModel
 from ..common.language_model import LanguageModel, backbone_of, device_of, head_of, inference, unwrap_peft
 from ..functional import FactoredLogits, token_logps
 from .guidance_head import GuidanceHead
-from .head_adapter import adapter_factors, has_adapted_head, is_plain_lora
+from .head_adapter import has_adapted_head, is_plain_lora, lora_factors
+from .pair_rows import PairRows, worthwhile_pair_rows
 
 
 logger = logging.getLogger(__name__)
 
 
 class HeadForm(NamedTuple):
-    """Logits are `softcap * tanh(scale * (h @ W.T + b) / softcap)`, without the cap where it is `None`."""
+    """Form of logits: `softcap * tanh(scale * (h @ W.T + b) / softcap)`, or no cap if `softcap` is `None`."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -50,7 +51,10 @@ def read_logits(
     **inputs: Any,
 ) -> tuple[list[FactoredLogits | torch.Tensor], torch.Tensor]:
     """
-    Logits of a model where labels are predicted, in factors where its head allows it.
+    Compute the logits of a model at the positions that predict labels, as factors if its head allows it.
+
+    Texts i and B / 2 + i may be completions of one prompt. The model then reads the prompt once, see
+    [`~trl_tfpo.models.pair_rows`].
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -58,21 +62,25 @@ def read_logits(
         has_label (`torch.Tensor` of shape `(B, L - 1)`):
             True at each position whose next token is a label.
         forward (`Callable`, *optional*):
-            The model's forward. Defaults to a call of the model.
+            Forward pass of the model. Defaults to the model.
         in_float32 (`bool`, *optional*, defaults to `False`):
             Whether the product with the head is computed in float32.
         inputs:
-            `input_ids` (B, L) and other inputs of the forward.
+            `input_ids` (B, L) and other inputs of the forward pass, such as an `attention_mask` (B, L) of texts that
+            are padded on the right.
 
     Returns:
-        A list of terms, whose sum is the logits (N, V), row by row; and the hidden states (B, L, H) that the head
-        reads. The terms are [`~trl_tfpo.functional.FactoredLogits`]. They are one tensor, float32, where the head is
-        sharded, quantized, offloaded, or more than a product.
+        A list of terms that add up to the logits (N, V), in the order of the rows; and the hidden states (B, L, H)
+        before the head. The terms are [`~trl_tfpo.functional.FactoredLogits`]. If the head is sharded, quantized,
+        offloaded, or not a plain product, there is one term: the logits themselves, float32.
     """
-    form = head_form(model) if _has_whole_head(model) else None
+    form = head_form(model) if _is_factorable(model) else None
     if form is not None and form.softcap is not None and has_adapted_head(model):
-        form = None  # the cap applies to the sum of head and adapter
-    with _showing_labelled(model, has_label, num_shown=None if form is None else 1) as states:
+        form = None  # the cap applies to the sum of head and adapter, not to each term
+    is_plain = inputs.keys() == {"input_ids", "attention_mask"}
+    rows = worthwhile_pair_rows(**inputs, model=model) if is_plain else None
+    inputs = inputs if rows is None else inputs | rows.inputs
+    with _head_reads_labelled(model, has_label, rows, num_shown=None if form is None else 1) as states:
         outputs = (forward or model)(**inputs, use_cache=False)
     if form is None:
         return [outputs.logits[0].float()], states.hidden
@@ -84,15 +92,15 @@ def completion_logps(
     logits: list[FactoredLogits | torch.Tensor], input_ids: torch.Tensor, completion_mask: torch.Tensor
 ) -> torch.Tensor:
     """
-    Log-probabilities of completion tokens under the sum of logits.
+    Compute the log-probabilities of completion tokens under a sum of logits.
 
     Args:
         logits (list of [`~trl_tfpo.functional.FactoredLogits`] or `torch.Tensor` of shape `(N, V)`):
-            From [`read_logits`], where completion tokens are predicted.
+            Terms from [`read_logits`], at the positions that predict completion tokens.
         input_ids (`torch.LongTensor` of shape `(B, L)`):
             Prompts and completions.
         completion_mask (`torch.Tensor` of shape `(B, L)`):
-            True for the N tokens of completions: at least one in each row, and not the first of a row.
+            True for the N completion tokens: at least one in each row, but never the first token of a row.
 
     Returns:
         `torch.Tensor` of shape `(B, T)`: in nats, float32, left-aligned, padded with 0, on the device of the ids.
@@ -106,16 +114,16 @@ def completion_logps(
 
 def head_form(model: LanguageModel) -> HeadForm | None:
     """
-    Form of a model's logits: the product of hidden states and head, scaled or capped. `None` for any other form.
+    Form of a model's logits: the product of hidden states and head, scaled or capped; `None` for any other form.
 
-    Scales and caps have many names in configs, so they are measured. Hooks replace the hidden states and the product
-    with the head by known integers, so the form does not depend on the weights. The answer is cached.
+    Configs have many names for scales and caps. The form is therefore measured: hooks replace hidden states and head
+    by known integers, and the resulting logits show scale and cap. The answer is cached.
     """
     base = unwrap_peft(model)
     if base not in _FORMS:
         try:
             _FORMS[base] = _measured_form(base)
-        except Exception as error:  # the forward needs more than hidden states; its own logits are used
+        except Exception as error:  # for example, the head needs more than hidden states; its logits are not factored
             logger.info("The head of %s could not be measured: %r", type(base).__name__, error)
             _FORMS[base] = None
     return _FORMS[base]
@@ -148,7 +156,7 @@ def _measured_form(base: PreTrainedModel) -> HeadForm | None:
 
 
 def _form_of(product: torch.Tensor, logits: torch.Tensor, base: PreTrainedModel) -> HeadForm | None:
-    """The form that turns the product into these logits. A cap must be one of the numbers in the config."""
+    """The form in which the product gives these logits, or `None`. The cap must be a number in the config."""
     if torch.equal(logits, product):
         return PLAIN
     tolerance = 2e-2 if base.dtype.itemsize < 4 else 1e-4
@@ -164,11 +172,8 @@ def _form_of(product: torch.Tensor, logits: torch.Tensor, base: PreTrainedModel)
     return nearest if torch.allclose(logits_in(nearest), logits, rtol=tolerance, atol=tolerance) else None
 
 
-def _has_whole_head(model: LanguageModel) -> bool:
-    """
-    Whether the head is a product with float weights that are whole in this process, and its only adapters are plain
-    LoRAs. Offloaded weights are not in this process.
-    """
+def _is_factorable(model: LanguageModel) -> bool:
+    """Whether the head is a product with float weights, not sharded or offloaded, and all its adapters are plain."""
     head = head_of(model)
     weight = getattr(head, "weight", None)
     if weight is None or type(weight) not in (torch.Tensor, torch.nn.Parameter):  # others are sharded or quantized
@@ -183,7 +188,7 @@ def _has_whole_head(model: LanguageModel) -> bool:
 
 
 def _factors(model: LanguageModel, hidden: torch.Tensor, form: HeadForm) -> list[FactoredLogits | torch.Tensor]:
-    """Logits (N, V) of hidden states (N, H), in factors. Each adapter on the head adds a term."""
+    """Terms of the logits (N, V) of hidden states (N, H): one for the head, and one for each adapter on it."""
     head = head_of(model)
     hidden, bias = hidden.to(head.weight.device), getattr(head, "bias", None)
     if isinstance(head, GuidanceHead):
@@ -192,7 +197,7 @@ def _factors(model: LanguageModel, hidden: torch.Tensor, form: HeadForm) -> list
         hidden, bias = hidden * form.scale, None if bias is None else bias * form.scale
     factors: list[FactoredLogits | torch.Tensor] = [FactoredLogits(hidden, head.weight, bias, form.softcap)]
     if has_adapted_head(model):
-        factors += [FactoredLogits(*adapted) for adapted in adapter_factors(head, hidden)]
+        factors += [FactoredLogits(*adapted) for adapted in lora_factors(head, hidden)]
     return factors
 
 
@@ -202,8 +207,8 @@ def add_logits(
     """
     Add the logits of a doctor (`own`) and of its base policy, both from [`read_logits`].
 
-    Where the doctor's [`~trl_tfpo.models.guidance_head.GuidanceHead`] and the head of the base policy have the same
-    weights, their hidden states are added instead. This needs one product instead of two.
+    If the [`~trl_tfpo.models.guidance_head.GuidanceHead`] of the doctor has the weights of the base policy's head,
+    the hidden states are added instead. The result then needs one product with the vocabulary instead of two.
     """
     head, first = head_of(model), base[0]
     if isinstance(head, GuidanceHead) and isinstance(first, FactoredLogits) and isinstance(own[0], FactoredLogits):
@@ -214,22 +219,25 @@ def add_logits(
 
 @dataclass
 class _States:
-    """Hidden states of a forward pass, set when it has run."""
+    """Hidden states of a forward pass; empty before it."""
 
     hidden: torch.Tensor = field(default_factory=torch.Tensor)  # (B, L, H)
     labelled: torch.Tensor = field(default_factory=torch.Tensor)  # (N, H)
 
 
 @contextmanager
-def _showing_labelled(model: LanguageModel, has_label: torch.Tensor, num_shown: int | None) -> Iterator[_States]:
+def _head_reads_labelled(
+    model: LanguageModel, has_label: torch.Tensor, rows: PairRows | None, num_shown: int | None
+) -> Iterator[_States]:
     """
-    Within the context the language model head receives one row: the states that predict a label, or the first
-    `num_shown` of them. The context yields the hidden states of the forward pass.
+    Context in which the head receives only the hidden states that predict labels, or the first `num_shown` of them.
+
+    Yields the hidden states of the texts. The model may read the texts in `rows`.
     """
     states = _States()
 
     def keep(_, __, output):
-        states.hidden = output.last_hidden_state
+        states.hidden = output.last_hidden_state if rows is None else rows.unpack(output.last_hidden_state)
         states.labelled = states.hidden[:, :-1][has_label.to(states.hidden.device)]
         output.last_hidden_state = states.labelled[None, :num_shown]
         return output

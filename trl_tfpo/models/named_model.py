@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Models given by name. Config and shapes are available without weights; weights are loaded at their first use."""
+"""Models given by name. Their weights are loaded when first used; config and shapes are available without weights."""
 
 import gc
 import os
@@ -34,7 +34,7 @@ SOURCE = ("revision", "cache_dir", "subfolder", "token")  # keyword arguments th
 
 class NamedModel:
     """
-    Frozen language model given by name. Its weights are loaded at their first use; cached scores need no weights.
+    Frozen language model given by name. Weights are loaded when first used, so cached scores do not load them.
 
     Args:
         name (`str`):
@@ -44,11 +44,11 @@ class NamedModel:
             checkpoint, or float32 on a CPU without bfloat16 instructions.
 
     Raises:
-        `ValueError`: if the name is a path, and not that of a folder.
+        `ValueError`: if the name is a path but not a folder.
     """
 
     def __init__(self, name: str, **init_kwargs: Any) -> None:
-        check_there(name)
+        check_model_exists(name)
         if init_kwargs.get("dtype") == "auto" and "quantization_config" not in init_kwargs:
             init_kwargs["dtype"] = default_dtype()
         self.name = name
@@ -64,14 +64,11 @@ class NamedModel:
     @cached_property
     def outline(self) -> PreTrainedModel:
         """The model without weights: config, generation config, shapes."""
-        config = AutoConfig.from_pretrained(
-            self.name, trust_remote_code=self.init_kwargs.get("trust_remote_code", False), **self._source
-        )
+        trust_remote_code = self.init_kwargs.get("trust_remote_code", False)
+        config = AutoConfig.from_pretrained(self.name, trust_remote_code=trust_remote_code, **self._source)
         try:
-            outline = model_without_weights(
-                config, "auto", trust_remote_code=self.init_kwargs.get("trust_remote_code", False)
-            )
-        except ValueError:  # the class cannot be found by the config
+            outline = model_without_weights(config, "auto", trust_remote_code=trust_remote_code)
+        except ValueError:  # no model class is registered for the config
             return self.loaded
         try:
             outline.generation_config = GenerationConfig.from_pretrained(self.name, **self._source)
@@ -91,11 +88,11 @@ class NamedModel:
 
     @cached_property
     def loaded(self) -> PreTrainedModel:
-        """The model with its weights, whole in each process."""
+        """The model with its weights, not sharded."""
         return load_model(self.name, **self.init_kwargs)
 
-    def let_go(self) -> None:
-        """Free the memory of the weights. They are loaded again at their next use."""
+    def unload(self) -> None:
+        """Free the memory of the weights. The next use loads them again."""
         self.__dict__.pop("loaded", None)
         gc.collect()
         if torch.accelerator.is_available():
@@ -104,10 +101,10 @@ class NamedModel:
     @cached_property
     def fingerprint(self) -> str:
         """
-        Hash of the source of the weights and of the keyword arguments.
+        Hash of the keyword arguments and of the source of the weights.
 
-        The source is a commit of the Hub, or the names, sizes and times of the files in a folder. With several
-        processes, all of them must call it.
+        The source is a Hub commit, or the names, sizes and times of the files in a folder. All processes must read
+        this property together.
 
         Raises:
             `ValueError`: if the processes find different files.
@@ -127,19 +124,20 @@ class NamedModel:
                     "All processes must load the same weights, because each scores a share of the dataset. Got "
                     f"{self.name!r} with different files in some processes; copy the folder again."
                 )
-        return Hasher.hash(everywhere[0])  # other machines have other times
+        return Hasher.hash(everywhere[0])  # of process 0, because file times differ between machines
 
 
-def check_there(name: str | os.PathLike[str]) -> None:
-    """Raise `ValueError` if a name is a path, and not that of a folder."""
+def check_model_exists(name: str | os.PathLike[str]) -> None:
+    """Raise `ValueError` if a name is a path but not a folder."""
     text = os.fspath(name) if isinstance(name, (str, os.PathLike)) else ""
     is_path = text.startswith((".", "/", "~")) or text.count("/") > 1 or os.path.isfile(text) or not text
     if is_path and not os.path.isdir(text):
-        raise ValueError(f"A model must be a Hub name or a folder. Got {name!r}, which is not there; check the path.")
+        found = "is a file" if os.path.isfile(text) else "does not exist"
+        raise ValueError(f"A model must be a Hub name or a folder. Got {name!r}, which {found}; check the path.")
 
 
 def outline_of(model: PreTrainedModel | NamedModel) -> PreTrainedModel:
-    """Return the model, or its outline without weights if it is given by name."""
+    """The model itself, or the outline of a [`NamedModel`]."""
     return model.outline if isinstance(model, NamedModel) else model
 
 
@@ -152,18 +150,8 @@ def resolve_model(
     """
     Return a [`NamedModel`] for a name or path, and a loaded model unchanged.
 
-    Args:
-        model (`str` or [`~transformers.PreTrainedModel`]):
-            The model.
-        name (`str`):
-            Name of the argument, for messages.
-        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
-            Quantization of a model given by name.
-        init_kwargs:
-            Keyword arguments of `from_pretrained` for a model given by name.
-
-    Returns:
-        [`~transformers.PreTrainedModel`] or [`NamedModel`]
+    `name` is the name of the argument in messages. `init_kwargs` are passed to `from_pretrained` of a model given by
+    name.
 
     Raises:
         `ValueError`: if the argument is neither, or if a loaded model comes with a quantization config.
@@ -180,7 +168,7 @@ def resolve_model(
     if quantization_config is not None:
         raise ValueError(
             f"A quantization config applies to a `{name}` given by name or path. Got a loaded {type(model).__name__}; "
-            "load it with the quantization config."
+            "pass the quantization config to its `from_pretrained`."
         )
     return model
 
@@ -188,7 +176,7 @@ def resolve_model(
 def model_without_weights(
     config: PreTrainedConfig, dtype: str | torch.dtype | None, *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """Build the model of a config on the meta device. Its attention is SDPA."""
+    """Build the model of a config on the meta device, with SDPA attention."""
     if dtype in ("auto", None):
         dtype = config.get_text_config().dtype or torch.float32
     if isinstance(dtype, str):

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Token credits: a reward for each token of the vocabulary that does not depend on its context.
+Token credits: a reward for each token of the vocabulary, independent of the context.
 
-A doctor that was trained on calibrated rewards (`training/calibration.py`) is saved with its credits. The reward of a
-completion is the sum of the credits of its tokens. Guided completions can thus be ranked without another model.
+A doctor trained on calibrated rewards (`training/calibration.py`) is saved with its credits. The sum of the credits of
+a completion ranks guided completions without another model.
 """
 
 import os
@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.utils import cached_file
 
-from ..common.atomic import written_whole
+from ..common.atomic import atomic_write
 
 
 CREDITS_FILE = "token_credits.safetensors"
@@ -23,32 +23,19 @@ SOURCE = ("subfolder", "revision", "token", "cache_dir", "local_files_only")
 
 
 def save_credits(credits: torch.Tensor | None, folder: str | os.PathLike[str]) -> None:
-    """
-    Save the credits of a doctor in its folder. Without credits, delete those of a doctor that was saved there before.
-
-    Args:
-        credits (`torch.Tensor` of shape `(V,)`, *optional*):
-            Credits in nats of the doctor's log-probabilities. `None` for a doctor without credits.
-        folder (`str` or `os.PathLike`):
-            Folder of the doctor.
-    """
+    """Save the credits (V,) of a doctor, in nats, in its folder. `None` deletes the file of an earlier doctor."""
     if credits is None:
         (Path(folder) / CREDITS_FILE).unlink(missing_ok=True)
         return
-    with written_whole(Path(folder) / CREDITS_FILE) as part:
+    with atomic_write(Path(folder) / CREDITS_FILE) as part:
         save_file({"credits": credits.detach().float().cpu().contiguous()}, part)
 
 
 def load_credits(path: str | os.PathLike[str], **kwargs: Any) -> torch.Tensor | None:
     """
-    Load the credits `(V,)` of a doctor in a folder or on the Hub, or return `None` if it has none.
+    Load the credits (V,) of a doctor from a folder or the Hub, in nats; `None` if it has none.
 
-    Args:
-        path (`str` or `os.PathLike`):
-            Folder or name.
-        **kwargs:
-            Keyword arguments of `from_pretrained` of the doctor. Those that locate files are used, such as `subfolder`
-            and `revision`.
+    `kwargs` are those of `from_pretrained`. Only arguments that locate files are used, such as `revision`.
     """
     source = {name: kwargs[name] for name in SOURCE if name in kwargs}
     file = cached_file(path, CREDITS_FILE, _raise_exceptions_for_missing_entries=False, **source)
@@ -65,10 +52,7 @@ def credited_rewards(credits: torch.Tensor, completion_ids: torch.Tensor, mask: 
         completion_ids (`torch.LongTensor` of shape `(B, T)`):
             Token ids of the completions.
         mask (`torch.BoolTensor` of shape `(B, T)`):
-            Whether each token counts.
-
-    Returns:
-        `torch.Tensor` of shape `(B,)`
+            True for the tokens to sum.
 
     Raises:
         `ValueError`: if an id has no credit.
@@ -87,7 +71,7 @@ def credited_rewards(credits: torch.Tensor, completion_ids: torch.Tensor, mask: 
     ids = completion_ids.masked_fill(~mask, 0)
     if ids.numel() and not 0 <= ids.min() <= ids.max() < len(credits):
         raise ValueError(
-            f"Completions must consist of tokens with credits, 0 to {len(credits) - 1}. Got {ids.min()} to "
-            f"{ids.max()}; use a doctor with the patient's tokenizer."
+            f"Token ids must be from 0 to {len(credits) - 1}, the ids with credits. Got {ids.min()} to {ids.max()}; "
+            "use a doctor with the patient's tokenizer."
         )
     return credits.to(ids.device)[ids].masked_fill(~mask, 0).sum(dim=1)

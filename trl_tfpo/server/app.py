@@ -11,9 +11,9 @@ from fastapi import FastAPI
 from .endpoints import Endpoints
 from .engine import Engine
 from .errors import handle_errors
-from .guard import Guard
+from .generation import Generation
 from .metrics import Metrics
-from .sampling import Generation
+from .middleware import RequestGuard
 
 
 def make_app(
@@ -30,19 +30,19 @@ def make_app(
         engine ([`Engine`]):
             Decodes the completions. The app closes it when the server stops.
         model_name (`str`):
-            Name of the patient in requests. No other model is ever loaded.
+            Name of the patient in requests.
         api_key (`str`, *optional*):
-            Key that clients must send. By default none is needed.
+            Key that clients must send. By default they need no key.
         aliases (`Mapping[str, Mapping[str, float]]`, *optional*):
-            Further model names, each with exponents of doctors. A request for such a name has these exponents, except
-            those that are in its own `weights`.
+            Further model names, with exponents of doctors for requests with that name. `weights` of the request take
+            precedence.
 
     Returns:
-        `fastapi.FastAPI`: with `/v1/models`, `/v1/chat/completions`, `/v1/completions`, `/health` and `/metrics`.
+        `fastapi.FastAPI`: app with `/v1/models`, `/v1/chat/completions`, `/v1/completions`, `/health` and `/metrics`.
 
     Raises:
-        `ValueError`: when a name or the key is empty, an alias is the name of the patient, or the engine refuses the
-            exponents of an alias, see [`Engine.exponents`].
+        `ValueError`: when a name or the key is empty, an alias is the name of the patient, or [`Engine.exponents`]
+            refuses the exponents of an alias.
     """
     aliases = aliases or {}
     names = [model_name, *aliases]
@@ -52,7 +52,7 @@ def make_app(
             f"{' and an empty key' if api_key == '' else ''}; leave out `api_key` if no key is needed."
         )
     if model_name in aliases:
-        raise ValueError(f"An alias must have a name of its own. Got {model_name!r}, the patient's; choose another.")
+        raise ValueError(f"An alias must differ from the name of the patient. Got {model_name!r}; choose another.")
     models = {model_name: engine.default_weights}
     models |= {name: _all_weights(engine, name, weights) for name, weights in aliases.items()}
 
@@ -61,17 +61,17 @@ def make_app(
         yield
         await asyncio.to_thread(engine.close)
 
-    # No redirects: they would contain the Host header of the client, and `http` where a proxy speaks HTTPS
+    # Redirects would contain the client's Host header, and `http` behind an HTTPS proxy
     app = FastAPI(title="trl-tfpo", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     metrics = Metrics(engine)
-    app.middleware("http")(Guard(engine.limits, api_key, metrics.requests))
+    app.middleware("http")(RequestGuard(engine.limits, api_key, metrics.requests))
     handle_errors(app)
     endpoints = Endpoints(engine, models, metrics)
     for method, path, endpoint in (
         ("GET", "/health", endpoints.health),
         ("GET", "/metrics", endpoints.metrics),
         ("GET", "/v1/models", endpoints.list_models),
-        ("GET", "/v1/models/{name:path}", endpoints.one_model),
+        ("GET", "/v1/models/{name:path}", endpoints.get_model),
         ("POST", "/v1/chat/completions", endpoints.chat),
         ("POST", "/v1/completions", endpoints.complete),
     ):
@@ -80,7 +80,7 @@ def make_app(
 
 
 def _all_weights(engine: Engine, alias: str, weights: Mapping[str, float]) -> dict[str, float]:
-    """Return the exponents of all doctors for an alias, or raise `ValueError` where the engine would refuse them."""
+    """Return the exponents of all doctors for an alias, or raise `ValueError` if the engine refuses them."""
     try:
         engine.exponents(Generation([], on_event=lambda event: None, weights=weights))
     except ValueError as error:

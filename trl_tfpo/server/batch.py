@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-A batch: its rows, and the caches and logits of the models.
+A batch of generations, with the caches and logits of the models.
 
 Shapes: B rows, L tokens so far (left padding included), V vocabulary.
 """
@@ -11,32 +11,20 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache
 
-from .sampling import Row
+from .generation import Row
 
 
 @dataclass
 class Batch:
-    """
-    Generations that are decoded together.
-
-    Args:
-        rows (`list[Row]`):
-            The B generations.
-        mask (`torch.Tensor` of shape `(B, L)`):
-            1 for tokens, 0 for padding.
-        caches (`list[DynamicCache]`):
-            Keys and values of the tokens, for the patient and each doctor.
-        logits (`list[torch.Tensor]` of shape `(B, V)`):
-            Next-token logits of the patient and of each doctor.
-    """
+    """Generations that are decoded together."""
 
     rows: list[Row]
-    mask: torch.Tensor
-    caches: list[DynamicCache]
-    logits: list[torch.Tensor]
+    mask: torch.Tensor  # (B, L): 1 for tokens, 0 for padding
+    caches: list[DynamicCache]  # of the patient and each doctor
+    logits: list[torch.Tensor]  # (B, V) each: next-token logits of the patient and each doctor
 
     def join(self, other: "Batch") -> "Batch":
-        """Return a batch of the rows of both, those of the other last."""
+        """Return a batch with the rows of both batches."""
         size = max(self.mask.size(1), other.mask.size(1))
         return Batch(
             rows=self.rows + other.rows,
@@ -46,7 +34,7 @@ class Batch:
         )
 
     def select(self, indices: list[int]) -> "Batch":
-        """Return a batch of at least one of the rows, without columns that are padding in all of them."""
+        """Return a batch with the rows at `indices`, at least one. Columns that contain only padding are dropped."""
         index = torch.tensor(indices)
         mask = self.mask[index]
         first = int(mask.any(dim=0).int().argmax())
@@ -63,7 +51,7 @@ class Batch:
 
 
 def _join(first: DynamicCache, second: DynamicCache, size: int) -> DynamicCache:
-    """Join the rows of two caches, padded on the left to `size` tokens."""
+    """Concatenate the rows of two caches, left-padded to `size` tokens."""
     layers: list[tuple[torch.Tensor, ...]] = []
     for (keys, values, _), (more_keys, more_values, _) in zip(first, second, strict=True):
         pairs = ((keys, more_keys), (values, more_values))  # each (B, heads, L, width)
@@ -72,5 +60,5 @@ def _join(first: DynamicCache, second: DynamicCache, size: int) -> DynamicCache:
 
 
 def _pad_left(x: torch.Tensor, size: int, dim: int) -> torch.Tensor:
-    """Put zeros before `x` along a dimension, up to a size."""
+    """Pad `x` with leading zeros along a dimension, up to a size."""
     return torch.nn.functional.pad(x, [0, 0] * (x.dim() - 1 - dim) + [size - x.size(dim), 0])

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The completions of one request, from the engine's thread to the event loop."""
+"""The completions of one request: their submission, and their events in the event loop."""
 
 import asyncio
 import time
@@ -11,14 +11,14 @@ from prometheus_client import Histogram
 
 from .engine import Engine
 from .errors import ApiError
-from .sampling import Event, Generation
+from .generation import Event, Generation
 
 
 CHECK_SECONDS = 0.5  # between two checks of the connection
 
 
 class Choices:
-    """The generations of one request, and their events in the order of arrival. Made in a running event loop."""
+    """The generations of one request, and a queue of their events. Must be made in a running event loop."""
 
     def __init__(self, engine: Engine, seconds: Histogram):
         self._engine, self._seconds = engine, seconds
@@ -27,7 +27,7 @@ class Choices:
         self._generations: Sequence[Generation] = ()
 
     def listener(self, index: int) -> Callable[[Event], None]:
-        """Return a function that receives the events of one choice, in any thread."""
+        """Return a function that queues the events of one choice. It may be called in any thread."""
 
         def on_event(event: Event) -> None:
             self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
@@ -35,7 +35,7 @@ class Choices:
         return on_event
 
     def submit(self, generations: Sequence[Generation]) -> None:
-        """Hand all generations to the engine, or raise `ApiError` if it refuses one."""
+        """Submit all generations to the engine, or raise `ApiError` if it refuses one."""
         self._generations = generations
         try:
             for generation in generations:
@@ -53,7 +53,7 @@ class Choices:
             generation.is_cancelled = True
 
     async def events(self, request: Request) -> AsyncIterator[tuple[int, Event]]:
-        """Yield the events with the index of their choice, until all choices have ended or the client has gone."""
+        """Yield events and the indices of their choices, until all choices have ended or the client disconnects."""
         num_open, checked = len(self._generations), time.monotonic()
         try:
             with self._seconds.time():

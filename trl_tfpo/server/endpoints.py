@@ -15,33 +15,33 @@ from ..data.tokenization import tokenize_prompt
 from .choices import Choices
 from .engine import Engine
 from .errors import ApiError
+from .generation import Event, Generation
 from .metrics import Metrics
 from .protocol import ChatRequest, Sampling, TemplateValue, TextRequest
-from .responses import Answer, server_sent
-from .sampling import Event, Generation
-from .text import REPLACEMENT
+from .responses import Answer, server_sent_event
+from .token_texts import REPLACEMENT
 
 
 class Endpoints:
-    """One method for each path. `models` are exponents of all doctors, by the name that requests ask for."""
+    """One method for each path. `models` contains the exponents of all doctors, by model name."""
 
     def __init__(self, engine: Engine, models: Mapping[str, Mapping[str, float]], metrics: Metrics):
         self.engine, self.models, self._metrics = engine, models, metrics
 
     async def health(self) -> dict[str, str]:
-        """Report that the server is running."""
+        """Return `ok` while the server is running."""
         return {"status": "ok"}
 
     async def metrics(self) -> PlainTextResponse:
-        """Report metrics to Prometheus."""
+        """Return the metrics in the text format of Prometheus."""
         return PlainTextResponse(self._metrics.report())
 
     async def list_models(self) -> dict[str, object]:
-        """List the names that requests may ask for."""
+        """List the models."""
         return {"object": "list", "data": [self._describe(name) for name in self.models]}
 
-    async def one_model(self, name: str) -> dict[str, object]:
-        """Describe one of the models."""
+    async def get_model(self, name: str) -> dict[str, object]:
+        """Describe one model."""
         self._check_model(name)
         return self._describe(name)
 
@@ -62,8 +62,9 @@ class Endpoints:
         self._check_model(body.model)
         tokenizer = self.engine.processing_class
         prompts = [tokenize_prompt(x, tokenizer) if isinstance(x, str) else x for x in body.prompts]
-        echoes = [self._text_of(prompt) for prompt in body.prompts] if body.echo else None
-        default = min(16, self.engine.limits.max_new_tokens)  # OpenAI's
+        decode = self.engine.texts.decode
+        texts = (x if isinstance(x, str) else decode(x).rstrip(REPLACEMENT) for x in body.prompts)
+        default = min(16, self.engine.limits.max_new_tokens)  # 16 is OpenAI's default
         return await self._answer(
             body,
             request,
@@ -71,7 +72,7 @@ class Endpoints:
             max_new_tokens=default if body.max_tokens is None else body.max_tokens,
             num_top=body.logprobs or 0,
             with_logps=body.logprobs is not None,
-            echoes=echoes,
+            echoes=list(texts) if body.echo else None,
         )
 
     def _describe(self, name: str) -> dict[str, object]:
@@ -82,11 +83,8 @@ class Endpoints:
             known = " or ".join(map(repr, self.models))
             raise ApiError(404, f"The model must be {known}. Got {name!r}; see `/v1/models`.", "not_found_error")
 
-    def _text_of(self, prompt: str | list[int]) -> str:
-        return prompt if isinstance(prompt, str) else self.engine.texts.decode(prompt).rstrip(REPLACEMENT)
-
     def _read_conversation(self, body: ChatRequest) -> list[int]:
-        """Tokenize a conversation by the chat template."""
+        """Tokenize a conversation with the chat template."""
         tokenizer = self.engine.processing_class
         try:
             variables = template_variables(body.chat_template_kwargs, tokenizer)
@@ -105,10 +103,9 @@ class Endpoints:
         with_logps: bool,
         echoes: Sequence[str] | None = None,
     ) -> Response | dict[str, object]:
-        """Complete prompts, `n` times each: a stream, or the whole answer. `echoes` are prompts to begin with."""
-        longest = self.engine.limits.max_new_tokens
+        """Complete each prompt `n` times. Choices begin with the texts in `echoes`, one for each prompt."""
         if max_new_tokens is None:
-            max_new_tokens = longest
+            max_new_tokens = self.engine.limits.max_new_tokens
         self._check_limits(len(prompts) * body.n, max_new_tokens)
         choices, is_chat = Choices(self.engine, self._metrics.seconds), isinstance(body, ChatRequest)
         generations = [
@@ -154,47 +151,44 @@ class Endpoints:
 
     def _check_limits(self, num_choices: int, max_new_tokens: int) -> None:
         limits = self.engine.limits
-        if num_choices > limits.max_choices:
-            raise ApiError(
-                400,
-                f"`n` times the number of prompts must be at most {limits.max_choices}. Got {num_choices}; split the "
-                "request.",
-            )
-        if max_new_tokens > limits.max_new_tokens:
-            raise ApiError(
-                400, f"`max_tokens` must be at most {limits.max_new_tokens}. Got {max_new_tokens}; lower it."
-            )
+        for name, value, limit in (
+            ("`n` times the number of prompts", num_choices, limits.max_choices),
+            ("`max_tokens`", max_new_tokens, limits.max_new_tokens),
+        ):
+            if value > limit:
+                raise ApiError(400, f"{name} must be at most {limit}. Got {value}; lower it.")
 
     async def _collect(self, events: AsyncIterator[tuple[int, Event]], num_choices: int) -> list[list[Event]]:
-        """Return the events of each choice, or raise `ApiError` if a completion ended early or the client has gone."""
+        """Return the events of each choice, or raise `ApiError` if a choice fails or the client disconnects."""
         collected: list[list[Event]] = [[] for _ in range(num_choices)]
         async for index, event in events:
             reason = event.get("finish_reason")
             if reason == "timeout":
                 limit = self.engine.limits.max_seconds
-                message = f"A completion must end within {limit} seconds; lower `max_tokens`."
-                raise ApiError(504, message, "timeout_error")
+                raise ApiError(
+                    504, f"A completion must end within {limit} seconds; lower `max_tokens`.", "timeout_error"
+                )
             if reason in ("error", "cancelled"):
                 raise ApiError(500, "The completion ended early; try again.", "server_error")
             collected[index].append(event)
-        if not all(of_choice and "finish_reason" in of_choice[-1] for of_choice in collected):
-            raise ApiError(499, "The client is gone.", "server_error")
+        if not all(choice and "finish_reason" in choice[-1] for choice in collected):
+            raise ApiError(499, "The client has disconnected.", "server_error")
         return collected
 
 
 async def stream(answer: Answer, events: AsyncIterator[tuple[int, Event]], with_usage: bool) -> AsyncIterator[str]:
-    """Yield an answer as server-sent events, while it is generated."""
+    """Yield an answer as server-sent events during generation."""
     no_usage = {"usage": None} if with_usage else {}
     for chunk in answer.first_chunks():
-        yield server_sent(chunk | no_usage)
+        yield server_sent_event(chunk | no_usage)
     async for index, event in events:
         if event.get("finish_reason") in ("timeout", "error", "cancelled"):
             message = f"The completion ended early: {event['finish_reason']}."
-            yield server_sent(ApiError(500, message, "server_error").body)
+            yield server_sent_event(ApiError(500, message, "server_error").body)
             return
-        yield server_sent(answer.chunk(index, event) | no_usage)
+        yield server_sent_event(answer.chunk(index, event) | no_usage)
     if with_usage:
-        yield server_sent(answer.last_chunk())
+        yield server_sent_event(answer.last_chunk())
     yield "data: [DONE]\n\n"
 
 
@@ -202,12 +196,11 @@ def template_variables(
     given: Mapping[str, TemplateValue], processing_class: PreTrainedTokenizerBase
 ) -> dict[str, TemplateValue]:
     """
-    Return the variables that a chat template knows.
-
-    A false value of an unknown variable is left out: an undefined variable is false.
+    Return the variables that the chat template uses. False values of other variables are dropped.
 
     Raises:
-        `ApiError`: for another value of an unknown variable, and for arguments of `apply_chat_template`.
+        `ApiError`: on other values of variables that the template does not use, and on arguments of
+            `apply_chat_template`.
     """
     reserved = reserved_variables(processing_class)
     template = processing_class.get_chat_template() if given else ""

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Continuous batching: completions join and leave the batch between tokens, each with its own exponents and sampling.
+Continuous batching: completions join and leave the batch between tokens.
 
-Shapes: B rows, L tokens so far (left padding included), C columns that are read at once, V vocabulary. One thread owns
-the models, their caches and the rows; other threads reach it through a queue.
+Each completion has its own exponents and sampling settings. One thread owns the models, their caches and the rows.
+Other threads send it completions through a queue.
+
+Shapes: B rows, L tokens so far (left padding included), C columns in one forward pass, V vocabulary.
 """
 
 import logging
@@ -22,19 +24,19 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from ..common.language_model import LanguageModel, unwrap_peft
 from ..data.tokenization import all_eos_token_ids
-from ..decoding.doctors import check_is_doctor
-from ..decoding.exponents import check_weight, default_beta, remaining_weight
+from ..decoding.doctors import check_causal_lm
+from ..decoding.exponents import check_exponent, default_beta, remaining_exponent
 from ..decoding.reading import reading_fault
 from ..evaluation.completions import pad
 from ..functional import guided_logps
-from ..models.adapters import check_speaks, trained_exponents
+from ..models.trained_exponents import check_is_language_model, trained_exponents
 from .batch import Batch
-from .sampling import Event, Generation, Row, TokenScore
-from .text import REPLACEMENT, TokenTexts
+from .generation import Event, Generation, Row, TokenScore
+from .token_texts import REPLACEMENT, TokenTexts
 
 
 logger = logging.getLogger(__name__)
-NUM_SCORED = 1024  # prompt tokens whose logits over the vocabulary are held at once
+NUM_SCORED = 1024  # prompt tokens per forward pass when prompts are scored
 
 
 @dataclass(frozen=True)
@@ -48,17 +50,17 @@ class Limits:
         max_new_tokens (`int`, *optional*, defaults to `2048`):
             Maximum length of a completion, in tokens.
         max_rows (`int`, *optional*, defaults to `32`):
-            Completions that are decoded at once. Memory grows with them.
+            Maximum number of completions in the batch. The memory of the caches grows with it.
         max_queue (`int`, *optional*, defaults to `256`):
-            Completions that wait to be decoded.
+            Maximum number of waiting completions.
         max_seconds (`float`, *optional*, defaults to `600.0`):
-            Time from the request to the last token.
+            Maximum time from the request to the last token, in seconds.
         max_choices (`int`, *optional*, defaults to `8`):
-            Completions of one request, over all its prompts.
+            Maximum number of completions of a request, over all its prompts.
         max_bytes (`int`, *optional*, defaults to `1_000_000`):
-            Size of a request.
+            Maximum size of a request, in bytes.
         max_body_seconds (`float`, *optional*, defaults to `30.0`):
-            Time in which the body of a request must arrive.
+            Maximum time until the body of a request has arrived, in seconds.
 
     Raises:
         `ValueError`: when a limit is not positive. Only `max_queue` may be 0.
@@ -87,7 +89,7 @@ class Engine:
         patient ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The patient, in eval mode.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
-            The tokenizer of the patient and the doctors.
+            The tokenizer of patient and doctors.
         doctors (mapping from `str` to [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Doctors by name, in eval mode.
         limits ([`Limits`], *optional*):
@@ -95,12 +97,12 @@ class Engine:
 
     Attributes:
         default_weights (`dict[str, float]`): default exponent of each doctor.
-        num_tokens (`int`): tokens sampled so far.
-        num_waiting (`int`): completions that wait to be decoded.
+        num_tokens (`int`): number of tokens sampled so far.
+        num_waiting (`int`): number of waiting completions.
 
     Raises:
         `ValueError`: when a model is in training mode, the patient is a doctor of guided flow, or a model has a state
-            other than keys and values, so that rows could not join and leave.
+            other than keys and values. Rows of such a model cannot join and leave a batch.
     """
 
     def __init__(
@@ -112,12 +114,13 @@ class Engine:
     ):
         self.names, self.models = list(doctors), [patient, *doctors.values()]
         for model in self.models:
-            check_is_doctor(model)
-        check_speaks(patient)
+            check_causal_lm(model, "The patient" if model is patient else "A doctor")
+        check_is_language_model(patient)
         self.processing_class, self.limits = processing_class, limits or Limits()
         self.texts = TokenTexts(processing_class)
         self.eos = set(all_eos_token_ids(processing_class, patient))
-        self.vocab_size: int = min(num_embeddings(model) for model in self.models)
+        embeddings: list[Any] = [unwrap_peft(model).get_input_embeddings() for model in self.models]
+        self.vocab_size: int = min(x.num_embeddings for x in embeddings)
         trained = {name: trained_exponents(model) for name, model in doctors.items()}
         self.language_models = [name for name in self.names if not trained[name]]
         self.default_weights = {name: default_beta(x, len(self.language_models)) for name, x in trained.items()}
@@ -128,7 +131,7 @@ class Engine:
         self._lock = threading.RLock()  # guards `num_waiting`; reentrant, because a listener may submit
         self._is_closed = False
         self.num_waiting = self.num_tokens = 0
-        # Of the thread alone
+        # Used by the engine's thread only
         self._waiting: deque[Row] = deque()
         self._joining: list[Row] = []
         self._batch: Batch | None = None
@@ -137,7 +140,7 @@ class Engine:
 
     @property
     def num_rows(self) -> int:
-        """Completions that are being decoded."""
+        """Number of completions in the batch."""
         batch = self._batch
         return len(batch.rows) if batch else 0
 
@@ -146,8 +149,8 @@ class Engine:
         Return the exponents of the patient and of each doctor.
 
         Raises:
-            `ValueError`: on an unknown doctor; on exponents that are not finite; without `alpha`, on exponents of
-                language models above 1 in sum; on penalties where the exponent of the patient is not positive.
+            `ValueError`: on unknown doctors, exponents that are not finite, exponents of language models above 1 in
+                sum without `alpha`, and penalties without a positive exponent of the patient.
         """
         if unknown := set(generation.weights) - set(self.names):
             raise ValueError(
@@ -155,26 +158,27 @@ class Engine:
             )
         weights = {name: float(x) for name, x in (self.default_weights | dict(generation.weights)).items()}
         for name, weight in weights.items():
-            check_weight(f"weights.{name}", weight)
+            check_exponent(f"weights.{name}", weight)
         if generation.alpha is None:
-            alpha = remaining_weight([weights[name] for name in self.language_models])
+            alpha = remaining_exponent([weights[name] for name in self.language_models])
         else:
             alpha = float(generation.alpha)
-            check_weight("alpha", alpha)
-        if alpha <= 0 and generation.changes_patient:
+            check_exponent("alpha", alpha)
+        if alpha <= 0 and generation.adjusts_patient:
             raise ValueError(
                 "Penalties and `logit_bias` act on the patient, so its exponent must be above 0. Got "
-                f"{alpha:.3g}; lower `weights`, raise `alpha`, or leave the penalties out."
+                f"{alpha:.3g}; lower `weights`, raise `alpha`, or leave out the penalties."
             )
         return alpha, list(weights.values())
 
     def submit(self, generation: Generation) -> None:
         """
-        Queue a generation. Its listener receives the events.
+        Queue a generation.
 
         Raises:
-            `ValueError`: on exponents or sampling settings out of range, or a prompt that is empty or too long.
-            `OverflowError`: when the queue is full, or the engine closed.
+            `ValueError`: on exponents and sampling settings out of range, and on prompts that are empty, too long or
+                contain unknown ids.
+            `OverflowError`: when the queue is full or the engine is closed.
         """
         limits, num_prompt = self.limits, len(generation.prompt_ids)
         longest = min(limits.max_prompt_tokens, self.max_positions - 1)
@@ -184,13 +188,13 @@ class Engine:
         generation.check(self.vocab_size)
         if unknown := [x for x in generation.prompt_ids if not 0 <= x < self.vocab_size]:
             raise ValueError(
-                f"The prompt must consist of tokens that all models know, ids 0 to {self.vocab_size - 1}. Got "
+                f"The prompt must consist of ids that all models know, from 0 to {self.vocab_size - 1}. Got "
                 f"{unknown[0]}; leave it out."
             )
         row = Row(generation, *self.exponents(generation))
         with self._lock:
             if self._is_closed or self.num_waiting >= limits.max_queue:
-                raise OverflowError(f"At most {limits.max_queue} completions wait. Got one more; try again later.")
+                raise OverflowError(f"At most {limits.max_queue} completions can wait. Got one more; try again later.")
             self.num_waiting += 1
         self._arrivals.put(row)
 
@@ -201,7 +205,7 @@ class Engine:
         self._arrivals.put(None)
         self._thread.join()
 
-    # The thread
+    # The engine's thread
 
     def _run(self) -> None:
         while True:
@@ -213,9 +217,9 @@ class Engine:
             try:
                 with torch.inference_mode():
                     self._step()
-            except Exception:  # clients must get an end, whatever failed
+            except Exception:  # every client must receive a final event
                 failed = self._rows_in_progress()
-                logger.exception("A step failed, and %d completions with it", len(failed))
+                logger.exception("A step failed; %d completions end with an error", len(failed))
                 for row in failed:
                     self._finish(row, "error")
                 self._batch, self._joining = None, []
@@ -224,7 +228,7 @@ class Engine:
         return [*(self._batch.rows if self._batch else []), *self._joining]
 
     def _receive(self) -> None:
-        """Queue arrivals. Waits for one if there is nothing to do."""
+        """Move arrivals to the waiting rows. Wait for an arrival if there are no rows."""
         while not self._is_closed:
             try:
                 row = self._arrivals.get(block=not self._batch and not self._waiting)
@@ -234,10 +238,10 @@ class Engine:
                 self._waiting.append(row)
 
     def _step(self) -> None:
-        """Admit rows, sample a token for each row, remove rows that have ended, and read the tokens."""
+        """Admit waiting rows, sample a token for each row, remove finished rows, and read the tokens."""
         self._admit()
         if self._batch is not None:
-            self._keep(self._batch, self._sample(self._batch))
+            self._keep_rows(self._batch, self._sample(self._batch))
         if self._batch is not None:
             batch = self._batch
             new_ids = torch.tensor([[row.ids[-1]] for row in batch.rows])  # (B, 1)
@@ -246,10 +250,10 @@ class Engine:
             batch.logits = [self._read(model, cache, new_ids, batch.mask) for model, cache in read]
 
     def _admit(self) -> None:
-        """Let waiting rows join the batch, as far as there is room."""
-        with self._lock:  # a listener that submits when its waiting row ends must find room in the queue
+        """Move waiting rows to the batch, up to `max_rows`."""
+        with self._lock:  # clients may submit as soon as a row ends, and must then find `num_waiting` updated
             num_before = len(self._waiting)
-            waiting = [row for row in self._waiting if not self._ends_early(row)]
+            waiting = [row for row in self._waiting if not self._finish_if_expired(row)]
             num_free = self.limits.max_rows - self.num_rows
             self._joining, self._waiting = waiting[:num_free], deque(waiting[num_free:])
             self.num_waiting -= num_before - len(self._waiting)
@@ -257,15 +261,15 @@ class Engine:
             joining = self._read_prompts(self._joining)
             self._batch = self._batch.join(joining) if self._batch else joining
             self._joining = []
-            self._keep(self._batch, self._send_prompt_scores(self._batch))
+            self._keep_rows(self._batch, self._send_prompt_scores(self._batch))
 
-    def _keep(self, batch: Batch, indices: list[int]) -> None:
+    def _keep_rows(self, batch: Batch, indices: list[int]) -> None:
         """Remove all other rows from the batch."""
         if len(indices) < len(batch.rows):
             self._batch = batch.select(indices) if indices else None
 
     def _read_prompts(self, rows: list[Row]) -> Batch:
-        """Read the prompts of rows. Score those of rows with `with_prompt`."""
+        """Read the prompts of rows, and score prompts with `with_prompt`."""
         ids, mask = pad([row.generation.prompt_ids for row in rows], padding_side="left", device=torch.device("cpu"))
         caches = [DynamicCache() for _ in self.models]
         read = list(zip(self.models, caches, strict=True))
@@ -276,18 +280,9 @@ class Engine:
         return Batch(rows, mask, caches, logits)
 
     def _read_and_score(
-        self,
-        rows: list[Row],
-        models: list[tuple[LanguageModel, DynamicCache]],
-        ids: torch.Tensor,
-        mask: torch.Tensor,
+        self, rows: list[Row], models: list[tuple[LanguageModel, DynamicCache]], ids: torch.Tensor, mask: torch.Tensor
     ) -> list[torch.Tensor]:
-        """
-        Read prompts (B, L) some columns at a time. Score the tokens of rows with `with_prompt`.
-
-        Returns:
-            `list[torch.Tensor]`: logits (B, V) of each model after the prompts.
-        """
+        """Read prompts (B, L) in parts, and score prompts with `with_prompt`. Returns the last logits (B, V)."""
         num_columns, size = ids.size(1), max(NUM_SCORED // len(ids), 1)
         for start in range(0, num_columns, size):
             end = min(start + size, num_columns)
@@ -306,7 +301,7 @@ class Engine:
         return [x[:, -1].cpu() for x in logits]
 
     def _send_prompt_scores(self, batch: Batch) -> list[int]:
-        """Send the scores of new prompts. Returns the indices of the rows that have tokens to sample."""
+        """Send the scores of new prompts. Returns the indices of rows that need tokens."""
         continuing = []
         for index, row in enumerate(batch.rows):
             generation = row.generation
@@ -321,10 +316,10 @@ class Engine:
         return continuing
 
     def _sample(self, batch: Batch) -> list[int]:
-        """Sample a token for each row. Returns the indices of the rows that continue."""
+        """Sample a token for each row. Returns the indices of unfinished rows."""
         guided = self._guide(batch.rows, batch.logits)  # (B, V)
-        decoded = self._with_changes(batch, guided)
-        has_nan = decoded.isnan().any(dim=1).tolist()  # a NaN in one row must not end the others
+        decoded = self._adjusted(batch, guided)
+        has_nan = decoded.isnan().any(dim=1).tolist()  # a NaN ends only its own row
         self.num_tokens += len(batch.rows)
         continuing = []
         for index, row in enumerate(batch.rows):
@@ -333,23 +328,18 @@ class Engine:
                 continue
             token = row.sample(decoded[index])
             is_end = self._add_token(row, token, guided[index], batch.logits[0][index])
-            if not is_end and not self._ends_early(row):
+            if not is_end and not self._finish_if_expired(row):
                 continuing.append(index)
         return continuing
 
     def _read(self, model: LanguageModel, cache: DynamicCache, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Logits (B, V) after `ids` (B, C), which follow the tokens in the cache."""
+        """Read `ids` (B, C) after the cached tokens. Returns the last logits (B, V)."""
         return self._read_all(model, cache, ids, mask, num_kept=1)[:, -1].cpu()
 
     def _read_all(
-        self,
-        model: LanguageModel,
-        cache: DynamicCache,
-        ids: torch.Tensor,
-        mask: torch.Tensor,
-        num_kept: int | None = None,
+        self, model: LanguageModel, cache: DynamicCache, ids: torch.Tensor, mask: torch.Tensor, num_kept: int = 0
     ) -> torch.Tensor:
-        """Logits (B, num_kept, V) after each of the last of `ids` (B, C), by default all."""
+        """Read `ids` (B, C) after the cached tokens. Returns the last logits (B, num_kept, V); 0 keeps all."""
         position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.size(1) :]
         output = model(
             input_ids=ids.to(model.device),
@@ -357,12 +347,12 @@ class Engine:
             position_ids=position_ids.to(model.device),
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=num_kept or ids.size(1),
+            logits_to_keep=num_kept,
         )
         return output.logits[..., : self.vocab_size].float()
 
     def _guide(self, rows: list[Row], logits: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Log-probabilities (B, ..., V) of the guided policy, given the logits of patient and doctors."""
+        """Compute log-probabilities (B, ..., V) of the guided policy from the logits of patient and doctors."""
 
         def per_row(values: list[float]) -> torch.Tensor:
             return torch.tensor(values, device=logits[0].device).view(-1, *[1] * (logits[0].dim() - 1))
@@ -374,25 +364,25 @@ class Engine:
             beta=[per_row([row.betas[i] for row in rows]) for i in range(len(self.names))],
         )
 
-    def _with_changes(self, batch: Batch, guided: torch.Tensor) -> torch.Tensor:
-        """The guided policy (B, V), with the bias and penalties of each row."""
-        changed = [index for index, row in enumerate(batch.rows) if row.generation.changes_patient]
+    def _adjusted(self, batch: Batch, guided: torch.Tensor) -> torch.Tensor:
+        """Return the guided policy (B, V) with the bias and penalties of each row."""
+        changed = [index for index, row in enumerate(batch.rows) if row.generation.adjusts_patient]
         if not changed:
             return guided
-        patient = torch.stack([batch.rows[index].change_patient(batch.logits[0][index]) for index in changed])
+        patient = torch.stack([batch.rows[index].adjust_patient_logits(batch.logits[0][index]) for index in changed])
         logits = [patient, *(x[changed] for x in batch.logits[1:])]
         decoded = guided.clone()
         decoded[changed] = self._guide([batch.rows[index] for index in changed], logits)
         return decoded
 
     def _score(self, row: Row, token: int, logps: torch.Tensor) -> TokenScore:
-        """Score a token by the log-probabilities (V,) of the guided policy."""
+        """Score a token, given log-probabilities (V,) of the guided policy."""
         top = logps.topk(min(row.generation.num_top, len(logps)))
         likeliest = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
         return {"id": token, "logp": float(logps[token]), "top": likeliest}
 
     def _add_token(self, row: Row, token: int, logps: torch.Tensor, patient_logits: torch.Tensor) -> bool:
-        """Add a token to a row, and send the text that is certain. Returns whether the completion has ended."""
+        """Add a token to a row, and send text that can no longer change. Returns whether the row is finished."""
         generation = row.generation
         score = self._score(row, token, logps)
         if generation.with_patient:
@@ -409,34 +399,34 @@ class Engine:
         elif len(row.ids) >= generation.max_new_tokens:
             self._finish(row, "length", text)
         else:
-            certain = without_beginning_of(generation.stop, text).rstrip(REPLACEMENT)
-            if len(certain) > row.num_sent:
-                self._send(row, certain)
+            final = _without_partial_stop(text, generation.stop).rstrip(REPLACEMENT)
+            if len(final) > row.num_sent:
+                self._send(row, final)
             return False
         return True
 
     def _send(self, row: Row, text: str) -> None:
-        """Send the new part of the text of a row."""
+        """Send the new part of the text of a row, with its tokens."""
         piece, row.num_sent = text[row.num_sent :], max(len(text), row.num_sent)
         tokens, row.unsent = row.unsent, []
         self._notify(row, {"text": piece, "tokens": tokens})
 
     def _notify(self, row: Row, event: Event) -> None:
-        """Send an event. A listener that raises ends its own completion, not the thread."""
+        """Send an event. If the listener raises an error, only its own completion ends."""
         try:
             row.generation.on_event(event)
         except Exception:
-            logger.exception("A listener failed, and its completion is cancelled")
+            logger.exception("A listener failed; its completion is cancelled")
             row.generation.is_cancelled = True
 
     def _finish(self, row: Row, reason: str, text: str | None = None) -> None:
-        """Send the rest of the text, and the end."""
+        """Send the rest of the text and the final event."""
         if text is not None and (len(text) > row.num_sent or row.unsent):
             self._send(row, text)
         self._notify(row, {"finish_reason": reason, "num_tokens": len(row.ids)})
 
-    def _ends_early(self, row: Row) -> bool:
-        """Finish a row that is cancelled or out of time. Returns whether it is."""
+    def _finish_if_expired(self, row: Row) -> bool:
+        """Finish a row that is cancelled or out of time. Returns whether the row was finished."""
         is_late = time.monotonic() - row.generation.started > self.limits.max_seconds
         if row.generation.is_cancelled or is_late:
             self._finish(row, "cancelled" if row.generation.is_cancelled else "timeout")
@@ -444,7 +434,7 @@ class Engine:
         return False
 
     def _check_caches(self) -> None:
-        """Raise `ValueError` when rows cannot join and leave the cache of a model."""
+        """Raise `ValueError` when the cache of a model does not support changing rows."""
         for name, model in zip(["the patient", *self.names], self.models, strict=True):
             if fault := reading_fault(model, "rows", partial(self._read_rows, model)):
                 raise ValueError(
@@ -453,12 +443,12 @@ class Engine:
                 )
 
     def _read_rows(self, model: LanguageModel, text: torch.Tensor) -> Iterator[tuple[torch.Tensor, list[int]]]:
-        """Read two beginnings of a text, then both as rows of one batch."""
+        """Read two prefixes of a text alone, then both as rows of one batch."""
         ids, places, batches = text.cpu(), [8, 2], []
         for last in places:
-            beginning, cache = ids[None, : last + 1], DynamicCache()
-            mask = torch.ones_like(beginning)
-            logits = self._read(model, cache, beginning, mask)
+            prefix, cache = ids[None, : last + 1], DynamicCache()
+            mask = torch.ones_like(prefix)
+            logits = self._read(model, cache, prefix, mask)
             yield logits, [last]
             batches.append(Batch([], mask, [cache], [logits]))
         batch = batches[0].join(batches[1])
@@ -468,13 +458,7 @@ class Engine:
             yield self._read(model, batch.caches[0], ids[places][:, None], batch.mask), places
 
 
-def num_embeddings(model: LanguageModel) -> int:
-    """Return the number of tokens that a model can read."""
-    embeddings: Any = unwrap_peft(model).get_input_embeddings()
-    return embeddings.num_embeddings
-
-
-def without_beginning_of(stops: Sequence[str], text: str) -> str:
-    """Return a text without the longest end that may be the beginning of one of the stops."""
+def _without_partial_stop(text: str, stops: Sequence[str]) -> str:
+    """Return a text without its longest suffix that is a prefix of a stop text."""
     num_held = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
     return text[: len(text) - num_held]

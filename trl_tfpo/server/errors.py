@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Errors, in the form of OpenAI's interface."""
+"""Errors in the format of OpenAI's API."""
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -11,7 +11,7 @@ from .protocol import NOT_SUPPORTED
 
 
 class ApiError(Exception):
-    """An error that is sent to the client: an HTTP status, a message, and OpenAI's type of error."""
+    """An error for the client: an HTTP status, a message, and OpenAI's type of error."""
 
     def __init__(self, status: int, message: str, kind: str = "invalid_request_error"):
         super().__init__(message)
@@ -19,17 +19,17 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, object]:
-        """The error as OpenAI's clients read it."""
+        """The body of the response."""
         return {"error": {"message": self.message, "type": self.kind, "param": None, "code": None}}
 
     @property
     def response(self) -> JSONResponse:
-        """The response to the request."""
+        """The HTTP response."""
         return JSONResponse(self.body, status_code=self.status)
 
 
 def handle_errors(app: FastAPI) -> None:
-    """Answer every error of an app in the form of OpenAI's interface."""
+    """Register handlers that return errors of an app in the format of OpenAI's API."""
 
     @app.exception_handler(ApiError)
     async def refuse(request: Request, error: ApiError) -> JSONResponse:
@@ -44,5 +44,5 @@ def handle_errors(app: FastAPI) -> None:
         first = error.errors()[0]
         location = [str(part) for part in first["loc"] if part != "body"]
         message = f"{'.'.join(location) or 'The body'}: {first['msg'].removeprefix('Value error, ')}"
-        remedy = "; this is not supported otherwise, leave it out" if NOT_SUPPORTED & set(location) else ""
+        remedy = "; other values are not supported, leave it out" if NOT_SUPPORTED & set(location) else ""
         return ApiError(400, message + remedy).response

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-The playground: a web page with a slider for each doctor.
+The playground: a web page with a slider for the exponent of each doctor.
 
-It shows the patient's answer with and without the doctors, and what they changed in each token. In the controlled
-world it also shows reward and KL next to the best that any policy can reach.
+It shows answers with and without the doctors, and how the doctors changed the log-probabilities. In the controlled
+world it also plots reward and KL, and the largest reward that any policy can reach at each KL.
 """
 
 import html
@@ -19,45 +19,38 @@ from pathlib import Path
 import gradio as gr
 import torch
 
-from ..common.atomic import written_whole
+from ..common.atomic import atomic_write
+from ..common.heat_map import TokenMap
 from ..common.language_model import LanguageModel
-from ..data.token_map import TokenMap
 from ..data.tokenization import tokenize_prompt
 from ..decoding.logits_processor import DoctorGuidedLogitsProcessor
 from ..evaluation import evaluate_guidance
-from ..evaluation.guidance import GuidanceResult
+from ..evaluation.reward_and_kl import GuidanceResult
 from ..models.saved_doctor import load_doctor
 from ..testbed import World, load_world, reward_kl_frontier
 from ..testbed.language import MAX_NEW_TOKENS
 from ..training.config import TFPOConfig
 from ..training.trainer import TFPOTrainer
 from .engine import Engine, Limits
-from .sampling import Event, Generation
+from .generation import Event, Generation
 
 
-NUM_FRONTIER_SAMPLES = 100  # of the patient for each test prompt
-NUM_DOT_SAMPLES = 10  # of the guided policy for each test prompt
-Piece = tuple[str, float]  # a text, and the change of its log-probability by guidance, in nats
+NUM_FRONTIER_SAMPLES = 100  # of the patient, per test prompt
+NUM_GUIDED_SAMPLES = 10  # of the guided policy, per test prompt
+Piece = tuple[str, float]  # part of a text, and the change of its log-probability by guidance, in nats
 
 
 def train_world_doctors(cache_dir: str | os.PathLike, *, max_steps: int = 200) -> dict[str, Path]:
     """
-    Train a doctor for each attribute of the controlled world, unless the folder has it. Each takes half a minute.
+    Train a doctor for each attribute of the controlled world, and return their folders in `cache_dir` by attribute.
 
-    Args:
-        cache_dir (`str` or `os.PathLike`):
-            Folder of the doctors. Each is written atomically.
-        max_steps (`int`, *optional*, defaults to `200`):
-            Optimizer steps of 16 pairs.
-
-    Returns:
-        `dict[str, Path]`: folder of each doctor, by attribute.
+    Existing folders are not trained again. Training takes half a minute for 200 steps of 16 pairs.
     """
     world, folders = load_world(), {}
     for name, attribute in world.attributes.items():
         folder = Path(cache_dir) / f"{name}-{max_steps}"
         if not folder.is_dir():
-            with written_whole(folder) as part:
+            with atomic_write(folder) as part:
                 trainer = TFPOTrainer(
                     model=load_world().doctor,
                     patient_model=world.patient,
@@ -85,11 +78,11 @@ def train_world_doctors(cache_dir: str | os.PathLike, *, max_steps: int = 200) -
 
 
 class Frontiers:
-    """Reward and KL of guided policies in the controlled world, and the frontier: the best reward at each KL."""
+    """Reward and KL of guided policies in the controlled world, and the frontier: the largest reward at each KL."""
 
     def __init__(self, world: World, doctors: Mapping[str, LanguageModel]):
         self.world, self.doctors = world, doctors
-        texts = [completion.text for completion in self._measure(None, NUM_FRONTIER_SAMPLES)["completions"]]
+        texts = [completion.text for completion in self._sample(None, NUM_FRONTIER_SAMPLES)["completions"]]
         num_prompts = len(world.prompts("test"))
         self.frontiers = {
             name: reward_kl_frontier(
@@ -98,7 +91,7 @@ class Frontiers:
             for name in doctors
         }
 
-    def _measure(self, guide: DoctorGuidedLogitsProcessor | None, num_samples: int) -> GuidanceResult:
+    def _sample(self, guide: DoctorGuidedLogitsProcessor | None, num_samples: int) -> GuidanceResult:
         return evaluate_guidance(
             self.world.patient,
             self.world.tokenizer,
@@ -111,19 +104,19 @@ class Frontiers:
         )
 
     @lru_cache(maxsize=256)  # noqa: B019
-    def dot(self, weights: tuple[float, ...]) -> tuple[float, dict[str, float]]:
-        """Measure the KL from the patient in nats, and the mean reward of each attribute, by a few samples."""
+    def measure(self, weights: tuple[float, ...]) -> tuple[float, dict[str, float]]:
+        """Estimate the KL from the patient in nats, and the mean reward for each attribute."""
         guide = DoctorGuidedLogitsProcessor(list(self.doctors.values()), beta=list(weights)) if any(weights) else None
-        result = self._measure(guide, NUM_DOT_SAMPLES)
+        result = self._sample(guide, NUM_GUIDED_SAMPLES)
         texts = [completion.text for completion in result["completions"]]
         rewards = {name: sum(map(self.world.attributes[name].oracle, texts)) / len(texts) for name in self.doctors}
         return result["kl"], rewards
 
-    def picture(self, weights: tuple[float, ...]) -> str:
-        """Plot the frontier of each attribute, and the guided policy as a dot. Returns SVG."""
+    def plot(self, weights: tuple[float, ...]) -> str:
+        """Return an SVG plot of the frontier of each attribute, with a dot for the guided policy."""
         from matplotlib.figure import Figure
 
-        kl, rewards = self.dot(weights)
+        kl, rewards = self.measure(weights)
         figure = Figure(figsize=(8, 2.6), layout="constrained")
         for axes, (name, frontier) in zip(
             figure.subplots(1, len(self.frontiers), squeeze=False)[0], self.frontiers.items(), strict=True
@@ -141,27 +134,27 @@ def make_playground(
     engine: Engine, *, example_prompts: list[str], frontiers: Frontiers | None = None, max_new_tokens: int = 256
 ) -> gr.Blocks:
     """
-    Make the page.
+    Make the page of the playground.
 
     Args:
         engine ([`~trl_tfpo.server.Engine`]):
-            Decodes the answers.
+            Engine that decodes the answers.
         example_prompts (`list[str]`):
-            Prompts to choose from. The first is answered at the start.
+            Suggested prompts. The first one is answered when the page loads.
         frontiers ([`Frontiers`], *optional*):
-            Measures reward and KL for the plot. By default there is none.
+            Measurements for the plot of reward and KL. By default there is no plot.
         max_new_tokens (`int`, *optional*, defaults to `256`):
-            Maximum length of an answer, in tokens.
+            Maximum number of tokens of an answer.
 
     Returns:
-        `gradio.Blocks`: the page, for [`launch`].
+        `gradio.Blocks`: page for [`launch`].
     """
 
     def answers(prompt: str, seed: float, *weights: float) -> Iterator[tuple[str, str]]:
         yield from stream_answers(engine, prompt, int(seed), weights, max_new_tokens)
 
     def picture(*weights: float) -> str:
-        return frontiers.picture(tuple(round(weight, 2) for weight in weights)) if frontiers else ""
+        return frontiers.plot(tuple(round(weight, 2) for weight in weights)) if frontiers else ""
 
     largest = round(1 / len(engine.names), 2) if engine.language_models else 1.0
     with gr.Blocks(title="trl-tfpo", analytics_enabled=False) as page:
@@ -198,10 +191,9 @@ def stream_answers(
     engine: Engine, prompt: str, seed: int, weights: Sequence[float], max_new_tokens: int
 ) -> Iterator[tuple[str, str]]:
     """
-    Answer a prompt without and with doctors, whose exponents are `weights`.
+    Yield both answers so far as HTML: without doctors, and with the exponents `weights`.
 
-    Yields:
-        `tuple[str, str]`: both answers so far, as HTML. An error of the engine takes the place of the second.
+    If the engine refuses a generation, its error replaces the second answer.
     """
     is_chat = engine.processing_class.chat_template is not None
     ids = tokenize_prompt([{"role": "user", "content": prompt}] if is_chat else prompt, engine.processing_class)
@@ -243,7 +235,7 @@ def stream_answers(
 
 
 def _as_html(pieces: Sequence[Piece]) -> str:
-    """Color the pieces of a text by the change of their log-probability by guidance."""
+    """Color pieces of a text by the change of their log-probability."""
     texts, shifts = [text for text, _ in pieces], [shift for _, shift in pieces]
     notes = [f"{shift:+.2f} nats" for shift in shifts]
     caption = "⁺ likelier under guidance, ⁻ less likely" if any(shifts) else ""
@@ -251,20 +243,20 @@ def _as_html(pieces: Sequence[Piece]) -> str:
 
 
 def world_playground(cache_dir: str | os.PathLike, *, max_steps: int = 200) -> gr.Blocks:
-    """Make the page of the controlled world. Trains its doctors on the first call."""
+    """Make the page of the controlled world. The first call trains its doctors, in `cache_dir`."""
     world = load_world()
     folders = train_world_doctors(cache_dir, max_steps=max_steps)
     doctors = {name: load_doctor(folder, with_value_head=False).eval() for name, folder in folders.items()}
     engine = Engine(world.patient, world.tokenizer, doctors, Limits(max_new_tokens=MAX_NEW_TOKENS))
     prompts = [prompt[0]["content"] for prompt in world.prompts("test")]
-    frontiers = Frontiers(  # with its own models, because the engine's thread uses those of the engine
+    frontiers = Frontiers(  # separate copies of the models, because the engine's thread uses the others
         load_world(), {name: load_doctor(x, with_value_head=False).eval() for name, x in folders.items()}
     )
     return make_playground(engine, example_prompts=prompts, frontiers=frontiers, max_new_tokens=MAX_NEW_TOKENS)
 
 
 def launch(page: gr.Blocks, *, host: str = "127.0.0.1", port: int | None = None) -> str:
-    """Serve the page, and return its address. Fonts need no network."""
+    """Serve the page, and return its address. The page uses system fonts, so it needs no network."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     settings = dict(share=False, quiet=True, prevent_thread_lock=True, footer_links=[])

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-The bodies of requests: those of OpenAI, with `alpha` and `weights`.
+Bodies of requests in OpenAI's format, with `alpha` and `weights`.
 
-A field that is `null` counts as left out. Fields of OpenAI and vLLM that are not supported are accepted with the value
-that changes nothing, and refused with any other. Unknown fields are refused, because clients would assume that they
-have an effect.
+A `null` field counts as missing. Unsupported fields of OpenAI and vLLM are accepted with values that have no effect,
+and refused with others. Unknown fields are refused, because clients would expect them to have an effect.
 """
 
 from typing import Annotated, Any, Literal, Self
@@ -14,12 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field
 
 
 def check_unicode(text: str) -> str:
-    """
-    Return the text.
-
-    Raises:
-        `ValueError`: on half of a surrogate pair. JSON can contain it, and no tokenizer reads it.
-    """
+    """Return the text, or raise `ValueError` on lone surrogates, which JSON can contain and tokenizers cannot read."""
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError("must not have lone surrogates; send whole characters")
     return text
@@ -29,21 +23,21 @@ Text = Annotated[str, AfterValidator(check_unicode)]
 TokenId = Annotated[int, Field(strict=True, ge=0)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 Stops = Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=64)]
-Nothing = Annotated[list, Field(max_length=0)]
-NoEntries = Annotated[dict, Field(max_length=0)]
+EmptyList = Annotated[list, Field(max_length=0)]
+EmptyDict = Annotated[dict, Field(max_length=0)]
 One = Annotated[float, Field(ge=1, le=1)]
 TemplateValue = bool | int | float | Text | None
 
 
 def _allow_null(schema: dict[str, Any]) -> None:
-    """Allow null in the schema of every optional field."""
+    """Allow null for every optional field of a JSON schema."""
     for name, field in schema["properties"].items():
         if name not in schema.get("required", ()):
             schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
 
 
 class Part(BaseModel):
-    """A request, or a part of one. Unknown fields are refused, and nulls are left out."""
+    """A request or a part of it. Unknown fields are refused, and null fields are dropped."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, json_schema_extra=_allow_null)
 
@@ -53,59 +47,45 @@ class Part(BaseModel):
         return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 
 
-class Neutral(Part):
-    """Fields that are not supported, with the only values that are accepted."""
+class UnsupportedFields(Part):
+    """Unsupported fields of all completions, with the values that are accepted."""
 
     store: Literal[False] = False
-    metadata: NoEntries = {}
+    metadata: EmptyDict = {}
     service_tier: Literal["auto", "default"] = "auto"
     best_of: One = 1
     length_penalty: One = 1
     use_beam_search: Literal[False] = False
     ignore_eos: Literal[False] = False
     min_tokens: Literal[0] = 0
-    stop_token_ids: Nothing = []
+    stop_token_ids: EmptyList = []
     include_stop_str_in_output: Literal[False] = False
     skip_special_tokens: Literal[True] = True
 
 
 class TextFormat(Part):
-    """The only supported format of an answer."""
+    """The supported format of answers: text."""
 
     type: Literal["text"]
 
 
-class NeutralChat(Neutral):
+class UnsupportedChatFields(UnsupportedFields):
     """Unsupported fields of chat completions."""
 
-    tools: Nothing = []
+    tools: EmptyList = []
     tool_choice: Literal["none", "auto"] = "none"
-    parallel_tool_calls: bool = True  # without tools both are the same
-    functions: Nothing = []
+    parallel_tool_calls: bool = True  # has no effect without tools
+    functions: EmptyList = []
     function_call: Literal["none", "auto"] = "none"
     response_format: TextFormat = TextFormat(type="text")
     modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] = ["text"]
     verbosity: Literal["medium"] = "medium"
 
 
-class NeutralText(Neutral):
-    """Unsupported fields of completions."""
-
-    suffix: Literal[""] = ""
-
-
-class NeutralMessage(Part):
-    """Unsupported fields of a message. Clients send them back as they were received."""
-
-    annotations: Nothing = []
-    tool_calls: Nothing = []
-
-
 NOT_SUPPORTED = {
-    *NeutralChat.model_fields,
-    *NeutralText.model_fields,
-    *NeutralMessage.model_fields,
-    *("audio", "refusal", "reasoning_effort", "prediction", "web_search_options"),
+    *UnsupportedChatFields.model_fields,
+    *("annotations", "audio", "prediction", "reasoning_effort"),
+    *("refusal", "suffix", "tool_calls", "web_search_options"),
 }
 
 
@@ -118,7 +98,7 @@ class StreamOptions(Part):
 
 
 class Sampling(Part):
-    """Fields of both chat completions and completions."""
+    """Fields of completions and chat completions."""
 
     model: str
     n: int = Field(default=1, ge=1)
@@ -138,7 +118,7 @@ class Sampling(Part):
     stream_options: StreamOptions | None = None
     alpha: float | None = Field(default=None, ge=-10, le=10)
     weights: dict[str, Annotated[float, Field(ge=-10, le=10)]] = {}
-    # Accepted without an effect, as the server keeps no records
+    # Ignored, because the server stores nothing
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -151,19 +131,19 @@ class Sampling(Part):
     @model_validator(mode="after")
     def _check_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("`stream_options` is for streams. Got it without `stream`; leave it out")
+            raise ValueError("`stream_options` needs `stream`. Got it without; leave it out")
         return self
 
 
 class TextPart(Part):
-    """A part of a message. Only texts are supported."""
+    """A part of a message: a text."""
 
     type: Literal["text"]
     text: Text
 
 
-class Message(NeutralMessage):
-    """A turn of a conversation."""
+class Message(Part):
+    """A message of a conversation. Clients send answers back, with empty `annotations` and `tool_calls`."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
@@ -171,15 +151,17 @@ class Message(NeutralMessage):
         Discriminator(lambda value: "parts" if isinstance(value, list) else "text"),
     ]
     name: Text | None = None
+    annotations: EmptyList = []
+    tool_calls: EmptyList = []
 
     def to_template(self) -> dict[str, str]:
-        """Return the message for a chat template: parts are joined, and the role `developer` becomes `system`."""
+        """Convert to a message for chat templates: join parts, and replace the role `developer` by `system`."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         message = {"role": "system" if self.role == "developer" else self.role, "content": content}
         return message | ({} if self.name is None else {"name": self.name})
 
 
-class ChatRequest(Sampling, NeutralChat):
+class ChatRequest(Sampling, UnsupportedChatFields):
     """The body of `/v1/chat/completions`."""
 
     messages: list[Message] = Field(min_length=1)
@@ -199,14 +181,14 @@ class ChatRequest(Sampling, NeutralChat):
 
 
 def _kind_of_prompt(value: object) -> str:
-    """Return the tag of the type of a prompt, so that an error is about that type alone."""
+    """Return the tag of a prompt's type. Errors then name this type only."""
     if not isinstance(value, list):
         return "text"
     first = value[0] if value else None
     return "lists of ids" if isinstance(first, list) else "ids" if isinstance(first, int) else "texts"
 
 
-class TextRequest(Sampling, NeutralText):
+class TextRequest(Sampling, UnsupportedFields):
     """The body of `/v1/completions`."""
 
     prompt: Annotated[
@@ -219,16 +201,17 @@ class TextRequest(Sampling, NeutralText):
     max_tokens: int | None = Field(default=None, ge=0)
     logprobs: int | None = Field(default=None, ge=0, le=5)
     echo: bool = False
+    suffix: Literal[""] = ""
 
     @model_validator(mode="after")
     def _check_length(self) -> Self:
         if self.max_tokens == 0 and not self.echo:
-            raise ValueError("`max_tokens` must be at least 1 without `echo`. Got 0, which leaves nothing to answer")
+            raise ValueError("`max_tokens` must be at least 1 without `echo`. Got 0; pass `echo: true`")
         return self
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """Return the prompts as a list, each a text or token ids."""
+        """The prompts as a list of texts or lists of ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         ids = [x for x in self.prompt if isinstance(x, int)]

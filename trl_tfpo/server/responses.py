@@ -1,39 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The bodies of responses: those of OpenAI, whole and in chunks."""
+"""Bodies of responses in OpenAI's format, whole and in chunks."""
 
 import json
 import time
 import uuid
 from collections.abc import Iterator, Sequence
 
-from .sampling import Event
-from .text import TokenTexts
+from .generation import Event
+from .token_texts import TokenTexts
 
 
-LOWEST_LOGP = -9999.0  # reported in place of lower values, because JSON has no minus infinity
+LOWEST_LOGP = -9999.0  # replaces lower values, because JSON has no minus infinity
 Json = dict[str, object]
 
 
 class Answer:
     """
-    Writes the choices of a request in OpenAI's form.
+    The answer to a request, in OpenAI's format.
 
     Args:
         model (`str`):
-            The model's name in the request.
+            Model name in the request.
         is_chat (`bool`):
             Whether the choices are chat completions.
         texts ([`TokenTexts`]):
-            Spells tokens.
+            Texts of tokens.
         prompts (sequence of `list[int]`):
-            Token ids of the prompt of each choice.
+            Token ids of the prompt, for each choice.
         echoes (sequence of `str`, *optional*):
-            Text of the prompt of each choice, if the choices begin with it.
+            Text of the prompt, for each choice, if choices begin with it.
         with_logps (`bool`, *optional*, defaults to `False`):
             Whether the choices have log-probabilities.
         num_prompt_tokens (`int`, *optional*, defaults to `0`):
-            Tokens of all prompts, each counted once.
+            Total number of tokens in the prompts, not repeated for several choices.
     """
 
     def __init__(
@@ -52,13 +52,13 @@ class Answer:
         prefix = "chatcmpl" if is_chat else "cmpl"
         self.head: Json = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self.echoes = echoes or []
-        self.echoes_first = bool(echoes) and not with_logps  # else they come with the scores of the prompt
-        # The token before the next one of each choice: it decides whether the next one's text begins with a space
+        self.echoes_first = bool(echoes) and not with_logps  # otherwise the prompt comes with its scores
+        # The last token of each choice decides whether the text of the next one begins with a space
         self.last = [None if is_chat or (echoes and with_logps) else ids[-1] for ids in prompts]
 
     @property
     def usage(self) -> dict[str, int]:
-        """Count the tokens so far."""
+        """Numbers of tokens so far."""
         return {
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": self.num_tokens,
@@ -66,7 +66,7 @@ class Answer:
         }
 
     def first_chunks(self) -> Iterator[Json]:
-        """Yield what comes before any token: the role, or the prompt."""
+        """Yield the chunks before the first token: the role, or the prompt."""
         for index in range(len(self.last)):
             if self.is_chat:
                 yield self._chunk(index, {"delta": {"role": "assistant", "content": ""}})
@@ -74,29 +74,29 @@ class Answer:
                 yield self._chunk(index, {"text": self.echoes[index]})
 
     def chunk(self, index: int, event: Event) -> Json:
-        """Return the chunk for an event of a choice."""
+        """Return the chunk of an event."""
         self.num_tokens += event.get("num_tokens", 0)
         reason, text = event.get("finish_reason"), self._text(index, event)
         content: Json = {"delta": {} if reason else {"content": text}} if self.is_chat else {"text": text}
         return self._chunk(index, content, self._logprobs(index, event), reason)
 
     def last_chunk(self) -> Json:
-        """Return the chunk with the usage. It has no choices."""
+        """Return the chunk with the usage and no choices."""
         return self.head | {"object": self._object(True), "choices": [], "usage": self.usage}
 
     def whole(self, events: Sequence[Sequence[Event]]) -> Json:
-        """Return the answer, given all events of each choice."""
+        """Return the whole answer, given the events of each choice."""
         choices = []
-        for index, of_choice in enumerate(events):
-            text = "".join(self._text(index, event) for event in of_choice)
+        for index, choice_events in enumerate(events):
+            text = "".join(self._text(index, event) for event in choice_events)
             if self.echoes_first:
                 text = self.echoes[index] + text
-            end = of_choice[-1]
+            end = choice_events[-1]
             self.num_tokens += end["num_tokens"]
             logps = None
             if self.with_logps:
                 keys = ["content"] if self.is_chat else ["tokens", "token_logprobs", "top_logprobs"]
-                parts = [x for event in of_choice if (x := self._logprobs(index, event)) is not None]
+                parts = [x for event in choice_events if (x := self._logprobs(index, event)) is not None]
                 logps = {key: [x for part in parts for x in part[key]] for key in keys}
             content: Json = {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
             choices.append({"index": index, **content, "logprobs": logps, "finish_reason": end["finish_reason"]})
@@ -117,7 +117,7 @@ class Answer:
         return event.get("text", "")
 
     def _logprobs(self, index: int, event: Event) -> dict[str, list] | None:
-        """Return the log-probabilities of the tokens of an event, if they are asked for."""
+        """Return the log-probabilities of the tokens of an event, or `None` without tokens or `with_logps`."""
         tokens = event.get("prompt") or event.get("tokens")
         if not (self.with_logps and tokens):
             return None
@@ -134,7 +134,7 @@ class Answer:
             "tokens": [x["token"] for x in entries],
             "token_logprobs": [x["logprob"] for x in entries],
             "top_logprobs": [
-                # With the token itself, even if it is not among the likeliest
+                # The token itself is included, even if it is not among the likeliest
                 None if x["logprob"] is None else {y["token"]: y["logprob"] for y in [x, *top]}
                 for x, top in zip(entries, likeliest, strict=True)
             ],
@@ -145,6 +145,6 @@ class Answer:
         return {"token": text, "logprob": None if logp is None else max(logp, LOWEST_LOGP), "bytes": list(spelled)}
 
 
-def server_sent(data: Json) -> str:
-    """Return an event of a stream."""
+def server_sent_event(data: Json) -> str:
+    """Encode data as a server-sent event."""
     return f"data: {json.dumps(data)}\n\n"

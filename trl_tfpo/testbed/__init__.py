@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-A controlled world in which alignment methods can be compared exactly.
+A controlled world for exact comparison of alignment methods.
 
-It has a small language of restaurant reviews; a patient and a doctor, trained on it; oracles that score every text;
-and the frontier of the best possible reward at each KL. It needs no network, and its models run on a CPU.
+It consists of a small language of restaurant reviews, a patient and a doctor trained on it, oracles that score texts,
+and the frontier of the best possible reward at each KL. It needs no network and runs on a CPU.
 """
 
 from .frontier import Frontier, reward_kl_frontier

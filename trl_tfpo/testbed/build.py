@@ -3,10 +3,9 @@
 """
 Train the patient and the doctor of the testbed from scratch: `python -m trl_tfpo.testbed.build --output_dir weights`.
 
-The patient is trained on conversations with no, one or two instructions, and learns to follow them. The doctor is
-trained on conversations without instructions: it is an ordinary small language model, which has to learn about
-attributes from preferences. Both are trained on the places of all splits. The splits therefore separate only the
-prompts of the alignment.
+The patient learns to follow instructions, from conversations with up to one instruction per attribute. The doctor is
+trained on conversations without instructions, and learns about attributes only from preferences. Both are trained on
+the places of all splits. Splits therefore matter only for alignment.
 """
 
 import argparse
@@ -30,7 +29,7 @@ from .world import LANGUAGE_FILE
 
 
 class Recipe(TypedDict):
-    """Recipe of a model: its size, its conversations, and the length of its training."""
+    """Conversations, training and size of a model."""
 
     is_instructed: bool
     steps: int
@@ -55,23 +54,13 @@ RECIPES: dict[str, Recipe] = {
 
 
 def instructions_of(language: Language) -> tuple[str, ...]:
-    """
-    Return all combinations of one face, or none, of each attribute. The empty one is repeated, because it is the
-    usual case.
-    """
+    """Return all combinations of at most one face per attribute. The empty one is repeated to make it frequent."""
     choices = [("", faces.positive, faces.negative) for faces in language.faces.values()]
-    return tuple(" ".join(filter(None, asked)) for asked in itertools.product(*choices)) + ("",) * 4
+    return tuple(" ".join(filter(None, faces)) for faces in itertools.product(*choices)) + ("",) * 4
 
 
-def make_model(
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    hidden_size: int,
-    intermediate_size: int,
-    num_hidden_layers: int,
-    num_attention_heads: int,
-) -> LlamaForCausalLM:
-    """Make a Llama with random weights for the vocabulary of a tokenizer."""
+def make_model(tokenizer: PreTrainedTokenizerBase, *, hidden_size: int, **sizes: int) -> LlamaForCausalLM:
+    """Make a Llama with random weights for the vocabulary of a tokenizer. Sizes are arguments of `LlamaConfig`."""
     special = {
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
@@ -80,12 +69,10 @@ def make_model(
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=num_hidden_layers,
-        num_attention_heads=num_attention_heads,
         max_position_embeddings=256,
-        initializer_range=hidden_size**-0.5,  # the default suits wide models and delays the learning of attention
+        initializer_range=hidden_size**-0.5,  # the default, for wide models, delays learning of attention
         tie_word_embeddings=False,
+        **sizes,  # type: ignore[arg-type]  # not all fields are numbers
         **special,
     )
     model = LlamaForCausalLM(config)
@@ -104,35 +91,22 @@ def sample_batch(
     language: Language = REVIEWS,
 ) -> dict[str, torch.Tensor]:
     """
-    Draw a batch of conversations. Only tokens of the review, EOS included, have a label.
+    Draw a batch of B conversations: `input_ids`, `attention_mask` and `labels`, (B, L) each.
 
-    Args:
-        tokenizer (`transformers.PreTrainedTokenizerBase`):
-            Tokenizer of the language.
-        rng (`random.Random`):
-            Source of all choices.
-        instructions (`tuple` of `str`):
-            Instructions to draw from. An empty one makes a conversation without an instruction.
-        batch_size (`int`):
-            Number of conversations, B.
-        language ([`Language`], *optional*):
-            Language of the conversations. Defaults to the reviews of the world in the package.
-
-    Returns:
-        `dict[str, torch.Tensor]`: `input_ids`, `attention_mask` and `labels` of shape `(B, L)`.
+    Only tokens of the review, EOS included, have a label. An empty instruction makes a conversation without one.
     """
-    everywhere = [place for split in language.num_places for place in language.places(split)]
-    ids, num_prompt = [], []
+    places = [place for split in language.num_places for place in language.places(split)]
+    ids, prompt_lengths = [], []
     for _ in range(batch_size):
-        place, instruction = rng.choice(everywhere), rng.choice(instructions)
+        place, instruction = rng.choice(places), rng.choice(instructions)
         prompt = language.make_prompt(place, instruction)
         review = language.sample_review(rng, place, language.sample_moods(rng, instruction))
-        answered = [*prompt, {"role": "assistant", "content": review}]
-        ids.append(_token_ids(tokenizer, answered))
-        num_prompt.append(len(_token_ids(tokenizer, prompt, add_generation_prompt=True)))
+        messages = [*prompt, {"role": "assistant", "content": review}]
+        ids.append(_token_ids(tokenizer, messages))
+        prompt_lengths.append(len(_token_ids(tokenizer, prompt, add_generation_prompt=True)))
     batch = tokenizer.pad({"input_ids": ids}, padding_side="right", return_tensors="pt")
     position = torch.arange(batch["input_ids"].size(1))
-    is_review = batch["attention_mask"].bool() & (position >= torch.tensor(num_prompt)[:, None])  # (B, L)
+    is_review = batch["attention_mask"].bool() & (position >= torch.tensor(prompt_lengths)[:, None])  # (B, L)
     return {**batch, "labels": batch["input_ids"].masked_fill(~is_review, -100)}
 
 
@@ -155,7 +129,7 @@ def train_model(
     learning_rate: float,
     language: Language = REVIEWS,
 ) -> None:
-    """Train `model` in place on new conversations at each step, with AdamW, warmup and cosine decay."""
+    """Train `model` in place, on new conversations at each step, with AdamW, warmup and cosine decay."""
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=steps // 10, num_training_steps=steps)
@@ -175,17 +149,17 @@ def train_model(
 
 def build(output_dir: str | Path, *, seed: int, steps: int | None = None, language: Language = REVIEWS) -> None:
     """
-    Train both models and save each, with the tokenizer, in its folder.
+    Train both models, and save each with the tokenizer for [`load_world`].
 
     Args:
         output_dir (`str` or `Path`):
-            Folder that receives `patient` and `doctor`; [`load_world`] reads it.
+            Folder in which `patient` and `doctor` are created.
         seed (`int`):
             Seed of weights and text.
         steps (`int`, *optional*):
-            Optimizer steps of each model, with 32 conversations each. Defaults to those of `RECIPES`.
+            Optimizer steps per model, with 32 conversations each. Defaults to those of `RECIPES`.
         language ([`Language`], *optional*):
-            Language of both models. Defaults to the reviews of the world in the package.
+            Language of both models. Defaults to the reviews of the package.
     """
     tokenizer = language.make_tokenizer()
     if language is not REVIEWS:
@@ -209,14 +183,12 @@ def build(output_dir: str | Path, *, seed: int, steps: int | None = None, langua
 
 
 def main() -> None:
-    """Run the command line."""
+    """Parse options and build a world."""
     parser = argparse.ArgumentParser(description="Train the patient and the doctor of the testbed.")
-    parser.add_argument("--output_dir", required=True, help="folder that receives `patient` and `doctor`")
+    parser.add_argument("--output_dir", required=True, help="folder in which `patient` and `doctor` are created")
     parser.add_argument("--steps", type=int, help="optimizer steps of each model, instead of the recipe's")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and text")
-    parser.add_argument(
-        "--language_seed", type=int, help="draw a language from this seed, instead of that of the package"
-    )
+    parser.add_argument("--language_seed", type=int, help="seed of a random language; by default that of the package")
     args = parser.parse_args()
     language = REVIEWS if args.language_seed is None else random_language(args.language_seed)
     build(args.output_dir, steps=args.steps, seed=args.seed, language=language)

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-The frontier: the largest reward of any policy at a given KL divergence from the patient.
+The frontier: the largest reward of any policy at each KL divergence from the patient.
 
-Shapes: P prompts, N patient samples of each, L points of the frontier. Units: nats for a divergence, the unit of the
-reward for everything else.
+Shapes: P prompts, N patient samples per prompt, L points of the frontier. KL is in nats.
 """
 
 import math
@@ -14,18 +13,18 @@ from dataclasses import dataclass
 import torch
 
 
-MIN_EFFECTIVE_SAMPLES = 10  # per prompt; with fewer, the best samples are mistaken for the tail
+MIN_EFFECTIVE_SAMPLES = 10  # per prompt; with fewer, the estimate of the tail is biased
 
 
 @dataclass(frozen=True)
 class Frontier:
     r"""
-    Best expected reward as a function of the KL from the patient, computed by [`reward_kl_frontier`].
+    Best expected reward as a function of KL from the patient. [`reward_kl_frontier`] computes it.
 
     Args:
         kls (`torch.Tensor` of shape `(L,)`):
-            $\mathrm{KL}(\pi \,\|\, \pi_{\text{patient}})$ of whole completions, in nats, averaged over prompts;
-            increasing from 0.
+            $\mathrm{KL}(\pi \,\|\, \pi_{\text{patient}})$ of whole completions, averaged over prompts, in nats.
+            Increases from 0.
         rewards (`torch.Tensor` of shape `(L,)`):
             Best expected reward at each KL.
         standard_errors (`torch.Tensor` of shape `(L,)`):
@@ -38,62 +37,52 @@ class Frontier:
 
     @property
     def patient_reward(self) -> float:
-        """Expected reward of the patient, the frontier at KL 0."""
+        """Expected reward of the patient, at KL 0."""
         return self.rewards[0].item()
 
     @property
     def max_kl(self) -> float:
-        """Largest KL of the frontier, in nats. The samples are too few for a larger one."""
+        """Largest KL of the frontier in nats. Estimates at larger KL need more samples."""
         return self.kls[-1].item()
 
     def best_reward(self, kl: float) -> float:
-        """
-        Reward of the best policy at a KL of `kl` nats.
-
-        Raises:
-            `ValueError`: when `kl` is negative or beyond `max_kl`.
-        """
+        """Reward of the best policy at `kl` nats. Raises `ValueError` when `kl` is not in `[0, max_kl]`."""
         return self._interpolate(self.rewards, kl)
 
     def standard_error(self, kl: float) -> float:
-        """
-        Standard error of [`best_reward`] at `kl`.
-
-        Raises:
-            `ValueError`: when `kl` is negative or beyond `max_kl`.
-        """
+        """Standard error of [`best_reward`]. Raises `ValueError` when `kl` is not in `[0, max_kl]`."""
         return self._interpolate(self.standard_errors, kl)
 
     def efficiency(self, reward: float, kl: float) -> float:
         """
-        Return the gain of a policy over the patient, as a share of the largest gain at the same KL.
+        Gain of a policy over the patient, as a share of the largest possible gain at the same KL.
 
         Args:
             reward (`float`):
                 Expected reward of the policy.
             kl (`float`):
-                Its KL from the patient, in nats, positive.
+                KL of the policy from the patient, in nats.
 
         Returns:
-            `float`: at most 1, up to the errors of the estimates; 0 for no gain, negative for a loss.
+            `float`: at most 1, apart from estimation error; 0 for no gain, negative for a loss.
 
         Raises:
-            `ValueError`: when `kl` is not positive or beyond `max_kl`.
+            `ValueError`: when `kl` is not in `(0, max_kl]`.
         """
         if kl == 0:
             raise ValueError(
-                "`kl` must be positive: at 0 the only policy is the patient, and no gain is possible. Got 0; measure "
-                "a policy that differs from the patient."
+                "`kl` must be positive, because only the patient has KL 0. Got 0; measure a policy that differs from "
+                "the patient."
             )
         return (reward - self.patient_reward) / (self.best_reward(kl) - self.patient_reward)
 
     def _interpolate(self, values: torch.Tensor, kl: float) -> float:
-        """Interpolate `values` at `kl`, linearly in the root of the KL, as the best reward is linear in it near 0."""
+        """Interpolate `values` linearly in the root of the KL. Near 0 the best reward is linear in this root."""
         kl = float(kl)
         if not 0 <= kl <= self.max_kl:
             raise ValueError(
-                f"`kl` must be in [0, {self.max_kl:.3f}], where the frontier is reliable. Got {kl}; average a "
-                "negative estimate over more samples, and draw more patient samples per prompt for a larger KL."
+                f"`kl` must be in [0, {self.max_kl:.3f}], where the frontier is reliable. Got {kl}; draw more patient "
+                "samples per prompt for a larger KL, and average a negative estimate over more samples."
             )
         roots = self.kls.sqrt()
         right = int(torch.searchsorted(roots, torch.tensor(kl, dtype=roots.dtype).sqrt()).clamp(1, len(roots) - 1))
@@ -103,23 +92,23 @@ class Frontier:
 
 def reward_kl_frontier(rewards: torch.Tensor) -> Frontier:
     r"""
-    Compute the frontier of reward against KL from rewards of patient samples.
+    Compute the frontier of reward against KL from the rewards of patient samples.
 
-    The best policy at each KL is the patient tilted by the reward, with one inverse temperature $\lambda$ for all
-    prompts and a normalizer for each prompt:
+    The best policy at each KL is the patient, exponentially tilted by the reward. All prompts have the same tilt
+    $\lambda$:
 
     $$\pi_\lambda(y \mid x) = \pi_{\text{patient}}(y \mid x)\, e^{\lambda R(x, y)} / Z_x, \qquad
     \mathrm{KL}_x = \lambda\, \mathbb{E}_\lambda[R \mid x] - \log Z_x$$
 
-    Reward and KL are importance-weighted estimates. At a large $\lambda$ the effective number of samples
+    Reward and KL are importance-weighted estimates. For a large $\lambda$ the effective number of samples
     $N_{\text{eff}} = (\sum w)^2 / \sum w^2$ is small, and the frontier is too low by about
     $(1 / N_{\text{eff}} - 1 / N) / 2\lambda$. The frontier therefore ends where the harmonic mean of $N_{\text{eff}}$
-    over prompts falls below 10. At this point the gain of a Gaussian reward is still right to 2 percent. As a rule, N
-    = 300 reaches 2 nats, and N = 1600 more than 3. The frontier also ends where a larger KL gains almost no reward.
+    over prompts falls below 10. There the gain of a Gaussian reward is accurate to 2 percent. Typically N = 300
+    reaches 2 nats, and N = 1600 more than 3. The frontier also ends where a larger KL adds almost no reward.
 
     The standard error is that of the dual form of the frontier, $\min_\lambda (\mathrm{KL} + \overline{\log Z}) /
-    \lambda$. At the minimum it depends only on the noise of $\log Z_x$, whose variance is $1 / N_{\text{eff}} - 1 /
-    N$. It covers the choice of the samples, not that of the prompts.
+    \lambda$. At the minimum it depends only on the noise of $\log Z_x$, which has variance $1 / N_{\text{eff}} - 1 /
+    N$. It accounts for the sampling of texts, but not of prompts.
 
     Args:
         rewards (`torch.Tensor` of shape `(P, N)`):
@@ -129,8 +118,7 @@ def reward_kl_frontier(rewards: torch.Tensor) -> Frontier:
         `Frontier`
 
     Raises:
-        `ValueError`: when `rewards` is not a finite matrix with at least 10 samples per prompt, or when the reward
-        is constant.
+        `ValueError`: when `rewards` is not a finite matrix with at least 10 samples per prompt, or is constant.
 
     Examples:
 
@@ -154,8 +142,8 @@ def reward_kl_frontier(rewards: torch.Tensor) -> Frontier:
     scale = rewards.std(dim=1).square().mean().sqrt()
     if scale == 0:
         raise ValueError(
-            f"`rewards` must vary within a prompt. Got the same reward for all {num_samples} samples of each; no "
-            "policy can gain anything."
+            f"`rewards` must vary within a prompt. Got the same reward for all {num_samples} samples of each; use "
+            "another reward function."
         )
     mean = rewards.mean(dim=1, keepdim=True)
     points = [(torch.zeros_like(scale), mean.mean(), (rewards.var(dim=1).mean() / rewards.numel()).sqrt())]
@@ -175,31 +163,23 @@ def reward_kl_frontier(rewards: torch.Tensor) -> Frontier:
     return Frontier(*(torch.stack(column) for column in zip(*points, strict=True)))
 
 
-def tilted(
-    rewards: torch.Tensor, grows: Callable[[torch.Tensor], torch.Tensor], wanted: float
+def find_tilt(
+    rewards: torch.Tensor, statistic: Callable[[torch.Tensor], torch.Tensor], target: float
 ) -> tuple[float, torch.Tensor]:
     """
-    Find the tilt at which a quantity that increases with the tilt has a given value.
+    Find the tilt of rewards (P, N) at which a statistic of the sample weights reaches a target.
 
-    Args:
-        rewards (`torch.Tensor` of shape `(P, N)`):
-            Rewards of N patient samples for each of P prompts.
-        grows (`Callable`):
-            From the weights of the samples to the quantity, such as the mean of [`kl_of`].
-        wanted (`float`):
-            Value of the quantity. Where it needs a tilt above 10,000, the tilt is 10,000.
-
-    Returns:
-        `tuple`: the tilt, and the weights of shape `(P, N)`.
+    `statistic` maps weights (P, N) to a number that increases with the tilt, such as the mean of
+    [`kl_from_uniform`]. Returns the tilt, at most 10,000, and the weights.
     """
     low, high = 0.0, 1e4
     for _ in range(70):
         tilt = (low + high) / 2
         weights = (tilt * rewards).softmax(dim=1)
-        low, high = (tilt, high) if grows(weights) < wanted else (low, tilt)
+        low, high = (tilt, high) if statistic(weights) < target else (low, tilt)
     return tilt, weights
 
 
-def kl_of(weights: torch.Tensor) -> torch.Tensor:
-    """KL (P,) in nats of weights (P, N), which sum to 1, from uniform weights."""
+def kl_from_uniform(weights: torch.Tensor) -> torch.Tensor:
+    """KL (P,) in nats of normalized weights (P, N) from uniform weights."""
     return (weights * (weights * weights.size(1)).clamp(min=1e-300).log()).sum(dim=1)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Small languages: a grammar, attributes of a text, and instructions that ask for an attribute.
+Small languages: a grammar, attributes of texts, and instructions that request an attribute.
 
-A text is drawn from the grammar. Each *attribute* has a mood, positive or negative with even odds. The mood changes
-the words of that attribute only, not the structure, the length or any other word. An instruction (a face of the
-attribute) determines the mood with a probability near 1. [`REVIEWS`] is written by hand. [`random_language`] draws
-other languages, on which no setting was tuned.
+Texts are drawn from the grammar. Each *attribute* has a mood, positive or negative with equal probability. The mood
+changes only the words of its attribute: structure, length and all other words are independent of it. An instruction (a
+face of the attribute) determines the mood with a probability near 1. [`REVIEWS`] is written by hand.
+[`random_language`] draws other languages. No setting was tuned on these.
 """
 
 import json
@@ -22,22 +22,22 @@ from transformers import PreTrainedTokenizerFast
 from ..faces import Faces
 
 
-MAX_NEW_TOKENS = 64  # of the longest text, EOS included
+MAX_NEW_TOKENS = 64  # length of the longest text, EOS included
 FORMAT_VERSION = 1  # of a saved language
 
 
 @dataclass(frozen=True)
 class Attribute:
     """
-    A property of a text that faces ask for, and that an oracle measures exactly.
+    A property of texts. Its faces request it, and its oracle measures it exactly.
 
     Args:
         name (`str`):
             Name in `World.attributes`.
         faces (`Faces`):
-            The instructions that ask for it and for its opposite.
+            Instructions for the attribute and for its opposite.
         words (`dict[str, int]`):
-            +1 or -1 for each word that changes the score.
+            +1 for positive and -1 for negative words.
     """
 
     name: str
@@ -45,34 +45,34 @@ class Attribute:
     words: dict[str, int]
 
     def oracle(self, text: str) -> float:
-        """Number of positive words minus number of negative words of the attribute in `text`."""
+        """Number of positive words minus number of negative words in `text`."""
         return float(sum(self.words.get(word, 0) for word in re.findall(r"\w+", text)))
 
 
 @dataclass(frozen=True)
 class Language:
     """
-    A grammar with attributes. A name in braces is a slot, which is filled by a rule or a word.
+    A grammar with attributes. A name in braces is a slot. It is filled by a rule or a word.
 
     Args:
         rules (`dict[str, list[str]]`):
-            Alternatives of each rule, starting from `"review"`. Rules are not recursive.
+            Alternatives of each rule. A text is an expansion of `"review"`. Rules are not recursive.
         words (`dict[str, list[str]]`):
             Words of each slot without an attribute.
         colored (`dict[str, list]`):
             For each slot with an attribute: name of the attribute, then positive, negative and neutral words.
         request (`str`):
-            Message of the user, with the slots of `same`.
+            Message of the user. It contains the slots of `same`.
         faces (`dict[str, Faces]`):
             Faces of each attribute.
         same (`list[str]`):
-            Two slots with one word each throughout a text. Both words together are the *place* of the text.
+            Two slots whose words are constant within a text. The pair of words is the *place* of the text.
         neutral_rate (`float`, *optional*, defaults to `0.1`):
-            Share of neutral words in a slot with an attribute.
+            Probability of a neutral word in a slot with an attribute.
         loyalty (`float`, *optional*, defaults to `0.85`):
-            Share of the other words that agree with the mood.
+            Probability that a non-neutral word agrees with the mood.
         obedience (`float`, *optional*, defaults to `0.99`):
-            Probability that the mood is what the instruction asks for.
+            Probability that the mood agrees with the instruction.
         num_places (`dict[str, int]`, *optional*):
             Number of places of each split. Splits have no place in common.
     """
@@ -91,20 +91,10 @@ class Language:
     @cached_property
     def attributes(self) -> dict[str, Attribute]:
         """Attributes by name."""
-        return {
-            name: Attribute(
-                name=name,
-                faces=faces,
-                words={
-                    word: sign
-                    for owner, positive, negative, _ in self.colored.values()
-                    for sign, group in ((1, positive), (-1, negative))
-                    for word in group
-                    if owner == name
-                },
-            )
-            for name, faces in self.faces.items()
-        }
+        words: dict[str, dict[str, int]] = {name: {} for name in self.faces}
+        for name, positive, negative, _ in self.colored.values():
+            words[name] |= dict.fromkeys(positive, 1) | dict.fromkeys(negative, -1)
+        return {name: Attribute(name, faces, words[name]) for name, faces in self.faces.items()}
 
     @cached_property
     def all_words(self) -> dict[str, list[str]]:
@@ -112,29 +102,16 @@ class Language:
         return self.words | {slot: sum(words, []) for slot, (_, *words) in self.colored.items()}
 
     def sample_moods(self, rng: random.Random, instruction: str = "") -> dict[str, int]:
-        """Draw the mood of each attribute, +1 or -1: as asked with probability `obedience`, else with even odds."""
+        """Draw the mood of each attribute, +1 or -1. An instruction is followed with probability `obedience`."""
         moods = {}
         for name, faces in self.faces.items():
-            asked = self.obedience if faces.positive in instruction else 0.5
-            odds = 1 - self.obedience if faces.negative in instruction else asked
-            moods[name] = 1 if rng.random() < odds else -1
+            probability = self.obedience if faces.positive in instruction else 0.5  # of the positive mood
+            probability = 1 - self.obedience if faces.negative in instruction else probability
+            moods[name] = 1 if rng.random() < probability else -1
         return moods
 
     def sample_review(self, rng: random.Random, place: tuple[str, str], moods: dict[str, int]) -> str:
-        """
-        Draw a text from the grammar.
-
-        Args:
-            rng (`random.Random`):
-                Source of all choices.
-            place (`tuple[str, str]`):
-                Words of the slots `same`.
-            moods (`dict[str, int]`):
-                +1 or -1 for each attribute, from [`~Language.sample_moods`].
-
-        Returns:
-            `str`: the text.
-        """
+        """Draw a text about a place (words of the slots `same`), with the moods of [`~Language.sample_moods`]."""
         fixed = dict(zip(self.same, place, strict=True))
 
         def expand(symbol: str) -> str:
@@ -152,7 +129,7 @@ class Language:
         return expand("review")
 
     def is_grammatical(self, text: str) -> bool:
-        """Whether the grammar can generate a text, and the text has one place only."""
+        """Whether the grammar can generate `text`, and `text` is about one place only."""
         if not self._review.fullmatch(text):
             return False
         words = re.findall(r"\w+", text)
@@ -163,29 +140,29 @@ class Language:
         return re.compile(self._pattern("review"))
 
     def _pattern(self, symbol: str) -> str:
-        """Regular expression of all expansions of a symbol, which exists because rules are not recursive."""
+        """Regular expression of all expansions of a symbol. It is finite because rules are not recursive."""
         alternatives = self.rules.get(symbol) or self.all_words[symbol]
         parts = (re.split(r"{(\w+)}", text) for text in alternatives)  # literal, symbol, literal, ...
         texts = ("".join(self._pattern(p) if i % 2 else re.escape(p) for i, p in enumerate(split)) for split in parts)
         return f"(?:{'|'.join(texts)})"
 
     def places(self, split: str) -> list[tuple[str, str]]:
-        """Words of the slots `same` for each place of a split, in a fixed random order."""
+        """Places of a split, as words of the slots `same`, in a fixed random order. Splits are disjoint."""
         sizes = self.num_places
         if split not in sizes:
             raise ValueError(f"`split` must be one of {list(sizes)}. Got {split!r}; 'train' has the most prompts.")
-        every = [(first, second) for first in self.words[self.same[0]] for second in self.words[self.same[1]]]
-        random.Random(0).shuffle(every)
+        places = [(first, second) for first in self.words[self.same[0]] for second in self.words[self.same[1]]]
+        random.Random(0).shuffle(places)
         start = sum(sizes[name] for name in list(sizes)[: list(sizes).index(split)])
-        return every[start : start + sizes[split]]
+        return places[start : start + sizes[split]]
 
     def make_prompt(self, place: tuple[str, str], instruction: str = "") -> list[dict[str, str]]:
-        """The conversation that asks for a text about a place. A non-empty instruction is its system message."""
+        """Return the conversation that requests a text about a place. An instruction becomes its system message."""
         request = {"role": "user", "content": self.request.format(**dict(zip(self.same, place, strict=True)))}
         return [{"role": "system", "content": instruction}, request] if instruction else [request]
 
     def make_tokenizer(self) -> PreTrainedTokenizerFast:
-        """Make the word-level tokenizer of the language, with a chat template. Tokens are words and full stops."""
+        """Make a word-level tokenizer with a chat template. Tokens are words and full stops."""
         special = ["<pad>", "<s>", "</s>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>"]
         texts = [*sum(self.rules.values(), []), *sum(self.all_words.values(), []), self.request]
         texts += [face for faces in self.faces.values() for face in (faces.positive, faces.negative)]
@@ -214,17 +191,12 @@ class Language:
 
     @classmethod
     def load(cls, path: Path) -> "Language":
-        """
-        Read a language that [`~Language.save`] wrote.
-
-        Raises:
-            `ValueError`: when the file is of another format.
-        """
+        """Read a language written by [`~Language.save`]. Raises `ValueError` when its format is not supported."""
         fields = json.loads(path.read_text(encoding="utf-8"))
         if (version := fields.pop("format_version", None)) != FORMAT_VERSION:
             raise ValueError(
-                f"The language must be of format {FORMAT_VERSION}. Got {version!r} in {str(path)!r}; build the world "
-                "again with `python -m trl_tfpo.testbed.build`."
+                f"The language must have format {FORMAT_VERSION}. Got {version!r} in {str(path)!r}; rebuild the world "
+                "with `python -m trl_tfpo.testbed.build`."
             )
         return cls(**fields | {"faces": {name: Faces(**faces) for name, faces in fields["faces"].items()}})
 
@@ -273,7 +245,7 @@ _WORDS = {
     "features": "tables chairs curtains plates candles flowers windows mirrors".split(),
     "dish": "soup bread stew pie salad fish cake cheese pasta rice".split(),
 }
-# Slot: its attribute, then its positive, negative and neutral words
+# By slot: attribute, then positive, negative and neutral words
 _COLORED = {
     "quality": [
         "praise",
@@ -312,30 +284,21 @@ REVIEWS = Language(
 
 
 def random_language(seed: int) -> Language:
-    """
-    Draw a language with its own words, grammar, attributes and rates.
-
-    Args:
-        seed (`int`):
-            Seed of the language.
-
-    Returns:
-        [`Language`]: with one or two attributes, and texts of at most 63 tokens.
-    """
+    """Draw a language with random words, rules, rates, and one or two attributes. Texts have at most 63 tokens."""
     rng = random.Random(f"language {seed}")
     draw = _Words(rng)
-    names = draw.some(1, 2)
+    names = draw.between(1, 2)
     colored: dict[str, list] = {}
     for name in names:
         for slot in range(rng.randint(1, 2)):
             num = rng.randint(5, 10)
-            colored[f"{name}_{slot}"] = [name, draw.exactly(num), draw.exactly(num), draw.some(2, 5)]
-    words = {f"slot_{index}": draw.some(3, 9) for index in range(rng.randint(6, 10))}
-    words |= {"first": draw.exactly(8), "second": draw.exactly(8), "link": draw.some(2, 4)}
+            colored[f"{name}_{slot}"] = [name, draw.exactly(num), draw.exactly(num), draw.between(2, 5)]
+    words = {f"slot_{index}": draw.between(3, 9) for index in range(rng.randint(6, 10))}
+    words |= {"first": draw.exactly(8), "second": draw.exactly(8), "link": draw.between(2, 4)}
     rules = _random_rules(rng, draw, colored, [slot for slot in words if slot.startswith("slot_")])
     faces = {}
     for name in names:
-        shared = draw.some(1, 3)
+        shared = draw.between(1, 3)
         positive, negative = (" ".join([draw.word(), *shared]) + "." for _ in range(2))
         faces[name] = Faces(positive, negative)
     return Language(
@@ -343,7 +306,7 @@ def random_language(seed: int) -> Language:
         words=words,
         colored=colored,
         same=["first", "second"],
-        request=" ".join([*draw.some(1, 3), "{first} {second}"]) + ".",
+        request=" ".join([*draw.between(1, 3), "{first} {second}"]) + ".",
         faces=faces,
         neutral_rate=rng.uniform(0.05, 0.2),
         loyalty=rng.uniform(0.7, 0.9),
@@ -351,7 +314,7 @@ def random_language(seed: int) -> Language:
 
 
 class _Words:
-    """Draws words of two or three syllables, each word once."""
+    """Draws words of two or three syllables, without repetition."""
 
     def __init__(self, rng: random.Random):
         self.rng = rng
@@ -369,17 +332,17 @@ class _Words:
     def exactly(self, num: int) -> list[str]:
         return [self.word() for _ in range(num)]
 
-    def some(self, low: int, high: int) -> list[str]:
+    def between(self, low: int, high: int) -> list[str]:
         return self.exactly(self.rng.randint(low, high))
 
 
 def _random_rules(
     rng: random.Random, draw: _Words, colored: dict[str, list], plain: list[str]
 ) -> dict[str, list[str]]:
-    """Draw the rules of a language, given the names of its slots with and without an attribute."""
+    """Draw rules for slots with an attribute (`colored`) and without one (`plain`)."""
 
     def clause(color: str) -> str:
-        """Three to seven words. One or two have an attribute, the others are fixed or from a slot without one."""
+        """Draw a clause of three to seven words. One or two have an attribute, the others are fixed or plain slots."""
         others = [f"{{{rng.choice(plain)}}}" if rng.random() < 0.6 else draw.word() for _ in range(rng.randint(2, 5))]
         colors = [f"{{{color}}}"] + [f"{{{rng.choice(list(colored))}}}"] * (rng.random() < 0.4)
         mixed = others[1:] + colors
@@ -396,9 +359,10 @@ def _random_rules(
     return {
         "review": [body, body + " {closing}"] if rng.random() < 0.7 else [body],
         "opening": [
-            " ".join([*draw.some(1, 3), "{first} {second}", *draw.some(0, 2)]) + "." for _ in range(rng.randint(1, 3))
+            " ".join([*draw.between(1, 3), "{first} {second}", *draw.between(0, 2)]) + "."
+            for _ in range(rng.randint(1, 3))
         ],
         "sentence": sentences,
         "clause": clauses,
-        "closing": [" ".join([*draw.some(1, 3), rng.choice(["{first}", "{second}"])]) + "." for _ in range(2)],
+        "closing": [" ".join([*draw.between(1, 3), rng.choice(["{first}", "{second}"])]) + "." for _ in range(2)],
     }

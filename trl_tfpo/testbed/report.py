@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Comparison of methods in the testbed: reward and KL of each, and the frontier, in a table and a figure."""
+"""Comparison of methods in the controlled world: reward, KL and frontier, as a table and a figure."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ import torch
 
 from ..decoding.logits_processor import DoctorGuidedLogitsProcessor
 from ..evaluation import best_of_n, distinct_n, evaluate_guidance, generate_completions, match_kl
-from ..evaluation.guidance import GuidanceResult
+from ..evaluation.reward_and_kl import GuidanceResult
 from .frontier import Frontier, reward_kl_frontier
 from .language import MAX_NEW_TOKENS
 from .world import World
@@ -26,7 +26,7 @@ COLUMNS = {
     "grammar": "grammar",
     "distinct_4": "distinct-4",
 }
-POOL = 512  # completions for distinct-4, or fewer where a method has fewer
+POOL = 512  # maximum number of texts for distinct-4
 
 
 class Comparison:
@@ -39,19 +39,19 @@ class Comparison:
         attribute (`str`):
             Name of the attribute whose oracle is the reward.
         num_samples_per_prompt (`int`, *optional*, defaults to `200`):
-            Samples of a guided policy for each test prompt.
+            Samples of each guided policy per prompt.
         num_patient_samples_per_prompt (`int`, *optional*):
-            Samples of the patient, from which the frontier is estimated. Defaults to four times as many.
+            Patient samples per prompt, for the frontier. Defaults to `4 * num_samples_per_prompt`.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of all samples.
+            Random seed.
         split (`str`, *optional*, defaults to `"test"`):
-            Prompts on which the rows are measured. Use `"validation"` to choose settings.
+            Split of the prompts. Use `"validation"` to choose settings.
 
     Attributes:
         rows (`list[dict]`): one for each policy, with the keys of `COLUMNS`, `reward_se`, `kl_se`, `entropy` (nats per
-            token) and `texts`. The efficiency is `None` beyond the frontier, the entropy where it was not measured.
-        patient_completions (`list[Completion]`): samples of the patient, with their token ids.
-        patient_rewards (`torch.Tensor` of shape `(P, N)`): their rewards.
+            token) and `texts`. `efficiency` is `None` beyond the frontier, and `entropy` if it was not measured.
+        patient_completions (`list[Completion]`): samples of the patient.
+        patient_rewards (`torch.Tensor` of shape `(P, N)`): rewards of these samples.
         frontier ([`Frontier`]): best reward at each KL.
 
     Examples:
@@ -84,7 +84,7 @@ class Comparison:
         self.prompts = world.prompts(split)
         self.num_samples_per_prompt = num_samples_per_prompt
         num_patient_samples = num_patient_samples_per_prompt or 4 * num_samples_per_prompt
-        patient = self._evaluate(None, num_samples_per_prompt=num_patient_samples)
+        patient = self._evaluate(None, num_patient_samples)
         self.patient_completions = patient["completions"]
         self.patient_rewards = torch.tensor(patient["rewards"]).view(len(self.prompts), -1)  # (P, N)
         self.frontier: Frontier = reward_kl_frontier(self.patient_rewards)
@@ -92,9 +92,8 @@ class Comparison:
         self._add_evaluated("patient", None, patient)
 
     def add(self, method: str, guide: DoctorGuidedLogitsProcessor, *, beta: float) -> dict:
-        """Measure a guided policy and append its row. `beta` is for the table only."""
-        result = self._evaluate(guide, num_samples_per_prompt=self.num_samples_per_prompt)
-        return self._add_evaluated(method, beta, result)
+        """Measure a guided policy, and append and return its row. `beta` is only shown in the table."""
+        return self._add_evaluated(method, beta, self._evaluate(guide, self.num_samples_per_prompt))
 
     def add_at_kl(
         self,
@@ -104,7 +103,7 @@ class Comparison:
         *,
         max_beta: float = 1.0,
     ) -> dict:
-        """Find the strength at which the KL is `target_kl` nats on the validation prompts, then [`add`] the policy."""
+        """Find the `beta` with a KL of `target_kl` nats on the validation prompts, then [`add`] the policy."""
         beta = match_kl(
             self.world.patient,
             self.world.tokenizer,
@@ -121,28 +120,27 @@ class Comparison:
         return self.add(method, make_guide(beta), beta=beta)
 
     def add_best_of_n(self, n: int) -> dict:
-        """Append the row of the best of `n` patient samples, chosen by the oracle."""
+        """Append the row of the best of `n` patient samples by the oracle."""
         result = best_of_n(self.patient_rewards, n)
-        num_groups = self.patient_rewards.size(1) // n
-        groups = torch.arange(self.patient_rewards.numel()).view_as(self.patient_rewards)[:, : num_groups * n]
-        groups = groups.reshape(-1, n)  # n samples of one prompt each
+        indices = torch.arange(self.patient_rewards.numel()).view_as(self.patient_rewards)  # (P, N)
+        groups = indices[:, : indices.size(1) // n * n].reshape(-1, n)  # n samples of one prompt each
         winners = self.patient_rewards.flatten()[groups].argmax(dim=1, keepdim=True)
         texts = [self.rows[0]["texts"][index] for index in groups.gather(1, winners).flatten().tolist()]
         return self._add_row(f"best of {n} (oracle)", None, texts, **result)
 
     def add_samples(self, method: str, texts: Sequence[str], *, kl: float, beta: float | None = None) -> dict:
         """
-        Append the row of a policy that was sampled elsewhere.
+        Append the row of a policy from existing samples.
 
         Args:
             method (`str`):
                 Name of the policy.
             texts (sequence of `str`):
-                Samples, as many of each of `prompts`. Those of the first prompt come first.
+                Samples of the first of `prompts`, then those of the second, and so on, equally many of each.
             kl (`float`):
                 KL from the patient, in nats per completion.
             beta (`float`, *optional*):
-                Strength, which is only shown in the table.
+                Strength. It is only shown in the table.
         """
         rewards = torch.tensor([self.oracle(text) for text in texts]).view(len(self.prompts), -1).mean(dim=1)  # (P,)
         reward, error = rewards.mean().item(), (rewards.std() / len(rewards) ** 0.5).item()
@@ -159,7 +157,7 @@ class Comparison:
         return "\n".join(lines)
 
     def plot(self, path: str | os.PathLike) -> None:
-        """Draw reward against KL: the frontier and the policies, each with two standard errors. Needs matplotlib."""
+        """Plot reward against KL of frontier and policies, with two standard errors. Needs matplotlib."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -185,7 +183,7 @@ class Comparison:
         figure.savefig(path, dpi=150)
 
     def show_completions(self, guide: DoctorGuidedLogitsProcessor, num: int = 3) -> str:
-        """Format guided and unguided completions of the first prompts, with the same seed, and their rewards."""
+        """Format guided and unguided completions of the first `num` prompts, with the same seed, and rewards."""
         model, tokenizer, prompts = self.world.patient, self.world.tokenizer, self.prompts[:num]
         sample = partial(
             generate_completions, model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS, batch_size=num
@@ -194,13 +192,11 @@ class Comparison:
         lines = []
         for prompt, before, after in zip(prompts, unguided, guided, strict=True):
             lines.append(prompt[-1]["content"])
-            lines += [
-                f"  {name:<9}{self.oracle(completion.text):+3.0f}  {completion.text}"
-                for name, completion in (("unguided", before), ("guided", after))
-            ]
+            for name, text in (("unguided", before.text), ("guided", after.text)):
+                lines.append(f"  {name:<9}{self.oracle(text):+3.0f}  {text}")
         return "\n".join(lines)
 
-    def _evaluate(self, guide: DoctorGuidedLogitsProcessor | None, *, num_samples_per_prompt: int) -> GuidanceResult:
+    def _evaluate(self, guide: DoctorGuidedLogitsProcessor | None, num_samples_per_prompt: int) -> GuidanceResult:
         return evaluate_guidance(
             self.world.patient,
             self.world.tokenizer,
@@ -215,38 +211,16 @@ class Comparison:
 
     def _add_evaluated(self, method: str, beta: float | None, result: GuidanceResult) -> dict:
         texts = [completion.text for completion in result["completions"]]
-        return self._add_row(
-            method,
-            beta,
-            texts,
-            reward=result["reward"],
-            reward_se=result["reward_se"],
-            kl=result["kl"],
-            kl_se=result["kl_se"],
-            entropy=result["entropy"],
-        )
+        errors = {"reward_se": result["reward_se"], "kl_se": result["kl_se"]}
+        measures = {"reward": result["reward"], "kl": result["kl"], "entropy": result["entropy"], **errors}
+        return self._add_row(method, beta, texts, **measures)
 
     def _add_row(
-        self,
-        method: str,
-        beta: float | None,
-        texts: Sequence[str],
-        *,
-        reward: float,
-        reward_se: float,
-        kl: float,
-        kl_se: float = 0.0,
-        entropy: float | None = None,
+        self, method: str, beta: float | None, texts: Sequence[str], *, reward: float, kl: float, **measures: float
     ) -> dict:
         is_on_frontier = 0 < kl <= self.frontier.max_kl
-        row = {
-            "method": method,
-            "beta": beta,
-            "reward": reward,
-            "reward_se": reward_se,
-            "kl": kl,
-            "kl_se": kl_se,
-            "entropy": entropy,
+        row: dict = {"method": method, "beta": beta, "reward": reward, "kl": kl, "kl_se": 0.0, "entropy": None}
+        row |= measures | {
             "efficiency": self.frontier.efficiency(reward, kl) if is_on_frontier else None,
             "grammar": sum(map(self.world.is_grammatical, texts)) / len(texts),
             "distinct_4": distinct_n(evenly_chosen(texts, POOL)),
@@ -257,6 +231,6 @@ class Comparison:
 
 
 def evenly_chosen(texts: Sequence[str], num: int) -> list[str]:
-    """Choose `num` of the texts, at even distances so that all prompts are included; all texts if there are fewer."""
+    """Choose at most `num` texts at even distances, to include all prompts."""
     num = min(num, len(texts))
     return [texts[index * len(texts) // num] for index in range(num)]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The world of the testbed: a language, its oracles, and two models that are trained on it."""
+"""The controlled world: a language, its oracles, and two models trained on it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,8 @@ from .language import MAX_NEW_TOKENS, REVIEWS, Attribute, Language
 
 
 LANGUAGE_FILE = "language.json"
-SHIPPED = Path(__file__).parent / "weights"  # of the world in the package
-NOISE_TEMPERATURE = 1.0  # of the annotator, in words; larger means more label noise
+SHIPPED_WEIGHTS = Path(__file__).parent / "weights"
+NOISE_TEMPERATURE = 1.0  # of the simulated annotator; larger means more label noise
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class World:
         patient (`transformers.PreTrainedModel`):
             The larger model. It follows the faces of the attributes.
         doctor (`transformers.PreTrainedModel`):
-            The smaller model, before its training as a doctor: a language model that was trained without instructions.
+            The smaller model, a language model trained without instructions. It is not trained as a doctor yet.
         weights (`Path`):
-            Folder of the weights, with the model folders `patient` and `doctor`.
+            Folder with the models, in `patient` and `doctor`.
         language ([`Language`]):
             The language of both models.
     """
@@ -44,13 +44,11 @@ class World:
 
     @property
     def attributes(self) -> dict[str, Attribute]:
-        """
-        Attributes by name, which are independent of each other: `"praise"` and `"calm"` in the world of the package.
-        """
+        """Independent attributes by name. The world of the package has `"praise"` and `"calm"`."""
         return self.language.attributes
 
     def attribute(self, name: str) -> Attribute:
-        """Return the attribute of this name. Raises `ValueError` if there is none."""
+        """Return the attribute `name`. Raises `ValueError` if it does not exist."""
         if name not in self.attributes:
             raise ValueError(
                 f"`attribute` must be one of {sorted(self.attributes)}. Got {name!r}; see `world.attributes`."
@@ -66,7 +64,7 @@ class World:
                 `"train"` (40 prompts), `"validation"` (12) or `"test"` (12).
 
         Returns:
-            `list[list[dict]]`: for each place a conversation of one user message.
+            `list[list[dict]]`: for each place a conversation with one user message.
 
         Raises:
             `ValueError`: on an unknown split.
@@ -74,12 +72,12 @@ class World:
         return [self.language.make_prompt(place) for place in self.language.places(split)]
 
     def is_grammatical(self, text: str) -> bool:
-        """Whether the grammar can generate the review `text`, and it is about one place."""
+        """Whether the grammar can generate `text`, and `text` is about one place only."""
         return self.language.is_grammatical(text)
 
     def preference_dataset(self, attribute: str, *, num_pairs: int, seed: int, split: str = "train") -> Dataset:
         r"""
-        Sample pairs from the patient, and label them with the oracle and Bradley-Terry noise.
+        Sample pairs from the patient, and label them by the oracle with Bradley-Terry noise.
 
         $$P(a \succ b) = \sigma(\text{oracle}(a) - \text{oracle}(b))$$
 
@@ -87,7 +85,7 @@ class World:
             attribute (`str`):
                 Name of the attribute whose oracle labels the pairs.
             num_pairs (`int`):
-                Number of rows, spread evenly over the prompts of the split.
+                Number of pairs, distributed evenly over the prompts of the split.
             seed (`int`):
                 Seed of samples and labels.
             split (`str`, *optional*, defaults to `"train"`):
@@ -100,17 +98,17 @@ class World:
             `ValueError`: on an unknown attribute or split.
         """
         oracle = self.attribute(attribute).oracle
-        every = self.prompts(split)
-        prompts = [every[row % len(every)] for row in range(num_pairs)]
+        split_prompts = self.prompts(split)
+        prompts = [split_prompts[row % len(split_prompts)] for row in range(num_pairs)]
         pairs = sample_completions(self.patient, self.tokenizer, prompts, num_samples_per_prompt=2, seed=seed)
         redraw_seed = seed
-        while same := [row for row, (a, b) in enumerate(pairs) if a == b or not a or not b]:  # equal or empty
+        while unusable := [row for row, (a, b) in enumerate(pairs) if a == b or not a or not b]:
             redraw_seed += 1
-            repeated = [prompts[row] for row in same]
+            repeated = [prompts[row] for row in unusable]
             redrawn = sample_completions(
                 self.patient, self.tokenizer, repeated, num_samples_per_prompt=2, seed=redraw_seed
             )
-            for row, pair in zip(same, redrawn, strict=True):
+            for row, pair in zip(unusable, redrawn, strict=True):
                 pairs[row] = pair
 
         rng = torch.Generator().manual_seed(seed)
@@ -130,7 +128,7 @@ class World:
 
 def load_world(weights: str | Path | None = None) -> World:
     """
-    Load a world, with its models in evaluation mode. Each call loads new models.
+    Load a world, with its models in eval mode. Each call loads new models.
 
     Args:
         weights (`str` or `Path`, *optional*):
@@ -154,12 +152,12 @@ def load_world(weights: str | Path | None = None) -> World:
 
     ```
     """
-    weights = SHIPPED if weights is None else Path(weights)
+    weights = SHIPPED_WEIGHTS if weights is None else Path(weights)
     for name in ("patient", "doctor"):
         if not (weights / name / "config.json").is_file():
             raise ValueError(
                 f"`weights` must hold the folders 'patient' and 'doctor'. Got {str(weights)!r} without a model in "
-                f"{name!r}; write one with `python -m trl_tfpo.testbed.build --output_dir {weights}`."
+                f"{name!r}; build it with `python -m trl_tfpo.testbed.build --output_dir {weights}`."
             )
     return World(
         tokenizer=AutoTokenizer.from_pretrained(weights / "patient"),
@@ -180,24 +178,13 @@ def sample_completions(
     batch_size: int = 128,
 ) -> list[list[str]]:
     """
-    Sample texts from a model, at temperature 1 and from its whole vocabulary.
+    Sample texts from a model at temperature 1, from its whole vocabulary.
 
-    Args:
-        model (`transformers.PreTrainedModel`):
-            The model.
-        tokenizer (`transformers.PreTrainedTokenizerBase`):
-            Its tokenizer, with a chat template.
-        prompts (`list[list[dict]]`):
-            Conversations that the model continues.
-        num_samples_per_prompt (`int`):
-            Independent samples of each.
-        seed (`int`):
-            Seed of the samples. The random state of the caller is not changed.
-        batch_size (`int`, *optional*, defaults to `128`):
-            Rows sampled at once. The samples depend on it.
+    The tokenizer must have a chat template. The samples depend on `batch_size`. The random state of the caller is
+    preserved.
 
     Returns:
-        `list[list[str]]`: texts without special tokens, `num_samples_per_prompt` for each prompt.
+        `list[list[str]]`: for each prompt `num_samples_per_prompt` texts, without special tokens.
     """
     completions = generate_completions(
         model,

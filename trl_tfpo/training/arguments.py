@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Resolve the arguments of a trainer: models, tokenizer, reward function and objective."""
+"""Resolve the arguments of [`TFPOTrainer`]: models, tokenizer, reward function and objective."""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +18,7 @@ from ..data.tokenizer_identity import check_embeddings
 from ..models.doctor import make_doctor
 from ..models.named_model import NamedModel, resolve_model
 from .base_policy import Policy
-from .checks import check_language_model, warn_of_ignored
+from .checks import check_decoder_only, warn_of_ignored
 from .config import TFPOConfig
 from .objective import tfpo_objective
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def resolve_patient(
     patient_model: str | PreTrainedModel | None, args: TFPOConfig, quantization_config: BitsAndBytesConfig | None
 ) -> PreTrainedModel | NamedModel | None:
-    """The patient: a loaded model, or a [`NamedModel`] that is loaded when it is first read."""
+    """The patient, given as a model or by name."""
     warn_of_ignored(patient_model, "patient_model", _parsed(args.patient_model_init_kwargs))
     if patient_model is None:
         return None
@@ -40,16 +40,16 @@ def resolve_patient(
 
 
 def _parsed(init_kwargs: dict[str, Any] | str | None) -> dict[str, Any]:
-    """Keyword arguments, which the config has parsed if they were given as JSON."""
+    """Keyword arguments that [`TFPOConfig`] has parsed if they were JSON."""
     return init_kwargs if isinstance(init_kwargs, dict) else {}
 
 
 def resolve_doctor(
     model: "str | LanguageModel", args: TFPOConfig, quantization_config: BitsAndBytesConfig | None
 ) -> "LanguageModel | NamedModel":
-    """The language model that becomes the doctor: a loaded model, or a [`NamedModel`]."""
+    """The language model that becomes the doctor, given as a model or by name."""
     warn_of_ignored(model, "model", _parsed(args.model_init_kwargs))
-    # Where there are several processes, the engine places the model
+    # With several processes, Accelerate or DeepSpeed places the model
     init_kwargs: dict[str, Any] = {"device_map": None} if args.distributed_state.num_processes > 1 else {}
     init_kwargs |= {"trust_remote_code": args.trust_remote_code} | _parsed(args.model_init_kwargs)
     return resolve_model(model, "model", quantization_config, **init_kwargs)  # type: ignore[arg-type]  # `PeftModel`
@@ -58,7 +58,7 @@ def resolve_doctor(
 def resolve_tokenizer(
     processing_class: PreTrainedTokenizerBase | None, model: LanguageModel, args: TFPOConfig
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer. Its padding token is set in the configs of the doctor."""
+    """The tokenizer. Sets its padding token in the configs of the doctor."""
     processing_class = resolve_processing_class(processing_class, model, args.trust_remote_code)
     model.config.get_text_config().pad_token_id = processing_class.pad_token_id
     model.generation_config.pad_token_id = processing_class.pad_token_id
@@ -69,8 +69,8 @@ def resolve_tokenizer(
 def prepare_doctor(
     model: LanguageModel, args: TFPOConfig, policy: Policy, peft_config: "PeftConfig | None"
 ) -> LanguageModel:
-    """The doctor with its heads and adapter, ready for training."""
-    check_language_model(model)
+    """The doctor with its heads and adapter."""
+    check_decoder_only(model)
     model = make_doctor(model, peft_config, guides=policy.has_base, has_credits=bool(args.calibrate_rewards))
     keep_differentiable(model)
     if is_peft_model(model) and args.gradient_checkpointing:

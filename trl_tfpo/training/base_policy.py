@@ -3,7 +3,7 @@
 r"""
 Balanced policy and base policy for each value of `policy` in the settings.
 
-| `policy` | the flow is balanced under | base policy |
+| `policy` | balanced policy | base policy |
 |---|---|---|
 | `"ratio"` | base policy times doctor | the doctor before training |
 | `"guided"` | base policy times doctor | the patient |
@@ -13,8 +13,9 @@ With a base policy (guided flow),
 
 $$\log \pi(y \mid s) = \log \operatorname{softmax}\big( \log \pi_{\text{base}} + \log \pi_{\text{doctor}} \big),$$
 
-and $\pi_{\text{base}}$ is the reference. The doctor's language model head starts at zero, so training starts at the
-base policy, and the doctor learns the log-ratio to it. This ratio can multiply any patient with the same tokenizer.
+and $\pi_{\text{base}}$ is the reference. The language model head of the doctor starts at zero. Training therefore
+starts at the base policy, and the doctor learns the log-ratio to it. This ratio can multiply any patient with the same
+tokenizer.
 """
 
 import copy
@@ -27,21 +28,21 @@ from transformers import PreTrainedModel
 from ..common._upstream import load_sharded, shard, shards_models
 from ..common.language_model import LanguageModel, inference
 from ..functional import FactoredLogits
-from ..models.guidance import is_guidance
 from ..models.logits import completion_logps, read_logits
 from ..models.named_model import NamedModel
+from ..models.trained_exponents import trained_exponents
 
 
 class Policy:
-    """`policy="doctor"`: the doctor's own policy, without a base policy."""
+    """`policy="doctor"`: the doctor alone, without a base policy."""
 
     has_base = False
-    needs_patient = False  # in training, beyond annotation
+    needs_patient = False  # after annotation
 
     def base(
         self, doctor: "LanguageModel | NamedModel", patient: PreTrainedModel | NamedModel | None
     ) -> "LanguageModel | NamedModel | None":
-        """The base policy, made before the doctor gets its heads. `None` for a doctor with a policy of its own."""
+        """Return the base policy, or `None`. `doctor` is the language model without heads and adapter."""
         return None
 
 
@@ -52,11 +53,11 @@ class RatioPolicy(Policy):
 
     def base(self, doctor, patient):
         if isinstance(doctor, NamedModel):
-            return NamedModel(doctor.name, **doctor.init_kwargs)  # loaded when it is first read
-        if is_guidance(doctor):
+            return NamedModel(doctor.name, **doctor.init_kwargs)
+        if trained_exponents(doctor):
             raise ValueError(
-                "With `policy='ratio'` the doctor starts as a language model. Got a doctor of guided flow; start from "
-                "the model before its training, or continue its training for its patient with `policy='guided'`."
+                "With `policy='ratio'` the doctor must start as a language model. Got a doctor of guided flow; start "
+                "from the original language model, or continue training with `policy='guided'` and its patient."
             )
         return copy.deepcopy(doctor)
 
@@ -76,17 +77,10 @@ POLICIES = {"doctor": Policy(), "ratio": RatioPolicy(), "guided": GuidedPolicy()
 
 def place_base_policy(model: "LanguageModel | NamedModel", accelerator: Accelerator) -> torch.nn.Module:
     """
-    Put the base policy where the doctor is trained: sharded where the engine shards the doctor (ZeRO-3, FSDP2),
-    otherwise whole in each process. A model that is quantized, or spread over devices, stays where it is.
+    Load the base policy and move it to the accelerator, in shards if the doctor is sharded (ZeRO-3, FSDP2).
 
-    Args:
-        model ([`~transformers.PreTrainedModel`] or [`~trl_tfpo.models.named_model.NamedModel`]):
-            The frozen model. Under ZeRO-3, a model that is not loaded yet is loaded in shards.
-        accelerator ([`~accelerate.Accelerator`]):
-            Accelerator of the training.
-
-    Returns:
-        `torch.nn.Module`: the model for [`read_base_policy`]. All processes must read it at the same time.
+    A quantized model, or one with a device map over several devices, is not moved. All processes must read a sharded
+    model at the same time.
     """
     if isinstance(model, NamedModel):
         is_loaded, is_quantized = "loaded" in vars(model), "quantization_config" in model.init_kwargs
@@ -107,24 +101,24 @@ def read_base_policy(
     completion_mask: torch.Tensor,
 ) -> tuple[list[FactoredLogits | torch.Tensor], torch.Tensor]:
     """
-    Compute logits and log-probabilities of completions under the base policy. Prompts contain no face.
+    Compute logits and log-probabilities of completions under the base policy, in eval mode and without gradients.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            The frozen model; read in eval mode, without gradients.
+            The frozen model.
         input_ids (`torch.LongTensor` of shape `(B, L)`):
-            Prompts and completions, padded on the right.
+            Prompts without faces, and completions, padded on the right.
         attention_mask (`torch.Tensor` of shape `(B, L)`):
-            Which tokens are real.
+            1 for tokens, 0 for padding.
         completion_mask (`torch.Tensor` of shape `(B, L)`):
-            True for the tokens of the assistant: N in all rows together.
+            True for the tokens of the assistant.
 
     Returns:
-        Logits where completion tokens are predicted, as [`~trl_tfpo.models.logits.read_logits`] returns them; and
-        `torch.Tensor` of shape `(B, T)`: log-probabilities of the completion tokens in nats, left-aligned, padded with
-        0.
+        Terms of the logits from [`~trl_tfpo.models.logits.read_logits`], at the positions that predict completion
+        tokens; and `torch.Tensor` of shape `(B, T)`: log-probabilities of the completion tokens in nats, left-aligned,
+        padded with 0.
     """
     with inference(model):
         logits, _ = read_logits(model, completion_mask[:, 1:], input_ids=input_ids, attention_mask=attention_mask)
         logps = completion_logps(logits, input_ids, completion_mask)
-    return [one.detach() for one in logits], logps
+    return [term.detach() for term in logits], logps

@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-Token rewards that are fitted to the preference labels.
+Calibrated token rewards, fitted to the preference labels.
 
 Most of the gap between the faces at one token is noise from its context. The signal is the *usual gap* of the token,
-from a ridge regression of the gaps on the token embeddings over the whole dataset. A Bradley-Terry model of the pairs
-then weights each source of token rewards:
+predicted by a ridge regression of all gaps on the token embeddings. A Bradley-Terry model of the pairs then weights
+each source of token rewards:
 
 $$\log \frac{P(\text{chosen})}{P(\text{rejected})} = \sum_t r_t^{\text{chosen}} - \sum_t r_t^{\text{rejected}}, \qquad
 r_t = a\,u(y_t) + b\,s_t + c\,\Delta_t + w^\top (e_{y_t} - \bar e)$$
 
-Here $u$ is the usual gap of a token, $s_t$ its sparse reward (`functional.token_rewards` without labels), $\Delta_t$
-its gap, and $e$ its embedding; $w$ has a ridge of its own. The number of tokens is a further term of the fit, but no
-part of the reward: a preference for length says nothing about tokens. EOS gets no reward. A reward of 1 is one nat of
-the log-odds of a label. No network is trained, and no model is run.
+$u$ is the usual gap of a token, $s_t$ its sparse reward (`functional.token_rewards` without labels), $\Delta_t$ its
+gap, and $e$ its embedding; $w$ has a separate ridge. The fit also includes the number of tokens, but the reward does
+not: a preference for length says nothing about single tokens. EOS gets no reward. A reward of 1 is one nat of the
+log-odds of a label. No network is trained or run.
 
-If the sparse rewards already explain the labels, the other terms only add noise. Held-out labels therefore decide
-whether calibrated rewards are used: see [`Calibration.is_better`].
+If sparse rewards explain the labels well, the other terms only add noise. Held-out labels therefore decide whether
+calibrated rewards are used, see [`Calibration.is_better`].
 """
 
 import logging
@@ -38,43 +38,41 @@ from .token_gaps import centered_embeddings, padded_columns, predict_gaps, read_
 AnyDataset: TypeAlias = Dataset | IterableDataset | dict[str, Dataset | IterableDataset]
 
 logger = logging.getLogger(__name__)
-MIN_PAIRS = 32  # fewer labels cannot determine the weights
-MAX_PAIRS = 10_000  # pairs in a fit
+MIN_PAIRS, MAX_PAIRS = 32, 10_000  # in a fit
 NUM_FOLDS = 5
 NUM_COMPONENTS = 256  # principal components of the embeddings of a pair
 USUAL_GAP_RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)  # in units of the mean variance of an entry of the embeddings
-PENALTIES = (10000.0, 3000.0, 1000.0, 300.0, 100.0, 30.0)  # ridges of the embeddings, whose features have variance 1
-SCALAR_PENALTY = 0.01  # ridge of the other terms, as a share of that
+PENALTIES = (10000.0, 3000.0, 1000.0, 300.0, 100.0, 30.0)  # ridges of the components, which have variance 1
+SCALAR_PENALTY = 0.01  # ridge of the scalar terms, as a share of the ridge of the components
 SCALARS = ("usual gap", "sparse reward", "gap", "number of tokens")
 SPARSE = [SCALARS.index(name) for name in ("sparse reward", "number of tokens")]
-NUM_ERRORS = 1.5  # standard errors that count as a difference
-MIN_ADVANTAGE = 0.25  # share of what sparse rewards gain over chance; reason in docs/results/choices.md
+NUM_ERRORS = 1.5  # a larger difference, in standard errors, is significant
+MIN_ADVANTAGE = 0.25  # relative to the gain of sparse rewards over chance; reason in docs/results/choices.md
 CHANCE = -np.log(2)  # log-likelihood of a label without any information
 
 
 @dataclass(frozen=True)
 class Calibration:
     """
-    Token rewards that explain the labels, from [`calibrate`].
+    Fit of token rewards to labels, from [`calibrate`].
 
     Args:
         credits (`torch.Tensor` of shape `(V,)`):
-            Reward of each token of the vocabulary that does not depend on its context, in nats. The mean over the data
-            is zero.
+            Part of the reward that depends on the token alone, for each token of the vocabulary, in nats. The mean
+            over the data is zero.
         usual (`torch.Tensor` of shape `(V,)`):
             Usual gap: the gap that the embedding of the token predicts, in nats.
         weights (`dict[str, float]`):
-            Weights of the usual gap, of the sparse reward, of the gap, and of the number of tokens, which is not part
-            of the rewards.
-        accuracy, log_likelihood (`float`):
-            Share of held-out pairs whose chosen completion has the larger reward, and mean log-probability of their
-            labels in nats. Chance is -0.693.
-        standard_error (`float`):
-            Standard error of the log-likelihood.
+            Weights of the usual gap, the sparse reward, the gap, and the number of tokens. The last is not part of the
+            rewards.
+        accuracy (`float`):
+            Share of held-out pairs that the fit predicts correctly.
+        log_likelihood, standard_error (`float`):
+            Mean log-probability of held-out labels in nats, and its standard error. Chance is -0.693.
         sparse_log_likelihood, sparse_standard_error (`float`):
-            The same for a model with sparse rewards and the number of tokens only, on the same folds.
+            The same for a fit with sparse rewards and number of tokens only, on the same folds.
         advantage_error (`float`):
-            Standard error of the difference between the two log-likelihoods.
+            Standard error of [`advantage`].
         num_pairs (`int`):
             Pairs in the fit.
         eos_token_ids (`Sequence[int]`):
@@ -100,12 +98,9 @@ class Calibration:
 
     @property
     def is_better(self) -> bool:
-        """
-        Whether the advantage exceeds 1.5 of its standard errors, and a quarter of what sparse rewards gain over
-        chance.
-        """
-        known = max(self.sparse_log_likelihood - CHANCE, 0.0)
-        return bool(self.advantage > max(NUM_ERRORS * self.advantage_error, MIN_ADVANTAGE * known))
+        """Whether the advantage exceeds 1.5 standard errors and a quarter of what sparse rewards gain over chance."""
+        sparse_gain = max(self.sparse_log_likelihood - CHANCE, 0.0)
+        return bool(self.advantage > max(NUM_ERRORS * self.advantage_error, MIN_ADVANTAGE * sparse_gain))
 
     def apply(self, dataset: AnyDataset, *, needs_gaps: bool = True) -> AnyDataset:
         """
@@ -115,13 +110,10 @@ class Calibration:
             dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`], or `dict` of them):
                 The dataset, or its splits.
             needs_gaps (`bool`, *optional*, defaults to `True`):
-                Whether a dataset without gaps is an error. If not, it is returned as it is, with a warning.
-
-        Returns:
-            the dataset with calibrated rewards, of the same type.
+                Whether a dataset without gaps is an error. Otherwise it is returned unchanged, with a warning.
 
         Raises:
-            `ValueError`: if the dataset has no gaps and needs them.
+            `ValueError`: with `needs_gaps`, if the dataset has no gaps.
         """
         if isinstance(dataset, dict):
             return {name: self._apply(split, needs_gaps) for name, split in dataset.items()}
@@ -134,8 +126,8 @@ class Calibration:
                 raise ValueError(f"Calibrated rewards need the columns {GAP_COLUMNS}. {found}")
             warnings.warn(
                 f"The doctor is trained on calibrated rewards, which need the columns {GAP_COLUMNS}. {found} The "
-                "token rewards of this dataset are used: its loss is not comparable to that of training. Metrics that "
-                "do not depend on token rewards, such as `rewards/accuracies`, are comparable."
+                "token rewards of this dataset are used as they are: its loss is not comparable to the training loss. "
+                "Metrics that do not depend on token rewards, such as `rewards/accuracies`, are comparable."
             )
             return dataset
         is_eos = torch.zeros(len(self.credits), dtype=torch.bool)
@@ -160,23 +152,19 @@ class Calibration:
         return dataset.map(add_rewards, batched=True)
 
     def describe(self, *, is_used: bool) -> str:
-        """Summarize in one sentence which rewards are used, and how both explain held-out labels."""
+        """Summarize which rewards are used, and how well both explain held-out labels."""
         return (
             f"{'Calibrated' if is_used else 'Sparse'} token rewards are used: the log-likelihood of {self.num_pairs} "
             f"held-out labels is {self.log_likelihood:.3f} ± {self.standard_error:.3f} nats with calibrated rewards "
-            f"(they prefer the chosen completion of {self.accuracy:.0%}) and {self.sparse_log_likelihood:.3f} with "
-            f"sparse ones, a difference of {self.advantage:.3f} ± {self.advantage_error:.3f}; chance is {CHANCE:.3f}."
+            f"(accuracy {self.accuracy:.0%}) and {self.sparse_log_likelihood:.3f} with sparse rewards, a difference "
+            f"of {self.advantage:.3f} ± {self.advantage_error:.3f}; chance is {CHANCE:.3f}."
         )
 
     def report(self, *, is_used: bool) -> None:
         """
-        Log the summary, and warn if the rewards that are used do not explain held-out labels.
+        Log the summary, and warn if the log-likelihood is less than 1.5 standard errors above chance.
 
-        They do not if their log-likelihood is less than 1.5 standard errors above chance.
-
-        Args:
-            is_used (`bool`):
-                Whether calibrated rewards are used rather than the sparse ones.
+        `is_used` says whether calibrated rather than sparse rewards are used.
         """
         logger.info(self.describe(is_used=is_used))
         log_likelihood, error = self.sparse_log_likelihood, self.sparse_standard_error
@@ -184,8 +172,9 @@ class Calibration:
             log_likelihood, error = self.log_likelihood, self.standard_error
         if log_likelihood < CHANCE + NUM_ERRORS * error:
             warnings.warn(
-                f"The token rewards do not explain the labels. {self.describe(is_used=is_used)} Describe in the faces "
-                "what the labels reward, put them in the user turn, use a stronger patient, or label more pairs."
+                f"The token rewards do not explain the labels. {self.describe(is_used=is_used)} Let the faces "
+                'describe the preferred behaviour, try `Faces(..., placement="user")`, use a stronger patient, or '
+                "label more pairs."
             )
 
 
@@ -196,14 +185,11 @@ def calibrate(dataset: Dataset, embeddings: torch.Tensor, eos_token_ids: Sequenc
     Args:
         dataset ([`~datasets.Dataset`]):
             Dataset from [`~trl_tfpo.annotate_token_rewards`], with gaps and at least 32 pairs. At most 10,000 pairs
-            are used, drawn at random. Pairs of one prompt are held out together.
+            are used, drawn at random. Pairs with the same prompt are held out together.
         embeddings (`torch.Tensor` of shape `(V, H)`):
             Embeddings of the tokens, from any model with this vocabulary.
         eos_token_ids (`Sequence[int]`):
             Tokens that end a completion.
-
-    Returns:
-        [`Calibration`]
 
     Raises:
         `ValueError`: if the dataset has no gaps, or fewer than 32 pairs.
@@ -217,7 +203,7 @@ def calibrate(dataset: Dataset, embeddings: torch.Tensor, eos_token_ids: Sequenc
     dataset = sample_pairs(dataset, MAX_PAIRS)
     tokens = read_gaps(dataset, eos_token_ids)
 
-    # Features of each pair: K components of embeddings, beside four scalar terms
+    # Features of each pair: four scalar terms, and K components of the embeddings
     centered, mean, rows = centered_embeddings(embeddings, tokens.ids)
     usual_direction, _ = predict_gaps(centered, rows, tokens, USUAL_GAP_RIDGES)  # (H,)
     size = (len(dataset), len(centered))
@@ -259,17 +245,16 @@ def calibrate(dataset: Dataset, embeddings: torch.Tensor, eos_token_ids: Sequenc
 
 
 def _project(embeddings: torch.Tensor, mean: torch.Tensor, directions: torch.Tensor) -> list[torch.Tensor]:
-    """Products of all embeddings, less a mean (H,), with each of D directions (H, D): D tensors (V,)."""
-    products = [some.float().cpu() @ directions for some in embeddings.detach().split(8192)]
+    """Products of the centered embeddings (V, H) with D directions (H, D), as D tensors (V,)."""
+    products = [chunk.float().cpu() @ directions for chunk in embeddings.detach().split(8192)]
     return list((torch.cat(products) - mean @ directions).unbind(dim=1))
 
 
 def _held_out_log_odds(features: torch.Tensor, ridge: torch.Tensor, group: torch.Tensor) -> tuple[float, torch.Tensor]:
     """
-    Cross-validate a Bradley-Terry model of pairs. All pairs of a group are in one fold.
+    Cross-validate a Bradley-Terry model of pairs. All pairs of a group are in the same fold.
 
-    Returns the factor of the ridge (K,) that predicts labels best, and the log-odds (P,) of the held-out labels with
-    it.
+    Returns the best factor of the ridge (K,), and the log-odds (P,) of held-out labels under it.
     """
     fold, log_odds = group % NUM_FOLDS, torch.empty(len(PENALTIES), len(features), dtype=features.dtype)
     for k in range(NUM_FOLDS):
@@ -285,10 +270,10 @@ def _fit_bradley_terry(
     features: torch.Tensor, ridge: torch.Tensor, weights: torch.Tensor | None = None
 ) -> torch.Tensor:
     """
-    Fit the weights (K,) of a Bradley-Terry model by Newton's method.
+    Fit the weights (K,) of a Bradley-Terry model by Newton's method, with a ridge (K,).
 
-    The features (P, K) are those of the chosen minus those of the rejected completion; there is a ridge (K,) on each
-    weight. The Hessian is float32: this takes one more step, and half the time.
+    The features (P, K) are differences: chosen minus rejected completion. A float32 Hessian needs one more step, but
+    half the time.
     """
     weights, rounded = torch.zeros_like(ridge) if weights is None else weights, features.float()
     for _ in range(25):
@@ -303,6 +288,6 @@ def _fit_bradley_terry(
 
 
 def _standard_error(values: torch.Tensor, group: torch.Tensor) -> float:
-    """Standard error of the mean of values (P,) that depend on each other within a group (P,)."""
+    """Standard error of the mean of values (P,) that are correlated within each group (P,)."""
     sums = torch.zeros(int(group.max()) + 1, dtype=values.dtype).index_add_(0, group, values - values.mean())
     return (sums.square().sum().sqrt() / len(values)).item()

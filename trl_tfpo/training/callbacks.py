@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Callback that logs guided completions while the doctor is trained."""
+"""Callback that logs guided completions in training."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,12 +26,12 @@ from ..annotation.token_rewards import check_patient
 from ..common.language_model import inference, is_sharded
 from ..common.printable import printable
 from ..data.tokenization import all_eos_token_ids
-from ..decoding.exponents import Weight, default_beta
+from ..decoding.exponents import Exponent, default_beta
 from ..decoding.generation import guided_generate
 from ..decoding.logits_processor import DoctorGuidedLogitsProcessor
 from ..evaluation.completions import pad
-from ..models.adapters import trained_exponents
 from ..models.named_model import NamedModel, resolve_model
+from ..models.trained_exponents import trained_exponents
 from .trainer import TFPOTrainer
 
 
@@ -39,35 +39,35 @@ class LogGuidedCompletionsCallback(TrainerCallback):
     """
     Log completions of the patient, guided by the doctor in training, at regular steps.
 
-    [`~trl.LogCompletionsCallback`] would generate with the doctor alone, but a doctor of guided flow is no language
-    model. The completions are a table in the console and, as `completions`, in Weights & Biases and Trackio if the
-    trainer reports to them, with a column for the unguided patient. The callback does not change training: random
-    states and train or eval modes are restored.
+    [`~trl.LogCompletionsCallback`] would generate with the doctor alone, but a doctor of guided flow is not a language
+    model. The completions of the unguided and of the guided patient are printed as a table. If the trainer reports to
+    Weights & Biases or Trackio, they are also logged there as `completions`. Training does not change: random states
+    and train or eval modes are restored.
 
     Args:
         trainer ([`TFPOTrainer`]):
-            The trainer. Prompts come from its evaluation dataset, or from the training dataset if there is none.
+            The trainer. Prompts come from its evaluation dataset, or without one from its training dataset.
         patient_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
-            The patient, or its name or path. It stays loaded in each process. Defaults to the trainer's patient if
-            this was given by name or with `policy="guided"`.
+            The patient, or its name or path. It stays loaded in each process. Defaults to the patient of the trainer,
+            if it was given by name or with `policy="guided"`.
         generation_config ([`~transformers.GenerationConfig`], *optional*):
-            Generation settings. By default up to 128 tokens are sampled from the guided policy without warpers, with
+            Generation settings. By default up to 128 tokens are sampled at temperature 1, without top-k or top-p, with
             the same seed each time.
         num_prompts (`int`, *optional*, defaults to `8`):
             Number of prompts, taken from the start of the dataset.
         freq (`int`, *optional*):
             Steps between two tables. Defaults to the `eval_steps` of the trainer.
         alpha, beta (`float`, *optional*):
-            Exponents of the patient and of the doctor, see [`DoctorGuidedLogitsProcessor`]. By default those that the
-            doctor is trained for: 1 and 1, or 0.5 and 0.5 with `policy="doctor"`.
+            Exponents of the patient and of the doctor, see [`DoctorGuidedLogitsProcessor`]. The defaults are 1 and 1,
+            or 0.5 and 0.5 with `policy="doctor"`.
 
     Attributes:
         table (`list[dict]`):
             Rows with `step`, `prompt`, `patient` and `completion` of all tables so far, in the main process.
 
     Raises:
-        `ValueError`: if there is no patient or no frequency, or the patient has another tokenizer; in training, if the
-            doctor is sharded (ZeRO-3, FSDP2).
+        `ValueError`: if there is no patient or no frequency, or if the patient has another tokenizer; in training, if
+            doctor or patient is sharded (ZeRO-3, FSDP2).
 
     Examples:
 
@@ -101,20 +101,20 @@ class LogGuidedCompletionsCallback(TrainerCallback):
         generation_config: GenerationConfig | None = None,
         num_prompts: int = 8,
         freq: int | None = None,
-        alpha: Weight | None = None,
-        beta: Weight | None = None,
+        alpha: Exponent | None = None,
+        beta: Exponent | None = None,
     ) -> None:
         self.trainer, self.freq = trainer, freq
         if freq is not None and freq < 1 or freq is None and not trainer.args.eval_steps:
             raise ValueError(
-                f"`freq` must be a number of steps, at least 1. Got {freq!r}; pass it, or set the `eval_steps` of the "
-                "trainer."
+                f"`freq` must be a number of steps, at least 1. Got {freq!r}; pass `freq`, or set `eval_steps` in the "
+                "`TFPOConfig`."
             )
         patient = trainer.patient_model if patient_model is None else patient_model
         if patient is None:
             raise ValueError(
-                "The callback needs the patient that the doctor guides. Got `patient_model=None`, and the trainer has "
-                "released its patient; pass the patient, or its name."
+                "The callback needs the patient. Got `patient_model=None`, and a trainer without a patient or with a "
+                "released one; pass the patient or its name."
             )
         self.patient = resolve_model(
             patient, "patient_model", dtype="auto", trust_remote_code=trainer.args.trust_remote_code
@@ -141,7 +141,7 @@ class LogGuidedCompletionsCallback(TrainerCallback):
         doctor = self.trainer.model
         if is_sharded(doctor) or is_sharded(patient):
             raise ValueError(
-                "`LogGuidedCompletionsCallback` needs doctor and patient whole in each process. Got a sharded model "
+                "`LogGuidedCompletionsCallback` does not support sharded models. Got a doctor or patient in shards "
                 "(ZeRO-3 or FSDP2); train with DDP or ZeRO-2, or leave the callback out."
             )
         with inference(patient), inference(doctor):
@@ -162,7 +162,7 @@ class LogGuidedCompletionsCallback(TrainerCallback):
         self._report([args.report_to] if isinstance(args.report_to, str) else args.report_to or [])
 
     def _generate(self, patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor | None) -> list[str]:
-        """Complete all prompts: each process generates a share, and all processes get the whole list."""
+        """Complete all prompts. Processes divide the prompts, and each returns all completions."""
         tokenizer, args = self.trainer.processing_class, self.trainer.args
         eos_ids = all_eos_token_ids(tokenizer, patient)
         pad_token_id = next(x for x in (tokenizer.pad_token_id, *eos_ids, 0) if x is not None)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Cards of saved doctors and of annotated datasets for the Hub."""
+"""Hub cards of saved doctors and annotated datasets."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from huggingface_hub import DatasetCard, ModelCard
 
 from ..annotation.token_rewards import annotation_settings
 from ..common.printable import cell
-from ..models.guidance import GUIDANCE
+from ..models.trained_exponents import TRAINING_EXPONENTS
 from .base_policy import POLICIES
 from .config import TFPOConfig, output_folder
 
@@ -59,9 +59,9 @@ tags:
 
 # Preferences with token rewards
 
-{num_pairs} preference pairs with a reward for each token of a completion. A frozen language model, the patient, scored
-each completion under two contrastive prompts, its positive and its negative face. The reward of a token comes from the
-difference between the two (stage 1 of [LLMdoctor](https://huggingface.co/papers/2601.10416), by
+{num_pairs} preference pairs with a reward for each completion token. A frozen language model, the patient, scored each
+completion under two contrastive prompts, its positive and its negative face. The reward of a token is computed from
+the difference of its two log-probabilities (stage 1 of [LLMdoctor](https://huggingface.co/papers/2601.10416), by
 `trl_tfpo.annotate_token_rewards`).
 
 | | |
@@ -75,9 +75,9 @@ difference between the two (stage 1 of [LLMdoctor](https://huggingface.co/papers
 | hash of the tokenizer | {tokenizer} |
 
 `prompt_ids`, `chosen_ids` and `rejected_ids` are token ids. `chosen_mask` and `rejected_mask` are 1 for tokens of the
-assistant, and 0 for users and tools between its turns. `chosen_token_rewards` and `rejected_token_rewards` have one
-reward for each token of the completion, in [-1, 1]. `chosen_gaps` and `rejected_gaps` have the log-probability under
-the positive face minus that under the negative face, in nats.
+assistant, and 0 for tokens of users and tools between its turns. `chosen_token_rewards` and `rejected_token_rewards`
+are one reward in [-1, 1] for each completion token. `chosen_gaps` and `rejected_gaps` are log-probabilities under the
+positive face minus those under the negative face, in nats.
 
 ```python
 from trl_tfpo import TFPOTrainer
@@ -87,7 +87,7 @@ trainer.train()
 ```
 """
 UNKNOWN = "not recorded"
-CUSTOM_GENERATE_FOLDER = "custom_generate"  # the name is that of transformers
+CUSTOM_GENERATE_FOLDER = "custom_generate"  # where transformers looks for `generate.py`
 PLACEMENTS = {"system": "system message", "user": "end of the last user message"}
 TRAINING_SETTINGS = (
     *("policy", "reward_temperature", "reference_weight", "subtb_lambda", "value_loss_weight", "value_margin"),
@@ -121,30 +121,19 @@ def complete_model_card(
     """
     Replace the quick start of the model card in the output folder by one that guides a patient.
 
-    Args:
-        args ([`TFPOConfig`]):
-            Settings of the training.
-        doctor (`str`):
-            Hub id or folder of the doctor.
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Training data. Its info has patient and faces if it comes from [`annotate_token_rewards`].
-        dataset_name (`str`, *optional*):
-            Name of the training data.
-        is_adapter (`bool`, *optional*, defaults to `False`):
-            Whether the doctor is a PEFT adapter.
-        rewards_summary (`str`, *optional*):
-            Summary of the comparison of token rewards on held-out labels.
+    `doctor` is the Hub id or folder of the doctor. Patient and faces are read from the info of `dataset`.
     """
     annotation = _describe_annotation(dataset)
     if annotation["patient"] == UNKNOWN:
         annotation["patient"] = "<the patient>"
     weights = (
-        f"`alpha={GUIDANCE['alpha']}`, `beta={GUIDANCE['beta']}` (product); a smaller `beta` guides less"
+        f"{', '.join(f'`{name}={value}`' for name, value in TRAINING_EXPONENTS.items())} (product); a smaller `beta` "
+        "guides less"
         if POLICIES[args.policy].has_base
         else "`beta=0.5`, `alpha=1 - beta` (mixture), between 0.2 and 0.8"
     )
     training = ", ".join(f"`{name}={getattr(args, name)}`" for name in TRAINING_SETTINGS)
-    literal = json.dumps(annotation["patient"])  # escaped: the name comes from the dataset, and users run this line
+    literal = json.dumps(annotation["patient"])  # escaped: the name comes from the dataset, and users run the code
     path = output_folder(args) / "README.md"
     card = ModelCard.load(path)
     how = DOCTOR_CARD.format(
@@ -174,8 +163,7 @@ def annotation_card(dataset: Dataset) -> DatasetCard:
             The annotated dataset.
 
     Returns:
-        [`~huggingface_hub.DatasetCard`]: the card, to be saved beside the dataset or pushed with
-        `annotation_card(dataset).push_to_hub(repo)`.
+        [`~huggingface_hub.DatasetCard`]: the card. `annotation_card(dataset).push_to_hub(repo)` uploads it.
     """
     return DatasetCard(DATASET_CARD.format(**_describe_annotation(dataset)))
 
@@ -189,10 +177,10 @@ def save_custom_generate(output_dir: str | os.PathLike[str]) -> None:
 
 
 def _describe_annotation(dataset: Dataset | IterableDataset) -> dict[str, str]:
-    """The annotation in the info of a dataset, as cells of a table."""
+    """Settings of the annotation from the info of a dataset, as cells of a table."""
     settings = annotation_settings(dataset) or {}
     reward, faces = dict(settings.get("reward", {})), settings.get("faces", {})
-    placement = faces.get("placement", "system") if faces else None  # the only placement of earlier versions
+    placement = faces.get("placement", "system") if faces else None  # earlier versions did not record it
     values = {
         "patient": settings.get("patient") or UNKNOWN,
         "positive": faces.get("positive", UNKNOWN),

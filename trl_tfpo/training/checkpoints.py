@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Complete checkpoints: the list of their files is written last. A checkpoint without its list is ignored."""
+"""Complete checkpoints: a list of the files is written last, and a checkpoint without the list is ignored."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 
 from .. import __version__
-from ..common.atomic import FORMAT, check_format, written_whole
+from ..common.atomic import FORMAT, atomic_write, check_format
 
 
 logger = logging.getLogger(__name__)
@@ -24,18 +24,10 @@ PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bi
 
 @contextmanager
 def complete_checkpoint(trainer: Trainer, folder: str | os.PathLike[str]) -> Iterator[None]:
-    """
-    Mark a checkpoint as complete once all processes have written it within the context, then delete older ones.
-
-    Args:
-        trainer ([`~transformers.Trainer`]):
-            The trainer.
-        folder (`str` or `os.PathLike`):
-            The checkpoint.
-    """
+    """Context in which all processes write a checkpoint. It is then marked as complete, and older ones are deleted."""
     args, folder = trainer.args, Path(folder)
     if args.should_save:
-        (folder / CONTENTS_FILE).unlink(missing_ok=True)  # of an earlier run, whose files are replaced one by one
+        (folder / CONTENTS_FILE).unlink(missing_ok=True)  # an earlier run may have written the same checkpoint
     trainer.accelerator.wait_for_everyone()
     limit, args.save_total_limit = args.save_total_limit, None
     try:
@@ -50,13 +42,7 @@ def complete_checkpoint(trainer: Trainer, folder: str | os.PathLike[str]) -> Ite
 
 
 def mark_complete(folder: str | os.PathLike[str]) -> None:
-    """
-    Mark a checkpoint as complete, with a list of its files.
-
-    Args:
-        folder (`str` or `os.PathLike`):
-            The checkpoint. All files are flushed to the disk first, so that they survive a power failure.
-    """
+    """Flush all files of a checkpoint to the disk, then write the list that marks it as complete."""
     folder = Path(folder)
     sizes = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CONTENTS_FILE):
@@ -64,29 +50,19 @@ def mark_complete(folder: str | os.PathLike[str]) -> None:
             os.fsync(file.fileno())
         sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
     contents = {"format": FORMAT, "written_by": f"trl-tfpo {__version__}", "sizes": sizes}
-    with written_whole(folder / CONTENTS_FILE) as part:
+    with atomic_write(folder / CONTENTS_FILE) as part:
         part.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
 
 
 def check_checkpoint(folder: str | os.PathLike[str]) -> None:
-    """
-    Check that a checkpoint can be loaded.
-
-    Args:
-        folder (`str` or `os.PathLike`):
-            The checkpoint.
-
-    Raises:
-        `ValueError`: if the checkpoint does not exist, is incomplete or damaged, has a later format, or has pickled
-            weights.
-    """
+    """Raise `ValueError` for a missing or damaged checkpoint, another format version, or pickled weights."""
     folder = Path(folder)
     try:
         contents = json.loads((folder / CONTENTS_FILE).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(
-            f"A checkpoint must be complete, and written by a `TFPOTrainer`. Got {str(folder)!r} without a readable "
-            f"{CONTENTS_FILE!r}, which is written last; resume from the previous checkpoint, or start from the "
+            f"A checkpoint must be complete and written by `TFPOTrainer`. Got {str(folder)!r} without a readable "
+            f"{CONTENTS_FILE!r}, which is written last; resume from an earlier checkpoint, or start from the "
             "beginning."
         ) from error
     check_format(contents["format"], f"The checkpoint {str(folder)!r}, by {contents['written_by']},")
@@ -94,14 +70,14 @@ def check_checkpoint(folder: str | os.PathLike[str]) -> None:
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
         if found != size:
             raise ValueError(
-                f"A checkpoint must have all its files. {str(folder / name)!r} had {size} bytes, and "
-                f"{'is missing' if found is None else f'has {found}'}; resume from the previous checkpoint, or start "
-                "from the beginning."
+                f"A checkpoint must have all its files. Got {'no file' if found is None else f'{found} bytes'} "
+                f"instead of {size} bytes at {str(folder / name)!r}; resume from an earlier checkpoint, or start from "
+                "the beginning."
             )
     if pickled := sorted(path.name for pattern in PICKLED_WEIGHTS for path in folder.glob(pattern)):
         raise ValueError(
-            f"A checkpoint must have its weights in safetensors. Got {pickled} in {str(folder)!r}, which are pickles "
-            "that this package does not write; resume from a checkpoint of your own."
+            f"The weights of a checkpoint must be safetensors. Got the pickles {pickled} in {str(folder)!r}, which "
+            "`TFPOTrainer` does not write; resume from a checkpoint of your own."
         )
 
 
@@ -109,17 +85,14 @@ def resolve_checkpoint(
     checkpoint: str | os.PathLike[str] | bool | None, output_dir: str | os.PathLike[str] | None
 ) -> str | None:
     """
-    Find the checkpoint from which a training resumes.
+    Find the checkpoint from which a training resumes, or `None` to start from the beginning.
 
     Args:
         checkpoint (`str`, `os.PathLike` or `bool`, *optional*):
-            A checkpoint, or `True` for the last complete one. If there is none, `True` starts from the beginning, so
-            that a job that may be interrupted is always started with the same command.
+            A checkpoint, or `True` for the last complete one. Without a complete one, `True` starts from the
+            beginning: a job that may be interrupted can always be started with the same command.
         output_dir (`str` or `os.PathLike`):
             Folder of the checkpoints.
-
-    Returns:
-        `str` or `None`: path of the checkpoint.
 
     Raises:
         `ValueError`: if the given checkpoint cannot be loaded, see [`check_checkpoint`].
@@ -136,5 +109,5 @@ def resolve_checkpoint(
             return path
         except ValueError as error:
             logger.warning("Checkpoint ignored: %s", error)
-    logger.warning("There is no complete checkpoint in %r: training starts from the beginning.", folder)
+    logger.warning("No complete checkpoint in %r: training starts from the beginning.", folder)
     return None

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Checks of [`TFPOTrainer`]: of its arguments before any work begins, and of each loss."""
+"""Checks of [`TFPOTrainer`]: its arguments before any work begins, and each loss."""
 
 import warnings
 from typing import Any
@@ -11,39 +11,39 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.data.data_collator import DataCollator
 
-from ..annotation.token_rewards import check_given
-from ..common.atomic import written_whole
+from ..annotation.token_rewards import check_has_patient
+from ..common.atomic import atomic_write
 from ..common.language_model import LanguageModel, is_peft_model, is_sharded
 from ..data.tokenization import columns_of
 from ..faces import Faces
-from ..models.guidance import is_guidance
-from ..models.head_adapter import starts_at_zero
+from ..models.head_adapter import has_zero_lora
 from ..models.named_model import NamedModel
+from ..models.trained_exponents import trained_exponents
 from .collator import TokenRewardCollator
 from .config import output_folder
 
 
 def check_callables(**functions: object) -> None:
-    """Raise `ValueError` if an optional function is not callable."""
+    """Raise `ValueError` if an optional argument is not callable."""
     for name, function in functions.items():
         if function is not None and not callable(function):
             raise ValueError(f"`{name}` must be callable. Got {function!r}; leave it out for the default.")
 
 
 def check_split(dataset: object, name: str) -> None:
-    """Raise `ValueError` if a dataset is missing, or is a dict of splits."""
+    """Raise `ValueError` if a dataset is missing or a dict of splits."""
     if dataset is None:
         raise ValueError(f"`{name}` is required. Got None; pass a preference dataset.")
     if isinstance(dataset, dict):
         splits = sorted(dataset)
         split = "train" if "train" in splits else next(iter(splits), "train")
         raise ValueError(
-            f"`{name}` must be one split. Got a `{type(dataset).__name__}` of {splits}; pass one, as in "
+            f"`{name}` must be one split. Got a `{type(dataset).__name__}` of {splits}; pass one of them, for example "
             f"`{name}=dataset[{split!r}]`."
         )
 
 
-def check_language_model(model: LanguageModel) -> None:
+def check_decoder_only(model: LanguageModel) -> None:
     """Raise `ValueError` if the doctor is an encoder-decoder."""
     if model.config.is_encoder_decoder:
         raise ValueError(
@@ -53,12 +53,12 @@ def check_language_model(model: LanguageModel) -> None:
 
 
 def check_collator(data_collator: DataCollator, args: TrainingArguments) -> None:
-    """Raise `ValueError` if a collator with a patient would run in a worker process."""
+    """Raise `ValueError` if a collator with a patient would run in worker processes."""
     if isinstance(data_collator, TokenRewardCollator) and data_collator.faces and args.dataloader_num_workers > 0:
         raise ValueError(
             "A `TokenRewardCollator` with a patient must run in the main process. Got "
-            f"`dataloader_num_workers={args.dataloader_num_workers}`; set it to 0, or annotate the dataset "
-            "beforehand with `annotate_token_rewards`."
+            f"`dataloader_num_workers={args.dataloader_num_workers}`; set it to 0, or annotate the dataset first with "
+            "`annotate_token_rewards`."
         )
 
 
@@ -68,27 +68,27 @@ def check_can_annotate(
     """Raise `ValueError` if a dataset without token rewards cannot be annotated."""
     if isinstance(dataset, IterableDataset):
         raise ValueError(
-            "A streamed dataset must have token rewards already. Got an `IterableDataset` with the columns "
-            f"{sorted(columns_of(dataset))}; pass it through `annotate_token_rewards`, which supports streaming."
+            "A streamed dataset must have token rewards. Got an `IterableDataset` with the columns "
+            f"{sorted(columns_of(dataset))}; annotate it with `annotate_token_rewards`, which supports streaming."
         )
     if faces is None:
         raise ValueError(
             "A dataset without token rewards needs `faces` to be annotated. Got None; pass "
             "`Faces(positive=..., negative=...)` or the name of a built-in pair."
         )
-    check_given(patient)
+    check_has_patient(patient)
 
 
 def check_can_calibrate(dataset: Dataset | IterableDataset, model: LanguageModel, *, is_online: bool) -> None:
     """
     Raise `ValueError` if token rewards are unknown before training, or the embeddings are sharded.
 
-    Warn if the doctor is an adapter that cannot start at the calibrated credits.
+    Warn if the doctor is an adapter that cannot start at token credits.
     """
     if is_sharded(model):
         raise ValueError(
-            "`calibrate_rewards` needs the whole embeddings of the doctor. Got a doctor that was loaded in shards; "
-            "load it yourself and pass it as a model, or set `calibrate_rewards=False`."
+            "`calibrate_rewards` needs the whole embeddings of the doctor. Got a sharded doctor; load it yourself and "
+            "pass it as a model, or set `calibrate_rewards=False`."
         )
     if not isinstance(dataset, Dataset) or is_online:
         found = "a data collator that queries the patient batch by batch" if is_online else "a streamed dataset"
@@ -96,11 +96,11 @@ def check_can_calibrate(dataset: Dataset | IterableDataset, model: LanguageModel
             f"`calibrate_rewards` needs all token rewards before training. Got {found}; annotate a `Dataset` first, "
             "or set `calibrate_rewards=False`."
         )
-    if is_peft_model(model) and not starts_at_zero(model):
+    if is_peft_model(model) and not has_zero_lora(model):
         warnings.warn(
-            "Only a new LoRA adapter of a language model can start at the calibrated credits. Got "
-            f"{'an adapter of guided flow' if is_guidance(model) else 'another adapter'}, which starts as it is; use "
-            "`policy='doctor'` with a `LoraConfig`."
+            "Only a new LoRA adapter with `policy='doctor'` can start at the calibrated credits. Got "
+            f"{'an adapter of guided flow' if trained_exponents(model) else 'another adapter'}, which starts without "
+            "them; use `policy='doctor'` with a `LoraConfig`."
         )
 
 
@@ -108,8 +108,8 @@ def check_one_device(args: TrainingArguments) -> None:
     """Raise `ValueError` if `Trainer` would use `nn.DataParallel`."""
     if args.n_gpu > 1:
         raise ValueError(
-            "TFPOTrainer does not support `nn.DataParallel`, which `Trainer` uses if one process sees several GPUs. "
-            f"Got {args.n_gpu} GPUs; use `accelerate launch`, or set `CUDA_VISIBLE_DEVICES` to a single one."
+            "`TFPOTrainer` does not support `nn.DataParallel`, which `Trainer` uses with several GPUs in one process. "
+            f"Got {args.n_gpu} GPUs; use `accelerate launch`, or set `CUDA_VISIBLE_DEVICES` to one GPU."
         )
 
 
@@ -117,26 +117,17 @@ def warn_of_ignored(model: object, name: str, init_kwargs: dict[str, Any] | str 
     """Warn about keyword arguments of `from_pretrained` for a model that is already loaded."""
     if init_kwargs and isinstance(model, torch.nn.Module):
         warnings.warn(
-            f"`{name}_init_kwargs` are for a `{name}` given by name or path. Got a loaded {type(model).__name__}, so "
-            f"{sorted(init_kwargs)} are ignored; load it with them, or pass its name."
+            f"`{name}_init_kwargs` apply only to a `{name}` given by name or path. Got a loaded "
+            f"{type(model).__name__}, and ignored {sorted(init_kwargs)}; pass its name, or load it with them."
         )
 
 
 def check_loss(loss: torch.Tensor, inputs: dict[str, torch.Tensor], trainer: Trainer) -> None:
     """
-    Stop a training whose loss is not finite, before the step, and save the batch and the model.
+    Raise `ValueError` if the loss of a batch is not a finite scalar, before the optimizer step.
 
-    Args:
-        loss (`torch.Tensor`):
-            Loss of one batch, a scalar.
-        inputs (`dict[str, torch.Tensor]`):
-            The batch.
-        trainer ([`~transformers.Trainer`]):
-            The trainer.
-
-    Raises:
-        `ValueError`: if the loss is not a scalar, or not finite. In the latter case the folder `not-finite-STEP` in
-            the output folder has the batch, in `batch-PROCESS.safetensors`, and the model, unless it is sharded.
+    If the loss is not finite, the batch is first saved as `not-finite-STEP/batch-PROCESS.safetensors` in the output
+    folder, with the model next to it unless it is sharded.
     """
     if not isinstance(loss, torch.Tensor) or loss.dim() != 0:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else f"a {type(loss).__name__}"
@@ -144,7 +135,7 @@ def check_loss(loss: torch.Tensor, inputs: dict[str, torch.Tensor], trainer: Tra
     if loss.isfinite():
         return
     folder = output_folder(trainer.args) / f"not-finite-{trainer.state.global_step}"
-    with written_whole(folder / f"batch-{trainer.args.process_index}.safetensors") as part:
+    with atomic_write(folder / f"batch-{trainer.args.process_index}.safetensors") as part:
         save_file({name: tensor.contiguous().cpu() for name, tensor in inputs.items()}, part)
     model = trainer.accelerator.unwrap_model(trainer.model)
     if trainer.args.should_save and not is_sharded(model):

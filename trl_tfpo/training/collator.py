@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Data collator: from annotated preference pairs to the tensors of a training batch."""
+"""Data collator: pads annotated preference pairs to a training batch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,42 +34,42 @@ class TokenRewardCollator(DataCollatorMixin):
     """
     Collate preference pairs with a reward for each completion token.
 
-    Rewards come from the columns of [`annotate_token_rewards`]. Given a patient, they are computed for each batch
-    instead: the same numbers, but the patient stays loaded during training. P pairs give 2P rows, chosen completions
-    first, padded on the right; L tokens in a row, T tokens of the assistant in a completion.
+    Rewards are read from the columns of [`annotate_token_rewards`]. With a patient, the same rewards are computed for
+    each batch instead, and the patient stays loaded. P pairs give 2P rows, chosen completions first, padded on the
+    right; L tokens in a row, T tokens of the assistant in a completion.
 
     Args:
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer of patient and doctor. Defaults to the tokenizer of the patient.
         patient ([`~transformers.PreTrainedModel`], *optional*):
-            Frozen model that scores each batch. Needs `faces`, and a data loader without worker processes.
+            Frozen model that scores each batch. It needs `faces`, and a data loader without worker processes.
         faces ([`~trl_tfpo.faces.Faces`] or `str`, *optional*):
             Contrastive prompts: a pair of opposite instructions for the patient, or the name of a built-in pair.
         reward_fn (`Callable`, *optional*, defaults to [`~trl_tfpo.functional.token_rewards`]):
-            Reward function, only with a patient, see [`annotate_token_rewards`]. Set options with `functools.partial`.
+            Reward function for a patient, see [`annotate_token_rewards`]. Set its options with `functools.partial`.
         max_length (`int`, *optional*):
-            Maximum number of tokens in a row. Ids and rewards are truncated to it. By default nothing is truncated.
+            Maximum number of tokens in a row; longer rows are truncated. By default nothing is truncated.
         pad_to_multiple_of (`int`, *optional*):
             Pad L to a multiple of this number.
         batch_size (`int`, *optional*, defaults to `16`):
             Sequences in one forward pass of the patient.
         eos_token_ids (`list[int]`, *optional*):
             Ids that end a completion. Defaults to those of the tokenizer and of the patient's generation config.
-            [`TFPOTrainer`] adds those of the doctor, and those that the annotation of the dataset recorded.
+            [`TFPOTrainer`] adds those of the doctor and of the annotation.
         convert_transcripts (`bool`, *optional*, defaults to `False`):
-            Whether to convert transcripts to messages, only with a patient, see [`annotate_token_rewards`].
+            Whether to convert transcripts to messages for a patient, see [`annotate_token_rewards`].
 
     Returns, when called with a list of P examples, a `dict` of `torch.Tensor`:
-        - `input_ids`, `attention_mask` (2P, L), and `completion_mask` (2P, L), boolean: the tokens of the assistant;
+        - `input_ids`, `attention_mask` (2P, L), and `completion_mask` (2P, L), True for tokens of the assistant;
         - `token_rewards` (2P, T): rewards of these tokens, left-aligned, float32;
-        - `is_complete` (2P,), boolean: whether the completion ends in EOS;
-        - `gaps` (2P, T): positive minus negative log-probability, in nats, if the examples have them;
+        - `is_complete` (2P,): True if the completion ends in EOS;
+        - `gaps` (2P, T): positive minus negative log-probability, in nats, if the examples have gaps;
         - `reference_logps` (2P, T), in nats, if the examples have `chosen_ref_logps` and `rejected_ref_logps`.
 
     Raises:
-        `ValueError`: if an example has no rewards, another number of rewards than tokens, or rewards that are not
-            finite; if its prompt or a completion is empty, or its prompt has `max_length` or more tokens; if the
-            patient is called in a worker process, or has no faces.
+        `ValueError`: if the rewards of an example are missing, not finite, or not one for each token; if a prompt or
+            completion is empty, or a prompt has `max_length` or more tokens; if a patient is called in a worker
+            process, or has no faces.
 
     Examples:
 
@@ -131,8 +131,7 @@ class TokenRewardCollator(DataCollatorMixin):
 
     @property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, which `__post_init__` sets."""
-        return cast(PreTrainedTokenizerBase, self.processing_class)
+        return cast(PreTrainedTokenizerBase, self.processing_class)  # set in `__post_init__`
 
     @cached_property
     def _has_system_role(self) -> bool:
@@ -149,8 +148,8 @@ class TokenRewardCollator(DataCollatorMixin):
         if not examples or any(needed - example.keys() for example in examples):
             raise ValueError(
                 f"A batch must consist of pairs with {sorted(needed)}. Got "
-                f"{[sorted(example) for example in examples[:1]]}; pass the dataset through `annotate_token_rewards` "
-                "first, or give the collator a patient."
+                f"{[sorted(example) for example in examples[:1]]}; annotate the dataset first with "
+                "`annotate_token_rewards`, or pass a `patient` to the collator."
             )
         rows = [self._row(example, name) for name in ("chosen", "rejected") for example in examples]  # 2P
 
@@ -183,9 +182,9 @@ class TokenRewardCollator(DataCollatorMixin):
             batch[name] = pad_sequence(values, batch_first=True)  # (2P, T)
             if len(values) < len(rows) or not batch[name].isfinite().all():
                 raise ValueError(
-                    f"`{name}` must be finite, and present for all completions or for none. Got {len(values)} for "
-                    f"{len(rows)} completions, {int((~batch[name].isfinite()).sum())} values of them not finite; "
-                    "score the dataset again."
+                    f"`{name}` must be finite, and present for all completions or for none. Got it for {len(values)} "
+                    f"of {len(rows)} completions, with {int((~batch[name].isfinite()).sum())} values that are not "
+                    "finite; score the dataset again."
                 )
         return batch
 
@@ -194,26 +193,25 @@ class TokenRewardCollator(DataCollatorMixin):
         prompt_ids, completion_ids = list(example["prompt_ids"]), list(example[f"{name}_ids"])
         if self.max_length is not None and len(prompt_ids) >= self.max_length:
             raise ValueError(
-                f"A prompt must be shorter than `max_length`, or no completion token is left. Got {len(prompt_ids)} "
-                f"tokens with `max_length`={self.max_length}; raise it, or leave the pair out."
+                "A prompt must have fewer than `max_length` tokens, to leave room for its completion. Got "
+                f"{len(prompt_ids)} tokens with `max_length={self.max_length}`; raise it, or drop the pair."
             )
         if not prompt_ids or not completion_ids:
             raise ValueError(
-                "Prompt and completions must have at least one token each. Got "
-                f"{len(prompt_ids)} of the prompt and {len(completion_ids)} of the {name} one; leave the pair out."
+                f"Prompts and completions must have at least one token. Got {len(prompt_ids)} in the prompt and "
+                f"{len(completion_ids)} in the {name} completion; drop the pair."
             )
         room = slice(None if self.max_length is None else self.max_length - len(prompt_ids))
         mask = example.get(f"{name}_mask")
         mask = [1] * len(completion_ids) if mask is None else list(mask)
         if len(mask) != len(completion_ids) or not any(mask[room]):
             raise ValueError(
-                f"`{name}_mask` must have one entry for each completion token, and one that is not 0. Got {len(mask)} "
-                f"for {len(completion_ids)} tokens, {sum(mask[room])} of them not 0 within "
-                f"`max_length`={self.max_length}; annotate the dataset again, or leave the pair out."
+                f"`{name}_mask` must have one entry for each completion token, and at least one that is 1. Got "
+                f"{len(mask)} for {len(completion_ids)} tokens, and {sum(mask[room])} of them 1 within "
+                f"`max_length={self.max_length}`; annotate the dataset again, or drop the pair."
             )
         row = {"prompt_ids": prompt_ids, "completion_ids": completion_ids[room], "mask": mask[room]}
-        columns = {"token_rewards": "token_rewards", "gaps": "gaps", "reference_logps": "ref_logps"}
-        for key, column in columns.items():
+        for key, column in {"token_rewards": "token_rewards", "gaps": "gaps", "reference_logps": "ref_logps"}.items():
             values = example.get(f"{name}_{column}")
             if values is None:
                 continue
@@ -229,9 +227,8 @@ class TokenRewardCollator(DataCollatorMixin):
         """Add rewards and gaps from the patient to the examples."""
         if get_worker_info() is not None:
             raise ValueError(
-                "A `TokenRewardCollator` with a patient must run in the main process: a model cannot be shared with "
-                "worker processes. Set `dataloader_num_workers=0`, or annotate the dataset beforehand with "
-                "`annotate_token_rewards`."
+                "A `TokenRewardCollator` with a patient must run in the main process. Got a call in a worker process; "
+                "set `dataloader_num_workers=0`, or annotate the dataset first with `annotate_token_rewards`."
             )
         examples = [
             example if FACE_COLUMNS[0] in example else {**example, **self._tokenize(example)} for example in examples
@@ -265,28 +262,16 @@ class TokenRewardCollator(DataCollatorMixin):
         )
 
 
-def settle_with_collator(
+def align_with_collator(
     collator: TokenRewardCollator, args: TFPOConfig, dataset: object, eos_token_ids: list[int]
 ) -> list[int]:
     """
-    Make collator and trainer agree on EOS and on the conversion of transcripts, in place.
+    Merge the given EOS ids with those of the collator and those recorded in the dataset by annotation.
 
-    Args:
-        collator ([`TokenRewardCollator`]):
-            The collator. It gets all EOS ids, and converts transcripts if the settings do.
-        args ([`TFPOConfig`]):
-            The settings. They convert transcripts if the collator does.
-        dataset (`object`):
-            The training data, whose annotation may have recorded further EOS ids.
-        eos_token_ids (`list[int]`):
-            Ids that end a completion, from the models and the tokenizer.
-
-    Returns:
-        `list[int]`: all ids that end a completion.
+    The collator gets the merged ids, in place. Collator and settings both convert transcripts if one of them does.
     """
     recorded = annotation_settings(dataset) if isinstance(dataset, Dataset | IterableDataset) else None
     recorded_ids = (recorded or {}).get("eos_token_ids", [])
-    all_ids = sorted({*eos_token_ids, *(collator.eos_token_ids or ()), *recorded_ids})
-    collator.eos_token_ids = all_ids
+    collator.eos_token_ids = sorted({*eos_token_ids, *(collator.eos_token_ids or ()), *recorded_ids})
     collator.convert_transcripts = args.convert_transcripts = collator.convert_transcripts or args.convert_transcripts
-    return all_ids
+    return collator.eos_token_ids

@@ -3,9 +3,11 @@
 """Settings of [`TFPOTrainer`]."""
 
 import os
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import torch
 from transformers import TrainingArguments
@@ -16,7 +18,21 @@ from ..functional import check_flow_settings, check_reward_settings
 from .base_policy import POLICIES
 
 
+T = TypeVar("T")
+
+
+def help_from_docstring(config_class: type[T]) -> type[T]:
+    """Class decorator: take the command-line help of the fields of a dataclass from its docstring."""
+    entries = re.findall(r"^ +(\w+) \(`.*\):\n((?: {12}.*\n)+)", config_class.__doc__ or "", flags=re.MULTILINE)
+    texts = {name: " ".join(text.split()) for name, text in entries}
+    for each in fields(config_class):  # type: ignore[arg-type]  # a dataclass
+        if each.name in texts:
+            each.metadata = MappingProxyType({"help": texts[each.name]})
+    return config_class
+
+
 @explains_unknown()
+@help_from_docstring
 @dataclass
 class TFPOConfig(_BaseConfig):
     r"""
@@ -48,7 +64,7 @@ class TFPOConfig(_BaseConfig):
             completion is empty, if its prompt has `max_length` or more tokens, or if the chat template cannot render
             it.
         convert_transcripts (`bool`, *optional*, defaults to `False`):
-            Whether to convert texts with turns of `"\n\nHuman:"` and `"\n\nAssistant:"` (HH-RLHF) to messages.
+            Whether to convert transcripts with turns of `\n\nHuman:` and `\n\nAssistant:` (HH-RLHF) to messages.
         pad_to_multiple_of (`int`, *optional*):
             Pad batches to a multiple of this many tokens.
         scoring_batch_size (`int`, *optional*, defaults to `16`):
@@ -57,49 +73,48 @@ class TFPOConfig(_BaseConfig):
         > Parameters that control the token rewards
 
         reward_direction (`str`, *optional*, defaults to `"agreement"`):
-            Sign of a token reward: that of the label (`"label"`, the paper) or that of the gap between the faces
-            (`"faces"`). `"agreement"` uses the sign of the gap, and scales the reward by `disagreement_weight` if the
-            label has the opposite sign.
+            Sign of a token reward. `"label"` (the paper): the sign of the label. `"faces"`: the sign of the gap
+            between the faces. `"agreement"`: the sign of the gap; the reward is multiplied by `disagreement_weight` if
+            the label has the opposite sign.
         disagreement_weight (`float`, *optional*, defaults to `0.5`):
-            Factor, in `[0, 1]`, of a reward that contradicts the label. Only with `reward_direction="agreement"`.
+            Factor, in [0, 1], of a reward that contradicts the label. Only with `reward_direction="agreement"`.
         importance_temperature (`float`, *optional*, defaults to `3.0`):
-            $\tau > 0$. At smaller values, tokens with a small gap become as important as tokens with a large one.
+            Temperature of token importance, greater than 0; tau in the paper. At smaller values, tokens with a small
+            gap become as important as tokens with a large one.
         gap_floor (`float`, *optional*, defaults to `0.05`):
-            $\epsilon > 0$, in nats. If the mean gap of a completion is much smaller, the gap is noise, and no token of
-            the completion is important.
+            Floor of the mean gap of a completion in nats, greater than 0; epsilon in the paper. A mean gap far below
+            the floor is noise, and no token of the completion is important.
         sparsity_threshold (`float`, *optional*, defaults to `0.3`):
-            $\theta$ in `[0, 1)`. Tokens of lower importance get no reward.
-
+            Minimum importance of a token with a reward, in [0, 1); theta in the paper.
         calibrate_rewards (`bool`, *optional*):
-            Whether to fit the token rewards to the labels, see [`~trl_tfpo.training.calibration.calibrate`]. The
-            doctor then starts at the credits of the tokens (an adapter of guided flow starts at zero), and
-            `reward_direction` has no effect. By default, rewards are calibrated if that explains held-out labels
-            better. This needs guided flow without an adapter, 128 pairs, and the default `reward_direction` and
-            `reward_fn`.
+            Whether to fit the token rewards to the labels, see `trl_tfpo.training.calibration`. The doctor then
+            starts at the token credits (an adapter of guided flow starts at zero), and `reward_direction` has no
+            effect. By default, rewards are calibrated if they then explain held-out labels better. The default needs
+            guided flow without an adapter, 128 pairs, and unchanged `reward_direction` and `reward_fn`.
 
         > Parameters that control the objective
 
         policy (`str`, *optional*, defaults to `"ratio"`):
-            Policy whose flow is balanced. `"ratio"` is the doctor before training times the doctor, and `"guided"` is
-            the patient times the doctor (*guided flow*): the first factor is frozen, kept in memory, and is the
-            reference. `"doctor"` (the paper) is the doctor alone, which stays a language model and can draft for the
+            Policy whose flow is balanced. `"ratio"`: the doctor before training times the doctor. `"guided"`: the
+            patient times the doctor. In both (*guided flow*), the first factor is frozen, stays in memory, and is the
+            reference. `"doctor"` (the paper): the doctor alone, which stays a language model and can draft for the
             patient.
         reward_temperature (`float`, *optional*, defaults to `0.25`):
             A token reward of 1 is worth `1 / reward_temperature` nats.
         reference_weight (`float`, *optional*, defaults to `1.0`):
-            Exponent of the reference in the target; 0 is the paper. Values slightly below 1, such as 0.95, favor
-            tokens that the reference finds unlikely, which makes texts more diverse. With `policy="doctor"` the
+            Exponent of the reference in the target; 0 in the paper. Values slightly below 1, such as 0.95, favor
+            tokens that are unlikely under the reference, and make texts more diverse. With `policy="doctor"` the
             reference is the doctor before training.
         subtb_lambda (`float`, *optional*, defaults to `0.95`):
-            Sub-trajectories of n tokens have the weight `subtb_lambda ** n`, in `[0, 1]`. At 0.95 those of up to about
-            20 tokens count; at 1 all count equally.
+            Decay in [0, 1]: sub-trajectories of n tokens have weight `subtb_lambda ** n`. At 0.95, lengths up to about
+            20 tokens count; at 1, all lengths count equally.
         value_loss_weight (`float`, *optional*, defaults to `0.1`):
-            $\lambda \ge 0$, weight of the value discrimination loss.
+            Weight of the value discrimination loss, at least 0; lambda in the paper.
         value_margin (`float`, *optional*, defaults to `0.1`):
-            $\gamma \ge 0$, margin of the value discrimination loss in nats.
+            Margin of the value discrimination loss in nats, at least 0; gamma in the paper.
         value_head_learning_rate (`float`, *optional*):
             Initial learning rate of the value head, at least 0. Defaults to ten times `learning_rate`, because the
-            head starts at zero and its output spans many nats.
+            head starts at zero and its values span many nats.
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
@@ -108,8 +123,8 @@ class TFPOConfig(_BaseConfig):
     > - `bf16`: Defaults to `True` on an accelerator if `fp16` is not set, instead of `False`.
 
     Raises:
-        `ValueError`: if a parameter has another type than its field, or is out of its range.
-        `TypeError`: if an argument does not exist. If TRL's other trainers have it, the message names the replacement.
+        `ValueError`: if a parameter has the wrong type or is out of range.
+        `TypeError`: if a parameter does not exist. For parameters of other TRL trainers, it names the replacement.
     """
 
     _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs", "patient_model_init_kwargs"]
@@ -117,109 +132,28 @@ class TFPOConfig(_BaseConfig):
     gradient_checkpointing: bool | None = field(  # type: ignore[assignment]  # TRL says bool, with None as default
         default=None, metadata={"help": "Deprecated alias of `activation_checkpointing`."}
     )
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Keyword arguments of `from_pretrained` for a doctor given by name."}
-    )
-    patient_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Keyword arguments of `from_pretrained` for a patient given by name."},
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Whether models given by name may run their own code."}
-    )
-    disable_dropout: bool = field(default=True, metadata={"help": "Whether to disable dropout in the doctor."})
-    max_length: int | None = field(
-        default=1024,
-        metadata={
-            "help": "Maximum number of tokens of prompt and completion together. Longer completions are truncated at "
-            "the end."
-        },
-    )
-    drop_unusable: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether to drop pairs that are empty, too long, or that the chat template cannot render, instead "
-            "of raising an error."
-        },
-    )
-    convert_transcripts: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether to convert transcripts with turns of 'Human:' and 'Assistant:' (HH-RLHF) to messages."
-        },
-    )
-    pad_to_multiple_of: int | None = field(
-        default=None, metadata={"help": "Pad batches to a multiple of this many tokens."}
-    )
-    scoring_batch_size: int = field(
-        default=16,
-        metadata={"help": "Sequences in one forward pass of the patient, and of the reference, before training."},
-    )
-    reward_direction: str = field(
-        default="agreement",
-        metadata={
-            "help": "Sign of a token reward: that of the 'label' (the paper), that of the gap between the 'faces', or "
-            "'agreement': that of the gap, reduced if the label has the opposite sign."
-        },
-    )
-    disagreement_weight: float = field(
-        default=0.5,
-        metadata={"help": "Factor, in [0, 1], of a reward that contradicts the label, with 'agreement'."},
-    )
-    importance_temperature: float = field(
-        default=3.0,
-        metadata={
-            "help": "tau in the paper. At smaller values, tokens with a small gap become as important as those with a "
-            "large one."
-        },
-    )
-    gap_floor: float = field(
-        default=0.05,
-        metadata={
-            "help": "epsilon in the paper, in nats. If the mean gap of a completion is much smaller, no token is "
-            "important."
-        },
-    )
-    sparsity_threshold: float = field(
-        default=0.3, metadata={"help": "theta in the paper, in [0, 1). Tokens of lower importance get no reward."}
-    )
-    calibrate_rewards: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Whether to fit the token rewards to the labels. By default, if that explains held-out labels "
-            "better, from 128 pairs on."
-        },
-    )
-    policy: str = field(
-        default="ratio",
-        metadata={
-            "help": "Policy whose flow is balanced: 'ratio', the doctor before training times the doctor; 'guided', "
-            "the patient times the doctor, with the patient in memory; or 'doctor', the doctor alone."
-        },
-    )
-    reward_temperature: float = field(
-        default=0.25, metadata={"help": "A token reward of 1 is worth 1 / reward_temperature nats."}
-    )
-    reference_weight: float = field(
-        default=1.0,
-        metadata={
-            "help": "Exponent of the reference in the target; 0 is the paper. With `policy='doctor'` the reference is "
-            "the doctor before training."
-        },
-    )
-    subtb_lambda: float = field(
-        default=0.95, metadata={"help": "Sub-trajectories of n tokens have the weight subtb_lambda ** n, in [0, 1]."}
-    )
-    value_loss_weight: float = field(
-        default=0.1, metadata={"help": "lambda in the paper, weight of the value discrimination loss."}
-    )
-    value_margin: float = field(
-        default=0.1, metadata={"help": "gamma in the paper, margin of the value discrimination loss in nats."}
-    )
-    value_head_learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "Initial learning rate of the value head. Defaults to ten times `learning_rate`."},
-    )
+    model_init_kwargs: dict[str, Any] | str | None = None
+    patient_model_init_kwargs: dict[str, Any] | str | None = None
+    trust_remote_code: bool = False
+    disable_dropout: bool = True
+    max_length: int | None = 1024
+    drop_unusable: bool = False
+    convert_transcripts: bool = False
+    pad_to_multiple_of: int | None = None
+    scoring_batch_size: int = 16
+    reward_direction: str = "agreement"
+    disagreement_weight: float = 0.5
+    importance_temperature: float = 3.0
+    gap_floor: float = 0.05
+    sparsity_threshold: float = 0.3
+    calibrate_rewards: bool | None = None
+    policy: str = "ratio"
+    reward_temperature: float = 0.25
+    reference_weight: float = 1.0
+    subtb_lambda: float = 0.95
+    value_loss_weight: float = 0.1
+    value_margin: float = 0.1
+    value_head_learning_rate: float | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -258,22 +192,24 @@ class TFPOConfig(_BaseConfig):
         if self.bf16 is None:  # TRL's default of True raises an error without an accelerator
             self.bf16 = not self.fp16 and torch.accelerator.is_available()
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available():
-            # Without a backend, several processes on CPUs would train independently
+            # Without a backend, processes on CPUs would train independently
             self.ddp_backend = self.ddp_backend or "gloo"
             self.use_cpu = "ACCELERATE_USE_DEEPSPEED" not in os.environ  # DeepSpeed detects the CPU itself
         super().__post_init__()
 
 
 def output_folder(args: TrainingArguments) -> Path:
-    """Return the output folder, for which `TrainingArguments` has a default."""
+    """Output folder, with the default of `TrainingArguments`."""
     return Path(args.output_dir or "trainer_output")
 
 
 def resolve_args(args: TFPOConfig | None, model: object) -> TFPOConfig:
-    """Return the settings, by default those of a run named after the model. Raise `ValueError` for other objects."""
+    """The settings, by default with an output folder named after the model. Other objects raise `ValueError`."""
     if args is None:
         name = getattr(getattr(model, "config", None), "_name_or_path", model)
         return TFPOConfig(f"{str(name).split('/')[-1]}-TFPO")
     if not isinstance(args, TFPOConfig):
-        raise ValueError(f"`args` must be a `TFPOConfig`. Got a `{type(args).__name__}`; make one of the settings.")
+        raise ValueError(
+            f"`args` must be a `TFPOConfig`. Got a `{type(args).__name__}`; pass the settings to `TFPOConfig`."
+        )
     return args

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Files of a saved doctor: weights that load as a causal language model, value head, exponents, credits and model card.
+Files of a saved doctor: weights of a causal language model, value head, exponents, credits and model card.
 
-The value head of a full model has a file of its own, so that loading the folder as a plain causal language model
-reports no unexpected weights. The value head of an adapter is saved with the adapter, whose config names it.
+The value head of a full model has a separate file: otherwise transformers would report unexpected weights when it
+loads the folder as a causal language model. The value head of an adapter is among the weights of the adapter.
 """
 
 import shutil
@@ -18,17 +18,17 @@ from transformers.trainer_utils import HubStrategy
 
 from ..common._upstream import _BaseTrainer
 from ..common.language_model import is_peft_model, is_sharded
-from ..models.adapters import VALUE_HEAD, center_head
-from ..models.guidance import GUIDANCE_FILE, save_guidance
+from ..models.adapters import VALUE_HEAD
 from ..models.saved_doctor import VALUE_HEAD_FILE, fold_map, load_value_head, save_value_head
 from ..models.token_credits import CREDITS_FILE, save_credits
+from ..models.trained_exponents import EXPONENTS_FILE, center_head, save_exponents
 from .calibration import Calibration
 from .cards import CUSTOM_GENERATE_FOLDER, complete_model_card, save_custom_generate
 from .config import TFPOConfig, output_folder
 
 
 class DoctorFiles(_BaseTrainer):
-    """The part of [`TFPOTrainer`] that saves doctors and loads checkpoints."""
+    """Methods of [`TFPOTrainer`] that save doctors and load checkpoints."""
 
     args: TFPOConfig
     model: PreTrainedModel
@@ -40,7 +40,7 @@ class DoctorFiles(_BaseTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the doctor with its value head, exponents, credits and model card."""
-        center_head(self.accelerator.unwrap_model(self.model))  # all processes hold the same weights
+        center_head(self.accelerator.unwrap_model(self.model))  # in all processes, which hold the same weights
         super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
@@ -56,9 +56,9 @@ class DoctorFiles(_BaseTrainer):
         super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
-        if head:  # the value head, and the map of the guidance head
+        if head:
             save_value_head({name.rsplit(".", 1)[-1]: tensor for name, tensor in head.items()}, folder)
-        save_guidance(model, folder)
+        save_exponents(model, folder)
         credits = None if self.calibration is None else self.calibration.credits / self.args.reward_temperature
         save_credits(credits, folder)
         save_custom_generate(folder)
@@ -71,7 +71,7 @@ class DoctorFiles(_BaseTrainer):
         # `Trainer` copies its own files from the checkpoint to the folder that it pushes
         if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
             target = output_folder(self.args)
-            for name in (VALUE_HEAD_FILE, GUIDANCE_FILE, CREDITS_FILE):
+            for name in (VALUE_HEAD_FILE, EXPONENTS_FILE, CREDITS_FILE):
                 if (Path(checkpoint_folder) / name).is_file():
                     shutil.copyfile(Path(checkpoint_folder) / name, target / name)
                 else:
@@ -84,7 +84,7 @@ class DoctorFiles(_BaseTrainer):
     def create_model_card(  # type: ignore[override]  # TRL takes other arguments than transformers
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
-        """Write TRL's model card, with a quick start that guides a patient."""
+        """Write the model card of TRL, with a quick start that guides a patient."""
         model_name = model_name or (self.args.hub_model_id or output_folder(self.args).name).split("/")[-1]
         is_file = dataset_name is not None and Path(dataset_name).exists()  # a local file has no link
         super().create_model_card(model_name=model_name, dataset_name=None if is_file else dataset_name, tags=tags)
@@ -98,7 +98,7 @@ class DoctorFiles(_BaseTrainer):
                 rewards_summary=self.rewards_summary,
             )
 
-    # `Trainer` does not load the value head of a full model. Engines that shard load it themselves.
+    # `Trainer` does not load the value head of a full model. DeepSpeed and FSDP do.
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

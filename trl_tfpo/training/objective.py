@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Objective of the doctor: sub-trajectory balance plus value discrimination (Stage 2 of LLMdoctor)."""
+"""Objective of the doctor: sub-trajectory balance plus value discrimination (stage 2 of LLMdoctor)."""
 
 import torch
 
@@ -39,7 +39,7 @@ def tfpo_objective(
 
     Args:
         doctor_logps (`torch.Tensor` of shape `(B, T)`):
-            Log-probability of each token under the policy in training, in nats.
+            Log-probability of each token under the balanced policy, in nats.
         log_values (`torch.Tensor` of shape `(B, S)`):
             Output of the value head at each state, in nats.
         token_rewards (`torch.Tensor` of shape `(B, T)`):
@@ -47,25 +47,24 @@ def tfpo_objective(
         completion_ids (`torch.Tensor` of shape `(B, T)`):
             Token ids.
         completion_mask (`torch.Tensor` of shape `(B, T)`):
-            Whether each token is real rather than padding.
+            True for tokens, False for padding.
         is_complete (`torch.Tensor` of shape `(B,)`):
-            Whether the completion ends in EOS rather than being truncated.
+            True if the completion ends in EOS, False if it was truncated.
         reference_logps (`torch.Tensor` of shape `(B, T)`, *optional*):
             Log-probability of each token under the reference, in nats.
         reward_temperature (`float`, *optional*, defaults to `0.25`):
             Divisor of the rewards, see [`~trl_tfpo.functional.log_prefix_scores`].
         reference_weight (`float`, *optional*, defaults to `1.0`):
-            Exponent of the reference in the target; 0 is the paper.
+            Exponent of the reference in the target; 0 in the paper.
         subtb_lambda (`float`, *optional*, defaults to `0.95`):
-            Decay of the weights of sub-trajectories with their length, see [`~trl_tfpo.functional.subtb_loss`].
+            Sub-trajectories of n tokens have weight `subtb_lambda ** n`, see [`~trl_tfpo.functional.subtb_loss`].
         value_loss_weight (`float`, *optional*, defaults to `0.1`):
             $\lambda$, weight of the value discrimination loss.
         value_margin (`float`, *optional*, defaults to `0.1`):
             $\gamma$, margin of the value discrimination loss in nats.
 
     Returns:
-        `torch.Tensor`: the loss, a scalar, the mean over pairs; and `dict[str, torch.Tensor]`: metrics, detached
-        scalars.
+        `torch.Tensor`: the loss, a scalar, mean over pairs; and `dict[str, torch.Tensor]`: detached scalars.
 
     Raises:
         `ValueError`: if the rows are not pairs, a setting is out of range, or reference log-probabilities are missing.
@@ -91,18 +90,15 @@ def tfpo_objective(
     )
     subtb = subtb_loss(potential=potential, completion_mask=completion_mask, subtb_lambda=subtb_lambda).mean()
 
-    chosen_ids, rejected_ids = completion_ids.chunk(2)
-    chosen_mask, rejected_mask = completion_mask.chunk(2)
+    (chosen_ids, rejected_ids), (chosen_mask, rejected_mask) = completion_ids.chunk(2), completion_mask.chunk(2)
+    divergence = first_divergence(
+        chosen_ids=chosen_ids, rejected_ids=rejected_ids, chosen_mask=chosen_mask, rejected_mask=rejected_mask
+    )
     chosen_log_values, rejected_log_values = log_values.chunk(2)
     value = value_discrimination_loss(
         chosen_log_values=chosen_log_values,
         rejected_log_values=rejected_log_values,
-        divergence=first_divergence(
-            chosen_ids=chosen_ids,
-            rejected_ids=rejected_ids,
-            chosen_mask=chosen_mask,
-            rejected_mask=rejected_mask,
-        ),
+        divergence=divergence,
         value_margin=value_margin,
     ).mean()
 
@@ -124,21 +120,21 @@ def pair_rewards(
     reward_temperature: float,
 ) -> torch.Tensor:
     r"""
-    Implicit rewards of whole completions, as [`~trl.DPOTrainer`] defines them.
+    Implicit rewards of whole completions, defined as in [`~trl.DPOTrainer`].
 
-    $$r(y) = T \big( \log \pi(y \mid x) - \log \pi_{\text{before}}(y \mid x) \big)$$
+    $$r(y) = \tau_r \big( \log \pi(y \mid x) - \log \pi_{\text{ref}}(y \mid x) \big)$$
 
     Under the target policy, they are the sums of the token rewards, up to a constant for each prompt.
 
     Args:
         doctor_logps (`torch.Tensor` of shape `(B, T)`):
-            Log-probability of each token under the policy in training, in nats.
+            Log-probability of each token under the balanced policy, in nats.
         reference_logps (`torch.Tensor` of shape `(B, T)`):
-            The same before training.
+            Log-probability of each token under the reference, in nats.
         completion_mask (`torch.Tensor` of shape `(B, T)`):
-            Whether each token is real rather than padding.
+            True for tokens, False for padding.
         reward_temperature (`float`):
-            $T$, the reward of one nat; `beta` of DPO.
+            $\tau_r$, the reward of one nat; `beta` of DPO.
 
     Returns:
         `torch.Tensor` of shape `(P, 2)`: rewards of the chosen and of the rejected completion of each pair, detached.
@@ -156,25 +152,20 @@ def describe_batch(
     rewards: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """
-    Metrics of a batch of pairs that do not depend on the objective, as detached scalars.
+    Metrics of a batch of pairs that do not depend on the objective.
 
     Args:
-        doctor_logps (`torch.Tensor` of shape `(B, T)`):
-            Log-probability of each token under the policy in training, in nats.
-        completion_mask (`torch.Tensor` of shape `(B, T)`):
-            Whether each token is real rather than padding.
-        token_rewards (`torch.Tensor` of shape `(B, T)`):
-            Reward of each token.
+        doctor_logps, completion_mask, token_rewards (`torch.Tensor` of shape `(B, T)`):
+            As in [`tfpo_objective`].
         gaps (`torch.Tensor` of shape `(B, T)`, *optional*):
             Positive minus negative log-probability of the patient, in nats.
         rewards (`torch.Tensor` of shape `(P, 2)`, *optional*):
             Result of [`pair_rewards`], if there is a reference.
 
     Returns:
-        `dict[str, torch.Tensor]`: the share of tokens without a reward; the mean sum of token rewards, and of
-        log-probabilities, of chosen and of rejected completions; the share of the absolute gaps whose sign agrees with
-        the label; and, as in [`~trl.DPOTrainer`], the mean rewards of chosen and rejected completions, their
-        difference, and the share of pairs where it is positive.
+        `dict[str, torch.Tensor]`: detached scalars. `token_rewards/sparsity` is the share of tokens without a reward.
+        `token_rewards/agreement` is the share of the absolute gaps whose sign agrees with the label. The others are
+        means over completions or pairs. Names with `rewards/` mean the same as in [`~trl.DPOTrainer`].
     """
     token_rewards = token_rewards.masked_fill(~completion_mask, 0)
     chosen_rewards, rejected_rewards = token_rewards.sum(dim=1).chunk(2)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Plan of a training: its counts, and the memory of weights and optimizer, from configs and data alone."""
+"""Plan of a training from configs and data: counts of tokens and steps, memory of weights and optimizer."""
 
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,28 +36,28 @@ if TYPE_CHECKING:
 ZERO3_LIVE_PARAMETERS = 10**9  # DeepSpeed's default of `stage3_max_live_parameters`
 GIB = 2**30
 NOTE = (
-    "Activations are not counted. They grow with `per_device_train_batch_size` and with the length of the rows; "
-    "`activation_checkpointing` reduces them. Counts of parameters and bytes of weights are exact; nothing was "
-    "loaded. The optimizer is AdamW. Weights in 4 or 8 bits are never sharded. Not counted either: logits, padding in "
-    "the counts of tokens, memory that CUDA, NCCL and the allocator reserve, communication buffers other than the "
-    "buckets of DDP and gathered weights, evaluation, offloading, and a head with a free row for each token."
+    "Activations are not counted. They grow with `per_device_train_batch_size` and the length of the rows; "
+    "`activation_checkpointing` reduces them. Counts of parameters and bytes of weights are exact. The optimizer is "
+    "AdamW. Weights in 4 or 8 bits are not sharded. Not counted either: logits, padding tokens, memory that CUDA, "
+    "NCCL and the allocator reserve, communication buffers other than the buckets of DDP and gathered weights, "
+    "evaluation, offloading, and a head with a free row for each token."
 )
 
 
 @dataclass(frozen=True)
 class Memory:
     """
-    Bytes that one process holds in one phase, without activations.
+    Bytes in one process during one phase, without activations.
 
     Args:
         phase (`str`):
             Name of the phase.
         weights (`int`):
-            Weights, including those that are gathered from other processes.
+            Weights, including those gathered from other processes.
         gradients (`int`):
-            Gradients. DDP holds them twice: its communication buckets are a copy.
+            Gradients. DDP counts twice, because its communication buckets are a copy.
         optimizer (`int`):
-            Two states of AdamW and, with DeepSpeed, its float32 copies of weights and gradients.
+            Two states of AdamW and, with DeepSpeed, float32 copies of weights and gradients.
     """
 
     phase: str
@@ -67,7 +67,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Sum of weights, gradients and optimizer states, in bytes."""
+        """Bytes of weights, gradients and optimizer states together."""
         return self.weights + self.gradients + self.optimizer
 
 
@@ -86,13 +86,13 @@ class TrainingPlan:
         longest_row (`int`):
             Tokens of the longest row in a training batch. `max_length` if only a sample was tokenized.
         annotation_tokens (`int`):
-            Tokens that the patient reads in all processes together. 0 for an annotated dataset.
+            Tokens that the patient reads in annotation, summed over processes. 0 for an annotated dataset.
         reference_tokens (`int`):
-            Tokens that the reference reads before training. 0 without a reference.
+            Tokens that the reference reads before training, summed over processes. 0 if it reads none.
         training_tokens (`int`):
             Tokens in the batches of one epoch.
         num_shards (`int`):
-            Shards of the scores that are computed before training. Processes divide the shards among themselves.
+            Shards of the score cache. Processes divide the shards among themselves.
         num_update_steps (`int`):
             Optimizer steps of the whole training.
         num_processes (`int`):
@@ -160,16 +160,16 @@ def training_plan(
     max_pairs: int = 1000,
 ) -> TrainingPlan:
     """
-    Count what [`TFPOTrainer`] would read, do and hold with these arguments, without weights or an accelerator.
+    Count tokens, steps and bytes of a training with these arguments. No weights or accelerator are needed.
 
     Args:
         dataset ([`~datasets.Dataset`]):
-            Preference dataset of any of TRL's formats, or an annotated one.
+            Preference dataset in any format of TRL, or an annotated dataset.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of doctor and patient.
         doctor (`str` or [`~transformers.PreTrainedConfig`]):
-            Name, path or config of the doctor. Only the config is read. Weights that are stored in quantized form
-            count as unquantized.
+            Name, path or config of the doctor. Only the config is read. Weights stored in quantized form count as
+            unquantized.
         patient (`str` or [`~transformers.PreTrainedConfig`], *optional*):
             The same for the patient. Not needed for an annotated dataset.
         args ([`TFPOConfig`]):
@@ -185,12 +185,9 @@ def training_plan(
         num_processes (`int`, *optional*, defaults to `1`):
             Number of processes of the training.
         mixed_precision (`bool`, *optional*, defaults to `True`):
-            Whether the training computes in bfloat16, as it does by default on an accelerator.
+            Whether the training computes in bfloat16, the default on an accelerator.
         max_pairs (`int`, *optional*, defaults to `1000`):
-            Most pairs to tokenize. From a longer dataset this many are sampled, and counts are extrapolated.
-
-    Returns:
-        [`TrainingPlan`]: counts, and the bytes of each phase.
+            Maximum number of pairs to tokenize. A longer dataset is sampled, and its counts are extrapolated.
 
     Raises:
         `ValueError`: if the dataset is empty, streamed or not a preference dataset; if a pair is unusable; if the
@@ -225,21 +222,23 @@ def training_plan(
         frozen = _StoredModel.of(patient, args.patient_model_init_kwargs, "auto", patient_quantization_config, trust)
     policy = POLICIES[args.policy]
     base_policy = frozen if policy.needs_patient else model if policy.has_base else None
-    base_bytes = 0 if base_policy is None else base_policy.num_bytes  # before the doctor gets its heads and adapter
-    model = model.as_doctor(peft_config, guides=policy.has_base, has_credits=bool(args.calibrate_rewards))
+    base_bytes = 0 if base_policy is None else base_policy.num_bytes  # before `make_doctor` changes the model
+    doctor_model = make_doctor(
+        model.model, peft_config, guides=policy.has_base, has_credits=bool(args.calibrate_rewards)
+    )
+    model = replace(model, model=doctor_model)  # heads and adapter are never quantized
 
     lengths = _tokenize(dataset, processing_class, faces, frozen, args, max_pairs)
     annotation_tokens, reference_tokens, memory = 0, 0, []
     if frozen is not None and not is_annotated:
         annotation_tokens = frozen.num_scored_tokens(lengths, FACE_COLUMNS)
-        # With several processes an unquantized doctor is moved to the accelerator later
+        # With several processes, an unquantized doctor is moved to the accelerator later
         has_doctor = num_processes == 1 or model.quantized
         memory.append(Memory("annotation", frozen.num_bytes + (model.num_bytes if has_doctor else 0)))
     if args.reference_weight and not policy.has_base and not set(REFERENCE_COLUMNS) <= set(dataset.column_names):
         reference_tokens = model.num_scored_tokens(lengths, ID_COLUMNS[:1])
         memory.append(Memory("reference", model.num_bytes))
-    half = 2 if mixed_precision else 4
-    memory += _training_memory(model, base_bytes, half, num_processes)
+    memory += _training_memory(model, base_bytes, 2 if mixed_precision else 4, num_processes)
 
     scale = len(dataset) / lengths.num_read
     num_tokenized = len(lengths.chosen)
@@ -248,10 +247,10 @@ def training_plan(
         num_pairs=num_pairs,
         num_tokenized_pairs=num_tokenized,
         is_extrapolated=scale > 1,
-        longest_row=args.max_length if scale > 1 and args.max_length else lengths.longest_row,
+        longest_row=args.max_length if scale > 1 and args.max_length else max(lengths.rows),
         annotation_tokens=round(annotation_tokens * scale),
         reference_tokens=round(reference_tokens * scale),
-        training_tokens=round(lengths.num_trained_tokens * scale),
+        training_tokens=round(sum(lengths.rows) * scale),
         num_shards=math.ceil(num_pairs / SHARD_SIZE),
         num_update_steps=_num_update_steps(num_pairs, args, num_processes),
         num_processes=num_processes,
@@ -267,8 +266,8 @@ def _check_arguments(
 ) -> None:
     if not isinstance(dataset, Dataset) or len(dataset) == 0:
         raise ValueError(
-            "A plan needs a dataset of known length with at least one pair. Got "
-            f"{dataset!r}; pass one split with rows, loaded with `streaming=False`."
+            f"A plan needs a dataset of known length with at least one pair. Got {dataset!r}; pass one split that is "
+            "not empty, loaded with `streaming=False`."
         )
     if not _is_annotated(dataset) and (patient is None or faces is None):
         raise ValueError(
@@ -290,7 +289,7 @@ def _is_annotated(dataset: Dataset) -> bool:
 
 @dataclass(frozen=True)
 class _Lengths:
-    """Tokens of each prompt and completion, by column, of the pairs that were read and can be used."""
+    """Number of tokens of each prompt and completion, by column, for the usable pairs."""
 
     columns: dict[str, list[int]]
     num_read: int  # pairs, usable or not
@@ -305,17 +304,9 @@ class _Lengths:
 
     @property
     def rows(self) -> list[int]:
-        """Tokens of the rows of training: each prompt with each of its two completions."""
+        """Tokens of each row in training: a prompt with one of its completions."""
         prompts = self.columns["prompt_ids"]
         return [sum(row) for side in (self.chosen, self.rejected) for row in zip(prompts, side, strict=True)]
-
-    @property
-    def longest_row(self) -> int:
-        return max(self.rows)
-
-    @property
-    def num_trained_tokens(self) -> int:
-        return sum(self.rows)
 
 
 def _tokenize(
@@ -326,7 +317,7 @@ def _tokenize(
     args: TFPOConfig,
     max_pairs: int,
 ) -> _Lengths:
-    """Lengths of up to `max_pairs` pairs, sampled from a longer dataset."""
+    """Lengths of all pairs, or of a sample of `max_pairs`."""
     pairs = dataset if len(dataset) <= max_pairs else dataset.shuffle(seed=0).select(range(max_pairs))
     num_read = len(pairs)
     if not _is_annotated(dataset):
@@ -358,7 +349,7 @@ def _num_update_steps(num_pairs: int, args: TFPOConfig, num_processes: int) -> i
 
 @dataclass(frozen=True)
 class _StoredModel:
-    """A model on the meta device, and the quantization in which its weights would be stored."""
+    """A model on the meta device, with the quantization of its stored weights."""
 
     model: "PreTrainedModel | PeftModel"
     outline: PreTrainedModel  # the model without adapters
@@ -374,7 +365,7 @@ class _StoredModel:
         quantization_config: BitsAndBytesConfig | None,
         trust_remote_code: bool,
     ) -> "_StoredModel":
-        """The model that a name, path or config describes, with the dtype that it would be loaded in."""
+        """The model of a name, path or config, in the dtype in which `TFPOTrainer` loads it."""
         init_kwargs = init_kwargs if isinstance(init_kwargs, dict) else {}
         if isinstance(source, str):
             config = AutoConfig.from_pretrained(
@@ -386,11 +377,6 @@ class _StoredModel:
         model = model_without_weights(config, dtype, trust_remote_code=trust_remote_code)
         return cls(model, model, quantization_config, _quantized(model, quantization_config))
 
-    def as_doctor(self, peft_config: "PeftConfig | None", *, guides: bool, has_credits: bool) -> "_StoredModel":
-        """The model with value head, guidance head and adapter, which are never quantized."""
-        doctor = make_doctor(self.model, peft_config, guides=guides, has_credits=has_credits)
-        return _StoredModel(doctor, self.outline, self.quantization_config, self.quantized)
-
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
         return list(self.model.parameters())
@@ -400,14 +386,13 @@ class _StoredModel:
         return [parameter for parameter in self.parameters if parameter.requires_grad]
 
     @property
-    def floats(self) -> list[torch.nn.Parameter]:
-        """Parameters that are not quantized."""
+    def unquantized(self) -> list[torch.nn.Parameter]:
         return [parameter for parameter in self.parameters if id(parameter) not in self.quantized]
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of parameters, buffers, and the constants of quantization."""
-        num_bytes = sum(tensor.nbytes for tensor in [*self.model.buffers(), *self.floats])
+        """Bytes of parameters, buffers and quantization constants."""
+        num_bytes = sum(tensor.nbytes for tensor in [*self.model.buffers(), *self.unquantized])
         for parameter in self.parameters:
             if id(parameter) in self.quantized and self.quantization_config is not None:
                 num_bytes += _quantized_bytes(parameter, self.quantization_config)
@@ -415,9 +400,10 @@ class _StoredModel:
 
     def num_scored_tokens(self, lengths: _Lengths, prompt_columns: list[str]) -> int:
         """
-        Tokens that the model reads to score all completions once after each of some columns of prompts.
+        Tokens that the model reads to score both completions after each column of prompts.
 
-        Both completions of a prompt share a row, and its last token is read for each, unless attention slides.
+        The completions share one pass over their prompt, and its last token is read once more. Models with sliding
+        windows read the prompt twice.
         """
         num_tokens = sum(lengths.chosen + lengths.rejected) * len(prompt_columns)
         num_prompt_tokens = sum(sum(lengths.columns[name]) for name in prompt_columns)
@@ -440,10 +426,10 @@ def _quantized(model: PreTrainedModel, config: BitsAndBytesConfig | None) -> fro
 
 
 def _quantized_bytes(parameter: torch.nn.Parameter, config: BitsAndBytesConfig) -> int:
-    """Bytes of a weight in 4 or 8 bits, with its constants."""
+    """Bytes of a weight in 4 or 8 bits, with its quantization constants."""
     if config.load_in_8bit:
         return parameter.numel() + 4 * len(parameter)  # one float32 scale for each row
-    num_bytes = math.ceil(parameter.numel() / 2) + 16 * 4  # and the table of 16 values
+    num_bytes = math.ceil(parameter.numel() / 2) + 16 * 4  # with the float32 table of the 16 values
     num_blocks = math.ceil(parameter.numel() / 64)
     if not config.bnb_4bit_use_double_quant:
         return num_bytes + 4 * num_blocks
@@ -453,19 +439,12 @@ def _quantized_bytes(parameter: torch.nn.Parameter, config: BitsAndBytesConfig) 
 # Memory of training
 
 
-def _training_memory(model: _StoredModel, base_bytes: int, half: int, num_processes: int) -> Iterator[Memory]:
+def _training_memory(model: _StoredModel, base_bytes: int, size: int, num_processes: int) -> Iterator[Memory]:
     """
-    Bytes of training under each engine.
+    Memory of training a doctor under each engine.
 
-    Args:
-        model ([`_StoredModel`]):
-            The doctor.
-        base_bytes (`int`):
-            Bytes of the frozen base policy that is read beside the doctor. ZeRO-3 and FSDP2 shard it.
-        half (`int`):
-            Bytes of a weight in the dtype of the computation.
-        num_processes (`int`):
-            Number of processes.
+    `base_bytes` is the size of the frozen base policy; ZeRO-3 and FSDP2 shard it. `size` is the size of a weight in
+    the dtype of the computation, in bytes.
     """
     gradients = sum(parameter.nbytes for parameter in model.trained)
     if num_processes == 1:
@@ -474,27 +453,27 @@ def _training_memory(model: _StoredModel, base_bytes: int, half: int, num_proces
     yield Memory("training, DDP", model.num_bytes + base_bytes, 2 * gradients, 2 * gradients)
 
     num_trained = sum(parameter.numel() for parameter in model.trained)
-    num_floats = sum(parameter.numel() for parameter in model.floats)
-    whole = model.num_bytes - sum(parameter.nbytes for parameter in model.floats)  # not sharded by any engine
-    optimizer = 16 * num_trained // num_processes  # weights, two states, and gradients for the step, in float32
-    share = half * num_trained // num_processes
-    weights = whole + half * num_floats + base_bytes
-    yield Memory("training, ZeRO-1", weights, half * num_trained, optimizer)
+    num_unquantized = sum(parameter.numel() for parameter in model.unquantized)
+    whole = model.num_bytes - sum(parameter.nbytes for parameter in model.unquantized)  # sharded by no engine
+    optimizer = 16 * num_trained // num_processes  # weights, gradients and two states, in float32
+    share = size * num_trained // num_processes
+    weights = whole + size * num_unquantized + base_bytes
+    yield Memory("training, ZeRO-1", weights, size * num_trained, optimizer)
     yield Memory("training, ZeRO-2", weights, share, optimizer)
 
-    gathered = half * min(num_floats, ZERO3_LIVE_PARAMETERS)
-    weights = whole + half * num_floats // num_processes + gathered + base_bytes // num_processes
+    gathered = size * min(num_unquantized, ZERO3_LIVE_PARAMETERS)
+    weights = whole + size * num_unquantized // num_processes + gathered + base_bytes // num_processes
     yield Memory("training, ZeRO-3", weights, share, optimizer)
 
     layers = _layer_sizes(model)
-    gathered = half * (num_floats - sum(layers) + 2 * max(layers))  # parameters outside layers, and two layers
-    shards = sum(4 * p.numel() if p.requires_grad else p.nbytes for p in model.floats)
+    gathered = size * (num_unquantized - sum(layers) + 2 * max(layers))  # parameters outside layers, and two layers
+    shards = sum(4 * p.numel() if p.requires_grad else p.nbytes for p in model.unquantized)
     weights = whole + shards // num_processes + gathered + base_bytes // num_processes
     yield Memory("training, FSDP2", weights, 4 * num_trained // num_processes, 8 * num_trained // num_processes)
 
 
 def _layer_sizes(model: _StoredModel) -> list[int]:
-    """Parameters in each decoder layer, without quantized ones: of the largest list of modules."""
+    """Number of unquantized parameters in each decoder layer, that is, in the modules of the largest `ModuleList`."""
     lists = [module for module in model.model.modules() if isinstance(module, torch.nn.ModuleList)]
     sizes = [
         [sum(p.numel() for p in layer.parameters() if id(p) not in model.quantized) for layer in each]

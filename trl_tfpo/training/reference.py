@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Reference log-probabilities: those of the doctor before training, cached as columns of the dataset."""
+"""Reference log-probabilities of the doctor before training, cached as columns of the dataset."""
 
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-import torch
 from datasets import Dataset, IterableDataset
 from transformers import Trainer
 
@@ -21,35 +20,19 @@ REFERENCE_COLUMNS = ["chosen_ref_logps", "rejected_ref_logps"]
 
 
 def check_not_streamed(dataset: Dataset | IterableDataset, columns: set[str], reference_weight: float) -> None:
-    """Raise `ValueError` if the reference would have to score a streamed dataset. `columns` are its columns."""
+    """Raise `ValueError` if a dataset is streamed, and its `columns` have no reference log-probabilities."""
     if isinstance(dataset, IterableDataset) and not columns.issuperset(REFERENCE_COLUMNS):
         raise ValueError(
-            "A streamed dataset cannot be scored by the reference before training. Got one with "
+            "The reference cannot score a streamed dataset before training. Got a streamed dataset with "
             f"`reference_weight={reference_weight}`; load it with `streaming=False`, or use `policy='ratio'`."
-        )
-
-
-def check_untrained(doctor: torch.nn.Module, num_steps: int) -> None:
-    """Raise `ValueError` if the doctor has been trained for some steps, or is sharded."""
-    if num_steps > 0 or is_sharded(doctor):
-        raise ValueError(
-            "The reference must be the doctor before training, whole in each process. Got a new dataset without the "
-            f"columns {REFERENCE_COLUMNS}, and a doctor that has been trained or sharded; pass the dataset as "
-            "`eval_dataset` of the trainer, and a doctor for DeepSpeed ZeRO-3 by name."
         )
 
 
 def with_reference_logps(dataset: Dataset | dict, trainer: Trainer, *, fingerprint: str) -> Dataset | dict:
     """
-    Add the columns of [`add_reference_logps`] to a dataset, or to each of a dict of them, where they are missing.
+    Add reference log-probabilities to a dataset, or to each split of a dict, unless it has them.
 
-    Args:
-        dataset ([`~datasets.Dataset`], or `dict` of them):
-            Tokenized preferences.
-        trainer ([`~transformers.Trainer`]):
-            Trainer whose model is the doctor before training.
-        fingerprint (`str`):
-            Fingerprint of that model.
+    The doctor is the model of the trainer, see [`add_reference_logps`].
 
     Raises:
         `ValueError`: if the doctor has been trained or is sharded.
@@ -60,9 +43,14 @@ def with_reference_logps(dataset: Dataset | dict, trainer: Trainer, *, fingerpri
         return dataset
     doctor: Any = trainer.model
     args: Any = trainer.args
-    check_untrained(doctor, trainer.state.global_step)
+    if trainer.state.global_step > 0 or is_sharded(doctor):
+        raise ValueError(
+            "The reference must be the doctor before training, not sharded. Got a new dataset without the columns "
+            f"{REFERENCE_COLUMNS}, and a trained or sharded doctor; pass the dataset as `eval_dataset` of the "
+            "trainer, and with DeepSpeed ZeRO-3 pass the doctor by name."
+        )
     if args.world_size > 1 and not getattr(doctor, "is_quantized", False):
-        doctor.to(args.device)  # an engine that shards the doctor moves it later
+        doctor.to(args.device)  # engines that shard move it only in `train`
     return add_reference_logps(dataset, doctor, fingerprint=fingerprint, batch_size=args.scoring_batch_size)
 
 
@@ -74,9 +62,9 @@ def add_reference_logps(dataset: Dataset, doctor: LanguageModel, *, fingerprint:
         dataset ([`~datasets.Dataset`]):
             Tokenized preferences.
         doctor ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The doctor before training, whole in each process.
+            The doctor before training, not sharded.
         fingerprint (`str`):
-            From [`~trl_tfpo.models.fingerprint.model_fingerprint`]; the key of the doctor in the cache.
+            Key of the doctor in the cache, from [`~trl_tfpo.models.fingerprint.model_fingerprint`].
         batch_size (`int`):
             Completions in a forward pass, see [`~trl_tfpo.annotation.scoring.score_completions`].
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Choice of the token rewards that a doctor is trained on: calibrated on the labels, or sparse."""
+"""Choice between calibrated and sparse token rewards."""
 
 from collections.abc import Sequence
 
@@ -18,8 +18,8 @@ from .checks import check_can_calibrate
 from .config import TFPOConfig
 
 
-MIN_PAIRS = 128  # standard errors of fewer labels are too rough for a choice
-DEFAULT_REWARDS = f"{token_rewards.__module__}.{token_rewards.__qualname__}"  # as an annotation records them
+MIN_PAIRS = 128  # with fewer labels, standard errors are too large
+DEFAULT_REWARDS = f"{token_rewards.__module__}.{token_rewards.__qualname__}"  # name in the record of an annotation
 
 
 def choose_rewards(
@@ -32,21 +32,21 @@ def choose_rewards(
     is_online: bool = False,
 ) -> tuple[Calibration | None, str | None]:
     """
-    Calibrate token rewards if the settings ask for it, or by default if that explains held-out labels better.
+    Calibrate token rewards if the settings require it, or by default if they then explain held-out labels better.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Annotated training data.
         eval_dataset (the same, or a `dict` of them, *optional*):
-            Evaluation data. By default rewards are not calibrated if it has no gaps.
+            Evaluation data. With `calibrate_rewards=None`, rewards are not calibrated if it has no gaps.
         model ([`~transformers.PreTrainedModel`]):
-            The doctor, whose embeddings are used.
+            The doctor. Calibration uses its embeddings.
         args ([`TFPOConfig`]):
-            Settings, with `calibrate_rewards`.
+            Settings.
         eos_token_ids (`Sequence[int]`):
             Tokens that end a completion.
         is_online (`bool`, *optional*, defaults to `False`):
-            Whether the data collator queries the patient batch by batch.
+            Whether the data collator annotates each batch.
 
     Returns:
         [`Calibration`], the same in all processes, or `None` if it is not used; and a summary of the comparison, or
@@ -57,45 +57,44 @@ def choose_rewards(
             or fewer than 32 pairs.
 
     Warns:
-        `UserWarning`: if the rewards that are used do not explain the labels.
+        `UserWarning`: if the chosen rewards do not explain the labels.
     """
     if args.calibrate_rewards:
         check_can_calibrate(dataset, model, is_online=is_online)
-    held_out = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
-    is_open = args.calibrate_rewards is None and POLICIES[args.policy].has_base and not is_online
-    is_open = is_open and _is_open(dataset, held_out, model)
-    if not args.calibrate_rewards and not is_open:
+    eval_splits = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
+    by_default = args.calibrate_rewards is None and POLICIES[args.policy].has_base and not is_online
+    by_default = by_default and _may_calibrate(dataset, eval_splits, model)
+    if not args.calibrate_rewards and not by_default:
         if args.process_index == 0:
             warn_unless_faces_separate(dataset)
         return None, None
     embeddings = model.get_input_embeddings().get_parameter("weight")
     calibration = calibrate(dataset, embeddings, eos_token_ids)
-    (calibration,) = broadcast_object_list([calibration])  # rounding differs between machines; the choice must not
+    (calibration,) = broadcast_object_list([calibration])  # rounding may differ between machines
     is_used = args.calibrate_rewards or calibration.is_better
     if args.process_index == 0:
         calibration.report(is_used=is_used)
     return calibration if is_used else None, calibration.describe(is_used=is_used)
 
 
-def _is_open(
+def _may_calibrate(
     dataset: Dataset | IterableDataset,
-    held_out: Sequence[Dataset | IterableDataset | None],
+    eval_splits: Sequence[Dataset | IterableDataset | None],
     model: LanguageModel,
 ) -> bool:
     """
-    Whether labels may decide on the token rewards.
+    Whether rewards may be calibrated by default.
 
-    They may if the doctor is not an adapter, its embeddings are not sharded, the dataset has gaps and at least 128
-    pairs, and the annotation records the default `reward_fn` and `reward_direction`. Other rewards are kept, because
-    the user chose them.
+    The doctor must be neither sharded nor an adapter. The dataset must have gaps and at least 128 pairs. Its
+    annotation must have the default `reward_fn` and `reward_direction`, because rewards that the user chose are kept.
     """
     if is_sharded(model) or is_peft_model(model):
         return False
     recorded = annotation_settings(dataset)
     if recorded is None or not isinstance(dataset, Dataset) or len(dataset) < MIN_PAIRS:
-        return False  # a dataset without a record, as from a file, may have rewards of any kind
+        return False  # without a record, for example from a file, the rewards may be of any kind
     rewards = recorded.get("reward", {})
     is_default = rewards.get("function", DEFAULT_REWARDS) == DEFAULT_REWARDS
     is_default &= rewards.get("reward_direction", "agreement") == "agreement"
-    splits = [dataset, *(split for split in held_out if split is not None)]
+    splits = [dataset, *(split for split in eval_splits if split is not None)]
     return is_default and all(set(GAP_COLUMNS) <= columns_of(split) for split in splits)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Gaps of the tokens of an annotated dataset, and what token embeddings predict of them.
+Gaps of the tokens in an annotated dataset, and their regression on token embeddings.
 
-Shapes: P pairs, N tokens that may have a reward, U distinct tokens among them, H entries of an embedding.
+Shapes: P pairs, N tokens that may have a reward, U distinct tokens among them, H entries of an embedding, B rows, T
+tokens of a completion, V tokens in the vocabulary.
 """
 
 from collections.abc import Sequence
@@ -37,10 +38,9 @@ class TokenGaps:
         sign (`torch.Tensor` of shape `(N,)`):
             1 in chosen and -1 in rejected completions.
         sums (`torch.Tensor` of shape `(P, 3)`):
-            Sparse reward, gap and number of tokens: the sum over the chosen completion minus that over the rejected
-            one.
+            Sparse rewards, gaps and number of tokens: sums over the chosen completion minus sums over the rejected.
         prompt (`torch.Tensor` of shape `(P,)`):
-            Index of the prompt, or of the pair if the dataset has fewer than 32 prompts.
+            Index of the prompt; of the pair if the dataset has fewer than 32 distinct prompts.
     """
 
     ids: torch.Tensor
@@ -52,7 +52,7 @@ class TokenGaps:
 
 
 def sample_pairs(dataset: Dataset, max_pairs: int) -> Dataset:
-    """Return the dataset, or a random sample of `max_pairs` of its pairs, the same at each call."""
+    """Return the dataset, or a random sample of `max_pairs` pairs with a fixed seed."""
     if len(dataset) <= max_pairs:
         return dataset
     sampled = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:max_pairs]
@@ -60,7 +60,7 @@ def sample_pairs(dataset: Dataset, max_pairs: int) -> Dataset:
 
 
 def read_gaps(dataset: Dataset, eos_token_ids: Sequence[int]) -> TokenGaps:
-    """Read the tokens of an annotated dataset that may have a reward, with their gaps."""
+    """Read tokens and gaps of an annotated dataset."""
     names = [name for name in (*ID_COLUMNS, *GAP_COLUMNS, *MASK_COLUMNS) if name in dataset.column_names]
     dataset, eos = dataset.select_columns(names), torch.tensor(list(eos_token_ids))
     tokens, sums = [], torch.zeros(len(dataset), 3)
@@ -94,7 +94,7 @@ def padded_columns(batch: dict[str, list], side: int) -> tuple[torch.Tensor, tor
 
 
 def sparse_rewards(gaps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Return the token rewards (B, T) of [`~trl_tfpo.functional.token_rewards`] from gaps alone, without labels."""
+    """Return the token rewards (B, T) of [`~trl_tfpo.functional.token_rewards`] from gaps without labels."""
     return token_rewards(
         positive_logps=gaps,
         negative_logps=torch.zeros_like(gaps),
@@ -108,18 +108,12 @@ def centered_embeddings(
     embeddings: torch.Tensor, ids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Embeddings of the tokens that occur, less their mean.
-
-    Args:
-        embeddings (`torch.Tensor` of shape `(V, H)`):
-            Embeddings of the vocabulary.
-        ids (`torch.Tensor` of shape `(N,)`):
-            Token ids.
+    Center the embeddings (V, H) of the tokens that occur in `ids` (N,).
 
     Returns:
-        `torch.Tensor` of shape `(U, H)`: embeddings of the distinct tokens, float32, on the CPU; `torch.Tensor` of
-        shape `(H,)`: the mean over all N tokens, which was subtracted; and `torch.Tensor` of shape `(N,)`: row of each
-        token in the first.
+        `torch.Tensor` of shape `(U, H)`: embeddings of the distinct tokens minus the mean, float32, on the CPU;
+        `torch.Tensor` of shape `(H,)`: the mean over all N tokens; and `torch.Tensor` of shape `(N,)`: for each token
+        its row among the embeddings.
     """
     used, rows = ids.unique(return_inverse=True)
     centered = embeddings.detach()[used.to(embeddings.device)].float().cpu()
@@ -131,28 +125,26 @@ def predict_gaps(
     centered: torch.Tensor, rows: torch.Tensor, tokens: TokenGaps, ridges: Sequence[float]
 ) -> tuple[torch.Tensor, float]:
     """
-    Regress gaps on the embeddings of their tokens, with the ridge that predicts held-out gaps best.
+    Regress the gaps, minus their mean, on token embeddings.
 
-    Each half of the pairs is predicted from the other half. The gaps are taken less their mean.
+    The ridge is chosen by cross-validation: each half of the pairs is predicted from the other half.
 
     Args:
-        centered (`torch.Tensor` of shape `(U, H)`):
-            From [`centered_embeddings`].
-        rows (`torch.Tensor` of shape `(N,)`):
+        centered, rows (`torch.Tensor` of shape `(U, H)` and `(N,)`):
             From [`centered_embeddings`].
         tokens ([`TokenGaps`]):
             The tokens.
         ridges (`Sequence[float]`):
-            Ridges to try, in units of the mean variance of an entry of the embeddings.
+            Ridges to compare, in units of the mean variance of an entry of the embeddings.
 
     Returns:
-        `torch.Tensor` of shape `(H,)`: coefficients fitted on all pairs; and `float`: the share of the variance of
-        held-out gaps that is explained, negative if worse than the mean.
+        `torch.Tensor` of shape `(H,)`: coefficients fitted on all pairs; and `float`: the explained share of the
+        variance of held-out gaps, negative if the prediction is worse than the mean.
     """
     gaps = tokens.gaps - tokens.gaps.mean()
 
     def moments(selected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Second moments (H, H) of the embeddings of selected tokens, and their products (H,) with the gaps."""
+        """Second moments (H, H) of the embeddings of selected tokens, and their product (H,) with the gaps."""
         count = torch.bincount(rows[selected], minlength=len(centered)).float()
         total = torch.zeros(len(centered)).index_add_(0, rows[selected], gaps[selected])
         present = centered[count > 0]
@@ -165,7 +157,7 @@ def predict_gaps(
     (second_even, product_even), (second_odd, product_odd) = (moments(tokens.pair % 2 == half) for half in (0, 1))
 
     def held_out_error(ridge: float) -> float:
-        """Sum of squared errors on each half, less the sum of squared gaps."""
+        """Sum of squared errors on both halves minus the sum of squared gaps."""
         from_even, from_odd = solve(second_even, product_even, ridge), solve(second_odd, product_odd, ridge)
         error_of_odd = from_even @ second_odd @ from_even - 2 * from_even @ product_odd
         error_of_even = from_odd @ second_even @ from_odd - 2 * from_odd @ product_even

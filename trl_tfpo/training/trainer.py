@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Trainer of a doctor: from preference pairs to a small model that can guide the patient."""
+"""Trainer of a doctor by token-level flow-guided preference optimization (TFPO)."""
 
 import textwrap
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from ..annotation.token_rewards import (
     REWARD_COLUMNS,
     annotate_token_rewards,
     check_annotated_for,
-    check_given,
+    check_has_patient,
     check_patient,
 )
 from ..common._upstream import keep_output_precision
@@ -45,7 +45,7 @@ from ..data.tokenization import (
 from ..faces import Faces, resolve_faces
 from ..models.doctor import set_head_learning_rate
 from ..models.fingerprint import model_fingerprint
-from ..models.guidance import start_at_credits
+from ..models.initial_head import start_at_credits
 from ..models.named_model import NamedModel, outline_of
 from .arguments import objective_of, prepare_doctor, resolve_doctor, resolve_patient, resolve_tokenizer, reward_fn_of
 from .base_policy import POLICIES, place_base_policy, read_base_policy
@@ -58,12 +58,12 @@ from .checks import (
     check_one_device,
     check_split,
 )
-from .collator import TokenRewardCollator, settle_with_collator
+from .collator import TokenRewardCollator, align_with_collator
 from .config import TFPOConfig, resolve_args
 from .doctor_files import DoctorFiles
 from .head_choice import choose_head
-from .held_out import WarnWhenHeldOutTurns
 from .objective import describe_batch, pair_rewards
+from .overfitting import WarnOfOverfitting
 from .pair_means import PairMeans
 from .reference import REFERENCE_COLUMNS, check_not_streamed, with_reference_logps
 from .reward_choice import choose_rewards
@@ -79,29 +79,29 @@ AnyDataset: TypeAlias = Dataset | IterableDataset | DatasetDict | IterableDatase
 @explains_unknown(settings=TFPOConfig)
 class TFPOTrainer(DoctorFiles):
     """
-    Trainer for token-level flow-guided preference optimization, the method of the paper
+    Trainer for token-level flow-guided preference optimization (TFPO), the method of
     [LLMdoctor](https://huggingface.co/papers/2601.10416).
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The doctor: a causal language model with the patient's tokenizer, or its name or path.
         patient_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
-            Frozen language model that annotates datasets without token rewards. It is released after annotation, and
-            not needed for annotated datasets. With `policy="guided"` it is kept and read for each batch.
+            Frozen language model that annotates datasets without token rewards. It is released after annotation. With
+            `policy="guided"` it is always required, stays in memory, and reads each batch.
         args ([`TFPOConfig`], *optional*):
             Settings. Defaults to `TFPOConfig("<model name>-TFPO")`.
         data_collator ([`~transformers.DataCollator`], *optional*):
             Defaults to a [`TokenRewardCollator`] that reads annotated columns. A `TokenRewardCollator` with a patient
-            annotates each batch instead, and the datasets are not annotated.
+            annotates each batch; the datasets are then not annotated before training.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Preference dataset in any of TRL's formats, or one that [`annotate_token_rewards`] has annotated. A
-            streamed dataset must be annotated, and with `policy="doctor"` it needs `reference_weight=0`.
+            Preference dataset in any format of TRL, or a dataset annotated by [`annotate_token_rewards`]. A streamed
+            dataset must be annotated, and with `policy="doctor"` it needs `reference_weight=0`.
         eval_dataset ([`~datasets.Dataset`], or `dict` of them, *optional*):
             Preference dataset for evaluation.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Tokenizer of doctor and patient. Defaults to the doctor's.
+            Tokenizer of doctor and patient. Defaults to the tokenizer of the doctor.
         compute_metrics, callbacks, optimizers (*optional*):
-            As in [`~transformers.Trainer`]; `compute_metrics` receives no predictions.
+            As in [`~transformers.Trainer`]. `compute_metrics` is not called, because there are no labels.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
             Quantization of a doctor given by name.
         patient_quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
@@ -112,14 +112,13 @@ class TFPOTrainer(DoctorFiles):
             Contrastive prompts: a pair of opposite instructions for the patient, or one of the pairs `"helpfulness"`,
             `"harmlessness"` and `"honesty"`. Required to annotate a dataset.
         reward_fn (`Callable`, *optional*):
-            Replaces [`~trl_tfpo.functional.token_rewards`] when a dataset is annotated.
+            Replaces [`~trl_tfpo.functional.token_rewards`] in annotation.
         objective (`Callable`, *optional*):
-            Replaces [`~trl_tfpo.training.objective.tfpo_objective`]. Takes keyword-only tensors and returns
-            `(loss, metrics)`.
+            Replaces [`~trl_tfpo.training.objective.tfpo_objective`]. Receives the same tensors as keyword arguments,
+            and returns `(loss, metrics)`.
 
     Raises:
-        `ValueError`: if doctor, patient, tokenizer, datasets and settings are not compatible. Each message states the
-            rule, the value got, and the remedy.
+        `ValueError`: if doctor, patient, tokenizer, datasets and settings are not compatible.
 
     Examples:
 
@@ -159,7 +158,7 @@ class TFPOTrainer(DoctorFiles):
                 eprint    = {2601.10416},
             }"""),
     }
-    loss_is_scaled_for_ga = True  # type: ignore[assignment]  # by the pairs of a step, see `get_batch_samples`
+    loss_is_scaled_for_ga = True  # type: ignore[assignment]  # `compute_loss` divides by the pairs of a step
 
     def __init__(
         self,
@@ -196,7 +195,7 @@ class TFPOTrainer(DoctorFiles):
         set_seed(args.seed)  # the initial weights of adapters are random
         self.patient_model = resolve_patient(patient_model, args, patient_quantization_config)
         language_model = resolve_doctor(model, args, quantization_config)
-        base_policy = policy.base(language_model, self.patient_model)  # before the doctor gets its heads
+        base_policy = policy.base(language_model, self.patient_model)  # before the heads are added
         doctor = language_model.loaded if isinstance(language_model, NamedModel) else language_model
         processing_class = resolve_tokenizer(processing_class, doctor, args)
         doctor = prepare_doctor(doctor, args, policy, peft_config)
@@ -214,9 +213,9 @@ class TFPOTrainer(DoctorFiles):
             train_dataset, eval_dataset, doctor, processing_class, data_collator, args
         )
         if policy.needs_patient:
-            check_given(self.patient_model)
+            check_has_patient(self.patient_model)
         elif isinstance(self.patient_model, NamedModel):
-            self.patient_model.let_go()
+            self.patient_model.unload()
         else:
             self.patient_model = None
 
@@ -233,8 +232,7 @@ class TFPOTrainer(DoctorFiles):
             optimizers=optimizers,
         )
         check_one_device(self.args)
-        self.add_callback(WarnWhenHeldOutTurns(self.callback_handler))
-
+        self.add_callback(WarnOfOverfitting(self.callback_handler))
         keep_output_precision(self.accelerator)
 
         # Base policy, and initial logits of the doctor
@@ -245,10 +243,9 @@ class TFPOTrainer(DoctorFiles):
             credits = self.calibration.credits / args.reward_temperature
             start_at_credits(doctor, credits, self.train_dataset, data_collator)
 
-        # Reference log-probabilities
-        # With a base policy, the base policy is the reference
-        self._has_reference = args.reference_weight > 0 and not policy.has_base
-        self._reference_fingerprint = model_fingerprint(doctor) if self._has_reference else None
+        # Reference log-probabilities. With a base policy, they are computed for each batch
+        self._caches_reference = args.reference_weight > 0 and not policy.has_base
+        self._reference_fingerprint = model_fingerprint(doctor) if self._caches_reference else None
         self.train_dataset = self._add_reference_logps(self.train_dataset)
         self.eval_dataset = self._add_reference_logps(self.eval_dataset)
 
@@ -268,13 +265,13 @@ class TFPOTrainer(DoctorFiles):
         data_collator: DataCollator,
         args: TFPOConfig,
     ) -> tuple[AnyDataset, AnyDataset | None]:
-        """Both datasets with token rewards. The rewards decide which head the doctor gets."""
+        """Annotate both datasets, calibrate their rewards, and choose the head of the doctor."""
         patient = None if self.patient_model is None else outline_of(self.patient_model)
         self._eos_token_ids = all_eos_token_ids(processing_class, model, patient)
         self._online_faces, max_length = None, args.max_length
         if isinstance(data_collator, TokenRewardCollator):
             self._online_faces = data_collator.faces
-            self._eos_token_ids = settle_with_collator(data_collator, args, train_dataset, self._eos_token_ids)
+            self._eos_token_ids = align_with_collator(data_collator, args, train_dataset, self._eos_token_ids)
             max_length = data_collator.max_length
         train_dataset = self._annotate(train_dataset, processing_class, args)
         eval_dataset = self._annotate(eval_dataset, processing_class, args)
@@ -284,14 +281,14 @@ class TFPOTrainer(DoctorFiles):
             train_dataset, eval_dataset, model, args, self._eos_token_ids, is_online=is_online
         )
         train_dataset, eval_dataset = self._calibrate(train_dataset), self._calibrate(eval_dataset)
-        if self.calibration is None:  # calibrated rewards lie in the span of the embeddings
+        if self.calibration is None:  # calibrated rewards always lie in the span of the embeddings
             choose_head(model, train_dataset, self._eos_token_ids, is_online=is_online)
         return train_dataset, eval_dataset
 
     def _annotate(
         self, dataset: AnyDataset | None, processing_class: PreTrainedTokenizerBase, args: TFPOConfig
     ) -> AnyDataset | None:
-        """The dataset with token rewards, or with token ids only where the collator annotates batches."""
+        """Add token rewards to a dataset, or only token ids if the collator annotates each batch."""
         if dataset is None:
             return None
         if isinstance(dataset, dict):
@@ -317,7 +314,7 @@ class TFPOTrainer(DoctorFiles):
         check_can_annotate(dataset, self.faces, self.patient_model)
         return annotate_token_rewards(
             dataset,
-            self.patient_model,  # type: ignore[arg-type]  # checked above, as faces are
+            self.patient_model,  # type: ignore[arg-type]  # not None, nor are faces: see above
             processing_class,
             faces=self.faces,  # type: ignore[arg-type]
             reward_fn=self.reward_fn,
@@ -329,19 +326,25 @@ class TFPOTrainer(DoctorFiles):
         )
 
     def _calibrate(self, dataset: AnyDataset | None, needs_gaps: bool = True) -> AnyDataset | None:
-        """The dataset with calibrated rewards, where these are used."""
+        """Calibrate the rewards of a dataset if calibrated rewards are used."""
         if dataset is None or self.calibration is None:
             return dataset
         return self.calibration.apply(dataset, needs_gaps=needs_gaps)
 
     def _add_reference_logps(self, dataset: AnyDataset | None) -> AnyDataset | None:
-        """The dataset with the log-probabilities of the doctor before training, where these are the reference."""
-        if dataset is None or not self._has_reference:
+        """Add the log-probabilities of the doctor before training to a dataset if they are the reference."""
+        if dataset is None or not self._caches_reference:
             return dataset
         return with_reference_logps(dataset, self, fingerprint=str(self._reference_fingerprint))
 
+    def _prepare_new(self, dataset: AnyDataset) -> Any:
+        """Annotate a new dataset, calibrate its rewards, and add reference log-probabilities."""
+        dataset = self._annotate(dataset, self.processing_class, self.args)
+        dataset = self._calibrate(dataset, needs_gaps=bool(self.args.calibrate_rewards))
+        return self._add_reference_logps(dataset)
+
     def _set_signature_columns_if_needed(self):
-        # Columns that the collator reads. The default is the arguments of the model's forward
+        # Columns that the collator reads. By default `Trainer` keeps arguments of the model's forward
         if self._signature_columns is None:
             scores = [*REWARD_COLUMNS, *GAP_COLUMNS, *REFERENCE_COLUMNS]
             self._signature_columns = [*ID_COLUMNS, *MASK_COLUMNS, *FACE_COLUMNS, *scores]
@@ -355,7 +358,7 @@ class TFPOTrainer(DoctorFiles):
         return super()._get_train_sampler(dataset)
 
     def _prepare_inputs(self, inputs: dict) -> dict:
-        # With DeepSpeed in half precision the parent class would also cast token rewards
+        # With DeepSpeed in half precision, the parent class would also cast token rewards
         return {name: tensor.to(self.args.device) for name, tensor in inputs.items()}
 
     # Loss
@@ -417,9 +420,7 @@ class TFPOTrainer(DoctorFiles):
         return (loss, {**outputs, "rewards": rewards}) if return_outputs else loss
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """
-        The batches of one optimizer step, and the number of their pairs in all processes: every pair has equal weight.
-        """
+        """Batches of one optimizer step, and the number of their pairs in all processes, which divides the loss."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         num_pairs = torch.tensor(sum(len(batch["is_complete"]) // 2 for batch in batches), device=device)
         return batches, self.accelerator.gather(num_pairs).sum()
@@ -430,7 +431,7 @@ class TFPOTrainer(DoctorFiles):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         prefix = f"{self._metric_key_prefix}_" if self._mode == "eval" else ""
-        # In place, because `evaluate` returns this dict, which has the `metric_for_best_model`
+        # In place, because `evaluate` returns this dict, and `metric_for_best_model` is looked up in it
         logs.update(self._means.take(self._mode, prefix))
         super().log(logs, start_time)
 
@@ -450,10 +451,7 @@ class TFPOTrainer(DoctorFiles):
             for name, split in eval_dataset.items():
                 metrics |= self.evaluate(split, ignore_keys, f"{metric_key_prefix}_{name}")
             return metrics
-        eval_dataset = self._annotate(eval_dataset, self.processing_class, self.args)
-        eval_dataset = self._calibrate(eval_dataset, needs_gaps=bool(self.args.calibrate_rewards))
-        eval_dataset = self._add_reference_logps(eval_dataset)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        return super().evaluate(self._prepare_new(eval_dataset), ignore_keys, metric_key_prefix)
 
     def predict(
         self, test_dataset: Dataset, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
@@ -463,7 +461,7 @@ class TFPOTrainer(DoctorFiles):
 
         Args:
             test_dataset ([`~datasets.Dataset`]):
-                Preference dataset, as for [`TFPOTrainer`].
+                Preference dataset in any format of `train_dataset`.
             ignore_keys (`list[str]`, *optional*):
                 Has no effect.
             metric_key_prefix (`str`, *optional*, defaults to `"test"`):
@@ -472,13 +470,10 @@ class TFPOTrainer(DoctorFiles):
         Returns:
             [`~transformers.trainer_utils.PredictionOutput`]: `predictions` of shape `(num_pairs, 2)`, the implicit
             rewards of the chosen and of the rejected completion, see [`~trl_tfpo.training.objective.pair_rewards`], or
-            None where there is no reference; and `metrics` as in `evaluate`.
+            `None` without a reference; and `metrics` as in `evaluate`.
         """
         check_split(test_dataset, "test_dataset")
-        test_dataset = self._annotate(test_dataset, self.processing_class, self.args)
-        test_dataset = self._calibrate(test_dataset, needs_gaps=bool(self.args.calibrate_rewards))
-        test_dataset = self._add_reference_logps(test_dataset)
-        output = super().predict(test_dataset, ignore_keys, metric_key_prefix)
+        output = super().predict(self._prepare_new(test_dataset), ignore_keys, metric_key_prefix)
         metrics = {**(output.metrics or {}), **self._means.take("eval", f"{metric_key_prefix}_")}
         return output._replace(metrics=metrics)
 
@@ -488,7 +483,7 @@ class TFPOTrainer(DoctorFiles):
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         return loss.detach(), None if prediction_loss_only else outputs["rewards"], None
 
-    # Saving, see also `DoctorFiles`
+    # Saving: see also `DoctorFiles`
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

@@ -21,12 +21,11 @@ from pathlib import Path
 import torch
 
 from trl_tfpo import Doctor, DoctorGuidedLogitsProcessor, guided_generate
-from trl_tfpo.decoding.exponents import default_beta, remaining_weight
+from trl_tfpo.decoding.exponents import default_beta
 from trl_tfpo.functional import guided_logps
-from trl_tfpo.models.adapters import center_head
 from trl_tfpo.models.doctor import make_doctor
-from trl_tfpo.models.guidance import save_guidance
 from trl_tfpo.models.saved_doctor import load_doctor
+from trl_tfpo.models.trained_exponents import center_head, save_exponents
 
 
 FOLDER = Path(__file__).parent
@@ -92,7 +91,7 @@ def save_adapters(root: Path) -> None:
         tiny_models.fill(doctor, seed=len(name))
         center_head(doctor)
         doctor.save_pretrained(root / name)
-        save_guidance(doctor, root / name)
+        save_exponents(doctor, root / name)
         (root / name / "README.md").unlink()
 
 
@@ -104,10 +103,8 @@ def make_texts() -> list[dict]:
     texts = []
     for engine, (names, references, requests) in ENGINES.items():
         doctors = {name: Doctor(models[name]) for name in names}
-        is_mixed = {name: name not in references and not doctor.exponents for name, doctor in doctors.items()}
-        defaults = {
-            name: default_beta(doctor.exponents, max(sum(is_mixed.values()), 1)) for name, doctor in doctors.items()
-        }
+        num_mixed = sum(name not in references and not doctor.exponents for name, doctor in doctors.items())
+        defaults = {name: default_beta(doctor.exponents, num_mixed or 1) for name, doctor in doctors.items()}
         for index, weights in enumerate(requests):
             rng = random.Random(index)
             prompt = [rng.randrange(3, tiny_models.NUM_TOKENS) for _ in range(3 + 8 * index)]
@@ -123,8 +120,6 @@ def make_texts() -> list[dict]:
             ids = guided_generate(
                 models["patient"], guide, input_ids=ids, do_sample=False, max_new_tokens=NUM_NEW, eos_token_id=None
             )
-            mixed = [beta for name, beta in zip(names, betas, strict=True) if is_mixed[name]]
-            assert guide.alpha == weights.get("alpha", remaining_weight(mixed))
             texts.append(
                 {
                     "engine": engine,

@@ -15,7 +15,7 @@ from typing import Any
 
 
 FORMAT = 1  # of a doctor's record of its exponents
-GUIDANCE_FILE = "guidance.json"
+EXPONENTS_FILE = "guidance.json"
 ADAPTER_CONFIG = "adapter_config.json"
 RECORD = "trl_tfpo"  # key of the record in the `auto_mapping` of an adapter's config
 VALUE_HEAD = "value_head"  # of a doctor in training, not needed for decoding
@@ -74,7 +74,7 @@ def read_doctor(path: str | os.PathLike) -> SavedDoctor:
         `ValueError`: when there is no such folder, it holds several adapters or one that is not a plain LoRA, the base
             of an adapter is absent, or the format of the record is unknown.
     """
-    folder, record = _folder_of_weights(Path(path)), Path(path) / GUIDANCE_FILE
+    folder, record = _folder_of_weights(Path(path)), Path(path) / EXPONENTS_FILE
     is_adapter = (folder / ADAPTER_CONFIG).is_file()
     if not is_adapter and not (folder / "config.json").is_file():
         raise ValueError(

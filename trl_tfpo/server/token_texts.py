@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Text and bytes of single tokens."""
+"""Decoded text and bytes of tokens."""
 
 import re
 
 from transformers import PreTrainedTokenizerBase
 
 
-REPLACEMENT = "\ufffd"  # the decoded text of a part of a character
-SPACE = "\u0120"  # a space, as byte-level vocabularies spell it
+REPLACEMENT = "\ufffd"  # decoded text of an incomplete character
+SPACE = "\u0120"  # a space in byte-level vocabularies
 
 
 def _bytes_by_character() -> dict[str, int]:
@@ -22,14 +22,13 @@ class TokenTexts:
     """
     Text and bytes of the tokens of a tokenizer.
 
-    In byte-level vocabularies, and in those with byte fallback, a token may be a part of a character. It has bytes
-    but no text.
+    With a byte-level vocabulary or byte fallback, a token may be part of a character. It has bytes but no text.
     """
 
     def __init__(self, processing_class: PreTrainedTokenizerBase):
         self.processing_class = processing_class
         self.special = set(processing_class.all_special_ids)
-        self.added = set(processing_class.get_added_vocab().values())  # spelled as plain text in every vocabulary
+        self.added = set(processing_class.get_added_vocab().values())  # plain text in all vocabularies
         space = processing_class.get_vocab().get(SPACE)
         is_byte_level = space is not None and processing_class.decode([space]) == " "
         self._byte_of = _bytes_by_character() if is_byte_level else None
@@ -42,32 +41,25 @@ class TokenTexts:
         """
         Return the text that tokens add to the text of earlier tokens.
 
-        Includes the space between the two, and completes a character that began before.
+        It includes a space between the two, and a character that the tokens complete.
         """
         size = 8
         while size < len(before) and self.decode(before[-size:]).startswith(REPLACEMENT):
-            size *= 2  # until the context begins with a whole character
+            size *= 2  # the context must begin with a whole character
         context = self.decode(before[-size:]).rstrip(REPLACEMENT) if before else ""
         whole = self.decode([*before[-size:], *ids])
         return whole[len(context) :] if whole.startswith(context) else self.decode(ids)
 
     def spell(self, token_id: int, before: int | None = None) -> tuple[str, bytes]:
         """
-        Return text and bytes of a token.
+        Return the text of a token after the token `before`, and the bytes that it adds.
 
-        Args:
-            token_id (`int`):
-                The token.
-            before (`int`, *optional*):
-                The token before it; `None` at the beginning of a text.
-
-        Returns:
-            `tuple[str, bytes]`: the text, and the bytes that the token adds to a text: none for a special token.
-            The text of a part of a character is `bytes:` and its bytes, as in OpenAI's interface.
+        A special token adds no bytes. The text of an incomplete character is `bytes:` with its bytes, as in OpenAI's
+        API.
         """
         if token_id in self.special:
             return self.decode([token_id], skip_special_tokens=False), b""
-        token = str(self.processing_class.convert_ids_to_tokens(token_id) or "")  # padding of the embeddings has none
+        token = str(self.processing_class.convert_ids_to_tokens(token_id) or "")  # None for padding of the vocabulary
         if fallback := re.fullmatch("<0x([0-9A-F]{2})>", token):
             spelled = bytes.fromhex(fallback[1])
         elif self._byte_of and token and token_id not in self.added:

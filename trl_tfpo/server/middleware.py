@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Checks of a request's key, size and time of arrival, before it is handled; and a count of responses."""
+"""Middleware that checks the key, size and arrival time of requests, and counts responses."""
 
 import asyncio
 import hmac
@@ -14,14 +14,14 @@ from .engine import Limits
 from .errors import ApiError
 
 
-class Guard:
-    """HTTP middleware in front of every endpoint. Without `api_key` no key is needed."""
+class RequestGuard:
+    """HTTP middleware of all endpoints. Requests need a key only if there is an `api_key`."""
 
     def __init__(self, limits: Limits, api_key: str | None, num_requests: Counter):
         self.limits, self.api_key, self.num_requests = limits, api_key, num_requests
 
     async def __call__(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
-        """Respond to a request, or refuse it."""
+        """Pass a request to its endpoint, or refuse it."""
         try:
             self._check_key(request)
             if request.method == "POST":
@@ -35,12 +35,12 @@ class Guard:
         return response
 
     def _check_key(self, request: Request) -> None:
-        # The scope has the path that is routed. That of `request.url` contains the Host header
+        # The path of the scope is the routed one. `request.url` depends on the Host header
         is_health = request.scope["method"] == "GET" and request.scope["path"] == "/health"
         if self.api_key is None or is_health:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        key = given.strip().encode("latin-1")  # the bytes sent; headers are decoded as Latin-1
+        key = given.strip().encode("latin-1")  # undoes the decoding of headers
         if scheme.lower() != "bearer" or not hmac.compare_digest(key, self.api_key.encode()):
             raise ApiError(401, "A valid key must be sent as `Authorization: Bearer KEY`.", "authentication_error")
 

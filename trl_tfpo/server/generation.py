@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Requested completions, their settings, and the choice of each next token.
+Requested completions: their settings, their events, and the sampling of their tokens.
 
-Shapes: V vocabulary. The order of steps is that of `generate`: `logit_bias` and penalties change the patient's logits;
-then come guidance, temperature, `top_k`, `top_p` and `min_p`.
+The order of steps is that of `generate`: `logit_bias` and penalties on the patient's logits, guidance, temperature,
+`top_k`, `top_p`, `min_p`.
+
+Shapes: V vocabulary.
 """
 
 import math
@@ -23,24 +25,22 @@ from transformers.generation import (
 )
 
 
-BAN = -100.0  # a bias of this or less rules a token out, as in OpenAI's interface
+BAN = -100.0  # largest bias that rules a token out, as in OpenAI's API
 
 
 class TokenScore(TypedDict):
     """
-    A token and its log-probability under the guided policy.
-
-    Log-probabilities are in nats, before `logit_bias`, penalties, temperature and truncation.
+    A token and its log-probabilities in nats, before `logit_bias`, penalties, temperature and truncation.
 
     Keys:
         id (`int`):
-            The token.
+            Id of the token.
         logp (`float` or `None`):
-            Its log-probability; `None` for the first token of a prompt.
+            Log-probability under the guided policy. `None` for the first token of a prompt.
         top (`list[tuple[int, float]]`):
-            The likeliest tokens and their log-probabilities.
+            Ids of the likeliest tokens, and their log-probabilities under the guided policy.
         patient_logp (`float`):
-            Its log-probability under the patient alone. Present for new tokens if `with_patient`.
+            Log-probability under the patient alone. Present for new tokens if `with_patient`.
     """
 
     id: int
@@ -51,15 +51,16 @@ class TokenScore(TypedDict):
 
 class Event(TypedDict, total=False):
     """
-    A report on a [`Generation`]. Each event has one of three sets of keys.
+    An event of a [`Generation`]. Each event has one of three sets of keys.
 
     Keys:
         prompt (`list[TokenScore]`):
-            The tokens of the prompt. Sent once, first, if `with_prompt`.
+            The tokens of the prompt. This is the first event if `with_prompt`.
         text (`str`), tokens (`list[TokenScore]`):
-            A piece of the completion, and the tokens sampled since the last piece, EOS included.
+            A part of the completion, and the tokens sampled since the last part, EOS included.
         finish_reason (`str`), num_tokens (`int`):
-            The end: `"stop"`, `"length"`, `"timeout"`, `"cancelled"` or `"error"`; and the length of the completion.
+            `"stop"`, `"length"`, `"timeout"`, `"cancelled"` or `"error"`, and the number of tokens of the completion.
+            This is the last event.
     """
 
     prompt: list[TokenScore]
@@ -78,36 +79,37 @@ class Generation:
         prompt_ids (`list[int]`):
             Token ids of the prompt.
         on_event (`Callable[[Event], None]`):
-            Receives the events of the completion, in the engine's thread. See [`Event`].
+            Function that receives the events of the completion, in the engine's thread.
         alpha (`float`, *optional*):
-            Exponent of the patient. Defaults to 1 less the exponents of the doctors that are language models.
+            Exponent of the patient. The default is 1 minus the exponents of the doctors that are language models.
         weights (`Mapping[str, float]`, *optional*):
-            Exponents of doctors, by name. Other doctors have the engine's default.
+            Exponents of doctors by name. Other doctors have the engine's defaults.
         max_new_tokens (`int`, *optional*, defaults to `256`):
-            Maximum length in tokens. 0 is allowed with `with_prompt`.
+            Maximum number of tokens. 0 is allowed with `with_prompt`.
         temperature (`float`, *optional*, defaults to `1.0`):
-            Divides the log-probabilities of the guided policy. 0 is greedy search.
+            Divisor of the log-probabilities of the guided policy. 0 is greedy search.
         top_p, top_k, min_p (*optional*, default to `1.0`, `0` and `0.0`):
             Truncation after temperature, as in `generate`. The defaults switch it off.
         repetition_penalty (`float`, *optional*, defaults to `1.0`):
-            Divides positive logits of the patient, and multiplies negative ones, for tokens of prompt and completion.
+            Divisor of positive logits of the patient, and factor of negative ones, for tokens of prompt and
+            completion.
         presence_penalty, frequency_penalty (`float`, *optional*, defaults to `0.0`):
-            Nats subtracted from the patient's logits of tokens in the completion: once for each token, and once for
-            each of its occurrences.
+            Nats subtracted from the patient's logits for tokens of the completion: once per token, and once per
+            occurrence.
         logit_bias (`Mapping[int, float]`, *optional*):
-            Nats added to the patient's logits, by token id. -100 or less rules the token out.
+            Nats added to the patient's logits, by token id. -100 or less rules a token out.
         stop (`Sequence[str]`, *optional*):
-            Texts that end the completion. They are not part of it.
+            Texts that end the completion, and are not part of it.
         seed (`int`, *optional*):
-            Seed of the samples. By default they differ each time.
+            Seed of the samples. Random by default.
         num_top (`int`, *optional*, defaults to `0`):
-            Number of likeliest tokens reported for each token.
+            Number of likeliest tokens to report for each token.
         with_patient (`bool`, *optional*, defaults to `False`):
             Whether to report `patient_logp` for each new token.
         with_prompt (`bool`, *optional*, defaults to `False`):
             Whether to score the tokens of the prompt.
         continues_prompt (`bool`, *optional*, defaults to `False`):
-            Whether the text continues the text of the prompt, with the space between them, or is a new text.
+            Whether the text continues that of the prompt. It then includes the space between the two.
     """
 
     prompt_ids: list[int]
@@ -129,50 +131,49 @@ class Generation:
     with_patient: bool = False
     with_prompt: bool = False
     continues_prompt: bool = False
-    is_cancelled: bool = False
+    is_cancelled: bool = False  # set it to cancel the completion
     started: float = field(default_factory=time.monotonic)
 
     @property
-    def changes_patient(self) -> bool:
+    def adjusts_patient(self) -> bool:
         """Whether a bias or penalty changes the patient's logits."""
         return bool(self.logit_bias or self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
 
     def check(self, vocab_size: int) -> None:
         """Raise `ValueError` on settings that are out of range."""
-        sampling = (self.temperature, self.top_p, self.max_new_tokens, self.num_top)
         fewest = 0 if self.with_prompt else 1
-        if not (0 <= sampling[0] < math.inf and 0 < sampling[1] <= 1 and sampling[2] >= fewest and sampling[3] >= 0):
-            raise ValueError(
-                f"`temperature` must be at least 0, `top_p` in (0, 1], `max_new_tokens` at least {fewest} and "
-                f"`num_top` at least 0. Got {sampling}; leave them out for the defaults."
-            )
-        truncation = (self.top_k, self.min_p, self.repetition_penalty)
-        if not (truncation[0] >= 0 and 0 <= truncation[1] <= 1 and 0.01 <= truncation[2] < math.inf):
-            raise ValueError(
-                "`top_k` must be at least 0, `min_p` in [0, 1] and `repetition_penalty` at least 0.01. Got "
-                f"{truncation}; leave them out for the defaults."
-            )
+        for name, rule, is_valid in (
+            ("temperature", "at least 0", 0 <= self.temperature < math.inf),
+            ("top_p", "in (0, 1]", 0 < self.top_p <= 1),
+            ("top_k", "at least 0", self.top_k >= 0),
+            ("min_p", "in [0, 1]", 0 <= self.min_p <= 1),
+            ("repetition_penalty", "at least 0.01", 0.01 <= self.repetition_penalty < math.inf),
+            ("max_new_tokens", f"at least {fewest}", self.max_new_tokens >= fewest),
+            ("num_top", "at least 0", self.num_top >= 0),
+        ):
+            if not is_valid:
+                raise ValueError(f"`{name}` must be {rule}. Got {getattr(self, name)}; leave it out for the default.")
         changes = [self.presence_penalty, self.frequency_penalty, *self.logit_bias.values()]
         if not all(map(math.isfinite, changes)):
             raise ValueError(f"Penalties and `logit_bias` must be finite. Got {changes}; try 0.5.")
         if unknown := [x for x in self.logit_bias if not 0 <= x < vocab_size]:
             raise ValueError(
-                f"`logit_bias` must be for token ids from 0 to {vocab_size - 1}. Got {unknown[0]}; leave it out."
+                f"The keys of `logit_bias` must be ids from 0 to {vocab_size - 1}. Got {unknown[0]}; leave it out."
             )
         if sum(value <= BAN for value in self.logit_bias.values()) == vocab_size:
-            raise ValueError(f"`logit_bias` must leave a token. Got {BAN} or less for all; leave one out.")
+            raise ValueError(f"`logit_bias` must not rule out all tokens. Got {BAN} or less for all; leave one out.")
 
 
 class Row:
-    """A generation in progress, with the exponents of patient and doctors: one row of the batch."""
+    """A row of the batch: a generation in progress, with the exponents of patient and doctors."""
 
     def __init__(self, generation: Generation, alpha: float, betas: list[float]):
         self.generation, self.alpha, self.betas = generation, alpha, betas
         self.ids: list[int] = []
-        self.num_sent = 0  # characters of the text
+        self.num_sent = 0  # in characters
         self.unsent: list[TokenScore] = []
         self.prompt_scores: list[TokenScore] = []
-        self.has_nan = False  # in the scores of the prompt
+        self.has_nan = False  # whether a score of the prompt is NaN
         self.generator = torch.Generator()
         if generation.seed is None:
             self.generator.seed()
@@ -182,7 +183,7 @@ class Row:
         self.biased_ids = torch.tensor(list(bias), dtype=torch.long)
         self.bias = torch.tensor(list(bias.values()))
 
-    def change_patient(self, logits: torch.Tensor) -> torch.Tensor:
+    def adjust_patient_logits(self, logits: torch.Tensor) -> torch.Tensor:
         """Apply bias and penalties to the patient's logits (V,)."""
         generation = self.generation
         logits = logits.index_add(0, self.biased_ids, self.bias.to(logits))
@@ -194,13 +195,13 @@ class Row:
         return logits.index_add(0, torch.tensor(list(counts), dtype=torch.long), -torch.tensor(penalties).to(logits))
 
     def sample(self, logps: torch.Tensor) -> int:
-        """Sample the next token, given log-probabilities (V,) with bias and penalties."""
+        """Sample the next token from log-probabilities (V,) with bias and penalties."""
         generation = self.generation
         if generation.temperature == 0:
             return int(logps.argmax())
-        smallest = torch.finfo(logps.dtype).tiny  # the division of 0 by a smaller temperature would give NaN
+        smallest = torch.finfo(logps.dtype).tiny  # a smaller temperature rounds to 0, and 0 / 0 is NaN
         scores = (logps - logps.max())[None] / max(generation.temperature, smallest)
-        ids = torch.LongTensor()  # unused by the truncations
+        ids = torch.LongTensor()  # not read
         if generation.top_k:
             scores = TopKLogitsWarper(generation.top_k)(ids, scores)
         if generation.top_p < 1:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-Reward of a guided policy, and its KL divergence from the patient.
+Reward of a policy and its KL divergence from the patient.
 
-Compare methods at the same KL, [`match_kl`]: at a larger KL, more reward is possible.
+A larger KL allows a larger reward. Compare methods at equal KL, with [`match_kl`].
 
-Shapes: N completions, T tokens of a completion (EOS included), V vocabulary, P prompts, M samples of a prompt. Units:
+Shapes: N completions, T tokens of a completion (EOS included), V vocabulary, P prompts, M samples per prompt. Units:
 nats.
 """
 
@@ -24,12 +24,12 @@ from ..decoding.generation import without_doctors
 from ..decoding.logits_processor import DoctorGuidedLogitsProcessor
 from ..faces import Prompt
 from ..functional import next_token_entropy
-from .completions import NEUTRAL, Completion, altering_settings, check_policy, generate_completions, pad
+from .completions import NEUTRAL_VALUES, Completion, altering_settings, check_policy, generate_completions, pad
 from .diversity import distinct_n
 from .judges import RewardFunction, score_texts
 
 
-MAX_EVALUATIONS = 20  # of the KL, by `match_kl`
+MAX_ESTIMATES = 20  # of the KL, in `match_kl`
 
 
 class GuidanceResult(TypedDict):
@@ -62,23 +62,23 @@ def guided_kl(
     $$\operatorname{KL} = \mathbb{E}_{y \sim \pi} \sum_{t=1}^{T} \sum_{v} \pi(v \mid y_{<t}) \log \frac{\pi(v \mid
     y_{<t})}{\pi_{\text{patient}}(v \mid y_{<t})}$$
 
-    The inner sum is exact, and only the prefixes are sampled (Rao-Blackwell). The mean over samples is therefore
-    unbiased, with a small variance, if the completions were sampled with the same `guide` at temperature 1 from the
-    whole vocabulary. A completion that was cut at `max_new_tokens` is counted up to the cut.
+    Only the prefixes are sampled. The inner sum is exact, which reduces the variance (Rao-Blackwell). The mean over
+    completions is unbiased if they were sampled with the same `guide`, at temperature 1, from the whole vocabulary. A
+    completion truncated at `max_new_tokens` counts up to its last token.
 
     Args:
         patient ([`~transformers.PreTrainedModel`]):
             The patient, in eval mode.
         guide ([`DoctorGuidedLogitsProcessor`]):
-            The guidance that the completions were sampled with.
+            The guidance used for sampling.
         completions (sequence of [`Completion`]):
             Samples from [`generate_completions`].
         batch_size (`int`, *optional*, defaults to `16`):
-            Completions read at once. Memory is proportional to its product with length and vocabulary.
+            Completions per forward pass. Memory is proportional to batch size, length and vocabulary size.
 
     Returns:
-        `torch.Tensor` of shape `(N,)`: the divergence, summed over the tokens of each completion, in nats, at least 0.
-        Its mean is the estimate.
+        `torch.Tensor` of shape `(N,)`: KL of each completion, summed over its tokens, in nats, at least 0. The mean
+        over completions estimates the KL of the policy.
 
     Raises:
         `ValueError`: when the patient is in training mode, an exponent of the guide is a tensor or a schedule, or the
@@ -96,23 +96,23 @@ def next_token_statistics(
     batch_size: int = 16,
 ) -> dict[str, torch.Tensor]:
     """
-    KL divergence of a policy from the patient, and its entropy, along completions sampled from it.
+    KL from the patient and next-token entropy of a policy, along completions sampled from it.
 
     Args:
         patient ([`~transformers.PreTrainedModel`]):
             The patient, in eval mode.
         policy ([`DoctorGuidedLogitsProcessor`], [`~transformers.PreTrainedModel`] or [`Doctor`], *optional*):
-            The policy that the completions were sampled from, at temperature 1: guidance of the patient, or another
-            model with the patient's tokenizer, such as the patient after DPO. Adapters of that model are off while the
-            patient is read. `None` is the patient alone.
+            The policy that generated the samples, at temperature 1: guidance, or another model with the patient's
+            tokenizer, such as the patient after DPO. Adapters of that model are disabled in forward passes of the
+            patient. `None` is the patient alone.
         completions (sequence of [`Completion`]):
             Samples of the policy from [`generate_completions`].
         batch_size (`int`, *optional*, defaults to `16`):
-            Completions read at once. Memory is proportional to its product with length and vocabulary.
+            As in [`guided_kl`].
 
     Returns:
-        `dict`: `kl` of shape `(N,)`, as in [`guided_kl`], and `entropy` of shape `(N,)`, the entropy of the policy's
-        next token in nats, averaged over the tokens of each completion.
+        `dict` of tensors of shape `(N,)`: `kl`, as in [`guided_kl`], and `entropy`, the next-token entropy in nats,
+        averaged over the tokens of each completion.
 
     Raises:
         `ValueError`: when a model is in training mode, the policy is a doctor of guided flow without a guide, an
@@ -123,7 +123,7 @@ def next_token_statistics(
     check_policy(patient, guide)
     check_counts(batch_size=batch_size)
     for completion in completions:
-        _check_is_of_policy(completion.altered_by)
+        _check_unaltered(completion.altered_by)
     models: list[PreTrainedModel | Doctor] = [patient]
     if isinstance(policy, DoctorGuidedLogitsProcessor):
         models += policy.doctors
@@ -146,31 +146,30 @@ def next_token_statistics(
                 policy_logps = guide.combine(patient_logits, other_logits)
             else:
                 policy_logits = (other_logits or [patient_logits])[0]
-                vocab_size = min(policy_logits.size(-1), patient_logits.size(-1))  # both may be padded beyond
+                vocab_size = min(policy_logits.size(-1), patient_logits.size(-1))  # either vocabulary may be padded
                 patient_logits = patient_logits[:, :vocab_size].to(policy_logits.device)
                 policy_logps = policy_logits[:, :vocab_size].float().log_softmax(dim=-1)
             patient_logps = patient_logits.to(policy_logps.dtype).log_softmax(dim=-1)
             log_ratio = (policy_logps - patient_logps).masked_fill(policy_logps == float("-inf"), 0)
-            kls.append((policy_logps.exp() * log_ratio).double().sum().clamp(min=0).cpu())
-            entropies.append(next_token_entropy(policy_logps).double().mean().cpu())
-    empty = torch.zeros(0, dtype=torch.float64)
-    return {"kl": torch.stack(kls) if kls else empty, "entropy": torch.stack(entropies) if kls else empty}
+            kls.append((policy_logps.exp() * log_ratio).double().sum().clamp(min=0).item())
+            entropies.append(next_token_entropy(policy_logps).double().mean().item())
+    return {name: torch.tensor(found, dtype=torch.float64) for name, found in (("kl", kls), ("entropy", entropies))}
 
 
 def sampled_kl(policy_logps: Sequence[torch.Tensor], patient_logps: Sequence[torch.Tensor]) -> torch.Tensor:
     r"""
-    KL divergence from the patient, estimated from log-probabilities of the sampled tokens.
+    Estimate the KL divergence from the patient by the log-probabilities of the sampled tokens.
 
     $$\widehat{\operatorname{KL}} = \sum_{t=1}^{T} \log \pi(y_t \mid y_{<t}) - \log \pi_{\text{patient}}(y_t \mid
     y_{<t})$$
 
-    For serving engines that return only the log-probabilities of sampled tokens. The estimate is unbiased for
-    completions sampled from the policy at temperature 1. Single values may be negative. The variance is much larger
-    than that of [`next_token_statistics`], which uses all tokens of the vocabulary.
+    Use it with serving engines that return only the log-probabilities of sampled tokens. The estimate is unbiased for
+    completions sampled from the policy at temperature 1. Values of single completions may be negative. The variance is
+    much larger than in [`next_token_statistics`], which sums over the vocabulary.
 
     Args:
         policy_logps (sequence of `torch.Tensor` of shape `(T_i,)`):
-            Log-probability of each token of N completions under the policy that they were sampled from, in nats.
+            Log-probability of each token of N completions under the sampled policy, in nats.
         patient_logps (sequence of `torch.Tensor` of shape `(T_i,)`):
             The same under the patient.
 
@@ -225,23 +224,23 @@ def evaluate_guidance(
         guide ([`DoctorGuidedLogitsProcessor`], *optional*):
             The guidance. `None` is the patient alone, at KL 0.
         batch_size (`int`, *optional*, defaults to `16`):
-            Completions generated, and then read, at once.
+            Completions per batch, for generation and measurement.
         **generate_kwargs:
             `num_samples_per_prompt`, `max_new_tokens`, `seed` and other arguments of [`generate_completions`].
 
     Returns:
         `dict`: the means `reward`, `kl` (nats per completion), `entropy` (nats per token), `num_tokens` and
-        `is_complete`; the standard errors `reward_se` and `kl_se`; `distinct_4` over the words of all texts; and for
-        each completion `completions`, `rewards` and `kls`. Standard errors are over prompts, because samples of a
-        prompt are not independent; with one prompt, over its samples.
+        `is_complete`; the standard errors `reward_se` and `kl_se`; `distinct_4` over the words of all texts; and the
+        lists `completions`, `rewards` and `kls`. Standard errors are over prompts, because samples of a prompt are not
+        independent. With a single prompt they are over its samples.
 
     Raises:
-        `ValueError`: when there is not one finite reward for each completion, or a setting of `generate` changes the
-            policy: another temperature, greedy search, beams, `top_k`, `top_p`, penalties, or an unknown setting.
+        `ValueError`: when `reward_fn` does not return one finite reward per completion, or a setting of `generate`
+            changes the policy: temperature, greedy search, beams, `top_k`, `top_p`, penalties, or an unknown setting.
     """
     arguments: dict = generate_kwargs
     own = ("num_samples_per_prompt", "max_new_tokens", "seed")
-    _check_is_of_policy(altering_settings({name: arguments[name] for name in arguments if name not in own}))
+    _check_unaltered(altering_settings({name: arguments[name] for name in arguments if name not in own}))
     completions = generate_completions(
         patient, processing_class, prompts, guide=guide, batch_size=batch_size, **arguments
     )
@@ -277,23 +276,23 @@ def match_kl(
     **generate_kwargs: object,
 ) -> float:
     """
-    Find the strength of guidance at which the KL from the patient has a given value.
+    Find the `beta` at which a guided policy has a given KL from the patient.
 
-    All estimates use the same seed. The root is bracketed, and found by interpolation of the square root of the KL,
-    which is nearly linear in `beta`.
+    The search brackets `beta`, and interpolates the square root of the KL, which is nearly linear in `beta`. All
+    estimates use the same seed.
 
     Args:
         patient, processing_class, prompts:
             As in [`generate_completions`].
         make_guide (`Callable`):
-            From `beta` to the guidance, e.g. `lambda beta: DoctorGuidedLogitsProcessor(doctor, beta=beta)`. At 0 it
-            must be the patient alone.
+            Maps `beta` to guidance, e.g. `lambda beta: DoctorGuidedLogitsProcessor(doctor, beta=beta)`. `beta` 0 must
+            give the patient alone.
         target_kl (`float`):
             KL to reach, in nats per completion. Must be positive.
         max_beta (`float`, *optional*, defaults to `1.0`):
-            Largest `beta` to try. 1 is the largest `beta` of a mixture.
+            Largest `beta` to try. A mixture allows at most 1.
         tolerance (`float`, *optional*, defaults to `0.02`):
-            Relative error of the KL at which the search stops. A tolerance below the standard error gains nothing.
+            Relative error of the KL at which the search stops. A tolerance below the standard error has no benefit.
         **generate_kwargs:
             `num_samples_per_prompt`, `max_new_tokens`, `batch_size`, `seed` and other arguments of
             [`generate_completions`].
@@ -302,39 +301,39 @@ def match_kl(
         `float`: `beta` in `(0, max_beta]`.
 
     Raises:
-        `ValueError`: when the target is not positive, needs more than `max_beta`, or is not met within 20 estimates.
+        `ValueError`: when the target is not positive, exceeds the KL at `max_beta`, or is not reached in 20 estimates.
     """
     if not target_kl > 0:
-        raise ValueError(f"`target_kl` must be positive. Got {target_kl}; 0 is the patient alone.")
+        raise ValueError(f"`target_kl` must be positive. Got {target_kl}; use the patient alone for 0.")
 
     arguments: dict = generate_kwargs
 
+    def no_reward(prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
+        return [0.0] * len(completions)
+
     def estimate(beta: float) -> float:
         guide = make_guide(beta)
-        return evaluate_guidance(patient, processing_class, prompts, _no_reward, guide=guide, **arguments)["kl"]
+        found = evaluate_guidance(patient, processing_class, prompts, no_reward, guide=guide, **arguments)
+        return found["kl"]
 
-    low, low_kl = 0.0, 0.0
-    high, high_kl = max_beta, estimate(max_beta)
-    if high_kl < target_kl * (1 - tolerance):
-        raise ValueError(
-            f"`target_kl` must be within reach. Got {target_kl}, and the KL at `max_beta` {max_beta} is "
-            f"{high_kl:.4g}; raise `max_beta` (with `alpha=1.0` it may exceed 1) or lower the target."
-        )
-    beta, kl = high, high_kl
-    for _ in range(MAX_EVALUATIONS - 1):
+    low, low_kl, high, high_kl, beta = 0.0, 0.0, max_beta, math.inf, max_beta
+    for _ in range(MAX_ESTIMATES):
+        kl = estimate(beta)
         if abs(kl - target_kl) <= tolerance * target_kl:
             return beta
-        share = (target_kl**0.5 - low_kl**0.5) / (high_kl**0.5 - low_kl**0.5)
-        beta = low + min(max(share, 0.05), 0.95) * (high - low)  # away from both ends
-        kl = estimate(beta)
-        if kl < target_kl:
+        if kl > target_kl:
+            high, high_kl = beta, kl
+        elif beta < max_beta:
             low, low_kl = beta, kl
         else:
-            high, high_kl = beta, kl
-    if abs(kl - target_kl) <= tolerance * target_kl:
-        return beta
+            raise ValueError(
+                f"`target_kl` must not exceed the KL at `max_beta`. Got {target_kl} and {kl:.4g} at {max_beta}; raise "
+                "`max_beta` (with `alpha=1.0` it may exceed 1) or lower the target."
+            )
+        share = (target_kl**0.5 - low_kl**0.5) / (high_kl**0.5 - low_kl**0.5)
+        beta = low + min(max(share, 0.05), 0.95) * (high - low)  # away from both ends
     raise ValueError(
-        f"`target_kl` must be met within {MAX_EVALUATIONS} evaluations. Got a KL of {kl:.4g} for {target_kl}; raise "
+        f"`target_kl` must be reached in {MAX_ESTIMATES} estimates. Got a KL of {kl:.4g} for {target_kl}; raise "
         "`num_samples_per_prompt` for a smoother estimate, or `tolerance`."
     )
 
@@ -343,20 +342,19 @@ def best_of_n(rewards: Sequence[Sequence[float]] | torch.Tensor, n: int) -> dict
     r"""
     Reward and KL of the best of `n` patient samples: a baseline without a doctor.
 
-    The expected best of `n` follows from M samples of each prompt without resampling: in ascending order, the $i$-th
-    is the best of a random $n$ of them with probability $\binom{i-1}{n-1} / \binom{M}{n}$. Its KL from the patient is
-    at most $\log n - (n - 1) / n$ (https://huggingface.co/papers/2401.01879), and close to that if no completion is
-    likely.
+    The expected reward is computed from M samples per prompt without resampling: in ascending order, sample $i$ is the
+    best of $n$ random samples with probability $\binom{i-1}{n-1} / \binom{M}{n}$. The KL from the patient is at most
+    $\log n - (n - 1) / n$ (https://huggingface.co/papers/2401.01879), and close to this bound if every single
+    completion is unlikely.
 
     Args:
         rewards (`torch.Tensor` of shape `(P, M)`, or nested lists):
-            Rewards of M samples of the patient for each prompt.
+            Rewards of M patient samples per prompt.
         n (`int`):
             Number of samples to choose from, from 1 to M.
 
     Returns:
-        `dict`: the mean `reward`, its standard error over prompts `reward_se`, and the upper bound of the `kl` in
-            nats.
+        `dict`: the mean `reward`, its standard error over prompts `reward_se`, and the upper bound `kl` in nats.
 
     Raises:
         `ValueError`: when `n` is not between 1 and M, or a reward is not finite.
@@ -374,8 +372,8 @@ def best_of_n(rewards: Sequence[Sequence[float]] | torch.Tensor, n: int) -> dict
     num_samples = rewards.shape[1] if rewards.dim() == 2 else 0
     if not 1 <= n <= num_samples or not rewards.isfinite().all():
         raise ValueError(
-            f"`n` must be between 1 and the number of samples of a prompt, {num_samples}, with finite rewards. Got "
-            f"{n}, {int((~rewards.isfinite()).sum())} rewards not finite; sample more."
+            f"`n` must be between 1 and the {num_samples} samples of each prompt, with finite rewards. Got "
+            f"{n}, and {int((~rewards.isfinite()).sum())} rewards not finite; sample more."
         )
     odds = [math.comb(i, n - 1) / math.comb(num_samples, n) for i in range(num_samples)]
     best = rewards.sort(dim=1).values @ torch.tensor(odds, dtype=torch.float64)  # (P,)
@@ -386,29 +384,28 @@ def best_of_n(rewards: Sequence[Sequence[float]] | torch.Tensor, n: int) -> dict
     }
 
 
-def _no_reward(prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
-    return [0.0] * len(completions)
-
-
-def _check_is_of_policy(altered_by: Mapping[str, object]) -> None:
+def _check_unaltered(altered_by: Mapping[str, object]) -> None:
     if altered_by:
-        rules = [f"`{name}` must be {NEUTRAL[name]}" if name in NEUTRAL else f"no `{name}`" for name in altered_by]
+        rules = [
+            f"`{name}` must be {NEUTRAL_VALUES[name]}" if name in NEUTRAL_VALUES else f"no `{name}`"
+            for name in altered_by
+        ]
         raise ValueError(
-            f"The KL of a policy is measured on its own samples, drawn from all tokens: {', '.join(rules)}. Got "
-            f"{', '.join(map(reprlib.repr, altered_by.values()))}, which makes another policy; leave it out, or "
-            "compare rewards alone, of samples from `generate_completions`."
+            f"The KL of a policy is measured on its own samples: {', '.join(rules)}. Got "
+            f"{', '.join(map(reprlib.repr, altered_by.values()))}; leave it out, or compare only the rewards of "
+            "samples from `generate_completions`."
         )
 
 
 def _standard_error(values: torch.Tensor, num_prompts: int) -> float:
-    """Standard error of the mean of values (N,): over prompts, or over values if there is one prompt."""
+    """Standard error of the mean of values (N,), over prompts or, for a single prompt, over values."""
     if num_prompts > 1:
         values = values.view(num_prompts, -1).mean(dim=1)
     return (values.std() / len(values) ** 0.5).item() if len(values) > 1 else math.nan
 
 
 def _completion_logits(model: PreTrainedModel | Doctor, completions: Sequence[Completion]) -> list[torch.Tensor]:
-    """Logits (T, V) of a model from which the tokens of each completion would be sampled, on the model's device."""
+    """Logits (T, V) at the positions that predict the tokens of each completion, on the model's device."""
     rows = [completion.prompt_ids + completion.completion_ids for completion in completions]
     ids, mask = pad(rows, padding_side="right", device=model.device)  # padding does not change earlier logits
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False)["logits"]

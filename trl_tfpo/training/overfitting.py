@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Warning about overfitting, from the evaluations of a training."""
+"""Warn of overfitting when held-out metrics get worse, and name the best step."""
 
 import math
 import warnings
@@ -12,20 +12,15 @@ from transformers.trainer_callback import CallbackHandler
 
 
 MIN_RISE = 0.01  # a smaller relative rise of the loss is noise
-FLOW_LOSS, ACCURACY = "_loss", "_rewards/accuracies"  # ends of the names of metrics
+LOSS, ACCURACY = "_loss", "_rewards/accuracies"  # ends of the names of metrics
 
 
-class WarnWhenHeldOutTurns(TrainerCallback):
+class WarnOfOverfitting(TrainerCallback):
     """
-    Warn once in a training that held-out metrics get worse.
+    Warn once in each training when held-out metrics get worse, and name the best step.
 
-    The warning comes if the loss has risen, or the accuracy on pairs has fallen, in each of the last two evaluations,
-    and is worse than the best value by more than 1% (loss) or one standard error (accuracy). There is no warning with
-    `load_best_model_at_end` or an `EarlyStoppingCallback`. [`TFPOTrainer`] always adds this callback.
-
-    Args:
-        handler ([`~transformers.trainer_callback.CallbackHandler`]):
-            Callback handler of the trainer, which has the other callbacks.
+    [`best_before_decline`] says when a metric gets worse. There is no warning with `load_best_model_at_end` or an
+    `EarlyStoppingCallback` in `handler`. [`TFPOTrainer`] always adds this callback.
     """
 
     def __init__(self, handler: CallbackHandler) -> None:
@@ -54,37 +49,36 @@ class WarnWhenHeldOutTurns(TrainerCallback):
         if not self.is_active or stops or metrics is None:
             return
         for name in metrics:
-            if not name.endswith((FLOW_LOSS, ACCURACY)):
+            if not name.endswith((LOSS, ACCURACY)):
                 continue
             values = {entry["step"]: entry[name] for entry in state.log_history if name in entry}
-            prefix = name.removesuffix(FLOW_LOSS).removesuffix(ACCURACY)
+            prefix = name.removesuffix(LOSS).removesuffix(ACCURACY)
             num_pairs = metrics.get(f"{prefix}_runtime", 0) * metrics.get(f"{prefix}_samples_per_second", 0)
-            best = turning_point(list(values.values()), num_pairs=num_pairs if name.endswith(ACCURACY) else None)
+            best = best_before_decline(list(values.values()), num_pairs=num_pairs if name.endswith(ACCURACY) else None)
             if best is not None:
                 self.is_active = False
                 step, *since = list(values)[best:]
                 warnings.warn(
                     f"Held-out pairs get worse: `{name}` was best at step {step} ({values[step]:.4g}), and then "
                     f"{', '.join(f'{values[x]:.4g}' for x in since)} (steps {', '.join(map(str, since))}). Train for "
-                    "fewer epochs, or keep the best doctor with `load_best_model_at_end=True` and "
-                    f"`metric_for_best_model={name!r}`, and stop early with `EarlyStoppingCallback`."
+                    "fewer epochs, stop early with `EarlyStoppingCallback`, or keep the best doctor with "
+                    f"`load_best_model_at_end=True` and `metric_for_best_model={name!r}`."
                 )
                 return
 
 
-def turning_point(values: Sequence[float], *, num_pairs: float | None) -> int | None:
+def best_before_decline(values: Sequence[float], *, num_pairs: float | None) -> int | None:
     """
-    Index of the best evaluation, if each of the last two got worse and the last is significantly worse than the best.
+    Index of the best evaluation if a metric gets worse, otherwise `None`.
+
+    It gets worse if each of the last two evaluations is worse than the one before, and the last is worse than the best
+    by more than noise: 1% of a loss, or one standard error of an accuracy.
 
     Args:
         values (`Sequence[float]`):
             Loss or accuracy of each evaluation.
         num_pairs (`float`, *optional*):
-            For accuracies: number of pairs, for the standard error that counts as noise. `None` for losses, whose
-            noise is 1%.
-
-    Returns:
-        `int` or `None`
+            Number of held-out pairs, for accuracies. `None` for losses.
     """
     losses = list(values) if num_pairs is None else [-value for value in values]
     if len(losses) < 3:

@@ -11,7 +11,7 @@ from trainers import config
 from transformers import EarlyStoppingCallback
 
 from trl_tfpo import TFPOTrainer, annotate_token_rewards
-from trl_tfpo.training.held_out import turning_point
+from trl_tfpo.training.overfitting import best_before_decline
 
 
 @pytest.mark.parametrize(
@@ -28,14 +28,14 @@ from trl_tfpo.training.held_out import turning_point
 )
 def test_a_loss_turns_when_it_rises_twice(losses, best):
     """One bad evaluation is noise, and a warning at each would be read by nobody."""
-    assert turning_point(losses, num_pairs=None) == best
+    assert best_before_decline(losses, num_pairs=None) == best
 
 
 def test_shares_turn_by_more_than_their_error():
     """0.60, 0.58, 0.56 of 100 pairs are within 0.049 of each other; of 10,000 pairs they are not."""
     shares = [0.5, 0.60, 0.58, 0.56]
-    assert turning_point(shares, num_pairs=100) is None and turning_point(shares, num_pairs=10_000) == 1
-    assert turning_point(shares[::-1], num_pairs=10_000) is None  # these get better
+    assert best_before_decline(shares, num_pairs=100) is None and best_before_decline(shares, num_pairs=10_000) == 1
+    assert best_before_decline(shares[::-1], num_pairs=10_000) is None  # these get better
 
 
 def train(train_dataset: Dataset, eval_dataset, tokenizer, folder, callbacks=None, **settings) -> list[str]:

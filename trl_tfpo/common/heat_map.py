@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Heat map of tokens with a number each, for terminals and notebooks.
+Heat map of tokens, each with a number, for terminals and notebooks.
 
-Each colored token also has a sign, so that no information is in colors alone. Texts of models and datasets are
+Each colored token also has a sign, for readers who cannot see the colors. Control characters and HTML in the texts are
 escaped.
 """
 
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from ..common.printable import printable
+from .printable import printable
 
 
 GREEN, RED = (0, 136, 68), (204, 51, 51)
@@ -25,12 +25,12 @@ GREEN, RED = (0, 136, 68), (204, 51, 51)
 @dataclass(frozen=True)
 class TokenMap:
     """
-    Heat map of tokens with a number each. `print` it, or return it from a notebook cell.
+    Heat map of tokens, each with a number. `print` it, or return it from a notebook cell.
 
     Args:
         rows (sequence of `(title, tokens, values, notes)`):
-            Texts, one below the other. The value with the largest magnitude has the strongest color; a note has the
-            figures of its token.
+            Texts, one below the other, with a value and a note for each token. The value with the largest magnitude
+            has the strongest color.
         legend (`str`):
             Meaning of the values.
     """
@@ -43,11 +43,11 @@ class TokenMap:
         return max((abs(x) for _, _, values, _ in self.rows for x in values if math.isfinite(x)), default=0) or 1.0
 
     def _strength(self, value: float) -> float:
-        """Value in [-1, 1]; zero for NaN."""
+        """Scale a value to [-1, 1]; NaN becomes zero."""
         return 0.0 if math.isnan(value) else max(-1.0, min(1.0, value / self._scale))
 
     def __rich__(self) -> Text:
-        """For [rich](https://rich.readthedocs.io) consoles."""
+        """Text for [rich](https://rich.readthedocs.io) consoles."""
         text = Text()
         for title, tokens, values, _ in self.rows:
             text.append(f"{printable(title)}: ", style="bold")
@@ -78,7 +78,7 @@ class TokenMap:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        """HTML for notebooks, with the note of a token as its tooltip."""
+        """HTML for notebooks. The tooltip of a token is its note."""
         lines = []
         for title, tokens, values, notes in self.rows:
             spans = []
@@ -102,7 +102,7 @@ def _sign(strength: float) -> str:
 
 
 def token_texts(ids: Sequence[int], processing_class: PreTrainedTokenizerBase) -> list[str]:
-    """Text of each token, and names of special tokens. A character of several tokens belongs to the last of them."""
+    """Text of each token, or name of a special token. A character of several tokens belongs to the last of them."""
     special, before = set(processing_class.all_special_ids), ""
     pieces: list[str] = []
     for end, token_id in enumerate(ids, start=1):

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+Static KV caches: tensors of fixed shape, with which a compiled forward pass decodes token after token.
+
+Shapes: B rows, L tokens so far (padding included), C columns read at once, N columns of the cache.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from transformers import CompileConfig, PreTrainedConfig, StaticCache
+from transformers.cache_utils import StaticLayer
+from transformers.masking_utils import create_masks_for_generate
+
+from ..common.language_model import LanguageModel, unwrap_peft
+
+
+MIN_COLUMNS = 256  # of a cache; a longer text doubles them, and compiles again
+
+
+def make_static_cache(config: PreTrainedConfig, num_tokens: int) -> StaticCache:
+    """Make an empty cache with a power of two of columns, at least `num_tokens` and 256."""
+    return StaticCache(config=config, max_cache_len=max(MIN_COLUMNS, 1 << (num_tokens - 1).bit_length()))
+
+
+def can_reuse(cache: StaticCache, num_rows: int, num_tokens: int) -> bool:
+    """Whether a cache has the rows and enough columns for another text."""
+    if cache.get_max_length() < num_tokens:
+        return False
+    return all(layer.keys is not None and layer.keys.size(0) == num_rows for layer in cache.layers)
+
+
+def crop(cache: StaticCache, num_tokens: int) -> None:
+    """Keep the first `num_tokens` columns. The mask hides later columns until they are written again."""
+    for layer in cache.layers:
+        assert isinstance(layer, StaticLayer)
+        layer.cumulative_length.fill_(num_tokens)
+
+
+def take_rows(cache: StaticCache, source: torch.Tensor) -> None:
+    """
+    Replace the rows of a cache in place, so that the addresses in CUDA graphs stay valid.
+
+    Args:
+        cache ([`~transformers.StaticCache`]):
+            A cache with B rows.
+        source (`torch.LongTensor` of shape `(B,)`):
+            The old row that each new row repeats.
+    """
+    for layer in cache.layers:
+        assert layer.keys is not None and layer.values is not None
+        layer.keys.copy_(layer.keys.index_select(0, source.to(layer.keys.device)))
+        layer.values.copy_(layer.values.index_select(0, source.to(layer.values.device)))
+
+
+def static_inputs(
+    model: LanguageModel, cache: StaticCache, inputs: Mapping[str, torch.Tensor], mask: torch.Tensor
+) -> dict[str, Any]:
+    """
+    Inputs of a forward pass with the strides and masks that a compiled one expects at every step.
+
+    As in `generate`, the masks are made outside of the compiled region. Slices of a longer tensor are copied, because
+    another stride compiles the model again.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model.
+        cache ([`~transformers.StaticCache`]):
+            Its cache, of N columns.
+        inputs (mapping from `str` to `torch.Tensor`):
+            `input_ids` and, if the model takes them, `position_ids` of shape `(B, C)`.
+        mask (`torch.Tensor` of shape `(B, L)`):
+            Mask of the whole text.
+
+    Returns:
+        `dict`: the inputs, and an `attention_mask` of shape `(B, 1, C, N)`, or one for each type of layer.
+    """
+    base, ids = unwrap_peft(model), inputs["input_ids"]
+    make = getattr(base, "create_masks_for_generate", create_masks_for_generate)
+    masks = make(
+        config=base.config,
+        inputs_embeds=torch.empty((*ids.shape, 0), dtype=base.dtype, device=ids.device),
+        attention_mask=mask,
+        past_key_values=cache,
+        position_ids=inputs.get("position_ids"),
+    )
+    by_type = masks if isinstance(masks, dict) else {"": masks}
+    by_type = {name: None if x is None else x.contiguous() for name, x in by_type.items()}
+    copies = {name: x.clone(memory_format=torch.contiguous_format) for name, x in inputs.items()}
+    return copies | {"attention_mask": by_type if isinstance(masks, dict) else by_type[""]}
+
+
+def compiled(model: LanguageModel, compile_config: CompileConfig | None) -> Callable:
+    """Return the compiled forward pass of a model, which transformers keeps on the model."""
+    return unwrap_peft(model).get_compiled_call(compile_config)

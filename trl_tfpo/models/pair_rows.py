@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+Two texts in one row, so that a model reads their common beginning once.
+
+Shapes: P pairs, 2P texts (all first texts, then all second ones), L tokens of a text, M tokens of a row. A row is
+
+    beginning | rest of the first text | rest of the second text | padding
+
+Each rest attends to the beginning and to itself. Its positions continue those of the beginning.
+"""
+
+import inspect
+import logging
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers import PreTrainedModel
+
+from ..common.language_model import (
+    LanguageModel,
+    backbone_of,
+    device_of,
+    inference,
+    is_sharded,
+    keeps_all_keys,
+    unwrap_peft,
+)
+
+
+logger = logging.getLogger(__name__)
+
+WORTHWHILE = 0.9  # tokens of rows over tokens of texts, padding included
+TOLERANCE = 1e-3  # of the hidden states' root mean square, in float32
+HALF_TOLERANCE = 0.1
+_READS_PAIRS: WeakKeyDictionary[PreTrainedModel, dict[tuple, bool]] = WeakKeyDictionary()
+
+
+class PairRows(NamedTuple):
+    """
+    Texts in rows of pairs.
+
+    Args:
+        inputs (`dict[str, torch.Tensor]`):
+            `input_ids` and `position_ids` of shape `(P, M)`, `attention_mask` of shape `(P, 1, M, M)`.
+        places (`torch.LongTensor` of shape `(2P, L)`):
+            The place of each token in its row. 0 for padding.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    places: torch.Tensor
+
+    def unpack(self, states: torch.Tensor) -> torch.Tensor:
+        """Return the states (2P, L, H) of the texts, given those of the rows (P, M, H)."""
+        places = self.places.to(states.device)
+        num_pairs = len(states)
+        row = torch.arange(2 * num_pairs, device=states.device)[:, None] % num_pairs
+        return states[row, places]
+
+
+def worthwhile_pair_rows(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, model: LanguageModel
+) -> PairRows | None:
+    """
+    Put the texts of each pair in one row, if the model reads such rows and they save a tenth of the tokens.
+
+    The arguments are those of [`pair_rows`], but the number of texts may be odd.
+    """
+    if len(input_ids) % 2 or not reads_pairs(model):
+        return None
+    rows = pair_rows(input_ids, attention_mask, model)
+    return rows if rows.inputs["input_ids"].numel() <= WORTHWHILE * input_ids.numel() else None
+
+
+def pair_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor, model: LanguageModel) -> PairRows:
+    """
+    Put the texts of each pair in one row.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(2P, L)`):
+            Texts, padded on the right. Text i and text P + i are a pair.
+        attention_mask (`torch.Tensor` of shape `(2P, L)`):
+            Which tokens are real.
+        model ([`~transformers.PreTrainedModel`]):
+            The model that reads the rows. It decides the type of the mask.
+
+    Returns:
+        [`PairRows`]
+    """
+    is_token = attention_mask.bool()
+    (first, second), lengths = input_ids.chunk(2), is_token.sum(dim=1)
+    first_length, second_length = lengths[:, None].chunk(2)  # (P, 1) each
+    is_common = (first == second) & is_token.chunk(2)[0] & is_token.chunk(2)[1]
+    num_common = is_common.int().cumprod(dim=1).sum(dim=1, keepdim=True)  # (P, 1)
+    row_length = first_length + second_length - num_common
+    place = torch.arange(int(row_length.max()), device=input_ids.device)[None]  # (1, M)
+    is_second = place >= first_length  # (P, M)
+    position = torch.where(is_second, place - first_length + num_common, place)
+    source = position.clamp(max=input_ids.size(1) - 1)
+    ids = torch.where(is_second, second.gather(1, source), first.gather(1, source))
+    is_real = place < row_length
+
+    # 0: beginning, 1 and 2: rests, -1: padding
+    branch = torch.where(is_second, 2, (place >= num_common).int()).masked_fill(~is_real, -1)
+    is_earlier = torch.ones(place.size(1), place.size(1), dtype=torch.bool, device=place.device).tril()
+    is_seen = (branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])  # (P, M, M)
+    mask = (is_seen & is_earlier)[:, None]
+    if unwrap_peft(model).config._attn_implementation != "sdpa":
+        mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
+
+    column = torch.arange(input_ids.size(1), device=input_ids.device)[None]
+    after_first = torch.where(column < num_common, column, column - num_common + first_length)
+    places = torch.cat([column.expand_as(first), after_first]).masked_fill(~is_token, 0)
+    inputs = {"input_ids": ids, "position_ids": position.masked_fill(~is_real, 0), "attention_mask": mask}
+    return PairRows(inputs, places)
+
+
+def reads_pairs(model: LanguageModel) -> bool:
+    """
+    Whether a model gives the texts of a row the hidden states that each text has alone.
+
+    Attention must take a mask for each pair of tokens, and keep all tokens. Two short texts are read in both ways, and
+    compared. The answer is cached. It is no for sharded models, which all processes would have to read.
+    """
+    base = unwrap_peft(model)
+    found = _READS_PAIRS.setdefault(base, {})
+    way = (base.config._attn_implementation, base.dtype)
+    if way not in found:
+        try:
+            found[way] = _can_read(base)
+        except Exception as error:  # models raise anything on inputs that they do not take
+            logger.info("%s reads each text alone: %r", type(base).__name__, error)
+            found[way] = False
+    return found[way]
+
+
+def _can_read(base: PreTrainedModel) -> bool:
+    takes_masks = base.config._attn_implementation in ("sdpa", "eager")
+    if not takes_masks or not keeps_all_keys(base) or is_sharded(base):
+        return False
+    backbone = backbone_of(base)
+    if "position_ids" not in inspect.signature(type(backbone).forward).parameters:
+        return False
+    ids = torch.tensor([[1, 2, 3, 4, 5, 0], [1, 2, 3, 6, 7, 8]], device=device_of(base))
+    ids = ids % base.config.get_text_config().vocab_size
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0], [1] * 6], device=ids.device)
+    rows = pair_rows(ids, mask, base)
+    with inference(base):
+        apart = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        together = rows.unpack(backbone(**rows.inputs, use_cache=False).last_hidden_state)
+    apart, together = (states.float()[mask.bool()] for states in (apart, together))
+    tolerance = HALF_TOLERANCE if base.dtype.itemsize < 4 else TOLERANCE
+    return bool((together - apart).abs().max() < tolerance * apart.square().mean().sqrt())
