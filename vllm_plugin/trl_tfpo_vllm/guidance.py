@@ -6,8 +6,9 @@ Names and exponents of the doctors of an engine, and the exponents of a request.
 Keys of a request, in `SamplingParams(extra_args=...)` or over HTTP in `vllm_xargs`:
 
 - `alpha`: exponent of the patient. Default: that of the engine, or 1 less the exponents of the doctors that are
-  language models. Doctors of guided flow leave the patient's exponent at 1.
-- `beta_NAME`: exponent of the doctor with this name. Default: that of the engine.
+  language models. Doctors of guided flow, and doctors with a reference, leave the patient's exponent at 1.
+- `beta_NAME`: exponent of the doctor with this name. Default: that of the engine. The doctor's reference has the
+  opposite exponent.
 
 This module imports nothing heavy, as it checks requests in the process of the API server.
 """
@@ -22,6 +23,7 @@ from typing import Any
 
 ARCHITECTURE = "GuidedForCausalLM"
 MAX_WEIGHT = 10.0  # in absolute value; the same as in `trl-tfpo serve`
+PATIENT = "patient"  # as the reference of a doctor; other references are absolute paths
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -38,14 +40,22 @@ class DoctorEntry:
         beta (`float`):
             Its exponent in requests that give none.
         is_language_model (`bool`):
-            Whether it has a policy of its own. Its exponent is then subtracted from that of the patient by default.
-            False for a doctor of guided flow.
+            Whether it has a policy of its own. False for a doctor of guided flow.
+        reference (`str`, *optional*):
+            Folder of the doctor before training, or `"patient"` where that is the patient. It has the exponent
+            `-beta`: the *ratio* of doctor and reference guides.
     """
 
     name: str
     path: str
     beta: float
     is_language_model: bool
+    reference: str | None = None
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether its exponent is subtracted from that of the patient by default (the *mixture*)."""
+        return self.is_language_model and self.reference is None
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,8 @@ class Guidance:
         doctors (`tuple[DoctorEntry, ...]`):
             At least one, with different names.
         alpha (`float`, *optional*):
-            Exponent of the patient in requests that give none. By default 1 less the exponents of the language models.
+            Exponent of the patient in requests that give none. By default 1 less the exponents of the doctors that are
+            language models without a reference.
 
     Raises:
         `ValueError`: when there is no doctor, on names that are unusable or not unique, and on default exponents that
@@ -95,20 +106,30 @@ class Guidance:
         fields = json.loads(bytes.fromhex(name.removeprefix("x")))
         return cls.from_fields(fields["guided_doctors"], fields["guided_alpha"])
 
+    @property
+    def factors(self) -> list[str]:
+        """
+        Folders of the factors of the product besides the patient: doctors, then references. A model with several roles
+        is one factor, and runs once.
+        """
+        references = [doctor.reference for doctor in self.doctors if doctor.reference not in (None, PATIENT)]
+        return list(dict.fromkeys([doctor.path for doctor in self.doctors] + references))
+
     def request_weights(self, extra_args: Mapping[str, Any] | None) -> list[float]:
         """
-        Return the exponents of a request.
+        Return the exponents of the models in a request.
 
         Args:
             extra_args (`Mapping[str, Any]`, *optional*):
                 Keys as above. Other keys are ignored unless they begin with `beta`.
 
         Returns:
-            `list[float]` of length `1 + D`: the exponent of the patient, then of each doctor.
+            `list[float]` of length `1 + D`: the exponent of the patient, then of each of the D `factors`. Exponents of
+            a model with several roles are added.
 
         Raises:
-            `ValueError`: on an unknown doctor, an exponent that is not a number in [-10, 10], and exponents of
-                language models above 1 in sum without `alpha`.
+            `ValueError`: on an unknown doctor, an exponent that is not a number in [-10, 10], and exponents of a
+                mixture above 1 in sum without `alpha`.
         """
         given = extra_args or {}
         keys = {f"beta_{doctor.name}": doctor for doctor in self.doctors}
@@ -117,7 +138,7 @@ class Guidance:
         betas = [_checked(key, given.get(key, doctor.beta)) for key, doctor in keys.items()]
         alpha = given.get("alpha", self.alpha)
         if alpha is None:
-            mixed = [beta for beta, doctor in zip(betas, self.doctors, strict=True) if doctor.is_language_model]
+            mixed = [beta for beta, doctor in zip(betas, self.doctors, strict=True) if doctor.is_mixed]
             alpha = 1.0 - sum(mixed)
             if alpha < -1e-6:
                 raise ValueError(
@@ -125,7 +146,13 @@ class Guidance:
                     f"Got {mixed}; pass `alpha`, e.g. 1.0 for the product, or smaller exponents."
                 )
             alpha = max(alpha, 0.0)
-        return [_checked("alpha", alpha), *betas]
+        weights = dict.fromkeys([PATIENT, *self.factors], 0.0)
+        weights[PATIENT] = _checked("alpha", alpha)
+        for beta, doctor in zip(betas, self.doctors, strict=True):
+            weights[doctor.path] += beta
+            if doctor.reference is not None:
+                weights[doctor.reference] -= beta
+        return list(weights.values())
 
 
 def _checked(key: str, value: Any) -> float:

@@ -3,7 +3,8 @@
 """
 The guided policy from the logits of patient and doctors, and weights as columns of hidden states.
 
-Shapes: T tokens, V vocabulary, D doctors. A row of weights is the exponent of the patient, then of each doctor.
+Shapes: T tokens, V vocabulary, D doctors and references. A row of weights is the exponent of the patient, then of each
+of these.
 """
 
 from collections.abc import Sequence

@@ -1,22 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Patient and doctors as one vLLM model.
+Patient, doctors and references as one vLLM model.
 
-Each forward pass runs patient and doctors on the same tokens. Its hidden states are those of all models side by side,
+Each forward pass runs all models on the same tokens. Its hidden states are those of all models side by side,
 followed by the weights of each token, so that rows keep their weights wherever vLLM selects or copies them. Logits are
 the log-probabilities of the guided policy: grammars, penalties, temperature and log-probabilities all act on it.
 
-Shapes: T scheduled tokens, H sum of the hidden sizes, D doctors, V vocabulary of the patient.
+Shapes: T scheduled tokens, H sum of the hidden sizes, D doctors and references, V vocabulary of the patient.
 """
 
 from collections.abc import Iterable
-from itertools import groupby
+from itertools import combinations, groupby
 
 import torch
 from torch import nn
 from transformers import AutoConfig
-from vllm.config import VllmConfig
+from vllm import ModelRegistry
+from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.interfaces import has_inner_state, is_attention_free, is_hybrid, supports_multimodal
 from vllm.model_executor.models.interfaces_base import VllmModelForTextGeneration
@@ -24,11 +25,11 @@ from vllm.model_executor.models.utils import init_vllm_registered_model
 from vllm.sequence import IntermediateTensors
 
 from .admission import admission_of
-from .checks import check_modes, guidance_of
+from .checks import check_modes, config_of, guidance_of
+from .lora import Lora
 from .mixture import guided_logps, pack_weights, unpack_weights
-
-
-VALUE_HEAD = "value_head."  # of a doctor in training, not needed for decoding
+from .saved_doctor import VALUE_HEAD, read_doctor
+from .sharing import are_alike, share_modules
 
 
 class GuidedForCausalLM(nn.Module):
@@ -49,29 +50,35 @@ class GuidedForCausalLM(nn.Module):
         super().__init__()
         self.check(vllm_config)
         model_config = vllm_config.model_config
-        guidance = guidance_of(model_config)
         path = model_config.hf_config_path or model_config.model
         patient = AutoConfig.from_pretrained(path, revision=model_config.revision, trust_remote_code=False)
-        configs = {"patient": (model_config.hf_config, patient.architectures)}
+        self.names, self.configs = ["patient"], [model_config.hf_config]
+        architectures = [patient.architectures]  # that of the engine is this class
+        self.loras: dict[str, Lora] = {}
         self.secondary_weights: list[DefaultModelLoader.Source] = []  # which the loader reads after the patient
-        for index, doctor in enumerate(guidance.doctors):
-            config = AutoConfig.from_pretrained(doctor.path, trust_remote_code=False)
-            configs[f"doctor{index}"] = (config, config.architectures)
+        for index, folder in enumerate(guidance_of(model_config).factors):
+            saved, name = read_doctor(folder), f"factor{index}"  # vLLM allows one integer in the name of a layer
+            config = config_of(saved)
+            if saved.adapter is not None:
+                self.loras[name] = Lora(saved, config)
             # Other safetensors in the folder are the value head and the credits
             source = DefaultModelLoader.Source(
-                doctor.path, revision=None, prefix=f"doctor{index}.", allow_patterns_overrides=["model*.safetensors"]
+                saved.base, saved.revision, prefix=f"{name}.", allow_patterns_overrides=["model*.safetensors"]
             )
             self.secondary_weights.append(source)
-        self.names = list(configs)
-        for name, (config, architectures) in configs.items():
-            layers = f"{prefix}.{name}" if prefix else name  # vLLM allows one integer in the name of a layer
+            self.names.append(name)
+            self.configs.append(config)
+            architectures.append(config.architectures)
+        for name, config, architecture in zip(self.names, self.configs, architectures, strict=True):
+            _check_kind(name, architecture, model_config)
+            layers = f"{prefix}.{name}" if prefix else name
             model = init_vllm_registered_model(
-                vllm_config, prefix=layers, hf_config=config, architectures=architectures
+                vllm_config, prefix=layers, hf_config=config, architectures=architecture
             )
-            _check_kind(name, model)
             setattr(self, name, model)
-        self.sizes = [config.get_text_config().hidden_size for config, _ in configs.values()]
-        self.num_embeddings = [config.get_text_config().vocab_size for config, _ in configs.values()]
+        self.sizes = [config.hidden_size for config in self.configs]
+        self.num_embeddings = [config.vocab_size for config in self.configs]
+        self.found_by_name = list(vllm_config.compilation_config.static_forward_context.values())
 
     @staticmethod
     def check(vllm_config: VllmConfig) -> None:
@@ -93,7 +100,7 @@ class GuidedForCausalLM(nn.Module):
 
     @property
     def models(self) -> list[VllmModelForTextGeneration]:
-        """The patient, then the doctors."""
+        """The patient, then doctors and references."""
         return [getattr(self, name) for name in self.names]
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -115,7 +122,7 @@ class GuidedForCausalLM(nn.Module):
             input_ids, positions (`torch.Tensor` of shape `(T,)`):
                 The tokens, and their positions.
             guidance_weights (`torch.Tensor` of shape `(T, 1 + D)`):
-                Exponents of the patient and of each doctor.
+                Exponents of the patient, and of each doctor and reference.
 
         Returns:
             `torch.Tensor` of shape `(T, H + 3 * (1 + D))`.
@@ -165,16 +172,27 @@ class GuidedForCausalLM(nn.Module):
 
         Returns:
             `set[str]`: names of the parameters that were loaded.
+
+        Raises:
+            `ValueError`: when a model gets no weights, or an adapter does not fit its base.
         """
         loaded: set[str] = set()
+        owners = set()
         # The loader reads one model after the other; a group is read while it is loaded, never held as a whole
         for owner, group in groupby(weights, key=lambda item: self._owner(item[0])):
-            own = (
-                (name.removeprefix(f"{owner}."), tensor)
-                for name, tensor in group
-                if not name.removeprefix(f"{owner}.").startswith(VALUE_HEAD)
+            own = ((name.removeprefix(f"{owner}."), tensor) for name, tensor in group)
+            own = ((name, tensor) for name, tensor in own if not name.startswith(f"{VALUE_HEAD}."))
+            merged = self.loras[owner].merge(own) if owner in self.loras else own
+            loaded |= {f"{owner}.{name}" for name in getattr(self, owner).load_weights(merged)}
+            owners.add(owner)
+        if missing := sorted(set(self.names) - owners):
+            raise ValueError(
+                f"The weights of all models must be read. Got none of {missing}, as some load formats read one model "
+                "only; leave out `load_format`."
             )
-            loaded |= {f"{owner}.{name}" for name in getattr(self, owner).load_weights(own)}
+        for (model, config), (other, its_config) in combinations(zip(self.models, self.configs, strict=True), 2):
+            if are_alike(config, its_config):
+                share_modules(other, model, apart=self.found_by_name)
         return loaded
 
     def _owner(self, name: str) -> str:
@@ -183,10 +201,11 @@ class GuidedForCausalLM(nn.Module):
         return owner if owner in self.names[1:] else self.names[0]
 
 
-def _check_kind(name: str, model: nn.Module) -> None:
-    """Raise `ValueError` unless the model reads text and keeps keys and values only."""
-    if supports_multimodal(model) or has_inner_state(model) or is_attention_free(model) or is_hybrid(model):
+def _check_kind(name: str, architectures: list[str], model_config: ModelConfig) -> None:
+    """Raise `ValueError` unless a model reads text and keeps keys and values only."""
+    kind, _ = ModelRegistry.resolve_model_cls(architectures, model_config=model_config)
+    if supports_multimodal(kind) or has_inner_state(kind) or is_attention_free(kind) or is_hybrid(kind):
         raise ValueError(
-            f"Patient and doctors must be language models with attention alone. Got a {type(model).__name__} as "
+            f"Patient, doctors and references must be language models with attention alone. Got a {kind.__name__} as "
             f"{name}, which reads images or keeps another state; use `trl-tfpo serve` or another model."
         )

@@ -3,7 +3,7 @@
 """
 The weights of requests in Model Runner V2, as an input of the model.
 
-Shapes: R slots for requests, T scheduled tokens (padding included), D doctors.
+Shapes: R slots for requests, T scheduled tokens (padding included), D doctors and references.
 """
 
 from typing import Any
