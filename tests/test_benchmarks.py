@@ -297,7 +297,7 @@ def run_in_a_fork(command, *, stdout, stderr, env):
         sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
         module = load(BENCHMARKS, Path(script).stem)
         if hasattr(module, "QUICK"):
-            module.QUICK = dict(num_pairs=16, max_steps=2, num_samples_per_prompt=4)
+            module.QUICK = dict(num_pairs=16, max_steps=2, num_samples_per_prompt=8)
         module.main(arguments)
         sys.stdout.flush()
 
