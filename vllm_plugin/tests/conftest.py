@@ -32,7 +32,8 @@ from tiny_models import save_all  # noqa: E402
 
 runpy.run_path(str(STAND_IN / "sitecustomize.py"))
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
-collect_ignore = [] if HAS_VLLM else ["test_engine.py", "test_refusals.py", "test_http.py", "test_benchmark.py"]
+NEED_VLLM = ("benchmark", "doctors", "engine", "http", "readme", "refusals")
+collect_ignore = [] if HAS_VLLM else [f"test_{name}.py" for name in NEED_VLLM]
 ENGINE = dict(  # of the smallest engine; prompts are longer than a step, so they are read in chunks
     block_size=32,
     dtype="float32",
