@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, cast
 
 from . import options
+from .engines import check_backend, name_scorer
 from .parser import Parser
 
 
@@ -34,6 +35,11 @@ class AnnotateArguments:
     patient_load_in_4bit: bool = field(default=False, metadata=options.IN_4BIT)
     patient_load_in_8bit: bool = field(default=False, metadata={"help": "Load the patient in 8 bits."})
     trust_remote_code: bool = field(default=False, metadata=options.REMOTE_CODE)
+    backend: str = field(default="transformers", metadata=options.BACKEND)
+    base_url: str | None = field(default=None, metadata=options.BASE_URL)
+    model: str | None = field(default=None, metadata=options.MODEL)
+    num_requests: int = field(default=32, metadata=options.NUM_REQUESTS)
+    engine_args: str | None = field(default=None, metadata=options.ENGINE_ARGS)
     faces: str = field(default="helpfulness", metadata=options.FACES)
     positive_face: str | None = field(default=None, metadata=options.POSITIVE_FACE)
     negative_face: str | None = field(default=None, metadata=options.NEGATIVE_FACE)
@@ -114,6 +120,9 @@ def run(arguments: Sequence[str]) -> int:
         dataset, patient, tokenizer, faces = sample_world(args, faces, state.device)
     else:
         dataset, patient, tokenizer = load_inputs(args, *names)
+    eos_token_ids: list[int] = []
+    if args.backend != "transformers":
+        patient, eos_token_ids = name_scorer(args)
     annotated = annotate_token_rewards(
         dataset,
         patient,
@@ -123,6 +132,7 @@ def run(arguments: Sequence[str]) -> int:
         drop_unusable=args.drop_unusable,
         convert_transcripts=args.convert_transcripts,
         batch_size=args.scoring_batch_size,
+        eos_token_ids=eos_token_ids,
         reward_direction=args.reward_direction,
         disagreement_weight=args.disagreement_weight,
         importance_temperature=args.importance_temperature,
@@ -142,6 +152,7 @@ def input_names(args: AnnotateArguments) -> tuple[str, str] | None:
             "`--show` must not be negative, and `--scoring_batch_size` at least 1. Got "
             f"{args.show} and {args.scoring_batch_size}; leave them out for the defaults"
         )
+    check_backend(args)
     if args.world is not None:
         return None
     if args.dataset_name is None or args.patient is None:
