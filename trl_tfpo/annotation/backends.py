@@ -172,8 +172,8 @@ class EndpointScorer(CompletionScorer):
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"{self.endpoint.base_url} must score prompts: `/completions` with `echo`, `logprobs` and "
-                f"`max_tokens=0`. Got an answer without scores ({type(error).__name__}: {error}); use an endpoint with "
-                "log-probabilities of prompts, such as vLLM."
+                f"`max_tokens=0`. Got an answer without scores ({type(error).__name__}: {error}); use an endpoint "
+                "with log-probabilities of prompts, such as vLLM."
             ) from error
         if found != ids or num_scores != len(ids):
             raise ValueError(
@@ -231,9 +231,9 @@ class VllmScorer(CompletionScorer):
             from vllm import LLM
         except ImportError as error:
             raise ValueError(
-                f"The backend 'vllm' needs vLLM in this environment. Got an error at its import: {error}. vLLM asks for "
-                "an older transformers than this package: start vLLM's server in an environment of its own, and pass "
-                "its address with `--backend openai`, or see the section on engines in docs/guide.md."
+                f"The backend 'vllm' needs vLLM in this environment. Got an error at its import: {error}. vLLM asks "
+                "for an older transformers than this package: start vLLM's server in an environment of its own, and "
+                "pass its address with `--backend openai`, or see the section on engines in docs/guide.md."
             ) from error
         return LLM(self.name, **{"enable_prefix_caching": True} | self._engine_kwargs)
 
@@ -257,8 +257,8 @@ class VllmScorer(CompletionScorer):
             entries = list(output.prompt_logprobs)[len(output.prompt_logprobs) - len(completion) :]
             if list(output.prompt_token_ids) != row or len(entries) != len(completion):
                 raise ValueError(
-                    f"vLLM must score the {len(row)} tokens that it is given. Got {len(output.prompt_logprobs)} scores "
-                    f"of {len(output.prompt_token_ids)} tokens; use the version that the documentation names."
+                    f"vLLM must score the {len(row)} tokens that it is given. Got {len(output.prompt_logprobs)} "
+                    f"scores of {len(output.prompt_token_ids)} tokens; use the version that the documentation names."
                 )
             logps = [entry[token].logprob for entry, token in zip(entries, completion, strict=True)]
             scored.append(torch.tensor(_finite(logps, len(completion), self.name)))

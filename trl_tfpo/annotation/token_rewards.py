@@ -218,10 +218,8 @@ def _annotate_cached(
 
     Returns the dataset with rewards and gaps, and the rounding error of a patient in half precision.
     """
-    if isinstance(patient, (NamedModel, CompletionScorer)):
-        fingerprint = patient.fingerprint
-    else:
-        fingerprint = model_fingerprint(patient)
+    is_named = isinstance(patient, (NamedModel, CompletionScorer))
+    fingerprint = patient.fingerprint if is_named else model_fingerprint(patient)  # type: ignore[arg-type]
     positive, negative, chosen, rejected = column_lengths(tokenized, [*FACE_COLUMNS, *ID_COLUMNS[1:]])
     prompt = np.maximum(positive, negative)
     score = partial(score, longest=int((prompt + np.maximum(chosen, rejected)).max()))
@@ -435,9 +433,7 @@ def score_token_rewards(
     """
     completions = batch["chosen_ids"] + batch["rejected_ids"]  # 2P
     num_rows = len(completions)
-    score: Callable[..., list[torch.Tensor]] = partial(score_completions, patient)
-    if isinstance(patient, CompletionScorer):
-        score = patient.score_completions
+    score = patient.score_completions if isinstance(patient, CompletionScorer) else partial(score_completions, patient)
     logps = score(
         batch["positive_prompt_ids"] * 2 + batch["negative_prompt_ids"] * 2,
         completions * 2,

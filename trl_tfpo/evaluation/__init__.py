@@ -11,6 +11,7 @@ intervals.
 from .bootstrap import bootstrap_interval
 from .completions import Completion, generate_completions
 from .diversity import distinct_n, self_similarity
+from .endpoint import endpoint_completions
 from .guidance import best_of_n, evaluate_guidance, guided_kl, match_kl, next_token_statistics, sampled_kl
 from .judges import ChatJudge, PairwiseJudge, RewardModel, parse_verdict
 from .report import Report, evaluate_completions
@@ -26,6 +27,7 @@ __all__ = [
     "best_of_n",
     "bootstrap_interval",
     "distinct_n",
+    "endpoint_completions",
     "evaluate_completions",
     "evaluate_guidance",
     "generate_completions",
