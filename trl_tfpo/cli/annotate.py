@@ -141,7 +141,8 @@ def run(arguments: Sequence[str]) -> int:
     )
     if state.is_main_process:
         write_outputs(args, annotated, tokenizer)
-    state.destroy_process_group()
+    if state.num_processes > 1:  # vLLM has groups of its own in a single process
+        state.destroy_process_group()
     return 0
 
 
