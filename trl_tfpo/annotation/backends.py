@@ -84,17 +84,6 @@ class EndpointScorer(CompletionScorer):
             The endpoint.
         exponents (`dict`, *optional*):
             Fields of [`~trl_tfpo.common.endpoint.Endpoint.exponents`]. By default the patient is scored alone.
-
-    Examples:
-
-    ```python
-    from trl_tfpo import annotate_token_rewards
-    from trl_tfpo.annotation.backends import EndpointScorer
-    from trl_tfpo.common.endpoint import Endpoint
-
-    patient = EndpointScorer(Endpoint("http://localhost:8000/v1", "Qwen/Qwen3-32B"))
-    annotated = annotate_token_rewards(dataset, patient, tokenizer, faces="helpfulness")
-    ```
     """
 
     def __init__(self, endpoint: Endpoint, exponents: Mapping[str, object] | None = None):
