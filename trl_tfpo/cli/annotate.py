@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, cast
 
 from . import options
-from .engines import check_backend, name_scorer
+from .engines import EngineArguments, check_engine, name_scorer
 from .parser import Parser
 
 
@@ -35,11 +35,6 @@ class AnnotateArguments:
     patient_load_in_4bit: bool = field(default=False, metadata=options.IN_4BIT)
     patient_load_in_8bit: bool = field(default=False, metadata={"help": "Load the patient in 8 bits."})
     trust_remote_code: bool = field(default=False, metadata=options.REMOTE_CODE)
-    backend: str = field(default="transformers", metadata=options.BACKEND)
-    base_url: str | None = field(default=None, metadata=options.BASE_URL)
-    model: str | None = field(default=None, metadata=options.MODEL)
-    num_requests: int = field(default=32, metadata=options.NUM_REQUESTS)
-    engine_args: str | None = field(default=None, metadata=options.ENGINE_ARGS)
     faces: str = field(default="helpfulness", metadata=options.FACES)
     positive_face: str | None = field(default=None, metadata=options.POSITIVE_FACE)
     negative_face: str | None = field(default=None, metadata=options.NEGATIVE_FACE)
@@ -100,10 +95,14 @@ def run(arguments: Sequence[str]) -> int:
         "Compute token rewards for a preference dataset. Takes the options of `accelerate launch` as well, such as "
         "`--num_processes 8` or `--accelerate_config ddp`."
     )
-    parsed = Parser([AnnotateArguments], "annotate", description).parse_or_launch(arguments)
+    parsed = Parser([AnnotateArguments, EngineArguments], "annotate", description).parse_or_launch(arguments)
     if isinstance(parsed, int):
         return parsed
-    (args,) = parsed
+    args, engine = parsed
+    quantized = [name for name in ("patient_load_in_4bit", "patient_load_in_8bit") if getattr(args, name)]
+    check_engine(
+        engine, for_transformers=[*quantized, *(["world"] if args.world and engine.backend == "vllm" else [])]
+    )
     names = input_names(args)
     faces = resolve_given_faces(args.faces, args.positive_face, args.negative_face, args.face_placement)
 
@@ -120,12 +119,12 @@ def run(arguments: Sequence[str]) -> int:
         dataset, patient, tokenizer, faces = sample_world(args, faces, state.device)
     else:
         dataset, patient, tokenizer = load_inputs(args, *names)
-    eos_token_ids: list[int] = []
-    if args.backend != "transformers":
-        patient, eos_token_ids = name_scorer(args)
+    scorer, eos_token_ids = name_scorer(
+        engine, args.patient, dtype=args.dtype, trust_remote_code=args.trust_remote_code
+    )
     annotated = annotate_token_rewards(
         dataset,
-        patient,
+        scorer or patient,
         tokenizer,
         faces=faces,
         max_length=args.max_length,
@@ -153,7 +152,6 @@ def input_names(args: AnnotateArguments) -> tuple[str, str] | None:
             "`--show` must not be negative, and `--scoring_batch_size` at least 1. Got "
             f"{args.show} and {args.scoring_batch_size}; leave them out for the defaults"
         )
-    check_backend(args)
     if args.world is not None:
         return None
     if args.dataset_name is None or args.patient is None:

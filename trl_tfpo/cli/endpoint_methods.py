@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     import torch
 
     from ..evaluation.completions import Completion
-    from .evaluate import EvaluateArguments
 
 
 @dataclass
@@ -58,15 +57,19 @@ def check_endpoint(args: EndpointArguments, *, has_completions: bool) -> None:
 
 
 def sample_methods(
-    args: EndpointArguments, of_report: "EvaluateArguments", prompts: Sequence[str]
+    args: EndpointArguments, prompts: Sequence[str], *, is_world: bool, seed: int
 ) -> "tuple[dict[str, list[Completion]], dict[str, dict[str, torch.Tensor]]]":
-    """Return completions and measures of each method of an endpoint. `prompts`, as JSON, may be known already."""
+    """
+    Return completions and measures of each method of an endpoint.
+
+    `prompts`, as JSON, may be known already. `is_world` stands for tokenizer and prompts of the controlled world.
+    """
     if args.base_url is None:
         return {}, {}
     from ..evaluation import endpoint_completions
     from .generate import GenerateArguments, read_prompts
 
-    is_world = of_report.world is not None and args.patient is None
+    is_world = is_world and args.patient is None
     if is_world:
         from ..testbed import load_world
 
@@ -97,7 +100,7 @@ def sample_methods(
             num_samples_per_prompt=args.num_samples_per_prompt,
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
-            seed=of_report.seed,
+            seed=seed,
         )
     return sampled, measures
 

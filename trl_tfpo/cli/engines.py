@@ -4,34 +4,46 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from . import options
 
 
 if TYPE_CHECKING:
     from ..annotation.backends import CompletionScorer
     from ..common.endpoint import Endpoint
-    from .annotate import AnnotateArguments
 
 BACKENDS = ("transformers", "vllm", "openai")
+OWNERS = {"base_url": "openai", "model": "openai", "engine_args": "vllm"}  # the backend of an option
 KEY = "OPENAI_API_KEY"  # environment variable
 
 
-def check_backend(args: "AnnotateArguments") -> None:
-    """Raise `ValueError` on options that do not belong to the backend, before anything is loaded."""
+@dataclass
+class EngineArguments:
+    """Options of `trl-tfpo annotate` about the engine of the patient."""
+
+    backend: str = field(default="transformers", metadata=options.BACKEND)
+    base_url: str | None = field(default=None, metadata=options.BASE_URL)
+    model: str | None = field(default=None, metadata=options.MODEL)
+    num_requests: int = field(default=32, metadata=options.NUM_REQUESTS)
+    engine_args: str | None = field(default=None, metadata=options.ENGINE_ARGS)
+
+
+def check_engine(args: EngineArguments, *, for_transformers: Sequence[str]) -> None:
+    """Raise `ValueError` on options that do not belong to the backend. `for_transformers` are given ones of others."""
     if args.backend not in BACKENDS:
         raise ValueError(f"`--backend` must be one of {BACKENDS}. Got {args.backend!r}; leave it out for the first")
     if args.backend == "openai" and not args.base_url:
         raise ValueError("`--backend openai` needs an endpoint. Pass `--base_url`, such as http://localhost:8000/v1")
-    owners = {"base_url": "openai", "model": "openai", "engine_args": "vllm"}
-    owners |= dict.fromkeys(("patient_load_in_4bit", "patient_load_in_8bit"), "transformers")
+    owners = {name: owner for name, owner in OWNERS.items() if getattr(args, name)}
+    owners |= dict.fromkeys(for_transformers, "transformers")
     for name, owner in owners.items():
-        if getattr(args, name) and args.backend != owner:
+        if args.backend != owner:
             raise ValueError(
                 f"`--{name}` belongs to `--backend {owner}`. Got it with {args.backend!r}; leave one of the two out"
             )
-    if args.backend == "vllm" and args.world is not None:
-        raise ValueError("The patient of `--world` is not for vLLM. Got `--backend vllm`; leave one of the two out")
 
 
 def name_endpoint(base_url: str, model: str, num_requests: int) -> "Endpoint":
@@ -41,27 +53,34 @@ def name_endpoint(base_url: str, model: str, num_requests: int) -> "Endpoint":
     return Endpoint(base_url, model, api_key=os.environ.get(KEY) or None, num_requests=num_requests)
 
 
-def name_scorer(args: "AnnotateArguments") -> "tuple[CompletionScorer, list[int]]":
-    """Return the patient of an engine, and the ids that end its completions, from its generation config."""
+def name_scorer(
+    args: EngineArguments, patient: str | None, *, dtype: str, trust_remote_code: bool
+) -> "tuple[CompletionScorer | None, list[int]]":
+    """
+    Return the patient of an engine, and the ids that end its completions, from its generation config.
+
+    With the backend "transformers" these are `None` and none: the model itself has them.
+    """
+    if args.backend == "transformers":
+        return None, []
     from transformers import GenerationConfig
 
     from ..annotation.backends import EndpointScorer, VllmScorer
     from .models import check_dtype
 
     eos_token_ids: list[int] = []
-    if args.patient is not None:
+    if patient is not None:
         try:
-            found = GenerationConfig.from_pretrained(args.patient).eos_token_id
+            found = GenerationConfig.from_pretrained(patient).eos_token_id
             eos_token_ids = [x for x in (found if isinstance(found, list) else [found]) if x is not None]
         except OSError:  # many models have none
             pass
     if args.backend == "openai":
-        model = args.model or args.patient or "world"
+        model = args.model or patient or "world"
         return EndpointScorer(name_endpoint(str(args.base_url), model, args.num_requests)), eos_token_ids
     settings = {} if args.engine_args is None else read_object("--engine_args", args.engine_args)
-    dtype = check_dtype(args.dtype)
-    trust = {"trust_remote_code": True} if args.trust_remote_code else {}
-    return VllmScorer(str(args.patient), **{"dtype": dtype, **trust, **settings}), eos_token_ids
+    trust = {"trust_remote_code": True} if trust_remote_code else {}
+    return VllmScorer(str(patient), **{"dtype": check_dtype(dtype), **trust, **settings}), eos_token_ids
 
 
 def read_object(option: str, text: str) -> Mapping[str, object]:

@@ -70,7 +70,7 @@ def run(arguments: Sequence[str]) -> int:
     reward_fn = load_reward_fn(args)
     methods = read_methods(args.completions)
     prompts = list(next(iter(methods.values()), {}))
-    sampled, measures = sample_methods(of_endpoint, args, prompts)
+    sampled, measures = sample_methods(of_endpoint, prompts, is_world=args.world is not None, seed=args.seed)
     for name, of_method in sampled.items():
         if name in methods:
             raise ValueError(f"Each method must have a name of its own. Got {name!r} twice; rename one")

@@ -94,10 +94,10 @@ def endpoint_completions(
     with Progress(len(rows), "Generating", "completions") as progress:
         for index, reply in endpoint.send_all("/completions", requests):
             prompt, prompt_ids = rows[index]
-            ids, logps, is_complete = _read(reply, prompt_ids, endpoint)
+            ids, found_logps, is_complete = _read(reply, prompt_ids, endpoint)
             text = str(processing_class.decode(ids, skip_special_tokens=True))
             sample = Completion(prompt, prompt_ids, ids, text, is_complete, altered_by=altered_by)
-            found[index] = sample, torch.tensor(logps, dtype=torch.float64)
+            found[index] = sample, torch.tensor(found_logps, dtype=torch.float64)
             progress.update(1)
     completions = [found[index][0] for index in range(len(rows))]
     logps = [found[index][1] for index in range(len(rows))]
