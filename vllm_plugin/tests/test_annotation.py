@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import random
+import shlex
 import socket
 import subprocess
 import sys
@@ -145,3 +146,58 @@ def test_rewards_by_vllm_in_the_process(root, inputs, expected):
     found = list(differences(read(root / "offline.jsonl"), expected))
     sys.stdout.write(f"{len(expected)} pairs, {len(found)} tokens, largest difference {max(found):.2e} nats\n")
     assert max(found) < 1e-3
+
+
+@pytest.fixture(scope="module")
+def guided_url(root, folders):
+    """A server with two doctors."""
+    command = [sys.executable, "-m", "trl_tfpo_vllm", "--patient", folders.patient]
+    command += ["--doctor", f"helpful={folders.helpful}", "--doctor", f"harmless={folders.harmless}"]
+    flags = shlex.split(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    for name, value in ENGINE.items():
+        flags += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    server, url = serve(root, flags)
+    yield url
+    end(server)
+
+
+def test_doctors_at_the_server_are_off_in_annotation(root, folders, guided_url):
+    """Rewards must be those of the patient: doctors guide every request that does not switch them off."""
+    rows = [{"prompt": "t9 t8 t7", "chosen": f"t6 t{x} t4", "rejected": f"t{x} t3"} for x in range(10, 14)]
+    (root / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--dataset_name", root / "few.jsonl", "--patient", folders.patient, "--dtype", "float32", *FACES]
+    trl_tfpo(root, "annotate", *options, "--output", root / "few-expected.jsonl")
+    backend = ["--backend", "openai", "--base_url", guided_url, "--model", "patient"]
+    trl_tfpo(root, "annotate", *options, *backend, "--output", root / "few-found.jsonl")
+    assert max(differences(read(root / "few-found.jsonl"), read(root / "few-expected.jsonl"))) < 1e-3
+
+
+def test_a_report_by_the_server(root, folders, guided_url):
+    """Exponents arrive, and greedy completions are those of the library."""
+    (root / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"t9 t{x}"}) + "\n" for x in range(10, 14)))
+    inputs = ["--dataset_name", root / "prompts.jsonl", "--max_new_tokens", "6"]
+    models = ["--patient", folders.patient, "--dtype", "float32"]
+    for name, betas in (("helpful", [0.8]), ("both", [0.5, -0.3])):
+        doctors = [
+            part for doctor in (folders.helpful, folders.harmless)[: len(betas)] for part in ("--doctor", doctor)
+        ]
+        weights = ["--alpha", "1", "--beta", *betas, "--temperature", "0"]
+        trl_tfpo(root, "generate", *models, *doctors, *weights, *inputs, "--output", root / f"{name}.jsonl")
+    command = ["evaluate", "--base_url", guided_url, "--model", "patient", "--patient", folders.patient, *inputs]
+    methods = ["--method", "patient", "helpful=helpful:0.8,alpha:1", "both=helpful:0.5,harmless:-0.3,alpha:1"]
+    trl_tfpo(root, *command, *methods, "--output_dir", root / "sampled")
+    report = json.loads((root / "sampled" / "report.json").read_text())["methods"]
+    assert abs(report["patient"]["measures"]["kl"]["mean"]) < 1e-3 < abs(report["both"]["measures"]["kl"]["mean"])
+    texts = ["--world", "praise", "--output", root / "texts.jsonl"]  # rewards of any kind, to get the texts
+    trl_tfpo(root, *command, *methods, "--temperature", "0", "--output_dir", root / "greedy", *texts)
+    for name in ("helpful", "both"):
+        expected = [row["completion"] for row in read(root / f"{name}.jsonl")]
+        assert [row["completion"] for row in read(root / "texts.jsonl") if row["method"] == name] == expected
+
+
+def test_a_doctor_that_the_server_lacks(root, folders, guided_url):
+    """vLLM would ignore it, and the report would be one of the patient."""
+    with pytest.raises(AssertionError, match="'helpful', 'harmless'.*Got .'other'"):
+        command = ["evaluate", "--base_url", guided_url, "--model", "patient", "--patient", folders.patient]
+        inputs = ["--dataset_name", root / "prompts.jsonl", "--method", "x=other:1"]
+        trl_tfpo(root, *command, *inputs, "--output_dir", root / "none")
