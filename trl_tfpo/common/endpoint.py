@@ -223,7 +223,7 @@ class Endpoint:
         try:
             self.send("/completions", {"model": self.model, "prompt": [0], "max_tokens": 1, **PROBE})
         except RefusedError as error:
-            if names := re.findall(r"beta_([\w-]+)", error.reason.partition("Got")[0]):
+            if names := re.findall(r"beta_([\w-]+)", error.reason.partition(". Got")[0]):
                 return names
             raise
         return []  # plain vLLM ignores what it does not know

@@ -19,16 +19,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ENGINE, NUM_TOKENS
+from conftest import ENGINE
 from test_http import wait_for
 
 
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("vLLM is not installed here", allow_module_level=True)
+
 PYTHON = os.environ.get("TRL_TFPO_PYTHON")
-NUM_PAIRS = 64
+NUM_PAIRS, NUM_TOKENS = 64, 61  # tokens of the tiny models
 FACES = ["--positive_face", "t5 t6", "--negative_face", "t7 t8"]
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.skipif(PYTHON is None, reason="TRL_TFPO_PYTHON names no Python with trl-tfpo")
+pytestmark = pytest.mark.skipif(not PYTHON, reason="TRL_TFPO_PYTHON names no Python with trl-tfpo")
 
 
 def serve(root, flags, **environment):
