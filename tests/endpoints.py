@@ -22,6 +22,16 @@ class Relay(BaseHTTPRequestHandler):
     def relay(self, body):
         server = self.server
         with server.lock:
+            server.active += 1
+        try:
+            self.hand_on(body)
+        finally:
+            with server.lock:
+                server.active -= 1
+
+    def hand_on(self, body):
+        server = self.server
+        with server.lock:
             server.requests.append((self.path, dict(self.headers), body and json.loads(body)))
             failure = server.failures.pop(0) if server.failures and body else None
         if server.hold is not None and body:
@@ -64,7 +74,7 @@ def relaying(target):
     with Relays(("127.0.0.1", 0), Relay) as server:
         server.target, server.url = target, f"http://127.0.0.1:{server.server_port}/v1"
         server.requests, server.failures, server.lock = [], [], threading.Lock()
-        server.alter = server.hold = None
+        server.alter, server.hold, server.active = None, None, 0
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()

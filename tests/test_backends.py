@@ -2,10 +2,12 @@
 
 """Token rewards from a patient behind an endpoint: those of the same patient in this process."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import datasets
@@ -116,6 +118,20 @@ def test_failures_are_repeated_and_refusals_are_not(relay, pairs, world, expecte
     relay.failures += [(502, b"gone")] * 9
     with pytest.raises(ConnectionError, match="must answer. Got 502: gone in 3 attempts"):
         scorer(relay, max_retries=2).score_completions([[3]], [[4]])
+
+
+def test_requests_are_sent_side_by_side(relay):
+    """One after the other, an engine that batches would idle; all at once, a small server would refuse them."""
+    shares, active = [], []
+    barrier = threading.Barrier(8, action=lambda: active.append(time.sleep(0.3) or relay.active))  # no ninth comes
+    numbers = itertools.count()
+    relay.hold = lambda _: barrier.wait(60) if next(numbers) < 8 else None
+    prompts, completions = [[3 + index] for index in range(24)], [[4, 5]] * 24
+    found = scorer(relay, num_requests=8).score_completions(prompts, completions, on_progress=shares.append)
+    assert active == [8] and shares == pytest.approx([1 / 24] * 24)
+    relay.hold = None
+    for prompt, scored in zip(prompts, found, strict=True):  # each has its own answer
+        torch.testing.assert_close(scored, scorer(relay).score_completions([prompt], [[4, 5]])[0])
 
 
 def shifted(choice):
