@@ -44,7 +44,8 @@ test-reliability: $(VENV)/.test
 # cannot be installed
 test-vllm:
 	@if $(MAKE) $(VENV)-vllm/.test; then \
-		cd vllm_plugin && "$(abspath $(VENV)-vllm)/bin/python" -m pytest; \
+		cd vllm_plugin && TRL_TFPO_PYTHON="$(abspath $(wildcard $(VENV)/bin/python))" \
+			"$(abspath $(VENV)-vllm)/bin/python" -m pytest; \
 	else \
 		echo "Skipped: vLLM cannot be installed here, see the messages above."; \
 	fi

@@ -124,7 +124,7 @@ def test_doctors_without_credits_are_refused_before_anything_is_generated(patien
     with pytest.raises(ValueError, match="Got 0 for all"):
         guided_generate(patient, later, **ONE, **SETTINGS, best_of=2)
     short = DoctorGuidedLogitsProcessor(Doctor(llama(1), credits=torch.zeros(3)))
-    with pytest.raises(ValueError, match="0 to 2. Got"):
+    with pytest.raises(ValueError, match="from 0 to 2, the ids with credits. Got"):
         guided_generate(patient, short, input_ids=batch([BOS, 5])["input_ids"], **SETTINGS, best_of=2)
 
 

@@ -410,12 +410,18 @@ def test_the_commands_for_large_models_are_understood():
     from trl import ModelConfig
 
     from trl_tfpo import TFPOConfig
+    from trl_tfpo.cli.annotate import AnnotateArguments
     from trl_tfpo.cli.demo import DemoArguments
+    from trl_tfpo.cli.endpoint_methods import EndpointArguments
+    from trl_tfpo.cli.engines import EngineArguments
+    from trl_tfpo.cli.evaluate import EvaluateArguments
     from trl_tfpo.cli.parser import Parser
     from trl_tfpo.cli.serve import ServeArguments
     from trl_tfpo.cli.train import TFPOScriptArguments
 
     types = {
+        "annotate": (AnnotateArguments, EngineArguments),
+        "evaluate": (EvaluateArguments, EndpointArguments),
         "train": (TFPOScriptArguments, TFPOConfig, ModelConfig),
         "serve": (ServeArguments,),
         "demo": (DemoArguments,),

@@ -31,6 +31,7 @@ from trl import get_peft_config
 
 from trl_tfpo import Faces, TFPOConfig, TFPOTrainer
 from trl_tfpo.annotation.score_cache import SHARD_SIZE
+from trl_tfpo.models import pair_rows
 from trl_tfpo.models.doctor import make_doctor
 from trl_tfpo.training.plan import GIB, ZERO3_LIVE_PARAMETERS, training_plan
 
@@ -282,6 +283,7 @@ def training(request, tmp_path_factory):
     read_by_patient, read_by_doctor = count_tokens(patient), count_tokens(doctor)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        patch.setattr(pair_rows, "WORTHWHILE", 0.0)  # the plan counts a prompt for each of its completions
         trainer = TFPOTrainer(
             doctor, patient, args=args, train_dataset=rows, processing_class=make_tokenizer(), faces=FACES
         )

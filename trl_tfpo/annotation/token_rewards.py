@@ -40,6 +40,7 @@ from ..faces import Faces, resolve_faces
 from ..models.fingerprint import model_fingerprint
 from ..models.named_model import NamedModel, outline_of, resolve_model
 from ..models.trained_exponents import check_is_language_model
+from .backends import CompletionScorer
 from .score_cache import SHARD_SIZE, add_scores
 from .scoring import check_unsharded, score_completions
 
@@ -56,7 +57,7 @@ logger = logging.getLogger(__name__)
 
 def annotate_token_rewards(
     dataset: Dataset | IterableDataset | DatasetDict | IterableDatasetDict,
-    patient: str | PreTrainedModel | NamedModel,
+    patient: str | PreTrainedModel | NamedModel | CompletionScorer,
     processing_class: PreTrainedTokenizerBase,
     *,
     faces: Faces | str,
@@ -83,9 +84,12 @@ def annotate_token_rewards(
         dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`], or a dict of them):
             Preference dataset in any of TRL's formats: standard or conversational, with an explicit or implicit
             prompt.
-        patient (`str`, [`~transformers.PreTrainedModel`] or [`~trl_tfpo.models.named_model.NamedModel`]):
+        patient (`str`, [`~transformers.PreTrainedModel`], [`~trl_tfpo.models.named_model.NamedModel`] or
+            [`~trl_tfpo.annotation.backends.CompletionScorer`]):
             Causal language model, its name or path, or a name with keyword arguments of `from_pretrained`. Its weights
-            do not change. A patient given by name is loaded only if a score is not cached.
+            do not change. A patient given by name is loaded only if a score is not cached. A scorer is a patient that
+            another engine runs: [`~trl_tfpo.annotation.backends.EndpointScorer`] or
+            [`~trl_tfpo.annotation.backends.VllmScorer`]. It has no generation config: pass its `eos_token_ids`.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the patient and of the doctor.
         faces ([`~trl_tfpo.faces.Faces`] or `str`):
@@ -138,8 +142,15 @@ def annotate_token_rewards(
 
     ```
     """
-    patient = resolve_model(patient, "patient", dtype="auto")
-    check_patient(patient, processing_class)
+    if isinstance(patient, CompletionScorer):
+        check_is_tokenizer(processing_class)
+        patient.check(processing_class)
+        patient_name, outline = patient.name, None
+    else:
+        patient = resolve_model(patient, "patient", dtype="auto")
+        check_patient(patient, processing_class)
+        outline = outline_of(patient)
+        patient_name = outline.config._name_or_path
     check_counts(batch_size=batch_size, max_length=max_length)
     if not callable(reward_fn):
         raise ValueError(
@@ -147,13 +158,13 @@ def annotate_token_rewards(
         )
     faces = resolve_faces(faces)
     reward_fn = partial(reward_fn, **reward_settings)
-    eos_token_ids = sorted({*eos_token_ids, *all_eos_token_ids(processing_class, outline_of(patient))})
+    eos_token_ids = sorted({*eos_token_ids, *all_eos_token_ids(processing_class, outline)})
     settings = {
         "format": FORMAT,
         "faces": vars(faces),
         "reward": describe(reward_fn),
         "max_length": max_length,
-        "patient": outline_of(patient).config._name_or_path,
+        "patient": patient_name,
         "tokenizer": tokenizer_fingerprint(processing_class),
         "eos_token_ids": eos_token_ids,
     }
@@ -176,7 +187,7 @@ def annotate_token_rewards(
 def _annotate_split(
     dataset: Dataset | IterableDataset,
     *,
-    patient: PreTrainedModel | NamedModel,
+    patient: PreTrainedModel | NamedModel | CompletionScorer,
     tokenize: Callable[..., Dataset | IterableDataset],
     score: "partial[dict[str, list]]",
     settings: dict[str, Any],
@@ -196,14 +207,19 @@ def _annotate_split(
 
 
 def _annotate_cached(
-    tokenized: Dataset, patient: PreTrainedModel | NamedModel, score: Callable[..., dict[str, list]], *, key: tuple
+    tokenized: Dataset,
+    patient: PreTrainedModel | NamedModel | CompletionScorer,
+    score: Callable[..., dict[str, list]],
+    *,
+    key: tuple,
 ) -> tuple[Dataset, dict[str, float] | None]:
     """
     Score a tokenized dataset through the cache of Datasets.
 
     Returns the dataset with rewards and gaps, and the result of [`_measure_rounding`] for a patient in half precision.
     """
-    fingerprint = patient.fingerprint if isinstance(patient, NamedModel) else model_fingerprint(patient)
+    is_named = isinstance(patient, (NamedModel, CompletionScorer))
+    fingerprint = patient.fingerprint if is_named else model_fingerprint(patient)  # type: ignore[arg-type]
     positive, negative, chosen, rejected = column_lengths(tokenized, [*FACE_COLUMNS, *ID_COLUMNS[1:]])
     prompt = np.maximum(positive, negative)
     score = partial(score, longest=int((prompt + np.maximum(chosen, rejected)).max()))
@@ -213,7 +229,8 @@ def _annotate_cached(
         "columns": REWARD_COLUMNS + GAP_COLUMNS,
     }
     annotated = add_scores(tokenized, score, desc="Annotating token rewards", **scoring)
-    rounding = _measure_rounding(tokenized, annotated, score, **scoring) if patient.dtype in HALF_PRECISION else None
+    is_rounded = not isinstance(patient, CompletionScorer) and patient.dtype in HALF_PRECISION
+    rounding = _measure_rounding(tokenized, annotated, score, **scoring) if is_rounded else None
     table = annotated.data
     if not any(pc.any(pc.not_equal(pc.list_flatten(table.column(name)), 0.0)).as_py() for name in REWARD_COLUMNS):
         raise ValueError(
@@ -371,7 +388,7 @@ def _measure_rounding(
 def _score_pairs(
     batch: dict[str, list],
     *,
-    patient: PreTrainedModel | NamedModel,
+    patient: PreTrainedModel | NamedModel | CompletionScorer,
     **settings,
 ) -> dict[str, list]:
     """Rewards and gaps of a batch of tokenized pairs, as columns."""
@@ -390,7 +407,7 @@ def _score_pairs(
 def score_token_rewards(
     batch: dict[str, list],
     *,
-    patient: PreTrainedModel,
+    patient: PreTrainedModel | CompletionScorer,
     reward_fn: Callable[..., torch.Tensor],
     **settings,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -401,7 +418,7 @@ def score_token_rewards(
         batch (`dict[str, list]`):
             `chosen_ids`, `rejected_ids`, `positive_prompt_ids` and `negative_prompt_ids` of P pairs, and optionally
             `chosen_mask` and `rejected_mask`.
-        patient ([`~transformers.PreTrainedModel`]):
+        patient ([`~transformers.PreTrainedModel`] or [`~trl_tfpo.annotation.backends.CompletionScorer`]):
             Model that scores the completions.
         reward_fn (`Callable`):
             See [`annotate_token_rewards`].
@@ -418,8 +435,8 @@ def score_token_rewards(
     """
     completions = batch["chosen_ids"] + batch["rejected_ids"]  # 2P
     num_rows = len(completions)
-    logps = score_completions(
-        patient,
+    score = patient.score_completions if isinstance(patient, CompletionScorer) else partial(score_completions, patient)
+    logps = score(
         batch["positive_prompt_ids"] * 2 + batch["negative_prompt_ids"] * 2,
         completions * 2,
         **settings,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, cast
 
 from . import options
+from .engines import EngineArguments, check_engine, name_scorer
 from .parser import Parser
 
 
@@ -90,10 +91,14 @@ def run(arguments: Sequence[str]) -> int:
         "Compute token rewards for a preference dataset. Also accepts options of `accelerate launch`, such as "
         "`--num_processes 8` or `--accelerate_config ddp`."
     )
-    parsed = Parser([AnnotateArguments], "annotate", description).parse_or_launch(arguments)
+    parsed = Parser([AnnotateArguments, EngineArguments], "annotate", description).parse_or_launch(arguments)
     if isinstance(parsed, int):
         return parsed
-    (args,) = parsed
+    args, engine = parsed
+    quantized = [name for name in ("patient_load_in_4bit", "patient_load_in_8bit") if getattr(args, name)]
+    check_engine(
+        engine, for_transformers=[*quantized, *(["world"] if args.world and engine.backend == "vllm" else [])]
+    )
     names = input_names(args)
     faces = resolve_given_faces(args.faces, args.positive_face, args.negative_face, args.face_placement)
 
@@ -110,15 +115,19 @@ def run(arguments: Sequence[str]) -> int:
         dataset, patient, tokenizer, faces = sample_world(args, faces, state.device)
     else:
         dataset, patient, tokenizer = load_inputs(args, *names)
+    scorer, eos_token_ids = name_scorer(
+        engine, args.patient, dtype=args.dtype, trust_remote_code=args.trust_remote_code
+    )
     annotated = annotate_token_rewards(
         dataset,
-        patient,
+        scorer or patient,
         tokenizer,
         faces=faces,
         max_length=args.max_length,
         drop_unusable=args.drop_unusable,
         convert_transcripts=args.convert_transcripts,
         batch_size=args.scoring_batch_size,
+        eos_token_ids=eos_token_ids,
         reward_direction=args.reward_direction,
         disagreement_weight=args.disagreement_weight,
         importance_temperature=args.importance_temperature,
@@ -127,7 +136,8 @@ def run(arguments: Sequence[str]) -> int:
     )
     if state.is_main_process:
         write_outputs(args, annotated, tokenizer)
-    state.destroy_process_group()
+    if state.num_processes > 1:  # vLLM has groups of its own in a single process
+        state.destroy_process_group()
     return 0
 
 

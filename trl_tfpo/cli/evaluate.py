@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..common.printable import printable
 from . import options
+from .endpoint_methods import EndpointArguments, check_endpoint, grouped_texts, sample_methods
 from .parser import Parser
 
 
@@ -26,14 +27,15 @@ Rewards = dict[tuple[str, str], float]  # by prompt, as JSON, and completion
 class EvaluateArguments:
     """Options of `trl-tfpo evaluate`."""
 
+    output_dir: str = field(metadata={"help": "Folder for `report.json` and `report.png`."})
     completions: list[str] = field(
+        default_factory=list,
         metadata={
             "action": options.Repeated,
             "help": "Completions of each method, NAME=DATASET. A dataset is a file, a folder or a Hub name, with the "
             "columns `prompt` and `completion`. All methods need the same prompts.",
-        }
+        },
     )
-    output_dir: str = field(metadata={"help": "Folder for `report.json` and `report.png`."})
     reward_model: str | None = field(default=None, metadata={"help": "Reward model: a Hub name or a folder."})
     dtype: str = field(default="auto", metadata=options.DTYPE)
     world: str | None = field(
@@ -53,7 +55,8 @@ class EvaluateArguments:
 def run(arguments: Sequence[str]) -> int:
     """Evaluate completions, write the report and print its table."""
     description = "Compare completions of several methods, by rewards, length and diversity."
-    (args,) = Parser([EvaluateArguments], "evaluate", description).parse(arguments)
+    args, of_endpoint = Parser([EvaluateArguments, EndpointArguments], "evaluate", description).parse(arguments)
+    check_endpoint(of_endpoint, has_completions=bool(args.completions))
     if (args.output or args.push_to_hub) and not (args.reward_model or args.world):
         raise ValueError("`--output` and `--push_to_hub` need rewards. Pass `--reward_model` or `--world`")
 
@@ -66,13 +69,21 @@ def run(arguments: Sequence[str]) -> int:
             check_output(output, overwrite=args.overwrite)
     reward_fn = load_reward_fn(args)
     methods = read_methods(args.completions)
+    prompts = list(next(iter(methods.values()), {}))
+    sampled, measures = sample_methods(of_endpoint, prompts, is_world=args.world is not None, seed=args.seed)
+    for name, of_method in sampled.items():
+        if name in methods:
+            raise ValueError(f"Each method must have a name of its own. Got {name!r} twice; rename one")
+        methods[name] = grouped_texts(of_method)
     prompts = list(next(iter(methods.values())))
+    texts = {name: [text for prompt in prompts for text in grouped[prompt]] for name, grouped in methods.items()}
     rewards: Rewards = {}
     report = evaluate_completions(
         [json.loads(prompt) for prompt in prompts],
-        {name: [text for prompt in prompts for text in grouped[prompt]] for name, grouped in methods.items()},
+        {**texts, **sampled},
         None if reward_fn is None else recording(reward_fn, rewards),
         baseline=args.baseline,
+        measures=measures,
         level=args.level,
         seed=args.seed,
     )
@@ -125,7 +136,7 @@ def read_methods(given: Sequence[str]) -> dict[str, Completions]:
         if not separator or not name or name in methods:
             raise ValueError(f"`--completions` must be NAME=DATASET, each name once. Got {text!r}; correct it")
         methods[name] = read_completions(path)
-    prompts = next(iter(methods.values())).keys()
+    prompts = next(iter(methods.values()), {}).keys()
     for name, grouped in methods.items():
         sizes = {len(texts) for texts in grouped.values()}
         if grouped.keys() != prompts or len(sizes) != 1:

@@ -10,6 +10,7 @@ returns a `Report` of reward, KL from the patient, diversity and win rates, with
 from .bootstrap import bootstrap_interval
 from .completions import Completion, generate_completions
 from .diversity import distinct_n, self_similarity
+from .endpoint import endpoint_completions
 from .judges import ChatJudge, PairwiseJudge, RewardModel, parse_verdict
 from .report import Report, evaluate_completions
 from .reward_and_kl import best_of_n, evaluate_guidance, guided_kl, match_kl, next_token_statistics, sampled_kl
@@ -25,6 +26,7 @@ __all__ = [
     "best_of_n",
     "bootstrap_interval",
     "distinct_n",
+    "endpoint_completions",
     "evaluate_completions",
     "evaluate_guidance",
     "generate_completions",

@@ -8,14 +8,11 @@ judge is an object with the method [`PairwiseJudge.judge`], for example a [`Chat
 """
 
 import hashlib
-import http.client
 import json
 import os
 import re
 import reprlib
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -24,6 +21,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..common.endpoint import Endpoint
 from ..faces import Prompt
 from ..models.named_model import check_model_exists
 from .completions import pad
@@ -37,8 +35,6 @@ JUDGE_INSTRUCTION = (
     "in two or three sentences, then end with a line that says exactly one of: Verdict: A, Verdict: B, Verdict: tie."
 )
 VERDICT = re.compile(r"\bverdict\W+(?:response )?(a|b|tie)\W*$", flags=re.IGNORECASE | re.MULTILINE)
-RETRIED_STATUSES = {408, 409, 425, 429}  # HTTP statuses; those from 500 are retried, too
-MAX_DELAY = 60.0  # seconds
 
 
 @runtime_checkable
@@ -257,22 +253,17 @@ class ChatJudge:
         max_retries: int = 6,
         backoff: float = 1.0,
     ):
-        if not base_url.startswith(("http://", "https://")):
-            raise ValueError(
-                f"`base_url` must be the URL of an endpoint. Got {base_url!r}; try 'http://localhost:8000/v1'."
-            )
-        if not (num_workers >= 1 and timeout > 0 and max_retries >= 0 and backoff >= 0):
-            raise ValueError(
-                "`num_workers` must be at least 1, `timeout` positive, `max_retries` and `backoff` at least 0. Got "
-                f"{num_workers}, {timeout}, {max_retries} and {backoff}; leave them out for the defaults."
-            )
-        self.url = base_url.rstrip("/") + "/chat/completions"
-        self.headers = {"Content-Type": "application/json"}
-        if api_key is not None:
-            self.headers["Authorization"] = f"Bearer {api_key}"
-        self.model, self.instruction = model, instruction
+        self.endpoint = Endpoint(
+            base_url,
+            model,
+            api_key=api_key,
+            num_requests=num_workers,
+            timeout=timeout,
+            max_retries=max_retries,
+            backoff=backoff,
+        )
+        self.model, self.instruction, self.num_workers = model, instruction, num_workers
         self.request = {"temperature": 0.0} if request is None else dict(request)
-        self.num_workers, self.timeout, self.max_retries, self.backoff = num_workers, timeout, max_retries, backoff
         self.num_answered = 0
         self.cache_file = None if cache_file is None else Path(cache_file)
         self.answers: dict[str, str] = {}
@@ -354,43 +345,26 @@ class ChatJudge:
                 raise
 
     def _ask(self, key: str, payload: dict, stop: threading.Event) -> None:
-        body = json.dumps(payload).encode()
         if stop.is_set():
             return
-        for attempt in range(self.max_retries + 1):
-            delay = min(self.backoff * 2**attempt, MAX_DELAY)
-            try:
-                with urllib.request.urlopen(  # nosec B310
-                    urllib.request.Request(self.url, data=body, headers=self.headers), timeout=self.timeout
-                ) as response:
-                    reply = json.load(response)
-                answer = reply["choices"][0]["message"]["content"] or ""  # null if the model ran out of tokens
-                break
-            except urllib.error.HTTPError as error:
-                reason = f"{error.code}: {error.read(500).decode(errors='replace')}"
-                if error.code < 500 and error.code not in RETRIED_STATUSES:
-                    stop.set()
-                    raise ValueError(
-                        f"{self.url} must accept the request. Got {reason}; check the model's name, the key and "
-                        "`request`. Answers so far are kept."
-                    ) from error
-                retry_after = error.headers.get("Retry-After", "")
-                if retry_after.isdigit():
-                    delay = min(float(retry_after), MAX_DELAY)
-            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
-                reason = f"{type(error).__name__}: {error}"  # unreachable, timed out, interrupted or malformed
-            if attempt == self.max_retries or stop.wait(delay):
-                stop.set()  # prevents other requests from starting
-                raise ConnectionError(
-                    f"{self.url} must answer. Got {reason} after {attempt + 1} attempts; check the endpoint and run "
-                    "again. Answers so far are kept" + (f" in {self.cache_file}." if self.cache_file else ".")
-                )
+        kept = "Answers so far are kept" + (f" in {self.cache_file}." if self.cache_file else ".")
+        try:
+            reply, answer = self.endpoint.send("/chat/completions", payload, read=_with_text, stop=stop)
+        except (ValueError, ConnectionError) as error:
+            stop.set()  # before another request starts
+            kind = ValueError if isinstance(error, ValueError) else ConnectionError
+            raise kind(f"{error} {kept}") from error
         with self._lock:
             self.answers[key] = answer
             self.num_answered += 1
             if self.cache_file is not None:
                 entry = {"key": key, "answer": answer, "usage": reply.get("usage"), "request": payload}
                 _append_line(self.cache_file, json.dumps(entry, ensure_ascii=False).encode())
+
+
+def _with_text(reply: dict) -> tuple[dict, str]:
+    """Return an answer of an endpoint, and its text: null where the model ran out of tokens."""
+    return reply, reply["choices"][0]["message"]["content"] or ""
 
 
 def _append_line(path: Path, line: bytes) -> None:

@@ -112,7 +112,8 @@ def pair_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor, model: Lang
     column = torch.arange(input_ids.size(1), device=input_ids.device)[None]
     after_first = torch.where(column < num_common, column, column - num_common + first_length)
     places = torch.cat([column.expand_as(first), after_first]).masked_fill(~is_token, 0)
-    inputs = {"input_ids": ids, "position_ids": position.masked_fill(~is_real, 0), "attention_mask": mask}
+    ids, position = ids.masked_fill(~is_real, 0), position.masked_fill(~is_real, 0)
+    inputs = {"input_ids": ids, "position_ids": position, "attention_mask": mask}
     return PairRows(inputs, places)
 
 
@@ -123,6 +124,8 @@ def reads_pairs(model: LanguageModel) -> bool:
     Attention must take a mask for each pair of tokens, and keep all tokens. Two short texts are read in both ways, and
     compared. The answer is cached. It is no for sharded models, which all processes would have to read.
     """
+    if is_sharded(model):
+        return False
     base = unwrap_peft(model)
     found = _READS_PAIRS.setdefault(base, {})
     way = (base.config._attn_implementation, base.dtype)
@@ -137,12 +140,12 @@ def reads_pairs(model: LanguageModel) -> bool:
 
 def _can_read(base: PreTrainedModel) -> bool:
     takes_masks = base.config._attn_implementation in ("sdpa", "eager")
-    if not takes_masks or not keeps_all_keys(base) or is_sharded(base):
+    if not takes_masks or not keeps_all_keys(base):
         return False
     backbone = backbone_of(base)
     if "position_ids" not in inspect.signature(type(backbone).forward).parameters:
         return False
-    ids = torch.tensor([[1, 2, 3, 4, 5, 0], [1, 2, 3, 6, 7, 8]], device=device_of(base))
+    ids = torch.tensor([[1, 2, 3, 4, 5, 0], [1, 2, 3, 6, 7, 4]], device=device_of(base))
     ids = ids % base.config.get_text_config().vocab_size
     mask = torch.tensor([[1, 1, 1, 1, 1, 0], [1] * 6], device=ids.device)
     rows = pair_rows(ids, mask, base)

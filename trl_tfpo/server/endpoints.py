@@ -72,6 +72,7 @@ class Endpoints:
             max_new_tokens=default if body.max_tokens is None else body.max_tokens,
             num_top=body.logprobs or 0,
             with_logps=body.logprobs is not None,
+            with_ids=body.return_token_ids,
             echoes=list(texts) if body.echo else None,
         )
 
@@ -101,6 +102,7 @@ class Endpoints:
         max_new_tokens: int | None,
         num_top: int,
         with_logps: bool,
+        with_ids: bool = False,
         echoes: Sequence[str] | None = None,
     ) -> Response | dict[str, object]:
         """Complete each prompt `n` times. Choices begin with the texts in `echoes`, one for each prompt."""
@@ -140,6 +142,7 @@ class Endpoints:
             prompts=[generation.prompt_ids for generation in generations],
             echoes=None if echoes is None else [text for text in echoes for _ in range(body.n)],
             with_logps=with_logps,
+            with_ids=with_ids,
             num_prompt_tokens=sum(map(len, prompts)),
         )
         events = choices.events(request)

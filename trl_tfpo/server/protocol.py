@@ -202,11 +202,16 @@ class TextRequest(Sampling, UnsupportedFields):
     logprobs: int | None = Field(default=None, ge=0, le=5)
     echo: bool = False
     suffix: Literal[""] = ""
+    return_token_ids: bool = Field(
+        default=False, description="As in vLLM: choices have `prompt_token_ids`, `token_ids`."
+    )
 
     @model_validator(mode="after")
     def _check_length(self) -> Self:
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("`max_tokens` must be at least 1 without `echo`. Got 0; pass `echo: true`")
+        if self.return_token_ids and self.stream:
+            raise ValueError("`return_token_ids` is for whole answers. Got it with `stream`; leave one out")
         return self
 
     @property

@@ -32,6 +32,8 @@ class Answer:
             Text of the prompt, for each choice, if choices begin with it.
         with_logps (`bool`, *optional*, defaults to `False`):
             Whether the choices have log-probabilities.
+        with_ids (`bool`, *optional*, defaults to `False`):
+            Whether whole answers have the token ids of prompt and completion.
         num_prompt_tokens (`int`, *optional*, defaults to `0`):
             Total number of tokens in the prompts, not repeated for several choices.
     """
@@ -45,9 +47,11 @@ class Answer:
         prompts: Sequence[list[int]],
         echoes: Sequence[str] | None = None,
         with_logps: bool = False,
+        with_ids: bool = False,
         num_prompt_tokens: int = 0,
     ):
         self.is_chat, self.texts, self.with_logps = is_chat, texts, with_logps
+        self.prompts = prompts if with_ids else None
         self.num_prompt_tokens, self.num_tokens = num_prompt_tokens, 0
         prefix = "chatcmpl" if is_chat else "cmpl"
         self.head: Json = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
@@ -99,6 +103,9 @@ class Answer:
                 parts = [x for event in choice_events if (x := self._logprobs(index, event)) is not None]
                 logps = {key: [x for part in parts for x in part[key]] for key in keys}
             content: Json = {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
+            if self.prompts is not None:
+                ids = [token["id"] for event in choice_events for token in event.get("tokens", [])]
+                content |= {"prompt_token_ids": self.prompts[index], "token_ids": ids}
             choices.append({"index": index, **content, "logprobs": logps, "finish_reason": end["finish_reason"]})
         return self.head | {"object": self._object(False), "choices": choices, "usage": self.usage}
 

@@ -90,7 +90,7 @@ class TrainingPlan:
         reference_tokens (`int`):
             Tokens that the reference reads before training, summed over processes. 0 if it reads none.
         training_tokens (`int`):
-            Tokens in the batches of one epoch.
+            Tokens of the pairs in one epoch. Models read fewer if they read a prompt once for both completions.
         num_shards (`int`):
             Shards of the score cache. Processes divide the shards among themselves.
         num_update_steps (`int`):
