@@ -57,7 +57,9 @@ def guided_generate(
         attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*):
             Mask of the prompts. Needed where a prompt is padded.
         speculative (`bool`, *optional*, defaults to `False`):
-            Let the doctors draft, [`speculative_guided_generate`]: faster, for one prompt, without beams.
+            Draft tokens and check several in one forward pass where that is faster, for one prompt, without beams:
+            [`speculative_guided_generate`]. The doctors draft, or `assistant_model`, or earlier text
+            (`prompt_lookup_num_tokens`).
         keep_memory (`bool`, *optional*, defaults to `False`):
             Keep the caches of the doctors from the previous call, for the next turn of a conversation. By default they
             are freed first.
@@ -100,8 +102,6 @@ def guided_generate(
     """
     _check_ids(patient, input_ids)
     _check_mode(patient, guide, input_ids, kwargs)
-    if speculative:
-        _check_no_other_drafts(patient, kwargs)
     if best_of != 1:
         of_modes = kwargs | {"speculative": speculative, "streamer": streamer}
         check_best_of(guide, best_of, lambda name: _setting(patient, of_modes, name))
@@ -115,7 +115,8 @@ def guided_generate(
             if memory.doctor.prompt is None:  # a prompt of its own has its own mask
                 memory.check_padding()
     if speculative:
-        kwargs["custom_generate"] = speculative_guided_generate
+        drafting = {name: kwargs.pop(name) for name in ("assistant_model",) if name in kwargs}  # `generate` keeps it
+        kwargs["custom_generate"] = partial(speculative_guided_generate, **drafting)
         if streamer is not None:
             kwargs["token_callback"] = _after_prompt(streamer, input_ids)
     else:
@@ -304,14 +305,6 @@ def _check_mode(
             "`input_ids` must be the whole text, also with a cache, because the doctors have not read it. Got "
             f"{input_ids.size(1)} ids and a cache of {cache.get_seq_length()} tokens; pass all ids."
         )
-
-
-def _check_no_other_drafts(patient: PreTrainedModel, kwargs: dict) -> None:
-    for name in ("assistant_model", "prompt_lookup_num_tokens"):
-        if _setting(patient, kwargs, name):
-            raise ValueError(
-                f"With `speculative=True` the doctors draft. Got `{name}`, another way to draft; leave out one."
-            )
 
 
 def _setting(patient: PreTrainedModel, kwargs: dict, name: str) -> Any:
