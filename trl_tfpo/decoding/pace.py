@@ -8,8 +8,8 @@ and keeps the accepted ones and one more token. With acceptance $a_i$ of the i-t
 
 $$E_k = 1 + a_1 + a_1 a_2 + \dots + a_1 \cdots a_k$$
 
-tokens. The $k$ with the most tokens per second is drafted; $k = 0$ is plain guided decoding. Nothing here changes which
-tokens come out.
+tokens. The $k$ with the most tokens per second is drafted; $k = 0$ is plain guided decoding. Nothing here changes
+which tokens come out.
 
 Units: seconds of the clock that is passed, which may be a simulated one.
 """
@@ -254,9 +254,7 @@ class Pace:
         known = [rate(self.by_kind.get(kind) or Acceptance()) for kind in kinds]
         return known + [other] * (lengths[-1] - len(kinds))
 
-    def _rounds(
-        self, rates: Sequence[float], num_made: int, is_worst_case: bool = False
-    ) -> list[tuple[float, float]]:
+    def _rounds(self, rates: Sequence[float], num_made: int, is_worst_case: bool = False) -> list[tuple[float, float]]:
         """
         Expected tokens and seconds of rounds that check 0, 1, ... drafts, where `num_made` have been drafted already.
         """
