@@ -389,6 +389,8 @@ def speculation(
             }
             speculate = partial(speculative_guided_generate, **way)
             runs[name] = partial(runs["guided"], custom_generate=speculate, statistics=counts.setdefault(name, {}))
+        once = dict(custom_generate=partial(speculative_guided_generate, num_draft_tokens=1), max_new_tokens=2)
+        runs["guided"](prompts[0][0], **once)  # tests once how the patient reads drafts, which is not counted
         seconds = measure(args, runs, prompts)
         for name, times in seconds.items():
             row = {"pair": pair, "dtype": dtype, "beta": beta, "sampled": do_sample, "method": name}

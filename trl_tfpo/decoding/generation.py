@@ -115,8 +115,8 @@ def guided_generate(
             if memory.doctor.prompt is None:  # a prompt of its own has its own mask
                 memory.check_padding()
     if speculative:
-        drafting = {name: kwargs.pop(name) for name in ("assistant_model",) if name in kwargs}  # `generate` keeps it
-        kwargs["custom_generate"] = partial(speculative_guided_generate, **drafting)
+        assistant: Any = kwargs.pop("assistant_model", None)  # `generate` would keep it
+        kwargs["custom_generate"] = partial(speculative_guided_generate, assistant_model=assistant)
         if streamer is not None:
             kwargs["token_callback"] = _after_prompt(streamer, input_ids)
     else:
