@@ -234,7 +234,7 @@ def trained_pair(args: argparse.Namespace, sizes: dict, policy: str) -> tuple:
     training |= dict(lr_scheduler_type="cosine", activation_checkpointing=False, scoring_batch_size=256)
     quiet = dict(save_strategy="no", logging_strategy="no", report_to="none", dataloader_pin_memory=False)
     with tempfile.TemporaryDirectory() as output_dir:
-        TFPOTrainer(
+        trainer = TFPOTrainer(
             model=world.doctor,
             patient_model=world.patient,
             args=TFPOConfig(
@@ -249,18 +249,20 @@ def trained_pair(args: argparse.Namespace, sizes: dict, policy: str) -> tuple:
             train_dataset=world.preference_dataset("praise", num_pairs=sizes["num_pairs"], seed=args.seed),
             processing_class=world.tokenizer,
             faces=world.attributes["praise"].faces,
-        ).train()
+        )
+        trainer.train()
+        trainer.save_model()
+        trained = load_doctor(output_dir, with_value_head=False)  # with an ordinary head
     texts = [
         world.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
         for prompt in world.prompts("test")[: sizes["num_prompts"] * args.repetitions]
     ]
     prompts = [torch.tensor([world.tokenizer.encode(text, add_special_tokens=False)]) for text in texts]
-    models = {world.patient: sizes["grown_patient"], world.doctor: sizes["grown_doctor"]}
-    models |= {load_world().doctor: sizes["grown_doctor"]}
+    models = ((world.patient, "patient"), (trained, "doctor"), (load_world().doctor, "doctor"))
     grown = []
-    for model, size in models.items():
+    for model, name in models:
         model = model.cpu().eval()
-        grown.append(grow(model, *size))
+        grown.append(grow(model, *sizes[f"grown_{name}"]))
         with torch.no_grad():
             torch.testing.assert_close(grown[-1](prompts[0]).logits, model(prompts[0]).logits, atol=1e-3, rtol=0)
     return *grown, split(prompts, args.repetitions)
