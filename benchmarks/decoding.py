@@ -15,10 +15,14 @@ caches and memory bandwidth. On a GPU wall-clock time is measured.
 
 1. *Overhead.* Random models, because only their size matters. The cached guide reads each token once. The naive guide
    reads the whole prefix at each step.
-2. *Speculation.* The gain depends on how often doctor and patient agree. The trained pair is the patient of the
-   controlled world and its doctor, trained by TFPO in this run. Both are padded with zeros to usual sizes (`grow`),
-   which does not change logits, vocabulary (174 words) and lengths of texts. The random pair never agrees: the worst
-   case.
+2. *Speculation.* Its gain depends on how often drafts are accepted. The trained pairs are the patient of the
+   controlled world and its doctor, trained by TFPO in this run: *trained* with `policy="doctor"`, where the doctor
+   drafts, and *default*, where earlier text drafts (`lookup`) or the doctor before training (`assistant`). The models
+   are tiny, so they are padded with zeros to usual sizes (`grow`): logits stay the same, and only the arithmetic
+   grows. The vocabulary stays at the 174 words of the world, and texts end where the model ends them. The random pair
+   never agrees: the worst case. `--patient` and `--doctor` add a pair of saved models. Each repetition has other
+   prompts, because speculation remembers texts and times. `first` and `last` are the repetitions before it has
+   learned, and after.
 3. *Verification.* A forward pass of the patient over k + 1 positions in each row: the cost of verifying k drafted
    tokens.
 
@@ -43,9 +47,16 @@ import torch
 import transformers
 from measuring import clock
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, UnbatchedClassifierFreeGuidanceLogitsProcessor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 
-from trl_tfpo import DoctorGuidedLogitsProcessor, TFPOConfig, TFPOTrainer, guided_generate
+from trl_tfpo import DoctorGuidedLogitsProcessor, TFPOConfig, TFPOTrainer, guided_generate, load_doctor
 from trl_tfpo.decoding.speculative import speculative_guided_generate
 from trl_tfpo.testbed import load_world
 
@@ -77,6 +88,18 @@ QUICK = FULL | dict(
     random_cases=[("bfloat16", 0.5)],
 )
 MAX_NEW_TOKENS = 60  # of the pairs that speculate
+QUESTIONS = (  # for a pair of saved models
+    "How do I bake bread?",
+    "What is a good way to learn a language?",
+    "Write a short note to thank a colleague.",
+    "Why is the sky blue?",
+    "Name three rivers in Europe and say where they flow.",
+    "What should I see in Rome?",
+    "How does a bicycle stay upright?",
+    "Give me a recipe for tomato soup.",
+)
+DOCTORS_DRAFT = {f"speculative {num}": dict(num_draft_tokens=num) for num in (2, 4, "auto")}
+PARTS = ("overhead", "speculative", "verification", "adapters", "peers")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -87,6 +110,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repetitions", type=int)
+    parser.add_argument("--patient", help="folder or name of a patient for speculation, with `--doctor`")
+    parser.add_argument("--doctor", help="folder or name of its doctor")
+    parser.add_argument("--only", choices=PARTS, help="measure this part only")
     args = parser.parse_args(arguments)
     sizes = QUICK if args.quick else FULL
     args.repetitions = args.repetitions or sizes["repetitions"]
@@ -96,19 +122,30 @@ def main(arguments: list[str] | None = None) -> None:
 
     report = {"machine": describe_machine(args.device), "arguments": vars(args), "sizes": sizes}
     print("\n".join(f"{name}: {value}" for name, value in report["machine"].items()))
-    report["overhead"] = overhead(args, sizes)
-    show("Overhead: guided over patient + doctor", report["overhead"])
-    trained, random = trained_pair(args, sizes), random_pair(sizes)
-    report["speculative"] = speculation(args, "trained", *trained, sizes["trained_cases"], (2, 4, "auto"))
-    report["speculative"] += speculation(args, "random", *random, sizes["random_cases"], ("auto",))
-    show("Speculation (targets of auto: 0.67 of the patient, 1.05 of guided if random)", report["speculative"])
-    report["verification"] = verification(args, sizes, trained[0])
-    show("Verification: a patient forward over k + 1 positions, over one of 1 position", report["verification"])
-    report["adapters"] = adapters(args, sizes)
-    show("A LoRA doctor on the patient's weights: time over the patient alone", report["adapters"])
-    if args.peers:
-        report["peers"] = peers(args, *trained)
-        show("Guides of other libraries: mixture 0.5 and 0.5 of the trained pair, float32, greedy", report["peers"])
+    trained = trained_pair(args, sizes, "doctor") if args.only not in ("overhead", "adapters") else None
+    parts = {
+        "overhead": ("Overhead: guided over patient + doctor", lambda: overhead(args, sizes)),
+        "speculative": (
+            "Speculation (targets of auto: 1.03 of guided, 0.67 of the patient where checks are cheap)",
+            lambda: all_speculation(args, sizes, trained),
+        ),
+        "verification": (
+            "Verification: a patient forward over k + 1 positions, over one of 1 position",
+            lambda: verification(args, sizes, trained[0]),
+        ),
+        "adapters": (
+            "A LoRA doctor on the patient's weights: time over the patient alone",
+            lambda: adapters(args, sizes),
+        ),
+        "peers": (
+            "Guides of other libraries: mixture 0.5 and 0.5 of the trained pair, float32, greedy",
+            lambda: peers(args, *trained[:2], trained[-1][0]),
+        ),
+    }
+    for name, (title, run) in parts.items():
+        if args.only == name or (args.only is None and (name != "peers" or args.peers)):
+            report[name] = run()
+            show(title, report[name])
     if args.output:
         Path(args.output).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
@@ -116,13 +153,17 @@ def main(arguments: list[str] | None = None) -> None:
 # Time
 
 
-def measure(args: argparse.Namespace, runs: dict[str, Callable], inputs: list[torch.Tensor]) -> dict[str, list[float]]:
-    """Return seconds per unit of work, one value for each repetition. A run returns the units of work of its input."""
-    next(iter(runs.values()))(inputs[0])  # warm up
+def measure(args: argparse.Namespace, runs: dict[str, Callable], inputs: list) -> dict[str, list[float]]:
+    """
+    Return seconds per unit of work, one value for each repetition. A run takes an input and returns the units of
+    its work. The inputs are those of each repetition, or a list of them for each.
+    """
+    each = inputs if isinstance(inputs[0], list) else [inputs] * args.repetitions
+    next(iter(runs.values()))(each[0][0])  # warm up
     seconds = {name: [] for name in runs}
     for repetition in range(args.repetitions):
         spent, units = dict.fromkeys(runs, 0.0), dict.fromkeys(runs, 0)
-        for one_input, (name, run) in itertools.product(inputs, runs.items()):
+        for one_input, (name, run) in itertools.product(each[repetition], runs.items()):
             torch.manual_seed(args.seed + repetition)
             start = clock(args.device)
             units[name] += run(one_input)
@@ -179,21 +220,23 @@ def grow(model: PreTrainedModel, hidden_size: int, num_layers: int) -> PreTraine
     return grown
 
 
-def trained_pair(args: argparse.Namespace, sizes: dict) -> tuple[PreTrainedModel, PreTrainedModel, list[torch.Tensor]]:
-    """Return patient, doctor after TFPO, and prompts of the controlled world; both models grown."""
+def trained_pair(args: argparse.Namespace, sizes: dict, policy: str) -> tuple:
+    """
+    Return patient, doctor after TFPO, doctor before it, and prompts of the controlled world, a list for each
+    repetition. The models are grown.
+    """
     world = load_world()
     training = dict(max_steps=sizes["max_steps"], per_device_train_batch_size=16, learning_rate=3e-3)
     training |= dict(lr_scheduler_type="cosine", activation_checkpointing=False, scoring_batch_size=256)
     quiet = dict(save_strategy="no", logging_strategy="no", report_to="none", dataloader_pin_memory=False)
     with tempfile.TemporaryDirectory() as output_dir:
-        TFPOTrainer(
+        trainer = TFPOTrainer(
             model=world.doctor,
             patient_model=world.patient,
-            # A language model, because a doctor of guided flow cannot draft
             args=TFPOConfig(
                 output_dir,
-                policy="doctor",
-                reward_temperature=0.125,
+                policy=policy,
+                **({"reward_temperature": 0.125} if policy == "doctor" else {}),
                 use_cpu=args.device == "cpu",
                 seed=args.seed,
                 **training,
@@ -202,26 +245,48 @@ def trained_pair(args: argparse.Namespace, sizes: dict) -> tuple[PreTrainedModel
             train_dataset=world.preference_dataset("praise", num_pairs=sizes["num_pairs"], seed=args.seed),
             processing_class=world.tokenizer,
             faces=world.attributes["praise"].faces,
-        ).train()
+        )
+        trainer.train()
+        trainer.save_model()
+        trained = load_doctor(output_dir, with_value_head=False)  # with an ordinary head
     texts = [
         world.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-        for prompt in world.prompts("test")[: sizes["num_prompts"]]
+        for prompt in world.prompts("test")[: sizes["num_prompts"] * args.repetitions]
     ]
     prompts = [torch.tensor([world.tokenizer.encode(text, add_special_tokens=False)]) for text in texts]
+    models = ((world.patient, "patient"), (trained, "doctor"), (load_world().doctor, "doctor"))
     grown = []
-    for model, size in ((world.patient, sizes["grown_patient"]), (world.doctor, sizes["grown_doctor"])):
+    for model, name in models:
         model = model.cpu().eval()
-        grown.append(grow(model, *size))
+        grown.append(grow(model, *sizes[f"grown_{name}"]))
         with torch.no_grad():
             torch.testing.assert_close(grown[-1](prompts[0]).logits, model(prompts[0]).logits, atol=1e-3, rtol=0)
-    return *grown, prompts
+    return *grown, split(prompts, args.repetitions)
 
 
-def random_pair(sizes: dict) -> tuple[PreTrainedModel, PreTrainedModel, list[torch.Tensor]]:
+def split(prompts: list, repetitions: int) -> list[list]:
+    """Return prompts for each repetition. They are used again where there are too few."""
+    size = max(1, len(prompts) // repetitions)
+    return [(prompts[index * size :] or prompts)[:size] for index in range(repetitions)]
+
+
+def saved_pair(args: argparse.Namespace) -> tuple:
+    """Return patient, doctor and prompts of saved models."""
+    tokenizer = AutoTokenizer.from_pretrained(args.patient)
+    patient = AutoModelForCausalLM.from_pretrained(args.patient, dtype=torch.float32).eval()
+    doctor = load_doctor(args.doctor, with_value_head=False, dtype=torch.float32).eval()
+    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    settings = dict(add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    prompts = [tokenizer.apply_chat_template(chat, **settings)["input_ids"] for chat in chats]
+    return patient, doctor, split(prompts, args.repetitions)
+
+
+def random_pair(args: argparse.Namespace, sizes: dict) -> tuple[PreTrainedModel, PreTrainedModel, list[list]]:
     """Return patient, doctor and prompts that share only a vocabulary of 4,096 tokens."""
     patient = random_llama(4096, *sizes["grown_patient"], scale=0.1)
     doctor = random_llama(4096, *sizes["grown_doctor"], scale=0.1)
-    return patient, doctor, list(torch.randint(4096, (sizes["num_prompts"] // 2, 1, 9)))
+    prompts = list(torch.randint(4096, (args.repetitions * sizes["num_prompts"] // 2, 1, 9)))
+    return patient, doctor, split(prompts, args.repetitions)
 
 
 def num_millions(model: PreTrainedModel) -> float:
@@ -289,7 +354,24 @@ def overhead(args: argparse.Namespace, sizes: dict) -> list[dict]:
     return rows
 
 
-def speculation(args: argparse.Namespace, pair: str, patient, doctor, prompts, cases, nums_draft_tokens) -> list[dict]:
+def all_speculation(args: argparse.Namespace, sizes: dict, trained: tuple) -> list[dict]:
+    """Measure speculation of pairs that agree and pairs that do not."""
+    patient, doctor, _, prompts = trained
+    rows = speculation(args, "trained", patient, doctor, prompts, sizes["trained_cases"], DOCTORS_DRAFT)
+    patient, doctor, before, prompts = trained_pair(args, sizes, "guided")
+    others = {"lookup auto": {}, "assistant auto": dict(assistant_model=before)}
+    cases = [(dtype, 1.0) for dtype in dict.fromkeys(dtype for dtype, _ in sizes["trained_cases"])]
+    rows += speculation(args, "default", patient, doctor, prompts, cases, others)
+    auto = {"speculative auto": DOCTORS_DRAFT["speculative auto"]}
+    rows += speculation(args, "random", *random_pair(args, sizes), sizes["random_cases"], auto)
+    if args.patient and args.doctor:
+        rows += speculation(args, "saved", *saved_pair(args), [("float32", 1.0)], {"speculative auto": {}})
+    return rows
+
+
+def speculation(
+    args: argparse.Namespace, pair: str, patient, doctor, prompts, cases, ways: dict[str, dict]
+) -> list[dict]:
     rows = []
     for (dtype, beta), do_sample in itertools.product(cases, (False, True)):
         models = [copy.deepcopy(model).to(args.device, getattr(torch, dtype)) for model in (patient, doctor)]
@@ -298,14 +380,21 @@ def speculation(args: argparse.Namespace, pair: str, patient, doctor, prompts, c
         runs = {"patient": partial(decode, model=models[0]), "doctor": partial(decode, model=models[1])}
         runs["guided"] = partial(decode, model=models[0], make_guide=cached_guide(models[1], 1.0, beta))
         counts = {}
-        for num in nums_draft_tokens:
-            name = f"speculative {num}"
-            speculative = dict(custom_generate=speculative_guided_generate, num_draft_tokens=num)
-            runs[name] = partial(runs["guided"], **speculative, statistics=counts.setdefault(name, {}))
+        for name, way in ways.items():
+            way = {
+                key: copy.deepcopy(value).to(models[0].device, models[0].dtype) if key == "assistant_model" else value
+                for key, value in way.items()
+            }
+            speculate = partial(speculative_guided_generate, **way)
+            runs[name] = partial(runs["guided"], custom_generate=speculate, statistics=counts.setdefault(name, {}))
+        once = dict(custom_generate=partial(speculative_guided_generate, num_draft_tokens=1), max_new_tokens=2)
+        runs["guided"](prompts[0][0], **once)  # tests once how the patient reads drafts, which is not counted
         seconds = measure(args, runs, prompts)
         for name, times in seconds.items():
             row = {"pair": pair, "dtype": dtype, "beta": beta, "sampled": do_sample, "method": name}
             row |= {"ms": milliseconds(times)} | {f"over_{x}": ratio(times, seconds[x]) for x in ("patient", "guided")}
+            over = [above / below for above, below in zip(times, seconds["guided"], strict=True)]
+            row |= {"first": round(over[0], 2), "last": round(over[-1], 2)}
             row |= dict.fromkeys(("tokens_per_forward", "drafted_per_token", "acceptance"))
             if count := counts.get(name):
                 row["tokens_per_forward"] = round(count["num_tokens"] / count["num_patient_forwards"], 2)

@@ -123,14 +123,18 @@ def test_speculation_is_compared_with_plain_guidance(decoding_report):
     """Every way to decode is timed against the patient alone and the plain guide, for trained and random models."""
     rows = decoding_report["speculative"]
     plain, speculative = ["patient", "doctor", "guided"], ["speculative 2", "speculative 4", "speculative auto"]
-    trained, random = ([row for row in rows if row["pair"] == pair] for pair in ("trained", "random"))
+    others = ["lookup auto", "assistant auto"]
+    trained, default, random = (
+        [row for row in rows if row["pair"] == pair] for pair in ("trained", "default", "random")
+    )
+    assert [row["method"] for row in default] == 4 * (plain + others)
     assert [row["method"] for row in trained] == 4 * (plain + speculative)  # two cases, twice
     assert [row["method"] for row in random] == 2 * (plain + speculative[-1:])
     for row in rows:
         assert all(ratio > 0 for ratio in row["over_patient"] + row["over_guided"])
-        assert (row["tokens_per_forward"] is not None) == (row["method"] in speculative)
+        assert (row["tokens_per_forward"] is not None) == (row["method"] in speculative + others)
     for row in trained:
-        if row["method"] in speculative:
+        if row["method"] in speculative[:2]:  # "auto" need not draft
             assert row["tokens_per_forward"] > 1 and 0 < row["acceptance"] <= 1
 
 

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Drafting by the doctors changes how long decoding takes, and not what comes out.
+Drafting changes how long decoding takes, and not what comes out.
 
-Greedy search is compared token by token; sampling by a chi-square test over all texts of a vocabulary small enough to
-enumerate, against their probabilities under guidance from scratch.
+Greedy search and sampling with a seed are compared token by token with plain guided decoding; sampling also by a
+chi-square test over all texts of a vocabulary small enough to enumerate, against their probabilities under guidance
+from scratch.
 """
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from plain_guidance import ONE, PAD, PADDED, PlainGuidance, generate, gpt2, llama, mistral
 from transformers import (
     DynamicCache,
@@ -28,10 +31,19 @@ from transformers import (
 
 from trl_tfpo import DoctorGuidedLogitsProcessor, guided_generate, speculative_guided_generate
 from trl_tfpo.decoding import speculative
+from trl_tfpo.decoding.acceptance import Sampling
 from trl_tfpo.decoding.doctors import Doctor, DoctorMemory
+from trl_tfpo.models.adapters import record_exponents
 
 
 GREEDY = dict(max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=PAD)
+
+
+def ratio_doctor(seed: int):
+    """A doctor of guided flow, whose logits are a ratio."""
+    doctor = llama(seed, peak=8.0)
+    doctor.config.guidance = {"alpha": 1.0, "beta": 1.0}
+    return doctor
 
 
 @pytest.fixture(scope="module")
@@ -188,13 +200,7 @@ def chi_square_p_value(policy: str, num_draft_tokens, num_seeds: int = 8) -> flo
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "policy, num_draft_tokens",
-    [
-        ("one doctor", 2),
-        ("one doctor", "auto"),
-        ("two doctors, temperature, top-p", 2),
-        ("entropy gate", 1),
-    ],
+    "policy, num_draft_tokens", [("one doctor", 2), ("two doctors, temperature, top-p", "auto"), ("entropy gate", 1)]
 )
 def test_samples_follow_the_guided_distribution(policy, num_draft_tokens):
     """Else speculation would trade quality for speed without a word."""
@@ -202,36 +208,149 @@ def test_samples_follow_the_guided_distribution(policy, num_draft_tokens):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", ["accept everything", "forget to subtract the draft"])
-def test_the_chi_square_test_sees_a_wrong_rule_of_acceptance(monkeypatch, rule):
+@pytest.mark.parametrize("error", ["accept everything", "draft with the noise, and sample again"])
+def test_the_chi_square_test_sees_a_wrong_rule_of_acceptance(monkeypatch, error):
     """Else the test above could not fail."""
 
-    def verify(target, draft, token):
-        if rule == "accept everything":
-            return token, True
-        accepted = torch.rand(()) * draft[0, token] <= target[0, token]
-        return (token, True) if accepted else (speculative._Sampling.token(target), False)
+    class Wrong(Sampling):
+        def token(self, scores, place):
+            if error == "accept everything":
+                self.chosen = getattr(self, "chosen", {})
+                return self.chosen.setdefault(place, super().token(scores, place))
+            token = super().token(scores, place)
+            self.noise.pop(place)  # an accepted draft is then kept because it was likely under both
+            return token if scores[0, token] > -0.7 else super().token(scores, place)
 
-    monkeypatch.setattr(speculative._Sampling, "verify", verify)
-    assert chi_square_p_value("one doctor", num_draft_tokens=2) < 1e-6
+        def release(self, place):
+            pass
+
+        def finish(self):
+            pass
+
+    monkeypatch.setattr(speculative, "Sampling", Wrong)
+    assert chi_square_p_value("one doctor", num_draft_tokens=2, num_seeds=8) < 1e-6
 
 
-# The pace
+# Other drafters
 
 
-def test_the_pace_follows_the_acceptance():
-    """Else a doctor that disagrees would make decoding slower than without drafts."""
-    length = speculative._DraftLength(draft_cost=0.1, verify_cost=0.1)
-    first = length.num_tokens()
-    for _ in range(100):
-        length.observe(0.98)
-    assert length.num_tokens() == speculative.MAX_DRAFT_TOKENS > first > 0
-    for _ in range(100):
-        length.observe(0.02)
-    assert length.num_tokens() == 0
-    for _ in range(100):
-        length.observe(0.9)  # seen on plain steps, it drafts again
-    assert length.num_tokens() > 0
+DRAFTERS = {
+    "lookup": dict(),
+    "lookup of two tokens": dict(prompt_lookup_num_tokens=2, num_draft_tokens=5),
+    "assistant": dict(assistant_model=llama(0), num_draft_tokens=3),
+    "assistant that disagrees": dict(assistant_model=gpt2(7), num_draft_tokens=3),
+    "assistant of a smaller vocabulary": dict(assistant_model=llama(4, vocab_size=28), num_draft_tokens=3),
+    "assistant with few positions": dict(assistant_model=gpt2(5, n_positions=12), num_draft_tokens=3),
+    "assistant, auto": dict(assistant_model=llama(0)),
+}
+
+
+@pytest.mark.parametrize("settings", [GREEDY, GREEDY | dict(do_sample=True, temperature=1.5, top_p=0.9)])
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_the_default_doctor_is_drafted_for(patient, drafter, settings):
+    """Else a doctor of guided flow would gain nothing, or the drafter would be heard in the text."""
+    guide = DoctorGuidedLogitsProcessor(ratio_doctor(1))
+    torch.manual_seed(0)
+    expected, counts = guided_generate(patient, guide, **ONE, **settings), {}
+    after = torch.rand(())
+    for _ in range(2):  # the second text profits from the first
+        torch.manual_seed(0)
+        drafts = DRAFTERS[drafter] | dict(speculative=True, statistics=counts)
+        assert torch.equal(guided_generate(patient, guide, **ONE, **settings, **drafts), expected)
+        assert torch.equal(torch.rand(()), after)  # what comes next with the same seed is the same, too
+    if drafter == "assistant":  # it is the patient
+        assert counts["num_accepted"] == counts["num_drafted"] > 0
+
+
+def test_padding_is_hidden_from_an_assistant(patient):
+    """Else an assistant would draft for another prompt, and be rejected."""
+    inputs = {name: tensor[1:2] for name, tensor in PADDED.items()}
+    guide, counts = DoctorGuidedLogitsProcessor(ratio_doctor(1)), {}
+    drafts = dict(speculative=True, assistant_model=llama(0), num_draft_tokens=3, statistics=counts)
+    guided_generate(patient, guide, **inputs, **GREEDY, **drafts)
+    assert counts["num_accepted"] == counts["num_drafted"] > 0
+
+
+def test_the_former_self_of_an_adapter_drafts(patient):
+    """Where the doctor is an adapter on another model, that model is at hand, and needs no second copy."""
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+    model = get_peft_model(llama(0), config).double().eval()  # its base model is the patient's twin
+    record_exponents(model, {"alpha": 1.0, "beta": 1.0})
+    guide, counts = DoctorGuidedLogitsProcessor(model, beta=0.3), {}
+    expected = guided_generate(patient, guide, **ONE, **GREEDY)
+    drafts = dict(speculative=True, num_draft_tokens=3, statistics=counts)
+    assert torch.equal(guided_generate(patient, guide, **ONE, **GREEDY, **drafts), expected)
+    assert counts["num_accepted"] == counts["num_drafted"] > 0
+
+
+def test_sampling_is_that_of_torch():
+    """Else the samples of a seed would change with speculation."""
+    choice = Sampling()
+    for place in range(50):
+        scores = torch.randn(1, 999, generator=torch.Generator().manual_seed(place))
+        torch.manual_seed(place)
+        expected, after = torch.multinomial(scores.softmax(-1), 1)[0], torch.get_rng_state()
+        torch.manual_seed(place)
+        assert torch.equal(choice.token(scores, place), expected)
+        assert torch.equal(torch.get_rng_state(), after)
+        choice.token(scores, place + 1000)
+        choice.release(place + 1)
+        choice.finish()
+        assert torch.equal(torch.get_rng_state(), after)
+        choice.release(10_000)
+
+
+# Machines on which checks are free, or dear
+
+
+class Machine:
+    """A clock that advances by what patient and doctor read."""
+
+    def __init__(self, patient, doctor, check, doctor_step):
+        self.seconds, self.check, self.doctor_step = 0.0, check, doctor_step
+        for model in (patient, doctor):
+            model.register_forward_pre_hook(partial(self.read, is_patient=model is patient), with_kwargs=True)
+
+    def read(self, module, args, kwargs, is_patient):
+        num_tokens = kwargs["input_ids"].size(1)
+        is_prompt = num_tokens > 9
+        self.seconds += (2.0 if is_prompt else self.check(num_tokens)) if is_patient else self.doctor_step
+
+    def time(self, run):
+        start = self.seconds
+        run()
+        return self.seconds - start
+
+
+CHECKS = {
+    "free": lambda num_positions: 1.0,
+    "cheap": lambda num_positions: 1 + 0.07 * (num_positions - 1),
+    "half a step more": lambda num_positions: 1.5 + 0.05 * num_positions if num_positions > 1 else 1.0,
+    "as dear as steps": lambda num_positions: 1.0 * num_positions,
+}
+LONG = {name: tensor.repeat(1, 2) for name, tensor in ONE.items()}
+
+
+@pytest.mark.parametrize("checks", CHECKS)
+@pytest.mark.parametrize("agrees", [True, False])
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_speculation_never_loses(monkeypatch, checks, agrees, do_sample):
+    """Else an option that promises speed would cost some on the next processor."""
+    patient, doctor = llama(0), llama(0 if agrees else 1)
+    guide = DoctorGuidedLogitsProcessor(doctor, alpha=1.0, beta=0.5 if agrees else 0.01)
+    settings = GREEDY | dict(do_sample=do_sample, max_new_tokens=60)
+    decode = partial(guided_generate, patient, guide, **LONG, **settings)
+    machine = Machine(patient, doctor, CHECKS[checks], doctor_step=0.1)
+    monkeypatch.setattr(speculative, "_clock_of", lambda _: (lambda: machine.seconds, True))
+    decode(), decode(speculative=True, num_draft_tokens=1)  # each model is tried out once, which is not counted
+    plain = machine.time(decode)
+    alone = machine.time(partial(patient.generate, **LONG, **settings))
+    times = [machine.time(partial(decode, speculative=True)) for _ in range(5)]
+    assert all(sum(times[:n]) <= 1.03 * n * plain for n in range(1, 6))
+    if agrees and checks in ("free", "cheap"):
+        assert times[-1] <= 0.67 * alone
+    if not agrees:
+        assert times[-1] <= 1.02 * plain
 
 
 # What comes with it
@@ -270,8 +389,9 @@ def test_streams_scores_and_stops_like_generate(patient, capsys):
         (dict(**ONE, use_cache=False), "use_cache=False"),
         (dict(**ONE, output_hidden_states=True), "the inputs \\['output_hidden_states'\\]"),
         (dict(**ONE, guidance_scale=2.0), "Got UnbatchedClassifierFreeGuidanceLogitsProcessor"),
-        (dict(**ONE, prompt_lookup_num_tokens=2), "Got `prompt_lookup_num_tokens`, another way to draft"),
-        (dict(**ONE, assistant_model=llama(9)), "Got `assistant_model`, another way to draft"),
+        (dict(**ONE, prompt_lookup_num_tokens=0), "Got 0; try 4"),
+        (dict(**ONE, prompt_lookup_num_tokens=2, assistant_model=llama(9)), "one way to draft"),
+        (dict(**ONE, assistant_model=ratio_doctor(9)), "must be a language model. Got a doctor of guided flow"),
         (dict(**ONE, num_draft_tokens=-1), "Got -1; try 4"),
         (dict(**ONE, num_draft_tokens="many"), "Got 'many'; try 4"),
     ],
@@ -297,13 +417,11 @@ def test_a_refused_call_streams_nothing(patient):
         )
 
 
-def test_what_the_policy_rules_out_is_never_accepted(monkeypatch):
-    """Also when the random number is exactly zero."""
-    monkeypatch.setattr(torch, "rand", lambda *args, **kwargs: torch.zeros(()))
-    token, is_accepted = speculative._Sampling.verify(
-        torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.5]]), torch.tensor([0])
-    )
-    assert token.item() == 1 and not is_accepted
+def test_what_the_policy_rules_out_is_never_chosen():
+    """Also where the noise favours it."""
+    choice = Sampling()
+    choice.noise[3] = torch.tensor([[1e-30, 1e30]])
+    assert choice.token(torch.tensor([[-torch.inf, 0.0]]), 3).item() == 1
 
 
 def test_a_guide_is_needed(patient):

@@ -104,7 +104,7 @@ def test_adapters_are_switched_by_two_attributes():
 def test_a_custom_generate_gets_what_speculation_needs():
     """The arguments of its own, all processors in order, and a cache that can be cut by a negative count.
 
-    Change: `speculative._Reader`, and the parameters of `speculative_guided_generate`.
+    Change: `speculative._PatientReader`, and the parameters of `speculative_guided_generate`.
     """
 
     def custom_generate(model, input_ids, logits_processor, stopping_criteria, generation_config, own=None, **kwargs):

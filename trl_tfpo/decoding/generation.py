@@ -56,8 +56,9 @@ def guided_generate(
         attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*):
             Mask of the prompts. Required if a prompt is padded.
         speculative (`bool`, *optional*, defaults to `False`):
-            Whether the doctors draft tokens, see [`speculative_guided_generate`]. This is faster, but limited to one
-            prompt without beams.
+            Whether to draft tokens and verify several in one forward pass of the patient, where that is faster:
+            [`speculative_guided_generate`]. It is for one prompt, without beams. The doctors draft, or
+            `assistant_model`, or earlier text (`prompt_lookup_num_tokens`).
         keep_memory (`bool`, *optional*, defaults to `False`):
             Whether to keep the caches of the doctors from the previous call, for the next turn of a conversation.
         streamer ([`~transformers.generation.BaseStreamer`], *optional*):
@@ -98,10 +99,6 @@ def guided_generate(
     """
     _check_ids(patient, input_ids)
     _check_arguments(patient, guide, input_ids, kwargs)
-    if speculative:
-        for name in ("assistant_model", "prompt_lookup_num_tokens"):
-            if _setting(patient, kwargs, name):
-                raise ValueError(f"With `speculative=True` the doctors draft. Got `{name}`; leave out one of the two.")
     if best_of != 1:
         settings = kwargs | {"speculative": speculative, "streamer": streamer}
         check_best_of(guide, best_of, lambda name: _setting(patient, settings, name))
@@ -116,7 +113,8 @@ def guided_generate(
             if memory.doctor.prompt is None:  # doctors with prompts of their own do not read these
                 memory.check_padding()
     if speculative:
-        kwargs["custom_generate"] = speculative_guided_generate
+        assistant: Any = kwargs.pop("assistant_model", None)  # `generate` would keep it
+        kwargs["custom_generate"] = partial(speculative_guided_generate, assistant_model=assistant)
         if streamer is not None:
             kwargs["token_callback"] = _after_prompt(streamer, input_ids)
     else:

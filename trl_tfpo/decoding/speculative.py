@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-Guided decoding in fewer forward passes of the patient: the doctors draft, the patient verifies.
+Guided decoding in fewer forward passes of the patient: a drafter proposes tokens, the patient checks them.
 
-The guided policy follows the doctors, so they are good drafters for it. They draft a few tokens, and the patient reads
-all of them in one forward pass. At each position the draft is accepted or replaced according to the guided
-distribution, so that the samples follow exactly that distribution (speculative sampling,
-https://huggingface.co/papers/2211.17192). Greedy search gives the same tokens.
+The drafter proposes a few tokens, and the patient reads all of them in one forward pass. The guided policy chooses the
+token at each position, and the draft is kept as long as it is the same (`acceptance.py`). Drafters are the doctors,
+another language model, or the text itself (`drafts.py`). How many tokens are drafted, and whether any, follows from
+measured costs and acceptance (`pace.py`).
 
 Shapes: one row, L tokens so far, k drafted tokens, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
+import time
+import weakref
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import (
@@ -28,14 +33,37 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from ..common.language_model import LanguageModel, unwrap_peft
+from .acceptance import GreedySearch, Sampling
+from .doctors import Doctor
+from .drafts import (
+    MAX_NGRAM_SIZE,
+    Assistant,
+    Drafter,
+    ModelDrafts,
+    PromptLookup,
+    RecentLogits,
+    former_self,
+    guess_of_doctors,
+    share_of,
+)
 from .logits_processor import DoctorGuidedLogitsProcessor
+from .pace import MAX_DRAFT_TOKENS, Costs, FixedLength, Pace
 from .reading import accepted_inputs, next_inputs, reading_fault
 
 
-MAX_DRAFT_TOKENS = 8
-POSITION_COST = 0.05  # measured time of a drafted token without the doctors, in steps of the patient
-MIN_CONFIDENCE = 0.4  # in all drafted tokens together; below it drafting stops
 STATEFUL_PROCESSORS = (UnbatchedClassifierFreeGuidanceLogitsProcessor, SynthIDTextWatermarkLogitsProcessor)
+MAX_EXPERIENCES = 32  # pairs and settings, for each patient
+
+
+@dataclass
+class _Experience:
+    """What was learned in earlier texts of a pair of models, with the same settings."""
+
+    pace: Pace
+    ngrams: dict[tuple[int, ...], int]
+
+
+_EXPERIENCE: WeakKeyDictionary[PreTrainedModel, dict[Hashable, _Experience]] = WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -46,17 +74,22 @@ def speculative_guided_generate(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     num_draft_tokens: int | Literal["auto"] = "auto",
+    assistant_model: "LanguageModel | Doctor | None" = None,
+    prompt_lookup_num_tokens: int | None = None,
     token_callback: Callable[[torch.Tensor], None] | None = None,
     statistics: dict[str, int] | None = None,
     **model_kwargs: object,
 ) -> torch.Tensor | GenerateDecoderOnlyOutput:
     """
-    Greedy search or sampling from the guided policy, with drafts by its doctors.
+    Greedy search or sampling from the guided policy, with drafts.
 
     This is a `custom_generate` for `patient.generate`:
     `patient.generate(**inputs, logits_processor=[guide], custom_generate=speculative_guided_generate)`. `generate`
-    prepares all arguments except `num_draft_tokens`, `token_callback` and `statistics`. With the same seed the samples
-    differ from those of plain guided decoding, but they have the same distribution.
+    prepares the arguments up to `generation_config`, and passes on the others. It keeps `assistant_model` for itself:
+    pass `custom_generate=functools.partial(speculative_guided_generate, assistant_model=...)`.
+
+    The text is that of plain guided decoding, up to rounding: a forward pass over several positions may round
+    otherwise than one over a single position. With a seed, sampling gives the samples of plain guided decoding.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -68,10 +101,18 @@ def speculative_guided_generate(
         stopping_criteria ([`~transformers.StoppingCriteriaList`]):
             Checked after every token.
         generation_config ([`~transformers.GenerationConfig`]):
-            `do_sample`, `return_dict_in_generate`, `output_scores` and `output_logits` are read here.
+            `do_sample`, `return_dict_in_generate`, `output_scores`, `output_logits`, `prompt_lookup_num_tokens` and
+            `max_matching_ngram_size` are read here.
         num_draft_tokens (`int` or `"auto"`, *optional*, defaults to `"auto"`):
-            Tokens drafted between two forward passes of the patient. `"auto"` adapts to the rate of acceptance, from 0
-            (plain guided decoding) to 8. Greedy search also stops drafting where the doctors are not confident.
+            Tokens drafted between two forward passes of the patient. `"auto"` chooses from 0 (plain guided decoding)
+            to 8 by measured times and acceptance, see [`~pace.Pace`], and remembers them for this pair of models.
+        assistant_model ([`~transformers.PreTrainedModel`] or [`Doctor`], *optional*):
+            A small language model with the patient's tokenizer that drafts in place of the doctors. For a doctor of
+            guided flow, the model that it was trained from is a good choice.
+        prompt_lookup_num_tokens (`int`, *optional*):
+            Draft at most so many tokens, by what followed the last tokens when they occurred before. By default the
+            doctors that are language models draft. Where all doctors are of guided flow, the model without the adapter
+            drafts if a doctor is an adapter on a model other than the patient, else this lookup.
         token_callback (callable, *optional*):
             Called with each new token, of shape `(1,)`. An example is the `put` of a streamer, because `generate` does
             not pass its `streamer` to a `custom_generate`.
@@ -86,10 +127,11 @@ def speculative_guided_generate(
 
     Raises:
         `ValueError`: on several rows, beams, no or several guides, processors that keep a state from token to token,
-            and a patient whose cache cannot be cut back.
+            a patient whose cache cannot be cut back, two ways to draft, and an assistant that is no language model.
     """
     guide = _find_guide(logits_processor)
     _check_settings(input_ids, logits_processor, generation_config, num_draft_tokens)
+    num_lookup = _num_lookup(prompt_lookup_num_tokens, generation_config, assistant_model)
     patient = _PatientReader(model, model_kwargs)
     if fault := reading_fault(model, "speculation", partial(_read_drafts, model)):
         raise ValueError(
@@ -97,39 +139,178 @@ def speculative_guided_generate(
             f"{type(unwrap_peft(model)).__name__}, which cannot be read like this ({fault}); decode without "
             "speculation."
         )
-    rule = _Sampling if generation_config.do_sample else _GreedySearch
-    drafter = _Drafter(guide, logits_processor, rule, model, num_draft_tokens)
-    counts = dict.fromkeys(("num_tokens", "num_patient_forwards", "num_drafted", "num_accepted"), 0)
-    text, is_done = _Text(input_ids, generation_config), False
-    while not is_done:
-        drafted_ids, drafts = drafter.draft(text.ids, generation_config.max_length - text.ids.size(1) - 1)
-        logits = patient.logits(drafted_ids, len(drafts) + 1)  # (k + 1, V)
-        counts["num_patient_forwards"] += 1
-        counts["num_drafted"] += len(drafts)
-        for index in range(len(drafts) + 1):
-            raw = logits[index : index + 1].to(copy=True, dtype=torch.float32, device=text.ids.device)
-            guided = logits_processor(text.ids, raw)  # type: ignore[arg-type]  # its ids are any `Tensor`
-            target = rule.distribution(guided)
-            if index < len(drafts):
-                drafter.observe(target, drafts[index])
-                token, is_accepted = rule.verify(target, drafts[index], drafted_ids[:, text.ids.size(1)])
-            else:
-                if not drafts:
-                    drafter.observe_plain_step(target, text.ids)
-                token, is_accepted = rule.token(target), False
-            text.append(token, guided, raw)
-            counts["num_tokens"] += 1
-            counts["num_accepted"] += is_accepted
-            if token_callback is not None:
-                token_callback(token.cpu())
-            is_done = bool(stopping_criteria(text.ids, guided).all())
-            if is_done or not is_accepted:
-                break
-        patient.keep(text.ids.size(1) - 1)  # the last token has not been read yet
+    choice = Sampling() if generation_config.do_sample else GreedySearch()
+    text = _Text(input_ids, generation_config)
+    with ExitStack() as stack:
+        recent = {index: RecentLogits(memory) for index, memory in enumerate(guide.memories)}
+        stack.enter_context(guide.external_logits(recent))
+        drafter, pace = stack.enter_context(
+            _drafting(patient, guide, logits_processor, choice, generation_config, assistant_model, num_lookup)
+        )
+        if num_draft_tokens != "auto":
+            pace = FixedLength(num_draft_tokens)
+        decoder = _Decoder(patient, logits_processor, stopping_criteria, choice, drafter, pace, text, token_callback)
+        pace.begin_text()
+        while not decoder.is_done:
+            decoder.round(generation_config.max_length)
+        choice.finish()
     if statistics is not None:
-        for name, count in counts.items():
+        for name, count in decoder.counts.items():
             statistics[name] = statistics.get(name, 0) + count
     return text.output(patient.cache)
+
+
+class _Decoder:
+    """The state of one generation. [`round`] adds one token or more to the text."""
+
+    def __init__(
+        self,
+        patient: "_PatientReader",
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        choice: GreedySearch,
+        drafter: Drafter,
+        pace: Pace,
+        text: "_Text",
+        token_callback: Callable[[torch.Tensor], None] | None,
+    ):
+        self.patient, self.logits_processor, self.stopping_criteria = patient, logits_processor, stopping_criteria
+        self.choice, self.drafter, self.pace, self.text = choice, drafter, pace, text
+        self.token_callback, self.is_done = token_callback, False
+        self.counts = dict.fromkeys(("num_tokens", "num_patient_forwards", "num_drafted", "num_accepted"), 0)
+
+    def round(self, max_length: int) -> None:
+        """Draft, check, and keep what is accepted."""
+        pace, num_before = self.pace, self.text.ids.size(1)
+        pace.begin_round()
+        ids, kinds = self._draft(max_length - num_before - 1)
+        num_checked = pace.num_to_check(kinds)
+        with pace.timed(("check", num_checked + 1)):
+            logits = self.patient.logits(ids[:, : num_before + num_checked], num_checked + 1)  # (k + 1, V)
+        self.counts["num_patient_forwards"] += 1
+        self.counts["num_drafted"] += num_checked
+        for index in range(num_checked + 1):
+            is_read = self.drafter.reads_doctors and index < len(kinds)
+            before = self.text.ids
+            with pace.timed("read" if is_read else "fresh"):
+                token = self._add_token(logits[index : index + 1])
+                is_same = index < len(kinds) and bool(token == ids[:, num_before + index])
+            if index < len(kinds):
+                pace.observe(kinds[index], is_same)
+            elif not kinds and not self.is_done and pace.shadow_is_due():
+                self._compare(before, token)
+            self.counts["num_accepted"] += is_same and index < num_checked
+            if self.is_done or not is_same:
+                break
+        self.patient.keep(self.text.ids.size(1) - 1)  # the last token has not been read yet
+        self.choice.release(self.text.ids.size(1))
+        pace.end_round(num_checked, self.text.ids.size(1) - num_before)
+
+    def _draft(self, max_tokens: int) -> tuple[torch.Tensor, list[Hashable]]:
+        """Text and drafts (1, L + k), and the kind of each draft."""
+        ids, kinds = self.text.ids, list[Hashable]()
+        self.drafter.begin_round(ids)
+        while self.pace.wants_more(kinds, max_tokens):
+            with self.pace.timed("draft"):
+                proposal = self.drafter.propose(ids)
+            if proposal is None:
+                break
+            ids = torch.cat([ids, proposal[0][:, None]], dim=1)
+            kinds.append(proposal[1])
+        return ids, kinds
+
+    def _add_token(self, logits: torch.Tensor) -> torch.Tensor:
+        """Choose the next token (1,) by the patient's logits (1, V), and add it to the text."""
+        text = self.text
+        raw = logits.to(copy=True, dtype=torch.float32, device=text.ids.device)
+        guided = self.logits_processor(text.ids, raw)  # type: ignore[arg-type]  # its ids are any `Tensor`
+        token = self.choice.token(guided, text.ids.size(1))
+        text.append(token, guided, raw)
+        self.counts["num_tokens"] += 1
+        if self.token_callback is not None:
+            self.token_callback(token.cpu())
+        self.is_done = bool(self.stopping_criteria(text.ids, guided).all())
+        return token
+
+    def _compare(self, ids: torch.Tensor, token: torch.Tensor) -> None:
+        """Compare the token after `ids` (1, L) with what would have been drafted."""
+        with self.pace.timed("shadow"):
+            proposal = self.drafter.propose(ids)
+            is_same = proposal is not None and bool(proposal[0] == token)
+        if proposal is not None:
+            self.pace.observe(proposal[1], is_same)
+
+
+@contextmanager
+def _drafting(
+    patient: "_PatientReader",
+    guide: DoctorGuidedLogitsProcessor,
+    logits_processor: LogitsProcessorList,
+    choice: GreedySearch,
+    generation_config: GenerationConfig,
+    assistant_model: "LanguageModel | Doctor | None",
+    num_lookup: int | None,
+) -> Iterator[tuple[Drafter, Pace]]:
+    """
+    The drafter, and its pace as earlier texts left it. While a text uses an experience, others cannot find it.
+    """
+    model, is_sampled = patient.model, bool(generation_config.do_sample)
+    vocab_size = model.config.get_text_config().vocab_size
+    if assistant_model is None and num_lookup is None and all(doctor.exponents for doctor in guide.doctors):
+        assistant_model = former_self(guide, model)
+        num_lookup = MAX_DRAFT_TOKENS if assistant_model is None else None
+    models: list[Hashable] = [weakref.ref(doctor.model) for doctor in guide.doctors]
+    ngrams: dict[tuple[int, ...], int] = {}
+    if assistant_model is not None:
+        assistant = Assistant(assistant_model, patient.attention_mask, vocab_size)
+        share = share_of(assistant.memory.doctor.model, model)
+        drafter: Drafter = ModelDrafts(logits_processor, choice, assistant, share)
+        models.append(weakref.ref(assistant.memory.doctor.model))
+    elif num_lookup is None:
+        drafter = ModelDrafts(logits_processor, choice, guess_of_doctors(guide, vocab_size))
+    else:
+        drafter = PromptLookup(ngrams, generation_config.max_matching_ngram_size or MAX_NGRAM_SIZE)
+    weights = [weight if isinstance(weight, float) else type(weight) for weight in (guide.alpha, *guide.betas)]
+    key = (*models, type(drafter), num_lookup, *weights, is_sampled, model.device, model.dtype)
+    known = _EXPERIENCE.setdefault(unwrap_peft(model), {})
+    experience = known.pop(key, None)
+    if experience is None:
+        costs = Costs(*_clock_of(model.device))
+        max_tokens = min(num_lookup or MAX_DRAFT_TOKENS, MAX_DRAFT_TOKENS)
+        experience = _Experience(Pace(costs, drafter.reads_doctors, drafter.step_share, max_tokens), ngrams)
+    if isinstance(drafter, PromptLookup):
+        drafter.next_tokens = experience.ngrams
+    yield drafter, experience.pace
+    known[key] = experience
+    while len(known) > MAX_EXPERIENCES:
+        del known[next(iter(known))]
+
+
+def _clock_of(device: torch.device) -> tuple[Callable[[], float], bool]:
+    """A clock that waits for the device, and whether it can be read without a delay."""
+    if device.type == "cpu":  # with one thread its own time, which excludes that of other processes
+        return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter, True
+    synchronize = torch.get_device_module(device).synchronize
+
+    def seconds() -> float:
+        synchronize(device)
+        return time.perf_counter()
+
+    return seconds, False
+
+
+def _num_lookup(given: int | None, generation_config: GenerationConfig, assistant_model: object) -> int | None:
+    """Number of tokens for prompt lookup, or `None` without it."""
+    number = given if given is not None else getattr(generation_config, "prompt_lookup_num_tokens", None)
+    if number is None:
+        return None
+    if assistant_model is not None:
+        raise ValueError(
+            "There must be one way to draft. Got `assistant_model` and `prompt_lookup_num_tokens`; leave out one."
+        )
+    if not (isinstance(number, int) and number > 0):
+        raise ValueError(f"`prompt_lookup_num_tokens` must be a number of tokens, at least 1. Got {number!r}; try 4.")
+    return number
 
 
 def _find_guide(logits_processor: LogitsProcessorList) -> DoctorGuidedLogitsProcessor:
@@ -243,176 +424,3 @@ def _read_drafts(model: PreTrainedModel, text: torch.Tensor) -> Iterator[tuple[t
     yield reader.logits(text[None, :10], 4), [*range(6, 10)]
     reader.keep(8)
     yield reader.logits(text[None, :13], 5), [*range(8, 13)]
-
-
-class _Sampling:
-    """Speculative sampling. A distribution is a tensor of probabilities (1, V)."""
-
-    @staticmethod
-    def distribution(scores: torch.Tensor) -> torch.Tensor:
-        return scores.softmax(dim=-1)
-
-    @staticmethod
-    def token(probs: torch.Tensor) -> torch.Tensor:
-        return torch.multinomial(probs, num_samples=1)[:, 0]
-
-    @staticmethod
-    def agreement(target: torch.Tensor, draft: torch.Tensor) -> float:
-        """Probability that a draft is accepted."""
-        return torch.minimum(target, draft).sum().item()
-
-    @staticmethod
-    def confidence(probs: torch.Tensor) -> float:
-        """Return 1: a flat draft does not make rejection likelier, because the target may be equally flat."""
-        return 1.0
-
-    @staticmethod
-    def verify(target: torch.Tensor, draft: torch.Tensor, token: torch.Tensor) -> tuple[torch.Tensor, bool]:
-        """Accept the token with probability `min(1, target / draft)`, else sample from `max(0, target - draft)`."""
-        index = token[:, None]
-        if torch.rand((), device=target.device) * draft.gather(1, index) < target.gather(1, index):
-            return token, True
-        rest = (target - draft).clamp(min=0)
-        return _Sampling.token(rest if rest.sum() > 0 else target), False  # none left where both are equal
-
-
-class _GreedySearch:
-    """Greedy search. A distribution is a tensor of scores (1, V). Only its maximum matters."""
-
-    @staticmethod
-    def distribution(scores: torch.Tensor) -> torch.Tensor:
-        return scores
-
-    @staticmethod
-    def token(scores: torch.Tensor) -> torch.Tensor:
-        return scores.argmax(dim=-1)
-
-    @staticmethod
-    def agreement(target: torch.Tensor, draft: torch.Tensor) -> float:
-        return float(target.argmax() == draft.argmax())
-
-    @staticmethod
-    def confidence(scores: torch.Tensor) -> float:
-        """Probability of the likeliest token of the draft."""
-        return scores.softmax(dim=-1).amax().item()
-
-    @staticmethod
-    def verify(target: torch.Tensor, draft: torch.Tensor, token: torch.Tensor) -> tuple[torch.Tensor, bool]:
-        best = target.argmax(dim=-1)
-        return best, bool(best == token)
-
-
-class _Drafter:
-    """
-    Drafts tokens from the guided policy of a patient that agrees with the doctors.
-
-    Args:
-        guide ([`DoctorGuidedLogitsProcessor`]):
-            The guidance.
-        logits_processor ([`~transformers.LogitsProcessorList`]):
-            All processors, the guide among them.
-        rule (`_Sampling` or `_GreedySearch`):
-            How tokens are chosen.
-        patient ([`~transformers.PreTrainedModel`]):
-            The patient.
-        num_tokens (`int` or `"auto"`):
-            Tokens of a draft.
-    """
-
-    def __init__(
-        self,
-        guide: DoctorGuidedLogitsProcessor,
-        logits_processor: LogitsProcessorList,
-        rule: type[_Sampling] | type[_GreedySearch],
-        patient: PreTrainedModel,
-        num_tokens: int | Literal["auto"],
-    ):
-        self.guide, self.logits_processor, self.rule = guide, logits_processor, rule
-        self.vocab_size = patient.config.get_text_config().vocab_size
-        self.num_tokens = num_tokens if isinstance(num_tokens, int) else None
-        self.length = _DraftLength.of(guide, patient)
-
-    def distribution(self, ids: torch.Tensor) -> torch.Tensor:
-        """The drafter's distribution (1, V) of the token after `ids` (1, L)."""
-        logits = self.guide.draft_logits(ids, self.vocab_size)
-        return self.rule.distribution(self.logits_processor(ids, logits))  # type: ignore[arg-type]
-
-    def draft(self, ids: torch.Tensor, max_tokens: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Extend `ids` (1, L) by at most `max_tokens`. Also returns the distribution (1, V) of each drafted token."""
-        is_fixed = self.num_tokens is not None
-        max_tokens = min(self.length.num_tokens() if self.num_tokens is None else self.num_tokens, max_tokens)
-        drafts: list[torch.Tensor] = []
-        confidence = 1.0
-        while len(drafts) < max_tokens and (is_fixed or confidence > MIN_CONFIDENCE):
-            drafts.append(self.distribution(ids))
-            ids = torch.cat([ids, self.rule.token(drafts[-1])[:, None]], dim=1)
-            confidence *= self.rule.confidence(drafts[-1])
-        return ids, drafts
-
-    def observe(self, target: torch.Tensor, draft: torch.Tensor) -> None:
-        """Compare the guided distribution with that of a drafted token."""
-        if self.num_tokens is None:
-            self.length.observe(self.rule.agreement(target, draft))
-
-    def observe_plain_step(self, target: torch.Tensor, ids: torch.Tensor) -> None:
-        """Compare the guided distribution with what would have been drafted after `ids`. Skips most steps."""
-        if self.num_tokens is None and self.length.is_check_due():
-            self.length.observe(self.rule.agreement(target, self.distribution(ids)))
-
-
-class _DraftLength:
-    r"""
-    The number of tokens to draft that gives most tokens per time.
-
-    At a rate of acceptance $a$, a round of $k$ drafts gives $1 + a + \dots + a^k$ tokens. A round costs one step of
-    the patient, and `verify_cost` more for any number of further positions. Each draft costs `draft_cost` and a
-    constant. If all drafts are accepted, the doctors take one more step. The rate of acceptance is observed at every
-    draft, and at every fourth position where nothing is drafted. It is never derived from a clock, so the same seed
-    gives the same text.
-
-    Args:
-        draft_cost (`float`):
-            Time of a step of all doctors, in steps of the patient.
-        verify_cost (`float`):
-            Time by which a forward pass over several positions exceeds a step, in steps of the patient.
-    """
-
-    def __init__(self, draft_cost: float, verify_cost: float):
-        self.draft_cost, self.verify_cost = draft_cost, verify_cost
-        self.num_agreed, self.num_observed = 0.5, 1.0  # the prior, which decays quickly
-        self.num_plain_steps = 0
-
-    @classmethod
-    def of(cls, guide: DoctorGuidedLogitsProcessor, patient: PreTrainedModel) -> "_DraftLength":
-        """
-        Estimate the costs. That of a doctor follows from its parameters and layers as shares of the patient's, because
-        layers bound the time of small models. That of verification depends on whether memory bounds the patient.
-        """
-
-        def sizes(model: LanguageModel) -> tuple[int, int]:
-            return unwrap_peft(model).num_parameters(), model.config.get_text_config().num_hidden_layers
-
-        doctors = [sizes(doctor.model) for doctor in guide.doctors]
-        draft_cost = sum(part / whole for of in doctors for part, whole in zip(of, sizes(patient), strict=True)) / 2
-        is_bound_by_memory = patient.device.type != "cpu" or patient.dtype != torch.float32
-        return cls(draft_cost, verify_cost=0.1 if is_bound_by_memory else 0.5)
-
-    def observe(self, agreement: float) -> None:
-        """Update the rate of acceptance."""
-        self.num_agreed = 0.98 * self.num_agreed + agreement
-        self.num_observed = 0.98 * self.num_observed + 1
-
-    def is_check_due(self) -> bool:
-        """Whether to compare patient and draft at a position where nothing was drafted."""
-        self.num_plain_steps += 1
-        return self.num_plain_steps % 4 == 1
-
-    def num_tokens(self) -> int:
-        rate = self.num_agreed / self.num_observed
-
-        def tokens_per_time(num_drafts: int) -> float:
-            num_tokens = sum(rate**i for i in range(num_drafts + 1))
-            time = 1 + self.verify_cost * (num_drafts > 0) + POSITION_COST * num_drafts
-            return num_tokens / (time + self.draft_cost * (num_drafts + rate**num_drafts))
-
-        return max(range(MAX_DRAFT_TOKENS + 1), key=tokens_per_time)
