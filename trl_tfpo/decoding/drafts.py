@@ -141,10 +141,8 @@ class Assistant:
         self.recent = RecentLogits(self.memory)
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor | None:
-        num_embeddings = self.memory.num_embeddings
-        if ids.size(1) > self.memory.max_positions or (
-            num_embeddings < self.vocab_size and ids.max() >= num_embeddings
-        ):
+        num_known = self.memory.num_embeddings
+        if ids.size(1) > self.memory.max_positions or (num_known < self.vocab_size and ids.max() >= num_known):
             return None
         tokens = ids.clone()
         if self.attention_mask is not None:
