@@ -166,8 +166,8 @@ def describe_batch(
 
     Returns:
         `dict[str, torch.Tensor]`: detached scalars. `token_rewards/sparsity` is the share of tokens without a reward.
-        `token_rewards/agreement` is the sum of the absolute gaps of tokens whose gap has the sign of the label, divided by
-        the sum of all absolute gaps. The others are means over completions or pairs. Names with `rewards/` mean the
+        `token_rewards/agreement` is the sum of absolute gaps of tokens whose gap has the sign of the label, divided
+        by the sum of all absolute gaps. The others are means over completions or pairs. Names with `rewards/` mean the
         same as in [`~trl.DPOTrainer`].
     """
     token_rewards = token_rewards.masked_fill(~completion_mask, 0)
