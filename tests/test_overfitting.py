@@ -53,7 +53,7 @@ def train(train_dataset: Dataset, eval_dataset, tokenizer, folder, callbacks=Non
         warnings.simplefilter("always")
         trainer.train()
         trainer.evaluate()  # after training there is nothing to stop
-    return [str(x.message) for x in told if "Held-out pairs" in str(x.message)]
+    return [str(x.message) for x in told if "Held-out metrics" in str(x.message)]
 
 
 @pytest.fixture

@@ -88,7 +88,7 @@ def test_the_opening_of_a_turn_belongs_to_the_prompt():
         "chosen": "yes",
         "rejected": "no",
     }
-    with pytest.raises(ValueError, match="must open the assistant's turn in the same way, or neither"):
+    with pytest.raises(ValueError, match="must open the assistant's turn in the same way, or neither may"):
         read_pair(pair | {"rejected": " no"})
 
 

@@ -340,7 +340,7 @@ def test_arguments_of_a_row_may_be_json(tokenizer):
     row = tokenize({**PAIR, "chat_template_kwargs": '{"mood": "not"}'}, tokenizer)
     assert text(tokenizer, row["prompt_ids"]) == "<s> not <user> say soup <assistant>"
     for columns in ({"chat_template_kwargs": "{"}, {"chat_template_kwargs": [1]}, {"tools": 5}, {"tools": "{}"}):
-        with pytest.raises(ValueError, match="must be a (dict|list), also as JSON"):
+        with pytest.raises(ValueError, match="must be a (dict|list), or JSON of one"):
             tokenize({**PAIR, **columns}, tokenizer)
 
 

@@ -5,8 +5,8 @@ The equations of LLMdoctor, in the order of the paper (https://huggingface.co/pa
 
 Shapes: B rows, T completion tokens (EOS included), S = T + 1 states, V vocabulary. State $s_t$ is the prompt followed
 by the first $t$ completion tokens: column $t$ of a (B, S) tensor stands *before* column $t$ of a (B, T) tensor.
-Units: nats. Masks are boolean, True where a token counts. A masked token counts as deleted. Its entries may have any
-value, NaN included. `docs/paper_map.md` lists the test of every function.
+Units: nats. Masks are boolean: True where a token counts, False where it is treated as deleted. Entries of deleted
+tokens may have any value, NaN included. `docs/paper_map.md` lists the test of every function.
 
 Deviations from the paper, with the function or argument that selects them:
 
@@ -58,7 +58,8 @@ def token_importance(
         importance_temperature (`float`, *optional*, defaults to `3.0`):
             $\tau > 0$. The importance of a token with the mean gap is 0.76 at $\tau = 1$ and 0.32 at $\tau = 3$.
         gap_floor (`float`, *optional*, defaults to `0.05`):
-            $\epsilon > 0$, in nats. A completion whose mean gap is much smaller has no important token.
+            $\epsilon > 0$, in nats. If the mean gap is much smaller, only tokens with gaps of at least about
+            $\epsilon$ are important.
 
     Returns:
         `torch.Tensor` of shape `(B, T)`: importance in `[0, 1]`, zero outside the mask.
@@ -322,7 +323,7 @@ def subtb_loss(*, potential: torch.Tensor, completion_mask: torch.Tensor, subtb_
     geometric = ((1 - powers) / (1 - subtb_lambda)).to(step)  # (S,), sums of the first 0, 1, ... powers
     weight = geometric[1:]  # (T,), A_n
     discounted = _discounted_cumsum(weight * step, subtb_lambda)  # (B, T), G_n
-    inherited = geometric[(num_states[:, None] - age).clamp(min=0)]  # (B, T), weight of x_n in the sum of R_n
+    inherited = geometric[(num_states[:, None] - age).clamp(min=0)]  # (B, T), weight of step n in the sum of R_n
     total = (inherited * (2 * step * discounted - weight * step.square())).sum(dim=1)
     normaliser = (weight * (age < num_states[:, None])).sum(dim=1)
     return total / normaliser.clamp(min=1)
@@ -359,7 +360,7 @@ def value_discrimination_loss(
     value_margin: float = 0.1,
 ) -> torch.Tensor:
     r"""
-    Hinge loss on log V after the first tokens that differ.
+    Hinge loss on log V after the first tokens that differ, $y_w$ (chosen) and $y_l$ (rejected).
 
     $$\max\big(0,\ \gamma - (\log V(s_t \cdot y_w) - \log V(s_t \cdot y_l))\big)$$
 
@@ -430,7 +431,7 @@ def token_logps(*, logits: Sequence[FactoredLogits | torch.Tensor], targets: tor
 
     $$\log \pi(y \mid s) = \log \operatorname{softmax}\Big( \sum_k \ell_k(s) \Big)_y$$
 
-    Factored logits are computed in chunks of ids, and recomputed in the backward pass.
+    If all logits are factored, they are computed in chunks of ids, and recomputed in the backward pass.
 
     Args:
         logits (sequence of [`FactoredLogits`] or `torch.Tensor` of shape `(N, V_k)`):
@@ -638,7 +639,7 @@ def next_token_entropy(logits: torch.Tensor) -> torch.Tensor:
             Logits or log-probabilities, minus infinity included.
 
     Returns:
-        `torch.Tensor` of shape `(...)`: entropies in nats, from 0 to $\log V$.
+        `torch.Tensor` of shape `(...)`: entropies in nats, from 0 to the logarithm of the vocabulary size.
     """
     return torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1)
 

@@ -39,8 +39,8 @@ def add_scores(
     Add columns of one float for each completion token.
 
     Each process scores a share of the shards, and all processes get the whole result. A finished shard is written
-    atomically to a file in the cache of Datasets. An interrupted call resumes, also with another number of processes,
-    and returns the same bytes. `datasets.disable_caching()` turns the cache off.
+    atomically to a file in the cache of Datasets. After an interruption the same call resumes, even with another
+    number of processes, and returns the same bytes. `datasets.disable_caching()` turns the cache off.
 
     Args:
         dataset ([`~datasets.Dataset`]):
@@ -51,8 +51,8 @@ def add_scores(
         lengths (`np.ndarray` of shape `(len(dataset),)`):
             Number of tokens of each row. Rows of similar length share a shard.
         key (`object`):
-            Everything that the scores depend on, except the token ids of the dataset and the version of this package;
-            the same in all processes.
+            Everything that the scores depend on, except the token ids and masks of the dataset and the version of this
+            package; the same in all processes.
         columns (`list[str]`):
             Names of the new columns.
         desc (`str`):
@@ -135,7 +135,7 @@ def _read_shard(file: Path, num_rows: int) -> pa.Table | None:
 
 
 def _hash_of_ids(dataset: Dataset) -> str:
-    """Hash the columns of token ids. Other columns, the file and the history of the dataset do not count."""
+    """Hash the lists of integers: token ids and masks. Other columns, file and history of the dataset do not count."""
     hasher, table = Hasher(), dataset.with_format("arrow")[:]
     for name, feature in sorted(dataset.features.items()):
         if isinstance(feature, datasets.List) and getattr(feature.feature, "dtype", "").startswith("int"):

@@ -50,8 +50,8 @@ def score_completions(
     Log-probability of every completion token after its prompt.
 
     Completions of one prompt share a row if the model's attention supports the mask. Rows of similar length share a
-    forward pass. The (tokens, vocabulary) logits are never stored. For a model in half precision the residual stream,
-    the norms and the head are computed in float32.
+    forward pass. The (tokens, vocabulary) logits are never stored. For an unquantized model in half precision the
+    residual stream, the norms and the head are computed in float32, if its kernels support this.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -61,8 +61,8 @@ def score_completions(
         completion_ids (`list[list[int]]`):
             One completion for each prompt.
         batch_size (`int`):
-            Number of sequences of the greatest length in one forward pass. A pass of shorter sequences has at most the
-            same number of tokens.
+            Number of sequences in one forward pass if all have the greatest length. A pass of shorter sequences may
+            have more of them, but not more tokens.
         longest (`int`, *optional*, defaults to `0`):
             Number of tokens of the longest sequence (prompt and completion) of other calls. With it, all calls use the
             same number of tokens in a pass.
@@ -178,8 +178,8 @@ def _branch_mask(branch: torch.Tensor, model: LanguageModel) -> torch.Tensor:
 
 def _with_float32_residuals(model: LanguageModel) -> AbstractContextManager[None]:
     """
-    [`float32_residuals`] if the model is in half precision and can run in that context, otherwise a context without
-    effect. Call it within [`inference`].
+    [`float32_residuals`] if the model is in half precision, is not quantized, and can run in that context; otherwise a
+    context without effect. Call it within [`inference`].
     """
     base = unwrap_peft(model)
     if model.dtype not in HALF_PRECISION or getattr(base, "is_quantized", False):

@@ -48,7 +48,7 @@ from .scoring import check_unsharded, score_completions
 REWARD_COLUMNS = ["chosen_token_rewards", "rejected_token_rewards"]
 GAP_COLUMNS = ["chosen_gaps", "rejected_gaps"]
 SETTINGS_KEY = "trl_tfpo settings: "
-NUM_STREAMED = 64  # pairs of a streamed dataset that are checked before training; each may query the patient
+NUM_STREAMED = 64  # pairs of a streamed dataset that are checked before training; reading one may run the patient
 NUM_CHECKED_PAIRS = 8  # pairs that a patient in half precision also scores in float32
 MAX_FLIPPED = 0.1  # share of rewarded tokens that may depend on rounding without a warning
 
@@ -105,8 +105,8 @@ def annotate_token_rewards(
             completion is empty, if its prompt has `max_length` or more tokens, or if the chat template cannot render
             it. See [`~trl_tfpo.data.tokenization.tokenize_pair`].
         batch_size (`int`, *optional*, defaults to `16`):
-            Number of sequences of the greatest length in one forward pass of the patient. A pass of shorter sequences
-            has at most the same number of tokens. A pair has four sequences.
+            Number of sequences in one forward pass of the patient if all have the greatest length. A pass of shorter
+            sequences may have more of them, but not more tokens. A pair has four sequences.
         convert_transcripts (`bool`, *optional*, defaults to `False`):
             Whether to convert texts with turns of `"\n\nHuman:"` and `"\n\nAssistant:"` (HH-RLHF) to messages, the
             format of chat models.
@@ -282,10 +282,10 @@ def check_has_patient(patient: PreTrainedModel | NamedModel | None) -> None:
     """Raise `ValueError` if the patient is `None`."""
     if patient is None:
         raise ValueError(
-            "A dataset without token rewards needs a patient to annotate it, and so does `policy='guided'`. Got "
+            "A dataset without token rewards needs a patient, and so does training with `policy='guided'`. Got "
             "`patient_model=None`; pass a patient, or a dataset with the columns "
-            f"{ID_COLUMNS + REWARD_COLUMNS} from `annotate_token_rewards`. The trainer releases a patient given as a "
-            "model after annotation; pass its name to annotate another dataset."
+            f"{ID_COLUMNS + REWARD_COLUMNS} from `annotate_token_rewards`. After annotation the trainer releases a "
+            "patient that was given as a model; pass its name to annotate another dataset."
         )
 
 
@@ -329,7 +329,7 @@ def _measure_rounding(
     columns: list[str],
 ) -> dict[str, float] | None:
     """
-    Compare the gaps of a patient in half precision with its gaps in float32, on eight pairs.
+    Compare the gaps of a patient in half precision with its gaps in float32, on at most eight pairs.
 
     Returns:
         `dict[str, float]`: `mean` and `p95` of the error in nats, and `flipped`, the share of rewarded tokens with a

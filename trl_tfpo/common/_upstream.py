@@ -3,7 +3,7 @@
 """
 Private parts of TRL, PEFT, Accelerate and transformers that this package uses.
 
-`tests/test_upstream.py` checks that each part still behaves as this package needs it.
+`tests/test_upstream.py` checks that each part still behaves as this package requires.
 """
 
 import os
@@ -42,7 +42,7 @@ __all__ = [
 @contextmanager
 def unsharded() -> Iterator[None]:
     """
-    Within the context every process loads whole models, also under an engine that shards them.
+    Within the context every process loads whole models, even under an engine that shards them.
 
     Outside the context transformers shards a model when it loads it (ZeRO-3), or loads the parameters on one process
     only (FSDP). Datasets are scored by unsharded models before training.

@@ -57,7 +57,8 @@ REPLACEMENTS = {  # for arguments of TRL's trainers and configs, and of transfor
     "patient_model": TRAINER_ARGUMENT,
     "peft_config": TRAINER_ARGUMENT,
     "precompute_ref_batch_size": "`scoring_batch_size`",
-    "precompute_ref_log_probs": "this is always done with `policy='doctor'`, and never with other policies",
+    "precompute_ref_log_probs": "they are always precomputed with `policy='doctor'` (unless `reference_weight=0`), "
+    "and never with other policies",
     "preprocess_logits_for_metrics": "logits are not kept; `evaluate` and `predict` return metrics",
     "ref_adapter_name": REFERENCE,
     "ref_model": REFERENCE,
@@ -128,7 +129,7 @@ def check_types(settings: "DataclassInstance") -> None:
     dictionary. Objects that a file cannot contain, and the default of a field, are not checked.
 
     Raises:
-        `ValueError`: if a value has another type than its field.
+        `ValueError`: if a value does not have the type of its field.
     """
     hints: dict[str, Any] = {}
     for cls in reversed(type(settings).__mro__):
@@ -154,7 +155,7 @@ def check_types(settings: "DataclassInstance") -> None:
                 is_mapping = False
             if not is_mapping:
                 raise ValueError(
-                    f"`{field.name}` must be a dictionary, also as JSON. Got {value!r}; write it like "
+                    f"`{field.name}` must be a dictionary, or JSON of one. Got {value!r}; write it like "
                     "'{\"name\": 1}'."
                 )
 

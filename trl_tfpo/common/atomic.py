@@ -48,6 +48,8 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """
     Write to a temporary path, then replace `path` atomically. After an error the temporary path is deleted.
 
+    An existing folder cannot be replaced atomically: it is renamed first, and deleted last.
+
     Args:
         path (`str` or `os.PathLike`):
             A file or folder. It is replaced if it exists, and its parents are created.

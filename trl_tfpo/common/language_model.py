@@ -18,7 +18,7 @@ LanguageModel: TypeAlias = "PreTrainedModel | PeftModel"
 
 
 def is_peft_model(model: torch.nn.Module) -> bool:
-    """Whether the model is a `PeftModel`. Accelerate's function inspects the installed packages at every call."""
+    """Whether the model is a `PeftModel`. Accelerate's `is_peft_model` is slower: it looks for PEFT at every call."""
     return hasattr(model, "get_base_model")
 
 

@@ -202,7 +202,7 @@ def _split_texts(chosen: str, rejected: str, openings: Sequence[str], prompt: st
         starts = [found[0] if (found := start.match(answer)) else "" for answer in (chosen, rejected)]
         if starts[0] != starts[1]:
             raise ValueError(
-                "Both completions must open the assistant's turn in the same way, or neither. Got "
+                "Both completions must open the assistant's turn in the same way, or neither may open it. Got "
                 f"{reprlib.repr(chosen)} and {reprlib.repr(rejected)}; end the prompt with {opening!r}. Otherwise "
                 f"{REMEDY}"
             )

@@ -3,8 +3,8 @@
 """
 Rendering of a prompt and its completion as one text, with the spans of the assistant's turns.
 
-A span is the start and the end, in characters, of one turn of the assistant with its EOS. Turns of users and tools,
-and text that a chat template adds around turns, are outside the spans.
+A span is the start and the end, in characters, of one turn of the assistant with its EOS. The end is an upper bound:
+tokenization masks what follows EOS. Messages of users and tools are outside the spans.
 """
 
 import contextlib
@@ -80,7 +80,7 @@ def template_variables(example: dict[str, Any], processing_class: PreTrainedToke
             value = json.loads(value) if isinstance(value, str) else remove_none_values(value)
         if not isinstance(value, expected):
             raise ValueError(
-                f"`{name}` must be a {expected.__name__}, also as JSON. Got {reprlib.repr(value)}; {REMEDY}"
+                f"`{name}` must be a {expected.__name__}, or JSON of one. Got {reprlib.repr(value)}; {REMEDY}"
             )
         values[name] = value
     variables = values["chat_template_kwargs"]

@@ -88,7 +88,7 @@ def tokenize_preferences(
         if is_map_style and len(tokenized) == 0:
             raise ValueError(
                 f"At least one pair must be usable. Got {len(dataset)} unusable pairs; call without `drop_unusable` "
-                f"to see the error of the first. A prompt must be shorter than `max_length`={max_length} tokens."
+                f"to see the error of the first. Prompts must be shorter than `max_length` (here {max_length})."
             )
     return tokenized
 
@@ -122,7 +122,7 @@ def tokenize_pair(
     Args:
         example (`dict`):
             Row, see [`~trl_tfpo.data.preferences.read_pair`]. Its optional columns `tools` (a list of schemas) and
-            `chat_template_kwargs` (a `dict`), also as JSON, are passed to the chat template.
+            `chat_template_kwargs` (a `dict`) are passed to the chat template. Both may be JSON.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             The tokenizer.
         faces ([`~trl_tfpo.faces.Faces`], *optional*):

@@ -54,7 +54,7 @@ def check_same_tokenizer(
     token_a, token_b = (repr(tokens[first]) if first in tokens else "missing" for tokens in (tokens_a, tokens_b))
     raise ValueError(
         f"The {names[0]} and the {names[1]} must have the same tokenizer: the same token for every id. Got "
-        f"{len(tokens_a)} and {len(tokens_b)} tokens, of which {len(differing)} ids differ; the first is id {first}: "
+        f"{len(tokens_a)} and {len(tokens_b)} tokens; {len(differing)} ids differ, of which the first is id {first}: "
         f"{token_a} for the {names[0]}, {token_b} for the {names[1]}. Use two models of one family, and add the same "
         "tokens to both."
     )

@@ -235,7 +235,7 @@ def _add_adapter(model: PreTrainedModel, peft_config: Any, *, guides: bool, has_
         )
     reason = why_unsupported(peft_config)
     if reason is None and not hasattr(peft_config, "modules_to_save"):
-        reason = "Only `modules_to_save` saves the value head with the adapter"
+        reason = "An adapter needs `modules_to_save`, which saves the value head with it"
     if reason:
         raise ValueError(
             f"{reason}. Got {type(peft_config).__name__}; use an adapter of the weights, such as `LoraConfig`."

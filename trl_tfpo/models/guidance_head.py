@@ -6,7 +6,7 @@ A language model head whose logits lie in the span of the vocabulary embeddings.
 $$g(y \mid s) = c \, e_y^\top M h_s$$
 
 $e_y$ is the frozen embedding of token $y$. $M$ is a square matrix that starts at zero. $c$ is 1, or the inverse of the
-mean norm of the embeddings if this norm is below 1; otherwise small embeddings would slow training down.
+mean norm of the embeddings if this norm is below 1: without this factor, small embeddings would slow training down.
 
 An ordinary head learns nothing about tokens that do not occur in the pairs. With this head, tokens with similar
 embeddings get similar logits. It trains H x H weights instead of V x H.
@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 class GuidanceHead(torch.nn.Module):
     """
-    Language model head with logits in the span of the vocabulary embeddings. All logits are zero before training.
+    Language model head with logits in the span of the vocabulary embeddings. A new head gives zero logits.
 
     Args:
         embeddings (`torch.nn.Parameter` of shape `(V, H)`):

@@ -29,7 +29,7 @@ def start_at_zero(model: LanguageModel, in_span: bool = False) -> None:
             The language model, before an adapter is added.
         in_span (`bool`, *optional*, defaults to `False`):
             Whether to use a [`~trl_tfpo.models.guidance_head.GuidanceHead`] on the frozen weights of the current
-            head. A head with a bias, a scale or a cap is replaced by an ordinary head in any case.
+            head. A head with a bias, a scale or a cap remains an ordinary head in any case.
     """
     if getattr(model.config, "guidance", None):
         return

@@ -176,7 +176,7 @@ def resolve_model(
 def model_without_weights(
     config: PreTrainedConfig, dtype: str | torch.dtype | None, *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """Build the model of a config on the meta device, with SDPA attention."""
+    """Build the model of a config on the meta device."""
     if dtype in ("auto", None):
         dtype = config.get_text_config().dtype or torch.float32
     if isinstance(dtype, str):

@@ -31,9 +31,9 @@ from ..common.language_model import (
 
 logger = logging.getLogger(__name__)
 
-WORTHWHILE = 0.9  # tokens of rows over tokens of texts, padding included
-TOLERANCE = 1e-3  # of the hidden states' root mean square, in float32
-HALF_TOLERANCE = 0.1
+WORTHWHILE = 0.9  # maximum number of tokens in the rows, relative to the texts, padding included
+TOLERANCE = 1e-3  # maximum difference of hidden states in float32, relative to their root mean square
+HALF_TOLERANCE = 0.1  # the same in half precision
 _READS_PAIRS: WeakKeyDictionary[PreTrainedModel, dict[tuple, bool]] = WeakKeyDictionary()
 
 
@@ -121,8 +121,9 @@ def reads_pairs(model: LanguageModel) -> bool:
     """
     Whether a model gives the texts of a row the hidden states that each text has alone.
 
-    Attention must take a mask for each pair of tokens, and keep all tokens. Two short texts are read in both ways, and
-    compared. The answer is cached. It is no for sharded models, which all processes would have to read.
+    Attention must take a mask for each pair of tokens, and every layer must attend to all earlier tokens. Two short
+    texts are read in both ways, and their hidden states are compared. The answer is cached. It is False for sharded
+    models, because all processes would have to run them.
     """
     if is_sharded(model):
         return False
@@ -132,7 +133,7 @@ def reads_pairs(model: LanguageModel) -> bool:
     if way not in found:
         try:
             found[way] = _can_read(base)
-        except Exception as error:  # models raise anything on inputs that they do not take
+        except Exception as error:  # models raise errors of any type on unsupported inputs
             logger.info("%s reads each text alone: %r", type(base).__name__, error)
             found[way] = False
     return found[way]

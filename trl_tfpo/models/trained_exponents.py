@@ -94,8 +94,8 @@ def check_is_language_model(model: LanguageModel, adapters: Sequence[str] | None
     if trained_exponents(model, adapters):
         raise ValueError(
             "The patient must be a language model. Got a doctor of guided flow, which is a ratio of two policies; "
-            "pass the model that it guides. If the doctor is an adapter on the patient, disable it, or pass it to the "
-            "guide as `Doctor(model, adapter=NAME)`."
+            "pass the model that it guides. If the doctor is an adapter on the patient, disable it, or pass it to "
+            "`DoctorGuidedLogitsProcessor` as `Doctor(model, adapter=NAME)`."
         )
 
 

@@ -13,9 +13,9 @@ With a base policy (guided flow),
 
 $$\log \pi(y \mid s) = \log \operatorname{softmax}\big( \log \pi_{\text{base}} + \log \pi_{\text{doctor}} \big),$$
 
-and $\pi_{\text{base}}$ is the reference. The language model head of the doctor starts at zero. Training therefore
-starts at the base policy, and the doctor learns the log-ratio to it. This ratio can multiply any patient with the same
-tokenizer.
+and $\pi_{\text{base}}$ is the reference. The language model head of the doctor starts at zero, or at token credits
+if rewards are calibrated. From zero, training starts at the base policy. The doctor learns the log-ratio to the base
+policy, which can multiply any patient with the same tokenizer.
 """
 
 import copy
@@ -79,7 +79,7 @@ def place_base_policy(model: "LanguageModel | NamedModel", accelerator: Accelera
     """
     Load the base policy and move it to the accelerator, in shards if the doctor is sharded (ZeRO-3, FSDP2).
 
-    A quantized model, or one with a device map over several devices, is not moved. All processes must read a sharded
+    A quantized model, or one with a device map over several devices, is not moved. All processes must run a sharded
     model at the same time.
     """
     if isinstance(model, NamedModel):

@@ -154,10 +154,10 @@ class Calibration:
     def describe(self, *, is_used: bool) -> str:
         """Summarize which rewards are used, and how well both explain held-out labels."""
         return (
-            f"{'Calibrated' if is_used else 'Sparse'} token rewards are used: the log-likelihood of {self.num_pairs} "
-            f"held-out labels is {self.log_likelihood:.3f} ± {self.standard_error:.3f} nats with calibrated rewards "
-            f"(accuracy {self.accuracy:.0%}) and {self.sparse_log_likelihood:.3f} with sparse rewards, a difference "
-            f"of {self.advantage:.3f} ± {self.advantage_error:.3f}; chance is {CHANCE:.3f}."
+            f"{'Calibrated' if is_used else 'Sparse'} token rewards are used: the mean log-likelihood of "
+            f"{self.num_pairs} held-out labels is {self.log_likelihood:.3f} ± {self.standard_error:.3f} nats with "
+            f"calibrated rewards (accuracy {self.accuracy:.0%}) and {self.sparse_log_likelihood:.3f} with sparse "
+            f"rewards, a difference of {self.advantage:.3f} ± {self.advantage_error:.3f}; chance is {CHANCE:.3f}."
         )
 
     def report(self, *, is_used: bool) -> None:
@@ -273,7 +273,7 @@ def _fit_bradley_terry(
     Fit the weights (K,) of a Bradley-Terry model by Newton's method, with a ridge (K,).
 
     The features (P, K) are differences: chosen minus rejected completion. A float32 Hessian needs one more step, but
-    half the time.
+    takes half the time.
     """
     weights, rounded = torch.zeros_like(ridge) if weights is None else weights, features.float()
     for _ in range(25):

@@ -71,13 +71,13 @@ the difference of its two log-probabilities (stage 1 of [LLMdoctor](https://hugg
 | negative face | {negative} |
 | placement of the faces | {placement} |
 | token rewards | {reward} |
-| longest sequence, in tokens | {max_length} |
+| maximum length, in tokens | {max_length} |
 | hash of the tokenizer | {tokenizer} |
 
 `prompt_ids`, `chosen_ids` and `rejected_ids` are token ids. `chosen_mask` and `rejected_mask` are 1 for tokens of the
 assistant, and 0 for tokens of users and tools between its turns. `chosen_token_rewards` and `rejected_token_rewards`
-are one reward in [-1, 1] for each completion token. `chosen_gaps` and `rejected_gaps` are log-probabilities under the
-positive face minus those under the negative face, in nats.
+contain one reward for each completion token, in [-1, 1] unless a custom `reward_fn` was used. `chosen_gaps` and
+`rejected_gaps` are log-probabilities under the positive face minus those under the negative face, in nats.
 
 ```python
 from trl_tfpo import TFPOTrainer
@@ -130,7 +130,7 @@ def complete_model_card(
         f"{', '.join(f'`{name}={value}`' for name, value in TRAINING_EXPONENTS.items())} (product); a smaller `beta` "
         "guides less"
         if POLICIES[args.policy].has_base
-        else "`beta=0.5`, `alpha=1 - beta` (mixture), between 0.2 and 0.8"
+        else "`beta=0.5`, `alpha=1 - beta` (mixture), with `beta` between 0.2 and 0.8"
     )
     training = ", ".join(f"`{name}={getattr(args, name)}`" for name in TRAINING_SETTINGS)
     literal = json.dumps(annotation["patient"])  # escaped: the name comes from the dataset, and users run the code
@@ -187,7 +187,7 @@ def _describe_annotation(dataset: Dataset | IterableDataset) -> dict[str, str]:
         "negative": faces.get("negative", UNKNOWN),
         "placement": PLACEMENTS.get(str(placement), UNKNOWN),
         "reward": ", ".join(f"`{name}={json.dumps(value)}`" for name, value in reward.items()) or UNKNOWN,
-        "max_length": settings.get("max_length") or "any",
+        "max_length": settings.get("max_length", UNKNOWN) or "unlimited",
         "tokenizer": settings.get("tokenizer", UNKNOWN),
         "num_pairs": f"{len(dataset):,}" if isinstance(dataset, Dataset) else "an unknown number of",
     }

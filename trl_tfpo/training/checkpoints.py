@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Complete checkpoints: a list of the files is written last, and a checkpoint without the list is ignored."""
+"""Complete checkpoints: a list of the files is written last, and a checkpoint without the list is incomplete."""
 
 import json
 import logging
@@ -85,7 +85,7 @@ def resolve_checkpoint(
     checkpoint: str | os.PathLike[str] | bool | None, output_dir: str | os.PathLike[str] | None
 ) -> str | None:
     """
-    Find the checkpoint from which a training resumes, or `None` to start from the beginning.
+    Find the checkpoint from which training resumes, or `None` to start from the beginning.
 
     Args:
         checkpoint (`str`, `os.PathLike` or `bool`, *optional*):

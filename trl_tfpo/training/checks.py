@@ -98,7 +98,7 @@ def check_can_calibrate(dataset: Dataset | IterableDataset, model: LanguageModel
         )
     if is_peft_model(model) and not has_zero_lora(model):
         warnings.warn(
-            "Only a new LoRA adapter with `policy='doctor'` can start at the calibrated credits. Got "
+            "Of all adapters, only a new LoRA with `policy='doctor'` can start at the calibrated credits. Got "
             f"{'an adapter of guided flow' if trained_exponents(model) else 'another adapter'}, which starts without "
             "them; use `policy='doctor'` with a `LoraConfig`."
         )
@@ -142,5 +142,6 @@ def check_loss(loss: torch.Tensor, inputs: dict[str, torch.Tensor], trainer: Tra
         model.save_pretrained(folder)
     raise ValueError(
         f"The loss must be finite. Got {loss.item()} at step {trainer.state.global_step}; lower `learning_rate`, "
-        f"raise `reward_temperature`, or train in float32 or bfloat16. The batch and the model are in {str(folder)!r}."
+        f"raise `reward_temperature`, or train in float32 or bfloat16. The batch, and the model unless it is sharded, "
+        f"are in {str(folder)!r}."
     )

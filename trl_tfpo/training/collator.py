@@ -207,7 +207,7 @@ class TokenRewardCollator(DataCollatorMixin):
         if len(mask) != len(completion_ids) or not any(mask[room]):
             raise ValueError(
                 f"`{name}_mask` must have one entry for each completion token, and at least one that is 1. Got "
-                f"{len(mask)} for {len(completion_ids)} tokens, and {sum(mask[room])} of them 1 within "
+                f"{len(mask)} entries for {len(completion_ids)} tokens, of which {sum(mask[room])} are 1 within "
                 f"`max_length={self.max_length}`; annotate the dataset again, or drop the pair."
             )
         row = {"prompt_ids": prompt_ids, "completion_ids": completion_ids[room], "mask": mask[room]}

@@ -82,15 +82,16 @@ class TFPOConfig(_BaseConfig):
             Temperature of token importance, greater than 0; tau in the paper. At smaller values, tokens with a small
             gap become as important as tokens with a large one.
         gap_floor (`float`, *optional*, defaults to `0.05`):
-            Floor of the mean gap of a completion in nats, greater than 0; epsilon in the paper. A mean gap far below
-            the floor is noise, and no token of the completion is important.
+            Added to the mean gap of a completion, in nats, greater than 0; epsilon in the paper. Without it, gaps that
+            are only noise would count as important in a completion with a tiny mean gap.
         sparsity_threshold (`float`, *optional*, defaults to `0.3`):
             Minimum importance of a token with a reward, in [0, 1); theta in the paper.
         calibrate_rewards (`bool`, *optional*):
             Whether to fit the token rewards to the labels, see `trl_tfpo.training.calibration`. The doctor then
-            starts at the token credits (an adapter of guided flow starts at zero), and `reward_direction` has no
-            effect. By default, rewards are calibrated if they then explain held-out labels better. The default needs
-            guided flow without an adapter, 128 pairs, and unchanged `reward_direction` and `reward_fn`.
+            starts at the token credits (an adapter of guided flow starts at zero), and the other settings of token
+            rewards have no effect. By default, rewards are calibrated if they then explain held-out labels better. The
+            default needs guided flow without an adapter, at least 128 pairs, and unchanged `reward_direction` and
+            `reward_fn`.
 
         > Parameters that control the objective
 
@@ -106,8 +107,8 @@ class TFPOConfig(_BaseConfig):
             tokens that are unlikely under the reference, and make texts more diverse. With `policy="doctor"` the
             reference is the doctor before training.
         subtb_lambda (`float`, *optional*, defaults to `0.95`):
-            Decay in [0, 1]: sub-trajectories of n tokens have weight `subtb_lambda ** n`. At 0.95, lengths up to about
-            20 tokens count; at 1, all lengths count equally.
+            Decay in [0, 1]: sub-trajectories of n tokens have weight `subtb_lambda ** (n - 1)`. At 0.95, lengths up to
+            about 20 tokens count; at 1, all lengths count equally.
         value_loss_weight (`float`, *optional*, defaults to `0.1`):
             Weight of the value discrimination loss, at least 0; lambda in the paper.
         value_margin (`float`, *optional*, defaults to `0.1`):

@@ -57,7 +57,8 @@ def tfpo_objective(
         reference_weight (`float`, *optional*, defaults to `1.0`):
             Exponent of the reference in the target; 0 in the paper.
         subtb_lambda (`float`, *optional*, defaults to `0.95`):
-            Sub-trajectories of n tokens have weight `subtb_lambda ** n`, see [`~trl_tfpo.functional.subtb_loss`].
+            Sub-trajectories of n tokens have weight `subtb_lambda ** (n - 1)`, see
+            [`~trl_tfpo.functional.subtb_loss`].
         value_loss_weight (`float`, *optional*, defaults to `0.1`):
             $\lambda$, weight of the value discrimination loss.
         value_margin (`float`, *optional*, defaults to `0.1`):
@@ -124,7 +125,8 @@ def pair_rewards(
 
     $$r(y) = \tau_r \big( \log \pi(y \mid x) - \log \pi_{\text{ref}}(y \mid x) \big)$$
 
-    Under the target policy, they are the sums of the token rewards, up to a constant for each prompt.
+    For the target policy with `reference_weight=1`, they are the sums of the token rewards, up to a constant for each
+    prompt.
 
     Args:
         doctor_logps (`torch.Tensor` of shape `(B, T)`):
@@ -164,8 +166,9 @@ def describe_batch(
 
     Returns:
         `dict[str, torch.Tensor]`: detached scalars. `token_rewards/sparsity` is the share of tokens without a reward.
-        `token_rewards/agreement` is the share of the absolute gaps whose sign agrees with the label. The others are
-        means over completions or pairs. Names with `rewards/` mean the same as in [`~trl.DPOTrainer`].
+        `token_rewards/agreement` is the sum of absolute gaps of tokens whose gap has the sign of the label, divided
+        by the sum of all absolute gaps. The others are means over completions or pairs. Names with `rewards/` mean the
+        same as in [`~trl.DPOTrainer`].
     """
     token_rewards = token_rewards.masked_fill(~completion_mask, 0)
     chosen_rewards, rejected_rewards = token_rewards.sum(dim=1).chunk(2)

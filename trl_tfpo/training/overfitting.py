@@ -17,7 +17,7 @@ LOSS, ACCURACY = "_loss", "_rewards/accuracies"  # ends of the names of metrics
 
 class WarnOfOverfitting(TrainerCallback):
     """
-    Warn once in each training when held-out metrics get worse, and name the best step.
+    Warn once in each training run when held-out metrics get worse, and name the best step.
 
     [`best_before_decline`] says when a metric gets worse. There is no warning with `load_best_model_at_end` or an
     `EarlyStoppingCallback` in `handler`. [`TFPOTrainer`] always adds this callback.
@@ -59,7 +59,7 @@ class WarnOfOverfitting(TrainerCallback):
                 self.is_active = False
                 step, *since = list(values)[best:]
                 warnings.warn(
-                    f"Held-out pairs get worse: `{name}` was best at step {step} ({values[step]:.4g}), and then "
+                    f"Held-out metrics get worse: `{name}` was best at step {step} ({values[step]:.4g}), and then "
                     f"{', '.join(f'{values[x]:.4g}' for x in since)} (steps {', '.join(map(str, since))}). Train for "
                     "fewer epochs, stop early with `EarlyStoppingCallback`, or keep the best doctor with "
                     f"`load_best_model_at_end=True` and `metric_for_best_model={name!r}`."

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Plan of a training from configs and data: counts of tokens and steps, memory of weights and optimizer."""
+"""Plan of a training run from configs and data: counts of tokens and steps, memory of weights and optimizer."""
 
 import copy
 import math
@@ -55,7 +55,7 @@ class Memory:
         weights (`int`):
             Weights, including those gathered from other processes.
         gradients (`int`):
-            Gradients. DDP counts twice, because its communication buckets are a copy.
+            Gradients. Counted twice for DDP, because its communication buckets are a copy.
         optimizer (`int`):
             Two states of AdamW and, with DeepSpeed, float32 copies of weights and gradients.
     """
@@ -160,7 +160,7 @@ def training_plan(
     max_pairs: int = 1000,
 ) -> TrainingPlan:
     """
-    Count tokens, steps and bytes of a training with these arguments. No weights or accelerator are needed.
+    Count tokens, steps and bytes of a training run with these arguments. No weights or accelerator are needed.
 
     Args:
         dataset ([`~datasets.Dataset`]):
@@ -171,9 +171,9 @@ def training_plan(
             Name, path or config of the doctor. Only the config is read. Weights stored in quantized form count as
             unquantized.
         patient (`str` or [`~transformers.PreTrainedConfig`], *optional*):
-            The same for the patient. Not needed for an annotated dataset.
+            The same for the patient. Not needed for an annotated dataset, except with `policy="guided"`.
         args ([`TFPOConfig`]):
-            Settings of the training.
+            Settings of the training run.
         faces ([`~trl_tfpo.faces.Faces`] or `str`, *optional*):
             Contrastive prompts for the patient.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
@@ -183,9 +183,9 @@ def training_plan(
         peft_config ([`~peft.PeftConfig`], *optional*):
             Adapter of the doctor.
         num_processes (`int`, *optional*, defaults to `1`):
-            Number of processes of the training.
+            Number of processes of the training run.
         mixed_precision (`bool`, *optional*, defaults to `True`):
-            Whether the training computes in bfloat16, the default on an accelerator.
+            Whether training computes in bfloat16, the default on an accelerator.
         max_pairs (`int`, *optional*, defaults to `1000`):
             Maximum number of pairs to tokenize. A longer dataset is sampled, and its counts are extrapolated.
 

@@ -32,7 +32,8 @@ def choose_rewards(
     is_online: bool = False,
 ) -> tuple[Calibration | None, str | None]:
     """
-    Calibrate token rewards if the settings require it, or by default if they then explain held-out labels better.
+    Calibrate token rewards if the settings require it, or by default if calibrated rewards explain held-out labels
+    better.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):

@@ -281,7 +281,7 @@ class TFPOTrainer(DoctorFiles):
             train_dataset, eval_dataset, model, args, self._eos_token_ids, is_online=is_online
         )
         train_dataset, eval_dataset = self._calibrate(train_dataset), self._calibrate(eval_dataset)
-        if self.calibration is None:  # calibrated rewards always lie in the span of the embeddings
+        if self.calibration is None:  # token credits always lie in the span of the embeddings
             choose_head(model, train_dataset, self._eos_token_ids, is_online=is_online)
         return train_dataset, eval_dataset
 
@@ -332,7 +332,7 @@ class TFPOTrainer(DoctorFiles):
         return self.calibration.apply(dataset, needs_gaps=needs_gaps)
 
     def _add_reference_logps(self, dataset: AnyDataset | None) -> AnyDataset | None:
-        """Add the log-probabilities of the doctor before training to a dataset if they are the reference."""
+        """If the doctor before training is the reference, add its log-probabilities to a dataset."""
         if dataset is None or not self._caches_reference:
             return dataset
         return with_reference_logps(dataset, self, fingerprint=str(self._reference_fingerprint))
@@ -420,7 +420,7 @@ class TFPOTrainer(DoctorFiles):
         return (loss, {**outputs, "rewards": rewards}) if return_outputs else loss
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """Batches of one optimizer step, and the number of their pairs in all processes, which divides the loss."""
+        """Batches of one optimizer step, and the number of their pairs in all processes, the divisor of the loss."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         num_pairs = torch.tensor(sum(len(batch["is_complete"]) // 2 for batch in batches), device=device)
         return batches, self.accelerator.gather(num_pairs).sum()
