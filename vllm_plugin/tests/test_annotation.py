@@ -13,6 +13,7 @@ import json
 import os
 import random
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -153,9 +154,9 @@ def test_rewards_by_vllm_in_the_process(root, inputs, expected):
 
 @pytest.fixture(scope="module")
 def guided_url(root, folders):
-    """A server with two doctors."""
+    """A server with two doctors. Their vocabulary has the patient's padding: ids that one lacks are excluded."""
     command = [sys.executable, "-m", "trl_tfpo_vllm", "--patient", folders.patient]
-    command += ["--doctor", f"helpful={folders.helpful}", "--doctor", f"harmless={folders.harmless}"]
+    command += ["--doctor", f"helpful={folders.helpful}", "--doctor", f"harmless={folders.patient}"]
     flags = shlex.split(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     for name, value in ENGINE.items():
         flags += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
@@ -180,10 +181,10 @@ def test_a_report_by_the_server(root, folders, guided_url):
     (root / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"t9 t{x}"}) + "\n" for x in range(10, 14)))
     inputs = ["--dataset_name", root / "prompts.jsonl", "--max_new_tokens", "6"]
     models = ["--patient", folders.patient, "--dtype", "float32"]
+    fakes = shutil.ignore_patterns("value_head*", "token_credits*")  # of the tests of loading
+    helpful = shutil.copytree(folders.helpful, root / "helpful", ignore=fakes)
     for name, betas in (("helpful", [0.8]), ("both", [0.5, -0.3])):
-        doctors = [
-            part for doctor in (folders.helpful, folders.harmless)[: len(betas)] for part in ("--doctor", doctor)
-        ]
+        doctors = [part for doctor in (helpful, folders.patient)[: len(betas)] for part in ("--doctor", doctor)]
         weights = ["--alpha", "1", "--beta", *betas, "--temperature", "0"]
         trl_tfpo(root, "generate", *models, *doctors, *weights, *inputs, "--output", root / f"{name}.jsonl")
     command = ["evaluate", "--base_url", guided_url, "--model", "patient", "--patient", folders.patient, *inputs]
@@ -200,7 +201,7 @@ def test_a_report_by_the_server(root, folders, guided_url):
 
 def test_a_doctor_that_the_server_lacks(root, folders, guided_url):
     """vLLM would ignore it, and the report would be one of the patient."""
-    with pytest.raises(AssertionError, match="'helpful', 'harmless'.*Got .'other'"):
+    with pytest.raises(AssertionError, match="'harmless', 'helpful'.*Got .'other'"):
         command = ["evaluate", "--base_url", guided_url, "--model", "patient", "--patient", folders.patient]
         inputs = ["--dataset_name", root / "prompts.jsonl", "--method", "x=other:1"]
         trl_tfpo(root, *command, *inputs, "--output_dir", root / "none")
