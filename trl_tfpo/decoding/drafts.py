@@ -142,7 +142,9 @@ class Assistant:
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor | None:
         num_embeddings = self.memory.num_embeddings
-        if ids.size(1) > self.memory.max_positions or (num_embeddings < self.vocab_size and ids.max() >= num_embeddings):
+        if ids.size(1) > self.memory.max_positions:
+            return None
+        if num_embeddings < self.vocab_size and ids.max() >= num_embeddings:
             return None
         tokens = ids.clone()
         if self.attention_mask is not None:
