@@ -55,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     verb, *rest = arguments
     if verb not in VERBS:
-        return print_error("", f"unknown command {verb!r}{did_you_mean(verb, VERBS)}. `trl-tfpo --help` lists them")
+        hint = did_you_mean(verb, VERBS) or "."
+        return print_error("", f"unknown command {verb!r}{hint} `trl-tfpo --help` lists the commands")
     if not sys.stderr.isatty():
         os.environ["TQDM_DISABLE"] = "1"  # progress is printed as lines instead
     if "--quiet" in rest:
@@ -65,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return importlib.import_module(f".{verb}", __name__).run(rest) or 0
     except KeyboardInterrupt:
         if LAUNCHED not in os.environ:  # otherwise the launching process prints it
-            message = f"interrupted. To resume, run the same command again{RESUME_HINTS.get(verb, '')}."
+            kept = RESUME_HINTS.get(verb)
+            message = f"interrupted. To resume, run the same command again{kept}." if kept else "interrupted."
             print(f"\ntrl-tfpo {verb}: {message}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:

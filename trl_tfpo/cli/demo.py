@@ -39,7 +39,7 @@ class DemoArguments:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Open the page until interrupted."""
+    """Serve the page until interrupted."""
     description = "Open the playground: a web page with a slider for each doctor."
     (args,) = Parser([DemoArguments], "demo", description).parse(arguments)
     if (args.patient is None) == bool(args.doctor):

@@ -81,7 +81,8 @@ def check_output(path: str | os.PathLike, *, overwrite: bool) -> None:
         )
     if path.is_dir() and overwrite and any(path.iterdir()) and not (path / "dataset_info.json").is_file():
         raise ValueError(
-            f"Only a dataset can be overwritten. Got {str(path)!r}, a folder of other files; choose another path."
+            f"A folder can be overwritten only if it is a dataset. Got {str(path)!r}, with other files; choose "
+            "another path."
         )
 
 

@@ -52,9 +52,7 @@ class GenerateArguments:
     num_samples_per_prompt: int = field(default=1, metadata={"help": "Completions per prompt."})
     best_of: int = field(
         default=1,
-        metadata={
-            "help": "Candidates per completion. The candidate with the highest token credits by the doctors is kept."
-        },
+        metadata={"help": "Candidates per completion. The candidate with the largest sum of token credits is kept."},
     )
     max_new_tokens: int = field(default=256, metadata={"help": "Maximum length of a completion, in tokens."})
     temperature: float = field(

@@ -235,7 +235,7 @@ def with_config_file(options: Sequence[str]) -> list[str]:
     if not path.is_file():
         ours = sorted(file.stem for file in ACCELERATE_CONFIGS.glob("*.yaml"))
         raise ValueError(
-            f"`--accelerate_config` must be a file or a name. Got {name!r}{did_you_mean(name, ours)}; choose from "
-            f"{ours} and the names of TRL."
+            f"`--accelerate_config` must be a file or a name. Got {name!r}{did_you_mean(name, ours) or '.'} Choose "
+            f"from {ours} and the names of TRL."
         )
     return ["--config_file", str(path), *options[:index], *options[index + 2 :]]

@@ -55,8 +55,8 @@ class TFPOScriptArguments(ScriptArguments):
     chosen_id_column: str | None = field(
         default=None,
         metadata={
-            "help": "Column with the index of the chosen response, 0 or 1, for 'response_0' and 'response_1': "
-            "'better_response_id' or 'safer_response_id' of PKU-SafeRLHF."
+            "help": "Column that tells which of the columns 'response_0' and 'response_1' is chosen, by 0 or 1. In "
+            "PKU-SafeRLHF: 'better_response_id' or 'safer_response_id'."
         },
     )
     dry_run: int = field(
@@ -175,7 +175,7 @@ def model_names(script_args: TFPOScriptArguments, model_args: ModelConfig) -> tu
 
 
 def set_init_kwargs(script_args: TFPOScriptArguments, training_args: TFPOConfig, model_args: ModelConfig) -> None:
-    """Add model options to the training arguments, without overriding their keyword arguments."""
+    """Add model options to the training arguments. Keyword arguments that they already have take precedence."""
     check_dtype(script_args.patient_dtype)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,

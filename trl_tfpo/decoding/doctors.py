@@ -29,7 +29,7 @@ from .static_cache import can_reuse, compiled, crop, make_static_cache, static_i
 
 
 NO_ADAPTER = "__base__"  # PEFT's name for the base model
-KEY_VALUE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)  # caches without another state
+KEY_VALUE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)  # caches that hold only keys and values
 NUM_RECENT = 32  # prefixes whose logits are kept, because assisted decoding returns to them
 
 # Reading modes. Each is tested on a short text before its first use
@@ -458,7 +458,7 @@ def _num_absolute_positions(model: LanguageModel) -> float:
 
 
 def check_reference(doctor: Doctor, reference: Doctor | None) -> None:
-    """Raise `ValueError` when the reference is the doctor itself, or the doctor is one of guided flow."""
+    """Raise `ValueError` when the reference is the doctor itself, or a language model for a doctor of guided flow."""
     if reference is None:
         return
     is_same = reference.is_on(doctor.model) and reference.adapters == doctor.adapters

@@ -20,7 +20,7 @@ DEFAULT_BETA = 0.5  # of a doctor that is a language model
 def default_beta(trained_exponents: Mapping[str, float], num_language_models: int = 1) -> float:
     """
     Return the default exponent of a doctor: the `beta` of its training, or a share of `DEFAULT_BETA` for a language
-    model, which has no [`~trl_tfpo.models.adapters.trained_exponents`].
+    model, which has no [`~trl_tfpo.models.trained_exponents.trained_exponents`].
     """
     return trained_exponents["beta"] if trained_exponents else DEFAULT_BETA / num_language_models
 
@@ -73,7 +73,8 @@ def remaining_exponent(betas: Sequence[Exponent]) -> Exponent:
     Return 1 minus the sum of the doctors' exponents: the exponent of the patient in a mixture.
 
     Raises:
-        `ValueError`: when the result is negative. If an exponent is a schedule, so is the result, and it raises.
+        `ValueError`: when the result is negative. If an exponent is a schedule, the result is a schedule that raises
+            the error when it is called.
     """
     if any(map(callable, betas)):
         return lambda step: _remainder([exponent_at(beta, step) for beta in betas])

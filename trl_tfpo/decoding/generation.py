@@ -165,9 +165,9 @@ def check_reads(
     read = partial(_generate_text, patient, is_padded=is_padded, in_pieces=in_pieces)
     if fault := reading_fault(patient, mode, read, errors_count=False):
         raise ValueError(
-            "The patient must give the same logits for a prompt with and without padding, and whole or in parts. Got "
-            f"{type(unwrap_peft(patient)).__name__}: {fault}. Decode prompts one by one (`batch_size=1`), or prompts "
-            "of one length together, without `prefill_chunk_size`."
+            "The patient must give the same logits for a prompt with or without padding, and read whole or in parts. "
+            f"Got {type(unwrap_peft(patient)).__name__}: {fault}. Decode prompts one by one (`batch_size=1`), or "
+            "prompts of one length together, without `prefill_chunk_size`."
         )
 
 
@@ -208,7 +208,7 @@ def _generate_text(
 
 
 def _after_prompt(streamer: BaseStreamer, input_ids: torch.Tensor) -> Callable[[torch.Tensor], None]:
-    """Return a function that streams tokens, and the prompts before the first. Refused prompts are not streamed."""
+    """Return a function that streams the prompts and then the tokens. Refused prompts are not streamed."""
     prompts = [input_ids.cpu()]
 
     def put(token: torch.Tensor) -> None:
@@ -260,7 +260,7 @@ def _check_arguments(
 ) -> None:
     if not isinstance(guide, DoctorGuidedLogitsProcessor):
         raise ValueError(
-            f"`guide` must be a `DoctorGuidedLogitsProcessor`. Got a `{type(guide).__name__}`; make one of the doctor."
+            f"`guide` must be a `DoctorGuidedLogitsProcessor`. Got a `{type(guide).__name__}`; make one from a doctor."
         )
     if patient.config.is_encoder_decoder:
         raise ValueError(
@@ -275,8 +275,8 @@ def _check_arguments(
         )
     if _setting(patient, kwargs, "assistant_early_exit") and any(doctor.is_on(patient) for doctor in guide.doctors):
         raise ValueError(
-            "Early exit drafts with fewer layers, also in a doctor on the patient's weights. Got "
-            "`assistant_early_exit`; leave it out."
+            "Early exit must not be used with a doctor on the patient's weights, because the doctor would also skip "
+            "layers. Got `assistant_early_exit`; leave it out."
         )
     for name in ("custom_generate", "inputs_embeds", "inputs"):
         if kwargs.get(name) is not None:

@@ -49,8 +49,8 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
     \pi_{\text{patient}}^\alpha \prod_i \pi_{\text{doctor}_i}^{\beta_i}$.
 
     It supports greedy search, sampling, beams, `num_return_sequences` and assisted decoding, in any number of
-    consecutive `generate` calls. Each doctor reads each token once. The processor follows the repetition penalty and
-    processors that ban tokens. Temperature, top-k and top-p act on the guided distribution.
+    consecutive `generate` calls. Each doctor reads each token once. The processor runs after the repetition penalty
+    and processors that ban tokens. Temperature, top-k and top-p act on the guided distribution.
 
     Args:
         doctor ([`~transformers.PreTrainedModel`] or [`Doctor`], or list of them):
@@ -418,7 +418,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         return logits.masked_fill(is_unknown, -math.inf)
 
     def _per_row(self, weight: Number, scores: torch.Tensor) -> Number:
-        """Repeat a tensor of exponents by prompt for each row, (B, 1). Beams and return sequences copy prompts."""
+        """Repeat exponents, one per prompt, for the rows of that prompt (B, 1): its beams or return sequences."""
         if not isinstance(weight, torch.Tensor):
             return weight
         self._check_by_prompt("`alpha` and `beta` must be numbers, or tensors with", len(weight), len(scores))

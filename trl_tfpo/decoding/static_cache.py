@@ -17,7 +17,7 @@ from transformers.masking_utils import create_masks_for_generate
 from ..common.language_model import LanguageModel, unwrap_peft
 
 
-MIN_COLUMNS = 256  # of a cache; a longer text doubles them, and compiles again
+MIN_COLUMNS = 256  # of a cache; a longer text needs a larger power of two, and another compilation
 
 
 def make_static_cache(config: PreTrainedConfig, num_tokens: int) -> StaticCache:
@@ -26,7 +26,7 @@ def make_static_cache(config: PreTrainedConfig, num_tokens: int) -> StaticCache:
 
 
 def can_reuse(cache: StaticCache, num_rows: int, num_tokens: int) -> bool:
-    """Whether a cache has the rows and enough columns for another text."""
+    """Whether a cache has the right number of rows and enough columns for another text."""
     states = _states(cache)
     return bool(states) and len(states[0]) == num_rows and cache.get_max_length() >= num_tokens
 
@@ -65,7 +65,7 @@ def static_inputs(
     Inputs of a forward pass with the strides and masks that a compiled one expects at every step.
 
     As in `generate`, the masks are made outside of the compiled region. Slices of a longer tensor are copied, because
-    another stride compiles the model again.
+    the model would be compiled again for another stride.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):

@@ -279,7 +279,7 @@ def check_policy(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor | 
         )
     if guide and not all(isinstance(weight, float) for weight in (guide.alpha, *guide.betas)):
         raise ValueError(
-            "`alpha` and `beta` must be numbers in an evaluation. Got a weight for each row or a schedule; evaluate "
+            "`alpha` and `beta` must be numbers in an evaluation. Got a tensor or a schedule; evaluate "
             "one strength at a time."
         )
     if any(doctor.prompt is not None for doctor in doctors):

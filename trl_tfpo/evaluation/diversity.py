@@ -93,7 +93,7 @@ def self_similarity(
     """
     if max_pairs < 1:
         raise ValueError(
-            f"`max_pairs` must be at least 1. Got {max_pairs}; with 1000 the standard error is below 0.01."
+            f"`max_pairs` must be at least 1. Got {max_pairs}; with 1000 the standard error is below 0.02."
         )
     vocabulary: dict = {}
     rng = random.Random(seed)

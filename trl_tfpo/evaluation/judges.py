@@ -233,7 +233,7 @@ class ChatJudge:
             of a response replaces it.
 
     Attributes:
-        num_answered (`int`): number of answers received so far, without those in the cache file.
+        num_answered (`int`): number of answers received so far, without those read from the cache file.
 
     Raises:
         `ValueError`: when the URL is not an HTTP URL, or a number is out of range.

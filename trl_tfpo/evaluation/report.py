@@ -157,7 +157,8 @@ def evaluate_completions(
     - `reward`, with `reward_fn`.
     - `num_words`. For [`Completion`] objects also `num_tokens`, `is_complete` and, if times are known,
       `tokens_per_second`.
-    - `distinct_1` to `distinct_4`, over first samples of the first seed, with the same number for every method.
+    - `distinct_1` to `distinct_4`, over the first samples of each prompt in the first seed, equally many for
+      all methods.
     - `self_similarity_within` the samples of a prompt, and `self_similarity_across` the first samples of all prompts,
       both of the first seed.
     - `measures` from the caller, such as `kl` and `entropy` of [`next_token_statistics`] or `kl` of [`sampled_kl`].

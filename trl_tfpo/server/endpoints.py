@@ -199,10 +199,10 @@ def template_variables(
     given: Mapping[str, TemplateValue], processing_class: PreTrainedTokenizerBase
 ) -> dict[str, TemplateValue]:
     """
-    Return the variables that the chat template uses. False values of other variables are dropped.
+    Return the variables that the chat template uses. Other variables are dropped if they are false, 0 or empty.
 
     Raises:
-        `ApiError`: on other values of variables that the template does not use, and on arguments of
+        `ApiError`: on variables that the template does not use and that have another value, and on arguments of
             `apply_chat_template`.
     """
     reserved = reserved_variables(processing_class)

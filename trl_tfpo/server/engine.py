@@ -194,7 +194,10 @@ class Engine:
         row = Row(generation, *self.exponents(generation))
         with self._lock:
             if self._is_closed or self.num_waiting >= limits.max_queue:
-                raise OverflowError(f"At most {limits.max_queue} completions can wait. Got one more; try again later.")
+                raise OverflowError(
+                    f"At most {limits.max_queue} completions can wait, and none in a closed engine. Got one more; try "
+                    "again later."
+                )
             self.num_waiting += 1
         self._arrivals.put(row)
 
@@ -264,7 +267,7 @@ class Engine:
             self._keep_rows(self._batch, self._send_prompt_scores(self._batch))
 
     def _keep_rows(self, batch: Batch, indices: list[int]) -> None:
-        """Remove all other rows from the batch."""
+        """Keep the rows at `indices`, and remove the others from the batch."""
         if len(indices) < len(batch.rows):
             self._batch = batch.select(indices) if indices else None
 

@@ -15,7 +15,7 @@ from .errors import ApiError
 
 
 class RequestGuard:
-    """HTTP middleware of all endpoints. Requests need a key only if there is an `api_key`."""
+    """HTTP middleware of all endpoints. If there is an `api_key`, all requests except `GET /health` need it."""
 
     def __init__(self, limits: Limits, api_key: str | None, num_requests: Counter):
         self.limits, self.api_key, self.num_requests = limits, api_key, num_requests

@@ -131,7 +131,7 @@ class Sampling(Part):
     @model_validator(mode="after")
     def _check_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("`stream_options` needs `stream`. Got it without; leave it out")
+            raise ValueError("`stream_options` needs `stream`. Got `stream: false`; leave out `stream_options`")
         return self
 
 
@@ -175,7 +175,7 @@ class ChatRequest(Sampling, UnsupportedChatFields):
     def _check_logprobs(self) -> Self:
         if self.top_logprobs and not self.logprobs:
             raise ValueError(
-                f"`top_logprobs` needs `logprobs`. Got {self.top_logprobs} without; pass `logprobs: true`"
+                f"`top_logprobs` needs `logprobs`. Got only `top_logprobs: {self.top_logprobs}`; pass `logprobs: true`"
             )
         return self
 

@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--output_dir", required=True, help="folder in which `patient` and `doctor` are created")
     parser.add_argument("--steps", type=int, help="optimizer steps of each model, instead of the recipe's")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and text")
-    parser.add_argument("--language_seed", type=int, help="seed of a random language; by default that of the package")
+    parser.add_argument("--language_seed", type=int, help="seed of a random language, to use instead of `REVIEWS`")
     args = parser.parse_args()
     language = REVIEWS if args.language_seed is None else random_language(args.language_seed)
     build(args.output_dir, steps=args.steps, seed=args.seed, language=language)

@@ -118,7 +118,8 @@ def reward_kl_frontier(rewards: torch.Tensor) -> Frontier:
         `Frontier`
 
     Raises:
-        `ValueError`: when `rewards` is not a finite matrix with at least 10 samples per prompt, or is constant.
+        `ValueError`: when `rewards` is not a finite matrix with at least 10 samples per prompt, or is constant within
+            each prompt.
 
     Examples:
 

@@ -49,7 +49,8 @@ class Comparison:
 
     Attributes:
         rows (`list[dict]`): one for each policy, with the keys of `COLUMNS`, `reward_se`, `kl_se`, `entropy` (nats per
-            token) and `texts`. `efficiency` is `None` beyond the frontier, and `entropy` if it was not measured.
+            token) and `texts`. `efficiency` is `None` at KL 0 and beyond the frontier, and `entropy` if it was not
+            measured.
         patient_completions (`list[Completion]`): samples of the patient.
         patient_rewards (`torch.Tensor` of shape `(P, N)`): rewards of these samples.
         frontier ([`Frontier`]): best reward at each KL.
