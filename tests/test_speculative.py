@@ -33,7 +33,7 @@ from trl_tfpo import DoctorGuidedLogitsProcessor, guided_generate, speculative_g
 from trl_tfpo.decoding import speculative
 from trl_tfpo.decoding.acceptance import Sampling
 from trl_tfpo.decoding.doctors import Doctor, DoctorMemory
-from trl_tfpo.models.adapters import record_exponents
+from trl_tfpo.models.trained_exponents import record_exponents
 
 
 GREEDY = dict(max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=PAD)

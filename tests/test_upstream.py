@@ -196,7 +196,7 @@ def test_adapter_configs_carry_what_they_are_given(tmp_path):
     """
     The exponents of an adapter's training travel in its config, where transformers and PEFT have a free mapping.
 
-    Change: `adapters.record_exponents`.
+    Change: `trained_exponents.record_exponents`.
     """
     model = get_peft_model(make_llama(2), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     model.peft_config["default"].auto_mapping = {"ours": {"alpha": 1.0}}

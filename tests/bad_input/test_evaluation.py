@@ -172,8 +172,8 @@ JUDGES = [
         "Got './absent', which does not exist",
     ),
     ("reward model of two labels", lambda: evaluation.RewardModel(make_llama(1)), "must have one label"),
-    ("endpoint without http", lambda: judge("localhost:8000"), "URL of an endpoint. Got 'localhost:8000'"),
-    ("judge without workers", lambda: judge(num_workers=0), "`num_workers` must be at least 1.* Got 0"),
+    ("endpoint without http", lambda: judge("localhost:8000"), "URL of an endpoint.* Got 'localhost:8000'"),
+    ("judge without workers", lambda: judge(num_workers=0), "number of requests must be at least 1.* Got 0"),
     ("judge of one completion", lambda: judge().judge(["a"], [["x"]]), "two completions for each prompt"),
 ]
 
