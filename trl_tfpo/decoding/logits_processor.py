@@ -418,7 +418,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         return logits.masked_fill(is_unknown, -math.inf)
 
     def _per_row(self, weight: Number, scores: torch.Tensor) -> Number:
-        """Return a number, or exponents by row (B, 1) from those by prompt. Beams and return sequences copy prompts."""
+        """Repeat exponents, one per prompt, for the rows of that prompt (B, 1): its beams or return sequences."""
         if not isinstance(weight, torch.Tensor):
             return weight
         self._check_by_prompt("`alpha` and `beta` must be numbers, or tensors with", len(weight), len(scores))
