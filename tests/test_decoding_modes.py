@@ -141,6 +141,8 @@ def test_an_adapter_doctor_is_read_in_the_patients_forward_pass(cast, prompts):
     doctors = [*given, Doctor(shared, adapter="adapter_0"), merged[0]]  # the last one has weights of its own
     guide = DoctorGuidedLogitsProcessor(doctors, alpha=1.0, beta=[0.5, 0.4, 0.3], reference=[None, None, None])
     run(shared, guide, "greedy", inputs)  # tests how the models are read, once
+    for memory in guide.memories:
+        memory.faults()
     hook = shared.get_base_model().register_forward_hook(lambda *_: forwards.append(1))
     one_pass = run(shared, guide, "greedy", inputs)
     assert len(forwards) == 10

@@ -96,11 +96,7 @@ FILES = [
     ("other columns", f"annotate --dataset_name other.jsonl {PATIENT} --output out.jsonl", "chosen"),
     ("no such split", f"{PAIRS} {PATIENT} --dataset_split test", "must be one of ['train']"),
     ("output exists", "annotate --world praise --output pairs.jsonl", "must not exist"),
-    (
-        "output is a folder of others",
-        "annotate --world praise --output patient --overwrite",
-        "only if it is a dataset",
-    ),
+    ("output is a folder of others", "annotate --world praise --output patient --overwrite", "if it is a dataset"),
     ("output in a file", "annotate --world praise --output pairs.jsonl/out.jsonl", "pairs.jsonl"),
     ("no name", f"annotate --dataset_name '' {PATIENT} --output out.jsonl", "Got ''"),
 ]
