@@ -40,8 +40,8 @@ def _states(cache: StaticCache) -> list[torch.Tensor]:
 def crop(cache: StaticCache, num_tokens: int) -> None:
     """Keep the first `num_tokens` columns. The mask hides later columns until they are written again."""
     for layer in cache.layers:
-        assert isinstance(layer, StaticLayer)
-        layer.cumulative_length.fill_(num_tokens)
+        if isinstance(layer, StaticLayer):
+            layer.cumulative_length.fill_(num_tokens)
 
 
 def take_rows(cache: StaticCache, source: torch.Tensor) -> None:
