@@ -84,7 +84,9 @@ def test_what_others_say_is_no_completion(tokenizer):
     cut = TokenRewardCollator(tokenizer, max_length=6)([pair])
     assert cut["token_rewards"].shape == (2, 2)
     assert cut["is_complete"].tolist() == [False, True]  # the last token kept is the user's EOS
-    with pytest.raises(ValueError, match="`chosen_mask` must have one entry for each completion token.* Got 1 for 6"):
+    with pytest.raises(
+        ValueError, match="`chosen_mask` must have one entry for each completion token.* Got 1 entries for 6"
+    ):
         TokenRewardCollator(tokenizer)([pair | {"chosen_mask": [1]}])
 
 

@@ -75,7 +75,7 @@ def test_padding_that_changes_the_patient_is_refused(name, is_guided):
     """Else the answers of a batch would not be those to its prompts, which is so upstream."""
     patient, tokenizer = make(name), make_tokenizer()
     guide = DoctorGuidedLogitsProcessor(make("Llama", 1)) if is_guided else None
-    with pytest.raises(ValueError, match=f"same logits for a prompt with and without padding.*{name}.*batch_size=1"):
+    with pytest.raises(ValueError, match=f"same logits for a prompt with or without padding.*{name}.*batch_size=1"):
         generate_completions(patient, tokenizer, ["good soup", "the"], guide=guide, max_new_tokens=2)
     one_by_one = generate_completions(
         patient, tokenizer, ["good soup", "the"], guide=guide, max_new_tokens=2, batch_size=1

@@ -72,21 +72,6 @@ def test_a_text_longer_than_the_cache_doubles_it():
     assert static.memories[0].cache.get_max_length() == 512
 
 
-def test_compiled_code_gives_the_logits_of_eager_code():
-    """The compiler of torch itself, for one step."""
-    torch._dynamo.reset()
-    patient, doctor = llama(0), llama(1)
-    tokens = torch.tensor([[BOS, 7, 3, 20, 21, 9, 4]])
-    config = CompileConfig(mode="default", dynamic=False)
-    compiled = DoctorGuidedLogitsProcessor(
-        doctor, alpha=1.0, cache_implementation="static", compile_config=config
-    ).memories[0]
-    eager = DoctorGuidedLogitsProcessor(doctor, alpha=1.0).memories[0]
-    for length in (5, 6, 7):
-        torch.testing.assert_close(compiled.logits(tokens[:, :length]), eager.logits(tokens[:, :length]))
-    assert patient is not doctor and isinstance(compiled.cache, StaticCache)
-
-
 def test_models_with_a_window_keep_their_growing_cache():
     """A static cache of keys and values would ignore the window."""
     shape = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
