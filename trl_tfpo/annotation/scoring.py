@@ -11,30 +11,23 @@ A branch is the last token of the prompt, followed by one completion. It attends
 positions continue those of the prompt.
 """
 
-import inspect
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
 
 from ..common._upstream import unsharded
 from ..common.language_model import LanguageModel, device_of, inference, is_sharded, unwrap_peft
 from ..common.precision import HALF_PRECISION, float32_residuals
 from ..functional import token_logps
 from ..models.logits import read_logits
+from ..models.pair_rows import COMMON, PADDING, branch_mask, reads_pairs
 from ..models.trained_exponents import check_is_language_model
 
 
 logger = logging.getLogger(__name__)
-
-PADDING_BRANCH = -1
-PROMPT_BRANCH = 0
-_SUPPORTS_BRANCHES: WeakKeyDictionary[PreTrainedModel, dict[tuple, bool]] = WeakKeyDictionary()
 
 
 def score_completions(
@@ -81,7 +74,7 @@ def score_completions(
     logps: dict[int, torch.Tensor] = {}
     with inference(model), unsharded(), _with_float32_residuals(model):
         rows = _rows(prompt_ids, max_branches=2)
-        if max(map(len, rows), default=1) > 1 and not _supports_branches(model):
+        if max(map(len, rows), default=1) > 1 and not reads_pairs(model):
             rows = _rows(prompt_ids, max_branches=1)
 
         def length(row: list[int]) -> int:
@@ -140,18 +133,16 @@ def _score_rows(model: LanguageModel, rows: list[tuple[list[int], list[list[int]
         ids.append(prompt[:last] + [token for completion in completions for token in prompt[last:] + completion])
         labels.append([-100] * last + [token for completion in completions for token in [-100] + completion])
         positions.append([*range(last), *(last + t for completion in completions for t in range(len(completion) + 1))])
-        branches.append(
-            [PROMPT_BRANCH] * last + [b for b, completion in enumerate(completions, 1) for _ in [0, *completion]]
-        )
+        branches.append([COMMON] * last + [b for b, completion in enumerate(completions, 1) for _ in [0, *completion]])
 
     def pad(values, padding_value):
         tensors = [torch.tensor(row) for row in values]
         return pad_sequence(tensors, batch_first=True, padding_value=padding_value).to(device)  # (B, L)
 
-    branch = pad(branches, PADDING_BRANCH)
-    inputs = {"attention_mask": (branch != PADDING_BRANCH).long()}
+    branch = pad(branches, PADDING)
+    inputs = {"attention_mask": (branch != PADDING).long()}
     if branch.max() > 1:
-        inputs = {"attention_mask": _branch_mask(branch, model), "position_ids": pad(positions, 0)}
+        inputs = {"attention_mask": branch_mask(branch, model), "position_ids": pad(positions, 0)}
     inputs["input_ids"] = pad(ids, 0)
     targets = pad(labels, -100)[:, 1:]  # (B, L - 1)
     is_target = targets != -100
@@ -164,16 +155,6 @@ def _score_rows(model: LanguageModel, rows: list[tuple[list[int], list[list[int]
         ends = torch.tensor([len(completion) + 1 for completion in completions]).cumsum(0) + len(prompt) - 2
         scored.append([row[end - len(one) : end] for end, one in zip(ends.tolist(), completions, strict=True)])
     return scored
-
-
-def _branch_mask(branch: torch.Tensor, model: LanguageModel) -> torch.Tensor:
-    """Attention mask (B, 1, L, L): each token attends to the prompt and to its own branch, up to itself."""
-    is_earlier = torch.ones(branch.size(1), branch.size(1), dtype=torch.bool, device=branch.device).tril()
-    is_seen = (branch[:, None] == PROMPT_BRANCH) | (branch[:, None] == branch[:, :, None])  # (B, L, L)
-    mask = (is_seen & is_earlier)[:, None]
-    if unwrap_peft(model).config._attn_implementation == "sdpa":
-        return mask
-    return torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
 
 
 def _with_float32_residuals(model: LanguageModel) -> AbstractContextManager[None]:
@@ -192,30 +173,3 @@ def _with_float32_residuals(model: LanguageModel) -> AbstractContextManager[None
         logger.info("%s computes its residual stream in %s: %r", type(model).__name__, model.dtype, error)
         return nullcontext()
     return float32_residuals(base) if is_finite else nullcontext()
-
-
-def _supports_branches(model: LanguageModel) -> bool:
-    """Cached result of [`_test_branches`] for a model, its attention implementation and its dtype."""
-    results = _SUPPORTS_BRANCHES.setdefault(unwrap_peft(model), {})
-    key = (unwrap_peft(model).config._attn_implementation, model.dtype)
-    if key not in results:
-        results[key] = _test_branches(model)
-    return results[key]
-
-
-def _test_branches(model: LanguageModel) -> bool:
-    """Whether two completions have the same log-probabilities in a shared row as in separate rows."""
-    base = unwrap_peft(model)
-    config = base.config.get_text_config()
-    supports_masks = base.config._attn_implementation in ("sdpa", "eager")
-    if not supports_masks or getattr(config, "sliding_window", None) is not None:
-        return False
-    if "position_ids" not in inspect.signature(type(base).forward).parameters:
-        return False
-    embeddings: Any = base.get_input_embeddings()
-    tokens = [token % embeddings.num_embeddings for token in range(1, 8)]
-    prompt, completions = tokens[:3], [tokens[3:5], tokens[4:7]]
-    together = torch.cat(_score_rows(model, [(prompt, completions)])[0])
-    apart = torch.cat([_score_rows(model, [(prompt, [completion])])[0][0] for completion in completions])
-    tolerance = 0.1 if model.dtype.itemsize < 4 else 1e-3  # half precision rounds
-    return bool((together - apart).abs().max() < tolerance)

@@ -15,8 +15,8 @@ from functools import partial
 
 import torch
 from torch import nn
-from transformers import Cache, CompileConfig, DynamicCache, DynamicLayer, StaticCache
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers import Cache, CompileConfig, DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..common._upstream import active_adapters, adapter_layers, using_adapters
@@ -25,7 +25,7 @@ from ..models.adapters import check_adapters
 from ..models.trained_exponents import trained_exponents
 from .padding import PADDING, check_left_padded
 from .reading import accepted_inputs, next_inputs, reading_fault
-from .static_cache import can_reuse, compiled, crop, make_static_cache, static_inputs, take_rows
+from .static_cache import InPlaceCache, compiled, static_inputs
 
 
 NO_ADAPTER = "__base__"  # PEFT's name for the base model
@@ -160,7 +160,7 @@ class DoctorMemory:
         self.compile_config: CompileConfig | None = None
         self.disable_compile = is_test
         self.cache: Cache | None = None  # None for models that return no cache
-        self.unused_cache: StaticCache | None = None  # of an earlier text
+        self.unused_cache: InPlaceCache | None = None  # of an earlier text
         model = doctor.model
         self.accepted = accepted_inputs(model)
         self.max_positions = _num_absolute_positions(model)
@@ -170,7 +170,7 @@ class DoctorMemory:
 
     def forget(self) -> None:
         """Free the cache. A static cache is kept for other texts, because CUDA graphs contain its address."""
-        if isinstance(self.cache, StaticCache):
+        if isinstance(self.cache, InPlaceCache):
             self.unused_cache = self.cache
         self.layers = adapter_layers(self.doctor.model)
         self.known_faults: dict[str, str] = {}  # by reading mode
@@ -225,7 +225,7 @@ class DoctorMemory:
                     return self.recent[-1 - num_after]
                 num_known -= 1  # the logits need a forward pass of the last token
             num_known = self._crop(num_known)
-        if isinstance(self.cache, StaticCache) and tokens.size(1) > self.cache.get_max_length():
+        if isinstance(self.cache, InPlaceCache) and tokens.size(1) > self.cache.get_max_length():
             self.forget()
             num_known = 0
         mode = TOKEN_BY_TOKEN if num_known == tokens.size(1) - 1 else IN_PIECES
@@ -290,11 +290,7 @@ class DoctorMemory:
             is_same = row[len(self.tokens) :, None] == row[: len(self.tokens)]  # (B, rows in the cache)
             if is_same.any(dim=1).all():
                 source = is_same.int().argmax(dim=1)
-                if isinstance(self.cache, StaticCache):
-                    if len(source) != len(self.tokens):
-                        return num_known
-                    take_rows(self.cache, source)
-                elif self.cache is not None:
+                if self.cache is not None:
                     self.cache.reorder_cache(source)
                 self.tokens, self.recent, num_known = self.tokens[source], [], num_cached
         return num_known
@@ -305,15 +301,11 @@ class DoctorMemory:
         if num_extra == 0:
             return num_known
         layers = getattr(self.cache, "layers", [None])
-        is_static = isinstance(self.cache, StaticCache)
-        is_croppable = num_known > 0 and (is_static or all(type(layer) is DynamicLayer for layer in layers))
+        is_croppable = num_known > 0 and all(type(layer) in (DynamicLayer, StaticLayer) for layer in layers)
         if self.cache is None or not is_croppable or not self._can_read(CROPPED):
             self.forget()
             return 0
-        if isinstance(self.cache, StaticCache):
-            crop(self.cache, num_known)
-        else:
-            self.cache.crop(-num_extra)
+        self.cache.crop(-num_extra)
         self.recent = self.recent[:-num_extra]
         return num_known
 
@@ -348,7 +340,7 @@ class DoctorMemory:
             settings["logits_to_keep"] = 1
         inputs = next_inputs(tokens.clamp(min=0), self.accepted, num_read=num_known, mask=mask)
         read: Callable = model
-        if isinstance(cache, StaticCache):
+        if isinstance(cache, InPlaceCache):
             inputs = static_inputs(model, cache, inputs, torch.ones_like(tokens) if mask is None else mask.long())
             if num_known and tokens.size(1) - num_known == 1 and self._is_compiled():
                 read = compiled(model, self.compile_config)
@@ -359,10 +351,10 @@ class DoctorMemory:
         logits = output.logits[:, -1]
         return logits if read is model else logits.clone()  # the next replay of a CUDA graph overwrites its outputs
 
-    def _empty_static_cache(self, num_rows: int, num_tokens: int) -> StaticCache:
+    def _empty_static_cache(self, num_rows: int, num_tokens: int) -> InPlaceCache:
         cache, self.unused_cache = self.unused_cache, None
-        if cache is None or not can_reuse(cache, num_rows, num_tokens):
-            return make_static_cache(self.doctor.model.config, num_tokens)
+        if cache is None or not cache.can_hold(num_rows, num_tokens):
+            return InPlaceCache(self.doctor.model.config, num_tokens)
         cache.reset()
         return cache
 

@@ -9,6 +9,7 @@ Shapes: one row, L tokens so far, V vocabulary.
 """
 
 import math
+from abc import ABC, abstractmethod
 from bisect import bisect
 from collections.abc import Callable, Hashable
 
@@ -46,7 +47,7 @@ class RecentLogits:
         return self.logits[length]
 
 
-class Drafter:
+class Drafter(ABC):
     """
     Proposes tokens.
 
@@ -58,9 +59,10 @@ class Drafter:
     reads_doctors = True
     step_share = 0.0
 
-    def begin_round(self, ids: torch.Tensor) -> None:
+    def begin_round(self, ids: torch.Tensor) -> None:  # noqa: B027  # only some drafters do
         """Take note of the text (1, L)."""
 
+    @abstractmethod
     def propose(self, ids: torch.Tensor) -> tuple[torch.Tensor, Hashable] | None:
         """
         Propose a token.
@@ -72,7 +74,6 @@ class Drafter:
         Returns:
             `tuple`: the token, of shape `(1,)`, and its kind; `None` where there is no proposal.
         """
-        raise NotImplementedError
 
 
 class ModelDrafts(Drafter):

@@ -20,42 +20,43 @@ from ..common.language_model import LanguageModel, unwrap_peft
 MIN_COLUMNS = 256  # of a cache; a longer text needs a larger power of two, and another compilation
 
 
-def make_static_cache(config: PreTrainedConfig, num_tokens: int) -> StaticCache:
-    """Make an empty cache with a power of two of columns, at least `num_tokens` and 256."""
-    return StaticCache(config=config, max_cache_len=max(MIN_COLUMNS, 1 << (num_tokens - 1).bit_length()))
-
-
-def can_reuse(cache: StaticCache, num_rows: int, num_tokens: int) -> bool:
-    """Whether a cache has the right number of rows and enough columns for another text."""
-    states = _states(cache)
-    return bool(states) and len(states[0]) == num_rows and cache.get_max_length() >= num_tokens
-
-
-def _states(cache: StaticCache) -> list[torch.Tensor]:
-    """The keys and values of all layers that have some."""
-    layers = [layer for layer in cache.layers if isinstance(layer, StaticLayer)]
-    return [states for layer in layers for states in (layer.keys, layer.values) if states is not None]
-
-
-def crop(cache: StaticCache, num_tokens: int) -> None:
-    """Keep the first `num_tokens` columns. The mask hides later columns until they are written again."""
-    for layer in cache.layers:
-        if isinstance(layer, StaticLayer):
-            layer.cumulative_length.fill_(num_tokens)
-
-
-def take_rows(cache: StaticCache, source: torch.Tensor) -> None:
+class InPlaceCache(StaticCache):
     """
-    Replace the rows of a cache in place, so that the addresses in CUDA graphs stay valid.
+    A static cache that is cropped and reordered in place, so that the addresses in CUDA graphs stay valid.
 
     Args:
-        cache ([`~transformers.StaticCache`]):
-            A cache with B rows.
-        source (`torch.LongTensor` of shape `(B,)`):
-            The old row that each new row repeats.
+        config ([`~transformers.PreTrainedConfig`]):
+            Config of a model whose layers all keep the keys of all tokens.
+        num_tokens (`int`):
+            Tokens that must fit. The cache has a power of two of columns, at least 256.
     """
-    for states in _states(cache):
-        states.copy_(states.index_select(0, source.to(states.device)))
+
+    def __init__(self, config: PreTrainedConfig, num_tokens: int):
+        super().__init__(config=config, max_cache_len=max(MIN_COLUMNS, 1 << (num_tokens - 1).bit_length()))
+
+    def can_hold(self, num_rows: int, num_tokens: int) -> bool:
+        """Whether the cache has the right number of rows and enough columns for another text."""
+        states = self._states()
+        return bool(states) and len(states[0]) == num_rows and self.get_max_length() >= num_tokens
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last `-tokens_to_remove` columns. The mask hides them until they are written again."""
+        for layer in self.layers:
+            if isinstance(layer, StaticLayer):
+                layer.cumulative_length.add_(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Replace row i by row `beam_idx[i]`. Another number of rows needs new tensors."""
+        states = self._states()
+        if states and len(beam_idx) != len(states[0]):
+            return super().reorder_cache(beam_idx)
+        for one in states:
+            one.copy_(one.index_select(0, beam_idx.to(one.device)))
+
+    def _states(self) -> list[torch.Tensor]:
+        """The keys and values of all layers that have some."""
+        layers = [layer for layer in self.layers if isinstance(layer, StaticLayer)]
+        return [states for layer in layers for states in (layer.keys, layer.values) if states is not None]
 
 
 def static_inputs(

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 WORTHWHILE = 0.9  # maximum number of tokens in the rows, relative to the texts, padding included
 TOLERANCE = 1e-3  # maximum difference of hidden states in float32, relative to their root mean square
 HALF_TOLERANCE = 0.1  # the same in half precision
+COMMON, PADDING = 0, -1  # branches of tokens; the texts of a row are branches 1 and 2
 _READS_PAIRS: WeakKeyDictionary[PreTrainedModel, dict[tuple, bool]] = WeakKeyDictionary()
 
 
@@ -91,7 +92,7 @@ def pair_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor, model: Lang
     is_token = attention_mask.bool()
     (first, second), lengths = input_ids.chunk(2), is_token.sum(dim=1)
     first_length, second_length = lengths[:, None].chunk(2)  # (P, 1) each
-    is_common = (first == second) & is_token.chunk(2)[0] & is_token.chunk(2)[1]
+    is_common = (first == second) & torch.stack(is_token.chunk(2)).all(dim=0)
     num_common = is_common.int().cumprod(dim=1).sum(dim=1, keepdim=True)  # (P, 1)
     row_length = first_length + second_length - num_common
     place = torch.arange(int(row_length.max()), device=input_ids.device)[None]  # (1, M)
@@ -101,20 +102,36 @@ def pair_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor, model: Lang
     ids = torch.where(is_second, second.gather(1, source), first.gather(1, source))
     is_real = place < row_length
 
-    # 0: beginning, 1 and 2: rests, -1: padding
-    branch = torch.where(is_second, 2, (place >= num_common).int()).masked_fill(~is_real, -1)
-    is_earlier = torch.ones(place.size(1), place.size(1), dtype=torch.bool, device=place.device).tril()
-    is_seen = (branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])  # (P, M, M)
-    mask = (is_seen & is_earlier)[:, None]
-    if unwrap_peft(model).config._attn_implementation != "sdpa":
-        mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
+    branch = torch.where(is_second, 2, torch.where(place >= num_common, 1, COMMON)).masked_fill(~is_real, PADDING)
 
     column = torch.arange(input_ids.size(1), device=input_ids.device)[None]
     after_first = torch.where(column < num_common, column, column - num_common + first_length)
     places = torch.cat([column.expand_as(first), after_first]).masked_fill(~is_token, 0)
     ids, position = ids.masked_fill(~is_real, 0), position.masked_fill(~is_real, 0)
-    inputs = {"input_ids": ids, "position_ids": position, "attention_mask": mask}
+    inputs = {"input_ids": ids, "position_ids": position, "attention_mask": branch_mask(branch, model)}
     return PairRows(inputs, places)
+
+
+def branch_mask(branch: torch.Tensor, model: LanguageModel) -> torch.Tensor:
+    """
+    Attention mask with which each token attends to the common beginning and to its own branch, up to itself.
+
+    Args:
+        branch (`torch.Tensor` of shape `(P, M)`):
+            Branch of each token: [`COMMON`], a number from 1 on, or [`PADDING`].
+        model ([`~transformers.PreTrainedModel`]):
+            The model that reads the rows.
+
+    Returns:
+        `torch.Tensor` of shape `(P, 1, M, M)`: boolean for the attention "sdpa", otherwise added to the attention
+        scores, in the dtype of the model.
+    """
+    is_earlier = torch.ones(branch.size(1), branch.size(1), dtype=torch.bool, device=branch.device).tril()
+    is_seen = (branch[:, None] == COMMON) | (branch[:, None] == branch[:, :, None])  # (P, M, M)
+    mask = (is_seen & is_earlier)[:, None]
+    if unwrap_peft(model).config._attn_implementation == "sdpa":
+        return mask
+    return torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
 
 
 def reads_pairs(model: LanguageModel) -> bool:
