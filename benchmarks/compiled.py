@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         torch.set_num_threads(1)
     torch.manual_seed(0)
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
-    patient, doctor = (model.to(args.device, dtype).eval() for model in make_models(args.models))
+    patient, doctor = (model.to(args.device, dtype).eval() for model in make_models(args.models, args.device, dtype))
     rows = [row for size in args.batch_sizes for row in measure(args, patient, doctor, size)]
     print(f"{args.models}, {str(dtype).removeprefix('torch.')}, {processor(args.device)}, torch {torch.__version__}\n")
     print("| batch | | patient | doctor | guided | over patient and doctor | over the patient | limit |")
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     return rows
 
 
-def make_models(name: str) -> list[PreTrainedModel]:
+def make_models(name: str, device: str, dtype: torch.dtype) -> list[PreTrainedModel]:
     """Return patient and doctor."""
     if name == "smollm2":
         patient = AutoModelForCausalLM.from_pretrained(fetch_model(default_cache()), dtype=torch.float32)
@@ -78,8 +78,8 @@ def make_models(name: str) -> list[PreTrainedModel]:
             num_key_value_heads=num_key_heads,
             head_dim=128 if name == "8b" else 16,
         )
-        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            models.append(Qwen3ForCausalLM(config).to(torch.bfloat16 if name == "8b" else torch.float32))
+        with torch.device(device):
+            models.append(Qwen3ForCausalLM(config).to(dtype))
     return models
 
 

@@ -39,7 +39,6 @@ class CompletionScorer(ABC):
     def check(self, processing_class: PreTrainedTokenizerBase) -> None:
         """Raise `ValueError` if the engine cannot score token ids of this tokenizer."""
 
-    @abstractmethod
     def score_completions(
         self,
         prompt_ids: list[list[int]],
@@ -69,6 +68,14 @@ class CompletionScorer(ABC):
             `ValueError`: if the engine refuses a request, gives scores of other tokens, or gives one that is not
                 finite.
         """
+        rows = [prompt + completion for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
+        logps = self._score(rows, [len(prompt) for prompt in prompt_ids], on_progress or (lambda share: None))
+        pairs = zip(logps, completion_ids, strict=True)
+        return [torch.tensor(_finite(row, len(completion), self.name)) for row, completion in pairs]
+
+    @abstractmethod
+    def _score(self, rows: list[list[int]], num_prompt: list[int], on_progress: Callable[[float], None]) -> list[list]:
+        """Return log-probabilities of the tokens of each row, at least of those after its first `num_prompt`."""
 
 
 class EndpointScorer(CompletionScorer):
@@ -127,23 +134,12 @@ class EndpointScorer(CompletionScorer):
                 "the tokenizer of the model that it serves."
             )
 
-    def score_completions(
-        self,
-        prompt_ids: list[list[int]],
-        completion_ids: list[list[int]],
-        *,
-        batch_size: int = 16,
-        longest: int = 0,
-        on_progress: Callable[[float], None] | None = None,
-    ) -> list[torch.Tensor]:
-        rows = [prompt + completion for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
-        scored = [torch.empty(0)] * len(rows)
+    def _score(self, rows: list[list[int]], num_prompt: list[int], on_progress: Callable[[float], None]) -> list[list]:
+        logps: list[list] = [[] for _ in rows]
         for index, reply in self.endpoint.send_all("/completions", [self._request(ids) for ids in rows]):
-            logps = self._read(reply, rows[index])["token_logprobs"]
-            scored[index] = torch.tensor(_finite(logps, len(completion_ids[index]), self.name))
-            if on_progress is not None:
-                on_progress(1 / len(rows))
-        return scored
+            logps[index] = self._read(reply, rows[index])["token_logprobs"]
+            on_progress(1 / len(rows))
+        return logps
 
     def _request(self, ids: list[int]) -> Json:
         request: Json = {"model": self.name, "prompt": ids, "echo": True, "logprobs": 0, "max_tokens": 0}
@@ -226,34 +222,23 @@ class VllmScorer(CompletionScorer):
             ) from error
         return LLM(self.name, **{"enable_prefix_caching": True} | self._engine_kwargs)
 
-    def score_completions(
-        self,
-        prompt_ids: list[list[int]],
-        completion_ids: list[list[int]],
-        *,
-        batch_size: int = 16,
-        longest: int = 0,
-        on_progress: Callable[[float], None] | None = None,
-    ) -> list[torch.Tensor]:
-        rows = [prompt + completion for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
+    def _score(self, rows: list[list[int]], num_prompt: list[int], on_progress: Callable[[float], None]) -> list[list]:
         outputs = self._read(rows, skip_reading_prefix_cache=False)
         # A cached token has no score. Two completions of a prompt may begin alike, beyond the end of a cached block
-        missing = [i for i, output in enumerate(outputs) if (output.num_cached_tokens or 0) >= len(prompt_ids[i])]
+        missing = [i for i, output in enumerate(outputs) if (output.num_cached_tokens or 0) >= num_prompt[i]]
         for index, output in zip(missing, self._read([rows[i] for i in missing]), strict=True):
             outputs[index] = output
-        scored = []
-        for row, completion, output in zip(rows, completion_ids, outputs, strict=True):
-            entries = list(output.prompt_logprobs)[len(output.prompt_logprobs) - len(completion) :]
-            if list(output.prompt_token_ids) != row or len(entries) != len(completion):
+        logps = []
+        for row, first, output in zip(rows, num_prompt, outputs, strict=True):
+            if list(output.prompt_token_ids) != row or len(output.prompt_logprobs) != len(row):
                 raise ValueError(
                     f"vLLM must score the {len(row)} tokens that it is given. Got {len(output.prompt_logprobs)} "
                     f"scores of {len(output.prompt_token_ids)} tokens; use the version that the documentation names."
                 )
-            logps = [entry[token].logprob for entry, token in zip(entries, completion, strict=True)]
-            scored.append(torch.tensor(_finite(logps, len(completion), self.name)))
-        if on_progress is not None:
-            on_progress(1.0)
-        return scored
+            entries = zip(list(output.prompt_logprobs)[first:], row[first:], strict=True)
+            logps.append([entry[token].logprob for entry, token in entries])
+        on_progress(1.0)
+        return logps
 
     def _read(self, rows: list[list[int]], **settings: object) -> list:
         """Read rows of token ids, and return the outputs of vLLM."""
