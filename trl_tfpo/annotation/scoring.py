@@ -1,33 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Log-probabilities of given completions under a model. Two completions of one prompt share a row.
+Log-probabilities of given completions under a model, which reads each common beginning of texts once.
 
-Shapes: B rows of a forward pass, L tokens of a row.
+A text is a prompt and a completion without its last token, which predicts nothing. The two completions of a pair have
+a common prompt, and the two faces of a pair may have common beginnings, too. A model reads texts in one of three ways:
 
-    prompt[:-1] | prompt[-1] completion_0 | prompt[-1] completion_1 | padding
+- on a CPU, all texts of a forward pass in one row, without padding;
+- otherwise, up to four texts in a row, in rows of similar length, with a mask for each pair of tokens;
+- each text in a row of its own, if the model supports neither.
 
-A branch is the last token of the prompt, followed by one completion. It attends to the prompt and to itself. Its
-positions continue those of the prompt.
+Shapes: B rows of a forward pass, L tokens of a row, N completion tokens of a forward pass.
 """
 
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from ..common._upstream import unsharded
 from ..common.language_model import LanguageModel, device_of, inference, is_sharded, unwrap_peft
 from ..common.precision import HALF_PRECISION, float32_residuals
 from ..functional import token_logps
 from ..models.logits import read_logits
-from ..models.pair_rows import COMMON, PADDING, branch_mask, reads_pairs
+from ..models.pair_rows import reads_pairs
+from ..models.token_trees import (
+    attention_along_branches,
+    common_length,
+    masked_rows,
+    plain_rows,
+    reads_trees,
+    token_tree,
+    tree_row,
+)
 from ..models.trained_exponents import check_is_language_model
 
 
 logger = logging.getLogger(__name__)
+
+MAX_PACKED = 4096  # tokens of a forward pass on a CPU; larger tensors spend more time in allocation
+MAX_TEXTS = 4  # in a row with a mask: two completions under two faces
 
 
 def score_completions(
@@ -42,9 +56,9 @@ def score_completions(
     """
     Log-probability of every completion token after its prompt.
 
-    Completions of one prompt share a row if the model's attention supports the mask. Rows of similar length share a
-    forward pass. The (tokens, vocabulary) logits are never stored. For an unquantized model in half precision the
-    residual stream, the norms and the head are computed in float32, if its kernels support this.
+    Common beginnings of sequences are read once if the model supports it. The (tokens, vocabulary) logits are never
+    stored. For an unquantized model in half precision the residual stream, the norms and the head are computed in
+    float32, if its kernels support this.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -71,27 +85,22 @@ def score_completions(
     """
     check_unsharded(model)
     check_is_language_model(model)
+    texts = [prompt + completion[:-1] for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
     logps: dict[int, torch.Tensor] = {}
     with inference(model), unsharded(), _with_float32_residuals(model):
-        rows = _rows(prompt_ids, max_branches=2)
-        if max(map(len, rows), default=1) > 1 and not reads_pairs(model):
-            rows = _rows(prompt_ids, max_branches=1)
-
-        def length(row: list[int]) -> int:
-            return len(prompt_ids[row[0]]) - 1 + sum(len(completion_ids[index]) + 1 for index in row)
-
-        rows.sort(key=length, reverse=True)
-        max_rows = max(1, batch_size // max(map(len, rows), default=1))
-        max_tokens = max_rows * max([longest, *map(length, rows)])
-        while rows:
-            num_rows = max_tokens // length(rows[0])
-            batch, rows = rows[:num_rows], rows[num_rows:]
-            sequences = [(prompt_ids[row[0]], [completion_ids[index] for index in row]) for row in batch]
-            for row, branches in zip(batch, _score_rows(model, sequences), strict=True):
-                for index, branch in zip(row, branches, strict=True):
-                    logps[index] = branch
+        in_trees = reads_trees(model)
+        rows = _rows(texts, prompt_ids, max_texts=MAX_TEXTS if in_trees or reads_pairs(model) else 1)
+        lengths = [_length([texts[index] for index in row]) for row in rows]
+        max_rows = max(1, batch_size // 2) if len(rows) < len(texts) else batch_size
+        max_tokens = max_rows * max([longest, *lengths])
+        passes = _packed(rows, lengths, max_tokens) if in_trees else _of_similar_length(rows, lengths, max_tokens)
+        for rows in passes:
+            indices = [index for row in rows for index in row]
+            completions = [completion_ids[index] for index in indices]
+            scored = _score_rows(model, [[texts[index] for index in row] for row in rows], completions, in_trees)
+            logps |= dict(zip(indices, scored, strict=True))
             if on_progress is not None:
-                on_progress(sum(map(len, batch)) / len(completion_ids))
+                on_progress(len(indices) / len(texts))
     for index, scored in logps.items():
         if not scored.isfinite().all():
             raise ValueError(
@@ -113,48 +122,82 @@ def check_unsharded(model: torch.nn.Module) -> None:
         )
 
 
-def _rows(prompt_ids: list[list[int]], max_branches: int) -> list[list[int]]:
-    """Indices of the completions in each row: at most `max_branches`, all with the same prompt."""
-    rows: dict[tuple[int, ...], list[list[int]]] = {}
-    for index, prompt in enumerate(prompt_ids):
-        of_prompt = rows.setdefault(tuple(prompt), [[]])
-        if len(of_prompt[-1]) == max_branches:
-            of_prompt.append([])
-        of_prompt[-1].append(index)
-    return [row for of_prompt in rows.values() for row in of_prompt]
+def _rows(texts: list[list[int]], prompt_ids: list[list[int]], max_texts: int) -> list[list[int]]:
+    """Indices of the texts in each row: at most `max_texts`, which have at least half of their prompts in common."""
+    rows: list[list[int]] = []
+    for index in sorted(range(len(texts)), key=texts.__getitem__):
+        row = rows[-1] if rows else []
+        if row and len(row) < max_texts:
+            if 2 * common_length(texts[row[-1]], texts[index]) >= len(prompt_ids[index]):
+                row.append(index)
+                continue
+        rows.append([index])
+    return rows
 
 
-def _score_rows(model: LanguageModel, rows: list[tuple[list[int], list[list[int]]]]) -> list[list[torch.Tensor]]:
-    """Log-probabilities of the completions of each row. A row is a prompt and its completions."""
-    device = device_of(model)
-    ids, labels, positions, branches = [], [], [], []
-    for prompt, completions in rows:
-        last = len(prompt) - 1
-        ids.append(prompt[:last] + [token for completion in completions for token in prompt[last:] + completion])
-        labels.append([-100] * last + [token for completion in completions for token in [-100] + completion])
-        positions.append([*range(last), *(last + t for completion in completions for t in range(len(completion) + 1))])
-        branches.append([COMMON] * last + [b for b, completion in enumerate(completions, 1) for _ in [0, *completion]])
+def _length(texts: list[list[int]]) -> int:
+    """Number of tokens of texts in one row, each common beginning once."""
+    return sum(map(len, texts)) - sum(common_length(one, other) for one, other in pairwise(texts))
 
-    def pad(values, padding_value):
-        tensors = [torch.tensor(row) for row in values]
-        return pad_sequence(tensors, batch_first=True, padding_value=padding_value).to(device)  # (B, L)
 
-    branch = pad(branches, PADDING)
-    inputs = {"attention_mask": (branch != PADDING).long()}
-    if branch.max() > 1:
-        inputs = {"attention_mask": branch_mask(branch, model), "position_ids": pad(positions, 0)}
-    inputs["input_ids"] = pad(ids, 0)
-    targets = pad(labels, -100)[:, 1:]  # (B, L - 1)
-    is_target = targets != -100
-    logits, hidden = read_logits(model, is_target, in_float32=True, **inputs)
+def _packed(rows: list[list[int]], lengths: list[int], max_tokens: int) -> list[list[list[int]]]:
+    """
+    Combine the rows, in their order, to one row for each forward pass.
+
+    It has at most `max_tokens` tokens, and at most [`MAX_PACKED`] unless there is one row.
+    """
+    max_tokens = min(max_tokens, MAX_PACKED)
+    passes: list[list[list[int]]] = []
+    num_tokens = 0
+    for row, length in zip(rows, lengths, strict=True):
+        num_tokens += length
+        if not passes or num_tokens > max_tokens:
+            passes.append([[]])
+            num_tokens = length
+        passes[-1][0].extend(row)
+    return passes
+
+
+def _of_similar_length(rows: list[list[int]], lengths: list[int], max_tokens: int) -> list[list[list[int]]]:
+    """Rows of each forward pass, from the longest on, with at most `max_tokens` tokens, padding included."""
+    order = sorted(range(len(rows)), key=lengths.__getitem__, reverse=True)
+    passes = []
+    while order:
+        num_rows = max_tokens // max(1, lengths[order[0]])
+        passes.append([rows[index] for index in order[:num_rows]])
+        order = order[num_rows:]
+    return passes
+
+
+def _score_rows(
+    model: LanguageModel, rows: list[list[list[int]]], completions: list[list[int]], in_trees: bool
+) -> list[torch.Tensor]:
+    """
+    Log-probabilities of the completions, which are in the order of the texts of the rows.
+
+    Texts of a row are sorted. With `in_trees` there is one row, and attention is along its branches.
+    """
+    trees = [token_tree(texts) for texts in rows]
+    if in_trees:
+        inputs = tree_row(trees[0], model)
+    elif max(map(len, rows)) > 1:
+        inputs = masked_rows(trees, model)
+    else:
+        inputs = plain_rows(trees, model)
+    length = inputs["input_ids"].size(1)
+    paths = [[row * length + place for place in path] for row, tree in enumerate(trees) for path in tree.paths]
+    pairs = list(zip(paths, completions, strict=True))
+    places = [place for path, completion in pairs for place in path[len(path) - len(completion) :]]
+    targets = torch.tensor([token for completion in completions for token in completion])
+
+    def forward(**inputs):
+        with attention_along_branches(model) if in_trees else nullcontext():
+            return model(**inputs)
+
+    logits, hidden = read_logits(model, torch.tensor(places), forward=forward, in_float32=True, **inputs)
     with torch.autocast(hidden.device.type, enabled=False):
-        logps = token_logps(logits=logits, targets=targets[is_target])  # (N,)
-    log_probs = logps.new_zeros(targets.shape).masked_scatter(is_target.to(logps.device), logps)
-    scored = []
-    for row, (prompt, completions) in zip(log_probs.float().cpu(), rows, strict=True):
-        ends = torch.tensor([len(completion) + 1 for completion in completions]).cumsum(0) + len(prompt) - 2
-        scored.append([row[end - len(one) : end] for end, one in zip(ends.tolist(), completions, strict=True)])
-    return scored
+        logps = token_logps(logits=logits, targets=targets.to(hidden.device))  # (N,)
+    return list(logps.float().cpu().split([len(completion) for completion in completions]))
 
 
 def _with_float32_residuals(model: LanguageModel) -> AbstractContextManager[None]:

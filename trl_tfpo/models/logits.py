@@ -53,14 +53,15 @@ def read_logits(
     """
     Compute the logits of a model at the positions that predict labels, as factors if its head allows it.
 
-    Texts i and B / 2 + i may be completions of one prompt. The model then reads the prompt once, see
-    [`~trl_tfpo.models.pair_rows`].
+    If `has_label` is a mask, texts i and B / 2 + i may be completions of one prompt. The model then reads the prompt
+    once, see [`~trl_tfpo.models.pair_rows`].
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Causal language model.
-        has_label (`torch.Tensor` of shape `(B, L - 1)`):
-            True at each position whose next token is a label.
+        has_label (`torch.Tensor` of shape `(B, L - 1)` or `(N,)`):
+            A mask, True at each position whose next token is a label; or the positions that predict labels, as
+            indices of the B * L positions of all rows, in any order.
         forward (`Callable`, *optional*):
             Forward pass of the model. Defaults to the model.
         in_float32 (`bool`, *optional*, defaults to `False`):
@@ -70,14 +71,14 @@ def read_logits(
             are padded on the right.
 
     Returns:
-        A list of terms that add up to the logits (N, V), in the order of the rows; and the hidden states (B, L, H)
+        A list of terms that add up to the logits (N, V), in the order of the labels; and the hidden states (B, L, H)
         before the head. The terms are [`~trl_tfpo.functional.FactoredLogits`]. If the head is sharded, quantized,
         offloaded, or not a plain product, there is one term: the logits themselves, float32.
     """
     form = head_form(model) if _is_factorable(model) else None
     if form is not None and form.softcap is not None and has_adapted_head(model):
         form = None  # the cap applies to the sum of head and adapter, not to each term
-    is_plain = inputs.keys() == {"input_ids", "attention_mask"}
+    is_plain = has_label.dtype == torch.bool and inputs.keys() == {"input_ids", "attention_mask"}
     rows = worthwhile_pair_rows(**inputs, model=model) if is_plain else None
     inputs = inputs if rows is None else inputs | rows.inputs
     with _head_reads_labelled(model, has_label, rows, num_shown=None if form is None else 1) as states:
@@ -238,7 +239,9 @@ def _head_reads_labelled(
 
     def keep(_, __, output):
         states.hidden = output.last_hidden_state if rows is None else rows.unpack(output.last_hidden_state)
-        states.labelled = states.hidden[:, :-1][has_label.to(states.hidden.device)]
+        is_mask = has_label.dtype == torch.bool
+        candidates = states.hidden[:, :-1] if is_mask else states.hidden.flatten(0, 1)
+        states.labelled = candidates[has_label.to(candidates.device)]
         output.last_hidden_state = states.labelled[None, :num_shown]
         return output
 

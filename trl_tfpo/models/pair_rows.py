@@ -12,7 +12,8 @@ Each rest attends to the beginning and to itself. Its positions continue those o
 
 import inspect
 import logging
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -35,7 +36,9 @@ WORTHWHILE = 0.9  # maximum number of tokens in the rows, relative to the texts,
 TOLERANCE = 1e-3  # maximum difference of hidden states in float32, relative to their root mean square
 HALF_TOLERANCE = 0.1  # the same in half precision
 COMMON, PADDING = 0, -1  # branches of tokens; the texts of a row are branches 1 and 2
-_READS_PAIRS: WeakKeyDictionary[PreTrainedModel, dict[tuple, bool]] = WeakKeyDictionary()
+MASKED = ("sdpa", "eager")  # attention that takes a mask for each pair of tokens
+Read: TypeAlias = Callable[[PreTrainedModel, torch.Tensor, torch.Tensor], torch.Tensor]
+_READS: WeakKeyDictionary[PreTrainedModel, dict[tuple, bool]] = WeakKeyDictionary()
 
 
 class PairRows(NamedTuple):
@@ -103,32 +106,32 @@ def pair_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor, model: Lang
     is_real = place < row_length
 
     branch = torch.where(is_second, 2, torch.where(place >= num_common, 1, COMMON)).masked_fill(~is_real, PADDING)
+    is_seen = (branch[:, None] == COMMON) | (branch[:, None] == branch[:, :, None])  # (P, M, M)
+    is_seen &= torch.ones(is_seen.shape[1:], dtype=torch.bool, device=branch.device).tril()
 
     column = torch.arange(input_ids.size(1), device=input_ids.device)[None]
     after_first = torch.where(column < num_common, column, column - num_common + first_length)
     places = torch.cat([column.expand_as(first), after_first]).masked_fill(~is_token, 0)
     ids, position = ids.masked_fill(~is_real, 0), position.masked_fill(~is_real, 0)
-    inputs = {"input_ids": ids, "position_ids": position, "attention_mask": branch_mask(branch, model)}
+    inputs = {"input_ids": ids, "position_ids": position, "attention_mask": attention_mask_of(is_seen, model)}
     return PairRows(inputs, places)
 
 
-def branch_mask(branch: torch.Tensor, model: LanguageModel) -> torch.Tensor:
+def attention_mask_of(is_seen: torch.Tensor, model: LanguageModel) -> torch.Tensor:
     """
-    Attention mask with which each token attends to the common beginning and to its own branch, up to itself.
+    The attention mask with which a model attends to these tokens.
 
     Args:
-        branch (`torch.Tensor` of shape `(P, M)`):
-            Branch of each token: [`COMMON`], a number from 1 on, or [`PADDING`].
+        is_seen (`torch.BoolTensor` of shape `(B, M, M)`):
+            Whether a token, in the rows of the matrix, attends to another, in its columns.
         model ([`~transformers.PreTrainedModel`]):
-            The model that reads the rows.
+            The model. Its attention is "sdpa" or "eager".
 
     Returns:
-        `torch.Tensor` of shape `(P, 1, M, M)`: boolean for the attention "sdpa", otherwise added to the attention
+        `torch.Tensor` of shape `(B, 1, M, M)`: boolean for the attention "sdpa", otherwise added to the attention
         scores, in the dtype of the model.
     """
-    is_earlier = torch.ones(branch.size(1), branch.size(1), dtype=torch.bool, device=branch.device).tril()
-    is_seen = (branch[:, None] == COMMON) | (branch[:, None] == branch[:, :, None])  # (P, M, M)
-    mask = (is_seen & is_earlier)[:, None]
+    mask = is_seen[:, None]
     if unwrap_peft(model).config._attn_implementation == "sdpa":
         return mask
     return torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
@@ -138,38 +141,54 @@ def reads_pairs(model: LanguageModel) -> bool:
     """
     Whether a model gives the texts of a row the hidden states that each text has alone.
 
-    Attention must take a mask for each pair of tokens, and every layer must attend to all earlier tokens. Two short
-    texts are read in both ways, and their hidden states are compared. The answer is cached. It is False for sharded
-    models, because all processes would have to run them.
+    Attention must take a mask for each pair of tokens. See [`reads_like_alone`] for further conditions.
+    """
+    return unwrap_peft(model).config._attn_implementation in MASKED and reads_like_alone(model, _states_in_pair)
+
+
+def reads_like_alone(model: LanguageModel, read: Read) -> bool:
+    """
+    Whether `read` gives two texts the hidden states that each text has alone.
+
+    Every layer must attend to all earlier tokens. Two short texts are read in both ways, and their hidden states are
+    compared. The answer is cached. It is False for sharded models, because all processes would have to run them.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The model.
+        read (`Callable`):
+            Function of the model without adapters, `input_ids` (2, L) and `attention_mask` (2, L) of two texts that
+            are padded on the right. It returns hidden states of shape (2, L, H).
     """
     if is_sharded(model):
         return False
     base = unwrap_peft(model)
-    found = _READS_PAIRS.setdefault(base, {})
-    way = (base.config._attn_implementation, base.dtype)
+    found = _READS.setdefault(base, {})
+    way = (read, base.config._attn_implementation, base.dtype)
     if way not in found:
         try:
-            found[way] = _can_read(base)
+            found[way] = _gives_states_alone(base, read)
         except Exception as error:  # models raise errors of any type on unsupported inputs
-            logger.info("%s reads each text alone: %r", type(base).__name__, error)
+            logger.info("%s does not support %s: %r", type(base).__name__, read.__name__, error)
             found[way] = False
     return found[way]
 
 
-def _can_read(base: PreTrainedModel) -> bool:
-    takes_masks = base.config._attn_implementation in ("sdpa", "eager")
-    if not takes_masks or not keeps_all_keys(base):
-        return False
+def _gives_states_alone(base: PreTrainedModel, read: Read) -> bool:
     backbone = backbone_of(base)
-    if "position_ids" not in inspect.signature(type(backbone).forward).parameters:
+    if not keeps_all_keys(base) or "position_ids" not in inspect.signature(type(backbone).forward).parameters:
         return False
     ids = torch.tensor([[1, 2, 3, 4, 5, 0], [1, 2, 3, 6, 7, 4]], device=device_of(base))
     ids = ids % base.config.get_text_config().vocab_size
     mask = torch.tensor([[1, 1, 1, 1, 1, 0], [1] * 6], device=ids.device)
-    rows = pair_rows(ids, mask, base)
     with inference(base):
         apart = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        together = rows.unpack(backbone(**rows.inputs, use_cache=False).last_hidden_state)
+        together = read(base, ids, mask)
     apart, together = (states.float()[mask.bool()] for states in (apart, together))
     tolerance = HALF_TOLERANCE if base.dtype.itemsize < 4 else TOLERANCE
     return bool((together - apart).abs().max() < tolerance * apart.square().mean().sqrt())
+
+
+def _states_in_pair(base: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    rows = pair_rows(input_ids, attention_mask, base)
+    return rows.unpack(backbone_of(base)(**rows.inputs, use_cache=False).last_hidden_state)
