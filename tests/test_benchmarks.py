@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import few_prompts
+from conftest import conversational_rows, few_prompts, make_llama, make_tokenizer, save_model, write_rows
 from processes import end_of, in_child
 from scripts import BENCHMARKS, load
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -197,6 +197,22 @@ def test_annotation_is_compared_with_the_same_numbers(tmp_path, monkeypatch, cap
     assert row["largest_difference"] < 1e-4
     assert row["pairs_per_second"] > 0 and len(row["four_forwards_over_annotated"]) == 3
     assert capsys.readouterr().out.count("\n| 97 |") == 1
+
+
+@pytest.mark.slow
+def test_annotation_of_real_pairs_reads_fewer_tokens(tmp_path, capsys):
+    """Both sides must give the same gaps, or the ratio of their times would mean nothing."""
+    annotation, output = load(BENCHMARKS, "annotation"), tmp_path / "annotation.json"
+    patient = save_model(tmp_path / "patient", make_llama(0, hidden_size=32), make_tokenizer())
+    pairs = write_rows(tmp_path / "pairs.jsonl", conversational_rows(20))
+    arguments = ["--pairs", str(pairs), "--patient", patient, "--num_pairs", "20"]
+    annotation.main([*arguments, "--device", "cpu", "--output", str(output)])
+    for row in json.loads(output.read_text(encoding="utf-8"))["rows"]:
+        assert row["largest_difference"] < 1e-4
+        assert len(row["rows_of_pairs_over_annotated"]) == 3
+        assert row["tokens_per_pair"]["annotated"] < row["tokens_per_pair"]["rows of pairs"]
+    printed = capsys.readouterr().out
+    assert printed.count("\n| system |") == printed.count("\n| user |") == 1
 
 
 @pytest.mark.slow

@@ -86,9 +86,11 @@ class TrainingPlan:
         longest_row (`int`):
             Tokens of the longest row in a training batch. `max_length` if only a sample was tokenized.
         annotation_tokens (`int`):
-            Tokens that the patient reads in annotation, summed over processes. 0 for an annotated dataset.
+            Tokens that the patient reads in annotation, summed over processes, each prompt once under each face. The
+            patient reads fewer if prompts begin alike. 0 for an annotated dataset.
         reference_tokens (`int`):
-            Tokens that the reference reads before training, summed over processes. 0 if it reads none.
+            Tokens that the reference reads before training, summed over processes, each prompt once. It reads fewer
+            if prompts begin alike. 0 if it reads none.
         training_tokens (`int`):
             Tokens of the pairs in one epoch. Models read fewer if they read a prompt once for both completions.
         num_shards (`int`):
@@ -402,13 +404,13 @@ class _StoredModel:
         """
         Tokens that the model reads to score both completions after each column of prompts.
 
-        The completions share one pass over their prompt, and its last token is read once more. Models with sliding
-        windows read the prompt twice.
+        The last token of a completion is not read. A prompt is counted once for both completions, and twice for models
+        with sliding windows, which read it twice. Other common beginnings are counted each time.
         """
-        num_tokens = sum(lengths.chosen + lengths.rejected) * len(prompt_columns)
+        num_tokens = sum(length - 1 for length in lengths.chosen + lengths.rejected) * len(prompt_columns)
         num_prompt_tokens = sum(sum(lengths.columns[name]) for name in prompt_columns)
         if getattr(self.outline.config.get_text_config(), "sliding_window", None) is None:
-            return num_tokens + num_prompt_tokens + len(prompt_columns) * len(lengths.chosen)
+            return num_tokens + num_prompt_tokens
         return num_tokens + 2 * num_prompt_tokens
 
 
