@@ -15,8 +15,8 @@ python benchmarks/annotation.py --pairs hh_rlhf.jsonl --patient SmolLM2-135M-Ins
   language model head at the predicted tokens, without scores.
 
 Without `--pairs` the model is a random Llama, because only its size matters. Prompts are three times as long as
-completions, as in HH-RLHF; lengths are drawn from a seed. Each repetition runs all three in turn and gives one ratio. The table shows the
-median and the quartiles. On a CPU one thread is used, and processor time is measured.
+completions, as in HH-RLHF; lengths are drawn from a seed. Each repetition runs all three in turn and gives one ratio.
+The table shows the median and the quartiles. On a CPU one thread is used, and processor time is measured.
 
 With `--pairs`, a patient annotates real pairs in shards of 16 pairs of similar length, as `annotate_token_rewards`
 does, under faces in the system message and in the user turn. *annotated* is compared with *rows of pairs*: each prompt

@@ -20,6 +20,7 @@ from processes import end_of, finish, free_port, in_child, kill, start_ranks, wa
 
 from trl_tfpo import annotate_token_rewards
 from trl_tfpo.annotation import score_cache as shards
+from trl_tfpo.annotation.scoring import score_completions
 from trl_tfpo.faces import Faces
 
 
@@ -226,12 +227,15 @@ def test_a_killed_run_of_a_small_dataset_is_not_lost(patient, tokenizer, tmp_pat
     kept = len(files(tmp_path))
     assert 1 <= kept < num_pairs / shards.SHARD_SIZE
     hook.remove()
-    num_read = []
-    patient.register_forward_pre_hook(
-        lambda _, args, inputs: num_read.append(len(inputs["input_ids"])), with_kwargs=True
-    )
+    num_scored = []
+
+    def score(model, prompt_ids, completion_ids, **settings):
+        num_scored.append(len(completion_ids))
+        return score_completions(model, prompt_ids, completion_ids, **settings)
+
+    monkeypatch.setattr("trl_tfpo.annotation.token_rewards.score_completions", score)
     annotate_token_rewards(dataset, patient, tokenizer, faces=faces, batch_size=8)
-    assert sum(num_read) == 2 * (num_pairs - kept * shards.SHARD_SIZE)  # a row for each face of each pair
+    assert sum(num_scored) == 4 * (num_pairs - kept * shards.SHARD_SIZE)  # two completions under two faces
 
 
 def test_scores_are_those_of_their_pairs_whatever_the_order(tmp_path, monkeypatch):
@@ -264,4 +268,4 @@ def test_progress_moves_with_each_forward_pass(patient, tokenizer, monkeypatch):
         annotate_token_rewards(dataset, patient, tokenizer, faces=faces, batch_size=8)
     finally:
         datasets.enable_caching()
-    assert sum(moves) == pytest.approx(16) and len([x for x in moves if x > 1e-6]) == 8  # 32 rows, four at once
+    assert sum(moves) == pytest.approx(16) and len([x for x in moves if x > 1e-6]) == 4  # passes

@@ -91,14 +91,14 @@ def score_completions(
         in_trees = reads_trees(model)
         rows = _rows(texts, prompt_ids, max_texts=MAX_TEXTS if in_trees or reads_pairs(model) else 1)
         lengths = [_length([texts[index] for index in row]) for row in rows]
-        max_rows = max(1, batch_size // 2) if len(rows) < len(texts) else batch_size
-        max_tokens = max_rows * max([longest, *lengths])
+        num_longest = batch_size // 2 if len(rows) < len(texts) else batch_size  # a row of a pair counts as two texts
+        max_tokens = max([num_longest * max([longest, *map(len, texts)]), *lengths])
         passes = _packed(rows, lengths, max_tokens) if in_trees else _of_similar_length(rows, lengths, max_tokens)
         for rows in passes:
             indices = [index for row in rows for index in row]
             completions = [completion_ids[index] for index in indices]
-            scored = _score_rows(model, [[texts[index] for index in row] for row in rows], completions, in_trees)
-            logps |= dict(zip(indices, scored, strict=True))
+            found = _score_rows(model, [[texts[index] for index in row] for row in rows], completions, in_trees)
+            logps |= dict(zip(indices, found, strict=True))
             if on_progress is not None:
                 on_progress(len(indices) / len(texts))
     for index, scored in logps.items():

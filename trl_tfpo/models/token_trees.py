@@ -14,6 +14,7 @@ beginning may share a row.
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +38,8 @@ class Branch(NamedTuple):
     context: list[slice]
 
 
-class TokenTree(NamedTuple):
+@dataclass(frozen=True)
+class TokenTree:
     """
     Texts in one row.
 
