@@ -245,6 +245,7 @@ DRAFTERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [GREEDY, GREEDY | dict(do_sample=True, temperature=1.5, top_p=0.9)])
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_the_default_doctor_is_drafted_for(patient, drafter, settings):
@@ -331,6 +332,7 @@ CHECKS = {
 LONG = {name: tensor.repeat(1, 2) for name, tensor in ONE.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checks", CHECKS)
 @pytest.mark.parametrize("agrees", [True, False])
 @pytest.mark.parametrize("do_sample", [False, True])
