@@ -272,6 +272,15 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
             self._external = before
 
     @contextmanager
+    def without_trace(self) -> Iterator[None]:
+        """Within the context, calls are not recorded in the trace."""
+        before, self._trace = self._trace, None
+        try:
+            yield
+        finally:
+            self._trace = before
+
+    @contextmanager
     def appended_tokens(self) -> Iterator[None]:
         """
         Within the context, each call must have the rows of the previous call, with one more token each.
