@@ -308,7 +308,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
             `torch.FloatTensor` of shape `(B, V)`: log-probabilities in nats, float64 for float64 scores, else float32.
         """
         self.num_calls += 1
-        is_next = bool(self._num_read) and input_ids.size(1) == self._num_read + 1
+        is_next = self._num_read not in (None, 0) and input_ids.size(1) - 1 == self._num_read
         tokens = self._tokens(input_ids, is_next)
         doctor_logits: list[torch.Tensor | None]
         if self.min_patient_entropy and self._is_confident(scores).all():
