@@ -279,7 +279,7 @@ def soak_decoding(num_calls: int) -> dict:
 
 
 def soak_training(num_steps: int, num_kills: int) -> dict:
-    """Compare loss curve, weights and optimizer of a training with those of one that is killed and resumed."""
+    """Compare loss curve, weights and optimizer of a training run with those of a run that is killed and resumed."""
     world, draw = load_world(), random.Random(0)
     annotated = annotate_token_rewards(
         world.preference_dataset("praise", num_pairs=64, seed=0),

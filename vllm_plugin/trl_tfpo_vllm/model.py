@@ -53,7 +53,7 @@ class GuidedForCausalLM(nn.Module):
         path = model_config.hf_config_path or model_config.model
         patient = AutoConfig.from_pretrained(path, revision=model_config.revision, trust_remote_code=False)
         self.names, self.configs = ["patient"], [model_config.hf_config]
-        architectures = [patient.architectures]  # that of the engine is this class
+        architectures = [patient.architectures]  # the engine's config names this class
         self.loras: dict[str, Lora] = {}
         self.secondary_weights: list[DefaultModelLoader.Source] = []  # which the loader reads after the patient
         for index, folder in enumerate(guidance_of(model_config).factors):
