@@ -224,8 +224,8 @@ def grow(model: PreTrainedModel, hidden_size: int, num_layers: int) -> PreTraine
 
 def trained_pair(args: argparse.Namespace, sizes: dict, policy: str) -> tuple:
     """
-    Return patient, doctor after TFPO, doctor before it, and prompts of the controlled world, a list for each
-    repetition. The models are grown.
+    Return patient, trained doctor, initial doctor, and a list of prompts for each repetition, from the controlled
+    world. The models are enlarged by [`grow`].
     """
     world = load_world()
     training = dict(max_steps=sizes["max_steps"], per_device_train_batch_size=16, learning_rate=3e-3)
@@ -465,8 +465,8 @@ def peers(args: argparse.Namespace, patient, doctor, prompts) -> list[dict]:
     """Measure guides that compute `0.5 * log p_patient + 0.5 * log p_doctor` for one prompt."""
     patient, doctor = patient.to(args.device), doctor.to(args.device)
     guides = {"cached": cached_guide(doctor, 0.5, 0.5), "naive": naive_guide(doctor, 0.5, 0.5)}
-    # scale * log p + (1 - scale) * log p_other, made for one model under two prompts, here for two models under one
-    # prompt. An instance supports one call, without padding and without beams.
+    # scale * log p + (1 - scale) * log p_other. The class is made for one model and two prompts; here it gets two
+    # models and one prompt. An instance supports one call, without padding and without beams
     guides["transformers, UnbatchedClassifierFreeGuidanceLogitsProcessor"] = lambda input_ids, mask: (
         UnbatchedClassifierFreeGuidanceLogitsProcessor(0.5, doctor, unconditional_ids=input_ids)
     )

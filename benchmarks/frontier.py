@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Reward of this method and of others at equal KL from the patient, in the controlled world.
+Reward of TFPO and of other methods at equal KL from the patient, in the controlled world.
 
 ```bash
 python benchmarks/frontier.py --everything runs/results --attributes praise calm --seeds 0 1 2
