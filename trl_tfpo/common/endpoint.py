@@ -253,7 +253,7 @@ class Endpoint:
         if not (self.doctors or is_ours):
             if alpha not in (None, 1.0):
                 raise ValueError(
-                    f"`alpha` needs an endpoint that guides. Got {alpha} for {self.base_url}, which has no doctors; leave "
+                    f"`alpha` needs an endpoint that guides. Got {alpha} for {self.base_url}, without doctors; leave "
                     "it out, or serve the patient with `trl-tfpo serve`, or vLLM with `trl-tfpo-vllm`."
                 )
             return {}
