@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Time of annotation, relative to a simple implementation and to the bare forward passes.
+Time of annotation, relative to a simple implementation and to the forward passes alone.
 
 ```bash
 python benchmarks/annotation.py --output annotation.json
@@ -15,12 +15,13 @@ python benchmarks/annotation.py --pairs hh_rlhf.jsonl --patient SmolLM2-135M-Ins
   language model head at the predicted tokens, without scores.
 
 Without `--pairs` the model is a random Llama, because only its size matters. Prompts are three times as long as
-completions, as in HH-RLHF; lengths are drawn from a seed. Each repetition runs all three in turn and gives one ratio.
-The table shows the median and the quartiles. On a CPU one thread is used, and processor time is measured.
+completions, as in HH-RLHF; lengths are random, from a seed. Each repetition runs the three alternatives in turn and
+gives two ratios. The table has medians and quartiles. On a CPU the script uses one thread and measures processor time.
 
 With `--pairs`, a patient annotates real pairs in shards of 16 pairs of similar length, as `annotate_token_rewards`
-does, under faces in the system message and in the user turn. *annotated* is compared with *rows of pairs*: each prompt
-is read once under each face, and the two completions share a padded row with a mask. Each shard gives one ratio.
+does, under faces in the system message and in the user turn. *annotated* is compared with *rows of pairs*: the patient
+reads each prompt once under each face, and the two completions share a padded row with a mask. Each shard gives one
+ratio.
 """
 
 import argparse
@@ -226,7 +227,7 @@ def draw_pairs(vocab_size: int, num_pairs: int, seed: int) -> dict[str, list]:
 
 @torch.no_grad()
 def four_forwards(patient, batch) -> list[torch.Tensor]:
-    """Gaps of all completions, the chosen first."""
+    """Return the gaps of all completions, chosen completions first."""
 
     def logps(prompt, completion):
         ids = torch.tensor([prompt + completion], device=patient.device)

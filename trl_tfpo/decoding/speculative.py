@@ -264,10 +264,10 @@ def _drafting(
     if assistant_model is not None:
         assistant = Assistant(assistant_model, patient.attention_mask, vocab_size)
         share = share_of(assistant.memory.doctor.model, model)
-        drafter: Drafter = ModelDrafts(logits_processor, choice, assistant, share)
+        drafter: Drafter = ModelDrafts(guide, logits_processor, choice, assistant, share)
         models.append(weakref.ref(assistant.memory.doctor.model))
     elif num_lookup is None:
-        drafter = ModelDrafts(logits_processor, choice, guess_of_doctors(guide, vocab_size))
+        drafter = ModelDrafts(guide, logits_processor, choice, guess_of_doctors(guide, vocab_size))
     else:
         drafter = PromptLookup(ngrams, generation_config.max_matching_ngram_size or MAX_NGRAM_SIZE)
     weights = [weight if isinstance(weight, float) else type(weight) for weight in (guide.alpha, *guide.betas)]
