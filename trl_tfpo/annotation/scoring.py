@@ -3,8 +3,8 @@
 """
 Log-probabilities of given completions under a model, which reads each common beginning of texts once.
 
-A text is a prompt and a completion without its last token, which predicts nothing. The two completions of a pair have
-a common prompt, and the two faces of a pair may have common beginnings, too. A model reads texts in one of three ways:
+A text is a prompt with a completion, without the last token, which predicts nothing. The completions of a pair have a
+common prompt, and prompts of different faces or pairs may begin alike. A model reads texts in one of three ways:
 
 - on a CPU, all texts of a forward pass in one row, without padding;
 - otherwise, up to four texts in a row, in rows of similar length, with a mask for each pair of tokens;
@@ -175,7 +175,7 @@ def _score_rows(
     """
     Log-probabilities of the completions, which are in the order of the texts of the rows.
 
-    Texts of a row are sorted. With `in_trees` there is one row, and attention is along its branches.
+    The texts of a row are sorted. With `in_trees` there is one row, and attention is computed along its branches.
     """
     trees = [token_tree(texts) for texts in rows]
     if in_trees:
@@ -187,14 +187,15 @@ def _score_rows(
     length = inputs["input_ids"].size(1)
     paths = [[row * length + place for place in path] for row, tree in enumerate(trees) for path in tree.paths]
     pairs = list(zip(paths, completions, strict=True))
-    places = [place for path, completion in pairs for place in path[len(path) - len(completion) :]]
-    targets = torch.tensor([token for completion in completions for token in completion])
+    predicting = [place for path, completion in pairs for place in path[len(path) - len(completion) :]]
+    places = torch.tensor(predicting, dtype=torch.long)  # (N,)
+    targets = torch.tensor([token for completion in completions for token in completion], dtype=torch.long)
 
     def forward(**inputs):
         with attention_along_branches(model) if in_trees else nullcontext():
             return model(**inputs)
 
-    logits, hidden = read_logits(model, torch.tensor(places), forward=forward, in_float32=True, **inputs)
+    logits, hidden = read_logits(model, places, forward=forward, in_float32=True, **inputs)
     with torch.autocast(hidden.device.type, enabled=False):
         logps = token_logps(logits=logits, targets=targets.to(hidden.device))  # (N,)
     return list(logps.float().cpu().split([len(completion) for completion in completions]))
