@@ -20,6 +20,7 @@ from ..common.printable import printable
 VERBS = {  # by name of the module
     "annotate": "compute token rewards for a preference dataset",
     "train": "train a doctor",
+    "strengths": "measure the KL from the patient at several strengths of a doctor",
     "generate": "sample completions from a patient, guided by doctors",
     "evaluate": "compare completions of several methods",
     "serve": "run an OpenAI-compatible server, with doctor weights per request",
