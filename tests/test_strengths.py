@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import FACES, conversational_rows, make_llama, make_tokenizer, save_model
+from conftest import FACES, conversational_rows, make_llama, make_tokenizer, save_model, write_rows
 from datasets import Dataset
 from fastapi.testclient import TestClient
 from peft import LoraConfig, get_peft_model
@@ -337,13 +337,29 @@ def test_commands(saved, patient, tmp_path, capsys):
     save_model(folder, make_llama(2))
     assert main(["strengths", "--doctor", str(folder)]) == 2
     assert "has no table of strengths" in capsys.readouterr().err
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in conversational_rows(4)))
+    write_rows(tmp_path / "pairs.jsonl", conversational_rows(4))
     measured = ["strengths", "--doctor", str(folder), "--patient", name, "--max_new_tokens", "6"]
     measured += ["--dataset_name", str(tmp_path / "pairs.jsonl"), "--dataset_split", "train", "--num_prompts", "1"]
     assert main(measured) == 0
     table = load_strengths(folder)
     assert table.num_prompts == 1 and table.as_table() in capsys.readouterr().out
+    questions = tmp_path / "questions.jsonl"  # without answers, and one of them twice
+    asked = [[{"role": "user", "content": text}] for text in ("you are", "you are", "say the soup")]
+    write_rows(questions, [{"prompt": prompt} for prompt in asked])
+    measured = [
+        "strengths",
+        "--doctor",
+        str(folder),
+        "--patient",
+        name,
+        "--max_new_tokens",
+        "6",
+        "--prompt",
+        "the soup",
+    ]
+    measured += ["--dataset_name", str(questions), "--dataset_split", "train"]
     assert main(measured) == 2 and main([*measured, "--overwrite", "--strengths", "0.5", "0.7"]) == 0
+    assert load_strengths(folder).num_prompts == 3
     table = load_strengths(folder)
     assert [row.beta for row in table.rows] == [0.5, 0.7]
     capsys.readouterr()

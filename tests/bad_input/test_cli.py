@@ -134,6 +134,12 @@ GENERATE = [
     ("generate without prompts", f"generate {PATIENT}", "there are no prompts"),
     ("generate with a beta too many", "generate --world --beta 0.5", "a number for each doctor"),
     ("generate with too much beta", f"{GENERATION} --doctor doctor --beta 2", "must not exceed 1"),
+    (
+        "generate at a distance nobody measured",
+        f"{GENERATION} --doctor doctor --kl 1",
+        "needs the strengths of the doct",
+    ),
+    ("generate at a distance of nobody", f"{GENERATION} --kl 1", "the strength of one doctor. Got 1.0 for 0 doctors"),
     ("generate without a column", f"generate {PATIENT} --dataset_name other.jsonl", "a column `prompt`"),
     ("generate, no such doctor", "generate --world --doctor ./absent", "Got './absent', which does not exist"),
     ("generate, doctor of another family", f"{GENERATION} --doctor other", "must have the same tokenizer"),
@@ -143,6 +149,35 @@ GENERATE = [
     ("generate into a folder of others", f"{GENERATION} --output patient", "must not exist"),
     ("generate over a file", f"{GENERATION} --output pairs.jsonl", "must not exist"),
     ("generate from numbers", f"generate {PATIENT} --dataset_name numbers.jsonl", "Prompts must be texts"),
+]
+
+# strengths
+STRENGTHS = [
+    ("strengths of nobody", "strengths --world", "--doctor"),
+    ("strengths of a doctor that is not there", "strengths --doctor ./absent", "Got './absent', which does not exist"),
+    ("strengths that nobody measured", "strengths --doctor doctor", "has no table of strengths"),
+    ("strengths in no folder", "strengths --world --doctor absent", "Got 'absent', which is not a folder"),
+    (
+        "strengths of another family",
+        f"strengths {PATIENT} --doctor other --prompt you",
+        "must have the same tokenizer",
+    ),
+    ("strengths without prompts", f"strengths {PATIENT} --doctor doctor", "there are no prompts"),
+    (
+        "strengths on no prompt",
+        "strengths --world --doctor doctor --num_prompts 0",
+        "`--num_prompts` must be at least 1",
+    ),
+    (
+        "strengths without a column",
+        f"strengths {PATIENT} --doctor doctor --dataset_name other.jsonl --dataset_split train",
+        "a column `prompt`",
+    ),
+    (
+        "strengths in no order",
+        f"strengths {PATIENT} --doctor doctor --prompt you --strengths 1 0.5",
+        "in ascending order. Got [1.0, 0.5]",
+    ),
 ]
 
 # evaluate
@@ -195,7 +230,9 @@ SERVE_AND_DEMO = [
 ]
 
 COMMANDS = [
-    row for rows in (COMMAND_LINE, CONFIG, ANNOTATE, FILES, TRAIN, GENERATE, EVALUATE, SERVE_AND_DEMO) for row in rows
+    row
+    for rows in (COMMAND_LINE, CONFIG, ANNOTATE, FILES, TRAIN, GENERATE, STRENGTHS, EVALUATE, SERVE_AND_DEMO)
+    for row in rows
 ]
 
 

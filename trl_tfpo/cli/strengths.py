@@ -14,6 +14,9 @@ from .parser import Parser
 
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..faces import Prompt
     from ..models.strengths import StrengthTable
 
 
@@ -33,10 +36,13 @@ class StrengthsArguments:
     )
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "Dataset with validation prompts in a column `prompt`: a Hub name, a folder or a file."},
+        metadata={"help": "Preference dataset, or one with a column `prompt`: a Hub name, a folder or a file."},
     )
     dataset_split: str = field(
         default="test", metadata={"help": "Split of the dataset. A file has the split 'train'."}
+    )
+    convert_transcripts: bool = field(
+        default=False, metadata={"help": "Convert transcripts with turns of Human and Assistant to messages."}
     )
     num_prompts: int = field(default=32, metadata={"help": "Maximum number of different prompts."})
     num_samples_per_prompt: int = field(default=4, metadata={"help": "Completions per prompt and strength."})
@@ -96,7 +102,6 @@ def measure(args: StrengthsArguments) -> "StrengthTable":
     from ..common.atomic import check_writable
     from ..evaluation import measure_strengths
     from ..models.strengths import STRENGTHS_FILE
-    from .generate import GenerateArguments, read_prompts
     from .models import load_models
 
     folder = Path(args.doctor)
@@ -114,15 +119,11 @@ def measure(args: StrengthsArguments) -> "StrengthTable":
         in_4bit=args.patient_load_in_4bit,
         trust_remote_code=args.trust_remote_code,
     )
-    source = GenerateArguments(
-        prompt=args.prompt, dataset_name=args.dataset_name, dataset_split=args.dataset_split, world=args.world
-    )
-    different = {json.dumps(prompt): prompt for prompt in read_prompts(source, tokenizer, world_split="validation")}
     table = measure_strengths(
         patient,
         doctors["doctor"],
         tokenizer,
-        list(different.values())[: args.num_prompts],
+        read_validation_prompts(args, patient, tokenizer),
         strengths=args.strengths or None,
         num_samples_per_prompt=args.num_samples_per_prompt,
         max_new_tokens=args.max_new_tokens,
@@ -131,3 +132,38 @@ def measure(args: StrengthsArguments) -> "StrengthTable":
     )
     table.save(folder)
     return table
+
+
+def read_validation_prompts(
+    args: StrengthsArguments, patient: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
+) -> "list[Prompt | list[int]]":
+    """Collect different prompts of options, dataset and controlled world. Those of preferences are token ids."""
+    from ..annotation.token_rewards import check_annotated_for
+    from ..data.tokenization import all_eos_token_ids, tokenize_preferences
+    from ..evaluation.strengths import different_prompts
+    from .files import read_split
+    from .generate import GenerateArguments, read_prompts
+
+    prompts: list[Prompt | list[int]] = []
+    rows = None if args.dataset_name is None else read_split(args.dataset_name, args.dataset_split)
+    if rows is not None and "prompt_ids" in rows.column_names:
+        check_annotated_for(rows, tokenizer)
+        prompts += different_prompts(rows, args.num_prompts)
+    elif rows is not None and {"chosen", "rejected"} <= set(rows.column_names):
+        tokenized = tokenize_preferences(
+            rows.to_iterable_dataset(),  # only as many as are needed
+            tokenizer,
+            faces=None,
+            eos_token_ids=all_eos_token_ids(tokenizer, patient),
+            drop_unusable=True,
+            convert_transcripts=args.convert_transcripts,
+        )
+        prompts += different_prompts(tokenized, args.num_prompts)
+    if args.prompt or not prompts:
+        name = None if prompts else args.dataset_name
+        source = GenerateArguments(
+            prompt=args.prompt, dataset_name=name, dataset_split=args.dataset_split, world=args.world
+        )
+        prompts = [*read_prompts(source, tokenizer, world_split="validation"), *prompts]
+    different = {json.dumps(prompt): prompt for prompt in prompts}
+    return list(different.values())[: args.num_prompts]

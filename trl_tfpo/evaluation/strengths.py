@@ -5,6 +5,7 @@
 from collections.abc import Sequence
 
 import torch
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..common.language_model import LanguageModel
@@ -124,6 +125,16 @@ def measure_strengths(
         max_new_tokens=max_new_tokens,
         seed=seed,
     )
+
+
+def different_prompts(dataset: Dataset | IterableDataset, num_prompts: int) -> list[list[int]]:
+    """Token ids of up to `num_prompts` different prompts, from the start of a dataset with the column `prompt_ids`."""
+    found: dict[tuple[int, ...], None] = {}
+    for row in dataset.select_columns(["prompt_ids"]):
+        found[tuple(row["prompt_ids"])] = None
+        if len(found) == num_prompts:
+            break
+    return [list(ids) for ids in found]
 
 
 def _rounded(kl: float) -> float:

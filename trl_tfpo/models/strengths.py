@@ -25,7 +25,7 @@ from transformers.utils import cached_file
 from ..common.atomic import FORMAT, atomic_write, check_format
 from ..common.printable import cell
 from .fingerprint import patient_fingerprint
-from .named_model import SOURCE
+from .named_model import SOURCE, check_model_exists
 
 
 STRENGTHS_FILE = "strengths.json"
@@ -214,8 +214,9 @@ def load_strengths(path: str | os.PathLike, **kwargs: Any) -> StrengthTable | No
         [`StrengthTable`], or `None` if the doctor has none.
 
     Raises:
-        `ValueError`: if the file is damaged, or its format is not supported.
+        `ValueError`: if the folder does not exist, the file is damaged, or its format is not supported.
     """
+    check_model_exists(path)
     source = {name: kwargs[name] for name in SOURCE if name in kwargs}
     file = cached_file(path, STRENGTHS_FILE, _raise_exceptions_for_missing_entries=False, **source)
     if file is None:

@@ -22,7 +22,7 @@ from ..common._upstream import _BaseTrainer
 from ..common.arguments import check_counts
 from ..common.language_model import inference, is_peft_model, is_sharded
 from ..data.tokenizer_identity import tokenizer_fingerprint
-from ..evaluation.strengths import measure_strengths
+from ..evaluation.strengths import different_prompts, measure_strengths
 from ..faces import Prompt
 from ..models.adapters import VALUE_HEAD
 from ..models.named_model import NamedModel, resolve_model
@@ -123,12 +123,7 @@ class DoctorFiles(_BaseTrainer):
                 "Strengths are measured on validation prompts. Got no `eval_dataset`; pass one to the trainer, or "
                 "`prompts` that are not used for the final evaluation."
             )
-        found: dict[tuple[int, ...], None] = {}
-        for row in dataset.select_columns(["prompt_ids"]):
-            found[tuple(row["prompt_ids"])] = None
-            if len(found) == num_prompts:
-                break
-        return [list(ids) for ids in found]
+        return different_prompts(dataset, num_prompts)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the doctor with its value head, exponents, credits, strengths and model card."""
