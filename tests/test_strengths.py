@@ -314,6 +314,30 @@ def test_the_trainer_saves_what_it_measured(annotated, patient, tmp_path):
     assert "Strength in nats" not in (tmp_path / "run" / "README.md").read_text()
 
 
+def test_training_again_makes_other_weights(annotated, patient, tmp_path):
+    """As many steps as before do not make the doctor that was measured."""
+    trainer = make_trainer(annotated, tmp_path, max_steps=1)
+    trainer.train()
+    trainer.measure_strengths(patient, PROMPTS, strengths=[0.5], max_new_tokens=2)
+    trainer.train()
+    assert trainer.strengths is None and trainer.state.global_step == 1
+
+
+def test_an_adapter_on_the_patient_is_measured_against_the_patient(annotated, tmp_path):
+    """With the adapter on in both, the distance would be 0, and the patient would seem to be another one."""
+    base = make_llama(1)
+    before, config = patient_fingerprint(base), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    args = dict(policy="doctor", reference_weight=0.0, max_steps=1)
+    trainer = make_trainer(annotated, tmp_path, get_peft_model(base, config), **args)
+    trainer.train()
+    table = trainer.measure_strengths(base, PROMPTS, strengths=[0.5, 1.0], max_new_tokens=4)
+    assert table.rows[0].kl > 0 and table.patient_fingerprint == before
+    guide = DoctorGuidedLogitsProcessor(trainer.model.eval(), beta=1.0)
+    settings = dict(guide=guide, num_samples_per_prompt=4, max_new_tokens=4, batch_size=8)
+    found = evaluate_guidance(make_llama(1), make_tokenizer(), PROMPTS, no_reward, **settings)
+    assert table.rows[1].kl == pytest.approx(found["kl"], rel=1e-3)
+
+
 def test_the_trainer_needs_a_patient_and_prompts(annotated, patient, tmp_path):
     """What is not there is named, with what to pass."""
     trainer = make_trainer(annotated, tmp_path)

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from numbers import Real
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -30,6 +31,7 @@ from .named_model import SOURCE, check_model_exists
 
 STRENGTHS_FILE = "strengths.json"
 POLICY_SETTINGS = ("alpha", "beta", "reference", "min_patient_prob", "min_patient_entropy")  # settings of a guide
+_CHECKED: WeakKeyDictionary[PreTrainedModel, set[str]] = WeakKeyDictionary()  # tables compared with each patient
 TITLE = "Strength in nats"
 SECTION = """\
 ## {title}
@@ -150,7 +152,11 @@ class StrengthTable:
         return float(np.interp(kl**0.5, [row.kl**0.5 for row in rows], [row.beta for row in rows]))
 
     def warn_of_other_patient(self, patient: PreTrainedModel) -> None:
-        """Warn if the weights of a patient are not those with which the KLs were measured."""
+        """Warn if the weights of a patient are not those with which the KLs were measured. Each is checked once."""
+        checked = _CHECKED.setdefault(patient, set())
+        if self.patient_fingerprint in checked:
+            return
+        checked.add(self.patient_fingerprint)
         if patient_fingerprint(patient) != self.patient_fingerprint:
             warnings.warn(
                 "The KL that a doctor moves depends on the patient. Got other weights than those of "
