@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class StrengthsArguments:
     """Options of `trl-tfpo strengths`."""
 
-    doctor: str = field(metadata={"help": "Folder of the doctor."})
+    doctor: str = field(metadata={"help": "Doctor: a folder, or to show its table a Hub name."})
     patient: str | None = field(
         default=None,
         metadata=options.PATIENT | {"help": "Patient to measure with. Without it, the saved table is shown."},
@@ -87,10 +87,11 @@ def run(arguments: Sequence[str]) -> int:
     if args.kl is not None:
         print(f"{table.beta_at(args.kl):.4g}")
     else:
-        print(
-            f"KL from the patient {printable(table.patient)!r}, {table.num_prompts} prompts, "
-            f"{table.num_samples_per_prompt} samples each, at most {table.max_new_tokens} tokens\n\n{table.as_table()}"
+        facts = (
+            f"KL from the patient {table.patient!r}, {table.num_prompts} prompts, {table.num_samples_per_prompt} "
+            f"samples each, at most {table.max_new_tokens} tokens"
         )
+        print(f"{printable(facts)}\n\n{table.as_table()}")
     return 0
 
 
