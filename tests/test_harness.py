@@ -37,7 +37,7 @@ QUESTIONS = [
         [" was", " and the"],
     ),
 ]
-PLACES = ["the park inn.", "the station cafe.", "the sunny bakery. we liked the soup."]
+PLACES = ["the inn.", "the station cafe.", "the sunny bakery. we liked the soup."]
 POLICIES = {  # weights of the doctors; the patient has the rest
     "patient": {"calm": 0.0, "wild": 0.0},
     "one": {"calm": 0.5, "wild": 0.0},
@@ -68,7 +68,7 @@ def folder(tmp_path_factory):
         "reviews": {
             "output_type": "generate_until",
             **{"doc_to_text": "please review {{place}}", "doc_to_target": "this is about {{place}}"},
-            "generation_kwargs": {"until": ["."], "max_gen_toks": 12},
+            "generation_kwargs": {"until": ["."], "max_gen_toks": 7},
             "metric_list": [metric("exact_match")],
             "data": "places",
         },
@@ -205,26 +205,45 @@ def test_texts_have_the_likelihoods_by_hand(route, policy, batch_size, evaluate,
 
 def generate_by_hand(models, world, ids, max_new_tokens):
     """Greedy search up to a full stop, which is left out."""
-    eos, start = world.tokenizer.eos_token_id, len(ids)
-    while len(ids) < start + max_new_tokens and ids[-1] != eos:
+    eos, start, text = world.tokenizer.eos_token_id, len(ids), ""
+    while len(ids) < start + max_new_tokens and ids[-1] != eos and "." not in text:
         ids = [*ids, by_hand(models, ids)[-1].argmax().item()]
         text = world.tokenizer.decode(ids[start:], skip_special_tokens=True)
-        if "." in text:
-            break
-    return text.split(".")[0]
+    return text
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("route", WINDOWS)
 def test_reviews_are_those_by_hand(route, policy, batch_size, evaluate, world, doctors):
-    """Prompts of several lengths, a stop string, and a limit that the patient's generation config has otherwise."""
+    """Prompts of several lengths, a stop string, and a limit that is lower than that of the patient's own config."""
     models = models_of(policy, world, doctors)
     _, found = evaluate(route, policy, "reviews", batch_size, apply_chat_template=True)
-    for (answer,), place in zip(found, PLACES, strict=True):
-        messages = [{"role": "user", "content": f"please review {place}"}]
-        prompt = world.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        assert answer.strip() == generate_by_hand(models, world, prompt, 12).strip() != ""
+    messages = [[{"role": "user", "content": f"please review {place}"}] for place in PLACES]
+    prompts = [world.tokenizer.apply_chat_template(x, add_generation_prompt=True, return_dict=False) for x in messages]
+    expected = [generate_by_hand(models, world, prompt, 7) for prompt in prompts]
+    assert len({len(prompt) for prompt in prompts}) == 3
+    ends = {"." in text for text in expected}  # by the stop string, or by the limit
+    assert ends == ({True} if policy == "patient" else {True, False})
+    assert [answer.strip() for (answer,) in found] == [text.split(".")[0].strip() for text in expected]
+
+
+def test_sampling_is_that_of_the_harness(world, doctors):
+    """A task may ask for samples; one that asks for a temperature of 0 wants none."""
+    guide = DoctorGuidedLogitsProcessor(doctors["wild"], beta=0.5)
+    model = GuidedLM(world.patient, guide=guide, tokenizer=world.tokenizer, batch_size=2)
+
+    def generate(**settings):
+        requests = [
+            Instance("generate_until", {}, (x, {"until": [], "max_gen_toks": 9, **settings}), 0) for x in PLACES
+        ]
+        torch.manual_seed(0)
+        return model.generate_until(requests, disable_tqdm=True)
+
+    greedy = generate()
+    assert generate(temperature=0.0) == generate(do_sample=True, temperature=2.0, top_k=1) == greedy
+    hot = generate(do_sample=True, temperature=3.0)
+    assert hot == generate(temperature=3.0) != greedy
 
 
 # What guides may hold
@@ -238,6 +257,26 @@ def log_likelihoods(model):
 def log_likelihoods_by_hand(models, world):
     pairs = [(encode(world, x), encode(world, x + y)) for x, ys in QUESTIONS[:3] for y in ys]
     return [score(models, whole, len(whole) - len(context), 1000)[0] for context, whole in pairs]
+
+
+def test_each_context_is_read_once_for_answers_of_one_token(world, doctors):
+    """A multiple choice by letters would otherwise cost as many passes as it has letters, for every doctor."""
+    guide = DoctorGuidedLogitsProcessor([*doctors.values()], beta=[0.5, 0.0])
+    model = GuidedLM(world.patient, guide=guide, tokenizer=world.tokenizer, batch_size=4)
+    answers = [f" {word}" for word in ("good", "superb", "cold", "the")]
+    requests = [Instance("loglikelihood", {}, (x, y), 0) for x, _ in QUESTIONS[:3] for y in answers]
+    read = {name: [] for name in ("patient", *doctors)}
+    models = {"patient": world.patient, **doctors}
+    hooks = [
+        models[name].register_forward_hook(
+            lambda _, args, kwargs, output, rows=rows: rows.append(len(output.logits)), with_kwargs=True
+        )
+        for name, rows in read.items()
+    ]
+    model.loglikelihood(requests, disable_tqdm=True)
+    for hook in hooks:
+        hook.remove()
+    assert read == {"patient": [3], "calm": [3], "wild": []}  # rows of each pass; an exponent of 0 needs none
 
 
 def test_a_ratio_has_the_likelihoods_by_hand(world, doctors):
@@ -260,7 +299,8 @@ def test_an_adapter_on_the_patient_has_the_likelihoods_by_hand(world):
     assert expected != pytest.approx(log_likelihoods_by_hand([(world.patient, 1.0)], world), abs=0.1)
     requests = [Instance("generate_until", {}, (x, {"until": ["."], "max_gen_toks": 5}), 0) for x, _ in QUESTIONS[:3]]
     found = model.generate_until(requests, disable_tqdm=True)
-    assert found == [generate_by_hand(models, world, encode(world, x), 5) for x, _ in QUESTIONS[:3]]
+    expected = [generate_by_hand(models, world, encode(world, x), 5) for x, _ in QUESTIONS[:3]]
+    assert found == [text.split(".")[0] for text in expected]
 
 
 def test_tokens_that_are_ruled_out_have_no_likelihood(world, doctors):
@@ -375,6 +415,13 @@ def test_patient_and_guided_side_by_side(folder, world, tmp_path, capsys):
     expected = [score(models, whole, len(whole) - context, 12)[0] for whole in ids]
     assert [float(logp) for logp, _ in sample["filtered_resps"]] == pytest.approx(expected, abs=1e-4)
     assert run_verb(folder, tmp_path) == 2 and "must not exist" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_mistyped_task(folder, tmp_path, capsys):
+    """The harness has thousands of tasks, and its own message lists none."""
+    assert run_verb(folder, tmp_path, "--tasks", "hellaswga") == 2
+    assert "Got 'hellaswga', did you mean 'hellaswag" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -130,9 +130,7 @@ def check_arguments(args: HarnessArguments) -> dict[str, Exponents]:
         if not args.world and args.patient is None:
             raise ValueError("a patient is needed. Pass `--patient`, or `--world` to try it")
     elif args.doctor or args.patient_load_in_4bit:
-        raise ValueError(
-            "An endpoint has doctors and patient of its own. Got `--base_url` with options of models here"
-        )
+        raise ValueError("An endpoint has its own models. Got `--doctor` or `--patient_load_in_4bit`; leave them out")
     elif not args.world and args.patient is None:
         raise ValueError("An endpoint is sent token ids. Pass the patient's tokenizer with `--patient`")
     counts = (args.batch_size, *(x for x in (args.max_length, args.limit) if x is not None))

@@ -166,7 +166,7 @@ class GuidedLM(HFLM):
         if not generation_kwargs.get("do_sample"):
             generation_kwargs["do_sample"] = False
             generation_kwargs.pop("temperature", None)  # 0, which is for sampling only
-        generate: Callable[..., torch.Tensor] = self.model.generate
+        generate: Callable[..., Any] = self.model.generate
         if self.guide is not None:
             self._check_length(max_length)
             generate = partial(guided_generate, self.model, self.guide)
@@ -184,7 +184,8 @@ class GuidedLM(HFLM):
 
     def _check_length(self, num_tokens: int) -> None:
         """Raise `ValueError` when a text is longer than the context of a doctor."""
-        longest = min(map(context_length, (doctor.model for doctor in self.guide.doctors)), default=num_tokens)
+        doctors = self.guide.doctors if self.guide else []
+        longest = min((context_length(doctor.model) for doctor in doctors), default=num_tokens)
         if num_tokens > longest:
             raise ValueError(
                 f"A text must fit the context of each doctor, {longest} tokens. Got a text or a limit of {num_tokens} "
