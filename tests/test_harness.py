@@ -418,6 +418,23 @@ def test_patient_and_guided_side_by_side(folder, world, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_all_methods_read_what_every_model_can_read(folder, tmp_path, world, capsys):
+    """Otherwise the patient alone would have the longer contexts, and the better figures."""
+    world.doctor.save_pretrained(tmp_path / "short")
+    config = json.loads((tmp_path / "short" / "config.json").read_text())
+    (tmp_path / "short" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8}))
+    world.tokenizer.save_pretrained(tmp_path / "short")
+    perplexity = {}
+    for length, options in (("by the doctor", ["--doctor", str(tmp_path / "short")]), ("8", ["--max_length", "8"])):
+        assert run_verb(folder, tmp_path / length, *options, "--method", "patient") == 0
+        results = json.loads((tmp_path / length / "out" / "patient.json").read_text())["results"]
+        perplexity[length] = results["texts"]["word_perplexity,none"]
+    assert perplexity["by the doctor"] == pytest.approx(perplexity["8"])
+    assert max(len(encode(world, question + "".join(choices))) for question, choices in QUESTIONS) > 8
+    capsys.readouterr()
+
+
+@pytest.mark.slow
 def test_a_mistyped_task(folder, tmp_path, capsys):
     """The harness has thousands of tasks, and its own message lists none."""
     assert run_verb(folder, tmp_path, "--tasks", "hellaswga") == 2

@@ -4,13 +4,14 @@
 
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partialmethod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..common.printable import printable
 from . import did_you_mean, options
@@ -68,7 +69,7 @@ class HarnessArguments:
             "context of the models, and 2048 at an endpoint."
         },
     )
-    batch_size: int = field(default=8, metadata={"help": "Texts that the models read at once."})
+    batch_size: int = field(default=8, metadata={"help": "Texts that models in this process read at once."})
     seed: int = field(default=1234, metadata={"help": "Seed of few-shot examples and of sampling."})
     log_samples: bool = field(default=False, metadata={"help": "Write the answer to each question, too."})
     trust_remote_code: bool = field(default=False, metadata=options.REMOTE_CODE)
@@ -98,7 +99,8 @@ def run(arguments: Sequence[str]) -> int:
         check_output(file, overwrite=args.overwrite)
     tasks, manager = find_tasks(args)
     results = {}
-    for name, model in (load_methods if args.base_url is None else name_methods)(args, methods):
+    models = load_methods(args, methods) if args.base_url is None else name_methods(args, methods)
+    for name, model in models.items():
         with progress_bars():
             found = simple_evaluate(
                 model=model,
@@ -178,8 +180,8 @@ def find_tasks(args: HarnessArguments) -> "tuple[list[str], TaskManager]":
     return tasks, manager
 
 
-def load_methods(args: HarnessArguments, methods: Mapping[str, Exponents]) -> "Iterator[tuple[str, LM]]":
-    """Yield name and model of each method. All methods share the patient and the doctors."""
+def load_methods(args: HarnessArguments, methods: Mapping[str, Exponents]) -> "dict[str, LM]":
+    """Return the model of each method. All methods share the patient and the doctors."""
     from ..decoding.exponents import default_beta
     from ..decoding.logits_processor import DoctorGuidedLogitsProcessor
     from ..evaluation.harness import GuidedLM, context_length
@@ -201,26 +203,28 @@ def load_methods(args: HarnessArguments, methods: Mapping[str, Exponents]) -> "I
         of_method = betas if weights is None else [weights.get(doctor, 0.0) for doctor in doctors]
         is_guided = weights is None or bool(weights) or alpha is not None
         guides[name] = DoctorGuidedLogitsProcessor(list(doctors.values()), alpha, of_method) if is_guided else None
-    max_length = args.max_length or min(map(context_length, (patient, *doctors.values())))
-    for name, guide in guides.items():
-        with quiet_harness():
-            model = GuidedLM(
-                patient, guide=guide, tokenizer=tokenizer, batch_size=args.batch_size, max_length=max_length
-            )
-        yield name, model
+    settings: dict[str, Any] = {"batch_size": args.batch_size, "max_length": args.max_length}
+    shortest = min(map(context_length, doctors.values()), default=math.inf)
+    if args.max_length is None and shortest < context_length(patient):
+        settings["max_length"] = shortest
+    with quiet_harness():
+        return {name: GuidedLM(patient, guide=guides[name], tokenizer=tokenizer, **settings) for name in methods}
 
 
-def name_methods(args: HarnessArguments, methods: Mapping[str, Exponents]) -> "Iterator[tuple[str, LM]]":
-    """Yield name and model of each method of an endpoint."""
+def name_methods(args: HarnessArguments, methods: Mapping[str, Exponents]) -> "dict[str, LM]":
+    """Return the model of each method at an endpoint."""
     from ..evaluation.harness import GuidedEndpointLM
     from ..testbed import load_world
 
     endpoint = name_endpoint(str(args.base_url), args.model or args.patient or "world", args.num_requests)
     tokenizer = args.patient or str(load_world().weights / "patient")
-    for name, (weights, alpha) in methods.items():
-        settings = {} if args.max_length is None else {"max_length": args.max_length}
-        settings |= {"trust_remote_code": args.trust_remote_code}
-        yield name, GuidedEndpointLM(endpoint=endpoint, tokenizer=tokenizer, weights=weights, alpha=alpha, **settings)
+    settings: dict[str, Any] = {"tokenizer": tokenizer, "trust_remote_code": args.trust_remote_code}
+    if args.max_length is not None:
+        settings["max_length"] = args.max_length
+    return {
+        name: GuidedEndpointLM(endpoint=endpoint, weights=weights, alpha=alpha, **settings)
+        for name, (weights, alpha) in methods.items()
+    }
 
 
 @contextmanager

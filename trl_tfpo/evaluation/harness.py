@@ -9,6 +9,7 @@ Importing this module registers them in the harness: [`GuidedLM`] as `"trl-tfpo"
 Shapes: B rows, L tokens of a text (padding included), V vocabulary. Units: nats.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -259,9 +260,9 @@ class GuidedEndpointLM(LocalCompletionsAPI):
         return super()._create_payload(*args, **kwargs) | self.exponents
 
 
-def context_length(model: LanguageModel) -> int:
-    """Return the number of tokens that a model can read, by its config; 2**31 if the config has none."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+def context_length(model: LanguageModel) -> float:
+    """Return the number of tokens that a model can read, by its config; infinity if the config has none."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def results_table(results: Mapping[str, Mapping[str, Any]]) -> str:
