@@ -9,6 +9,10 @@ and a softmax.
 
 import copy
 import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import lm_eval
 import pytest
@@ -399,11 +403,15 @@ def run_verb(folder, tmp_path, *options):
     return main([*command, "--output_dir", str(tmp_path / "out"), "--batch_size", "4", *options])
 
 
-def test_patient_and_guided_side_by_side(folder, world, tmp_path, capsys):
+def test_patient_and_guided_side_by_side(folder, world, tmp_path, monkeypatch, capsys):
     """Whoever weighs a doctor wants to see what it costs."""
+    monkeypatch.setenv("TQDM_DISABLE", "0")  # not what the command leaves behind
+    monkeypatch.setenv("HF_DATASETS_DISABLE_PROGRESS_BARS", "0")
     doctor = ["--doctor", f"calm={world.weights / 'doctor'}"]
-    assert run_verb(folder, tmp_path, *doctor, "--beta", "0.3", "--log_samples", "--max_length", "12") == 0
-    table = capsys.readouterr().out
+    options = ["--beta", "0.3", "--log_samples", "--max_length", "12", "--quiet"]
+    assert run_verb(folder, tmp_path, *doctor, *options) == 0
+    table, messages = capsys.readouterr()
+    assert "Running loglikelihood" not in messages
     assert "| task | metric | patient | guided |" in table and "| texts | word_perplexity ↓ |" in table
     results = {name: json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ("patient", "guided")}
     assert results_table(results) in table
@@ -432,6 +440,17 @@ def test_all_methods_read_what_every_model_can_read(folder, tmp_path, world, cap
     assert perplexity["by the doctor"] == pytest.approx(perplexity["8"])
     assert max(len(encode(world, question + "".join(choices))) for question, choices in QUESTIONS) > 8
     capsys.readouterr()
+
+
+@pytest.mark.slow
+def test_the_command_of_the_harness(folder, world):
+    """Whoever uses the harness keeps its command, and its options."""
+    page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r'^python -c "(.*)" \\$', page, flags=re.MULTILINE)
+    options = ["--model", "trl-tfpo", "--tasks", "choices", "--include_path", folder]
+    options += ["--model_args", f"pretrained={world.weights / 'patient'},doctor={world.weights / 'doctor'},beta=0.5"]
+    result = subprocess.run([sys.executable, "-c", script, *options], capture_output=True, text=True)
+    assert result.returncode == 0 and "|choices|" in result.stdout, result.stderr
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partialmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -245,9 +244,13 @@ def progress_bars() -> Iterator[None]:
     from tqdm import tqdm
 
     make = tqdm.__init__
+
+    def make_disabled(bar: tqdm, *args: object, **kwargs: object) -> None:
+        make(bar, *args, **kwargs | {"disable": True})
+
     if os.environ.get("TQDM_DISABLE") == "1":
-        tqdm.__init__ = partialmethod(make, disable=True)  # type: ignore[method-assign]
+        tqdm.__init__ = make_disabled
     try:
         yield
     finally:
-        tqdm.__init__ = make  # type: ignore[method-assign]
+        tqdm.__init__ = make
