@@ -23,9 +23,9 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 from peft import LoraConfig, get_peft_model
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
-from trl_tfpo import Doctor, DoctorGuidedLogitsProcessor
+from trl_tfpo import Doctor, DoctorGuidedLogitsProcessor, load_doctor
 from trl_tfpo.cli import main
 from trl_tfpo.evaluation.harness import GuidedLM, results_table
 from trl_tfpo.server import make_app
@@ -339,6 +339,18 @@ def test_a_model_of_names(tmp_path, world):
         expected = score(models, make_tokenizer()("the soup is very good")["input_ids"], 2, 100)[0]
         assert lm.loglikelihood([request], disable_tqdm=True)[0][0] == pytest.approx(expected, abs=1e-4)
     assert model.get_model_info()["guidance"]["beta"] == [0.3, 0.2]
+
+
+def test_a_doctor_of_guided_flow_has_the_exponents_of_its_training():
+    """It is a ratio: the patient keeps its own exponent of 1."""
+    folder = Path(__file__).parent / "fixtures" / "format_1" / "doctor"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    patient = make_llama(1, vocab_size=len(tokenizer))
+    model = GuidedLM(patient, doctor=str(folder), tokenizer=tokenizer)
+    models = [(patient, 1.0), (load_doctor(folder, with_value_head=False), 1.0)]
+    expected = score(models, tokenizer("you are kind")["input_ids"], 1, 100)[0]
+    request = Instance("loglikelihood", {}, ("you are", " kind"), 0)
+    assert model.loglikelihood([request], disable_tqdm=True)[0][0] == pytest.approx(expected, abs=1e-4)
 
 
 # What cannot be right
