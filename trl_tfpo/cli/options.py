@@ -34,6 +34,11 @@ KL = {
     "help": "Strength of a single doctor as a KL from the patient, in nats per completion, instead of exponents. See "
     "`trl-tfpo strengths`."
 }
+ALPHA = {"help": "Exponent of the patient. By default 1 minus the exponents of doctors that are language models."}
+BETA = {
+    "action": Repeated,
+    "help": "Exponent of each doctor. By default the exponent used in training, or 0.5 for a language model.",
+}
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DTYPE = {
     "help": "'bfloat16', 'float16', 'float32' or 'auto' (that of the checkpoint, but float32 on a CPU without "

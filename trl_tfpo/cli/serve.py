@@ -132,21 +132,32 @@ def read_aliases(given: Sequence[str]) -> dict[str, dict[str, float]]:
     for text in given:
         name, _, pairs = text.partition("=")
         try:
-            weights: dict[str, float] = {}
-            for pair in pairs.split(","):
-                doctor, weight = pair.rsplit(":", 1)
-                if not doctor or doctor in weights:
-                    raise ValueError
-                weights[doctor] = float(weight)
             if not name or name in aliases:
                 raise ValueError
+            aliases[name] = read_weights(pairs)
         except ValueError as error:
             raise ValueError(
                 "`--alias` must be NAME=DOCTOR:WEIGHT,DOCTOR:WEIGHT, each name and each doctor once. Got "
                 f"{text!r}; write for example `mild=helpful:0.2`"
             ) from error
-        aliases[name] = weights
     return aliases
+
+
+def read_weights(text: str) -> dict[str, float]:
+    """Read DOCTOR:WEIGHT,DOCTOR:WEIGHT: the weights of doctors by name."""
+    weights: dict[str, float] = {}
+    try:
+        for pair in text.split(","):
+            doctor, weight = pair.rsplit(":", 1)
+            if not doctor or doctor in weights:
+                raise ValueError
+            weights[doctor] = float(weight)
+    except ValueError as error:
+        raise ValueError(
+            f"Weights must be DOCTOR:WEIGHT,DOCTOR:WEIGHT, each doctor once. Got {text!r}; write for example "
+            "`helpful:0.2`"
+        ) from error
+    return weights
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -15,6 +15,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
@@ -170,6 +171,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         self.memories = [DoctorMemory(doctor) for doctor in self.doctors]
         self.use_caches(cache_implementation, compile_config)
         self._external: Mapping[int, Callable[[torch.Tensor], torch.Tensor]] = {}  # by index of `doctors`
+        self._num_read: int | None = None  # tokens of the last call, in `appended_tokens`
         self._num_common_tokens = min(memory.num_embeddings for memory in self.memories)
         self.reset(attention_mask)
 
@@ -269,6 +271,29 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         finally:
             self._external = before
 
+    @contextmanager
+    def without_trace(self) -> Iterator[None]:
+        """Within the context, calls are not recorded in the trace."""
+        before, self._trace = self._trace, None
+        try:
+            yield
+        finally:
+            self._trace = before
+
+    @contextmanager
+    def appended_tokens(self) -> Iterator[None]:
+        """
+        Within the context, each call must have the rows of the previous call, with one more token each.
+
+        This holds for greedy search and sampling. The ids are then not compared with those of the previous call. On an
+        accelerator each comparison would wait for the patient's forward pass.
+        """
+        self._num_read = 0
+        try:
+            yield
+        finally:
+            self._num_read = None
+
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """
         Compute the log-probabilities of the guided policy.
@@ -283,14 +308,17 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
             `torch.FloatTensor` of shape `(B, V)`: log-probabilities in nats, float64 for float64 scores, else float32.
         """
         self.num_calls += 1
-        tokens = self._tokens(input_ids)
+        is_next = self._num_read not in (None, 0) and input_ids.size(1) - 1 == self._num_read
+        tokens = self._tokens(input_ids, is_next)
         doctor_logits: list[torch.Tensor | None]
         if self.min_patient_entropy and self._is_confident(scores).all():
             doctor_logits = [None] * len(self.doctors)
             guided = self._only_common(_float(scores)).log_softmax(dim=-1)
         else:
-            doctor_logits = self._doctor_logits(tokens, scores.size(-1))
+            doctor_logits = self._doctor_logits(tokens, scores.size(-1), is_next)
             guided = self.combine(scores, doctor_logits, self._step(tokens))
+        if self._num_read is not None:
+            self._num_read = input_ids.size(1)
         if self._trace:
             self._trace.record(input_ids, scores, doctor_logits, guided)
         return guided
@@ -380,9 +408,9 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
             )
         return guided
 
-    def _tokens(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def _tokens(self, input_ids: torch.Tensor, is_next: bool = False) -> torch.Tensor:
         """Return the ids (B, L), with `PADDING` in place of padding ids."""
-        tokens = self._prompts.mark_padding(input_ids)
+        tokens = self._prompts.mark_padding(input_ids, is_next)
         if self._prompts.warning:
             self._warn_once(self._prompts.warning)
         return tokens
@@ -391,7 +419,9 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         """Return the number of tokens since the prompt."""
         return tokens.size(1) - self._prompts.length
 
-    def _doctor_logits(self, tokens: torch.Tensor, vocab_size: int) -> list[torch.Tensor | None]:
+    def _doctor_logits(
+        self, tokens: torch.Tensor, vocab_size: int, is_next: bool = False
+    ) -> list[torch.Tensor | None]:
         """Return the logits (B, V) of each doctor after `tokens` (B, L); `None` if its exponent is 0."""
         doctor_logits: list[torch.Tensor | None] = []
         for index, (doctor, memory) in enumerate(zip(self.doctors, self.memories, strict=True)):
@@ -406,7 +436,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
                 )
             if doctor.prompt_tokens is not None:
                 self._check_by_prompt("A doctor's `prompt` must have", len(doctor.prompt_tokens), len(tokens))
-            read = self._external.get(index, memory.logits)
+            read = self._external.get(index) or partial(memory.logits, is_next=is_next)
             doctor_logits.append(read(doctor.with_own_prompt(tokens, self._prompts.length)))
         return doctor_logits
 
