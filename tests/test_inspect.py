@@ -124,6 +124,15 @@ def test_a_request_may_have_weights_of_its_own(guided):
         )
 
 
+def test_evals_share_a_model_that_is_given_loaded(guided, folders):
+    """Without this, each strength of a comparison would load the patient again."""
+    model = get_model("trl-tfpo/world", doctor=folders)
+    logs = [guided(model=model, extra_body={"weights": weights}) for weights in (ONE, BOTH)]
+    num_decoded = sum(sample.output.usage.output_tokens for log in logs for sample in log.samples)
+    assert model.api.engine.num_tokens == num_decoded
+    assert [log.samples[0].output.metadata["weights"] for log in logs] == [ONE, BOTH]
+
+
 def test_cached_answers_are_of_the_same_policy(guided, folders, tmp_path, monkeypatch):
     """Inspect's cache ignores model arguments. Without care, all weights would have the answers of the first."""
     monkeypatch.setenv("INSPECT_CACHE_DIR", str(tmp_path))

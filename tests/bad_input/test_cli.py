@@ -26,6 +26,7 @@ FILES_OF_THE_FOLDER = {
     "list.yaml": "- a\n",
     "broken.yaml": "a: [\n",
     "typo.yaml": "nun_pairs: 3\nworld: praise\n",
+    "tasks/kind.yaml": "task: kind\ndataset_path: json\n",
 }
 # The beginnings of commands
 PAIRS = "annotate --dataset_name pairs.jsonl --output out.jsonl"
@@ -159,6 +160,25 @@ EVALUATE = [
     ("evaluate by no such oracle", f"{EVALUATION} a=a.jsonl --world prais", "Got 'prais'"),
 ]
 
+# eval-harness
+HARNESS = "eval-harness --output_dir out --tasks kind --include_path tasks"
+EVAL_HARNESS = [
+    ("benchmark nothing", HARNESS, "a patient is needed"),
+    ("benchmark without tasks", "eval-harness --output_dir out --world", "--tasks"),
+    ("benchmark from no such folder", f"{HARNESS} --world --include_path absent", "Got 'absent'"),
+    ("benchmark a method of nobody", f"{HARNESS} --world --method a=kind:1", "must name doctors among []. Got 'kind'"),
+    ("benchmark half a method", f"{HARNESS} --world --method a=kind", "Got 'a=kind'"),
+    ("benchmark in another folder", f"{HARNESS} --world --method ../a", "Got '../a'; leave out the slash"),
+    ("benchmark with a beta of nobody", f"{HARNESS} --world --beta 0.5", "`--alpha` and `--beta` are for `--doctor`"),
+    ("benchmark with a beta too many", f"{HARNESS} {PATIENT} --doctor doctor --beta 1 2", "Got 2 for 1"),
+    ("benchmark both here and there", f"{HARNESS} {PATIENT} --base_url x --doctor doctor", "has its own models"),
+    ("benchmark there without a tokenizer", f"{HARNESS} --base_url x", "the patient's tokenizer with `--patient`"),
+    ("benchmark there without an address", f"{HARNESS} {PATIENT} --model x", "Got it without `--base_url`"),
+    ("benchmark a doctor of another family", f"{HARNESS} {PATIENT} --doctor other", "must have the same tokenizer"),
+    ("benchmark in batches of nothing", f"{HARNESS} --world --batch_size 0", "must be positive"),
+    ("benchmark over a file", "eval-harness --output_dir pairs.jsonl --world --tasks kind", "must be writable"),
+]
+
 # serve and demo
 SERVE_AND_DEMO = [
     ("serve nothing", SERVER, "a patient is needed"),
@@ -195,7 +215,9 @@ SERVE_AND_DEMO = [
 ]
 
 COMMANDS = [
-    row for rows in (COMMAND_LINE, CONFIG, ANNOTATE, FILES, TRAIN, GENERATE, EVALUATE, SERVE_AND_DEMO) for row in rows
+    row
+    for rows in (COMMAND_LINE, CONFIG, ANNOTATE, FILES, TRAIN, GENERATE, EVALUATE, EVAL_HARNESS, SERVE_AND_DEMO)
+    for row in rows
 ]
 
 
@@ -204,6 +226,7 @@ def folder(tmp_path_factory):
     """Models and files, good and bad."""
     folder = tmp_path_factory.mktemp("commands")
     for name, text in FILES_OF_THE_FOLDER.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
     for name, words in (("patient", WORDS), ("doctor", WORDS), ("other", PERMUTED_WORDS)):
         save_model(folder / name, make_llama(1), make_tokenizer(words))

@@ -27,19 +27,8 @@ class GenerateArguments:
     dtype: str = field(default="auto", metadata=options.DTYPE)
     patient_load_in_4bit: bool = field(default=False, metadata=options.IN_4BIT)
     doctor: list[str] = field(default_factory=list, metadata=options.DOCTORS)
-    alpha: float | None = field(
-        default=None,
-        metadata={
-            "help": "Exponent of the patient. By default 1 minus the exponents of doctors that are language models."
-        },
-    )
-    beta: list[float] = field(
-        default_factory=list,
-        metadata={
-            "action": options.Repeated,
-            "help": "Exponent of each doctor. By default the exponent used in training, or 0.5 for a language model.",
-        },
-    )
+    alpha: float | None = field(default=None, metadata=options.ALPHA)
+    beta: list[float] = field(default_factory=list, metadata=options.BETA)
     prompt: list[str] = field(
         default_factory=list,
         metadata={"action": options.Repeated, "help": "Prompts. With a chat template they are user messages."},

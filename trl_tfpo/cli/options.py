@@ -30,6 +30,11 @@ OLD_PATIENT = option_strings("patient_model_name_or_path")
 PATIENT = {"aliases": OLD_PATIENT, "help": "Patient: a Hub name or a folder."}
 IN_4BIT = {"help": "Load the patient in 4-bit NF4."}
 DOCTORS = {"action": Repeated, "help": "Doctors, each PATH or NAME=PATH."}
+ALPHA = {"help": "Exponent of the patient. By default 1 minus the exponents of doctors that are language models."}
+BETA = {
+    "action": Repeated,
+    "help": "Exponent of each doctor. By default the exponent used in training, or 0.5 for a language model.",
+}
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DTYPE = {
     "help": "'bfloat16', 'float16', 'float32' or 'auto' (that of the checkpoint, but float32 on a CPU without "
