@@ -84,7 +84,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.demo-real: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(RUN)python -m pip install --quiet --constraint constraints.txt --editable ".[plot,real,peft]"
+	$(RUN)python -m pip install --quiet --constraint constraints.txt --editable ".[demo,peft,real]"
 	touch $@
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
