@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Execute notebooks, and store their outputs in them:
+Execute notebooks, and store their outputs in them (`make notebooks`):
 
     python tests/make_notebooks.py examples/notebooks/*.ipynb
 

@@ -51,7 +51,7 @@ def said(cell):
 def test_a_notebook_says_what_is_stored(path, small_real_models):
     """
     A reader who runs a notebook must see what the page shows. If this fails after a change that is meant, run
-    `python tests/make_notebooks.py examples/notebooks/*.ipynb`, and read whether the paragraphs still hold.
+    `make notebooks`, and check that the paragraphs still hold.
     """
     pairs = zip(code_cells(nbformat.read(path, as_version=4)), code_cells(execute(path)), strict=True)
     for (stored, is_real), (executed, _) in pairs:
