@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Time of annotation, relative to a simple implementation and to the bare forward passes.
+Time of annotation, relative to a simple implementation and to the forward passes alone.
 
 ```bash
 python benchmarks/annotation.py --output annotation.json
@@ -14,8 +14,8 @@ python benchmarks/annotation.py --quick
   size, and the language model head at the predicted tokens, without scores.
 
 The model is a random Llama, because only its size matters. Prompts are three times as long as completions, as in
-HH-RLHF; lengths are drawn from a seed. Each repetition runs all three in turn and gives one ratio. The table shows the
-median and the quartiles. On a CPU one thread is used, and processor time is measured.
+HH-RLHF; lengths are random, from a seed. Each repetition runs the three alternatives in turn and gives two ratios. The
+table has medians and quartiles. On a CPU the script uses one thread and measures processor time.
 """
 
 import argparse
@@ -119,7 +119,7 @@ def draw_pairs(vocab_size: int, num_pairs: int, seed: int) -> dict[str, list]:
 
 @torch.no_grad()
 def four_forwards(patient, batch) -> list[torch.Tensor]:
-    """Gaps of all completions, the chosen first."""
+    """Return the gaps of all completions, chosen completions first."""
 
     def logps(prompt, completion):
         ids = torch.tensor([prompt + completion], device=patient.device)

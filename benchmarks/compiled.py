@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Time of compiled guided decoding: static caches, and one compiled forward pass per token and model.
+Time of guided decoding with static caches and compiled models, relative to eager decoding.
 
 ```bash
 python benchmarks/compiled.py                               # SmolLM2-135M-Instruct and its first 8 layers, float32
@@ -9,9 +9,9 @@ python benchmarks/compiled.py --models 8b --device cuda     # random weights of 
 python benchmarks/compiled.py --models tiny                 # to check that it runs
 ```
 
-Times are milliseconds per new token, prefill included, from `generate` with greedy search; all ways take turns. The
-columns of ratios are medians with quartiles. *Limit* is the time in which the processor copies the weights of the
-models once, which decoding cannot undercut.
+Times are milliseconds per new token, prefill included, of `generate` with greedy search. All alternatives run in turn.
+Ratios are medians with quartiles. *Limit* is a lower bound for guided decoding: the time of reading the weights of
+both models once, estimated from the speed of a copy.
 """
 
 import argparse
@@ -115,16 +115,16 @@ def measure(
 
 
 def compilation(device: str) -> dict:
-    """Settings of `generate` with which models are compiled."""
+    """Return the settings of `generate` for compiled models."""
     if device != "cpu":
         return {"cache_implementation": "static"}
     config = CompileConfig(mode="default", dynamic=False)
-    config._compile_all_devices = True  # `generate` compiles on a CPU with this alone
+    config._compile_all_devices = True  # required for compilation on a CPU
     return {"cache_implementation": "static", "compile_config": config}
 
 
 def read_seconds(models: list[PreTrainedModel], device: str) -> float:
-    """Return the seconds in which the weights are read once, by the speed of a copy, which also writes as much."""
+    """Return the seconds to read the weights once, from the speed of a copy, which reads and writes."""
     num_bytes = sum(x.numel() * x.element_size() for model in models for x in set(model.parameters()))
     source = torch.ones(2**26, device=device)
     target = torch.empty_like(source)

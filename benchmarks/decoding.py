@@ -1,29 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Time of guided decoding relative to the patient alone: overhead of a doctor, and gain by speculation.
+Time of guided decoding relative to the patient alone: overhead of a doctor, and gain by speculative decoding.
 
 ```bash
 python benchmarks/decoding.py --output decoding.json
 python benchmarks/decoding.py --quick --peers
 ```
 
-Times are per new token and include the prefill. All methods take turns at each prompt in one process, and each
+Times are per new token and include the prefill. All methods run in turn at each prompt in one process, and each
 repetition gives one ratio of times. A cell is the median over repetitions, with the first and third quartile. On a CPU
-one thread is used and processor time is measured, which excludes the time of other processes, but not their use of
-caches and memory bandwidth. On a GPU wall-clock time is measured.
+the script uses one thread and measures processor time, which excludes the time of other processes, but not the effect
+of their use of caches and memory bandwidth. On a GPU it measures wall-clock time.
 
-1. *Overhead.* Random models, because only their size matters. The cached guide reads each token once. The naive guide
-   reads the whole prefix at each step.
-2. *Speculation.* Its gain depends on how often drafts are accepted. The trained pairs are the patient of the
-   controlled world and its doctor, trained by TFPO in this run: *trained* with `policy="doctor"`, where the doctor
-   drafts, and *default*, where earlier text drafts (`lookup`) or the doctor before training (`assistant`). The models
-   are tiny, so they are padded with zeros to usual sizes (`grow`): logits stay the same, and only the arithmetic
-   grows. The vocabulary stays at the 174 words of the world, and texts end where the model ends them. The random pair
-   never agrees: the worst case. `--patient` and `--doctor` add a pair of saved models. Each repetition has other
-   prompts, because speculation remembers texts and times. `first` and `last` are the repetitions before it has
-   learned, and after.
-3. *Verification.* A forward pass of the patient over k + 1 positions in each row: the cost of verifying k drafted
+1. *Overhead* of random models, because only their size matters. The cached guide reads each token once. The naive
+   guide reads the whole prefix at each step.
+2. *Speculation.* The gain depends on the acceptance of drafts. The trained pairs consist of the patient of the
+   controlled world and a doctor that this run trains by TFPO. The doctor of the pair *trained* has `policy="doctor"`
+   and drafts. The doctor of the pair *default* has the default policy; the drafter is earlier text (`lookup`) or the
+   doctor before training (`assistant`). The models are tiny, so they are padded with zeros to usual sizes (`grow`),
+   which changes the computation but not the logits. The vocabulary has the 174 words of the world, and texts end at
+   EOS. The random pair never agrees, which is the worst case. `--patient` and `--doctor` add a pair of saved models.
+   Each repetition has different prompts, because speculation remembers texts and times. `first` is the repetition
+   without experience, and `last` the last repetition.
+3. *Verification.* The time of a forward pass of the patient over k + 1 positions in each row, which verifies k drafted
    tokens.
 
 `--quick` takes three minutes on one core. With two repetitions, its quartiles show only the order of magnitude.
@@ -155,8 +155,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 def measure(args: argparse.Namespace, runs: dict[str, Callable], inputs: list) -> dict[str, list[float]]:
     """
-    Return seconds per unit of work, one value for each repetition. A run takes an input and returns the units of
-    its work. The inputs are those of each repetition, or a list of them for each.
+    Return seconds per unit of work, one value for each repetition.
+
+    A run is a function from an input to the number of units of its work. `inputs` is a list for all repetitions, or a
+    list of lists, one for each repetition.
     """
     each = inputs if isinstance(inputs[0], list) else [inputs] * args.repetitions
     next(iter(runs.values()))(each[0][0])  # warm up
@@ -174,7 +176,7 @@ def measure(args: argparse.Namespace, runs: dict[str, Callable], inputs: list) -
 
 
 def ratio(numerator: list[float], *denominators: list[float]) -> list[float]:
-    """Return first quartile, median and third quartile of a time over a sum of times, by repetition."""
+    """Return first quartile, median and third quartile, over repetitions, of a time divided by a sum of times."""
     ratios = [above / sum(below) for above, *below in zip(numerator, *denominators, strict=True)]
     return torch.tensor(ratios).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
 
@@ -222,8 +224,8 @@ def grow(model: PreTrainedModel, hidden_size: int, num_layers: int) -> PreTraine
 
 def trained_pair(args: argparse.Namespace, sizes: dict, policy: str) -> tuple:
     """
-    Return patient, doctor after TFPO, doctor before it, and prompts of the controlled world, a list for each
-    repetition. The models are grown.
+    Return patient, trained doctor, initial doctor, and a list of prompts for each repetition, from the controlled
+    world. The models are enlarged by [`grow`].
     """
     world = load_world()
     training = dict(max_steps=sizes["max_steps"], per_device_train_batch_size=16, learning_rate=3e-3)
@@ -265,7 +267,7 @@ def trained_pair(args: argparse.Namespace, sizes: dict, policy: str) -> tuple:
 
 
 def split(prompts: list, repetitions: int) -> list[list]:
-    """Return prompts for each repetition. They are used again where there are too few."""
+    """Return prompts for each repetition. With too few prompts, repetitions share prompts."""
     size = max(1, len(prompts) // repetitions)
     return [(prompts[index * size :] or prompts)[:size] for index in range(repetitions)]
 
@@ -297,7 +299,7 @@ def num_millions(model: PreTrainedModel) -> float:
 
 
 def generate(input_ids: torch.Tensor, *, model: PreTrainedModel, make_guide=None, **settings) -> int:
-    """Continue the prompts (B, L) with a new guide, and return the number of new tokens in a row."""
+    """Continue the prompts (B, L) with a new guide, and return the number of new tokens per row."""
     input_ids = input_ids.to(model.device)
     mask = torch.ones_like(input_ids)
     guides = [make_guide(input_ids, mask)] if make_guide else None
@@ -310,7 +312,7 @@ def cached_guide(doctor: PreTrainedModel, alpha: float, beta: float) -> Callable
 
 
 def naive_guide(doctor: PreTrainedModel, alpha: float, beta: float) -> Callable:
-    """A guide without a cache: the doctor reads the whole prefix at each step."""
+    """Return a guide without a cache: the doctor reads the whole prefix at each step."""
 
     def guide(input_ids, scores):
         logits = doctor(input_ids=input_ids, use_cache=False, logits_to_keep=1).logits[:, -1]
@@ -388,7 +390,7 @@ def speculation(
             speculate = partial(speculative_guided_generate, **way)
             runs[name] = partial(runs["guided"], custom_generate=speculate, statistics=counts.setdefault(name, {}))
         once = dict(custom_generate=partial(speculative_guided_generate, num_draft_tokens=1), max_new_tokens=2)
-        runs["guided"](prompts[0][0], **once)  # tests once how the patient reads drafts, which is not counted
+        runs["guided"](prompts[0][0], **once)  # tests how the patient reads drafts, outside the measured time
         seconds = measure(args, runs, prompts)
         for name, times in seconds.items():
             row = {"pair": pair, "dtype": dtype, "beta": beta, "sampled": do_sample, "method": name}
@@ -463,8 +465,8 @@ def peers(args: argparse.Namespace, patient, doctor, prompts) -> list[dict]:
     """Measure guides that compute `0.5 * log p_patient + 0.5 * log p_doctor` for one prompt."""
     patient, doctor = patient.to(args.device), doctor.to(args.device)
     guides = {"cached": cached_guide(doctor, 0.5, 0.5), "naive": naive_guide(doctor, 0.5, 0.5)}
-    # scale * log p + (1 - scale) * log p_other, made for one model under two prompts, here for two models under one
-    # prompt. An instance supports one call, without padding and without beams.
+    # scale * log p + (1 - scale) * log p_other. The class is made for one model and two prompts; here it gets two
+    # models and one prompt. An instance supports one call, without padding and without beams
     guides["transformers, UnbatchedClassifierFreeGuidanceLogitsProcessor"] = lambda input_ids, mask: (
         UnbatchedClassifierFreeGuidanceLogitsProcessor(0.5, doctor, unconditional_ids=input_ids)
     )

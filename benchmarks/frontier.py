@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Reward of this method and of others at equal KL from the patient, in the controlled world.
+Reward of TFPO and of other methods at equal KL from the patient, in the controlled world.
 
 ```bash
 python benchmarks/frontier.py --everything runs/results --attributes praise calm --seeds 0 1 2
@@ -9,13 +9,12 @@ python benchmarks/frontier.py --attributes praise calm --seeds 0 1 2 --output ru
 python benchmarks/frontier.py --quick
 ```
 
-`--everything` runs all that `docs/results/controlled_world.md` shows: the methods, two objectives (`objectives.py`),
-sizes of patient and doctor (`weak_to_strong.py`), parts and settings (`sweep.py`), and worlds drawn from a seed
-(`random_worlds.py`).
+`--everything` runs all parts of `docs/results/controlled_world.md`: the methods, two objectives (`objectives.py`),
+sizes of patient and doctor (`weak_to_strong.py`), ablations (`sweep.py`), and random worlds (`random_worlds.py`).
 
 All methods (`methods.py`) have the same preference pairs, steps and batches. The settings of a method are chosen for
-each attribute with the first seed, by the mean efficiency on validation prompts near the second and the third KL (at
-all strengths if a method cannot match a KL). All seeds are then trained with these settings and measured on test
+each attribute with the first seed, by the mean efficiency on validation prompts near the second and the third KL, or
+at all strengths if a method cannot match a KL. All seeds are then trained with these settings and measured on test
 prompts. Strengths are found on validation prompts. Efficiency is interpolated between measured strengths; outside
 their range it is the efficiency at the nearest strength, if its KL differs by at most a fifth.
 

@@ -21,7 +21,7 @@ if [ -n "${WHEELS:-}" ]; then
     "$python" -m pip install --quiet --no-index --no-deps --target "$out/packages" "$WHEELS"/*.whl
 fi
 
-# Each part has a limit in seconds, so that a part that is too slow does not cost the others
+# Each part has a time limit in seconds, so a slow part does not prevent the others
 measure() {
     local part=$1 seconds=$2
     shift 2

@@ -65,7 +65,7 @@ class Task:
         return annotate_token_rewards(self.pairs, self.world.patient, self.world.tokenizer, faces=faces, **settings)
 
     def rewarded(self, settings: dict) -> Dataset:
-        """The pairs with token rewards, as `annotate_token_rewards` returns them."""
+        """Return the pairs with token rewards, in the format of `annotate_token_rewards`."""
         names = inspect.signature(token_rewards).parameters
         chosen = {name: value for name, value in settings.items() if name in names}
 
@@ -120,15 +120,15 @@ class Task:
 @dataclass(frozen=True)
 class Method:
     """
-    A method, and how it is measured.
+    A method and the settings of its measurement.
 
     Args:
         policy (`Callable`):
             Function from a task and one of the settings to a [`Guide`] or a [`Policy`].
         passes (`str`):
-            Forward passes for a token besides the patient's.
+            Forward passes per token, without those of the patient.
         grid (`list[dict]`):
-            Settings to try. The best one is measured.
+            Settings to try. The best settings are measured.
         largest (`float`):
             Largest strength of a guide.
         strengths (`list[float]`, *optional*):
@@ -146,7 +146,7 @@ class Method:
 
 
 def train(trainer: Trainer) -> None:
-    """Train with logs on stderr, because stdout is for tables."""
+    """Train, with logs on standard error, because standard output is for tables."""
     with redirect_stdout(sys.stderr):
         trainer.train()
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Two objectives in the controlled world, praise and calm: rewards of seven weightings at one KL from the patient.
+Rewards of seven weightings of two objectives, praise and calm, at one KL from the patient in the controlled world.
 
 ```bash
 python benchmarks/objectives.py --seed 0
@@ -82,8 +82,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
 def make_methods(tasks: dict[str, Task], num_weightings: int) -> dict[str, tuple[Callable[[float], Guide], int]]:
     """
-    Return for each method a function from the weight of praise to a guide, and the number of trainings. Models are
-    trained when they are first used.
+    Return for each method a function from the weight of praise to a guide, and the number of trainings. A model is
+    trained at its first use.
     """
 
     @cache

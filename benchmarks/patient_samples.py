@@ -2,7 +2,7 @@
 
 
 """
-Measurement of policies on importance-weighted samples of the patient.
+Measurement of policies by importance-weighted samples of the patient.
 
 The patient is sampled once. All settings, all strengths and the frontier use these texts. KL and entropy are exact at
 each token.
@@ -130,7 +130,7 @@ class PatientSamples:
     ) -> list[dict]:
         """
         Return a row for each strength, up to the first KL above `max_kl`: KL in nats, reward, entropy in nats per
-        token, efficiency, and the part of each prompt in the efficiency.
+        token, efficiency, and the contribution of each prompt to the efficiency.
         """
         frontier, rows = reward_kl_frontier(self.rewards[attribute]), []
         for strength in strengths:
@@ -161,10 +161,10 @@ class PatientSamples:
 
 def shares(frontier: Frontier, gain: torch.Tensor, kl: torch.Tensor) -> dict:
     """
-    Return the efficiency and the part of each prompt in it, from gains and KLs (P,); None outside the frontier.
+    Return the efficiency and the contribution of each prompt, from gains and KLs (P,); None outside the frontier.
 
-    The efficiency is the mean of the parts. Each part is corrected for the difference of its KL from the mean, by the
-    slope of the frontier, so that parts can be resampled for an interval.
+    The efficiency is the mean of the contributions. Each contribution is corrected for the difference of its KL from
+    the mean, by the slope of the frontier. Contributions can therefore be resampled for an interval.
     """
     mean_kl, mean_gain = kl.mean().item(), gain.mean().item()
     if not 1e-6 < mean_kl <= frontier.max_kl:  # the patient itself gains nothing

@@ -2,7 +2,7 @@
 
 
 """
-The defaults in random worlds: words, grammar, attributes, lengths and rates are drawn from a seed.
+Efficiency of the defaults in random worlds. A seed determines words, grammar, attributes, lengths and rates.
 
 ```bash
 python benchmarks/random_worlds.py --seeds 1 2 3 --output_dir runs/worlds

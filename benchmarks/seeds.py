@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-The controlled world over several seeds: mean and standard deviation of each row of the table, as Markdown.
+Table of `make demo` over several seeds: mean and standard deviation of each row, as Markdown.
 
 ```bash
 python benchmarks/seeds.py --seeds 0 1 2

@@ -4,14 +4,14 @@
 Throughput of serving engines in tokens per second, measured in turn.
 
 ```bash
-python benchmarks/serving.py                                                # our engine: many clients against one
+python benchmarks/serving.py                                                # our engine: many clients relative to one
 python benchmarks/serving.py --engines ours vllm --vllm_python .venv-vllm/bin/python
 ```
 
 Requests for greedy answers go to the engines directly, without HTTP. The first command measures our engine in the
-controlled world. The second compares it with vLLM, for the patient SmolLM2-135M-Instruct alone and with a doctor of a
-quarter of its parameters (its embeddings and first two layers). Both engines decode in float32 with one thread. Their
-answers are compared.
+controlled world. The second compares our engine with vLLM, for the patient SmolLM2-135M-Instruct alone and with a
+doctor that has a quarter of its parameters (its embeddings and first two layers). Both engines decode in float32 with
+one thread. The script also compares their answers.
 """
 
 import argparse

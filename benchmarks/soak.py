@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Long runs in the controlled world, which check that all answers are correct and that memory does not grow.
+Long runs in the controlled world. They check the correctness of all answers and the growth of memory.
 
 ```bash
 python benchmarks/soak.py server --minutes 30 --clients 16
@@ -10,8 +10,8 @@ python benchmarks/soak.py training --steps 5000
 ```
 
 - *server*: clients send requests to `trl-tfpo serve`, read answers and disconnect.
-- *decoding*: one processor serves thousands of calls.
-- *training*: a training is killed and resumed many times.
+- *decoding*: one logits processor is used for thousands of calls.
+- *training*: a training run is killed and resumed many times.
 
 Each run prints a table. The exit status is 1 if an answer, a call or a tensor is missing, late or wrong, or if memory
 grows by 5%.
@@ -279,7 +279,7 @@ def soak_decoding(num_calls: int) -> dict:
 
 
 def soak_training(num_steps: int, num_kills: int) -> dict:
-    """Compare loss curve, weights and optimizer of a training with those of one that is killed and resumed."""
+    """Compare loss curve, weights and optimizer of a training run with those of a run that is killed and resumed."""
     world, draw = load_world(), random.Random(0)
     annotated = annotate_token_rewards(
         world.preference_dataset("praise", num_pairs=64, seed=0),

@@ -2,7 +2,7 @@
 
 
 """
-Ablations: TFPO with one part left out, or with one setting changed.
+Ablations: TFPO without one of its parts, or with one changed setting.
 
 ```bash
 python benchmarks/sweep.py --attributes praise calm --seeds 0 1 2 --output runs/sweep.jsonl

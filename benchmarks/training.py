@@ -16,11 +16,11 @@ python benchmarks/training.py --pairs FILE     # a file of HH-RLHF
 3. *Memory.* Forward and backward of the doctor's log-probabilities in chunks, relative to logits and a log-softmax
    over the whole vocabulary: peak without the model and its gradients.
 
-`--pairs` measures something else, on SmolLM2-135M-Instruct with a doctor of its first 8 layers: a step that reads the
-prompt of a pair once, relative to a step that reads it for each completion.
+`--pairs` instead measures a training step that reads the prompt of a pair once, relative to a step that reads it for
+each completion. The patient is SmolLM2-135M-Instruct, and the doctor has its first 8 layers.
 
-Each repetition runs both sides in turn and gives one ratio. The table shows the median and the quartiles. On a CPU one
-thread is used, and processor time is measured.
+Each repetition runs the alternatives in turn and gives one ratio. The table has medians and quartiles. On a CPU the
+script uses one thread and measures processor time.
 """
 
 import argparse

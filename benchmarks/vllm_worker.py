@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-A vLLM engine for `serving.py`, to be run in the environment of vLLM.
+A vLLM engine for `serving.py`, for the environment of vLLM.
 
-It reads lists of prompts (token ids) from standard input, one list as JSON in each line, and writes the greedy
+The script reads lists of prompts (token ids) from standard input, one list as JSON per line, and writes the greedy
 answers. On a CPU it uses the older runner of vLLM, because Model Runner V2 needs Triton. The older runner does not
 pass the weights of a request to the model, so all requests have the default exponent.
 """

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Gain of a doctor for patients of several sizes, in the controlled world.
+Efficiency of doctors of several sizes for patients of several sizes, in the controlled world.
 
 ```bash
 python benchmarks/weak_to_strong.py --output_dir runs/weak_to_strong

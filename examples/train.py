@@ -7,14 +7,14 @@
 """
 Train a doctor and guide a patient with it.
 
-Without arguments the script runs in the controlled world (minutes on a laptop CPU), and shows a table, a figure and
-completions.
+Without arguments the script runs in the controlled world, in minutes on a laptop CPU. It prints a table and
+completions, and saves a figure.
 
 ```bash
 python examples/train.py
 ```
 
-With your own models and preferences (names on the Hub or local paths):
+Pass your own models and preferences as names on the Hub or local paths:
 
 ```bash
 accelerate launch examples/train.py \
@@ -29,7 +29,7 @@ accelerate launch examples/train.py \
     --output_dir qwen3-doctor
 ```
 
-From a file (see `examples/configs`), here with `--dry_run`, which estimates memory for 8 processes without training:
+A file can set the options (see `examples/configs`). `--dry_run` estimates memory for 8 processes, without training:
 
 ```bash
 python examples/train.py --config examples/configs/ultrafeedback_qwen3.yaml --dry_run 8

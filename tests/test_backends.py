@@ -104,6 +104,15 @@ def test_log_probabilities_under_exponents(relay, world, doctors):
         guided.endpoint.exponents({"other": 1.0})
 
 
+def test_an_endpoint_without_doctors_has_no_alpha(relay):
+    """It would ignore the field, and its samples would be reported as those of another policy."""
+    endpoint = scorer(relay).endpoint
+    endpoint.description = {"id": "world", "owned_by": "someone"}
+    with pytest.raises(ValueError, match="`alpha` needs an endpoint that guides. Got 0.5"):
+        endpoint.exponents({}, 0.5)
+    assert endpoint.patient_alone == endpoint.exponents({}) == {}
+
+
 def test_failures_are_repeated_and_refusals_are_not(relay, pairs, world, expected):
     """A server that restarts should cost a minute, not the night; a request that is wrong stays wrong."""
     some = pairs.select(range(4))

@@ -3,11 +3,13 @@
 """The front door tells the guide what `generate` does not, and lets nothing pass that would leave the guide out."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from plain_guidance import BOS, ONE, PAD, PADDED, batch, generate, llama, mistral
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, GenerationConfig, T5Config, T5ForConditionalGeneration
 
 from trl_tfpo import Doctor, DoctorGuidedLogitsProcessor, guided_generate
@@ -135,3 +137,40 @@ def test_a_sliding_window_patient_is_guided():
     patient, guide = mistral(0), DoctorGuidedLogitsProcessor(llama(1))
     expected = generate(patient, DoctorGuidedLogitsProcessor(llama(1)), ONE, max_new_tokens=20)
     assert torch.equal(guided_generate(patient, guide, **ONE, **(SETTINGS | dict(max_new_tokens=20))), expected)
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations for which the host waits for the device."""
+
+    NAMES = ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::masked_select", "aten::_unique2")
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[function._schema.name] += 1
+        return function(*args, **(kwargs or {}))
+
+    def total(self):
+        return sum(self.counts[name] for name in self.NAMES)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_the_host_waits_once_per_token(patient, do_sample):
+    """For the check of NaN, after all forward passes; `generate` itself waits for its stopping criteria."""
+    guide = DoctorGuidedLogitsProcessor([llama(1), llama(2)], alpha=1.0, beta=[0.5, 0.3])
+    settings = dict(do_sample=do_sample, eos_token_id=None, pad_token_id=PAD, cache_implementation="static")
+    settings |= dict(disable_compile=True)
+
+    def num_waits(run, num_tokens):
+        with Waits() as waits:
+            run(max_new_tokens=num_tokens, min_new_tokens=num_tokens, **settings, **PADDED)
+        return waits.total()
+
+    def guided(**kwargs):
+        return guided_generate(patient, guide, **kwargs)
+
+    guided(max_new_tokens=9, **settings, **PADDED)  # the reading tests of the doctors
+    per_token = [(num_waits(run, 9) - num_waits(run, 5)) / 4 for run in (patient.generate, guided)]
+    assert per_token[1] == per_token[0] + 1

@@ -245,6 +245,7 @@ DRAFTERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [GREEDY, GREEDY | dict(do_sample=True, temperature=1.5, top_p=0.9)])
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_the_default_doctor_is_drafted_for(patient, drafter, settings):
@@ -331,6 +332,7 @@ CHECKS = {
 LONG = {name: tensor.repeat(1, 2) for name, tensor in ONE.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checks", CHECKS)
 @pytest.mark.parametrize("agrees", [True, False])
 @pytest.mark.parametrize("do_sample", [False, True])
@@ -436,3 +438,31 @@ def test_a_patient_without_a_kv_cache_is_refused():
     patient = MambaForCausalLM(MambaConfig(vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=1)).eval()
     with pytest.raises(ValueError, match="decode without speculation"):
         guided_generate(patient, DoctorGuidedLogitsProcessor(llama(1)), **ONE, max_new_tokens=4, speculative=True)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param(dict(speculative=True, num_draft_tokens=3), id="3 drafts"),
+        pytest.param(dict(speculative=True), id="auto"),
+        pytest.param(dict(speculative=True, assistant_model=llama(5)), id="assistant, speculative"),
+        pytest.param(dict(assistant_model=llama(5)), id="assistant of generate"),
+        pytest.param(dict(assistant_model=llama(0)), id="assistant that agrees"),
+        pytest.param(dict(prompt_lookup_num_tokens=3), id="prompt lookup of generate"),
+    ],
+)
+def test_a_trace_has_the_tokens_that_were_kept(patient, mode, do_sample):
+    """Drafts are also passed to the processor, and rejected drafts must not stay in the trace."""
+    settings = dict(max_new_tokens=12, do_sample=do_sample, eos_token_id=None, pad_token_id=0, **ONE)
+    guide = DoctorGuidedLogitsProcessor(llama(1, peak=8.0), alpha=1.0, return_trace=True)
+    torch.manual_seed(0)
+    output = guided_generate(patient, guide, **settings, **mode)
+    found = guide.trace(output)
+    replay = DoctorGuidedLogitsProcessor(llama(1, peak=8.0), alpha=1.0, return_trace=True)
+    for length in range(ONE["input_ids"].size(1), output.size(1)):
+        replay(output[:, :length], patient(output[:, :length]).logits[:, -1])
+    expected = replay.trace(output)
+    assert torch.equal(found.token_ids, output[:, -12:])
+    for name in ("patient_logps", "doctor_logps", "guided_logps"):
+        assert torch.allclose(getattr(found, name).double(), getattr(expected, name).double(), atol=1e-4)

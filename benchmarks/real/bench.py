@@ -199,7 +199,7 @@ def run_objectives(args: argparse.Namespace, bench: Bench) -> None:
 
 
 def run_sampled(args: argparse.Namespace, bench: Bench) -> None:
-    """Sample texts with the first seed: of TFPO and DPO near large KLs, and of AAD at the KL that it has."""
+    """Sample texts with the first seed, from TFPO and DPO near large KLs, and from AAD, which has no strength."""
     seed = args.seeds[0]
     for task in args.tasks:
         key = {"task": task, "seed": seed, "kind": "sampled"}

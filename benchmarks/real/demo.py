@@ -66,7 +66,7 @@ def preferences(
     decode: Callable[[list[int]], str],
 ) -> Dataset:
     """
-    Label pairs of answers, given as token ids of two answers to each question. `seed` is that of the noise.
+    Label pairs of answers, given as token ids of two answers to each question. `seed` is the seed of the label noise.
 
     Returns:
         `Dataset`: `prompt`, `chosen`, `rejected` in TRL's conversational format, without empty or equal answers;

@@ -81,7 +81,7 @@ class Pair(NamedTuple):
 
 def human_pairs(path: str | Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[Pair]:
     """
-    Return pairs of short answers to short prompts, one for each first message, in a fixed order.
+    Return pairs of short answers to short prompts, one pair for each first message, in a fixed order.
 
     Rows are messages or transcripts, from a file of JSON lines or the split "train" of a dataset, see
     [`~trl_tfpo.data.preferences.read_pair`]. A pair is short if its prompt and longer answer have at most `max_tokens`

@@ -60,7 +60,7 @@ def adapted_logits(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, eos_token_id: int, messages, groups
 ) -> Logits:
     """
-    Return the same as [`states.logits_on`], for an adapter on the patient as a ratio to the patient.
+    Return the logits of [`states.logits_on`] for an adapter on the patient, as a ratio to the patient.
 
     The adapter of every layer but the head is merged into `model`.
     """
@@ -89,7 +89,7 @@ def adapted_logits(
 
 
 def credited_logits(credits: torch.Tensor, groups: Sequence[Sequence[Answer]]) -> Logits:
-    """Return the same as [`states.logits_on`], for an adapter before training: the credit of each token."""
+    """Return the logits of [`states.logits_on`] for an adapter before training: the credit of each token."""
     return [
         tuple(credits[torch.cat([getattr(answer, name).long() for answer in group])] for name in ("ids", "candidates"))
         for group in groups
@@ -228,7 +228,7 @@ class Runs:
         return rows
 
     def untrained(self, split: str) -> None:
-        """Append rows of [`measures.measure`] for an adapter before training to the output."""
+        """Append to the output rows of [`measures.measure`] for an adapter before training."""
         key = {"method": "credits alone", "step": "before training", "kind": split, **self.key}
         if read(self.args.output, **key):
             return

@@ -3,8 +3,8 @@
 """
 Measures: reward at a given KL from the patient, on test or validation prompts.
 
-Up to 2 nats, samples of the patient are importance-weighted, so all methods share their noise. Strengths are found on
-the same samples. Beyond 2 nats the effective sample size of 64 samples is too small, and texts are sampled from the
+Up to 2 nats, estimates use the same importance-weighted samples of the patient for all methods. Strengths are found on
+these samples. Beyond 2 nats the effective sample size of 64 samples is too small, and texts are sampled from the
 guided patient (`guided.py`).
 """
 

@@ -3,7 +3,7 @@
 """
 Rewards of whole texts, and the gain of a perfect doctor for each reward.
 
-The patient's samples of validation prompts are reweighted by the exponential of the reward, without training.
+Samples of the patient for validation prompts are reweighted by the exponential of the reward, without training.
 """
 
 from collections.abc import Callable, Sequence

@@ -443,7 +443,7 @@ def weigh(groups: Sequence[Sequence[Answer]], logits: Logits, strength: float) -
 def logits_of(
     model: PreTrainedModel, reader: Reader, prompts: Sequence[list[dict]], groups: Sequence[Sequence[Answer]]
 ) -> Logits:
-    """Return the same as [`logits_on`], for a doctor that is a language model."""
+    """Return the logits of [`logits_on`] for a doctor that is a language model."""
     own_reader, logits_of_prompts = Reader(model, reader.tokenizer, reader.eos_token_id), []
     for messages, group in zip(prompts, groups, strict=True):
         states = own_reader.states(messages, [answer.ids.tolist() for answer in group])

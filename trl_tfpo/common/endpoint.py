@@ -242,19 +242,31 @@ class Endpoint:
             `dict`: `weights` and `alpha` for `trl-tfpo serve`, and `vllm_xargs` for vLLM.
 
         Raises:
-            `ValueError`: if the endpoint lacks a doctor.
+            `ValueError`: if the endpoint lacks a doctor, or has an `alpha` other than 1 without doctors.
         """
         if unknown := sorted({*weights} - {*self.doctors}):
             raise ValueError(
                 f"Doctors must be among those of {self.base_url}, {self.doctors}. Got {unknown}; check the names, and "
                 "that the endpoint is `trl-tfpo serve`, or vLLM with `trl-tfpo-vllm`."
             )
-        if not self.doctors:
+        is_ours = self.description.get("owned_by") == "trl-tfpo"
+        if not (self.doctors or is_ours):
+            if alpha not in (None, 1.0):
+                raise ValueError(
+                    f"`alpha` needs an endpoint that guides. Got {alpha} for {self.base_url}, without doctors; leave "
+                    "it out, or serve the patient with `trl-tfpo serve`, or vLLM with `trl-tfpo-vllm`."
+                )
             return {}
         patient = {} if alpha is None else {"alpha": float(alpha)}
-        if self.description["owned_by"] == "trl-tfpo":
+        if is_ours:
             return {"weights": dict(weights), **patient}
         return {"vllm_xargs": {f"beta_{name}": float(weight) for name, weight in weights.items()} | patient}
+
+    def policy(self, weights: Mapping[str, float] | None = None, alpha: float | None = None) -> Json:
+        """As [`exponents`], with 0 for doctors without a weight. Without arguments it is the patient alone."""
+        if not weights and alpha is None:
+            return self.patient_alone
+        return self.exponents(dict.fromkeys(self.doctors, 0.0) | dict(weights or {}), alpha)
 
     @property
     def patient_alone(self) -> Json:

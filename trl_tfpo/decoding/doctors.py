@@ -207,16 +207,19 @@ class DoctorMemory:
         self.is_static, self.compile_config, self.disable_compile = is_static, compile_config, disable_compile
 
     @torch.no_grad()
-    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+    def logits(self, tokens: torch.Tensor, is_next: bool = False) -> torch.Tensor:
         """
         Compute the logits (B, V) of the next token after `tokens` (B, L), whose padding is [`PADDING`].
+
+        With `is_next`, cached tokens (B, L - 1) are known to be the first of `tokens`, and are not compared.
 
         Raises:
             `ValueError`: when the model is in training mode, has too few positions, or cannot read padded text.
         """
         _check_eval_mode(self.doctor.model)
         num_known = tokens.size(1) - 1
-        if self.tokens is None or not torch.equal(tokens[:, :-1], self.tokens):  # not the cached tokens and one more
+        is_next = is_next and self.tokens is not None and self.tokens.shape == (len(tokens), num_known)
+        if not (is_next or (self.tokens is not None and torch.equal(tokens[:, :-1], self.tokens))):
             self._forget_if_trained()
             num_known = self._match_cache(tokens)
             if self.tokens is not None and num_known == tokens.size(1):

@@ -81,6 +81,8 @@ class ModelDrafts(Drafter):
     Drafts from the guided policy of a patient whose logits are guessed.
 
     Args:
+        guide ([`DoctorGuidedLogitsProcessor`]):
+            The guide. Drafts do not enter its trace.
         logits_processor ([`~transformers.LogitsProcessorList`]):
             All processors, the guide among them.
         choice ([`GreedySearch`] or [`Sampling`]):
@@ -93,18 +95,21 @@ class ModelDrafts(Drafter):
 
     def __init__(
         self,
+        guide: DoctorGuidedLogitsProcessor,
         logits_processor: LogitsProcessorList,
         choice: GreedySearch,
         guess: Callable[[torch.Tensor], torch.Tensor | None],
         step_share: float = 0.0,
     ):
-        self.logits_processor, self.choice, self.guess, self.step_share = logits_processor, choice, guess, step_share
+        self.guide, self.logits_processor, self.choice = guide, logits_processor, choice
+        self.guess, self.step_share = guess, step_share
 
     def propose(self, ids: torch.Tensor) -> tuple[torch.Tensor, Hashable] | None:
         logits = self.guess(ids)
         if logits is None:
             return None
-        scores = self.logits_processor(ids, logits)  # type: ignore[arg-type]  # its ids are any `Tensor`
+        with self.guide.without_trace():
+            scores = self.logits_processor(ids, logits)  # type: ignore[arg-type]  # its ids are any `Tensor`
         token = self.choice.token(scores, ids.size(1))
         probability = (scores[0, token] - scores.logsumexp(dim=-1)).exp().item()
         return token, bisect(PROBABILITIES, probability)

@@ -8,7 +8,7 @@ Shapes: B rows, L tokens of the prompt (padding included).
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -99,6 +99,8 @@ def guided_generate(
     """
     _check_ids(patient, input_ids)
     _check_arguments(patient, guide, input_ids, kwargs)
+    if guide.strengths is not None:
+        guide.strengths.warn_of_other_patient(patient)
     if best_of != 1:
         settings = kwargs | {"speculative": speculative, "streamer": streamer}
         check_best_of(guide, best_of, lambda name: _setting(patient, settings, name))
@@ -140,11 +142,12 @@ def _generate(
 ) -> ModelOutput | torch.Tensor:
     """Call `generate`. Doctors on the patient's weights share its forward pass, or are switched off in it."""
     kwargs["logits_processor"] = [*(kwargs.get("logits_processor") or ()), guide]
-    if not (_keeps_rows(patient, kwargs) and can_share(patient, guide)):
-        with without_doctors(patient, guide):
+    appended = guide.appended_tokens() if _appends_tokens(patient, kwargs) else nullcontext()
+    if not (_can_repeat_rows(patient, kwargs) and can_share(patient, guide)):
+        with appended, without_doctors(patient, guide):
             return patient.generate(**kwargs)  # type: ignore[operator]  # a model's own `GenerationMixin`
     num_rows = len(kwargs["input_ids"])
-    with shared_forward(patient, guide, num_rows):
+    with appended, shared_forward(patient, guide, num_rows):
         output = unwrap_peft(patient).generate(**kwargs)  # type: ignore[operator]
     cache = getattr(output, "past_key_values", None)
     if cache is not None:  # drop the rows of the doctors
@@ -311,14 +314,18 @@ def _use_caches_of(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor,
     guide.use_caches(implementation, compile_config or guide.compile_config, bool(disable_compile))
 
 
-def _keeps_rows(patient: PreTrainedModel, kwargs: dict) -> bool:
-    """Whether the mode is greedy search or sampling with one row per prompt and one forward pass per token."""
-    if any(_setting(patient, kwargs, name) not in (None, 1) for name in ("num_beams", "num_return_sequences")):
+def _appends_tokens(patient: PreTrainedModel, kwargs: dict) -> bool:
+    """Whether the mode is greedy search or sampling, with one forward pass per token."""
+    others = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "custom_generate")
+    has_beams = _setting(patient, kwargs, "num_beams") not in (None, 1)
+    return not has_beams and all(_setting(patient, kwargs, name) in (None, False) for name in others)
+
+
+def _can_repeat_rows(patient: PreTrainedModel, kwargs: dict) -> bool:
+    """Whether the forward pass may have rows for the doctors: one row per prompt, and no cache or output by row."""
+    if not _appends_tokens(patient, kwargs) or _setting(patient, kwargs, "num_return_sequences") not in (None, 1):
         return False
-    others = (
-        *("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "guidance_scale", "custom_generate"),
-        *("past_key_values", "cache_implementation", "output_hidden_states", "output_attentions"),
-    )
+    others = ("guidance_scale", "past_key_values", "cache_implementation", "output_hidden_states", "output_attentions")
     return all(_setting(patient, kwargs, name) in (None, False) for name in others)
 
 

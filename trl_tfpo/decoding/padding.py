@@ -48,9 +48,11 @@ class Prompts:
     def __len__(self) -> int:
         return self.mask.size(0)
 
-    def mark_padding(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def mark_padding(self, input_ids: torch.Tensor, is_next: bool = False) -> torch.Tensor:
         """
         Replace the padding of the prompts in `input_ids` (B, L) by [`PADDING`].
+
+        With `is_next`, the ids are known to continue the prompts.
 
         Raises:
             `ValueError`: when there are no ids, or they do not continue the prompts of the mask.
@@ -63,7 +65,7 @@ class Prompts:
         if self.is_mask_given and self._ids is None and input_ids.size(1) == self.length:
             num_copies = max(len(input_ids) // len(self), 1)
             self._ids = input_ids[::num_copies].clone()
-        if not self._are_continued_by(input_ids):
+        if not (is_next or self._are_continued_by(input_ids)):
             if self.is_mask_given:
                 raise ValueError(
                     f"`attention_mask` must be the mask of the prompts. Got a mask {tuple(self.mask.shape)} and ids "

@@ -15,6 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from ..common.heat_map import TokenMap, token_texts
 
 
+MAX_REJECTED = 32  # tokens in assisted decoding
+
+
 @dataclass(frozen=True)
 class GuidanceTrace:
     """
@@ -46,7 +49,8 @@ class TraceRecorder:
     """
     Records the [`GuidanceTrace`] of a generation.
 
-    The distributions of a step are kept until the ids of the next step show which token was chosen.
+    The distributions after the last prefixes are kept. The ids of the next step show which token was chosen, and in
+    assisted decoding also which tokens were rejected.
     """
 
     def __init__(self) -> None:
@@ -55,7 +59,8 @@ class TraceRecorder:
     def restart(self) -> None:
         """Discard the trace."""
         self._tokens: torch.Tensor | None = None  # (B, L) of the last step
-        self._pending: list[torch.Tensor | None] | None = None  # log-probabilities (B, V) of the next token
+        self._prompt_length = 0
+        self._pending: dict[int, list[torch.Tensor | None]] = {}  # log-probabilities (B, V) after so many tokens
         self._steps: list[tuple[torch.Tensor, list[torch.Tensor]]] = []  # chosen tokens (B,), log-probabilities (B,)
 
     def record(
@@ -73,21 +78,46 @@ class TraceRecorder:
         Raises:
             `ValueError`: when the ids do not continue those of the previous step, as with beams.
         """
-        if self._tokens is None or input_ids[:, :-1].shape != self._tokens.shape:
+        length = input_ids.size(1)
+        if not self._continue_with(input_ids):
+            if self._tokens is not None and input_ids[:, :-1].shape == self._tokens.shape:
+                raise ValueError(
+                    "A trace needs texts that keep their rows. Got tokens that do not continue the previous step; "
+                    "leave out `return_trace` with beams, or call `reset()` before other prompts."
+                )
             self.restart()
-        elif torch.equal(input_ids[:, :-1], self._tokens):
-            self._choose(input_ids[:, -1])
-        else:
-            raise ValueError(
-                "A trace needs texts that keep their rows. Got tokens that do not continue the previous step; leave "
-                "out `return_trace` with beams, or call `reset()` before other prompts."
-            )
+            self._tokens, self._prompt_length = input_ids.clone(), length
         logits = [patient_logits, *doctor_logits]
-        self._tokens = input_ids.clone()
-        self._pending = [None if x is None else x.float().log_softmax(dim=-1) for x in logits] + [guided_logps]
+        logps = [None if x is None else x.float().log_softmax(dim=-1) for x in logits] + [guided_logps]
+        first = length - MAX_REJECTED if len(input_ids) == 1 else length
+        self._pending = {n: x for n, x in self._pending.items() if first <= n < length} | {length: logps}
 
-    def _choose(self, tokens: torch.Tensor) -> None:
-        """Record the chosen tokens (B,) and their log-probabilities under the pending distributions."""
+    def _continue_with(self, ids: torch.Tensor) -> bool:
+        """
+        Adopt `ids` (B, L) if they are the recorded text, a prefix of it, or either with one more token.
+
+        A prefix that ends before the last step has rejected tokens after it. Only assisted decoding rejects tokens, in
+        one row. More rows may have been reordered.
+        """
+        if self._tokens is None or len(ids) != len(self._tokens):
+            return False
+        num_both = min(ids.size(1), self._tokens.size(1))
+        is_same = (ids[:, :num_both] == self._tokens[:, :num_both].to(ids.device)).all(dim=0)
+        num_same = int(is_same.int().cumprod(dim=0).sum())
+        has_rejected = num_same < self._tokens.size(1)
+        if num_same < self._prompt_length or ids.size(1) > num_same + 1 or (has_rejected and len(ids) > 1):
+            return False
+        has_token = num_same < ids.size(1)
+        if has_token and num_same not in self._pending:
+            return False
+        del self._steps[num_same - self._prompt_length :]
+        if has_token:
+            self._choose(self._pending[num_same], ids[:, num_same])
+        self._tokens = ids.clone()
+        return True
+
+    def _choose(self, distributions: Sequence[torch.Tensor | None], tokens: torch.Tensor) -> None:
+        """Record the chosen tokens (B,) and their log-probabilities under the distributions (B, V)."""
         index = tokens[:, None]
 
         def chosen(logps: torch.Tensor | None) -> torch.Tensor:
@@ -97,8 +127,7 @@ class TraceRecorder:
             found = logps.gather(1, index.to(logps.device).clamp(max=logps.size(-1) - 1))
             return found.masked_fill(~inside, -torch.inf).cpu()
 
-        self._steps.append((tokens.cpu(), [chosen(logps).squeeze(1) for logps in self._pending or ()]))
-        self._pending = None
+        self._steps.append((tokens.cpu(), [chosen(logps).squeeze(1) for logps in distributions]))
 
     def finish(self, sequences: torch.Tensor) -> GuidanceTrace:
         """
@@ -109,15 +138,11 @@ class TraceRecorder:
         """
         if self._tokens is None:
             raise ValueError("A trace needs a generation. Got none; call `generate` first.")
-        if not torch.equal(sequences[:, : self._tokens.size(1)].to(self._tokens.device), self._tokens):
+        if sequences.size(1) <= self._prompt_length or not self._continue_with(sequences.to(self._tokens.device)):
             raise ValueError(
                 f"A trace belongs to the last generation. Got other tokens, of shape {tuple(sequences.shape)}; pass "
                 "the output of `generate`."
             )
-        sequences = sequences.to(self._tokens.device)
-        if self._pending is not None and sequences.size(1) > self._tokens.size(1):
-            self._choose(sequences[:, self._tokens.size(1)])
-            self._tokens = sequences.clone()
         tokens, logps = zip(*self._steps, strict=True)
         patient, *doctors, guided = (torch.stack(rows, dim=1) for rows in zip(*logps, strict=True))  # (B, T)
         return GuidanceTrace(torch.stack(tokens, dim=1), patient, torch.stack(doctors), guided)

@@ -63,10 +63,10 @@ def test_speculation_by_hidden_states(folders):
         config_of(folders, speculative_config=speculation)
 
 
-def test_a_quantised_patient(folders):
+def test_a_quantized_patient(folders):
     """Its doctors would be built with the kernels of its format."""
     patient = change_config(save_model(folders.root / "gptq", seed=4), quantization_config=GPTQ)
-    with pytest.raises(ValueError, match="Guidance does not support a quantised patient"):
+    with pytest.raises(ValueError, match="Guidance does not support a quantized patient"):
         config_of(folders, patient=patient)
 
 
@@ -106,11 +106,11 @@ def test_no_tokenizer(folders):
 
 
 @pytest.mark.parametrize("is_adapter", [False, True])
-def test_a_quantised_doctor(folders, is_adapter):
+def test_a_quantized_doctor(folders, is_adapter):
     """vLLM would build it as an ordinary model, from weights of another format."""
     base = change_config(save_model(folders.root / f"base {is_adapter}", seed=4), quantization_config=GPTQ)
-    doctor = save_adapter(folders.root / "on quantised", "policy_lora", base=base) if is_adapter else base
-    with pytest.raises(ValueError, match="'helpful' must not be quantised"):
+    doctor = save_adapter(folders.root / "on quantized", "policy_lora", base=base) if is_adapter else base
+    with pytest.raises(ValueError, match="'helpful' must not be quantized"):
         config_of(folders, doctor)
 
 

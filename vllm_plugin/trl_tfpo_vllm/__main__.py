@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Print the flags with which vLLM's server starts for a patient with doctors: `trl-tfpo-vllm --help`."""
+"""Print flags of vLLM's server for a patient with doctors: `trl-tfpo-vllm --help`."""
 
 import argparse
 import json
@@ -11,10 +11,10 @@ from .config import guided_config
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print one line, quoted for a shell. Exit with status 2 and a message on unusable doctors or exponents."""
+    """Print one line, quoted for a shell. Exit with status 2 and a message on invalid doctors or exponents."""
     parser = argparse.ArgumentParser(
         prog="trl-tfpo-vllm",
-        description="Print the flags of `vllm serve` for a patient that doctors guide.",
+        description="Print flags of `vllm serve` for a patient with doctors.",
     )
     parser.add_argument("--patient", required=True, help="folder or Hub id of the patient")
     parser.add_argument(

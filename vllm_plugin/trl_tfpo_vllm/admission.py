@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Check the weights of a request when it arrives. An exception in a worker would end the engine.
+Check of the weights of a request on arrival. A later error, in a worker, would end the engine.
 
 vLLM checks requests with the class method `validate_params` of logits processors, without a config. It finds a class
-by the text `module:qualified.name`. So the name of the class holds the doctors: `trl_tfpo_vllm.admission:of.NAME`.
+by a text `module:qualified.name`. The name of the class therefore encodes the doctors:
+`trl_tfpo_vllm.admission:of.NAME`.
 """
 
 from functools import lru_cache
@@ -23,13 +24,13 @@ PREFIX = f"{__name__}:of."
 
 
 class Admission(LogitsProcessor):
-    """Refuses requests with unusable weights, and changes no logits. Subclasses have the doctors of an engine."""
+    """Logits processor that refuses requests with invalid weights, and changes no logits. One subclass per engine."""
 
     guidance: ClassVar[Guidance]
 
     @classmethod
     def validate_params(cls, sampling_params: "SamplingParams") -> None:
-        """Raise `ValueError` on weights that [`Guidance.request_weights`] refuses; over HTTP that is status 400."""
+        """Raise `ValueError` on weights that [`Guidance.request_weights`] refuses. Over HTTP this is status 400."""
         cls.guidance.request_weights(sampling_params.extra_args)
 
     def add_request(self, req_idx: int, sampling_params: "SamplingParams") -> bool:
@@ -37,12 +38,12 @@ class Admission(LogitsProcessor):
         return False
 
     def apply(self, logits: "torch.Tensor", ctx: LogitsContext) -> "torch.Tensor":
-        """Return the logits (rows, V) as they are."""
+        """Return the logits (rows, V) unchanged."""
         return logits
 
 
 class _Namespace:
-    """Turns an attribute that [`Guidance.encoded`] returned into a class."""
+    """Namespace in which each name from [`Guidance.encoded`] is a class."""
 
     def __getattr__(self, name: str) -> type[Admission]:
         try:
@@ -60,5 +61,5 @@ of = _Namespace()
 
 
 def admission_of(guidance: Guidance) -> str:
-    """Return the text by which vLLM finds the [`Admission`] of an engine with these doctors."""
+    """Return the text by which vLLM finds the [`Admission`] class for these doctors."""
     return PREFIX + guidance.encoded()

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What is checked at the start of an engine: its modes, and that patient and doctors belong together."""
+"""Checks at the start of an engine: its modes, and whether patient and doctors are compatible."""
 
 from typing import TYPE_CHECKING
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 class GuidedConfig(VerifyAndUpdateConfig):
-    """Checks the config of an engine in the process that starts it, and adds the check of requests."""
+    """Hook of vLLM that checks the config of an engine at its start, and adds the check of requests."""
 
     @staticmethod
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
-        """Raise `ValueError` on unsupported modes and on doctors that do not belong to the patient."""
+        """Raise `ValueError` on unsupported modes and on doctors that are incompatible with the patient."""
         check_modes(vllm_config)
         model_config = vllm_config.model_config
         guidance = guidance_of(model_config)
@@ -31,7 +31,7 @@ class GuidedConfig(VerifyAndUpdateConfig):
 
 
 def guidance_of(model_config: "ModelConfig") -> Guidance:
-    """Read the doctors from the config of the patient, where `hf_overrides` put them."""
+    """Read the doctors from the config of the patient, to which `hf_overrides` adds them."""
     doctors = getattr(model_config.hf_config, "guided_doctors", None)
     if not doctors:
         raise ValueError(
@@ -43,7 +43,7 @@ def guidance_of(model_config: "ModelConfig") -> Guidance:
 
 def check_modes(vllm_config: "VllmConfig") -> None:
     """
-    Raise `ValueError` on modes of the engine in which requests would be unguided or wrong.
+    Raise `ValueError` on modes of the engine in which guidance would be absent or wrong.
 
     Args:
         vllm_config ([`~vllm.config.VllmConfig`]):
@@ -52,7 +52,8 @@ def check_modes(vllm_config: "VllmConfig") -> None:
     if not vllm_config.use_v2_model_runner:
         raise ValueError(
             "Guidance needs Model Runner V2: the older runner ignores the weights of requests. Got the older runner; "
-            "set VLLM_USE_V2_MODEL_RUNNER=1, or leave out what V2 does not support, which vLLM logs as a warning."
+            "set VLLM_USE_V2_MODEL_RUNNER=1, or leave out the options that V2 does not support. vLLM logs them in a "
+            "warning."
         )
     model, parallel, speculation = (
         vllm_config.model_config,
@@ -61,7 +62,7 @@ def check_modes(vllm_config: "VllmConfig") -> None:
     )
     unsupported = {
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
-        "a quantised patient": model.quantization is not None,
+        "a quantized patient": model.quantization is not None,
         "LoRA adapters of requests": vllm_config.lora_config is not None,
         "prompt embeddings": model.enable_prompt_embeds,
         "pooling": model.runner_type != "generate",
@@ -75,10 +76,10 @@ def check_modes(vllm_config: "VllmConfig") -> None:
 
 def check_doctors(guidance: Guidance, model_config: "ModelConfig") -> None:
     """
-    Raise `ValueError` unless every doctor and reference belongs to the patient.
+    Raise `ValueError` unless every doctor and reference is compatible with the patient.
 
-    Each must read text only, as the patient must, and have the patient's tokenizer (the same token for every id), an
-    embedding for each token, and as many positions as the engine.
+    All models must read only text. Doctors and references must have the patient's tokenizer (the same token for every
+    id), an embedding for each token, and at least as many positions as the engine.
 
     Args:
         guidance ([`Guidance`]):
@@ -103,17 +104,17 @@ def check_doctors(guidance: Guidance, model_config: "ModelConfig") -> None:
             raise ValueError(
                 f"{label} must have the patient's tokenizer: the same token for every id. Got {len(differing)} ids "
                 f"that differ; the first is {first}: {patient_tokens.get(first)!r} for the patient, here "
-                f"{tokens.get(first)!r}. Take two models of one family."
+                f"{tokens.get(first)!r}. Use two models of one family."
             )
         if getattr(config, "quantization_config", None):
             raise ValueError(
-                f"{label} must not be quantised, as it has the patient's kernels. Got a `quantization_config` in its "
-                "folder or that of its base; save its weights in bfloat16."
+                f"{label} must not be quantized, because the engine uses the patient's kernels for it. Got a "
+                "`quantization_config` in its folder or that of its base; save its weights in bfloat16."
             )
         if tokens and config.vocab_size <= max(tokens):
             raise ValueError(
                 f"{label} must have an embedding for every token. Got {config.vocab_size} embeddings and the id "
-                f"{max(tokens)}; take a model of the patient's family."
+                f"{max(tokens)}; use a model of the patient's family."
             )
         positions = getattr(config, "max_position_embeddings", None)
         if positions is not None and positions < model_config.max_model_len:
@@ -138,18 +139,18 @@ def _check_reads_text(label: str, config: PreTrainedConfig) -> None:
     """Raise `ValueError` when a model has parts besides a language model."""
     if config.get_text_config() is not config:
         raise ValueError(
-            f"{label} must be a language model. Got a {type(config).__name__}, of a model that reads images or sound "
-            "as well; use `trl-tfpo serve` or another model."
+            f"{label} must be a language model. Got a {type(config).__name__}, of a model that also reads images or "
+            "sound; use `trl-tfpo serve` or another model."
         )
 
 
 def _tokens_by_id(path: str) -> dict[int, str]:
-    """Token of every id, including added and special tokens."""
+    """Return the token of each id, including added and special tokens."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"Patient and doctors must be saved with their tokenizer, to compare them. Got none in {path!r}; save the "
-            "patient's with `save_pretrained` if it is the doctor's."
+            f"Patient and doctors must be saved with their tokenizer, for a comparison. Got none in {path!r}; if the "
+            "doctor has the patient's tokenizer, save it there with `save_pretrained`."
         ) from error
     return {index: token for token, index in tokenizer.get_vocab().items()}

@@ -21,7 +21,7 @@ def guided_config(
     reference: Mapping[str, str | os.PathLike] | None = None,
 ) -> dict[str, Any]:
     """
-    Return keyword arguments of `vllm.LLM` for a patient that doctors guide.
+    Return keyword arguments of `vllm.LLM` for a patient with doctors.
 
     Args:
         patient (`str` or `os.PathLike`):
@@ -29,20 +29,21 @@ def guided_config(
         doctors (`Mapping[str, str]`):
             Folders of doctors by name: full models or LoRA adapters.
         alpha (`float`, *optional*):
-            Default exponent of the patient. Without it, 1 less the exponents of the doctors that are language models
+            Default exponent of the patient. Without it, 1 minus the exponents of the doctors that are language models
             without a reference.
         beta (`float` or `Mapping[str, float]`, *optional*):
-            Default exponent of the doctors, or of some of them by name. Without it, a doctor of guided flow has that
-            of its training, a doctor with a reference has 0.5, and other language models share 0.5.
+            Default exponent of the doctors, or of some of them by name. Without it, a doctor of guided flow has the
+            exponent of its training, a doctor with a reference has 0.5, and other language models share 0.5.
         reference (`Mapping[str, str]`, *optional*):
-            For doctors by name, the model before training: a folder, or the patient. Its exponent is `-beta`.
+            Reference of some doctors, by name: the model before training, a folder or the patient. Its exponent is
+            `-beta`.
 
     Returns:
         `dict`: `model` and `hf_overrides`. Further arguments of `vllm.LLM` can be added.
 
     Raises:
-        `ValueError`: when a doctor or reference is not a folder with a model or a plain LoRA, a reference is the
-            doctor itself or that of a doctor of guided flow, or names or exponents are unusable.
+        `ValueError`: when a doctor or reference is not a folder with a model or a plain LoRA, a doctor is its own
+        reference, a doctor of guided flow has a reference, or names or exponents are invalid.
     """
     saved = {name: read_doctor(path) for name, path in doctors.items()}
     references = {name: _reference(patient, path) for name, path in (reference or {}).items()}
@@ -70,7 +71,7 @@ def guided_config(
 
 
 def _reference(patient: str | os.PathLike, path: str | os.PathLike) -> str:
-    """A reference as an engine knows it."""
+    """Return a reference as recorded for the engine: `PATIENT`, or an absolute path."""
     is_patient = os.fspath(path) == os.fspath(patient)
     if is_patient or (os.path.isdir(path) and os.path.realpath(path) == os.path.realpath(patient)):
         return PATIENT
@@ -82,11 +83,11 @@ def _check_reference(name: str, path: str, exponents: Mapping[str, float], is_it
     """Raise `ValueError` when the reference is the doctor itself, or the doctor is one of guided flow."""
     if is_itself:
         raise ValueError(
-            f"`reference` must be the doctor before training. Got the folder of {name!r} itself, which undoes the "
-            "guidance; pass the folder of the model that was trained."
+            f"`reference` must be the doctor before training. Got the folder of {name!r} itself, which cancels the "
+            "guidance; pass the folder of the model before training."
         )
     if exponents and (path == PATIENT or not read_doctor(path).exponents):
         raise ValueError(
             f"`reference` is for a doctor that is a language model. Got one for {name!r}, a doctor of guided flow, "
-            "whose logits are the log-ratio to its reference already; leave it out."
+            "whose logits already are a log-ratio; leave it out."
         )

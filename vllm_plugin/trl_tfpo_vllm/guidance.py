@@ -5,12 +5,12 @@ Names and exponents of the doctors of an engine, and the exponents of a request.
 
 Keys of a request, in `SamplingParams(extra_args=...)` or over HTTP in `vllm_xargs`:
 
-- `alpha`: exponent of the patient. Default: that of the engine, or 1 less the exponents of the doctors that are
-  language models. Doctors of guided flow, and doctors with a reference, leave the patient's exponent at 1.
-- `beta_NAME`: exponent of the doctor with this name. Default: that of the engine. The doctor's reference has the
+- `alpha`: exponent of the patient. The default is that of the engine, or 1 minus the exponents of the doctors that are
+  language models without a reference. Other doctors do not reduce it.
+- `beta_NAME`: exponent of the doctor with this name. The default is that of the engine. The doctor's reference has the
   opposite exponent.
 
-This module imports nothing heavy, as it checks requests in the process of the API server.
+This module imports only the standard library, because it checks requests in the process of the API server.
 """
 
 import json
@@ -34,16 +34,16 @@ class DoctorEntry:
 
     Args:
         name (`str`):
-            Its name in requests: letters, digits, `_` and `-`.
+            Name in requests: letters, digits, `_` and `-`.
         path (`str`):
             Folder of the doctor.
         beta (`float`):
-            Its exponent in requests that give none.
+            Default exponent.
         is_language_model (`bool`):
-            Whether it has a policy of its own. False for a doctor of guided flow.
+            False for a doctor of guided flow.
         reference (`str`, *optional*):
-            Folder of the doctor before training, or `"patient"` where that is the patient. It has the exponent
-            `-beta`: the *ratio* of doctor and reference guides.
+            Folder of the doctor before training, or `"patient"` if it is the patient. Its exponent is `-beta`, so the
+            *ratio* of doctor and reference guides.
     """
 
     name: str
@@ -54,7 +54,7 @@ class DoctorEntry:
 
     @property
     def is_mixed(self) -> bool:
-        """Whether its exponent is subtracted from that of the patient by default (the *mixture*)."""
+        """Whether the default exponent of the patient is reduced by that of the doctor (the *mixture*)."""
         return self.is_language_model and self.reference is None
 
 
@@ -65,14 +65,13 @@ class Guidance:
 
     Args:
         doctors (`tuple[DoctorEntry, ...]`):
-            At least one, with different names.
+            Doctors with different names, at least one.
         alpha (`float`, *optional*):
-            Exponent of the patient in requests that give none. By default 1 less the exponents of the doctors that are
-            language models without a reference.
+            Default exponent of the patient. Without it, 1 minus the exponents of the doctors that are language models
+            without a reference.
 
     Raises:
-        `ValueError`: when there is no doctor, on names that are unusable or not unique, and on default exponents that
-            no request could have.
+        `ValueError`: when there is no doctor, a name is invalid or not unique, or a default exponent is out of range.
     """
 
     doctors: tuple[DoctorEntry, ...]
@@ -97,20 +96,20 @@ class Guidance:
         return {"guided_doctors": [asdict(doctor) for doctor in self.doctors], "guided_alpha": self.alpha}
 
     def encoded(self) -> str:
-        """Return a Python name that [`decoded`] reads. vLLM hands classes to processes by name."""
+        """Return a Python name for [`decoded`]. vLLM passes classes to processes by name."""
         return "x" + json.dumps(self.to_fields()).encode().hex()
 
     @classmethod
     def decoded(cls, name: str) -> "Guidance":
-        """Read what [`encoded`] returned."""
+        """Read a name from [`encoded`]."""
         fields = json.loads(bytes.fromhex(name.removeprefix("x")))
         return cls.from_fields(fields["guided_doctors"], fields["guided_alpha"])
 
     @property
     def factors(self) -> list[str]:
         """
-        Folders of the factors of the product besides the patient: doctors, then references. A model with several roles
-        is one factor, and runs once.
+        Folders of the models in the product besides the patient: doctors, then references. A model with several roles
+        is listed once.
         """
         references = [doctor.reference for doctor in self.doctors if doctor.reference not in (None, PATIENT)]
         return list(dict.fromkeys([doctor.path for doctor in self.doctors] + references))
@@ -142,8 +141,8 @@ class Guidance:
             alpha = 1.0 - sum(mixed)
             if alpha < -1e-6:
                 raise ValueError(
-                    "The exponents of the doctors in a mixture must not exceed 1 in sum, as the patient has the rest. "
-                    f"Got {mixed}; pass `alpha`, e.g. 1.0 for the product, or smaller exponents."
+                    "The exponents of the doctors in a mixture must not exceed 1 in sum, because the patient has the "
+                    f"rest. Got {mixed}; pass `alpha`, e.g. 1.0 for the product, or smaller exponents."
                 )
             alpha = max(alpha, 0.0)
         weights = dict.fromkeys([PATIENT, *self.factors], 0.0)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-Merge a LoRA into the weights of its base while they are read, tensor by tensor: $W + s B A$.
+Merging of a LoRA adapter into the weights of its base, tensor by tensor while they are read: $W + s B A$.
 
 Shapes: V vocabulary, H hidden size, R rank, I inputs and O outputs of a layer.
 """
@@ -19,17 +19,17 @@ from .saved_doctor import VALUE_HEAD, SavedDoctor
 
 class Lora:
     """
-    The tensors of an adapter.
+    Tensors of a LoRA adapter.
 
     Args:
         saved ([`SavedDoctor`]):
             A doctor that is an adapter.
         config ([`~transformers.PreTrainedConfig`]):
-            Config of its base. Its `tie_word_embeddings` becomes False where the adapter changes the embeddings or the
-            head of a base that ties them, as only one of the two changes.
+            Config of the base. Its `tie_word_embeddings` is set to False if the adapter changes the embeddings or the
+            head of a base that ties them, because only one of the two changes.
 
     Raises:
-        `ValueError`: when the adapter holds other tensors than those of a plain LoRA.
+        `ValueError`: when the adapter has tensors that a plain LoRA lacks.
     """
 
     def __init__(self, saved: SavedDoctor, config: PreTrainedConfig):
@@ -63,11 +63,10 @@ class Lora:
                 Names and tensors of the base.
 
         Returns:
-            Iterator of `(str, torch.Tensor)`: changed tensors are in float32.
+            Iterator of `(str, torch.Tensor)`, with changed tensors in float32.
 
         Raises:
-            `ValueError`: at the end, when the adapter changes weights that the base does not have; and on another
-                shape.
+            `ValueError`: when a shape differs; and at the end, when the adapter changes weights that the base lacks.
         """
         seen = set()
         for name, tensor in weights:
@@ -78,12 +77,12 @@ class Lora:
             yield from ((each, self._changed(each, tensor)) for each in names)
         if missing := sorted((self.matrices.keys() | self.replaced.keys()) - seen):
             raise ValueError(
-                f"An adapter must fit its base. Got {missing[:3]} in {str(self.folder)!r}, which the base does not "
-                "have; name the base that it was trained on in its `adapter_config.json`."
+                f"An adapter must fit its base. Got {missing[:3]} in {str(self.folder)!r}, which the base lacks; name "
+                "the base that the adapter was trained on in its `adapter_config.json`."
             )
 
     def _changed(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """A weight (O, I) of the doctor, from that of the base."""
+        """Return a weight (O, I) of the doctor, given the weight of the base."""
         weight = self._fitting(name, self.replaced.get(name, tensor), tensor)
         if name not in self.matrices:
             return weight
@@ -92,16 +91,16 @@ class Lora:
         return weight.to(tensor.device, torch.float32) + product
 
     def _fitting(self, name: str, weight: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-        """The weight, unless it has another shape than that of the base."""
+        """Return the weight. Raise `ValueError` if its shape differs from that of the base."""
         if weight.shape != tensor.shape:
             raise ValueError(
                 f"An adapter must fit its base. Got {name!r} of shape {tuple(weight.shape)} in {str(self.folder)!r}, "
-                f"for {tuple(tensor.shape)}; name the base that it was trained on in its `adapter_config.json`."
+                f"for {tuple(tensor.shape)}; name the base of its training in its `adapter_config.json`."
             )
         return weight
 
     def _scale(self, name: str, rank: int) -> float:
-        """The factor of a product of rank `rank`, as PEFT computes it."""
+        """Return the factor of a product of rank `rank`, as in PEFT."""
         layer = name.removesuffix(".weight")
         alphas = self.config.get("alpha_pattern") or {}
         matching = [alpha for pattern, alpha in alphas.items() if re.match(rf"(.*\.)?({pattern})$", layer)]
@@ -110,7 +109,7 @@ class Lora:
 
 
 def _names_of_ends(config: PreTrainedConfig) -> tuple[str, str]:
-    """Names of the weights (V, H) of embeddings and language model head."""
+    """Return the names of the weights (V, H) of embeddings and language model head."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     names = {module: name for name, module in model.named_modules()}

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-The guided policy from the logits of patient and doctors, and weights as columns of hidden states.
+Guided policy from the logits of patient and doctors; weights as columns of hidden states.
 
-Shapes: T tokens, V vocabulary, D doctors and references. A row of weights is the exponent of the patient, then of each
-of these.
+Shapes: T tokens, V vocabulary, D doctors and references. A row of weights has the exponent of the patient, then those
+of doctors and references.
 """
 
 from collections.abc import Sequence
@@ -23,15 +23,15 @@ def guided_logps(
     Log-probabilities of the next token under the guided policy, $\pi \propto \pi_{\text{patient}}^\alpha \prod_i
     \pi_{\text{doctor}_i}^{\beta_i}$.
 
-    A token that the patient rules out (a logit of minus infinity) stays ruled out for any exponent. A doctor rules out
-    tokens if its exponent is positive. Tokens that a model has no logit for are ruled out: padding of the vocabulary
-    may differ.
+    A token with logit minus infinity under the patient is excluded for any exponent. A doctor excludes tokens if its
+    exponent is positive. Tokens without a logit of some model are excluded, because the padding of vocabularies may
+    differ.
 
     Args:
         patient_logits (`torch.Tensor` of shape `(T, V)`):
             Logits or log-probabilities of the patient, in float32 or float64.
         doctor_logits (sequence of `torch.Tensor` of shape `(T, V')`):
-            The same of each doctor. `V'` may differ from `V`.
+            Logits or log-probabilities of each doctor. `V'` may differ from `V`.
         weights (`torch.Tensor` of shape `(T, 1 + D)`):
             Exponents of the patient and of each doctor.
 
@@ -58,7 +58,7 @@ def guided_logps(
 
 
 def _weighted(logits: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`weight * log pi`, (T, V). Minus infinity becomes 0 unless the weight (T, 1) is positive."""
+    """Return `weight * log pi`, (T, V). Minus infinity becomes 0 unless the weight (T, 1) is positive."""
     is_absent = logits == float("-inf")
     weighted = weight * logits.log_softmax(dim=-1).masked_fill(is_absent, 0)
     return weighted.masked_fill(is_absent & (weight > 0), float("-inf"))
@@ -66,13 +66,13 @@ def _weighted(logits: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def pack_weights(weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """
-    Write float32 weights in another dtype without loss of precision: each is the sum of three numbers.
+    Convert float32 weights to another dtype without loss of precision, as sums of three numbers.
 
     Args:
         weights (`torch.Tensor` of shape `(T, 1 + D)`):
             Exponents, in float32.
         dtype (`torch.dtype`):
-            That of the hidden states.
+            Dtype of the hidden states.
 
     Returns:
         `torch.Tensor` of shape `(T, 3 * (1 + D))`.
@@ -85,5 +85,5 @@ def pack_weights(weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def unpack_weights(packed: torch.Tensor) -> torch.Tensor:
-    """The weights (T, 1 + D), float32, that [`pack_weights`] turned into `packed` (T, 3 * (1 + D))."""
+    """Return the float32 weights (T, 1 + D) from the output of [`pack_weights`], (T, 3 * (1 + D))."""
     return packed.float().unflatten(-1, (NUM_PIECES, -1)).sum(dim=-2)

@@ -3,9 +3,9 @@
 """
 Patient, doctors and references as one vLLM model.
 
-Each forward pass runs all models on the same tokens. Its hidden states are those of all models side by side,
-followed by the weights of each token, so that rows keep their weights wherever vLLM selects or copies them. Logits are
-the log-probabilities of the guided policy: grammars, penalties, temperature and log-probabilities all act on it.
+Each forward pass runs all models on the same tokens. Its output concatenates the hidden states of all models and the
+weights of each token, so rows keep their weights when vLLM selects or copies them. Logits are the log-probabilities of
+the guided policy, to which vLLM applies grammars, penalties and temperature.
 
 Shapes: T scheduled tokens, H sum of the hidden sizes, D doctors and references, V vocabulary of the patient.
 """
@@ -43,7 +43,7 @@ class GuidedForCausalLM(nn.Module):
             Prefix of the names of layers.
 
     Raises:
-        `ValueError`: in unsupported modes, and when a model keeps a state other than keys and values, or reads images.
+        `ValueError`: in unsupported modes, and when a model has a state other than keys and values, or reads images.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
@@ -53,7 +53,7 @@ class GuidedForCausalLM(nn.Module):
         path = model_config.hf_config_path or model_config.model
         patient = AutoConfig.from_pretrained(path, revision=model_config.revision, trust_remote_code=False)
         self.names, self.configs = ["patient"], [model_config.hf_config]
-        architectures = [patient.architectures]  # that of the engine is this class
+        architectures = [patient.architectures]  # the engine's config names this class
         self.loras: dict[str, Lora] = {}
         self.secondary_weights: list[DefaultModelLoader.Source] = []  # which the loader reads after the patient
         for index, folder in enumerate(guidance_of(model_config).factors):
@@ -82,18 +82,18 @@ class GuidedForCausalLM(nn.Module):
 
     @staticmethod
     def check(vllm_config: VllmConfig) -> None:
-        """Raise `ValueError` in unsupported modes, and in an engine that does not check requests when they arrive."""
+        """Raise `ValueError` in unsupported modes, and in an engine that does not check requests on arrival."""
         check_modes(vllm_config)
         model_config = vllm_config.model_config
         if admission_of(guidance_of(model_config)) not in (model_config.logits_processors or ()):
             raise ValueError(
                 "Requests must be checked when they arrive. Got an engine without the check, which this version of "
-                "vLLM no longer adds; use the version that the README names."
+                "vLLM does not add; use the version in the README of the plugin."
             )
 
     @staticmethod
     def get_model_state_cls() -> type:
-        """Return the class that keeps the weights of requests. Only Model Runner V2 asks for it."""
+        """Return the class that keeps the weights of requests. Only Model Runner V2 calls this method."""
         from .state import GuidedModelState
 
         return GuidedModelState
@@ -104,7 +104,7 @@ class GuidedForCausalLM(nn.Module):
         return [getattr(self, name) for name in self.names]
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Return the patient's embeddings (T, hidden size) of tokens (T,)."""
+        """Return the patient's embeddings (T, hidden size) for token ids (T,)."""
         return self.models[0].embed_input_ids(input_ids)
 
     def forward(
@@ -120,7 +120,7 @@ class GuidedForCausalLM(nn.Module):
 
         Args:
             input_ids, positions (`torch.Tensor` of shape `(T,)`):
-                The tokens, and their positions.
+                Token ids and positions.
             guidance_weights (`torch.Tensor` of shape `(T, 1 + D)`):
                 Exponents of the patient, and of each doctor and reference.
 
@@ -137,7 +137,7 @@ class GuidedForCausalLM(nn.Module):
             )
         states = []
         for model, size in zip(self.models, self.num_embeddings, strict=True):
-            # Ids beyond a doctor's embeddings are padding of the patient's vocabulary, and stand for no token
+            # Ids beyond a doctor's embeddings are padding of the patient's vocabulary
             ids = input_ids.clamp(max=size - 1) if size < self.num_embeddings[0] else input_ids
             states.append(model(ids, positions))
         return torch.cat([*states, pack_weights(guidance_weights, states[0].dtype)], dim=-1)
@@ -148,15 +148,16 @@ class GuidedForCausalLM(nn.Module):
 
         Args:
             hidden_states (`torch.Tensor` of shape `(T, H + 3 * (1 + D))`):
-                Rows of what `forward` returned.
+                Rows of the output of [`forward`].
 
         Returns:
-            `torch.Tensor` of shape `(T, V)`: nats, in float32. `None` on ranks to which vLLM gathers no logits.
+            `torch.Tensor` of shape `(T, V)`: log-probabilities in nats, float32. `None` on ranks to which vLLM gathers
+            no logits.
         """
         *states, packed = hidden_states.split([*self.sizes, hidden_states.size(-1) - sum(self.sizes)], dim=-1)
         logits = [
             model.compute_logits(state.contiguous()) for model, state in zip(self.models, states, strict=True)
-        ]  # also where the result is None, as ranks gather together
+        ]  # on all ranks, because they gather together
         if logits[0] is None:
             return None
         patient, *doctors = [x.float() for x in logits]
@@ -168,7 +169,7 @@ class GuidedForCausalLM(nn.Module):
 
         Args:
             weights (iterable of `(str, torch.Tensor)`):
-                Names and tensors: all of the patient, then all of each doctor with the prefix of its name here.
+                Names and tensors: those of the patient, then those of each doctor, with its name in `names` as prefix.
 
         Returns:
             `set[str]`: names of the parameters that were loaded.
@@ -178,7 +179,7 @@ class GuidedForCausalLM(nn.Module):
         """
         loaded: set[str] = set()
         owners = set()
-        # The loader reads one model after the other; a group is read while it is loaded, never held as a whole
+        # The loader reads one model after the other. Groups are iterators, so no model is in memory twice
         for owner, group in groupby(weights, key=lambda item: self._owner(item[0])):
             own = ((name.removeprefix(f"{owner}."), tensor) for name, tensor in group)
             own = ((name, tensor) for name, tensor in own if not name.startswith(f"{VALUE_HEAD}."))
@@ -187,8 +188,8 @@ class GuidedForCausalLM(nn.Module):
             owners.add(owner)
         if missing := sorted(set(self.names) - owners):
             raise ValueError(
-                f"The weights of all models must be read. Got none of {missing}, as some load formats read one model "
-                "only; leave out `load_format`."
+                f"The weights of all models must be read. Got none of {missing}, because some load formats read only "
+                "one model; leave out `load_format`."
             )
         for (model, config), (other, its_config) in combinations(zip(self.models, self.configs, strict=True), 2):
             if are_alike(config, its_config):
@@ -196,16 +197,16 @@ class GuidedForCausalLM(nn.Module):
         return loaded
 
     def _owner(self, name: str) -> str:
-        """Name of the model that a weight belongs to. Weights of the patient have no prefix."""
+        """Return the name of the model of a weight. Weights of the patient have no prefix."""
         owner = name.partition(".")[0]
         return owner if owner in self.names[1:] else self.names[0]
 
 
 def _check_kind(name: str, architectures: list[str], model_config: ModelConfig) -> None:
-    """Raise `ValueError` unless a model reads text and keeps keys and values only."""
+    """Raise `ValueError` unless a model reads only text, and has no state other than keys and values."""
     kind, _ = ModelRegistry.resolve_model_cls(architectures, model_config=model_config)
     if supports_multimodal(kind) or has_inner_state(kind) or is_attention_free(kind) or is_hybrid(kind):
         raise ValueError(
             f"Patient, doctors and references must be language models with attention alone. Got a {kind.__name__} as "
-            f"{name}, which reads images or keeps another state; use `trl-tfpo serve` or another model."
+            f"{name}, which reads images or has another state; use `trl-tfpo serve` or another model."
         )

@@ -6,7 +6,7 @@ from .guidance import ARCHITECTURE
 
 
 def register() -> None:
-    """Register the model, and the checks that vLLM calls with its config. Can be called again."""
+    """Register the model, and the checks of its config. Can be called several times."""
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 

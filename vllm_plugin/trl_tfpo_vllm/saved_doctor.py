@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-What the folder of a doctor holds: a full model, or a LoRA adapter, and the exponents of its training.
+Content of the folder of a doctor: a full model or a LoRA adapter, and the exponents of its training.
 
-Reads JSON only, so that a command that prints flags needs neither torch nor vLLM.
+This module reads only JSON, so the command that prints flags needs neither torch nor vLLM.
 """
 
 import json
@@ -20,7 +20,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 RECORD = "trl_tfpo"  # key of the record in the `auto_mapping` of an adapter's config
 VALUE_HEAD = "value_head"  # of a doctor in training, not needed for decoding
 
-# Settings of an adapter that change how it was made, or that `Lora` reads. Any other setting must be off
+# Settings of an adapter that affect only its training, or that `Lora` supports. All other settings must be off
 _PLAIN = {
     *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules"),
     *("inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout"),
@@ -33,13 +33,13 @@ _KEEPS_BASE = (True, False, None, "gaussian", "orthogonal", "eva")  # values of 
 @dataclass(frozen=True)
 class SavedDoctor:
     """
-    A doctor or a reference that was saved.
+    A saved doctor or reference.
 
     Args:
         folder ([`~pathlib.Path`]):
             Folder with the weights.
         exponents (`dict[str, float]`):
-            `alpha` and `beta` of its training; empty for a language model.
+            `alpha` and `beta` of the training; empty for a language model.
         adapter (`dict[str, Any]`, *optional*):
             Config of the adapter; `None` for a full model.
     """
@@ -50,7 +50,7 @@ class SavedDoctor:
 
     @property
     def base(self) -> str:
-        """Folder or Hub id of the full model: the doctor itself, or the base of its adapter."""
+        """Folder or Hub id of the full model: the doctor, or the base of its adapter."""
         return str(self.folder if self.adapter is None else self.adapter["base_model_name_or_path"])
 
     @property
@@ -65,14 +65,14 @@ def read_doctor(path: str | os.PathLike) -> SavedDoctor:
 
     Args:
         path (`str` or `os.PathLike`):
-            Folder that `TFPOTrainer` saved, or of a language model.
+            Folder of a doctor saved by `TFPOTrainer`, or of a language model.
 
     Returns:
         [`SavedDoctor`]
 
     Raises:
-        `ValueError`: when there is no such folder, it holds several adapters or one that is not a plain LoRA, the base
-            of an adapter is absent, or the format of the record is unknown.
+        `ValueError`: when the folder has neither a model nor an adapter, or several adapters; an adapter is not a
+        plain LoRA, or its base is missing; or the format of the record is unknown.
     """
     folder, record = _folder_of_weights(Path(path)), Path(path) / EXPONENTS_FILE
     is_adapter = (folder / ADAPTER_CONFIG).is_file()
@@ -99,7 +99,7 @@ def read_doctor(path: str | os.PathLike) -> SavedDoctor:
 
 
 def _folder_of_weights(folder: Path) -> Path:
-    """The folder itself, or that of its adapter: PEFT saves an adapter not named "default" in a subfolder."""
+    """Return the folder of the weights. PEFT saves an adapter with a name other than "default" in a subfolder."""
     if any((folder / name).is_file() for name in (ADAPTER_CONFIG, "config.json")):
         return folder
     found = sorted(file.parent for file in folder.glob(f"*/{ADAPTER_CONFIG}"))
@@ -116,19 +116,19 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _record_of_adapter(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The record in the config of an adapter. One with a head of its own may be of guided flow, and needs it."""
+    """Return the record in the config of an adapter. An adapter with a head may be of guided flow, and needs one."""
     record = (config.get("auto_mapping") or {}).get(RECORD)
     saved = set(config.get("modules_to_save") or ())
     if record is None and VALUE_HEAD in saved and len(saved) > 1:
         raise ValueError(
-            f"An adapter must have a record of the exponents that it was trained for. Got {str(folder)!r} without; "
+            f"An adapter must have a record of the exponents of its training. Got {str(folder)!r} without a record; "
             "load it with `load_doctor` of trl-tfpo, and save it again."
         )
     return dict(record or {})
 
 
 def _check_plain(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raise `ValueError` unless an adapter only adds products of two matrices to weights, or replaces them."""
+    """Raise `ValueError` unless an adapter only adds products of two matrices to weights, or replaces weights."""
     kind, start = config.get("peft_type"), config.get("init_lora_weights", True)
     found = [name for name in config.keys() - _PLAIN if config[name] not in (None, False, "none", {}, [])]
     found += [f"init_lora_weights={start!r}"] if start not in _KEEPS_BASE else []
@@ -145,11 +145,11 @@ def _check_plain(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def _check_base(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raise `ValueError` when the base of an adapter is absent, or an adapter itself."""
+    """Raise `ValueError` when the base of an adapter is missing, or is an adapter."""
     base = str(config.get("base_model_name_or_path") or "")
     is_path = os.path.isdir(base) or os.path.isabs(base) or base.startswith(".") or not base
     if is_path and not os.path.isfile(os.path.join(base, "config.json")):
         raise ValueError(
-            f"The base of an adapter must be a full model. Got {base!r}, which has no `config.json`; write the folder "
-            f"or Hub id of the model that was trained in {str(folder / ADAPTER_CONFIG)!r}."
+            f"The base of an adapter must be a full model. Got {base!r}, which has no `config.json`; in "
+            f"{str(folder / ADAPTER_CONFIG)!r}, set `base_model_name_or_path` to the model of the training."
         )

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Hold modules that two models have in common once.
+Sharing of equal modules between models.
 
-A LoRA doctor on the patient differs from it in the adapted layers only. Modules are compared after loading, rather
-than by what an adapter names, as vLLM fuses layers and shards them. A module, not a tensor, is shared, so that vLLM
-packs its weights once. During loading both models are in memory.
+A LoRA doctor on the patient differs from it only in the adapted layers. Because vLLM fuses and shards layers, modules
+are compared after loading, and not by the names in the adapter. Whole modules are shared instead of tensors, so vLLM
+packs their weights once. During loading both models are in memory.
 """
 
 from collections.abc import Collection
@@ -22,20 +22,20 @@ _NOT_OF_LAYERS = {  # fields of a config that no layer reads
 
 
 def are_alike(config: PreTrainedConfig, other: PreTrainedConfig) -> bool:
-    """Whether layers of the same name and weights are the same function in models with these configs."""
+    """Whether layers with equal names and weights compute the same function in models with these configs."""
     first, second = ({k: v for k, v in x.to_dict().items() if k not in _NOT_OF_LAYERS} for x in (config, other))
     return first == second
 
 
 def share_modules(model: nn.Module, other: nn.Module, apart: Collection[nn.Module] = ()) -> None:
     """
-    Replace modules of a model by those of another where class and weights are equal, in place.
+    Replace modules of a model, in place, by modules of another model with the same name, class and weights.
 
     Args:
         model, other (`nn.Module`):
             Models whose configs are alike, with loaded weights.
         apart (collection of `nn.Module`):
-            Modules that stay, such as attention, which has a cache of its own.
+            Modules that are not shared, such as attention, which has its own cache.
     """
     twins, kept = dict(other.named_modules(remove_duplicate=False)), set(apart)
     for name, module in list(model.named_modules(remove_duplicate=False)):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-The weights of requests in Model Runner V2, as an input of the model.
+Weights of requests in Model Runner V2, as an input of the model.
 
 Shapes: R slots for requests, T scheduled tokens (padding included), D doctors and references.
 """
@@ -22,11 +22,11 @@ from .checks import guidance_of
 
 class GuidedModelState(DefaultModelState):
     """
-    Keeps the weights of each request by its slot, and gives the model a row of weights for each scheduled token.
+    Model state of vLLM with the weights of each request. The model gets a row of weights for each scheduled token.
 
     Args:
         vllm_config ([`~vllm.config.VllmConfig`]), model (`nn.Module`), encoder_cache, device:
-            As of [`~vllm.v1.worker.gpu.model_states.interface.ModelState`].
+            As in [`~vllm.v1.worker.gpu.model_states.interface.ModelState`].
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class GuidedModelState(DefaultModelState):
         self._is_changed = False
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
-        """Set the weights of a slot. It is called again for a request that was preempted."""
+        """Set the weights of a slot. vLLM calls it again for a request that was preempted."""
         super().add_request(req_index, new_req_data)
         params = new_req_data.sampling_params
         weights = self.guidance.request_weights(params.extra_args if params else None)
@@ -53,7 +53,7 @@ class GuidedModelState(DefaultModelState):
         """Copy changed weights to the device."""
         super().apply_staged_writes()
         if self._is_changed:
-            self._by_slot.copy_(self._by_slot_cpu)  # pageable memory, so that it may change again at once
+            self._by_slot.copy_(self._by_slot_cpu)  # pageable memory: the copy is synchronous
             self._is_changed = False
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
