@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 RELIABILITY = tests/bad_input $(wildcard $(patsubst %,tests/test_%.py,\
 	atomic determinism fault* formats fuzz* numbers score_cache security server upstream))
 
-.PHONY: demo demo-real bench-real test test-fast test-reliability test-vllm style quality audit docs screenshot clean
+.PHONY: demo demo-real bench-real test test-fast test-reliability test-vllm style quality audit docs notebooks screenshot clean
 
 # The main job in the controlled world: a table, a picture in runs/world, completions side by side
 demo: $(VENV)/.demo
@@ -68,6 +68,10 @@ audit: $(VENV)/.test
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(RUN)mkdocs build --strict
 
+# Execute the notebooks, and store their outputs. With the models of demo-real in the cache, they show these, too
+notebooks: $(VENV)/.test
+	$(RUN)python tests/make_notebooks.py examples/notebooks/*.ipynb
+
 # The picture of the playground in the documentation; needs chromium
 screenshot: $(VENV)/.test
 	mkdir -p docs/images
@@ -84,7 +88,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.demo-real: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(RUN)python -m pip install --quiet --constraint constraints.txt --editable ".[plot,real,peft]"
+	$(RUN)python -m pip install --quiet --constraint constraints.txt --editable ".[demo,peft,real]"
 	touch $@
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python

@@ -2,8 +2,6 @@
 
 """Completions that are shown while a doctor is trained."""
 
-import sys
-
 import pytest
 import torch
 from conftest import FACES, conversational_rows, make_llama, make_tokenizer, save_model
@@ -115,15 +113,3 @@ def test_what_it_cannot_show_is_refused(annotated, tmp_path):
     trainer.model.lm_head.weight.ds_id = 0  # what DeepSpeed ZeRO-3 leaves on a parameter
     with pytest.raises(ValueError, match="does not support sharded models"):
         callback.on_step_end(trainer.args, trainer.state, trainer.control)
-
-
-def test_a_table_for_weights_and_biases(annotated, tmp_path, monkeypatch):
-    """Whoever looks at a run in the browser does not read the console."""
-    wandb = pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.chdir(tmp_path)
-    trainer = make_trainer(tmp_path, annotated, report_to="wandb", max_steps=1)
-    trainer.add_callback(LogGuidedCompletionsCallback(trainer, make_llama(1), GREEDY, num_prompts=2, freq=1))
-    trainer.train()
-    wandb.finish()
-    assert list(tmp_path.rglob("completions*.table.json")), sys.path

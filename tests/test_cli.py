@@ -101,6 +101,7 @@ def test_help_needs_nothing(tmp_path):
         ("train", "--value_loss_weight"),
         ("generate", "--beta"),
         ("evaluate", "--baseline"),
+        ("eval-harness", "--include_path"),
     ],
 )
 def test_help_of_a_verb_is_complete(verb, option, capsys):
@@ -111,7 +112,7 @@ def test_help_of_a_verb_is_complete(verb, option, capsys):
     assert exit.value.code == 0 and option in printed and f"trl-tfpo {verb}" in printed
 
 
-@pytest.mark.parametrize("verb", ["annotate", "generate", "evaluate", "serve", "demo"])
+@pytest.mark.parametrize("verb", ["annotate", "strengths", "generate", "evaluate", "eval-harness", "serve", "demo"])
 def test_help_of_a_verb_fits_a_screen(verb, monkeypatch, capsys):
     """Nobody reads help that gives each option three names and four lines."""
     monkeypatch.setenv("COLUMNS", "119")
@@ -414,16 +415,22 @@ def test_the_commands_for_large_models_are_understood():
     from trl_tfpo.cli.demo import DemoArguments
     from trl_tfpo.cli.endpoint_methods import EndpointArguments
     from trl_tfpo.cli.engines import EngineArguments
+    from trl_tfpo.cli.eval_harness import HarnessArguments
     from trl_tfpo.cli.evaluate import EvaluateArguments
+    from trl_tfpo.cli.generate import GenerateArguments
     from trl_tfpo.cli.parser import Parser
     from trl_tfpo.cli.serve import ServeArguments
+    from trl_tfpo.cli.strengths import StrengthsArguments
     from trl_tfpo.cli.train import TFPOScriptArguments
 
     types = {
         "annotate": (AnnotateArguments, EngineArguments),
         "evaluate": (EvaluateArguments, EndpointArguments),
+        "eval-harness": (HarnessArguments,),
         "train": (TFPOScriptArguments, TFPOConfig, ModelConfig),
         "serve": (ServeArguments,),
+        "strengths": (StrengthsArguments,),
+        "generate": (GenerateArguments,),
         "demo": (DemoArguments,),
     }
     root = Path(__file__).parents[1]

@@ -7,7 +7,7 @@ from statistics import mean
 
 import pytest
 
-from trl_tfpo.decoding.pace import Acceptance, Costs, Pace
+from trl_tfpo.decoding.pace import Acceptance, Costs, MeasuredPace
 
 
 CHECKS = {  # seconds of a check, by positions; a step of the patient takes 1
@@ -26,7 +26,7 @@ class Simulation:
         self.doctor, self.assistant = doctor, assistant  # seconds; without an assistant the doctor drafts
         self.num_readings = 0
         share = 0.0 if assistant is None else assistant
-        self.pace = Pace(Costs(self.clock, is_free), step_share=share)
+        self.pace = MeasuredPace(Costs(self.clock, is_free), step_share=share)
         self.plain = 0.0
 
     def clock(self):

@@ -11,8 +11,10 @@ import urllib.request
 
 import pytest
 from processes import PATIENCE, end_of, in_child
+from scripts import make_chat_model
 
 from trl_tfpo.cli import main
+from trl_tfpo.cli.demo import DemoArguments, choose_models
 from trl_tfpo.server.playground import Frontiers, _as_html, launch, train_world_doctors, world_playground
 from trl_tfpo.testbed import load_world
 
@@ -139,12 +141,11 @@ def demo(command):
     return main(command)
 
 
-@pytest.mark.slow
-def test_demo_as_a_command(cache_dir, url, tmp_path):
-    """The one command that everybody tries has to open a page, and to end."""
+def what_demo_says(tmp_path, *options):
+    """What the command prints until its page is open. Then the page is read, and the command interrupted."""
     said, deadline = tmp_path / "said.txt", time.monotonic() + PATIENCE
-    said.touch()
-    child = in_child(demo, ["demo", "--cache_dir", str(cache_dir), "--max_steps", str(MAX_STEPS)], said=said)
+    said.write_text("")
+    child = in_child(demo, ["demo", *options], said=said)
     try:
         while not (address := re.search(r"^Open (http\S+)", said.read_text(), flags=re.MULTILINE)):
             assert os.waitpid(child, os.WNOHANG) == (0, 0) and time.monotonic() < deadline, said.read_text()
@@ -155,11 +156,59 @@ def test_demo_as_a_command(cache_dir, url, tmp_path):
         os.kill(child, signal.SIGINT)
         status = end_of(child)
     assert os.waitstatus_to_exitcode(status) in (0, 130) and "Traceback" not in said.read_text(), said.read_text()
+    return said.read_text()
+
+
+@pytest.mark.slow
+def test_demo_without_a_real_model(cache_dir, url, tmp_path, monkeypatch):
+    """The one command that everybody tries has to open a page, to say how to get a better one, and to end."""
+    monkeypatch.setenv("TRL_TFPO_CACHE", str(tmp_path))
+    said = what_demo_says(tmp_path, "--cache_dir", str(cache_dir), "--max_steps", str(MAX_STEPS))
+    assert f"controlled world, because no model with a doctor is in {tmp_path}. To align" in said
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache with a patient and a doctor, beside doctors without a patient and a patient without doctors."""
+    monkeypatch.setenv("TRL_TFPO_CACHE", str(tmp_path / "cache"))
+    patient = make_chat_model(tmp_path / "cache" / "small", "good bad is the")
+    for folder in ("absent/kind", "small/kind", "small/unfinished", "world/praise-200"):
+        (tmp_path / "cache" / "doctors" / folder).mkdir(parents=True)
+    for name in ("absent", "small"):
+        shutil.copytree(patient, tmp_path / "cache" / "doctors" / name / "kind", dirs_exist_ok=True)
+    shutil.copytree(patient, tmp_path / "cache" / "alone")
+    return tmp_path / "cache"
+
+
+@pytest.mark.slow
+def test_demo_with_a_real_model(cache, tmp_path):
+    """Whoever has aligned a real model wants to see it, not a toy. Doctors that are not finished are left out."""
+    said = what_demo_says(tmp_path)
+    assert f"The patient is {cache / 'small'}. Doctors: kind. With --world, " in said
+
+
+def test_where_demo_finds_models(cache, capsys):
+    """The controlled world remains within reach, and models by name come first."""
+    args = DemoArguments(world=True)
+    choose_models(args)
+    assert args.patient is None and f"Without --world, the page shows {cache / 'small'}." in capsys.readouterr().out
+    args = DemoArguments(patient="mine", doctor=["kind"])
+    choose_models(args)
+    assert (args.patient, args.doctor) == ("mine", ["kind"]) and not capsys.readouterr().out
+    assert args.cache_dir == str(cache / "doctors" / "world")
+    shutil.rmtree(cache / "doctors" / "small")
+    choose_models(args := DemoArguments())
+    assert args.patient is None and f"no model with a doctor is in {cache}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--doctor", "a=b"], "together"), (["--patient", "x"], "together"), (["--hots", "1"], "'--host'")],
+    [
+        (["--doctor", "a=b"], "together"),
+        (["--patient", "x"], "together"),
+        (["--world", "--patient", "x", "--doctor", "y"], "leave one of them out"),
+        (["--hots", "1"], "'--host'"),
+    ],
 )
 def test_demo_answers_mistakes_in_one_line(arguments, message, capsys):
     """A page that does not open must say why."""

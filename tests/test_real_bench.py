@@ -484,15 +484,15 @@ def test_a_damaged_file_is_drawn_again(samples, tmp_path, caplog):
 
 
 @pytest.mark.slow
-def test_the_demo_from_a_folder_to_a_table(demo, tmp_path, capsys):
+def test_the_demo_from_a_folder_to_a_table(demo, tmp_path, capsys, monkeypatch):
     """Every step, on a model that is made in a second: guidance raises the score, and moves away from the patient."""
+    monkeypatch.setenv("TRL_TFPO_CACHE", str(tmp_path))
     words = "good bad great sad happy be cheerful, warm gloomy, cold and the is a"
     model = make_chat_model(tmp_path / "model", words)
     demo.main(
         [
-            *["--model", str(model), "--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "doctor")],
-            *["--num-prompts", "200", "--num-test-prompts", "2", "--num-samples", "50", "--strengths", "0.5", "3"],
-            *["--max-new-tokens", "8", "--num-layers", "1"],
+            *["--model", str(model), "--num-prompts", "200", "--num-test-prompts", "2", "--num-samples", "50"],
+            *["--strengths", "0.5", "3", "--max-new-tokens", "8", "--num-layers", "1"],
         ]
     )
     printed = capsys.readouterr().out
@@ -511,9 +511,10 @@ def test_the_demo_from_a_folder_to_a_table(demo, tmp_path, capsys):
     shown = lines[lines.index(question) + 1 :][:3]
     assert [line.split(":")[0].strip() for line in shown] == ["0", "0.5", "3"]
 
-    doctor = AutoModelForCausalLM.from_pretrained(tmp_path / "doctor")
-    assert doctor.config.num_hidden_layers == 1
-    assert "end of the last user message" in (tmp_path / "doctor" / "README.md").read_text()
+    assert lines[-1].endswith(": trl-tfpo demo")  # which finds both models
+    folder = tmp_path / "doctors" / "model" / "cheerful"
+    assert AutoModelForCausalLM.from_pretrained(folder).config.num_hidden_layers == 1
+    assert "end of the last user message" in (folder / "README.md").read_text()
 
 
 def test_a_cut_answer_has_no_end(demo, tasks):

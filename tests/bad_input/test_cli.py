@@ -26,6 +26,7 @@ FILES_OF_THE_FOLDER = {
     "list.yaml": "- a\n",
     "broken.yaml": "a: [\n",
     "typo.yaml": "nun_pairs: 3\nworld: praise\n",
+    "tasks/kind.yaml": "task: kind\ndataset_path: json\n",
 }
 # The beginnings of commands
 PAIRS = "annotate --dataset_name pairs.jsonl --output out.jsonl"
@@ -134,6 +135,12 @@ GENERATE = [
     ("generate without prompts", f"generate {PATIENT}", "there are no prompts"),
     ("generate with a beta too many", "generate --world --beta 0.5", "a number for each doctor"),
     ("generate with too much beta", f"{GENERATION} --doctor doctor --beta 2", "must not exceed 1"),
+    (
+        "generate at a distance nobody measured",
+        f"{GENERATION} --doctor doctor --kl 1",
+        "needs the strengths of the doct",
+    ),
+    ("generate at a distance of nobody", f"{GENERATION} --kl 1", "the strength of one doctor. Got 1.0 for 0 doctors"),
     ("generate without a column", f"generate {PATIENT} --dataset_name other.jsonl", "a column `prompt`"),
     ("generate, no such doctor", "generate --world --doctor ./absent", "Got './absent', which does not exist"),
     ("generate, doctor of another family", f"{GENERATION} --doctor other", "must have the same tokenizer"),
@@ -143,6 +150,35 @@ GENERATE = [
     ("generate into a folder of others", f"{GENERATION} --output patient", "must not exist"),
     ("generate over a file", f"{GENERATION} --output pairs.jsonl", "must not exist"),
     ("generate from numbers", f"generate {PATIENT} --dataset_name numbers.jsonl", "Prompts must be texts"),
+]
+
+# strengths
+STRENGTHS = [
+    ("strengths of nobody", "strengths --world", "--doctor"),
+    ("strengths of a doctor that is not there", "strengths --doctor ./absent", "Got './absent', which does not exist"),
+    ("strengths that nobody measured", "strengths --doctor doctor", "has no table of strengths"),
+    ("strengths in no folder", "strengths --world --doctor absent", "Got 'absent', which is not a folder"),
+    (
+        "strengths of another family",
+        f"strengths {PATIENT} --doctor other --prompt you",
+        "must have the same tokenizer",
+    ),
+    ("strengths without prompts", f"strengths {PATIENT} --doctor doctor", "there are no prompts"),
+    (
+        "strengths on no prompt",
+        "strengths --world --doctor doctor --num_prompts 0",
+        "`--num_prompts` must be at least 1",
+    ),
+    (
+        "strengths without a column",
+        f"strengths {PATIENT} --doctor doctor --dataset_name other.jsonl --dataset_split train",
+        "a column `prompt`",
+    ),
+    (
+        "strengths in no order",
+        f"strengths {PATIENT} --doctor doctor --prompt you --strengths 1 0.5",
+        "in ascending order. Got [1.0, 0.5]",
+    ),
 ]
 
 # evaluate
@@ -157,6 +193,25 @@ EVALUATE = [
     ("evaluate into a file", "evaluate --output_dir a.jsonl --completions a=a.jsonl", "must be writable"),
     ("evaluate at no level", f"{EVALUATION} a=a.jsonl --level 2", "`level` must be between 0 and 1"),
     ("evaluate by no such oracle", f"{EVALUATION} a=a.jsonl --world prais", "Got 'prais'"),
+]
+
+# eval-harness
+HARNESS = "eval-harness --output_dir out --tasks kind --include_path tasks"
+EVAL_HARNESS = [
+    ("benchmark nothing", HARNESS, "a patient is needed"),
+    ("benchmark without tasks", "eval-harness --output_dir out --world", "--tasks"),
+    ("benchmark from no such folder", f"{HARNESS} --world --include_path absent", "Got 'absent'"),
+    ("benchmark a method of nobody", f"{HARNESS} --world --method a=kind:1", "must name doctors among []. Got 'kind'"),
+    ("benchmark half a method", f"{HARNESS} --world --method a=kind", "Got 'a=kind'"),
+    ("benchmark in another folder", f"{HARNESS} --world --method ../a", "Got '../a'; leave out the slash"),
+    ("benchmark with a beta of nobody", f"{HARNESS} --world --beta 0.5", "`--alpha` and `--beta` are for `--doctor`"),
+    ("benchmark with a beta too many", f"{HARNESS} {PATIENT} --doctor doctor --beta 1 2", "Got 2 for 1"),
+    ("benchmark both here and there", f"{HARNESS} {PATIENT} --base_url x --doctor doctor", "has its own models"),
+    ("benchmark there without a tokenizer", f"{HARNESS} --base_url x", "the patient's tokenizer with `--patient`"),
+    ("benchmark there without an address", f"{HARNESS} {PATIENT} --model x", "Got it without `--base_url`"),
+    ("benchmark a doctor of another family", f"{HARNESS} {PATIENT} --doctor other", "must have the same tokenizer"),
+    ("benchmark in batches of nothing", f"{HARNESS} --world --batch_size 0", "must be positive"),
+    ("benchmark over a file", "eval-harness --output_dir pairs.jsonl --world --tasks kind", "must be writable"),
 ]
 
 # serve and demo
@@ -195,7 +250,12 @@ SERVE_AND_DEMO = [
 ]
 
 COMMANDS = [
-    row for rows in (COMMAND_LINE, CONFIG, ANNOTATE, FILES, TRAIN, GENERATE, EVALUATE, SERVE_AND_DEMO) for row in rows
+    row
+    for rows in (
+        *(COMMAND_LINE, CONFIG, ANNOTATE, FILES, TRAIN),
+        *(GENERATE, STRENGTHS, EVALUATE, EVAL_HARNESS, SERVE_AND_DEMO),
+    )
+    for row in rows
 ]
 
 
@@ -204,6 +264,7 @@ def folder(tmp_path_factory):
     """Models and files, good and bad."""
     folder = tmp_path_factory.mktemp("commands")
     for name, text in FILES_OF_THE_FOLDER.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
     for name, words in (("patient", WORDS), ("doctor", WORDS), ("other", PERMUTED_WORDS)):
         save_model(folder / name, make_llama(1), make_tokenizer(words))

@@ -17,11 +17,13 @@ from .. import __version__
 from ..common.printable import printable
 
 
-VERBS = {  # by name of the module
+VERBS = {  # a module each, with an underscore for a hyphen
     "annotate": "compute token rewards for a preference dataset",
     "train": "train a doctor",
+    "strengths": "measure the KL from the patient at several strengths of a doctor",
     "generate": "sample completions from a patient, guided by doctors",
     "evaluate": "compare completions of several methods",
+    "eval-harness": "run benchmarks of lm-evaluation-harness on several methods",
     "serve": "run an OpenAI-compatible server, with doctor weights per request",
     "demo": "open the playground, a web page with a slider for each doctor",
     "env": "print versions, for a bug report",
@@ -63,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ["TQDM_DISABLE"] = os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
         rest = [argument for argument in rest if argument != "--quiet"]
     try:
-        return importlib.import_module(f".{verb}", __name__).run(rest) or 0
+        return importlib.import_module(f".{verb.replace('-', '_')}", __name__).run(rest) or 0
     except KeyboardInterrupt:
         if LAUNCHED not in os.environ:  # otherwise the launching process prints it
             kept = RESUME_HINTS.get(verb)

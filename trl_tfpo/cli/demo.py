@@ -4,11 +4,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
+from ..common.cache import cached_models, default_cache
 from . import options
 from .parser import Parser
 from .serve import listen
+
+
+QUESTIONS = [
+    "What is living alone like? Answer in one short sentence.",
+    "What is it like to move to a new town? Answer in one short sentence.",
+    "How do I learn to cook? Answer in one short sentence.",
+]
 
 
 @dataclass
@@ -16,14 +23,19 @@ class DemoArguments:
     """Options of `trl-tfpo demo`."""
 
     patient: str | None = field(
-        default=None, metadata={"help": "Patient: a Hub name or a folder. By default that of the controlled world."}
+        default=None,
+        metadata={
+            "help": "Patient: a Hub name or a folder. By default the model in the cache if it has a doctor, otherwise "
+            "the patient of the controlled world."
+        },
     )
+    world: bool = field(default=False, metadata={"help": "Open the controlled world, whatever is in the cache."})
     dtype: str = field(default="auto", metadata=options.DTYPE)
     patient_load_in_4bit: bool = field(default=False, metadata=options.IN_4BIT)
     doctor: list[str] = field(default_factory=list, metadata=options.DOCTORS)
     prompt: list[str] = field(
-        default_factory=lambda: ["Hello!"],
-        metadata={"action": options.Repeated, "help": "Example prompts on the page."},
+        default_factory=lambda: list(QUESTIONS),
+        metadata={"action": options.Repeated, "help": "Example prompts on the page, for a real patient."},
     )
     max_new_tokens: int = field(default=256, metadata={"help": "Maximum length of an answer, in tokens."})
     host: str = field(default="127.0.0.1", metadata={"help": "Address of the server."})
@@ -31,7 +43,7 @@ class DemoArguments:
         default=None, metadata={"help": "Port of the server. By default Gradio uses the first free port."}
     )
     cache_dir: str = field(
-        default=str(Path.home() / ".cache" / "trl_tfpo" / "doctors"),
+        default_factory=lambda: str(default_cache() / "doctors" / "world"),
         metadata={"help": "Folder for the doctors of the controlled world. They are trained at the first start."},
     )
     max_steps: int = field(default=200, metadata={"help": "Training steps of the doctors of the controlled world."})
@@ -44,6 +56,8 @@ def run(arguments: Sequence[str]) -> int:
     (args,) = Parser([DemoArguments], "demo", description).parse(arguments)
     if (args.patient is None) == bool(args.doctor):
         raise ValueError("`--patient` and `--doctor` must be passed together. Got one; pass both, or neither")
+    if args.world and args.patient is not None:
+        raise ValueError("`--world` has its own patient and doctors. Got `--patient` with it; leave one of them out")
     try:
         from ..server import Engine, Limits
         from ..server.playground import launch, make_playground, world_playground
@@ -56,8 +70,7 @@ def run(arguments: Sequence[str]) -> int:
 
     check_counts(max_steps=args.max_steps, max_new_tokens=args.max_new_tokens)
     listen(args.host, args.port or 0).close()  # report a bad address now: Gradio would fail after loading
-    from .models import load_models
-
+    choose_models(args)
     if args.patient is None:
         import torch
 
@@ -68,6 +81,8 @@ def run(arguments: Sequence[str]) -> int:
         )
         page = world_playground(args.cache_dir, max_steps=args.max_steps)
     else:
+        from .models import load_models
+
         patient, tokenizer, doctors = load_models(
             args.patient,
             args.doctor,
@@ -80,3 +95,24 @@ def run(arguments: Sequence[str]) -> int:
     print(f"Open {launch(page, host=args.host, port=args.port)} (Ctrl-C to stop)", flush=True)
     page.block_thread()
     return 0
+
+
+def choose_models(args: DemoArguments) -> None:
+    """Without a patient, take that in the cache with its doctors, if any. Print what is shown, and the alternative."""
+    if args.patient is not None:
+        return
+    cache = default_cache()
+    found = cached_models(cache)
+    if found is None:
+        said = (
+            f"This is the controlled world, because no model with a doctor is in {cache}. To align "
+            "SmolLM2-135M-Instruct there, run `make demo-real` in a clone of the repository. It takes about twelve "
+            "minutes on two cores."
+        )
+    elif args.world:
+        said = f"This is the controlled world. Without --world, the page shows {found[0]}."
+    else:
+        args.patient, args.doctor = str(found[0]), [str(path) for path in found[1]]
+        names = ", ".join(path.name for path in found[1])
+        said = f"The patient is {args.patient}. Doctors: {names}. With --world, the page shows the controlled world."
+    print(said, flush=True)

@@ -27,19 +27,9 @@ class GenerateArguments:
     dtype: str = field(default="auto", metadata=options.DTYPE)
     patient_load_in_4bit: bool = field(default=False, metadata=options.IN_4BIT)
     doctor: list[str] = field(default_factory=list, metadata=options.DOCTORS)
-    alpha: float | None = field(
-        default=None,
-        metadata={
-            "help": "Exponent of the patient. By default 1 minus the exponents of doctors that are language models."
-        },
-    )
-    beta: list[float] = field(
-        default_factory=list,
-        metadata={
-            "action": options.Repeated,
-            "help": "Exponent of each doctor. By default the exponent used in training, or 0.5 for a language model.",
-        },
-    )
+    alpha: float | None = field(default=None, metadata=options.ALPHA)
+    beta: list[float] = field(default_factory=list, metadata=options.BETA)
+    kl: float | None = field(default=None, metadata=options.KL)
     prompt: list[str] = field(
         default_factory=list,
         metadata={"action": options.Repeated, "help": "Prompts. With a chat template they are user messages."},
@@ -134,6 +124,7 @@ def check_arguments(args: GenerateArguments) -> None:
             "`--beta` must have a number for each doctor. Got "
             f"{len(args.beta)} for {len(args.doctor)}; pass one for each"
         )
+    options.check_kl(args.kl, args.doctor)
     if args.best_of != 1 and not args.doctor:
         raise ValueError(
             "`--best_of` ranks completions by a doctor's token credits. Got "
@@ -143,7 +134,9 @@ def check_arguments(args: GenerateArguments) -> None:
         raise ValueError("a patient is needed. Pass `--patient`, or `--world` to try it")
 
 
-def read_prompts(args: GenerateArguments, tokenizer: "PreTrainedTokenizerBase") -> "list[Prompt]":
+def read_prompts(
+    args: GenerateArguments, tokenizer: "PreTrainedTokenizerBase", *, world_split: str = "test"
+) -> "list[Prompt]":
     """Collect the prompts of options, dataset and controlled world. All are texts, or all are conversations."""
     from .files import read_split
 
@@ -151,7 +144,7 @@ def read_prompts(args: GenerateArguments, tokenizer: "PreTrainedTokenizerBase") 
     if args.world and not args.prompt:
         from ..testbed.language import REVIEWS
 
-        prompts += [REVIEWS.make_prompt(place) for place in REVIEWS.places("test")]
+        prompts += [REVIEWS.make_prompt(place) for place in REVIEWS.places(world_split)]
     is_chat = tokenizer.chat_template is not None
     prompts += [[{"role": "user", "content": text}] if is_chat else text for text in args.prompt]
     if args.dataset_name is not None:
@@ -186,6 +179,7 @@ def load_guide(
         paths,
         args.alpha,
         args.beta or None,
+        kl=args.kl,
         model_init_kwargs={"device_map": {"": patient.device}, "dtype": check_dtype(args.dtype), **trust},
     )
     for path in paths:

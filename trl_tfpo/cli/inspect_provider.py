@@ -3,32 +3,39 @@
 """
 A model provider for [Inspect](https://inspect.aisi.org.uk): `inspect eval TASK --model trl-tfpo/PATIENT`.
 
-Inspect finds the provider by an entry point of this package. Requests go through Inspect's client for OpenAI's
+Inspect finds the provider by the entry point in `inspect_entry.py`. Requests go through Inspect's client for OpenAI's
 interface to the app of an [`Engine`] in the same process. Samples of an eval are therefore rows of one batch.
 """
 
 import asyncio
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx2
-from inspect_ai.model import GenerateConfig, ModelAPI, ModelCall, ModelOutput, get_model, modelapi
+from datasets.fingerprint import Hasher
+from inspect_ai.model import GenerateConfig, ModelAPI, ModelCall, ModelOutput, get_model
 from inspect_ai.tool import ToolChoice, ToolInfo
 
+from ..models.fingerprint import model_fingerprint
 from ..server import Engine, Limits, make_app
 from ..server.generation import Generation
 from .models import load_models
 from .serve import read_weights
 
 
-MAX_CHOICES = 64  # of a request
-
-
-@modelapi(name="trl-tfpo")
-def trl_tfpo() -> type[ModelAPI]:
-    """Return the provider."""
-    return GuidedModelAPI
+UNLIMITED = 2**31  # Inspect bounds the work, and the context of the models bounds prompts and answers
+IGNORED = (
+    "best_of",
+    "reasoning_tokens",
+    "reasoning_mode",
+    "effort",
+    "verbosity",
+    "fallback_models",
+    "modalities",
+    "batch",
+)
 
 
 class GuidedModelAPI(ModelAPI):
@@ -54,7 +61,7 @@ class GuidedModelAPI(ModelAPI):
         in_4bit, trust_remote_code (`bool`, *optional*, default to `False`):
             Whether to load the patient in 4 bits, and whether to run code of model repositories.
         max_rows (`int`, *optional*, defaults to `32`):
-            Maximum number of completions in the batch, and Inspect's default for `max_connections`.
+            Maximum number of completions in the batch. It is `max_connections` if Inspect does not adapt this number.
         **unknown:
             Refused.
 
@@ -65,7 +72,6 @@ class GuidedModelAPI(ModelAPI):
 
     ```python
     >>> from inspect_ai.model import get_model
-    >>> from trl_tfpo.cli.inspect_provider import GuidedModelAPI
     >>> get_model("trl-tfpo/world", max_rows=4).api.max_connections()
     4
 
@@ -100,9 +106,20 @@ class GuidedModelAPI(ModelAPI):
             name, doctors, dtype=dtype, in_4bit=in_4bit, trust_remote_code=trust_remote_code
         )
         self.max_rows, self.weights, self.alpha = max_rows, _as_mapping(weights), alpha
-        self.engine = Engine(patient, tokenizer, loaded, Limits(max_rows=max_rows, max_choices=MAX_CHOICES))
+        limits = Limits(
+            max_prompt_tokens=UNLIMITED,
+            max_new_tokens=UNLIMITED,
+            max_rows=max_rows,
+            max_queue=UNLIMITED,
+            max_seconds=math.inf,
+            max_choices=UNLIMITED,
+            max_bytes=UNLIMITED,
+        )
+        self.engine = Engine(patient, tokenizer, loaded, limits)
         try:
-            self.engine.exponents(Generation([], lambda event: None, alpha=alpha, weights=self.weights))
+            exponents = self._exponents(alpha, self.weights)
+            # Inspect's cache of answers distinguishes models by their name and this attribute
+            self.base_url = Hasher.hash((exponents, dtype, in_4bit, [*map(model_fingerprint, loaded.values())]))
             served_name = Path(model_name).name
             app = make_app(self.engine, model_name=served_name)
             self.client = get_model(
@@ -110,11 +127,17 @@ class GuidedModelAPI(ModelAPI):
                 base_url="http://trl-tfpo/v1",  # not resolved, the transport calls the app
                 api_key="none",
                 http_client=httpx2.AsyncClient(transport=httpx2.ASGITransport(app=app), timeout=None),
+                max_retries=0,  # a failure in this process would repeat itself
                 memoize=False,
             ).api
         except BaseException:
             self.engine.close()
             raise
+
+    def _exponents(self, alpha: float | None, weights: Mapping[str, float]) -> dict[str, Any]:
+        """Return all exponents, with defaults."""
+        alpha, betas = self.engine.exponents(Generation([], lambda event: None, alpha=alpha, weights=weights))
+        return {"alpha": alpha, "weights": dict(zip(self.engine.names, betas, strict=True))}
 
     async def generate(
         self, input: list[Any], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig
@@ -122,24 +145,33 @@ class GuidedModelAPI(ModelAPI):
         """
         Complete a conversation.
 
+        `metadata` of the output has the exponents of the patient and of all doctors. The stop reason is
+        `"model_length"` if the prompt does not fit the context, or if the answer fills it before `max_tokens`.
+
         Raises:
             `ValueError`: on settings of Inspect that would be ignored. The server refuses unsupported ones itself.
         """
-        ignored = ("best_of", "reasoning_tokens", "effort", "modalities", "batch")
-        if given := [name for name in ignored if getattr(config, name, None)]:
+        if given := [name for name in IGNORED if getattr(config, name, None)]:
             raise ValueError(f"Guided models do not support `{given[0]}`. Got {getattr(config, given[0])!r}.")
         body = {"alpha": self.alpha, "top_k": config.top_k} | (config.extra_body or {})
-        body["weights"] = self.weights | body.get("weights", {})
-        config = config.model_copy(update={"extra_body": body})
-        return await self.client.generate(input, tools, tool_choice, config)
+        body["weights"] = self.weights | _as_mapping(body.get("weights") or ())
+        found = await self.client.generate(input, tools, tool_choice, config.model_copy(update={"extra_body": body}))
+        output = found[0] if isinstance(found, tuple) else found
+        if isinstance(output, ModelOutput) and output.usage is not None:
+            output.metadata = self._exponents(body["alpha"], body["weights"])
+            num_free = self.engine.max_positions - output.usage.input_tokens
+            for choice in output.choices:
+                if choice.stop_reason == "max_tokens" and num_free < (config.max_tokens or UNLIMITED):
+                    choice.stop_reason = "model_length"
+        return found
 
     def max_connections(self) -> int:
-        """Default number of concurrent requests: the rows of the batch."""
+        """Number of concurrent requests if Inspect neither adapts it nor is given one."""
         return self.max_rows
 
-    def should_retry(self, ex: Exception) -> Any:
-        """Whether a failed request is repeated, as for other servers of OpenAI's interface."""
-        return self.client.should_retry(ex)
+    def max_tokens(self) -> int:
+        """Default length of answers, that of the server."""
+        return Limits().max_new_tokens
 
     async def aclose(self) -> None:
         """Close the client and the engine."""

@@ -30,6 +30,15 @@ OLD_PATIENT = option_strings("patient_model_name_or_path")
 PATIENT = {"aliases": OLD_PATIENT, "help": "Patient: a Hub name or a folder."}
 IN_4BIT = {"help": "Load the patient in 4-bit NF4."}
 DOCTORS = {"action": Repeated, "help": "Doctors, each PATH or NAME=PATH."}
+KL = {
+    "help": "Strength of a single doctor as a KL from the patient, in nats per completion, instead of exponents. See "
+    "`trl-tfpo strengths`."
+}
+ALPHA = {"help": "Exponent of the patient. By default 1 minus the exponents of doctors that are language models."}
+BETA = {
+    "action": Repeated,
+    "help": "Exponent of each doctor. By default the exponent used in training, or 0.5 for a language model.",
+}
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DTYPE = {
     "help": "'bfloat16', 'float16', 'float32' or 'auto' (that of the checkpoint, but float32 on a CPU without "
@@ -46,3 +55,11 @@ BASE_URL = {"help": "URL of an OpenAI-compatible endpoint, up to `/v1`. Its key 
 MODEL = {"help": "Name of the model at the endpoint. By default that of `--patient`."}
 NUM_REQUESTS = {"help": "Requests in flight at the endpoint."}
 ENGINE_ARGS = {"help": "With the backend 'vllm': arguments of `vllm.LLM`, as JSON."}
+
+
+def check_kl(kl: float | None, doctors: Sequence[str]) -> None:
+    """Raise `ValueError` if `--kl` comes with several doctors or none."""
+    if kl is not None and len(doctors) != 1:
+        raise ValueError(
+            f"`--kl` is the strength of one doctor. Got {kl} for {len(doctors)} doctors; pass one `--doctor`"
+        )

@@ -24,6 +24,13 @@ class ServeArguments:
     dtype: str = field(default="auto", metadata=options.DTYPE)
     patient_load_in_4bit: bool = field(default=False, metadata=options.IN_4BIT)
     doctor: list[str] = field(default_factory=list, metadata=options.DOCTORS)
+    kl: float | None = field(
+        default=None,
+        metadata={
+            "help": "Default strength of a single doctor, as a KL from the patient in nats per completion. See "
+            "`trl-tfpo strengths`."
+        },
+    )
     alias: list[str] = field(
         default_factory=list,
         metadata={
@@ -81,9 +88,12 @@ def build(args: ServeArguments) -> "FastAPI":
             f'the server needs more packages ({error}). Install them: pip install "trl-tfpo[serve]"'
         ) from error
 
-    from .models import load_models
+    from ..models.strengths import beta_for_kl
+    from .models import load_models, parse_doctor
 
     aliases = read_aliases(args.alias)
+    options.check_kl(args.kl, args.doctor)
+    strengths = None if args.kl is None else beta_for_kl([parse_doctor(args.doctor[0])[1]], args.kl, {})
     key = None
     if args.api_key_file is not None:
         key = Path(args.api_key_file).read_text(encoding="utf-8").strip()
@@ -109,6 +119,10 @@ def build(args: ServeArguments) -> "FastAPI":
     )
     default_name = "world" if name is None else Path(name).name
     engine = Engine(patient, tokenizer, doctors, limits)
+    if strengths is not None:
+        beta, table = strengths
+        engine.default_weights.update(dict.fromkeys(doctors, beta))
+        table.warn_of_other_patient(patient)
     return make_app(engine, model_name=args.model_name or default_name, api_key=key, aliases=aliases)
 
 

@@ -262,6 +262,12 @@ class Endpoint:
             return {"weights": dict(weights), **patient}
         return {"vllm_xargs": {f"beta_{name}": float(weight) for name, weight in weights.items()} | patient}
 
+    def policy(self, weights: Mapping[str, float] | None = None, alpha: float | None = None) -> Json:
+        """As [`exponents`], with 0 for doctors without a weight. Without arguments it is the patient alone."""
+        if not weights and alpha is None:
+            return self.patient_alone
+        return self.exponents(dict.fromkeys(self.doctors, 0.0) | dict(weights or {}), alpha)
+
     @property
     def patient_alone(self) -> Json:
         """The fields of a request that is answered by the patient without doctors."""

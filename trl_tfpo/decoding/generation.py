@@ -99,6 +99,8 @@ def guided_generate(
     """
     _check_ids(patient, input_ids)
     _check_arguments(patient, guide, input_ids, kwargs)
+    if guide.strengths is not None:
+        guide.strengths.warn_of_other_patient(patient)
     if best_of != 1:
         settings = kwargs | {"speculative": speculative, "streamer": streamer}
         check_best_of(guide, best_of, lambda name: _setting(patient, settings, name))

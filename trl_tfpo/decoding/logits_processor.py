@@ -24,8 +24,8 @@ from transformers import CompileConfig, LogitsProcessor, PreTrainedTokenizerBase
 from ..common.language_model import LanguageModel
 from ..data.tokenizer_identity import check_all_same
 from ..functional import guided_logps, next_token_entropy, plausible_mask
-from ..models.saved_doctor import load_doctor
-from ..models.token_credits import load_credits
+from ..models.strengths import StrengthTable, beta_for_kl
+from .checks import check_counts, check_settings
 from .doctors import Doctor, DoctorMemory, check_reference
 from .exponents import (
     DEFAULT_BETA,
@@ -37,6 +37,7 @@ from .exponents import (
     opposite_exponent,
     remaining_exponent,
 )
+from .loading import load_guiding_doctor
 from .padding import Prompts
 from .trace import GuidanceTrace, TraceRecorder
 
@@ -94,6 +95,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         num_references (`int`): number of references in `doctors`.
         memories (`list` of [`DoctorMemory`]): KV cache of each of `doctors`.
         num_calls (`int`): number of calls by `generate`.
+        strengths ([`~trl_tfpo.models.strengths.StrengthTable`], *optional*): the table of `kl`.
 
     Raises:
         `ValueError`: at construction, on a wrong number of exponents or references, exponents that are not finite, a
@@ -141,11 +143,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
     ):
         models = _as_list(doctor)
         betas, references = _as_list(beta, len(models)), _as_list(reference, len(models))
-        if not models or not len(models) == len(betas) == len(references):
-            raise ValueError(
-                f"There must be at least one doctor, and a `beta` and a `reference` for each. Got {len(models)}, "
-                f"{len(betas)} and {len(references)}; pass `None` for a doctor without a reference."
-            )
+        check_counts(len(models), len(betas), len(references))
         doctors = [x if isinstance(x, Doctor) else Doctor(x) for x in models]
         references = [x if x is None or isinstance(x, Doctor) else Doctor(x) for x in references]
         for one, ref in zip(doctors, references, strict=True):
@@ -154,11 +152,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         if alpha is None:
             rows = zip(doctors, betas, references, strict=True)
             alpha = remaining_exponent([beta for one, beta, ref in rows if ref is None and not one.exponents])
-        if not (0 <= min_patient_prob <= 1 and 0 <= min_patient_entropy < math.inf):
-            raise ValueError(
-                "`min_patient_prob` must be in [0, 1], and `min_patient_entropy` a number of nats, at least 0. Got "
-                f"{min_patient_prob} and {min_patient_entropy}; pass 0 to switch them off."
-            )
+        check_settings(min_patient_prob, min_patient_entropy, cache_implementation)
         opposite = [opposite_exponent(beta) for beta, ref in zip(betas, references, strict=True) if ref is not None]
         self.alpha = check_exponent("alpha", alpha)
         self.betas: list[Exponent] = betas + opposite
@@ -167,16 +161,12 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         self.min_patient_prob = min_patient_prob
         self.min_patient_entropy = min_patient_entropy
         self.num_calls = 0
+        self.strengths: StrengthTable | None = None
         if processing_classes is not None:
             check_all_same(processing_classes, len(doctors), self.num_references)
         self._has_same_tokenizer = processing_classes is not None
         self._warned: set[str] = set()
         self._trace = TraceRecorder() if return_trace else None
-        if cache_implementation not in (None, "static"):
-            raise ValueError(
-                f"`cache_implementation` of doctors must be 'static' or None. Got {cache_implementation!r}; leave it "
-                "out for caches that grow."
-            )
         self.cache_implementation, self.compile_config = cache_implementation, compile_config
         self.memories = [DoctorMemory(doctor) for doctor in self.doctors]
         self.use_caches(cache_implementation, compile_config)
@@ -192,6 +182,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         alpha: Exponent | None = None,
         beta: Exponent | Sequence[Exponent] | None = None,
         *,
+        kl: float | None = None,
         model_init_kwargs: dict | None = None,
         **settings: object,
     ) -> "DoctorGuidedLogitsProcessor":
@@ -200,10 +191,14 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
 
         Args:
             doctor (`str` or sequence of `str`):
-                Folders or Hub ids of doctors that [`TFPOTrainer`] saved, full models or adapters.
+                Folders or Hub ids of doctors that [`TFPOTrainer`] saved.
             alpha, beta (*optional*):
                 Exponents, as above. By default `beta` is 1 for doctors of guided flow, as in their training, and 0.5
                 for language models.
+            kl (`float`, *optional*):
+                Strength of a single doctor by its KL from the patient, in nats per completion, instead of exponents.
+                The doctor needs a table from [`~trl_tfpo.evaluation.measure_strengths`]. The KL holds for the patient,
+                prompts and length of that table, at temperature 1.
             model_init_kwargs (`dict`, *optional*):
                 Keyword arguments of the doctors' `from_pretrained`, such as `dtype` and `device_map`.
             settings:
@@ -211,17 +206,22 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
 
         Returns:
             [`DoctorGuidedLogitsProcessor`]: the processor, with its doctors in eval mode.
+
+        Raises:
+            `ValueError`: if `kl` is out of range, or comes with several doctors, a doctor without a table, exponents
+                or other settings of the policy.
         """
         names = [doctor] if isinstance(doctor, (str, os.PathLike)) else list(doctor)
-        load = model_init_kwargs or {}
-        doctors = [
-            Doctor(load_doctor(name, with_value_head=False, **load).eval(), credits=load_credits(name, **load))
-            for name in names
-        ]
+        load, table = model_init_kwargs or {}, None
+        if kl is not None:
+            beta, table = beta_for_kl(names, kl, {"alpha": alpha, "beta": beta, **settings}, **load)
+        doctors = [load_guiding_doctor(name, **load) for name in names]
         if beta is None:
             beta = [default_beta(doctor.exponents) for doctor in doctors]
         arguments: dict = settings
-        return cls(doctors, alpha, beta, **arguments)
+        guide = cls(doctors, alpha, beta, **arguments)
+        guide.strengths = table
+        return guide
 
     def reset(self, attention_mask: torch.Tensor | None = None, *, keep_memory: bool = False) -> None:
         """

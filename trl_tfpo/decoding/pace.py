@@ -15,6 +15,7 @@ Units: seconds of the clock that is passed, which may be a simulated one.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -117,9 +118,55 @@ def _wilson(num_accepted: float, num: float, deviations: float) -> float:
     return (rate + square / (2 * num) + spread) / (1 + square / num)
 
 
-class Pace:
+class Pace(ABC):
+    """Decides at each round whether to draft, and how many tokens. It may learn from what the rounds report."""
+
+    def begin_text(self) -> None:  # noqa: B027  # for paces that learn, as the next three
+        """The next round reads a prompt."""
+
+    def begin_round(self) -> None:  # noqa: B027
+        """A round begins."""
+
+    def end_round(self, num_checked: int, num_new_tokens: int) -> None:  # noqa: B027
+        """A round with `num_checked` drafts has ended."""
+
+    def observe(self, kind: Hashable, is_accepted: bool) -> None:  # noqa: B027
+        """A draft, or a guess at a plain step, was or would have been accepted."""
+
+    @contextmanager
+    def timed(self, part: Hashable, num: int = 1) -> Iterator[None]:
+        """A context for `num` repetitions of a part of the round."""
+        yield
+
+    def shadow_is_due(self) -> bool:
+        """Whether to guess a token at this plain step, only to compare it."""
+        return False
+
+    @abstractmethod
+    def wants_more(self, kinds: Sequence[Hashable], max_tokens: int) -> bool:
+        """Whether to draft one more token, after tokens of these kinds."""
+
+    @abstractmethod
+    def num_to_check(self, kinds: Sequence[Hashable]) -> int:
+        """How many of the drafted tokens the patient should read."""
+
+
+class FixedLength(Pace):
+    """Always drafts the same number of tokens."""
+
+    def __init__(self, num_tokens: int):
+        self.num_tokens = num_tokens
+
+    def wants_more(self, kinds: Sequence[Hashable], max_tokens: int) -> bool:
+        return len(kinds) < min(max_tokens, self.num_tokens)
+
+    def num_to_check(self, kinds: Sequence[Hashable]) -> int:
+        return len(kinds)
+
+
+class MeasuredPace(Pace):
     """
-    Decides at each round whether to draft, and keeps the total time near or below that of plain decoding.
+    Drafts where it saves time, and keeps the total time near or below that of plain decoding.
 
     1. *Costs* of a draft, of a plain step and of a check are measured as they occur. A check of more positions than
        any so far is tried only where it may pay.
@@ -160,7 +207,6 @@ class Pace:
     # A round
 
     def begin_text(self) -> None:
-        """The next round reads a prompt."""
         self.is_first = True
 
     def begin_round(self) -> None:
@@ -217,7 +263,6 @@ class Pace:
         return any(num_tokens * self.costs.plain() > seconds for num_tokens, seconds in rounds[1:])
 
     def shadow_is_due(self) -> bool:
-        """Whether to guess a token at this plain step, only to compare it."""
         if self.is_stopped or self.is_first:
             return False
         cost = self.start_seconds + self.costs.of("shadow", (self.step_share + 0.01) * self.costs.plain())
@@ -226,14 +271,12 @@ class Pace:
     # Decisions
 
     def wants_more(self, kinds: Sequence[Hashable], max_tokens: int) -> bool:
-        """Whether to draft one more token, after tokens of these kinds."""
         if self.is_stopped or self.is_first or self.num_since_plain >= NUM_ROUNDS_FRESH or not self.costs.plain():
             return False
         max_tokens = min(max_tokens, self.max_tokens)
         return len(kinds) < max_tokens and self._best(kinds, range(len(kinds), max_tokens + 1)) > len(kinds)
 
     def num_to_check(self, kinds: Sequence[Hashable]) -> int:
-        """How many of the drafted tokens the patient should read."""
         return self._best(kinds, range(len(kinds) + 1)) if kinds else 0
 
     def _best(self, kinds: Sequence[Hashable], lengths: range) -> int:
@@ -272,29 +315,3 @@ class Pace:
             seconds = self.costs.check(num_drafts + 1, is_worst_case) + draft * max(num_drafts, num_made)
             rounds.append((num_tokens, seconds + reading + reached * last))
         return rounds
-
-
-class FixedLength(Pace):
-    """Always drafts the same number of tokens, and measures nothing."""
-
-    def __init__(self, num_tokens: int):
-        super().__init__(Costs(lambda: 0.0), max_tokens=num_tokens)
-
-    @contextmanager
-    def timed(self, part: Hashable, num: int = 1) -> Iterator[None]:
-        yield
-
-    def end_round(self, num_checked: int, num_new_tokens: int) -> None:
-        pass
-
-    def observe(self, kind: Hashable, is_accepted: bool) -> None:
-        pass
-
-    def shadow_is_due(self) -> bool:
-        return False
-
-    def wants_more(self, kinds: Sequence[Hashable], max_tokens: int) -> bool:
-        return len(kinds) < min(max_tokens, self.max_tokens)
-
-    def num_to_check(self, kinds: Sequence[Hashable]) -> int:
-        return len(kinds)

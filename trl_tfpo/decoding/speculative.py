@@ -47,7 +47,7 @@ from .drafts import (
     share_of,
 )
 from .logits_processor import DoctorGuidedLogitsProcessor
-from .pace import MAX_DRAFT_TOKENS, Costs, FixedLength, Pace
+from .pace import MAX_DRAFT_TOKENS, Costs, FixedLength, MeasuredPace, Pace
 from .reading import accepted_inputs, next_inputs, reading_fault
 
 
@@ -59,7 +59,7 @@ MAX_EXPERIENCES = 32  # pairs and settings, for each patient
 class _Experience:
     """What was learned in earlier texts of a pair of models, with the same settings."""
 
-    pace: Pace
+    pace: MeasuredPace
     ngrams: dict[tuple[int, ...], int]
 
 
@@ -105,7 +105,7 @@ def speculative_guided_generate(
             `max_matching_ngram_size` are read here.
         num_draft_tokens (`int` or `"auto"`, *optional*, defaults to `"auto"`):
             Tokens drafted between two forward passes of the patient. `"auto"` chooses from 0 (plain guided decoding)
-            to 8 by measured times and acceptance, see [`~pace.Pace`], and remembers them for this pair of models.
+            to 8 by measured times and acceptance ([`~pace.MeasuredPace`]), which are kept for this pair of models.
         assistant_model ([`~transformers.PreTrainedModel`] or [`Doctor`], *optional*):
             A small language model with the patient's tokenizer that drafts in place of the doctors. For a doctor of
             guided flow, the model that it was trained from is a good choice.
@@ -277,7 +277,7 @@ def _drafting(
     if experience is None:
         costs = Costs(*_clock_of(model.device))
         max_tokens = min(num_lookup or MAX_DRAFT_TOKENS, MAX_DRAFT_TOKENS)
-        experience = _Experience(Pace(costs, drafter.reads_doctors, drafter.step_share, max_tokens), ngrams)
+        experience = _Experience(MeasuredPace(costs, drafter.reads_doctors, drafter.step_share, max_tokens), ngrams)
     if isinstance(drafter, PromptLookup):
         drafter.next_tokens = experience.ngrams
     yield drafter, experience.pace

@@ -14,6 +14,7 @@ from .endpoint import endpoint_completions
 from .judges import ChatJudge, PairwiseJudge, RewardModel, parse_verdict
 from .report import Report, evaluate_completions
 from .reward_and_kl import best_of_n, evaluate_guidance, guided_kl, match_kl, next_token_statistics, sampled_kl
+from .strengths import measure_strengths
 from .win_rates import head_to_head
 
 
@@ -33,6 +34,7 @@ __all__ = [
     "guided_kl",
     "head_to_head",
     "match_kl",
+    "measure_strengths",
     "next_token_statistics",
     "parse_verdict",
     "sampled_kl",

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import cast
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -78,7 +79,7 @@ Grouped = list[list[list[Completion | str]]]  # by seed, prompt and sample
 def generate_completions(
     patient: PreTrainedModel,
     processing_class: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Prompt | list[int]],
     *,
     guide: DoctorGuidedLogitsProcessor | None = None,
     num_samples_per_prompt: int = 1,
@@ -99,8 +100,8 @@ def generate_completions(
             A causal language model in eval mode.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             Its tokenizer.
-        prompts (sequence of `str` or `list[dict]`):
-            Texts, or conversations for the chat template.
+        prompts (sequence of `str`, `list[dict]` or `list[int]`):
+            Texts, conversations for the chat template, or token ids, which become the text that they stand for.
         guide ([`DoctorGuidedLogitsProcessor`], *optional*):
             The guidance. `None` is the patient alone.
         num_samples_per_prompt (`int`, *optional*, defaults to `1`):
@@ -138,7 +139,7 @@ def generate_completions(
             f"`temperature` must be at least 0, and `top_p` in (0, 1]. Got {temperature} and {top_p}; 0 is greedy "
             "search."
         )
-    tokenized = [(prompt, tokenize_prompt(prompt, processing_class)) for prompt in prompts]
+    tokenized = [_tokenized(prompt, processing_class) for prompt in prompts]
     for prompt, prompt_ids in tokenized:
         if not prompt_ids:
             raise ValueError(f"A prompt must have at least one token. Got none for {prompt!r}; leave it out.")
@@ -172,6 +173,15 @@ def generate_completions(
     if guide is not None:
         guide.reset()
     return completions
+
+
+def _tokenized(prompt: Prompt | list[int], processing_class: PreTrainedTokenizerBase) -> tuple[Prompt, list[int]]:
+    """Return a prompt as text or messages, and its token ids."""
+    if isinstance(prompt, list) and prompt and all(isinstance(x, int) for x in prompt):
+        ids = cast(list[int], prompt)
+        return str(processing_class.decode(ids)), ids
+    prompt = cast(Prompt, prompt)
+    return prompt, tokenize_prompt(prompt, processing_class)
 
 
 def _generate_batch(

@@ -82,12 +82,9 @@ def endpoint_completions(
             f"{len(prompts)} prompts and {temperature}; pass a list, and 1 for samples of the policy itself."
         )
     check_counts(num_samples_per_prompt=num_samples_per_prompt, max_new_tokens=max_new_tokens)
-    exponents = endpoint.patient_alone
-    if weights or alpha is not None:
-        exponents = endpoint.exponents(dict.fromkeys(endpoint.doctors, 0.0) | dict(weights or {}), alpha)
     rows = [(x, tokenize_prompt(x, processing_class)) for x in prompts for _ in range(num_samples_per_prompt)]
     settings = {"model": endpoint.model, "max_tokens": max_new_tokens, "temperature": temperature}
-    settings |= {"logprobs": 0, "return_token_ids": True, **WHOLE_POLICY, **exponents}
+    settings |= {"logprobs": 0, "return_token_ids": True, **WHOLE_POLICY, **endpoint.policy(weights, alpha)}
     requests = [{**settings, "prompt": ids, "seed": seed + index} for index, (_, ids) in enumerate(rows)]
     altered_by = altering_settings({"temperature": temperature})
     found: dict[int, tuple[Completion, torch.Tensor]] = {}

@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Fingerprint of a model: a hash of its config and weights."""
+"""Fingerprints of models: hashes of weights."""
+
+import hashlib
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets.fingerprint import Hasher
 
-from ..common.language_model import LanguageModel
+from ..common._upstream import adapter_layers
+from ..common.language_model import LanguageModel, is_sharded, unwrap_peft
+from .adapters import VALUE_HEAD
+
+
+NUM_SAMPLED = 64  # weights of each parameter that `patient_fingerprint` reads
 
 
 def model_fingerprint(model: LanguageModel) -> str:
@@ -32,3 +39,42 @@ def model_fingerprint(model: LanguageModel) -> str:
                 "`fsdp_cpu_ram_efficient_loading: false` and the same seed."
             )
     return fingerprint
+
+
+@torch.no_grad()
+def patient_fingerprint(model: LanguageModel) -> str:
+    """
+    Hash names, shapes and 64 weights of each parameter of a language model, without its adapters.
+
+    It does not depend on the machine, nor on whether the weights are float32 or bfloat16. Quantized weights have
+    another fingerprint. It reads little of a large model, so weights that differ in few places may not be noticed.
+
+    Returns:
+        `str`: 64 hexadecimal digits, or "" for a sharded model.
+    """
+    base = unwrap_peft(model)
+    if is_sharded(base):
+        return ""
+    adapted = set(adapter_layers(base))
+    layers = tuple(f"{name}." for name, module in base.named_modules() if module in adapted)
+    hasher = hashlib.sha256()
+    for name, parameter in base.named_parameters():
+        own_name = _name_without_adapters(name, layers)
+        if own_name is None or VALUE_HEAD in name.split("."):
+            continue
+        hasher.update(f"{own_name} {tuple(parameter.shape)}\n".encode())
+        if parameter.device.type != "meta":  # offloaded
+            weights = parameter.detach().reshape(-1)
+            weights = weights[:: max(1, len(weights) // NUM_SAMPLED)][:NUM_SAMPLED].cpu()
+            weights = weights.to(torch.bfloat16) if weights.is_floating_point() else weights
+            hasher.update(weights.contiguous().view(torch.uint8).numpy().tobytes())
+    return hasher.hexdigest()
+
+
+def _name_without_adapters(name: str, layers: tuple[str, ...]) -> str | None:
+    """Name of a parameter without PEFT's wrappers, `layers`; `None` for a parameter of an adapter."""
+    layer = next((layer for layer in layers if name.startswith(layer)), None)
+    if layer is None:
+        return name
+    part, _, rest = name.removeprefix(layer).partition(".")
+    return f"{layer}{rest}" if part in ("base_layer", "original_module") else None

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from fastapi import Request
 from prometheus_client import Histogram
 
-from .engine import Engine
+from .engine import Engine, PromptTooLong
 from .errors import ApiError
 from .generation import Event, Generation
 
@@ -42,7 +42,8 @@ class Choices:
                 self._engine.submit(generation)
         except ValueError as error:
             self.cancel()
-            raise ApiError(400, str(error)) from error
+            code = "context_length_exceeded" if isinstance(error, PromptTooLong) else None
+            raise ApiError(400, str(error), code=code) from error
         except OverflowError as error:
             self.cancel()
             raise ApiError(429, str(error), "rate_limit_error") from error

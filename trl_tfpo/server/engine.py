@@ -81,6 +81,10 @@ class Limits:
                 raise ValueError(f"`{name}` must be positive. Got {value}; leave it out for the default.")
 
 
+class PromptTooLong(ValueError):
+    """A prompt that has more tokens than the models or the limits allow."""
+
+
 class Engine:
     """
     Decodes the completions of many clients in one batch.
@@ -183,7 +187,8 @@ class Engine:
         limits, num_prompt = self.limits, len(generation.prompt_ids)
         longest = min(limits.max_prompt_tokens, self.max_positions - 1)
         if not 1 <= num_prompt <= longest:
-            raise ValueError(f"The prompt must have 1 to {longest} tokens. Got {num_prompt}; shorten it.")
+            error = PromptTooLong if num_prompt else ValueError
+            raise error(f"The prompt must have 1 to {longest} tokens. Got {num_prompt}; shorten it.")
         generation.max_new_tokens = min(generation.max_new_tokens, self.max_positions - num_prompt)
         generation.check(self.vocab_size)
         if unknown := [x for x in generation.prompt_ids if not 0 <= x < self.vocab_size]:

@@ -11,16 +11,16 @@ from .protocol import NOT_SUPPORTED
 
 
 class ApiError(Exception):
-    """An error for the client: an HTTP status, a message, and OpenAI's type of error."""
+    """An error for the client: an HTTP status, a message, and OpenAI's type and code of the error."""
 
-    def __init__(self, status: int, message: str, kind: str = "invalid_request_error"):
+    def __init__(self, status: int, message: str, kind: str = "invalid_request_error", code: str | None = None):
         super().__init__(message)
-        self.status, self.message, self.kind = status, message, kind
+        self.status, self.message, self.kind, self.code = status, message, kind, code
 
     @property
     def body(self) -> dict[str, object]:
         """The body of the response."""
-        return {"error": {"message": self.message, "type": self.kind, "param": None, "code": None}}
+        return {"error": {"message": self.message, "type": self.kind, "param": None, "code": self.code}}
 
     @property
     def response(self) -> JSONResponse:

@@ -4,6 +4,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
 from typing import Any, cast
 
 import pandas as pd
@@ -20,11 +21,11 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.integrations import is_trackio_available, is_wandb_available
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
 from ..annotation.token_rewards import check_patient
 from ..common.language_model import inference, is_sharded
-from ..common.printable import printable
+from ..common.printable import cell, printable
 from ..data.tokenization import all_eos_token_ids
 from ..decoding.exponents import Exponent, default_beta
 from ..decoding.generation import guided_generate
@@ -41,8 +42,9 @@ class LogGuidedCompletionsCallback(TrainerCallback):
 
     [`~trl.LogCompletionsCallback`] would generate with the doctor alone, but a doctor of guided flow is not a language
     model. The completions of the unguided and of the guided patient are printed as a table. If the trainer reports to
-    Weights & Biases or Trackio, they are also logged there as `completions`. Training does not change: random states
-    and train or eval modes are restored.
+    Weights & Biases or Trackio, the table so far is also logged there as `completions`; in TensorBoard, `completions`
+    is a text with the table of each step. Training does not change: random states and train or eval modes are
+    restored.
 
     Args:
         trainer ([`TFPOTrainer`]):
@@ -159,7 +161,7 @@ class LogGuidedCompletionsCallback(TrainerCallback):
         ]
         self.table += rows
         self._show(rows)
-        self._report([args.report_to] if isinstance(args.report_to, str) else args.report_to or [])
+        self._report(rows, state.global_step)
 
     def _generate(self, patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor | None) -> list[str]:
         """Complete all prompts. Processes divide the prompts, and each returns all completions."""
@@ -198,16 +200,20 @@ class LogGuidedCompletionsCallback(TrainerCallback):
             table.add_row(*(escape(printable(row[name])) for name in ("prompt", "patient", "completion")))
         Console().print(table)
 
-    def _report(self, report_to: Sequence[str]) -> None:
-        """Log the whole table to Weights & Biases and Trackio."""
-        trackers = []
-        if "wandb" in report_to and is_wandb_available():
-            import wandb
+    def _report(self, rows: Sequence[dict], step: int) -> None:
+        """Log the table so far to Weights & Biases and Trackio, and the rows of this step to TensorBoard."""
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                callback.tb_writer.add_text("completions", _markdown(rows), step)
+            elif isinstance(callback, (WandbCallback, TrackioCallback)):
+                tracker = import_module("wandb" if isinstance(callback, WandbCallback) else "trackio")
+                table = tracker.Table(dataframe=pd.DataFrame(self.table))
+                # Without the step, the table would be at the step of the last metrics
+                tracker.log({"completions": table, "train/global_step": step})
 
-            trackers += [wandb] if wandb.run is not None else []
-        if "trackio" in report_to and is_trackio_available():
-            import trackio
 
-            trackers.append(trackio)
-        for tracker in trackers:
-            tracker.log({"completions": tracker.Table(dataframe=pd.DataFrame(self.table))})
+def _markdown(rows: Sequence[dict]) -> str:
+    """Markdown table of completions."""
+    lines = [["prompt", "patient", "guided"], ["---"] * 3]
+    lines += [[cell(row[name]) for name in ("prompt", "patient", "completion")] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

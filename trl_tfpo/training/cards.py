@@ -12,6 +12,7 @@ from huggingface_hub import DatasetCard, ModelCard
 
 from ..annotation.token_rewards import annotation_settings
 from ..common.printable import cell
+from ..models.strengths import StrengthTable, with_section
 from ..models.trained_exponents import TRAINING_EXPONENTS
 from .base_policy import POLICIES
 from .config import TFPOConfig, output_folder
@@ -39,6 +40,7 @@ or, in one line, `patient.generate(**inputs, custom_generate="{doctor}", trust_r
 | | |
 |---|---|
 | patient | {patient} |
+| hash of the tokenizer | {tokenizer} |
 | recommended weights | {weights} |
 | positive face | {positive} |
 | negative face | {negative} |
@@ -99,7 +101,7 @@ Guide `patient.generate` with the doctor in this repository.
 
     patient.generate(**inputs, custom_generate="<this repository or folder>", trust_remote_code=True)
 
-`alpha` and `beta`, the exponents of patient and doctor, are optional arguments.
+`alpha` and `beta`, the exponents of patient and doctor, are optional arguments, and so is `kl`, the strength in nats.
 """
 
 from trl_tfpo.custom_generate import generate
@@ -117,11 +119,14 @@ def complete_model_card(
     dataset_name: str | None = None,
     is_adapter: bool = False,
     rewards_summary: str | None = None,
+    tokenizer: str = UNKNOWN,
+    strengths: StrengthTable | None = None,
 ) -> None:
     """
     Replace the quick start of the model card in the output folder by one that guides a patient.
 
-    `doctor` is the Hub id or folder of the doctor. Patient and faces are read from the info of `dataset`.
+    `doctor` is the Hub id or folder of the doctor. Patient and faces are read from the info of `dataset`. `tokenizer`
+    is the fingerprint of the tokenizer.
     """
     annotation = _describe_annotation(dataset)
     if annotation["patient"] == UNKNOWN:
@@ -143,12 +148,14 @@ def complete_model_card(
         data=cell(dataset_name or UNKNOWN),
         patient_literal=literal,
         rewards_summary=rewards_summary or "not compared",
-        **annotation,
+        **annotation | {"tokenizer": tokenizer},
     )
     text = card.text.replace("[None](https://huggingface.co/None)", "a model without a name on the Hub")
     card.text, num_replaced = re.subn(r"^## Quick start.*?(?=^## )", lambda _: how, text, count=1, flags=re.M | re.S)
     if not num_replaced:
         card.text = f"{text}\n\n{how}"
+    if strengths is not None:
+        card.text = with_section(card.text, strengths)
     if is_adapter:
         card.data.library_name = "peft"
     card.save(path)

@@ -373,6 +373,7 @@ class TFPOTrainer(DoctorFiles):
         if self.args.should_save:
             check_writable(output_dir)
         checkpoint = resolve_checkpoint(resume_from_checkpoint, output_dir)
+        self._measured = None  # the strengths of other weights
         return super().train(checkpoint, trial, ignore_keys_for_eval)
 
     def create_optimizer(self, model=None):
