@@ -186,8 +186,8 @@ def evaluate_completions(
         [`Report`]
 
     Raises:
-        `ValueError`: when completions or measures do not match the prompts, a method is unknown, or a `baseline` lacks
-            both `judge` and `reward_fn`.
+        `ValueError`: when completions or measures do not match the prompts, a method is unknown, a measure has the
+            name of a built-in one, or a `baseline` lacks both `judge` and `reward_fn`.
 
     Examples:
 
