@@ -112,6 +112,9 @@ class Calibration:
             needs_gaps (`bool`, *optional*, defaults to `True`):
                 Whether a dataset without gaps is an error. Otherwise it is returned unchanged, with a warning.
 
+        Returns:
+            The dataset, or its splits, with calibrated rewards.
+
         Raises:
             `ValueError`: with `needs_gaps`, if the dataset has no gaps.
         """
@@ -190,6 +193,9 @@ def calibrate(dataset: Dataset, embeddings: torch.Tensor, eos_token_ids: Sequenc
             Embeddings of the tokens, from any model with this vocabulary.
         eos_token_ids (`Sequence[int]`):
             Tokens that end a completion.
+
+    Returns:
+        [`Calibration`]
 
     Raises:
         `ValueError`: if the dataset has no gaps, or fewer than 32 pairs.

@@ -461,7 +461,7 @@ class TFPOTrainer(DoctorFiles):
 
         Args:
             test_dataset ([`~datasets.Dataset`]):
-                Preference dataset in any format of `train_dataset`.
+                Preference dataset in any of the formats of `train_dataset`.
             ignore_keys (`list[str]`, *optional*):
                 Has no effect.
             metric_key_prefix (`str`, *optional*, defaults to `"test"`):
