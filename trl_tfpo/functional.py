@@ -18,7 +18,7 @@ Deviations from the paper, with the function or argument that selects them:
 4. $Q$ is the exponential of the accumulated reward. The paper does not define the map from rewards to $Q$.
 5. The reward may be tempered and anchored to a reference policy (`reward_temperature`, `reference_weight`).
 6. Squared residuals are averaged, not summed, over the sub-trajectories of a completion.
-7. Value discrimination compares $\log V$ at the first token at which chosen and rejected differ.
+7. Value discrimination compares $\log V$ after the first tokens at which chosen and rejected differ.
 8. $\epsilon$ in the importance is not negligible (`gap_floor`).
 9. The balanced policy is a language model times the doctor ([`token_logps`]), or the doctor alone (`policy`).
 """

@@ -208,7 +208,7 @@ class VllmScorer(CompletionScorer):
     @cached_property
     def engine(self) -> Any:
         """
-        The engine.
+        The vLLM engine, started at the first use.
 
         Raises:
             `ValueError`: if vLLM cannot be imported.
@@ -233,7 +233,7 @@ class VllmScorer(CompletionScorer):
         for row, first, output in zip(rows, num_prompt, outputs, strict=True):
             if list(output.prompt_token_ids) != row or len(output.prompt_logprobs) != len(row):
                 raise ValueError(
-                    f"vLLM must score the {len(row)} tokens that it is given. Got {len(output.prompt_logprobs)} "
+                    f"vLLM must score the {len(row)} tokens that were sent. Got {len(output.prompt_logprobs)} "
                     f"scores of {len(output.prompt_token_ids)} tokens; use the version that the documentation names."
                 )
             entries = zip(list(output.prompt_logprobs)[first:], row[first:], strict=True)

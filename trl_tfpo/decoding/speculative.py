@@ -351,7 +351,7 @@ def _check_settings(
 
 
 class _Text:
-    """The text so far, with the scores and logits that `generate` is asked to return."""
+    """The text so far, with the scores and logits that the settings request."""
 
     def __init__(self, ids: torch.Tensor, generation_config: GenerationConfig):
         self.ids, self.config = ids, generation_config

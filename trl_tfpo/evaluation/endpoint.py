@@ -128,7 +128,7 @@ def _read(reply: dict[str, Any], prompt_ids: list[int], endpoint: Endpoint) -> t
         ) from error
     if not is_usable:
         raise ValueError(
-            f"{endpoint.base_url} must complete the prompt that it is sent, with a finite log-probability for each "
+            f"{endpoint.base_url} must complete the prompt that was sent, with a finite log-probability for each "
             f"token. Got {len(ids)} tokens and {len(logps)} log-probabilities after a prompt of "
             f"{len(choice['prompt_token_ids'])} tokens; use `trl-tfpo serve` or vLLM."
         )

@@ -87,7 +87,7 @@ class Report:
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
     def plot(self, path: str | os.PathLike) -> None:
-        """Plot reward against KL, win rates and distinct n-grams, if known. Needs matplotlib."""
+        """Plot distinct n-grams and, if known, rewards (against KL) and win rates. Needs matplotlib."""
         from matplotlib.figure import Figure
 
         measures = {name: row["measures"] for name, row in self.methods.items()}

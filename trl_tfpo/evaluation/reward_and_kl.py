@@ -81,8 +81,9 @@ def guided_kl(
         over completions estimates the KL of the policy.
 
     Raises:
-        `ValueError`: when the patient is in training mode, an exponent of the guide is a tensor or a schedule, or the
-            completions were sampled with settings that change the policy, such as `top_k`.
+        `ValueError`: when a model is in training mode, an exponent of the guide is a tensor or a schedule, a doctor
+            has its own `prompt`, or the completions were sampled with settings that change the policy, such as
+            `top_k`.
     """
     return next_token_statistics(patient, guide, completions, batch_size=batch_size)["kl"]
 
