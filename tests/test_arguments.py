@@ -56,6 +56,21 @@ def test_a_value_of_another_type_is_refused(text, message, tmp_path):
         parse(tmp_path, text + "\noutput_dir: run\n")
 
 
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"max_length": "many"}, "correct it, or leave it out"),
+        ({"max_length": "512"}, "write it without quotes"),
+        ({"lr_scheduler_type": ["cosine", "linear"]}, "must be a name like 'linear' or a string.*; correct it"),
+    ],
+    ids=["a word", "a quoted number", "two names"],
+)
+def test_the_remedy_fits_the_value(settings, message):
+    """To write `many` without quotes would change nothing."""
+    with pytest.raises(ValueError, match=message):
+        TFPOConfig("run", **settings)
+
+
 def test_a_file_may_say_it_in_any_way(tmp_path):
     """YAML reads 5e-4 as a string and `on` as a switch; recipes are full of both, and of quoted numbers and null."""
     text = """

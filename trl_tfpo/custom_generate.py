@@ -88,7 +88,7 @@ def _custom_generate_of_caller() -> str | None:
     Return the `custom_generate` argument of the `model.generate` call that runs [`generate`].
 
     `model.generate` does not pass this argument on, so it is read from the local variables of the call. The location
-    of the code does not tell the folder, because transformers runs a cached copy. A path in the code would be wrong
+    of the code does not reveal the folder, because transformers runs a cached copy. A path in the code would be wrong
     after the folder is moved or uploaded. `tests/test_hub.py` fails if transformers renames the variable.
     """
     frame = inspect.currentframe()

@@ -18,7 +18,7 @@ Deviations from the paper, with the function or argument that selects them:
 4. $Q$ is the exponential of the accumulated reward. The paper does not define the map from rewards to $Q$.
 5. The reward may be tempered and anchored to a reference policy (`reward_temperature`, `reference_weight`).
 6. Squared residuals are averaged, not summed, over the sub-trajectories of a completion.
-7. Value discrimination compares $\log V$ at the first token at which chosen and rejected differ.
+7. Value discrimination compares $\log V$ after the first tokens at which chosen and rejected differ.
 8. $\epsilon$ in the importance is not negligible (`gap_floor`).
 9. The balanced policy is a language model times the doctor ([`token_logps`]), or the doctor alone (`policy`).
 """
@@ -56,10 +56,11 @@ def token_importance(
         completion_mask (`torch.Tensor` of shape `(B, T)`):
             Tokens over which the mean is taken.
         importance_temperature (`float`, *optional*, defaults to `3.0`):
-            $\tau > 0$. The importance of a token with the mean gap is 0.76 at $\tau = 1$ and 0.32 at $\tau = 3$.
+            $\tau > 0$. If the mean gap is much larger than $\epsilon$, the importance of a token with the mean gap is
+            0.76 at $\tau = 1$ and 0.32 at $\tau = 3$.
         gap_floor (`float`, *optional*, defaults to `0.05`):
-            $\epsilon > 0$, in nats. If the mean gap is much smaller, only tokens with gaps of at least about
-            $\epsilon$ are important.
+            $\epsilon > 0$, in nats. If the mean gap is much smaller than $\epsilon$, only tokens with gaps of at
+            least about $\epsilon$ are important.
 
     Returns:
         `torch.Tensor` of shape `(B, T)`: importance in `[0, 1]`, zero outside the mask.
@@ -105,7 +106,7 @@ def token_rewards(
         importance_temperature, gap_floor (`float`, *optional*, default to `3.0` and `0.05`):
             $\tau$ and $\epsilon$ of [`token_importance`].
         sparsity_threshold (`float`, *optional*, defaults to `0.3`):
-            $\theta$ in `[0, 1)`. Tokens of lower importance get no reward.
+            $\theta$ in `[0, 1)`. Tokens whose importance is not above it get no reward.
 
     Returns:
         `torch.Tensor` of shape `(B, T)`: rewards in `[-1, 1]`, zero outside the mask.
@@ -137,7 +138,7 @@ def check_reward_settings(
     """Raise `ValueError` unless the settings of [`token_rewards`] are in range."""
     if reward_direction not in ("label", "agreement", "faces"):
         raise ValueError(
-            f"`reward_direction` must be 'label', 'agreement' or 'faces'. Got {reward_direction!r}; the paper's is "
+            f"`reward_direction` must be 'label', 'agreement' or 'faces'. Got {reward_direction!r}; the paper uses "
             "'label'."
         )
     if not 0 <= disagreement_weight <= 1:
@@ -176,8 +177,8 @@ def log_prefix_scores(
 
     $$\log Q(s_t) = \sum_{k \le t} \big( r_k / \beta + w \log \pi_{\text{ref}}(y_k \mid s_{k-1}) \big)$$
 
-    At balance the policy is proportional to $Q$. With $w = 0$ (the paper) it depends on rewards only. With $w = 1$ it
-    is the reference times the exponential of the tempered reward.
+    At balance the probability of a complete text is proportional to its $Q$. With $w = 0$ (the paper) it depends on
+    rewards only. With $w = 1$ it is proportional to the reference times the exponential of the tempered reward.
 
     Args:
         token_rewards, completion_mask (`torch.Tensor` of shape `(B, T)`):
@@ -212,7 +213,7 @@ def check_flow_settings(reward_temperature: float, reference_weight: float) -> N
     if not reward_temperature > 0:
         raise ValueError(f"`reward_temperature` must be positive. Got {reward_temperature}; try 0.25.")
     if not reference_weight >= 0:
-        raise ValueError(f"`reference_weight` must be at least 0. Got {reference_weight}; the paper's is 0.")
+        raise ValueError(f"`reference_weight` must be at least 0. Got {reference_weight}; the paper uses 0.")
 
 
 def terminal_boundary(
@@ -259,7 +260,7 @@ def flow_potential(
         log_values, log_prefix_scores (`torch.Tensor` of shape `(B, S)`):
             $\log V$ after [`terminal_boundary`], and $\log Q$ from [`log_prefix_scores`], in nats.
         policy_logps, completion_mask (`torch.Tensor` of shape `(B, T)`):
-            $\log \pi$ of the trained policy, in nats, and the tokens that count.
+            $\log \pi$ of the balanced policy, in nats, and the tokens that count.
 
     Returns:
         `torch.Tensor` of shape `(B, S)`: $p_t$, in nats.

@@ -111,7 +111,7 @@ STATISTICS = [
     (
         "best of what is not finite",
         lambda: evaluation.best_of_n([[0.0, float("nan")]], n=1),
-        "finite rewards.* 1 rewards not finite",
+        "finite rewards.* 1 rewards that are not finite",
     ),
     ("interval of one prompt", lambda: evaluation.bootstrap_interval([1.0]), "at least two prompts"),
     ("interval of what is not finite", lambda: evaluation.bootstrap_interval([1.0, float("inf")]), "1 not finite"),

@@ -46,7 +46,7 @@ def agreement_of_faces(dataset: Dataset | IterableDataset) -> tuple[float, float
 
 def warn_unless_faces_separate(dataset: Dataset | IterableDataset) -> None:
     """
-    Warn if the faces do not distinguish chosen from rejected completions, so that the doctor cannot learn the labels.
+    Warn if the faces do not distinguish chosen from rejected completions. A doctor could then not learn the labels.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):

@@ -33,7 +33,7 @@ class CompletionScorer(ABC):
     @property
     @abstractmethod
     def fingerprint(self) -> object:
-        """Identity of the weights, as far as it is known. Scores are cached by it."""
+        """Identity of the weights, as far as it is known. It is part of the cache key of scores."""
 
     @abstractmethod
     def check(self, processing_class: PreTrainedTokenizerBase) -> None:
@@ -67,6 +67,7 @@ class CompletionScorer(ABC):
         Raises:
             `ValueError`: if the engine refuses a request, gives scores of other tokens, or gives one that is not
                 finite.
+            `ConnectionError`: if an endpoint does not answer.
         """
         rows = [prompt + completion for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
         logps = self._score(rows, [len(prompt) for prompt in prompt_ids], on_progress or (lambda share: None))
@@ -80,11 +81,11 @@ class CompletionScorer(ABC):
 
 class EndpointScorer(CompletionScorer):
     """
-    Scores completions by the log-probabilities of prompts of an OpenAI-compatible endpoint, such as vLLM's server or
-    `trl-tfpo serve`.
+    Scores completions at an OpenAI-compatible endpoint that returns log-probabilities of prompts: vLLM's server,
+    `trl-tfpo serve`, and others.
 
-    A request has token ids, never text: `/completions` with `echo`, `logprobs` and `max_tokens=0`. Doctors at the
-    endpoint are off unless exponents are given.
+    Prompt and completion are sent together as a prompt of token ids, to `/completions` with `echo`, `logprobs` and
+    `max_tokens=0`. Doctors at the endpoint are off unless exponents are given.
 
     Args:
         endpoint ([`~trl_tfpo.common.endpoint.Endpoint`]):
@@ -102,8 +103,8 @@ class EndpointScorer(CompletionScorer):
         """
         Name of the model, its `root` (the folder or Hub name behind the name, which vLLM reports), and the exponents.
 
-        The address of the endpoint does not count. Weights that change under the same name, and the dtype and the
-        quantization of the engine, are not visible.
+        The address of the endpoint does not count. A change of the weights under the same name, of the dtype or of
+        the quantization is not detected.
         """
         exponents = {} if self._exponents is None else self._exponents
         return ("endpoint", self.name, self.endpoint.description.get("root"), exponents)
@@ -112,7 +113,7 @@ class EndpointScorer(CompletionScorer):
         """
         Raise `ValueError` if the endpoint does not score prompts, or spells tokens unlike this tokenizer.
 
-        The spelling of up to 32 tokens is compared, spread over the vocabulary.
+        The spelling of up to 32 tokens, spread over the vocabulary, is compared if the endpoint returns it.
         """
         spelled = {
             index: str(processing_class.decode([index])).strip()
@@ -152,28 +153,28 @@ class EndpointScorer(CompletionScorer):
             (choice,) = reply["choices"]
             logprobs, found = choice["logprobs"], choice.get("prompt_token_ids")
             num_scores = len(logprobs["token_logprobs"])
-            if found is None:  # the endpoint does not tell
-                found = ids if reply["usage"]["prompt_tokens"] == len(ids) else []
+            num_tokens = reply["usage"]["prompt_tokens"] if found is None else len(found)
+            is_same = num_tokens == len(ids) if found is None else found == ids
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"{self.endpoint.base_url} must score prompts: `/completions` with `echo`, `logprobs` and "
                 f"`max_tokens=0`. Got an answer without scores ({type(error).__name__}: {error}); use an endpoint "
                 "with log-probabilities of prompts, such as vLLM."
             ) from error
-        if found != ids or num_scores != len(ids):
+        if not is_same or num_scores != len(ids):
             raise ValueError(
-                f"{self.endpoint.base_url} must score the {len(ids)} tokens that it is sent. Got {num_scores} scores "
-                f"of {len(found)} tokens{'' if found == ids else ', which are others'}; use an endpoint that takes "
-                "token ids as a prompt, and adds none."
+                f"{self.endpoint.base_url} must score the {len(ids)} tokens that were sent. Got {num_scores} scores "
+                f"of {num_tokens} tokens{'' if is_same else ', which are others'}; use an endpoint that takes token "
+                "ids as a prompt, and adds none."
             )
         return logprobs
 
 
 class VllmScorer(CompletionScorer):
     """
-    Scores completions by vLLM in this process, with the prefix cache. The engine starts with the first score.
+    Scores completions with vLLM in this process, with the prefix cache. The engine starts at the first call.
 
-    vLLM asks for an older transformers than this package. Where the two are not installed together, use vLLM's server
+    vLLM requires an older transformers than this package. If the two cannot be installed together, use vLLM's server
     and [`EndpointScorer`].
 
     Args:
@@ -183,7 +184,7 @@ class VllmScorer(CompletionScorer):
             Arguments of `vllm.LLM`, such as `dtype` or `tensor_parallel_size`.
 
     Raises:
-        `ValueError`: if the name is a path, and not that of a folder; in one of several processes.
+        `ValueError`: if `name` is a path but not a folder, or if there are several processes.
     """
 
     def __init__(self, name: str, **engine_kwargs: Any):
@@ -207,7 +208,7 @@ class VllmScorer(CompletionScorer):
     @cached_property
     def engine(self) -> Any:
         """
-        The engine.
+        The vLLM engine, started at the first use.
 
         Raises:
             `ValueError`: if vLLM cannot be imported.
@@ -216,8 +217,8 @@ class VllmScorer(CompletionScorer):
             from vllm import LLM
         except ImportError as error:
             raise ValueError(
-                f"The backend 'vllm' needs vLLM in this environment. Got an error at its import: {error}. vLLM asks "
-                "for an older transformers than this package: start vLLM's server in an environment of its own, and "
+                f"The backend 'vllm' needs vLLM in this environment. Got an error at its import: {error}. vLLM "
+                "requires an older transformers than this package: start vLLM's server in its own environment, and "
                 "pass its address with `--backend openai`, or see the section on engines in docs/guide.md."
             ) from error
         return LLM(self.name, **{"enable_prefix_caching": True} | self._engine_kwargs)
@@ -232,7 +233,7 @@ class VllmScorer(CompletionScorer):
         for row, first, output in zip(rows, num_prompt, outputs, strict=True):
             if list(output.prompt_token_ids) != row or len(output.prompt_logprobs) != len(row):
                 raise ValueError(
-                    f"vLLM must score the {len(row)} tokens that it is given. Got {len(output.prompt_logprobs)} "
+                    f"vLLM must score the {len(row)} tokens that were sent. Got {len(output.prompt_logprobs)} "
                     f"scores of {len(output.prompt_token_ids)} tokens; use the version that the documentation names."
                 )
             entries = zip(list(output.prompt_logprobs)[first:], row[first:], strict=True)

@@ -96,10 +96,10 @@ def reward_report(
             Number of pairs on the page.
 
     Returns:
-        `dict`: `num_pairs`; `sparsity`, the share of tokens without a reward; `agreement`, the share of pairs in which
-        the faces agree with the label, with its standard error `agreement_se`; `by_position`, the mean absolute reward
-        in each tenth of a completion; `most_rewarded` and `most_punished`, tokens with the sum of their rewards;
-        `rounding`, the rounding error of a patient in half precision, or `None`.
+        `dict`: `num_pairs`; `sparsity`, the share of the assistant's tokens without a reward; `agreement`, the share
+        of pairs in which the faces agree with the label, with its standard error `agreement_se`; `by_position`, the
+        mean absolute reward in each tenth of a completion; `most_rewarded` and `most_punished`, up to ten tokens each,
+        with the sum of their rewards; `rounding`, the rounding error of a patient in half precision, or `None`.
 
     Raises:
         `ValueError`: if the dataset has no token rewards or no gaps.

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Methods of `trl-tfpo evaluate` that an endpoint samples: exponents of its doctors."""
+"""Methods at an endpoint, for `trl-tfpo evaluate`. A method is a set of exponents."""
 
 import json
 from collections.abc import Sequence
@@ -30,8 +30,8 @@ class EndpointArguments:
         default_factory=list,
         metadata={
             "action": options.Repeated,
-            "help": "With --base_url: methods to sample, NAME=DOCTOR:WEIGHT,DOCTOR:WEIGHT. `alpha` is the exponent of "
-            "the patient; other doctors have 0. NAME alone is the patient.",
+            "help": "With --base_url: methods to sample, NAME=DOCTOR:WEIGHT,DOCTOR:WEIGHT. `alpha:X` sets the "
+            "exponent of the patient; other doctors have 0. NAME alone is the patient.",
         },
     )
     dataset_name: str | None = field(
@@ -40,7 +40,7 @@ class EndpointArguments:
     dataset_split: str = field(default="train", metadata={"help": "Split of this dataset."})
     num_samples_per_prompt: int = field(default=1, metadata={"help": "With --base_url: completions of each prompt."})
     max_new_tokens: int = field(default=256, metadata={"help": "Maximum length of these completions, in tokens."})
-    temperature: float = field(default=1.0, metadata={"help": "Their temperature. 0 is greedy search."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of these completions. 0 is greedy search."})
     num_requests: int = field(default=32, metadata=options.NUM_REQUESTS)
 
 
@@ -49,11 +49,11 @@ def check_endpoint(args: EndpointArguments, *, has_completions: bool) -> None:
     if args.base_url is None:
         given = [name for name in ("model", "patient", "method", "dataset_name") if getattr(args, name)]
         if given:
-            raise ValueError(f"`--{given[0]}` is about an endpoint. Got it without `--base_url`; pass both")
+            raise ValueError(f"`--{given[0]}` is for an endpoint. Got it without `--base_url`; pass both")
         if not has_completions:
             raise ValueError("`evaluate` needs completions. Pass `--completions`, or `--base_url` and `--method`")
     elif not args.method:
-        raise ValueError("An endpoint needs methods to sample. Pass `--method patient`, `--method mild=helpful:0.2`")
+        raise ValueError("An endpoint needs methods to sample. Pass, for example, `--method patient mild=helpful:0.2`")
 
 
 def sample_methods(
@@ -62,7 +62,8 @@ def sample_methods(
     """
     Return completions and measures of each method of an endpoint.
 
-    `prompts`, as JSON, may be known already. `is_world` stands for tokenizer and prompts of the controlled world.
+    `prompts` are JSON texts. If there are none, the options name their source. With `is_world`, tokenizer and prompts
+    are those of the controlled world, unless options name others.
     """
     if args.base_url is None:
         return {}, {}
@@ -75,7 +76,7 @@ def sample_methods(
 
         tokenizer = load_world().tokenizer
     elif args.patient is None:
-        raise ValueError("An endpoint is sent token ids. Pass the patient's tokenizer with `--patient`")
+        raise ValueError("Prompts are sent as token ids. Pass the patient's tokenizer with `--patient`")
     else:
         from transformers import AutoTokenizer
 
@@ -127,7 +128,7 @@ def read_exponents(given: Sequence[str]) -> dict[str, tuple[dict[str, float], fl
 
 
 def grouped_texts(completions: "Sequence[Completion]") -> dict[str, list[str]]:
-    """Return the texts of completions by prompt, as JSON."""
+    """Group the texts of completions by their prompts, which become JSON texts."""
     grouped: dict[str, list[str]] = {}
     for completion in completions:
         grouped.setdefault(json.dumps(completion.prompt), []).append(completion.text)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..common.endpoint import Endpoint
 
 BACKENDS = ("transformers", "vllm", "openai")
-OWNERS = {"base_url": "openai", "model": "openai", "engine_args": "vllm"}  # the backend of an option
+OWNERS = {"base_url": "openai", "model": "openai", "engine_args": "vllm"}  # the backend to which an option belongs
 KEY = "OPENAI_API_KEY"  # environment variable
 
 
@@ -32,7 +32,11 @@ class EngineArguments:
 
 
 def check_engine(args: EngineArguments, *, for_transformers: Sequence[str]) -> None:
-    """Raise `ValueError` on options that do not belong to the backend. `for_transformers` are given ones of others."""
+    """
+    Raise `ValueError` on options that do not belong to the backend.
+
+    `for_transformers` names options, given by the user, that belong to the backend "transformers".
+    """
     if args.backend not in BACKENDS:
         raise ValueError(f"`--backend` must be one of {BACKENDS}. Got {args.backend!r}; leave it out for the first")
     if args.backend == "openai" and not args.base_url:
@@ -57,9 +61,9 @@ def name_scorer(
     args: EngineArguments, patient: str | None, *, dtype: str, trust_remote_code: bool
 ) -> "tuple[CompletionScorer | None, list[int]]":
     """
-    Return the patient of an engine, and the ids that end its completions, from its generation config.
+    Return the scorer for a patient in another engine, and the ids that end completions, from its generation config.
 
-    With the backend "transformers" these are `None` and none: the model itself has them.
+    With the backend "transformers" there is no scorer and no id: the model is loaded, with its generation config.
     """
     if args.backend == "transformers":
         return None, []

@@ -47,8 +47,9 @@ class HarnessArguments:
         default_factory=list,
         metadata={
             "action": options.Repeated,
-            "help": "Methods to compare, NAME=DOCTOR:WEIGHT,DOCTOR:WEIGHT. `alpha` is the exponent of the patient; "
-            "other doctors have 0. NAME alone is the patient. By default `patient`, and `guided` by all doctors.",
+            "help": "Methods to compare, NAME=DOCTOR:WEIGHT,DOCTOR:WEIGHT. `alpha:X` sets the exponent of "
+            "the patient; other doctors have 0. NAME alone is the patient. By default `patient`, and `guided` by all "
+            "doctors.",
         },
     )
     base_url: str | None = field(default=None, metadata=options.BASE_URL)
@@ -127,13 +128,13 @@ def check_arguments(args: HarnessArguments) -> dict[str, Exponents]:
     """Raise `ValueError` on invalid options, before anything is loaded. Returns the exponents of each method."""
     if args.base_url is None:
         if args.model is not None:
-            raise ValueError("`--model` is about an endpoint. Got it without `--base_url`; pass both")
+            raise ValueError("`--model` is for an endpoint. Got it without `--base_url`; pass both")
         if not args.world and args.patient is None:
             raise ValueError("a patient is needed. Pass `--patient`, or `--world` to try it")
     elif args.doctor or args.patient_load_in_4bit:
         raise ValueError("An endpoint has its own models. Got `--doctor` or `--patient_load_in_4bit`; leave them out")
     elif not args.world and args.patient is None:
-        raise ValueError("An endpoint is sent token ids. Pass the patient's tokenizer with `--patient`")
+        raise ValueError("Questions are sent as token ids. Pass the patient's tokenizer with `--patient`")
     counts = (args.batch_size, *(x for x in (args.max_length, args.limit) if x is not None))
     if min(counts) <= 0 or args.num_fewshot is not None and args.num_fewshot < 0:
         raise ValueError(
@@ -155,12 +156,16 @@ def check_arguments(args: HarnessArguments) -> dict[str, Exponents]:
     if not methods:
         methods = {"patient": ({}, None)} | ({"guided": (None, args.alpha)} if args.doctor else {})
     if unusable := [name for name in methods if Path(name).name != name]:
-        raise ValueError(f"Names of methods are names of files. Got {unusable[0]!r}; leave out the slash")
+        raise ValueError(f"The name of a method must be a file name. Got {unusable[0]!r}; leave out the slash")
     return methods
 
 
 def find_tasks(args: HarnessArguments) -> "tuple[list[str], TaskManager]":
-    """Return the names of the tasks, and the harness's list of tasks. It is short if the user's folders suffice."""
+    """
+    Return the names of the tasks, and the task manager of the harness.
+
+    If the folders of the user have all tasks, the manager knows only these: reading all tasks of the harness is slow.
+    """
     from lm_eval.tasks import TaskManager
 
     tasks = [name for text in args.tasks for name in text.split(",") if name]
@@ -240,7 +245,7 @@ def quiet_harness() -> Iterator[None]:
 
 @contextmanager
 def progress_bars() -> Iterator[None]:
-    """Within the context the bars of the harness obey `TQDM_DISABLE`, although it asks for them explicitly."""
+    """Within the context `TQDM_DISABLE` hides the bars of the harness, which enables them explicitly."""
     from tqdm import tqdm
 
     make = tqdm.__init__

@@ -43,7 +43,7 @@ class EvaluateArguments:
     )
     baseline: str | None = field(default=None, metadata={"help": "Method to compare the others with."})
     level: float = field(default=0.95, metadata={"help": "Coverage of the confidence intervals."})
-    seed: int = field(default=0, metadata={"help": "Seed of the bootstrap."})
+    seed: int = field(default=0, metadata={"help": "Seed of the bootstrap, and of completions from an endpoint."})
     output: str | None = field(
         default=None,
         metadata={"help": "Output for all completions and rewards: a `.jsonl` or `.parquet` file, or a folder."},
@@ -73,7 +73,7 @@ def run(arguments: Sequence[str]) -> int:
     sampled, measures = sample_methods(of_endpoint, prompts, is_world=args.world is not None, seed=args.seed)
     for name, of_method in sampled.items():
         if name in methods:
-            raise ValueError(f"Each method must have a name of its own. Got {name!r} twice; rename one")
+            raise ValueError(f"Each method must have a unique name. Got {name!r} twice; rename one")
         methods[name] = grouped_texts(of_method)
     prompts = list(next(iter(methods.values())))
     texts = {name: [text for prompt in prompts for text in grouped[prompt]] for name, grouped in methods.items()}

@@ -25,7 +25,7 @@ def read_dataset(
         name (`str`):
             Hub name, folder (of files, or written by `save_to_disk`), JSON Lines file or Parquet file.
         config, streaming, data_dir:
-            Arguments of `load_dataset` for datasets of the Hub.
+            Arguments of `load_dataset` for datasets of the Hub. `streaming` also applies to files.
 
     Raises:
         `ValueError`: when a path does not exist, or a file cannot be read.
@@ -72,7 +72,7 @@ def take_split(dataset: DatasetDict, split: str, name: str) -> Dataset:
 
 
 def check_output(path: str | os.PathLike, *, overwrite: bool) -> None:
-    """Raise `ValueError` when an output already exists or its folder is not writable."""
+    """Raise `ValueError` when an output exists and may not be replaced, or its folder is not writable."""
     path = Path(path)
     check_writable(path.absolute().parent)
     if path.exists() and not overwrite and (path.is_file() or any(path.iterdir())):
@@ -87,7 +87,7 @@ def check_output(path: str | os.PathLike, *, overwrite: bool) -> None:
 
 
 def write_dataset(dataset: Dataset, path: str | os.PathLike) -> None:
-    """Write JSON Lines (`.jsonl`), Parquet (`.parquet`) or a folder for `load_from_disk`, atomically."""
+    """Write JSON Lines (`.jsonl`, `.json`), Parquet (`.parquet`) or a folder for `load_from_disk`, atomically."""
     with atomic_write(path) as part:
         if Path(path).suffix in (".json", ".jsonl"):
             dataset.to_json(part, force_ascii=False)

@@ -51,8 +51,8 @@ NEGATIVE_FACE = {"help": "Custom contrastive prompt for the opposite behaviour."
 FACE_PLACEMENT = {"help": "Place of the contrastive prompts: 'system', or 'user' (end of the last user message)."}
 OVERWRITE = {"help": "Replace existing outputs."}
 BACKEND = {"help": "Engine of the patient: 'transformers', 'vllm' (in this process) or 'openai' (an endpoint)."}
-BASE_URL = {"help": "URL of an OpenAI-compatible endpoint, up to `/v1`. Its key is read from OPENAI_API_KEY."}
-MODEL = {"help": "Name of the model at the endpoint. By default that of `--patient`."}
+BASE_URL = {"help": "URL of an OpenAI-compatible endpoint, ending in `/v1`. The key is read from OPENAI_API_KEY."}
+MODEL = {"help": "Name of the model at the endpoint. By default the value of `--patient`."}
 NUM_REQUESTS = {"help": "Requests in flight at the endpoint."}
 ENGINE_ARGS = {"help": "With the backend 'vllm': arguments of `vllm.LLM`, as JSON."}
 

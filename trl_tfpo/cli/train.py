@@ -65,7 +65,7 @@ class TFPOScriptArguments(ScriptArguments):
             "nargs": "?",
             "const": 1,
             "help": "Print a plan of tokens, steps and memory for this number of processes (default 1), and exit. "
-            "Loads no model and needs no accelerator.",
+            "Loads no weights and needs no accelerator.",
         },
     )
     world: bool = field(default=False, metadata={"help": "Use patient and doctor of the controlled world by default."})

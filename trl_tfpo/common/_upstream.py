@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Private parts of TRL, PEFT, Accelerate and transformers that this package uses.
+Private parts of TRL, PEFT, Accelerate, transformers and bitsandbytes that this package uses.
 
 `tests/test_upstream.py` checks that each part still behaves as this package requires.
 """
@@ -78,7 +78,11 @@ def keep_output_precision(accelerator: Accelerator) -> None:
 
 
 def load_model(name: str, **init_kwargs) -> PreTrainedModel:
-    """Load a model by name or path. Each process loads the whole model onto its own device."""
+    """
+    Load a model by name or path.
+
+    Each of several processes loads the whole model onto its own device. A single process may use all its GPUs.
+    """
     init_kwargs.setdefault("use_safetensors", True)  # a pickle can run code
     init_kwargs.setdefault("trust_remote_code", False)  # by default transformers asks the user
     state = PartialState()
@@ -90,8 +94,10 @@ def load_model(name: str, **init_kwargs) -> PreTrainedModel:
 
 def load_sharded(name: str, **init_kwargs) -> PreTrainedModel:
     """
-    Load a model by name or path for [`shard`]. Each process loads only its shard (ZeRO-3), or the whole model into CPU
-    memory (FSDP2).
+    Load a model by name or path for [`shard`].
+
+    With ZeRO-3 each process loads only its shard. With FSDP2 each process loads the whole model into CPU memory, or
+    only the first process does (`fsdp_cpu_ram_efficient_loading`).
     """
     defaults = {"use_safetensors": True, "trust_remote_code": False}
     return create_model_from_path(name, **defaults | init_kwargs | {"device_map": None})

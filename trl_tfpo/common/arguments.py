@@ -209,7 +209,7 @@ def _describe(hint: Any) -> str:
         return " or ".join(dict.fromkeys(names))
     hint = origin or hint
     if isinstance(hint, type) and issubclass(hint, Enum):
-        return "one of its names"
+        return f"a name like {next(iter(hint)).value!r}"
     words = {bool: "true or false", int: "an integer", float: "a number", str: "a string", dict: "a dictionary"}
     words |= {list: "a list", tuple: "a list"}
     return words.get(hint, str(getattr(hint, "__name__", hint)))
@@ -220,14 +220,14 @@ def _remedy(value: object, hint: Any) -> str:
     if value is None:
         return "leave it out for the default"
     if isinstance(value, str):
-        is_power = re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", value) is not None
-        return (
-            "write it like `1.0e-8`, because YAML reads `1e-8` as a string" if is_power else "write it without quotes"
-        )
+        if re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", value):
+            return "write it like `1.0e-8`, because YAML reads `1e-8` as a string"
+        if re.fullmatch(r"[+-]?[\d.]+([eE][+-]?\d+)?|true|false|yes|no|on|off|null", value, flags=re.IGNORECASE):
+            return "write it without quotes"
     if isinstance(value, bool):
         return "write it in quotes, because YAML reads `yes`, `no`, `on` and `off` as true and false"
     if isinstance(value, (list, tuple)) and len(value) == 1:
         return "write it without brackets"
-    if _has_type(str(value), hint):
+    if not isinstance(value, (str, list, tuple, dict)) and _has_type(str(value), hint):
         return "write it in quotes"
     return "correct it, or leave it out for the default"

@@ -22,7 +22,7 @@ Json = dict[str, Any]
 
 
 class RefusedError(ValueError):
-    """The endpoint refused a request: an HTTP status that a retry does not change. `reason` is its answer."""
+    """Refusal of a request, with an HTTP `status` that a retry would not change, and the `reason` of the endpoint."""
 
     def __init__(self, message: str, status: int, reason: str):
         super().__init__(message)
@@ -30,7 +30,7 @@ class RefusedError(ValueError):
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Follow no redirect: it would hand the key to another host."""
+    """Handler that follows no redirects, because these could send the key to another host."""
 
     def redirect_request(self, *_: object) -> None:
         return None
@@ -115,17 +115,17 @@ class Endpoint:
             payload (`Mapping`, *optional*):
                 Body of a POST request. Without one it is a GET request.
             read (`Callable`, *optional*):
-                Function from the answer to what is returned. The request is repeated if it raises a `ValueError`,
+                Function that converts the answer. The request is repeated if this function raises a `ValueError`,
                 `LookupError` or `TypeError`.
             stop (`threading.Event`, *optional*):
-                Ends the wait before a retry.
+                If set, the request is not repeated.
 
         Returns:
-            what `read` returns, by default the answer as a `dict`.
+            The result of `read`, by default the answer as a `dict`.
 
         Raises:
             [`RefusedError`]: if the endpoint refuses the request.
-            `ConnectionError`: if no attempt gets an answer.
+            `ConnectionError`: if no attempt gets an answer that `read` accepts.
         """
         stop = stop or threading.Event()
         url, headers = self.base_url + path, {"Content-Type": "application/json"}
@@ -176,7 +176,7 @@ class Endpoint:
                     return
                 try:
                     answers.put((index, self.send(path, payload, stop=stop)))
-                except BaseException as error:  # also one of a thread's own: the caller would wait for ever
+                except BaseException as error:  # of any type: without an answer the caller would wait forever
                     stop.set()
                     answers.put((index, error))
 
@@ -202,18 +202,18 @@ class Endpoint:
         models = self.send("/models", read=lambda reply: {entry["id"]: entry for entry in reply["data"]})
         if self.model not in models:
             raise ValueError(
-                f"The model must be one of {self.base_url}: {', '.join(map(repr, models))}. Got {self.model!r}; pass "
-                "one of these."
+                f"The model must be one of those at {self.base_url}: {', '.join(map(repr, models))}. Got "
+                f"{self.model!r}; pass one of these."
             )
         return models[self.model]
 
     @cached_property
     def doctors(self) -> list[str]:
         """
-        Names of the doctors that guide the model at the endpoint. None but `trl-tfpo serve` and vLLM have any.
+        Names of the doctors at the endpoint. Only `trl-tfpo serve`, and vLLM with the plugin, have doctors.
 
         Raises:
-            `ValueError`: if vLLM answers with an unknown error.
+            `ValueError`: if vLLM refuses the request for their names with an unknown error.
         """
         owner = self.description.get("owned_by")
         if owner == "trl-tfpo":
@@ -226,7 +226,7 @@ class Endpoint:
             if names := re.findall(r"beta_([\w-]+)", error.reason.partition(". Got")[0]):
                 return names
             raise
-        return []  # plain vLLM ignores what it does not know
+        return []  # vLLM without the plugin ignores unknown arguments
 
     def exponents(self, weights: Mapping[str, float], alpha: float | None = None) -> Json:
         """
@@ -234,15 +234,16 @@ class Endpoint:
 
         Args:
             weights (`Mapping[str, float]`):
-                Exponents of doctors, by name. Others have the default of the endpoint.
+                Exponents of doctors, by name. The other doctors have the defaults of the endpoint.
             alpha (`float`, *optional*):
                 Exponent of the patient. The default is that of the endpoint.
 
         Returns:
-            `dict`: `weights` and `alpha` for `trl-tfpo serve`, and `vllm_xargs` for vLLM.
+            `dict`: `weights` and `alpha` for `trl-tfpo serve`, `vllm_xargs` for vLLM with doctors, else empty.
 
         Raises:
-            `ValueError`: if the endpoint lacks a doctor, or has an `alpha` other than 1 without doctors.
+            `ValueError`: if the endpoint lacks a doctor, or if `alpha` is not 1 and the endpoint is neither `trl-tfpo
+                serve` nor vLLM with doctors.
         """
         if unknown := sorted({*weights} - {*self.doctors}):
             raise ValueError(
@@ -263,14 +264,14 @@ class Endpoint:
         return {"vllm_xargs": {f"beta_{name}": float(weight) for name, weight in weights.items()} | patient}
 
     def policy(self, weights: Mapping[str, float] | None = None, alpha: float | None = None) -> Json:
-        """As [`exponents`], with 0 for doctors without a weight. Without arguments it is the patient alone."""
+        """As [`exponents`], with 0 for doctors without a weight. Without arguments, as [`patient_alone`]."""
         if not weights and alpha is None:
             return self.patient_alone
         return self.exponents(dict.fromkeys(self.doctors, 0.0) | dict(weights or {}), alpha)
 
     @property
     def patient_alone(self) -> Json:
-        """The fields of a request that is answered by the patient without doctors."""
+        """Fields of a request that the patient answers without doctors."""
         return self.exponents(dict.fromkeys(self.doctors, 0.0), 1.0)
 
     def _without_key(self, text: str) -> str:

@@ -7,7 +7,9 @@ import html
 
 def printable(text: str) -> str:
     """
-    Escape control characters, which can move the cursor, color the terminal or reverse the writing direction.
+    Escape characters that are not printable. They can move the cursor, color the terminal or reverse the text.
+
+    A line break becomes `⏎`.
 
     Examples:
 

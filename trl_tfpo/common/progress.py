@@ -54,7 +54,7 @@ class Progress:
             amount (`float`):
                 Number of units, possibly fractional.
             is_skipped (`bool`, *optional*, defaults to `False`):
-                Whether an earlier call finished them. The estimate of the remaining time ignores such units.
+                Whether an earlier run finished them. The estimate of the remaining time ignores such units.
         """
         self.done = min(self.done + amount, self.total)
         self.skipped += amount if is_skipped else 0

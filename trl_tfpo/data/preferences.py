@@ -44,7 +44,8 @@ def read_pair(example: dict, *, openings: Sequence[str] = (), convert_transcript
 
     Raises:
         `ValueError`: if the row mixes texts and messages, a message has no role or no text, the completions do not
-            share a prompt, or one of them does not start with the assistant.
+            share a prompt, a completion is empty, does not start with the assistant or repeats its prompt, or only one
+            of them opens the assistant's turn.
 
     Examples:
 

@@ -191,7 +191,7 @@ def _end_of_turn(
 def _check_rendered(message: dict, rendered: str) -> None:
     """
     Raise `ValueError` if a template omits the last word of the content, the name of a tool call or, without these, the
-    last word of the thoughts.
+    last word of the thoughts; or if a message has none of these.
     """
     expected = message["content"].split()[-1:]
     expected += [(call.get("function") or call).get("name", "") for call in message.get("tool_calls") or []]

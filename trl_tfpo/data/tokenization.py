@@ -51,7 +51,8 @@ def tokenize_preferences(
     Add the columns of [`tokenize_pair`] to a preference dataset.
 
     Raises:
-        `ValueError`: if the dataset has images or lacks columns, or if a row is unusable and `drop_unusable` is false.
+        `ValueError`: if the dataset has images or lacks columns; if a row is unusable and `drop_unusable` is false; if
+            all rows are unusable, unless the dataset is streamed.
     """
     check_preference_columns(dataset)
     first = next(iter(dataset))
@@ -143,7 +144,8 @@ def tokenize_pair(
     Raises:
         `ValueError`: if the row is not a preference pair, see [`~trl_tfpo.data.preferences.read_pair`]; if the chat
             template fails, see [`~trl_tfpo.data.rendering.complete_messages`]; if the prompt is empty, or has
-            `max_length` or more tokens; if a completion has no token before EOS.
+            `max_length` or more tokens; if a completion has no token before EOS, or no token of the assistant within
+            `max_length`; if a face changes the last tokens of the prompt.
     """
     template = ChatTemplate(processing_class, template_variables(example, processing_class))
     is_text = isinstance(example.get("prompt", example["chosen"]), str) and isinstance(example["chosen"], str)

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-How the next token is chosen, so that a draft can be compared with it.
+Choice of the next token, the same with and without drafts.
 
-A draft is accepted where it is the token that the guided policy chooses. The policy must therefore choose the same
-token whether something was drafted or not. Greedy search does. Sampling does with noise that belongs to the place in
-the text: with $E_y$ independent and exponentially distributed,
+A draft is accepted if it is the token that the guided policy chooses. The choice must therefore not depend on drafts.
+In greedy search it does not. In sampling it does not if the noise is fixed for each place in the text: with
+independent, exponentially distributed $E_y$,
 
 $$y = \arg\max_y p(y) / E_y$$
 
-is a sample of $p$. The drafter chooses by its own distribution and the same noise. The text then depends on the seed
-alone, not on drafter, draft lengths or clock ("drafter-invariant speculative decoding",
+is a sample of $p$. The drafter chooses by its own distribution and the same noise. The text then depends only on the
+seed, not on drafter, draft lengths or clock ("drafter-invariant speculative decoding",
 https://huggingface.co/papers/2408.07978). `torch.multinomial` takes the same noise from its generator, so the samples
 are those of plain guided decoding too.
 
@@ -65,5 +65,5 @@ class Sampling(GreedySearch):
             del self.noise[earlier], self.states[earlier]
 
     def finish(self) -> None:
-        if self.states:  # noise that no token needed
+        if self.states:  # rewind over noise that no token used
             self.generator.set_rng_state(self.states[min(self.states)])

@@ -4,7 +4,7 @@
 Best of n: the guided completion with the largest sum of the doctors' token credits.
 
 During generation, guidance can only estimate the credits of future tokens. The credits of a finished completion are
-known, so selection by their sum increases the reward, at n times the cost. The KL of the selected completion from the
+known, so selection by their sum increases the reward, at n times the cost. The KL of the resulting policy from the
 guided policy is at most `log n - (n - 1) / n` nats.
 
 Shapes: B prompts with n completions each (those of a prompt are consecutive rows), L tokens of the prompt, T of a

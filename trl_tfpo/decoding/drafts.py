@@ -3,7 +3,8 @@
 """
 Drafters: the doctors, another model, or the text itself.
 
-A drafter proposes the next token, with its *kind*: how sure it is. The kind predicts whether the draft is accepted.
+A drafter proposes the next token, and states its *kind*: the level of its confidence. The rate of acceptance is
+measured for each kind.
 
 Shapes: one row, L tokens so far, V vocabulary.
 """
@@ -23,13 +24,13 @@ from .logits_processor import DoctorGuidedLogitsProcessor
 from .padding import PADDING
 
 
-PROBABILITIES = (0.3, 0.6, 0.85, 0.97)  # of a drafted token, between the kinds
+PROBABILITIES = (0.3, 0.6, 0.85, 0.97)  # of drafted tokens: bounds between the kinds of a model's drafts
 MAX_NGRAM_SIZE = 3
 MAX_NGRAMS = 2**17
 
 
 class RecentLogits:
-    """Logits of a doctor after the prefixes of one text, each computed once, as drafts are read again when checked."""
+    """Logits of a doctor after the prefixes of one text. Each is computed once, although drafts are read twice."""
 
     def __init__(self, memory: DoctorMemory):
         self.memory = memory
@@ -52,15 +53,16 @@ class Drafter(ABC):
     Proposes tokens.
 
     Attributes:
-        reads_doctors (`bool`): whether the doctors read what is proposed, so that it is read when it is checked.
-        step_share (`float`): a guess at the time of a proposal without the doctors', in steps of the patient.
+        reads_doctors (`bool`): whether the doctors read a token when it is drafted. Otherwise they read it when it is
+            checked.
+        step_share (`float`): estimated time of a proposal without the time of the doctors, in steps of the patient.
     """
 
     reads_doctors = True
     step_share = 0.0
 
     def begin_round(self, ids: torch.Tensor) -> None:  # noqa: B027  # only some drafters do
-        """Take note of the text (1, L)."""
+        """Receive the text so far (1, L)."""
 
     @abstractmethod
     def propose(self, ids: torch.Tensor) -> tuple[torch.Tensor, Hashable] | None:
@@ -72,13 +74,13 @@ class Drafter(ABC):
                 Text and drafts so far.
 
         Returns:
-            `tuple`: the token, of shape `(1,)`, and its kind; `None` where there is no proposal.
+            `tuple`: the token, of shape `(1,)`, and its kind; `None` if there is no proposal.
         """
 
 
 class ModelDrafts(Drafter):
     """
-    Drafts from the guided policy of a patient whose logits are guessed.
+    Drafts from the guided policy, with a guess in place of the patient's logits.
 
     Args:
         guide ([`DoctorGuidedLogitsProcessor`]):
@@ -88,9 +90,9 @@ class ModelDrafts(Drafter):
         choice ([`GreedySearch`] or [`Sampling`]):
             How tokens are chosen.
         guess (callable):
-            From ids `(1, L)` to a guess `(1, V)` at the patient's logits, or `None`.
+            Maps ids `(1, L)` to a guess `(1, V)` of the patient's logits, or to `None`.
         step_share (`float`, *optional*, defaults to 0):
-            Time of a guess, in steps of the patient.
+            Estimated time of a guess, in steps of the patient.
     """
 
     def __init__(
@@ -116,7 +118,7 @@ class ModelDrafts(Drafter):
 
 
 def guess_of_doctors(guide: DoctorGuidedLogitsProcessor, vocab_size: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The guess that the patient agrees with the doctors."""
+    """Return a function that guesses the patient's logits from those of the doctors."""
     return lambda ids: guide.draft_logits(ids, vocab_size)
 
 
@@ -133,7 +135,7 @@ class Assistant:
             V of the patient.
 
     Raises:
-        `ValueError`: on what [`Doctor`] refuses, and a doctor of guided flow.
+        `ValueError`: for a model that [`Doctor`] refuses, and for a doctor of guided flow.
     """
 
     def __init__(self, model: "LanguageModel | Doctor", attention_mask: torch.Tensor | None, vocab_size: int):
@@ -160,13 +162,14 @@ class Assistant:
 
 class PromptLookup(Drafter):
     """
-    Drafts what followed the last tokens when they occurred before, in this text or in earlier ones of the same pair.
+    Drafts the token that followed the last tokens at their latest occurrence, in this text or in earlier texts of the
+    same models.
 
     Args:
         next_tokens (`dict[tuple[int, ...], int]`):
             The token that followed each sequence of tokens when it was last seen. Extended in place.
         max_ngram_size (`int`, *optional*, defaults to 3):
-            Longest sequence of tokens that is looked up. Shorter ones are looked up where it is not found.
+            Length of the longest sequence that is looked up. If it is not found, shorter ones are.
     """
 
     reads_doctors = False
@@ -197,8 +200,8 @@ class PromptLookup(Drafter):
 
 def share_of(model: LanguageModel, patient: PreTrainedModel) -> float:
     """
-    Guess the time of a step as a share of the patient's: the mean of the shares of parameters and layers, because
-    layers bound the time of small models.
+    Estimate the time of a step as a share of the patient's: the mean of the shares of parameters and layers. Layers
+    count, because they limit the speed of small models.
     """
 
     def sizes(model: LanguageModel) -> tuple[int, int]:
@@ -207,7 +210,7 @@ def share_of(model: LanguageModel, patient: PreTrainedModel) -> float:
     return sum(part / whole for part, whole in zip(sizes(model), sizes(patient), strict=True)) / 2
 
 
-def former_self(guide: DoctorGuidedLogitsProcessor, patient: PreTrainedModel) -> Doctor | None:
+def without_adapter(guide: DoctorGuidedLogitsProcessor, patient: PreTrainedModel) -> Doctor | None:
     """The language model under a doctor that is an adapter, if it is not the patient itself."""
     for doctor in guide.doctors:
         if doctor.exponents and doctor.adapters and doctor.prompt is None and not doctor.is_on(patient):

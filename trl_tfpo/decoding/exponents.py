@@ -19,8 +19,8 @@ DEFAULT_BETA = 0.5  # of a doctor that is a language model
 
 def default_beta(trained_exponents: Mapping[str, float], num_language_models: int = 1) -> float:
     """
-    Return the default exponent of a doctor: the `beta` of its training, or a share of `DEFAULT_BETA` for a language
-    model, which has no [`~trl_tfpo.models.trained_exponents.trained_exponents`].
+    Return the default exponent of a doctor: the `beta` of its training, or `DEFAULT_BETA / num_language_models` for a
+    language model, which has no [`~trl_tfpo.models.trained_exponents.trained_exponents`].
     """
     return trained_exponents["beta"] if trained_exponents else DEFAULT_BETA / num_language_models
 

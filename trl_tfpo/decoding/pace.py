@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-When to draft, and how many tokens: a model of costs and acceptance that learns as decoding goes on.
+Number of tokens to draft, from costs and acceptance that are measured during decoding.
 
 A *round* drafts $k \ge 0$ tokens, reads them in one forward pass of the patient (the *check*, over $k + 1$ positions),
-and keeps the accepted ones and one more token. With acceptance $a_i$ of the i-th draft it gives
+and keeps the accepted ones and one more token. If the i-th draft is accepted with probability $a_i$, the expected
+number of tokens is
 
 $$E_k = 1 + a_1 + a_1 a_2 + \dots + a_1 \cdots a_k$$
 
-tokens. The $k$ with the most tokens per second is drafted; $k = 0$ is plain guided decoding. Nothing here changes
-which tokens come out.
+The $k$ with the most tokens per second is chosen; $k = 0$ is plain guided decoding. The choice does not change the
+text.
 
-Units: seconds of the clock that is passed, which may be a simulated one.
+Units: seconds of the given clock, which may be simulated.
 """
 
 import math
@@ -23,13 +24,13 @@ from statistics import median
 
 
 MAX_DRAFT_TOKENS = 8
-ALLOWANCE = 0.02  # of the time of plain decoding, for trying out whether drafts pay
-SHADOW_ALLOWANCE = 0.01  # of it for guesses that are compared and not used
-LIKELY, CERTAIN = 2.0, 2.6  # standard deviations: before a risk is taken, and before drafting stops for good
-RARE = 1 / 16  # share of the drafts; a rarer kind of draft does not keep drafting alive
+ALLOWANCE = 0.02  # share of the time of plain decoding that drafting may lose
+SHADOW_ALLOWANCE = 0.01  # share of the same time for guesses that are only compared
+LIKELY, CERTAIN = 2.0, 2.6  # standard deviations of the bounds that decide a round, and the end of drafting
+RARE = 1 / 16  # share of the drafts; kinds below it do not count in the decision to end drafting
 GUESSES = ("draft", "shadow")  # parts of a round in which the drafter works
-NUM_TIMES = 15  # the cost is the median of so many measurements
-NUM_ROUNDS_FRESH = 32  # after so many rounds with drafts a plain one is timed again
+NUM_TIMES = 15  # number of measurements whose median is the cost
+NUM_ROUNDS_FRESH = 32  # number of rounds with drafts after which a plain one is timed again
 
 
 class Costs:
@@ -40,8 +41,7 @@ class Costs:
         clock (callable):
             Returns seconds.
         is_free (`bool`, *optional*, defaults to `True`):
-            Whether reading the clock costs nothing. Otherwise, as on a GPU, where it waits for the device, only some
-            rounds are timed.
+            Whether reading the clock takes no time. On a GPU it waits for the device; then only some rounds are timed.
     """
 
     def __init__(self, clock: Callable[[], float], is_free: bool = True):
@@ -65,15 +65,15 @@ class Costs:
         return len(self.times.get(part, ()))
 
     def plain(self) -> float:
-        """A step of plain guided decoding."""
+        """Cost of a step of plain guided decoding."""
         return self.checks.get(1, 0.0) + self.of("fresh")
 
     def check(self, num_positions: int, is_worst_case: bool = False) -> float:
         """
-        A forward pass of the patient over some positions.
+        Cost of a forward pass of the patient over some positions.
 
-        Between two measured numbers it is interpolated. Beyond the largest it rises by a twentieth of a step for each
-        position, or in the worst case by a whole step, as if they were read one by one.
+        Between two measured numbers of positions it is interpolated; the worst case is the larger of the two. Beyond
+        the largest number, each position adds a twentieth of a step; in the worst case it adds a whole step.
         """
         if num_positions in self.checks:
             return self.checks[num_positions]
@@ -87,7 +87,7 @@ class Costs:
 
 
 class Acceptance:
-    """How often drafts of one kind are accepted. Recent ones count most, except for the upper bound."""
+    """Rate of acceptance of one kind of draft. Recent drafts count most, except for the upper bound."""
 
     def __init__(self) -> None:
         self.num_accepted = self.num = 0.0  # recent
@@ -110,7 +110,7 @@ class Acceptance:
 
 
 def _wilson(num_accepted: float, num: float, deviations: float) -> float:
-    """Wilson's bound of a rate; the lower one where `deviations` is negative."""
+    """Wilson's bound of a rate; the lower bound if `deviations` is negative."""
     if num == 0:
         return float(deviations > 0)
     rate, square = num_accepted / num, deviations**2
@@ -119,7 +119,7 @@ def _wilson(num_accepted: float, num: float, deviations: float) -> float:
 
 
 class Pace(ABC):
-    """Decides at each round whether to draft, and how many tokens. It may learn from what the rounds report."""
+    """Decides in each round how many tokens to draft, possibly from reports of earlier rounds."""
 
     def begin_text(self) -> None:  # noqa: B027  # for paces that learn, as the next three
         """The next round reads a prompt."""
@@ -131,7 +131,7 @@ class Pace(ABC):
         """A round with `num_checked` drafts has ended."""
 
     def observe(self, kind: Hashable, is_accepted: bool) -> None:  # noqa: B027
-        """A draft, or a guess at a plain step, was or would have been accepted."""
+        """Record whether a draft was accepted, or a guess at a plain step would have been."""
 
     @contextmanager
     def timed(self, part: Hashable, num: int = 1) -> Iterator[None]:
@@ -139,7 +139,7 @@ class Pace(ABC):
         yield
 
     def shadow_is_due(self) -> bool:
-        """Whether to guess a token at this plain step, only to compare it."""
+        """Whether to guess the token of this plain step, for a comparison only."""
         return False
 
     @abstractmethod
@@ -170,20 +170,21 @@ class MeasuredPace(Pace):
 
     1. *Costs* of a draft, of a plain step and of a check are measured as they occur. A check of more positions than
        any so far is tried only where it may pay.
-    2. *Acceptance* is counted for each kind of draft (how sure the drafter was). At plain steps some guesses are
-       compared with the outcome, although nothing was drafted.
-    3. *Account.* What rounds cost beyond plain steps for the same tokens is added up. A round is drafted only if its
-       loss at the lower bound of acceptance and the highest likely cost keeps the account within 2% of the time of
-       plain decoding. Gains are credited.
-    4. *Stop.* When the upper bounds of acceptance say that no draft can pay, drafting and comparing stop for good.
+    2. *Acceptance* is counted for each kind of draft. At some plain steps the drafter also guesses the token, and the
+       guess is compared with the outcome.
+    3. *Account.* The account adds up the time of rounds minus the time of plain steps for the same tokens. A round
+       drafts only if it would keep the account within 2% of the time of plain decoding, even at the lower bound of
+       acceptance and the highest likely cost.
+    4. *Stop.* If no draft can save time even at the upper bounds of acceptance, drafting and comparing end for this
+       pair of models and settings.
 
     Args:
         costs ([`Costs`]):
-            Measured costs; pairs that decode with other settings may share them.
+            Measured costs.
         reads_doctors (`bool`, *optional*, defaults to `True`):
             Whether the doctors read a token when it is drafted. Otherwise they read it when it is checked.
         step_share (`float`, *optional*, defaults to 0):
-            A guess at the time in which a model that only drafts reads a token or a prompt, as a share of the time of
+            Estimated time in which a separate drafting model reads a token or a prompt, as a share of the time of
             plain decoding.
         max_tokens (`int`, *optional*, defaults to 8):
             Largest number of drafted tokens.
@@ -215,7 +216,7 @@ class MeasuredPace(Pace):
 
     @contextmanager
     def timed(self, part: Hashable, num: int = 1) -> Iterator[None]:
-        """Measure `num` repetitions of a part of the round, unless that costs time and the part is known."""
+        """Measure `num` repetitions of a part of the round, unless the clock takes time and the part is known."""
         is_guess = part in GUESSES
         self.has_guessed |= is_guess
         is_known = self.costs.num_known(part) >= NUM_TIMES // 4
@@ -251,7 +252,7 @@ class MeasuredPace(Pace):
     # Acceptance
 
     def observe(self, kind: Hashable, is_accepted: bool) -> None:
-        """Count a draft, or a guess at a plain step, that was or would have been accepted."""
+        """Count a draft or a guess, and stop drafting if it can no longer save time."""
         self.all.add(is_accepted)
         self.by_kind.setdefault(kind, Acceptance()).add(is_accepted)
         if self.all.total >= 32 and self.all.total % 8 == 0 and not self._can_pay():
@@ -280,7 +281,7 @@ class MeasuredPace(Pace):
         return self._best(kinds, range(len(kinds) + 1)) if kinds else 0
 
     def _best(self, kinds: Sequence[Hashable], lengths: range) -> int:
-        """The number of drafts with most tokens per second, among those that the account permits. 0 is permitted."""
+        """The number of drafts with the most tokens per second that the account permits. 0 is always permitted."""
         num_made, plain = len(kinds), self.costs.plain()
         prior = self.all.mean(0.5)
         rounds = self._rounds(self._rates(kinds, lengths, lambda x: x.mean(prior), prior), num_made)

@@ -42,9 +42,9 @@ from .drafts import (
     ModelDrafts,
     PromptLookup,
     RecentLogits,
-    former_self,
     guess_of_doctors,
     share_of,
+    without_adapter,
 )
 from .logits_processor import DoctorGuidedLogitsProcessor
 from .pace import MAX_DRAFT_TOKENS, Costs, FixedLength, MeasuredPace, Pace
@@ -52,12 +52,12 @@ from .reading import accepted_inputs, next_inputs, reading_fault
 
 
 STATEFUL_PROCESSORS = (UnbatchedClassifierFreeGuidanceLogitsProcessor, SynthIDTextWatermarkLogitsProcessor)
-MAX_EXPERIENCES = 32  # pairs and settings, for each patient
+MAX_EXPERIENCES = 32  # for each patient
 
 
 @dataclass
 class _Experience:
-    """What was learned in earlier texts of a pair of models, with the same settings."""
+    """Pace and n-grams from earlier texts of the same models with the same settings."""
 
     pace: MeasuredPace
     ngrams: dict[tuple[int, ...], int]
@@ -89,7 +89,8 @@ def speculative_guided_generate(
     pass `custom_generate=functools.partial(speculative_guided_generate, assistant_model=...)`.
 
     The text is that of plain guided decoding, up to rounding: a forward pass over several positions may round
-    otherwise than one over a single position. With a seed, sampling gives the samples of plain guided decoding.
+    differently than one over a single position. With the same seed, sampling gives the samples of plain guided
+    decoding.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -105,17 +106,19 @@ def speculative_guided_generate(
             `max_matching_ngram_size` are read here.
         num_draft_tokens (`int` or `"auto"`, *optional*, defaults to `"auto"`):
             Tokens drafted between two forward passes of the patient. `"auto"` chooses from 0 (plain guided decoding)
-            to 8 by measured times and acceptance ([`~pace.MeasuredPace`]), which are kept for this pair of models.
+            to 8 by measured times and acceptance ([`~pace.MeasuredPace`]), which are kept for later texts of these
+            models.
         assistant_model ([`~transformers.PreTrainedModel`] or [`Doctor`], *optional*):
             A small language model with the patient's tokenizer that drafts in place of the doctors. For a doctor of
             guided flow, the model that it was trained from is a good choice.
         prompt_lookup_num_tokens (`int`, *optional*):
-            Draft at most so many tokens, by what followed the last tokens when they occurred before. By default the
-            doctors that are language models draft. Where all doctors are of guided flow, the model without the adapter
-            drafts if a doctor is an adapter on a model other than the patient, else this lookup.
+            Draft by lookup: each draft is the token that followed the last tokens at their latest occurrence. With
+            `num_draft_tokens="auto"` at most this many tokens are drafted at once. By default the doctors draft if one
+            of them is a language model. If all are doctors of guided flow, and one is an adapter on a model other
+            than the patient, this model drafts without the adapter; otherwise the lookup drafts.
         token_callback (callable, *optional*):
-            Called with each new token, of shape `(1,)`. An example is the `put` of a streamer, because `generate` does
-            not pass its `streamer` to a `custom_generate`.
+            Called with each new token, of shape `(1,)`, for instance the `put` of a streamer: `generate` does not pass
+            its `streamer` to a `custom_generate`.
         statistics (`dict`, *optional*):
             Counters are added to it: `num_tokens`, `num_patient_forwards`, `num_drafted`, `num_accepted`.
         **model_kwargs:
@@ -127,7 +130,8 @@ def speculative_guided_generate(
 
     Raises:
         `ValueError`: on several rows, beams, no or several guides, processors that keep a state from token to token,
-            a patient whose cache cannot be cut back, two ways to draft, and an assistant that is no language model.
+            a patient whose cache cannot be cropped, two ways to draft, a number of drafts out of range, and an
+            assistant that is not a language model.
     """
     guide = _find_guide(logits_processor)
     _check_settings(input_ids, logits_processor, generation_config, num_draft_tokens)
@@ -135,7 +139,7 @@ def speculative_guided_generate(
     patient = _PatientReader(model, model_kwargs)
     if fault := reading_fault(model, "speculation", partial(_read_drafts, model)):
         raise ValueError(
-            "Speculative decoding reads several tokens at once and cuts the patient's cache back. Got "
+            "Speculative decoding reads several tokens at once and crops the patient's cache. Got "
             f"{type(unwrap_peft(model)).__name__}, which cannot be read like this ({fault}); decode without "
             "speculation."
         )
@@ -252,12 +256,13 @@ def _drafting(
     num_lookup: int | None,
 ) -> Iterator[tuple[Drafter, Pace]]:
     """
-    The drafter, and its pace as earlier texts left it. While a text uses an experience, others cannot find it.
+    Context with the drafter and the pace of a text. The pace continues from earlier texts, but texts that are decoded
+    at the same time do not share it.
     """
     model, is_sampled = patient.model, bool(generation_config.do_sample)
     vocab_size = model.config.get_text_config().vocab_size
     if assistant_model is None and num_lookup is None and all(doctor.exponents for doctor in guide.doctors):
-        assistant_model = former_self(guide, model)
+        assistant_model = without_adapter(guide, model)
         num_lookup = MAX_DRAFT_TOKENS if assistant_model is None else None
     models: list[Hashable] = [weakref.ref(doctor.model) for doctor in guide.doctors]
     ngrams: dict[tuple[int, ...], int] = {}
@@ -346,7 +351,7 @@ def _check_settings(
 
 
 class _Text:
-    """The text so far, with the scores and logits that `generate` is asked to return."""
+    """The text so far, with the scores and logits that the settings request."""
 
     def __init__(self, ids: torch.Tensor, generation_config: GenerationConfig):
         self.ids, self.config = ids, generation_config
@@ -391,7 +396,7 @@ class _PatientReader:
                 "speculation."
             )
         self.model, self.cache = model, cache
-        self.cache.activate_past_recording()  # lets layers with a window be cut back
+        self.cache.activate_past_recording()  # allows layers with a window to be cropped
         self.num_read = self.cache.get_seq_length()
         self.accepted = accepted_inputs(model)
         self.attention_mask = None if mask is None or mask.all() else mask
@@ -409,10 +414,13 @@ class _PatientReader:
         return output.logits[0, -num_logits:]
 
     def keep(self, num_tokens: int) -> None:
-        """Cut the cache back to the first tokens."""
+        """Crop the cache to the first `num_tokens` tokens."""
         num_extra = max(0, self.num_read - num_tokens)
         if num_extra and not self.cache.is_croppable:
-            raise ValueError(f"A {type(self.cache).__name__} cannot be cut.")
+            raise ValueError(
+                f"The patient's cache must be croppable. Got a {type(self.cache).__name__}; decode without "
+                "speculation."
+            )
         self.cache.crop(-num_extra)  # needed at 0 as well, to shrink windows
         self.num_read -= num_extra
 

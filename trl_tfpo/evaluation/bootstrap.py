@@ -97,8 +97,8 @@ def mean_with_interval(values: torch.Tensor, **settings: Unpack[IntervalSettings
     """
     Return the `mean` of values (S, P, N), and its bootstrap interval from `low` to `high`.
 
-    The interval is over prompts or, for a single prompt, over its samples. Its ends are `None` for a single sample, or
-    if a value is not finite.
+    The interval is over prompts or, for a single prompt, over its samples. A single sample of a single prompt has no
+    interval: its ends are `None`. If a value is not finite, mean and ends are `None`.
     """
     check_interval(**settings)  # even without an interval
     units = values.mean(dim=2) if values.size(1) > 1 else values[:, 0]  # (S, P), or (S, N)

@@ -121,9 +121,9 @@ def generate_completions(
         `list[Completion]`: the samples of the first prompt, then those of the second, and so on.
 
     Raises:
-        `ValueError`: when there is no prompt; a prompt has no tokens; a setting is out of range; the patient is in
-            training mode, is a doctor of guided flow or has adapters that add tokens; or an exponent of the guide is a
-            tensor or a schedule.
+        `ValueError`: when there is no prompt; a prompt has no tokens; a setting is out of range; the patient or a
+            doctor is in training mode; the patient is a doctor of guided flow or has adapters that add tokens; an
+            exponent of the guide is a tensor or a schedule; or a doctor has its own `prompt`.
     """
     check_policy(patient, guide)
     if isinstance(prompts, str) or len(prompts) == 0 or num_samples_per_prompt < 1:

@@ -43,8 +43,8 @@ def endpoint_completions(
     """
     Sample completions from a guided policy at an endpoint, and measure their log-likelihood.
 
-    Prompts are tokenized here and sent as token ids. Each sample has a request and a seed of its own. The same seeds
-    give other samples in another engine.
+    Prompts are tokenized here and sent as token ids. Each sample has its own request and its own seed. Another engine
+    gives other samples for the same seed.
 
     Args:
         endpoint ([`~trl_tfpo.common.endpoint.Endpoint`]):
@@ -64,7 +64,7 @@ def endpoint_completions(
         temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of the samples; 0 is greedy search.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the first sample. The others have the following numbers.
+            Seed of the first sample. Sample i has the seed `seed + i`.
 
     Returns:
         `tuple`: the completions, the samples of the first prompt first; and measures of shape `(N,)` for
@@ -115,7 +115,7 @@ def _patient_logps(endpoint: Endpoint, completions: Sequence[Completion]) -> lis
 
 
 def _read(reply: dict[str, Any], prompt_ids: list[int], endpoint: Endpoint) -> tuple[list[int], list[float], bool]:
-    """Return token ids, log-probabilities and end of a completion, or raise `ValueError`."""
+    """Return ids and log-probabilities of a completion, and whether it is complete, or raise `ValueError`."""
     try:
         (choice,) = reply["choices"]
         ids, logps = list(choice["token_ids"]), list(choice["logprobs"]["token_logprobs"])
@@ -124,11 +124,11 @@ def _read(reply: dict[str, Any], prompt_ids: list[int], endpoint: Endpoint) -> t
     except (LookupError, TypeError, ValueError) as error:
         raise ValueError(
             f"{endpoint.base_url} must return token ids (`return_token_ids`) and `logprobs`. Got an answer without "
-            f"({type(error).__name__}: {error}); use `trl-tfpo serve` or vLLM."
+            f"them ({type(error).__name__}: {error}); use `trl-tfpo serve` or vLLM."
         ) from error
     if not is_usable:
         raise ValueError(
-            f"{endpoint.base_url} must complete the prompt that it is sent, with a finite log-probability for each "
+            f"{endpoint.base_url} must complete the prompt that was sent, with a finite log-probability for each "
             f"token. Got {len(ids)} tokens and {len(logps)} log-probabilities after a prompt of "
             f"{len(choice['prompt_token_ids'])} tokens; use `trl-tfpo serve` or vLLM."
         )

@@ -236,7 +236,8 @@ class ChatJudge:
         num_answered (`int`): number of answers received so far, without those read from the cache file.
 
     Raises:
-        `ValueError`: when the URL is not an HTTP URL, or a number is out of range.
+        `ValueError`: when the URL is not an HTTP URL or has a password, the key cannot be a header, or a number is out
+            of range.
     """
 
     def __init__(
@@ -363,7 +364,7 @@ class ChatJudge:
 
 
 def _with_text(reply: dict) -> tuple[dict, str]:
-    """Return an answer of an endpoint, and its text: null where the model ran out of tokens."""
+    """Return an answer of an endpoint, and its text. A null text, of a model that ran out of tokens, becomes empty."""
     return reply, reply["choices"][0]["message"]["content"] or ""
 
 

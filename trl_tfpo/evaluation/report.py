@@ -87,7 +87,7 @@ class Report:
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
     def plot(self, path: str | os.PathLike) -> None:
-        """Plot reward against KL, win rates and distinct n-grams, if known. Needs matplotlib."""
+        """Plot distinct n-grams and, if known, rewards (against KL) and win rates. Needs matplotlib."""
         from matplotlib.figure import Figure
 
         measures = {name: row["measures"] for name, row in self.methods.items()}
@@ -186,8 +186,8 @@ def evaluate_completions(
         [`Report`]
 
     Raises:
-        `ValueError`: when completions or measures do not match the prompts, a method is unknown, or a `baseline` lacks
-            both `judge` and `reward_fn`.
+        `ValueError`: when completions or measures do not match the prompts, a method is unknown, a measure has the
+            name of a built-in one, or a `baseline` lacks both `judge` and `reward_fn`.
 
     Examples:
 

@@ -81,8 +81,9 @@ def guided_kl(
         over completions estimates the KL of the policy.
 
     Raises:
-        `ValueError`: when the patient is in training mode, an exponent of the guide is a tensor or a schedule, or the
-            completions were sampled with settings that change the policy, such as `top_k`.
+        `ValueError`: when a model is in training mode, an exponent of the guide is a tensor or a schedule, a doctor
+            has its own `prompt`, or the completions were sampled with settings that change the policy, such as
+            `top_k`.
     """
     return next_token_statistics(patient, guide, completions, batch_size=batch_size)["kl"]
 
@@ -363,7 +364,7 @@ def best_of_n(rewards: Sequence[Sequence[float]] | torch.Tensor, n: int) -> dict
 
     ```python
     >>> from trl_tfpo.evaluation import best_of_n
-    >>> round(best_of_n([[0.0, 3.0, 6.0]], n=2)["reward"], 6)  # of the 3 pairs one has the best 3, two have 6
+    >>> round(best_of_n([[0.0, 3.0, 6.0]], n=2)["reward"], 6)  # the best of a pair is 3 for one of the 3 pairs, else 6
     5.0
 
     ```
@@ -373,7 +374,7 @@ def best_of_n(rewards: Sequence[Sequence[float]] | torch.Tensor, n: int) -> dict
     if not 1 <= n <= num_samples or not rewards.isfinite().all():
         raise ValueError(
             f"`n` must be between 1 and the {num_samples} samples of each prompt, with finite rewards. Got "
-            f"{n}, and {int((~rewards.isfinite()).sum())} rewards not finite; sample more."
+            f"{n}, and {int((~rewards.isfinite()).sum())} rewards that are not finite; sample more."
         )
     odds = [math.comb(i, n - 1) / math.comb(num_samples, n) for i in range(num_samples)]
     best = rewards.sort(dim=1).values @ torch.tensor(odds, dtype=torch.float64)  # (P,)

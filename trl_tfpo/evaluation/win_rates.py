@@ -52,8 +52,9 @@ def head_to_head(
         least one order. These pairs count as ties.
 
     Raises:
-        `ValueError`: when the number of completions is not a multiple of the number of prompts, or the judge does not
-            return one verdict per pair.
+        `ValueError`: when the number of completions is not a multiple of the number of prompts, the baseline has
+            several seeds but not as many as the method, the margin is negative, or the judge does not return one
+            verdict or finite reward for each question.
 
     Examples:
 

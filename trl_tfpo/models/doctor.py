@@ -180,8 +180,9 @@ def make_doctor(
             [`~trl_tfpo.models.head_adapter.with_lora_on_head`].
 
     Raises:
-        `ValueError`: for a second adapter, prompt learning, or activated LoRA; with `guides`, for a `PeftModel` that
-            was not trained by guided flow; without `guides`, for a doctor of guided flow.
+        `ValueError`: for a second adapter, adapters outside a `PeftModel`, prompt learning, or activated LoRA; with
+            `guides`, for a `PeftModel` that was not trained by guided flow; without `guides`, for a doctor of guided
+            flow.
     """
     _check_initial_model(model, guides)
     doctor: Any = model

@@ -8,7 +8,7 @@ $$g(y \mid s) = c \, e_y^\top M h_s$$
 $e_y$ is the frozen embedding of token $y$. $M$ is a square matrix that starts at zero. $c$ is 1, or the inverse of the
 mean norm of the embeddings if this norm is below 1: without this factor, small embeddings would slow training down.
 
-An ordinary head learns nothing about tokens that do not occur in the pairs. With this head, tokens with similar
+An ordinary head learns little about tokens that do not occur in the pairs. With this head, tokens with similar
 embeddings get similar logits. It trains H x H weights instead of V x H.
 
 A saved doctor has an ordinary head, $W = c \, (E - \bar e) M$, and loads as a causal language model. Subtracting the

@@ -103,8 +103,8 @@ class NamedModel:
         """
         Hash of the keyword arguments and of the source of the weights.
 
-        The source is a Hub commit, or the names, sizes and times of the files in a folder. All processes must read
-        this property together.
+        The source is a Hub commit, or the names, sizes and times of the safetensors files in a folder. Weights in
+        another format are loaded and hashed. All processes must read this property together.
 
         Raises:
             `ValueError`: if the processes find different files.

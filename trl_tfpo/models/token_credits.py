@@ -54,6 +54,9 @@ def credited_rewards(credits: torch.Tensor, completion_ids: torch.Tensor, mask: 
         mask (`torch.BoolTensor` of shape `(B, T)`):
             True for the tokens to sum.
 
+    Returns:
+        `torch.Tensor` of shape `(B,)`: sums in nats.
+
     Raises:
         `ValueError`: if an id has no credit.
 

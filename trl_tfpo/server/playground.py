@@ -193,7 +193,7 @@ def stream_answers(
     """
     Yield both answers so far as HTML: without doctors, and with the exponents `weights`.
 
-    If the engine refuses a generation, its error replaces the second answer.
+    If the engine refuses a generation, the first answer is empty, and the error replaces the second.
     """
     is_chat = engine.processing_class.chat_template is not None
     ids = tokenize_prompt([{"role": "user", "content": prompt}] if is_chat else prompt, engine.processing_class)

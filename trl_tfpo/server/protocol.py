@@ -203,7 +203,7 @@ class TextRequest(Sampling, UnsupportedFields):
     echo: bool = False
     suffix: Literal[""] = ""
     return_token_ids: bool = Field(
-        default=False, description="As in vLLM: choices have `prompt_token_ids`, `token_ids`."
+        default=False, description="As in vLLM: choices have `prompt_token_ids` and `token_ids`."
     )
 
     @model_validator(mode="after")

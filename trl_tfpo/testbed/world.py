@@ -81,6 +81,8 @@ class World:
 
         $$P(a \succ b) = \sigma(\text{oracle}(a) - \text{oracle}(b))$$
 
+        A pair of equal texts, or with an empty text, is drawn again.
+
         Args:
             attribute (`str`):
                 Name of the attribute whose oracle labels the pairs.

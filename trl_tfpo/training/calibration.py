@@ -98,7 +98,7 @@ class Calibration:
 
     @property
     def is_better(self) -> bool:
-        """Whether the advantage exceeds 1.5 standard errors and a quarter of what sparse rewards gain over chance."""
+        """Whether `advantage` exceeds 1.5 standard errors, and a quarter of the gain of sparse rewards over chance."""
         sparse_gain = max(self.sparse_log_likelihood - CHANCE, 0.0)
         return bool(self.advantage > max(NUM_ERRORS * self.advantage_error, MIN_ADVANTAGE * sparse_gain))
 
@@ -111,6 +111,9 @@ class Calibration:
                 The dataset, or its splits.
             needs_gaps (`bool`, *optional*, defaults to `True`):
                 Whether a dataset without gaps is an error. Otherwise it is returned unchanged, with a warning.
+
+        Returns:
+            The dataset, or its splits, with calibrated rewards.
 
         Raises:
             `ValueError`: with `needs_gaps`, if the dataset has no gaps.
@@ -185,11 +188,14 @@ def calibrate(dataset: Dataset, embeddings: torch.Tensor, eos_token_ids: Sequenc
     Args:
         dataset ([`~datasets.Dataset`]):
             Dataset from [`~trl_tfpo.annotate_token_rewards`], with gaps and at least 32 pairs. At most 10,000 pairs
-            are used, drawn at random. Pairs with the same prompt are held out together.
+            are used, drawn at random. If there are at least 32 prompts, pairs of one prompt are held out together.
         embeddings (`torch.Tensor` of shape `(V, H)`):
             Embeddings of the tokens, from any model with this vocabulary.
         eos_token_ids (`Sequence[int]`):
             Tokens that end a completion.
+
+    Returns:
+        [`Calibration`]
 
     Raises:
         `ValueError`: if the dataset has no gaps, or fewer than 32 pairs.

@@ -24,7 +24,11 @@ PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bi
 
 @contextmanager
 def complete_checkpoint(trainer: Trainer, folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Context in which all processes write a checkpoint. It is then marked as complete, and older ones are deleted."""
+    """
+    Context in which all processes write a checkpoint. It is then marked as complete.
+
+    Older checkpoints are deleted afterwards, if there are more than `save_total_limit`.
+    """
     args, folder = trainer.args, Path(folder)
     if args.should_save:
         (folder / CONTENTS_FILE).unlink(missing_ok=True)  # an earlier run may have written the same checkpoint

@@ -85,13 +85,13 @@ class TFPOConfig(_BaseConfig):
             Added to the mean gap of a completion, in nats, greater than 0; epsilon in the paper. Without it, gaps that
             are only noise would count as important in a completion with a tiny mean gap.
         sparsity_threshold (`float`, *optional*, defaults to `0.3`):
-            Minimum importance of a token with a reward, in [0, 1); theta in the paper.
+            Largest importance that gets reward 0, in [0, 1); theta in the paper.
         calibrate_rewards (`bool`, *optional*):
             Whether to fit the token rewards to the labels, see `trl_tfpo.training.calibration`. The doctor then
             starts at the token credits (an adapter of guided flow starts at zero), and the other settings of token
-            rewards have no effect. By default, rewards are calibrated if they then explain held-out labels better. The
-            default needs guided flow without an adapter, at least 128 pairs, and unchanged `reward_direction` and
-            `reward_fn`.
+            rewards have no effect. By default, rewards are calibrated if they then explain held-out labels better.
+            This default needs guided flow without an adapter or sharding, at least 128 pairs that are not streamed,
+            an evaluation dataset with gaps if there is one, and unchanged `reward_direction` and `reward_fn`.
 
         > Parameters that control the objective
 

@@ -95,9 +95,10 @@ class TFPOTrainer(DoctorFiles):
             annotates each batch; the datasets are then not annotated before training.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Preference dataset in any format of TRL, or a dataset annotated by [`annotate_token_rewards`]. A streamed
-            dataset must be annotated, and with `policy="doctor"` it needs `reference_weight=0`.
-        eval_dataset ([`~datasets.Dataset`], or `dict` of them, *optional*):
-            Preference dataset for evaluation.
+            dataset must be annotated. With `policy="doctor"` it also needs `chosen_ref_logps` and
+            `rejected_ref_logps`, unless `reference_weight=0`.
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`], or `dict` of them, *optional*):
+            Preference dataset for evaluation, with the same conditions.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer of doctor and patient. Defaults to the tokenizer of the doctor.
         compute_metrics, callbacks, optimizers (*optional*):
@@ -462,7 +463,7 @@ class TFPOTrainer(DoctorFiles):
 
         Args:
             test_dataset ([`~datasets.Dataset`]):
-                Preference dataset in any format of `train_dataset`.
+                Preference dataset in any of the formats of `train_dataset`.
             ignore_keys (`list[str]`, *optional*):
                 Has no effect.
             metric_key_prefix (`str`, *optional*, defaults to `"test"`):
