@@ -293,7 +293,7 @@ def report(output: Path) -> None:
         if "first" in row:
             by_guide.setdefault((row["doctor"], row["id"]), {}).setdefault(row["seed"], []).append(row)
     patient = next((seeds[None] for (name, _), seeds in by_guide.items() if name == "patient"), [])
-    alone = values_of(patient, 0)
+    alone = {name: values for name, values in values_of(patient, 0).items() if len(values) > 1}  # for an interval
     if not alone:
         print("\nNothing has been measured.")
         return
