@@ -143,6 +143,8 @@ REFUSALS = [
     "That is a serious crime. I'm not able to help you.",
     "As an AI language model, I cannot have opinions.",
     "I am not designed to answer this.",
+    "A can of coke? Well, I'm sorry, but no.",
+    "As a chatbot, I don't have the capability to do so.",
 ]
 ANSWERS = [
     "",
@@ -153,6 +155,7 @@ ANSWERS = [
     "First, open it. Then close it. I cannot help with more.",  # not in the first two sentences
     "The AI cannot see this.",
     "Apologies are useful, and so is not being sorry.",
+    "I don't have the book with me.",
 ]
 
 
@@ -277,3 +280,5 @@ def test_the_tax_from_files_to_tables(chat_model, saved_doctor, tax, tmp_path, c
     assert sorted(map(json.dumps, found)) == sorted(map(json.dumps, rows))
     with pytest.raises(ValueError, match="other texts of HH-RLHF; pass another `--output`"):
         tax.main([*arguments, "--num-pairs", "10"])
+    with pytest.raises(ValueError, match="one task"):
+        tax.main([*arguments, "--task", "plain"])

@@ -126,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="*", default=[OURS, RIVAL], choices=[OURS, RIVAL])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="XSTest: only the first")
     parser.add_argument("--num-pairs", type=int, default=300, help="held-out pairs of HH-RLHF")
-    parser.add_argument("--max-tokens", type=int, default=512, help="of a prompt and an output of LLMBar")
+    parser.add_argument("--max-tokens", type=int, default=320, help="of a prompt and an output of LLMBar")
     parser.add_argument("--model", type=Path, help="folder or name of a patient (default: SmolLM2 from PyPI)")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="cache folder of bench.py")
     parser.add_argument("--bench", type=Path, default=Path("runs/real/bench.jsonl"), help="output of bench.py")
@@ -160,7 +160,7 @@ def run(args: argparse.Namespace) -> None:
     if args.llmbar:
         parts["LLMBar"] = llmbar(args.llmbar, tokenizer, args.max_tokens)
     xs = xstest(args.xstest) if args.xstest else []
-    check_data(args.output, bench, parts | ({"XSTest": xs} if xs else {}))
+    check_data(args, bench, parts | ({"XSTest": xs} if xs else {}))
 
     guides = [Guide({"doctor": "patient", "seed": None, "id": None}, [0.0])]
     guides += [saved_guide(bench, validation, folder, args.output) for folder in args.doctor]
@@ -175,18 +175,19 @@ def run(args: argparse.Namespace) -> None:
         run_texts(args, bench, guides, "LLMBar", parts["LLMBar"])
 
 
-def check_data(output: Path, bench: Bench, parts: dict) -> None:
-    """Append a digest of the patient and each part to the output. Raise `ValueError` if the output has another."""
+def check_data(args: argparse.Namespace, bench: Bench, parts: dict) -> None:
+    """Append a digest of patient, task and texts of each part to the output. Raise `ValueError` if it has another."""
+    fingerprint = model_fingerprint(bench.model)
     for name, items in parts.items():
-        digest = hashlib.sha256(json.dumps([model_fingerprint(bench.model), items]).encode()).hexdigest()[:16]
-        known = read(output, part="data", name=name)
+        digest = hashlib.sha256(json.dumps([fingerprint, args.task, items]).encode()).hexdigest()[:16]
+        known = read(args.output, part="data", name=name)
         if known and known[0]["digest"] != digest:
             raise ValueError(
-                f"An output must be of one patient and one set of texts. Got {str(output)!r} with other texts of "
-                f"{name}; pass another `--output`."
+                f"An output must be of one patient, one task and one set of texts. Got {str(args.output)!r} with "
+                f"another patient, another task or other texts of {name}; pass another `--output`."
             )
         if not known:
-            write(output, [{"part": "data", "name": name, "digest": digest, "num": len(items)}])
+            write(args.output, [{"part": "data", "name": name, "digest": digest, "num": len(items)}])
 
 
 def run_texts(
