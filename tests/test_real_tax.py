@@ -239,6 +239,8 @@ def test_the_table_by_hand(tax, tmp_path, capsys):
         answers = ["Sorry.", "Yes."] if turned else ["Yes.", "Yes."]
         rows.append({"part": "XSTest", "first": 0, **guide, "answers": [answers * 2], "is_safe": [True, False] * 2})
     rows += [row | {"doctor": tax.RIVAL} for row in rows if row.get("doctor") == tax.OURS and "first" in row]
+    wrong = {"first": 16, "logps": [[-2.0, -1.0] * 2], "num_tokens": [1] * 4}
+    others = [row | wrong for row in rows if row["part"] == "HH-RLHF"]
     (tmp_path / "tax.jsonl").write_text("\n".join(map(json.dumps, rows)))
     tax.report(tmp_path / "tax.jsonl")
     printed = capsys.readouterr().out.splitlines()
@@ -252,6 +254,12 @@ def test_the_table_by_hand(tax, tmp_path, capsys):
     assert ours[:3] == [tax.OURS, "1", "0.50"] and rival[:3] == [tax.RIVAL, "1", "0.50"]
     assert [x.split()[0] for x in ours[3:]] == ["-25.0", "+0.0", "+0.0", "+100.0", "+100.0"]
     assert versus[0] == "0.5" and {x.split()[0] for x in versus[1:]} == {"+0.0"}
+    # A piece that was measured again comes later in the file, but is paired with the same items
+    for lines in (rows + others, [row for row in others if row["doctor"] != tax.OURS] + rows + others[1:3]):
+        (tmp_path / "tax.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        tax.report(tmp_path / "tax.jsonl")
+        (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith(f"| {tax.OURS} |")]
+        assert line.split("|")[4].strip() == "-16.7 (-50.0 to +0.0)"
     tax.report(tmp_path / "nothing.jsonl")
     assert "Nothing has been measured." in capsys.readouterr().out
 

@@ -290,7 +290,7 @@ def change(name: str, values: torch.Tensor) -> str:
 def report(output: Path) -> None:
     """Print the tables of an output, in Markdown: the patient, what each doctor changes, and TFPO minus DPO."""
     rows, by_guide = read(output), {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row.get("first", -1)):  # the same items at the same places
         if "first" in row:
             by_guide.setdefault((row["doctor"], row["id"]), {}).setdefault(row["seed"], []).append(row)
     patient = next((seeds[None] for (name, _), seeds in by_guide.items() if name == "patient"), [])
