@@ -21,12 +21,14 @@ demo-real: export OMP_NUM_THREADS = 2
 demo-real: $(VENV)/.demo-real
 	$(RUN)python benchmarks/real/demo.py
 
-# Measure what the page on a real model reports; PAIRS is a file or dataset like HH-RLHF. It takes some hours on two
-# cores, and is resumed when it is called again
+# Measure what the pages on a real model report; PAIRS is a file or dataset like HH-RLHF. It takes some hours on two
+# cores, and is resumed when it is called again. LLMBAR, XSTEST and TEXT are further data of the alignment tax
 bench-real: $(VENV)/.demo-real
 	$(RUN)python benchmarks/real/bench.py --prompts "$(PAIRS)" --figure docs/images/real_model.svg
 	$(RUN)python benchmarks/real/lora.py --prompts "$(PAIRS)" --num_answers 32
 	$(RUN)python benchmarks/real/human.py --pairs "$(PAIRS)" --num-fold 96
+	$(RUN)python benchmarks/real/tax.py --pairs "$(PAIRS)" $(addprefix --doctor ,$(wildcard runs/real/doctor)) \
+		$(if $(LLMBAR),--llmbar "$(LLMBAR)") $(if $(XSTEST),--xstest "$(XSTEST)") $(if $(TEXT),--text "$(TEXT)")
 
 # The whole suite, two workers of one thread each
 test: $(VENV)/.test

@@ -257,8 +257,9 @@ def chosen(args: argparse.Namespace, bench: Bench, task: str, name: str) -> dict
 
 
 def write(output: Path, rows: list[dict]) -> None:
-    with output.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    """Append rows to an output, by one call of the system, so that a killed run leaves no part of a line."""
+    with output.open("ab", buffering=0) as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def draw(
     # B rows (unfinished completions), U distinct prompts, P tokens of the longest prompt, V words
     device = model.device
     eos = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id), device=device)
-    prompt_of_row, ids, mask = _distinct_prompts(prompts_ids, device)
+    prompt_of_row, ids, mask = distinct_prompts(prompts_ids, device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
 
     completions: list[list[int]] = [[] for _ in prompts_ids]
@@ -106,7 +106,7 @@ def draw(
     return completions
 
 
-def _distinct_prompts(
+def distinct_prompts(
     prompts_ids: Sequence[list[int]], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the prompt of each row (B,), and the U distinct prompts, padded on the left, with their mask (U, P)."""

@@ -82,10 +82,14 @@ class Reader:
     def _render(self, messages: list[dict]) -> list[int]:
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
-    @torch.inference_mode()
     def states(self, messages: list[dict], completions: Sequence[list[int]]) -> list[torch.Tensor]:
         """Return the last hidden states `(T_i + 1, H)` of each completion."""
-        prompt, cache = self._render(messages), None
+        return self.states_after(self._render(messages), completions)
+
+    @torch.inference_mode()
+    def states_after(self, prompt: list[int], completions: Sequence[list[int]]) -> list[torch.Tensor]:
+        """Return the same as [`states`], after a prompt of at least one token."""
+        cache = None
         pairs = enumerate(zip(prompt[:-1], self._last, strict=False))
         num_shared = next((i for i, (a, b) in pairs if a != b), min(len(prompt) - 1, len(self._last)))
         if num_shared:
