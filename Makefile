@@ -23,11 +23,12 @@ demo-real: $(VENV)/.demo-real
 
 # Measure what the pages on a real model report; PAIRS is a file or dataset like HH-RLHF. It takes some hours on two
 # cores, and is resumed when it is called again. LLMBAR, XSTEST and TEXT are further data of the alignment tax
+bench-real: DEMO_DOCTOR = $(wildcard $(or $(TRL_TFPO_CACHE),$(HOME)/.cache/trl-tfpo)/doctors/SmolLM2-135M-Instruct/cheerful)
 bench-real: $(VENV)/.demo-real
 	$(RUN)python benchmarks/real/bench.py --prompts "$(PAIRS)" --figure docs/images/real_model.svg
 	$(RUN)python benchmarks/real/lora.py --prompts "$(PAIRS)" --num_answers 32
 	$(RUN)python benchmarks/real/human.py --pairs "$(PAIRS)" --num-fold 96
-	$(RUN)python benchmarks/real/tax.py --pairs "$(PAIRS)" $(addprefix --doctor ,$(wildcard runs/real/doctor)) \
+	$(RUN)python benchmarks/real/tax.py --pairs "$(PAIRS)" $(addprefix --doctor ,$(DEMO_DOCTOR)) \
 		$(if $(LLMBAR),--llmbar "$(LLMBAR)") $(if $(XSTEST),--xstest "$(XSTEST)") $(if $(TEXT),--text "$(TEXT)")
 
 # The whole suite, two workers of one thread each

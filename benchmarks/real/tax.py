@@ -5,7 +5,7 @@ Alignment tax: what guidance by a doctor changes elsewhere, at several distances
 
 ```bash
 python benchmarks/real/tax.py --pairs hh-rlhf/harmless-base-test.jsonl.gz --llmbar Dataset/LLMBar \
-    --xstest xstest_prompts.csv --text wiki.test.raw --doctor runs/real/doctor
+    --xstest xstest_prompts.csv --text wiki.test.raw --doctor ~/.cache/trl-tfpo/doctors/SmolLM2-135M-Instruct/cheerful
 python benchmarks/real/tax.py --report
 python benchmarks/real/tax.py --quick --model FOLDER --pairs FILE
 ```
