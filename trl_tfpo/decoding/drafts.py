@@ -3,8 +3,8 @@
 """
 Drafters: the doctors, another model, or the text itself.
 
-A drafter proposes the next token, and states its *kind*: the level of its confidence. The rate of acceptance is
-measured for each kind.
+A drafter proposes the next token, and states the *kind* of the proposal: a level of confidence. The rate of acceptance
+is measured for each kind.
 
 Shapes: one row, L tokens so far, V vocabulary.
 """
@@ -169,7 +169,7 @@ class PromptLookup(Drafter):
         next_tokens (`dict[tuple[int, ...], int]`):
             The token that followed each sequence of tokens when it was last seen. Extended in place.
         max_ngram_size (`int`, *optional*, defaults to 3):
-            Length of the longest sequence that is looked up. If it is not found, shorter ones are.
+            Length of the longest sequence that is looked up. If it is not found, shorter sequences are looked up.
     """
 
     reads_doctors = False
@@ -211,7 +211,11 @@ def share_of(model: LanguageModel, patient: PreTrainedModel) -> float:
 
 
 def without_adapter(guide: DoctorGuidedLogitsProcessor, patient: PreTrainedModel) -> Doctor | None:
-    """The language model under a doctor that is an adapter, if it is not the patient itself."""
+    """
+    Return the model under the first doctor of guided flow that is an adapter on a model other than the patient.
+
+    Doctors with prompts of their own do not count. Without such a doctor, return `None`.
+    """
     for doctor in guide.doctors:
         if doctor.exponents and doctor.adapters and doctor.prompt is None and not doctor.is_on(patient):
             return Doctor(doctor.model, adapter=NO_ADAPTER)

@@ -27,7 +27,7 @@ def default_beta(trained_exponents: Mapping[str, float], num_language_models: in
 
 def check_exponent(name: str, value: Exponent) -> Exponent:
     """
-    Return an exponent. A schedule is wrapped, and checks each number that it returns.
+    Return an exponent. A schedule is wrapped in a function that checks each number of the schedule.
 
     Raises:
         `ValueError`: when the exponent is not a finite number, a tensor (B,) of finite numbers, or a schedule. The

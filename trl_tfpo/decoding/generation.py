@@ -42,7 +42,7 @@ def guided_generate(
     """
     Generate from the guided policy.
 
-    This is `patient.generate(..., logits_processor=[guide])`, with three differences. The guide receives the mask of
+    This is `patient.generate(..., logits_processor=[guide])`, with these differences. The guide receives the mask of
     the prompts. Doctors that are adapters on the patient do not change its logits. In greedy search and sampling they
     share its forward pass. Arguments that would disable the guide raise an error.
 
@@ -300,13 +300,13 @@ def _check_arguments(
 
 
 def _setting(patient: PreTrainedModel, kwargs: dict, name: str) -> Any:
-    """Look up a setting as `generate` does: in the arguments, their config, and the config of the patient."""
+    """Look up a setting as `generate` does: in the arguments, in `generation_config`, and in that of the patient."""
     given = [kwargs.get(name), getattr(kwargs.get("generation_config"), name, None)]
     return next((value for value in given if value is not None), getattr(patient.generation_config, name, None))
 
 
 def _use_caches_of(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor, kwargs: dict) -> None:
-    """Give the doctors static caches and compiled steps where the patient has them."""
+    """Give the doctors static caches and compiled steps if the settings of patient or guide request them."""
     names = ("cache_implementation", "compile_config", "disable_compile")
     implementation, compile_config, disable_compile = (_setting(patient, kwargs, name) for name in names)
     if implementation != "static":
@@ -322,7 +322,11 @@ def _appends_tokens(patient: PreTrainedModel, kwargs: dict) -> bool:
 
 
 def _can_repeat_rows(patient: PreTrainedModel, kwargs: dict) -> bool:
-    """Whether the forward pass may have rows for the doctors: one row per prompt, and no cache or output by row."""
+    """
+    Whether rows for the doctors may be added to the forward pass.
+
+    There must be one row per prompt, and no setting whose cache or outputs would contain the added rows.
+    """
     if not _appends_tokens(patient, kwargs) or _setting(patient, kwargs, "num_return_sequences") not in (None, 1):
         return False
     others = ("guidance_scale", "past_key_values", "cache_implementation", "output_hidden_states", "output_attentions")

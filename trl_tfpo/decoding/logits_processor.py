@@ -95,15 +95,16 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         num_references (`int`): number of references in `doctors`.
         memories (`list` of [`DoctorMemory`]): KV cache of each of `doctors`.
         num_calls (`int`): number of calls by `generate`.
-        strengths ([`~trl_tfpo.models.strengths.StrengthTable`], *optional*): the table of `kl`.
+        strengths ([`~trl_tfpo.models.strengths.StrengthTable`], *optional*): table by which `from_pretrained`
+            chose `beta` for its argument `kl`.
 
     Raises:
         `ValueError`: at construction, on a wrong number of exponents or references, exponents that are not finite, a
-            mixture with a negative `alpha`, thresholds out of range, doctors that [`Doctor`] refuses, a `reference` of
-            a doctor of guided flow, a missing `alpha` if such a doctor has no record of its exponents, different
-            tokenizers, a mask that is not left-padded, and an unknown `cache_implementation`. At a call, on prompts
-            that do not match the mask, `inputs_embeds` without ids, too many tokens for a doctor, ids unknown to a
-            doctor, and NaN.
+            mixture with a negative `alpha`, thresholds out of range, doctors that [`Doctor`] refuses, a language model
+            as `reference` of a doctor of guided flow, a doctor as its own `reference`, a missing `alpha` if a doctor
+            of guided flow has no record of its exponents, different tokenizers, a mask that is not left-padded, and
+            an unknown `cache_implementation`. At a call, on prompts that do not match the mask, `inputs_embeds`
+            without ids, too many tokens for a doctor, ids unknown to a doctor, and NaN.
 
     Examples:
 

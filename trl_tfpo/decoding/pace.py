@@ -35,7 +35,7 @@ NUM_ROUNDS_FRESH = 32  # number of rounds with drafts after which a plain one is
 
 class Costs:
     """
-    Seconds that the parts of a round take: medians of measurements, and guesses where there are none.
+    Seconds that the parts of a round take: medians of measurements, and estimates where there are none.
 
     Args:
         clock (callable):

@@ -293,7 +293,7 @@ def _drafting(
 
 def _clock_of(device: torch.device) -> tuple[Callable[[], float], bool]:
     """A clock that waits for the device, and whether it can be read without a delay."""
-    if device.type == "cpu":  # with one thread its own time, which excludes that of other processes
+    if device.type == "cpu":  # with one thread: the CPU time of this thread, unaffected by other processes
         return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter, True
     synchronize = torch.get_device_module(device).synchronize
 

@@ -97,7 +97,7 @@ class TraceRecorder:
         Adopt `ids` (B, L) if they are the recorded text, a prefix of it, or either with one more token.
 
         A prefix that ends before the last step has rejected tokens after it. Only assisted decoding rejects tokens, in
-        one row. More rows may have been reordered.
+        one row. With several rows, the rows may have been reordered instead, so such ids are not adopted.
         """
         if self._tokens is None or len(ids) != len(self._tokens):
             return False
