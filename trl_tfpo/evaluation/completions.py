@@ -101,7 +101,7 @@ def generate_completions(
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             Its tokenizer.
         prompts (sequence of `str`, `list[dict]` or `list[int]`):
-            Texts, conversations for the chat template, or token ids, which become the text that they stand for.
+            Texts, conversations for the chat template, or token ids. `Completion.prompt` of token ids is their text.
         guide ([`DoctorGuidedLogitsProcessor`], *optional*):
             The guidance. `None` is the patient alone.
         num_samples_per_prompt (`int`, *optional*, defaults to `1`):

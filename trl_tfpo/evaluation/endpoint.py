@@ -77,9 +77,10 @@ def endpoint_completions(
         `ConnectionError`: if the endpoint does not answer.
     """
     if isinstance(prompts, str) or len(prompts) == 0 or not 0 <= temperature < math.inf:
+        given = "a text" if isinstance(prompts, str) else f"{len(prompts)} prompts"
         raise ValueError(
             "There must be a sequence of at least one prompt, and a temperature of at least 0. Got "
-            f"{len(prompts)} prompts and {temperature}; pass a list, and 1 for samples of the policy itself."
+            f"{given} and {temperature}; pass a list, and 1 for samples of the policy itself."
         )
     check_counts(num_samples_per_prompt=num_samples_per_prompt, max_new_tokens=max_new_tokens)
     rows = [(x, tokenize_prompt(x, processing_class)) for x in prompts for _ in range(num_samples_per_prompt)]

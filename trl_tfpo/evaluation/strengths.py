@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Measurement of the KL that a doctor moves at several strengths."""
+"""Measurement of the KL from the patient at several strengths of a doctor."""
 
 from collections.abc import Sequence
 
@@ -39,8 +39,9 @@ def measure_strengths(
     """
     Measure the KL from the patient at several exponents of a doctor. No reward is needed.
 
-    At each exponent the guided patient generates, with the same seed: importance weights of patient samples would be
-    unreliable at large KL. The exponent of the patient is the default of [`DoctorGuidedLogitsProcessor`].
+    At each exponent the guided patient generates completions, always with the same seed. Importance weights of patient
+    samples would be unreliable at large KL. The exponent of the patient is the default of
+    [`DoctorGuidedLogitsProcessor`].
 
     Args:
         patient ([`~transformers.PreTrainedModel`]):
