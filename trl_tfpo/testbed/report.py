@@ -148,7 +148,7 @@ class Comparison:
         return self._add_row(method, beta, texts, reward=reward, reward_se=error, kl=kl)
 
     def table(self) -> str:
-        """Format the rows as a Markdown table, with standard errors."""
+        """Format the rows as a Markdown table, with the standard error of the reward."""
         lines = ["| " + " | ".join(COLUMNS.values()) + " |", "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
         for row in self.rows:
             cells = [row["method"]]
