@@ -112,7 +112,7 @@ TEMPLATES = [
 UNSUPPORTED = [
     ("unknown field", chat(wieghts={}), 400, "wieghts"),
     ("unknown field of a text", text(messages=[]), 400, "messages"),
-    ("tools", chat(tools=[{"type": "function"}]), 400, "other values are not supported, leave it out"),
+    ("tools", chat(tools=[{"type": "function"}]), 400, "other values are not supported, so leave it out"),
     ("a tool that must be used", chat(tool_choice="required"), 400, "tool_choice"),
     (
         "an answer in JSON",

@@ -44,5 +44,5 @@ def handle_errors(app: FastAPI) -> None:
         first = error.errors()[0]
         location = [str(part) for part in first["loc"] if part != "body"]
         message = f"{'.'.join(location) or 'The body'}: {first['msg'].removeprefix('Value error, ')}"
-        remedy = "; other values are not supported, leave it out" if NOT_SUPPORTED & set(location) else ""
+        remedy = "; other values are not supported, so leave it out" if NOT_SUPPORTED & set(location) else ""
         return ApiError(400, message + remedy).response

@@ -94,8 +94,8 @@ class Generation:
             Divisor of positive logits of the patient, and factor of negative ones, for tokens of prompt and
             completion.
         presence_penalty, frequency_penalty (`float`, *optional*, defaults to `0.0`):
-            Nats subtracted from the patient's logits for tokens of the completion: once per token, and once per
-            occurrence.
+            Nats subtracted from the patient's logits for tokens of the completion: `presence_penalty` once for each
+            distinct token, `frequency_penalty` for each of its occurrences.
         logit_bias (`Mapping[int, float]`, *optional*):
             Nats added to the patient's logits, by token id. -100 or less rules a token out.
         stop (`Sequence[str]`, *optional*):
