@@ -98,7 +98,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def choose_models(args: DemoArguments) -> None:
-    """Without a patient, take that in the cache with its doctors, if any. Print what is shown, and the alternative."""
+    """Without `--patient`, use the cached model and its doctors, if any. Print what is shown, and the alternative."""
     if args.patient is not None:
         return
     cache = default_cache()

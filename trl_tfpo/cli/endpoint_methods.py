@@ -45,7 +45,7 @@ class EndpointArguments:
 
 
 def check_endpoint(args: EndpointArguments, *, has_completions: bool) -> None:
-    """Raise `ValueError` unless there are completions, and the options of an endpoint are complete."""
+    """Raise `ValueError` if there are neither completions nor an endpoint, or its options are incomplete."""
     if args.base_url is None:
         given = [name for name in ("model", "patient", "method", "dataset_name") if getattr(args, name)]
         if given:
@@ -107,7 +107,7 @@ def sample_methods(
 
 
 def read_exponents(given: Sequence[str]) -> dict[str, tuple[dict[str, float], float | None]]:
-    """Read the exponents of doctors and patient of each method, from NAME or NAME=DOCTOR:WEIGHT,... each."""
+    """Read methods, each NAME or NAME=DOCTOR:WEIGHT,...: the exponents of doctors and patient, by method."""
     from .serve import read_aliases
 
     methods: dict[str, tuple[dict[str, float], float | None]] = {}

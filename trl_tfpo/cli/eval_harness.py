@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager
 
-Exponents = tuple[Mapping[str, float] | None, float | None]  # weights of doctors, `None` for those of training; alpha
+Exponents = tuple[Mapping[str, float] | None, float | None]  # weights of doctors, `None` for the defaults; alpha
 
 
 @dataclass
@@ -164,7 +164,8 @@ def find_tasks(args: HarnessArguments) -> "tuple[list[str], TaskManager]":
     """
     Return the names of the tasks, and the task manager of the harness.
 
-    If the folders of the user have all tasks, the manager knows only these: reading all tasks of the harness is slow.
+    If the user's folders contain all requested tasks, the manager reads only these folders, because reading all tasks
+    of the harness is slow.
     """
     from lm_eval.tasks import TaskManager
 

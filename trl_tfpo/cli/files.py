@@ -100,7 +100,7 @@ def write_dataset(dataset: Dataset, path: str | os.PathLike) -> None:
 
 
 def push_dataset(dataset: Dataset, name: str) -> None:
-    """Push a dataset to the Hub. An annotated dataset gets its card."""
+    """Push a dataset to the Hub. The card of an annotated dataset describes the annotation."""
     dataset.push_to_hub(name)
     if annotation_settings(dataset):
         card = annotation_card(dataset)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Entry point for Inspect. It loads all entry points for many of its commands, so this one must import little."""
+"""Entry point for Inspect. Many commands of Inspect load all entry points, so this one must import little."""
 
 from inspect_ai.model import ModelAPI, modelapi
 

@@ -61,7 +61,7 @@ class GuidedModelAPI(ModelAPI):
         in_4bit, trust_remote_code (`bool`, *optional*, default to `False`):
             Whether to load the patient in 4 bits, and whether to run code of model repositories.
         max_rows (`int`, *optional*, defaults to `32`):
-            Maximum number of completions in the batch. It is `max_connections` if Inspect does not adapt this number.
+            Maximum number of completions in the batch, and default of Inspect's `max_connections`.
         **unknown:
             Refused.
 
@@ -166,11 +166,11 @@ class GuidedModelAPI(ModelAPI):
         return found
 
     def max_connections(self) -> int:
-        """Number of concurrent requests if Inspect neither adapts it nor is given one."""
+        """Return the number of concurrent requests, unless Inspect adapts it or the user sets it."""
         return self.max_rows
 
     def max_tokens(self) -> int:
-        """Default length of answers, that of the server."""
+        """Return the default maximum length of answers, the same as in the server."""
         return Limits().max_new_tokens
 
     async def aclose(self) -> None:

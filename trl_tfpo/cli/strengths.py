@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""`trl-tfpo strengths`: measure or show the KL that a doctor moves at each strength."""
+"""`trl-tfpo strengths`: measure or show the KL from the patient at each strength of a doctor."""
 
 import json
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class StrengthsArguments:
     """Options of `trl-tfpo strengths`."""
 
-    doctor: str = field(metadata={"help": "Doctor: a folder, or to show its table a Hub name."})
+    doctor: str = field(metadata={"help": "Doctor: a folder. To show a saved table, a Hub name is also possible."})
     patient: str | None = field(
         default=None,
         metadata=options.PATIENT | {"help": "Patient to measure with. Without it, the saved table is shown."},
