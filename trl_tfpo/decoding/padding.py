@@ -88,7 +88,7 @@ class Prompts:
 
 
 def check_left_padded(attention_mask: torch.Tensor) -> None:
-    """Raise `ValueError` unless all zeros of each row of the mask come before its ones."""
+    """Raise `ValueError` unless each row of the mask ends in a one, and its zeros come before its ones."""
     shape = tuple(getattr(attention_mask, "shape", ()))
     if len(shape) != 2 or 0 in shape:
         raise ValueError(
@@ -98,8 +98,8 @@ def check_left_padded(attention_mask: torch.Tensor) -> None:
         )
     if not (attention_mask[:, -1].all() and (attention_mask.int().diff(dim=1) >= 0).all()):
         raise ValueError(
-            "`attention_mask` must be left-padded, zeros before ones in every row. Got a zero after a one; set "
-            "`padding_side='left'` on the tokenizer of the prompts."
+            "`attention_mask` must be left-padded, zeros before ones in every row. Got a zero after a one, or "
+            "only zeros; set `padding_side='left'` on the tokenizer of the prompts, and leave out empty prompts."
         )
 
 
