@@ -108,7 +108,7 @@ def reward_kl_frontier(rewards: torch.Tensor) -> Frontier:
 
     The standard error is that of the dual form of the frontier, $\min_\lambda (\mathrm{KL} + \overline{\log Z}) /
     \lambda$. At the minimum it depends only on the noise of $\log Z_x$, which has variance $1 / N_{\text{eff}} - 1 /
-    N$. It accounts for the sampling of texts, but not of prompts.
+    N$. The standard error accounts for the sampling of texts, but not of prompts.
 
     Args:
         rewards (`torch.Tensor` of shape `(P, N)`):

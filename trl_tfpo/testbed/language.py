@@ -342,7 +342,11 @@ def _random_rules(
     """Draw rules for slots with an attribute (`colored`) and without one (`plain`)."""
 
     def clause(color: str) -> str:
-        """Draw a clause of three to seven words. One or two have an attribute, the others are fixed or plain slots."""
+        """
+        Draw a clause of three to seven words.
+
+        One or two of them are slots with an attribute. The others are fixed words, or slots without an attribute.
+        """
         others = [f"{{{rng.choice(plain)}}}" if rng.random() < 0.6 else draw.word() for _ in range(rng.randint(2, 5))]
         colors = [f"{{{color}}}"] + [f"{{{rng.choice(list(colored))}}}"] * (rng.random() < 0.4)
         mixed = others[1:] + colors
