@@ -57,7 +57,7 @@ class Answer:
         self.head: Json = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self.echoes = echoes or []
         self.echoes_first = bool(echoes) and not with_logps  # otherwise the prompt comes with its scores
-        # The last token of each choice decides whether the text of the next one begins with a space
+        # The last token of each choice decides whether the text of its next token begins with a space
         self.last = [None if is_chat or (echoes and with_logps) else ids[-1] for ids in prompts]
 
     @property
