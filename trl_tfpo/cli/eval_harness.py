@@ -145,8 +145,8 @@ def check_arguments(args: HarnessArguments) -> dict[str, Exponents]:
     if args.method or not args.doctor:
         if args.beta or args.alpha is not None:
             raise ValueError(
-                "`--alpha` and `--beta` are for `--doctor` without `--method`. Got them otherwise; write exponents as "
-                "`--method mild=helpful:0.2,alpha:1`"
+                "`--alpha` and `--beta` are for `--doctor` without `--method`. Got them with `--method` or without "
+                "`--doctor`; write exponents as `--method mild=helpful:0.2,alpha:1`"
             )
     elif args.beta and len(args.beta) != len(args.doctor):
         raise ValueError(

@@ -4,7 +4,7 @@
 A model provider for [Inspect](https://inspect.aisi.org.uk): `inspect eval TASK --model trl-tfpo/PATIENT`.
 
 Inspect finds the provider by the entry point in `inspect_entry.py`. Requests go through Inspect's client for OpenAI's
-interface to the app of an [`Engine`] in the same process. Samples of an eval are therefore rows of one batch.
+API to the app of an [`Engine`] in the same process. Samples of an eval are therefore rows of one batch.
 """
 
 import asyncio
@@ -52,8 +52,8 @@ class GuidedModelAPI(ModelAPI):
         doctor (`str` or sequence of `str`, *optional*):
             Doctors, each `NAME=FOLDER`.
         weights (`str`, sequence of `str`, or mapping from `str` to `float`, *optional*):
-            Exponents of doctors, such as `"helpful:0.5,harmless:0.2"`. Other doctors have the exponents of their
-            training. `weights` in the `extra_body` of a request replace these by name.
+            Exponents of doctors, such as `"helpful:0.5,harmless:0.2"`. Other doctors have the default
+            exponents of [`Engine`]. `weights` in the `extra_body` of a request replace these by name.
         alpha (`float`, *optional*):
             Exponent of the patient, see [`Engine.exponents`]. `alpha` in `extra_body` replaces it.
         dtype (`str`, *optional*, defaults to `"auto"`):
@@ -124,7 +124,7 @@ class GuidedModelAPI(ModelAPI):
             app = make_app(self.engine, model_name=served_name)
             self.client = get_model(
                 f"openai-api/trl-tfpo/{served_name}",
-                base_url="http://trl-tfpo/v1",  # not resolved, the transport calls the app
+                base_url="http://trl-tfpo/v1",  # not resolved, because the transport calls the app
                 api_key="none",
                 http_client=httpx2.AsyncClient(transport=httpx2.ASGITransport(app=app), timeout=None),
                 max_retries=0,  # a failure in this process would repeat itself
