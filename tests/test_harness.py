@@ -98,7 +98,7 @@ def metric(name, aggregation="mean", higher_is_better=True):
 @pytest.fixture(scope="module")
 def completions_url(engine):
     """A server with the policies as models."""
-    with serving(make_app(engine, model_name="world", api_key=KEY, aliases=POLICIES)) as url:
+    with serving(make_app(engine, model_name="world", api_key=KEY, aliases=POLICIES), lifespan="off") as url:
         yield f"{url}/v1"
 
 
