@@ -12,7 +12,7 @@ Each rest attends to the beginning and to itself. Its positions continue those o
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -143,10 +143,10 @@ def reads_pairs(model: LanguageModel) -> bool:
 
     Attention must take a mask for each pair of tokens. See [`reads_like_alone`] for further conditions.
     """
-    return unwrap_peft(model).config._attn_implementation in MASKED and reads_like_alone(model, _states_in_pair)
+    return reads_like_alone(model, _states_in_pair, attention=MASKED)
 
 
-def reads_like_alone(model: LanguageModel, read: Read) -> bool:
+def reads_like_alone(model: LanguageModel, read: Read, *, attention: Collection[str]) -> bool:
     """
     Whether `read` gives two texts the hidden states that each text has alone.
 
@@ -159,10 +159,14 @@ def reads_like_alone(model: LanguageModel, read: Read) -> bool:
         read (`Callable`):
             Function of the model without adapters, `input_ids` (2, L) and `attention_mask` (2, L) of two texts that
             are padded on the right. It returns hidden states of shape (2, L, H).
+        attention (collection of `str`):
+            Implementations of attention that `read` supports. With others the answer is False.
     """
-    if is_sharded(model):
+    if is_sharded(model):  # first, because DeepSpeed's engine has another `config`
         return False
     base = unwrap_peft(model)
+    if base.config._attn_implementation not in attention:
+        return False
     found = _READS.setdefault(base, {})
     way = (read, base.config._attn_implementation, base.dtype)
     if way not in found:

@@ -164,13 +164,13 @@ def reads_trees(model: LanguageModel) -> bool:
     Only on a CPU: there, a call of the attention for each branch costs less than masked pairs of tokens. The answer is
     cached.
     """
-    base = unwrap_peft(model)
-    is_plain = base.config._attn_implementation == "sdpa" and base.config.get_text_config() is base.config
-    return is_plain and device_of(base).type == "cpu" and reads_like_alone(model, _states_in_tree)
+    return reads_like_alone(model, _states_in_tree, attention=["sdpa"])
 
 
 def _states_in_tree(base: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """Hidden states (2, L, H) of two texts that are padded on the right, read as a tree."""
+    if input_ids.device.type != "cpu" or base.config.get_text_config() is not base.config:
+        raise ValueError(f"Trees are for text models on a CPU. Got {type(base).__name__} on {input_ids.device}.")
     texts = [row[mask].tolist() for row, mask in zip(input_ids, attention_mask.bool(), strict=True)]
     order = sorted(range(len(texts)), key=texts.__getitem__)
     tree = token_tree([texts[index] for index in order])
