@@ -87,14 +87,17 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing packages into $(VENV), which takes some minutes"
 	$(RUN)python -m pip install --quiet --constraint constraints.txt --editable ".[plot]"
 	touch $@
 
 $(VENV)/.demo-real: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing packages into $(VENV), which takes some minutes"
 	$(RUN)python -m pip install --quiet --constraint constraints.txt --editable ".[demo,peft,real]"
 	touch $@
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing packages into $(VENV), which takes some minutes"
 	$(RUN)python -m pip install --quiet --constraint constraints.txt --editable ".[test,quality]"
 	touch $@
 

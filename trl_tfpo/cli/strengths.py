@@ -82,7 +82,10 @@ def run(arguments: Sequence[str]) -> int:
 
         saved = load_strengths(args.doctor)
         if saved is None:
-            raise ValueError(f"{args.doctor!r} has no table of strengths. Pass `--patient` and prompts to measure it")
+            raise ValueError(
+                f"{args.doctor!r} has no table of strengths. To measure it, pass `--patient`, and `--dataset_name` or "
+                "`--prompt`"
+            )
         table = saved
     if args.kl is not None:
         print(f"{table.beta_at(args.kl):.4g}")

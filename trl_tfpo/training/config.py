@@ -197,6 +197,8 @@ class TFPOConfig(_BaseConfig):
             self.ddp_backend = self.ddp_backend or "gloo"
             self.use_cpu = "ACCELERATE_USE_DEEPSPEED" not in os.environ  # DeepSpeed detects the CPU itself
         super().__post_init__()
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # without an accelerator, torch ignores it with a warning
 
 
 def output_folder(args: TrainingArguments) -> Path:
