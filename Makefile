@@ -35,7 +35,7 @@ bench-real: $(VENV)/.demo-real
 test: $(VENV)/.test
 	$(RUN)python -m pytest -n 2 --dist worksteal
 
-# The tests that are not marked `slow`, in less than two minutes
+# The tests that are not marked `slow`, in about two minutes on two cores
 test-fast: $(VENV)/.test
 	$(RUN)python -m pytest -n 2 --dist worksteal -m "not slow"
 

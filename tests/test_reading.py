@@ -41,7 +41,7 @@ def whole_logps(model, ids):
     return model(input_ids=ids, use_cache=False).logits[:, -1].float().log_softmax(dim=-1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_what_a_doctor_cannot_do_is_found_out(name, dtype):
     """Else a hybrid would guide by half of what it read; or a good model would be refused for its rounding."""

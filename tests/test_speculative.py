@@ -51,7 +51,9 @@ def patient():
     return llama(0)
 
 
-@pytest.mark.parametrize("num_draft_tokens", [0, 1, 3, 8, "auto"])
+@pytest.mark.parametrize(
+    "num_draft_tokens", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 8)), 3, "auto"]
+)
 @pytest.mark.parametrize(
     "doctors, weights",
     [
