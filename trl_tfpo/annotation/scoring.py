@@ -144,7 +144,7 @@ def _packed(rows: list[list[int]], lengths: list[int], max_tokens: int) -> list[
     """
     Combine the rows, in their order, to one row for each forward pass.
 
-    It has at most `max_tokens` tokens, and at most [`MAX_PACKED`] unless there is one row.
+    A combined row has at most `max_tokens` tokens, and at most [`MAX_PACKED`] unless it is a single one of the rows.
     """
     max_tokens = min(max_tokens, MAX_PACKED)
     passes: list[list[list[int]]] = []

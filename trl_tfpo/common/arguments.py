@@ -57,8 +57,8 @@ REPLACEMENTS = {  # for arguments of TRL's trainers and configs, and of transfor
     "patient_model": TRAINER_ARGUMENT,
     "peft_config": TRAINER_ARGUMENT,
     "precompute_ref_batch_size": "`scoring_batch_size`",
-    "precompute_ref_log_probs": "they are always precomputed with `policy='doctor'` (unless `reference_weight=0`), "
-    "and never with other policies",
+    "precompute_ref_log_probs": "reference log-probabilities are always precomputed with `policy='doctor'` (unless "
+    "`reference_weight=0`), and never with other policies",
     "preprocess_logits_for_metrics": "logits are not kept; `evaluate` and `predict` return metrics",
     "ref_adapter_name": REFERENCE,
     "ref_model": REFERENCE,
@@ -66,7 +66,7 @@ REPLACEMENTS = {  # for arguments of TRL's trainers and configs, and of transfor
     "reference_free": "`reference_weight=0`",
     "reward_fn": TRAINER_ARGUMENT,
     "reward_funcs": "rewards come from the two faces; `TFPOTrainer(reward_fn=...)` takes another rule",
-    "sync_ref_model": REFERENCE + ". It does not change in training",
+    "sync_ref_model": REFERENCE + ". The reference does not change in training",
     "tokenizer": "`processing_class`",
     "truncation_mode": TRUNCATION,
     "use_vllm": GENERATION,

@@ -33,8 +33,8 @@ class DoctorOutput(ModelOutput):
 
     Args:
         doctor_logps (`torch.Tensor` of shape `(B, T)`):
-            Log-probability of each completion token in nats, float32; zero outside the mask. The policy is base policy
-            times doctor if `base_logits` were given, otherwise the doctor.
+            Log-probability of each completion token in nats, float32; zero outside the mask. The policy is the
+            base policy times the doctor if `base_logits` were given, otherwise the doctor.
         log_values (`torch.Tensor` of shape `(B, S)`):
             Output of the value head at each state: log V in nats, float32. Arbitrary outside the mask.
         completion_ids (`torch.Tensor` of shape `(B, T)`):

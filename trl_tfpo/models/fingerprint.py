@@ -46,8 +46,8 @@ def patient_fingerprint(model: LanguageModel) -> str:
     """
     Hash names, shapes and 64 weights of each parameter of a language model, without its adapters.
 
-    It does not depend on the machine, nor on whether the weights are float32 or bfloat16. Quantized weights have
-    another fingerprint. It reads little of a large model, so weights that differ in few places may not be noticed.
+    The hash does not depend on the machine, nor on whether the weights are float32 or bfloat16. Quantized weights have
+    another hash. Only a small part of a large model is read, so a difference in few weights may not be noticed.
 
     Returns:
         `str`: 64 hexadecimal digits, or "" for a sharded model.

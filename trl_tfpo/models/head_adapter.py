@@ -3,7 +3,7 @@
 r"""
 LoRA on the language model head that holds token credits, for doctors with an adapter and `policy="doctor"`.
 
-$$\log \pi(y \mid s) \propto (W h_s)_y + c_y \, a^\top h_s, \qquad a^\top h_s \approx 1$$
+$$\log \pi(y \mid s) = \log \operatorname{softmax}\big( W h_s + c \, a^\top h_s \big)_y, \qquad a^\top h_s \approx 1$$
 
 $c$ are the token credits, and $c \, a^\top$ is a LoRA of rank 1 on the head $W$. It has V + H weights; a separate head
 would have V x H. It is part of an ordinary adapter that `PeftModel` loads. Training changes only the adapters of the

@@ -154,7 +154,8 @@ def resolve_model(
     name.
 
     Raises:
-        `ValueError`: if the argument is neither, or if a loaded model comes with a quantization config.
+        `ValueError`: if `model` is neither a model nor its name or path, or if a loaded model comes with a
+            quantization config.
     """
     if not isinstance(model, (str, torch.nn.Module, NamedModel)):
         raise ValueError(

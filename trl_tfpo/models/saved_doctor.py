@@ -116,7 +116,8 @@ def save_value_head(state: dict[str, torch.Tensor], folder: str | os.PathLike) -
 
 def fold_map(model: LanguageModel, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
-    Replace the weights of a [`~trl_tfpo.models.guidance_head.GuidanceHead`] by those of an ordinary head, in place.
+    Replace the parameters of a [`~trl_tfpo.models.guidance_head.GuidanceHead`] in `state_dict`, in place, by the
+    weights of an ordinary head. The model does not change.
 
     Returns:
         `dict[str, torch.Tensor]`: the map of the GuidanceHead, needed to resume training; empty for other heads.

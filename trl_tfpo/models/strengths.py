@@ -159,8 +159,8 @@ class StrengthTable:
         checked.add(self.patient_fingerprint)
         if patient_fingerprint(patient) != self.patient_fingerprint:
             warnings.warn(
-                "The KL that a doctor moves depends on the patient. Got other weights than those of "
-                f"{self.patient!r}, with which its strengths were measured, so the KL may differ from `kl`. Measure "
+                "The strengths of a doctor depend on the patient. Got other weights than those of "
+                f"{self.patient!r}, with which the strengths were measured, so the KL may differ from `kl`. Measure "
                 "them with this patient: `trl-tfpo strengths`.",
                 stacklevel=3,
             )

@@ -41,7 +41,7 @@ or, in one line, `patient.generate(**inputs, custom_generate="{doctor}", trust_r
 |---|---|
 | patient | {patient} |
 | hash of the tokenizer | {tokenizer} |
-| recommended weights | {weights} |
+| recommended exponents | {weights} |
 | positive face | {positive} |
 | negative face | {negative} |
 | placement of the faces | {placement} |
@@ -135,7 +135,7 @@ def complete_model_card(
         f"{', '.join(f'`{name}={value}`' for name, value in TRAINING_EXPONENTS.items())} (product); a smaller `beta` "
         "guides less"
         if POLICIES[args.policy].has_base
-        else "`beta=0.5`, `alpha=1 - beta` (mixture), with `beta` between 0.2 and 0.8"
+        else "`beta=0.5`, `alpha=1 - beta` (mixture); other values of `beta`: 0.2 to 0.8"
     )
     training = ", ".join(f"`{name}={getattr(args, name)}`" for name in TRAINING_SETTINGS)
     literal = json.dumps(annotation["patient"])  # escaped: the name comes from the dataset, and users run the code

@@ -84,7 +84,8 @@ class TrainingPlan:
         is_extrapolated (`bool`):
             Whether only a sample was tokenized.
         longest_row (`int`):
-            Tokens of the longest row in a training batch. `max_length` if only a sample was tokenized.
+            Tokens of the longest row in a training batch. If only a sample was tokenized: `max_length`, or without one
+            the longest row of the sample.
         annotation_tokens (`int`):
             Tokens that the patient reads in annotation, summed over processes, each prompt once under each face. The
             patient reads fewer if prompts begin alike. 0 for an annotated dataset.
