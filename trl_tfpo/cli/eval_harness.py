@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 Exponents = tuple[Mapping[str, float] | None, float | None]  # weights of doctors, `None` for the defaults; alpha
 
 
-@dataclass
-class HarnessArguments:
+@dataclass(kw_only=True)
+class HarnessArguments(options.GuideArguments):
     """Options of `trl-tfpo eval-harness`."""
 
     tasks: list[str] = field(
@@ -37,12 +37,6 @@ class HarnessArguments:
     include_path: list[str] = field(
         default_factory=list, metadata={"action": options.Repeated, "help": "Folders with more tasks."}
     )
-    patient: str | None = field(default=None, metadata=options.PATIENT)
-    dtype: str = field(default="auto", metadata=options.DTYPE)
-    patient_load_in_4bit: bool = field(default=False, metadata=options.IN_4BIT)
-    doctor: list[str] = field(default_factory=list, metadata=options.DOCTORS)
-    alpha: float | None = field(default=None, metadata=options.ALPHA)
-    beta: list[float] = field(default_factory=list, metadata=options.BETA)
     method: list[str] = field(
         default_factory=list,
         metadata={

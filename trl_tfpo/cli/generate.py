@@ -19,16 +19,10 @@ if TYPE_CHECKING:
     from ..faces import Prompt
 
 
-@dataclass
-class GenerateArguments:
+@dataclass(kw_only=True)
+class GenerateArguments(options.GuideArguments):
     """Options of `trl-tfpo generate`."""
 
-    patient: str | None = field(default=None, metadata=options.PATIENT)
-    dtype: str = field(default="auto", metadata=options.DTYPE)
-    patient_load_in_4bit: bool = field(default=False, metadata=options.IN_4BIT)
-    doctor: list[str] = field(default_factory=list, metadata=options.DOCTORS)
-    alpha: float | None = field(default=None, metadata=options.ALPHA)
-    beta: list[float] = field(default_factory=list, metadata=options.BETA)
     kl: float | None = field(default=None, metadata=options.KL)
     prompt: list[str] = field(
         default_factory=list,

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Metadata of options that several verbs share, for `transformers.HfArgumentParser`."""
+"""Options that several verbs share, and their metadata, for `transformers.HfArgumentParser`."""
 
 from argparse import Action, ArgumentParser, Namespace
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 
 class Repeated(Action):
@@ -55,6 +56,18 @@ BASE_URL = {"help": "URL of an OpenAI-compatible endpoint, ending in `/v1`. The 
 MODEL = {"help": "Name of the model at the endpoint. By default the value of `--patient`."}
 NUM_REQUESTS = {"help": "Requests in flight at the endpoint."}
 ENGINE_ARGS = {"help": "With the backend 'vllm': arguments of `vllm.LLM`, as JSON."}
+
+
+@dataclass(kw_only=True)
+class GuideArguments:
+    """Options for a patient and the doctors that guide it."""
+
+    patient: str | None = field(default=None, metadata=PATIENT)
+    dtype: str = field(default="auto", metadata=DTYPE)
+    patient_load_in_4bit: bool = field(default=False, metadata=IN_4BIT)
+    doctor: list[str] = field(default_factory=list, metadata=DOCTORS)
+    alpha: float | None = field(default=None, metadata=ALPHA)
+    beta: list[float] = field(default_factory=list, metadata=BETA)
 
 
 def check_kl(kl: float | None, doctors: Sequence[str]) -> None:
