@@ -61,7 +61,8 @@ def generate(
         The output of `model.generate`.
 
     Raises:
-        `ValueError`: without a doctor or a prompt, and on errors of [`guided_generate`].
+        `ValueError`: without a doctor or a prompt; if `kl` is out of range, or comes with exponents or with a doctor
+            without a table; on errors of [`load_doctor`], [`DoctorGuidedLogitsProcessor`] and [`guided_generate`].
     """
     doctor = doctor or _custom_generate_of_caller()
     if doctor is None:

@@ -42,7 +42,7 @@ MIN_PAIRS, MAX_PAIRS = 32, 10_000  # in a fit
 NUM_FOLDS = 5
 NUM_COMPONENTS = 256  # principal components of the embeddings of a pair
 USUAL_GAP_RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)  # in units of the mean variance of an entry of the embeddings
-PENALTIES = (10000.0, 3000.0, 1000.0, 300.0, 100.0, 30.0)  # ridges of the components, which have variance 1
+PENALTIES = (10000.0, 3000.0, 1000.0, 300.0, 100.0, 30.0)  # ridges of the components, whose mean square is 1
 SCALAR_PENALTY = 0.01  # ridge of the scalar terms, as a share of the ridge of the components
 SCALARS = ("usual gap", "sparse reward", "gap", "number of tokens")
 SPARSE = [SCALARS.index(name) for name in ("sparse reward", "number of tokens")]
@@ -61,7 +61,7 @@ class Calibration:
             Part of the reward that depends on the token alone, for each token of the vocabulary, in nats. The mean
             over the data is zero.
         usual (`torch.Tensor` of shape `(V,)`):
-            Usual gap: the gap that the embedding of the token predicts, in nats.
+            Usual gap: the gap that the embedding of the token predicts, minus the mean gap, in nats.
         weights (`dict[str, float]`):
             Weights of the usual gap, the sparse reward, the gap, and the number of tokens. The last is not part of the
             rewards.

@@ -87,8 +87,8 @@ def check_can_calibrate(dataset: Dataset | IterableDataset, model: LanguageModel
     """
     if is_sharded(model):
         raise ValueError(
-            "`calibrate_rewards` needs the whole embeddings of the doctor. Got a sharded doctor; load it yourself and "
-            "pass it as a model, or set `calibrate_rewards=False`."
+            "`calibrate_rewards` needs the whole embeddings of the doctor. Got a sharded doctor; pass its name "
+            "or path, load it before you create the `TFPOConfig`, or set `calibrate_rewards=False`."
         )
     if not isinstance(dataset, Dataset) or is_online:
         found = "a data collator that queries the patient batch by batch" if is_online else "a streamed dataset"

@@ -67,9 +67,10 @@ class TokenRewardCollator(DataCollatorMixin):
         - `reference_logps` (2P, T), in nats, if the examples have `chosen_ref_logps` and `rejected_ref_logps`.
 
     Raises:
-        `ValueError`: if the rewards of an example are missing, not finite, or not one for each token; if a prompt or
-            completion is empty, or a prompt has `max_length` or more tokens; if a patient is called in a worker
-            process, or has no faces.
+        `ValueError`: if there is neither a tokenizer nor a patient; if the rewards of an example are missing, not
+            finite, or not one for each token; if a prompt or completion is empty, a prompt has `max_length` or more
+            tokens, or a completion has no token of the assistant within `max_length`; if a patient has no faces or
+            another tokenizer, or is called in a worker process.
 
     Examples:
 

@@ -87,11 +87,13 @@ class TFPOConfig(_BaseConfig):
         sparsity_threshold (`float`, *optional*, defaults to `0.3`):
             Largest importance that gets reward 0, in [0, 1); theta in the paper.
         calibrate_rewards (`bool`, *optional*):
-            Whether to fit the token rewards to the labels, see `trl_tfpo.training.calibration`. The doctor then
-            starts at the token credits (an adapter of guided flow starts at zero), and the other settings of token
-            rewards have no effect. By default, rewards are calibrated if they then explain held-out labels better.
-            This default needs guided flow without an adapter or sharding, at least 128 pairs that are not streamed,
-            an evaluation dataset with gaps if there is one, and unchanged `reward_direction` and `reward_fn`.
+            Whether to fit the token rewards to the labels, see `trl_tfpo.training.calibration`. The other settings of
+            token rewards then have no effect, and the doctor starts at the token credits. Exceptions: in guided flow,
+            an adapter and a head with a bias, scale or cap start at zero; with `policy="doctor"`, only a new LoRA
+            starts at the credits. By default, rewards are calibrated if they then explain held-out labels better. This
+            default needs guided flow without an adapter or sharding, at least 128 pairs that are not streamed, an
+            evaluation dataset with gaps if there is one, and an annotation before training that records the default
+            `reward_direction` and `reward_fn`.
 
         > Parameters that control the objective
 

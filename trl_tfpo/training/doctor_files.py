@@ -58,7 +58,7 @@ class DoctorFiles(_BaseTrainer):
     ) -> StrengthTable:
         """
         Measure the KL from the patient at several exponents of the doctor. `save_model` saves the table with the
-        doctor, until training continues. Call it in all processes.
+        doctor, until training continues. Call this method in all processes.
 
         Args:
             patient_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
@@ -109,7 +109,7 @@ class DoctorFiles(_BaseTrainer):
 
     @property
     def strengths(self) -> StrengthTable | None:
-        """The table of [`measure_strengths`], unless the doctor was trained since."""
+        """The table of [`measure_strengths`], unless the doctor has been trained since then."""
         step, table = self._measured or (None, None)
         return table if step == self.state.global_step else None
 

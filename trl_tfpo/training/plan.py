@@ -87,11 +87,12 @@ class TrainingPlan:
             Tokens of the longest row in a training batch. If only a sample was tokenized: `max_length`, or without one
             the longest row of the sample.
         annotation_tokens (`int`):
-            Tokens that the patient reads in annotation, summed over processes, each prompt once under each face. The
-            patient reads fewer if prompts begin alike. 0 for an annotated dataset.
+            Tokens that the patient reads in annotation, summed over processes, each prompt once under each face (twice
+            for models with sliding windows). The patient reads fewer if prompts begin alike. 0 for an annotated
+            dataset.
         reference_tokens (`int`):
-            Tokens that the reference reads before training, summed over processes, each prompt once. It reads fewer
-            if prompts begin alike. 0 if it reads none.
+            Tokens that the reference reads before training, summed over processes, each prompt once (twice for
+            models with sliding windows). It reads fewer if prompts begin alike. 0 if it reads none.
         training_tokens (`int`):
             Tokens of the pairs in one epoch. Models read fewer if they read a prompt once for both completions.
         num_shards (`int`):

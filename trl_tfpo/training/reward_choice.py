@@ -58,7 +58,8 @@ def choose_rewards(
             or fewer than 32 pairs.
 
     Warns:
-        `UserWarning`: if the chosen rewards do not explain the labels.
+        `UserWarning`: if the rewards that are used do not explain the labels; if nothing is compared and the faces do
+            not separate chosen from rejected completions; for an adapter that cannot start at token credits.
     """
     if args.calibrate_rewards:
         check_can_calibrate(dataset, model, is_online=is_online)

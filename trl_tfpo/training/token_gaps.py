@@ -144,7 +144,7 @@ def predict_gaps(
     gaps = tokens.gaps - tokens.gaps.mean()
 
     def moments(selected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Second moments (H, H) of the embeddings of selected tokens, and their product (H,) with the gaps."""
+        """Second moments (H, H) of embeddings of selected tokens, and the product (H,) of embeddings and gaps."""
         count = torch.bincount(rows[selected], minlength=len(centered)).float()
         total = torch.zeros(len(centered)).index_add_(0, rows[selected], gaps[selected])
         present = centered[count > 0]

@@ -120,6 +120,7 @@ class TFPOTrainer(DoctorFiles):
 
     Raises:
         `ValueError`: if doctor, patient, tokenizer, datasets and settings are not compatible.
+        `TypeError`: if an argument does not exist. For arguments of other TRL trainers, it names the replacement.
 
     Examples:
 
@@ -362,7 +363,7 @@ class TFPOTrainer(DoctorFiles):
         # With DeepSpeed in half precision, the parent class would also cast token rewards
         return {name: tensor.to(self.args.device) for name, tensor in inputs.items()}
 
-    # Loss
+    # Training
 
     def train(
         self,
