@@ -13,9 +13,9 @@ With a base policy (guided flow),
 
 $$\log \pi(y \mid s) = \log \operatorname{softmax}\big( \log \pi_{\text{base}} + \log \pi_{\text{doctor}} \big),$$
 
-and $\pi_{\text{base}}$ is the reference. The language model head of the doctor starts at zero, or at token credits
-if rewards are calibrated. From zero, training starts at the base policy. The doctor learns the log-ratio to the base
-policy, which can multiply any patient with the same tokenizer.
+and $\pi_{\text{base}}$ is the reference. The language model head of the doctor starts at zero, or, if rewards are
+calibrated and the doctor is not an adapter, at token credits. From zero, training starts at the base policy. The
+doctor learns the log-ratio to the base policy, which can multiply any patient with the same tokenizer.
 """
 
 import copy

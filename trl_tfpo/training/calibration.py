@@ -155,7 +155,7 @@ class Calibration:
         return dataset.map(add_rewards, batched=True)
 
     def describe(self, *, is_used: bool) -> str:
-        """Summarize which rewards are used, and how well both explain held-out labels."""
+        """Summarize which rewards are used, and how well calibrated and sparse rewards explain held-out labels."""
         return (
             f"{'Calibrated' if is_used else 'Sparse'} token rewards are used: the mean log-likelihood of "
             f"{self.num_pairs} held-out labels is {self.log_likelihood:.3f} ± {self.standard_error:.3f} nats with "
