@@ -474,6 +474,11 @@ class TFPOTrainer(DoctorFiles):
             [`~transformers.trainer_utils.PredictionOutput`]: `predictions` of shape `(num_pairs, 2)`, the implicit
             rewards of the chosen and of the rejected completion, see [`~trl_tfpo.training.objective.pair_rewards`], or
             `None` without a reference; and `metrics` as in `evaluate`.
+
+        Raises:
+            `ValueError`: if the dataset is a dict of splits, cannot be annotated, or has no gaps although
+                `calibrate_rewards=True`; with `policy="doctor"` and a reference, if the doctor has been trained and
+                the dataset has no reference log-probabilities.
         """
         check_split(test_dataset, "test_dataset")
         output = super().predict(self._prepare_new(test_dataset), ignore_keys, metric_key_prefix)
