@@ -58,7 +58,7 @@ class GuidedLM(HFLM):
             With `doctor`: as in [`DoctorGuidedLogitsProcessor`]. Tokens that it rules out have a log-likelihood of
             minus infinity.
         device (`str`, *optional*):
-            Device of models that are loaded here. By default the accelerator, or the CPU.
+            Device of models that are loaded here. By default `"cuda"` if it is available, otherwise `"cpu"`.
         dtype (`str`, *optional*):
             Dtype of models that are loaded here. By default that of each checkpoint, but float32 on a CPU without
             bfloat16 instructions.
@@ -144,7 +144,7 @@ class GuidedLM(HFLM):
     ) -> torch.Tensor:
         """
         Return log-probabilities (B, L, V) of the next token after each of `inps` (B, L), which may be padded on the
-        right. `HFLM` calls this for all its log-likelihoods.
+        right. Without a guide, return the patient's logits. `HFLM` calls this for all its log-likelihoods.
         """
         guide = self.guide
         if guide is None:
