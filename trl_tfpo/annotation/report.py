@@ -102,10 +102,10 @@ def reward_report(
         with the sum of their rewards; `rounding`, the rounding error of a patient in half precision, or `None`.
 
     Raises:
-        `ValueError`: if the dataset has no token rewards or no gaps.
+        `ValueError`: if the dataset is empty, or has no token rewards or no gaps.
 
     Warns:
-        `UserWarning`: if `agreement` is less than two standard errors above one half.
+        `UserWarning`: if the faces do not separate the pairs, see [`warn_unless_faces_separate`].
     """
     needed = {f"{name}_{kind}" for name in ("chosen", "rejected") for kind in ("ids", "token_rewards", "gaps")}
     if not needed <= set(dataset.column_names) or len(dataset) == 0:

@@ -233,7 +233,8 @@ class GuidedEndpointLM(LocalCompletionsAPI):
             Further arguments of `local-completions`, such as `max_length`.
 
     Raises:
-        `ValueError`: if the endpoint lacks a doctor, or `alpha` is not 1 at an endpoint that cannot guide.
+        `ValueError`: if the endpoint lacks the model or a doctor, or if `alpha` is not 1 at an endpoint that cannot
+            guide.
         `ConnectionError`: if the endpoint does not answer.
     """
 

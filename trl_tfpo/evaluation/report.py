@@ -152,7 +152,7 @@ def evaluate_completions(
     seed: int = 0,
 ) -> Report:
     """
-    Measure the completions of several methods on the same prompts. The report contains, for each method:
+    Measure the completions of several methods on the same prompts. The report has these measures of each method:
 
     - `reward`, with `reward_fn`.
     - `num_words`. For [`Completion`] objects also `num_tokens`, `is_complete` and, if times are known,
