@@ -258,7 +258,7 @@ def _spread(ids: list[int], num: int) -> list[int]:
 
 
 def _finite(logps: list, num_tokens: int, name: str) -> list[float]:
-    """Return the last log-probabilities of a row, or raise `ValueError` if one is missing or not finite."""
+    """Return the last log-probabilities of a row, or raise `ValueError` if one is missing, positive or not finite."""
     last = logps[len(logps) - num_tokens :]
     for index, logp in enumerate(last):
         if not isinstance(logp, (int, float)) or not math.isfinite(logp) or logp <= LOWEST_LOGP or logp > 1e-3:

@@ -56,9 +56,9 @@ def score_completions(
     """
     Log-probability of every completion token after its prompt.
 
-    Common beginnings of sequences are read once if the model supports it. The (tokens, vocabulary) logits are never
-    stored. For an unquantized model in half precision the residual stream, the norms and the head are computed in
-    float32, if its kernels support this.
+    Common beginnings of sequences are read once if the model supports it. The (tokens, vocabulary) logits are not
+    stored if the head allows it, see [`~trl_tfpo.models.logits.read_logits`]. For an unquantized model in half
+    precision the residual stream, the norms and the head are computed in float32, if its kernels support this.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):

@@ -68,8 +68,8 @@ def endpoint_completions(
 
     Returns:
         `tuple`: the completions, the samples of the first prompt first; and measures of shape `(N,)` for
-        [`evaluate_completions`]: `log_likelihood`, the log-probability of each completion under its policy, and at
-        temperature 1 `kl`, as in [`sampled_kl`].
+        [`evaluate_completions`]: `log_likelihood`, the log-probability of each completion under its policy at
+        temperature 1, whatever `temperature` is; and `kl`, as in [`sampled_kl`], if `temperature` is 1.
 
     Raises:
         `ValueError`: if there is no prompt; if a setting is out of range; if the endpoint lacks the model or a doctor,

@@ -268,7 +268,7 @@ def context_length(model: LanguageModel) -> float:
 
 def results_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """
-    Format results of the harness as a Markdown table, with a row for each metric and a column for each method.
+    Format results of the harness as a Markdown table. Each metric of each task has a row, and each method a column.
 
     Args:
         results (mapping of `str` to `dict`):
