@@ -13,7 +13,7 @@ from datasets import Dataset, IterableDataset
 from .token_rewards import GAP_COLUMNS, NUM_STREAMED, annotation_settings
 
 
-MIN_PAIRS = 16  # fewer pairs do not show whether the faces separate them
+MIN_PAIRS = 16  # fewer pairs do not show whether the faces separate chosen from rejected
 
 
 def agreement_of_faces(dataset: Dataset | IterableDataset) -> tuple[float, float, int] | None:

@@ -65,8 +65,8 @@ class CompletionScorer(ABC):
             `list[torch.Tensor]` of shape `(T_i,)`: log-probabilities, float32, in the given order.
 
         Raises:
-            `ValueError`: if the engine refuses a request, gives scores of other tokens, or gives one that is not
-                finite.
+            `ValueError`: if the engine cannot be imported or refuses a request, or if it returns scores of other
+                tokens, or a log-probability that is positive or not finite.
             `ConnectionError`: if an endpoint does not answer.
         """
         rows = [prompt + completion for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
@@ -225,7 +225,7 @@ class VllmScorer(CompletionScorer):
 
     def _score(self, rows: list[list[int]], num_prompt: list[int], on_progress: Callable[[float], None]) -> list[list]:
         outputs = self._read(rows, skip_reading_prefix_cache=False)
-        # A cached token has no score. Two completions of a prompt may begin alike, beyond the end of a cached block
+        # A cached token has no score. If completions of a prompt begin alike, their first tokens may be cached
         missing = [i for i, output in enumerate(outputs) if (output.num_cached_tokens or 0) >= num_prompt[i]]
         for index, output in zip(missing, self._read([rows[i] for i in missing]), strict=True):
             outputs[index] = output
@@ -258,7 +258,7 @@ def _spread(ids: list[int], num: int) -> list[int]:
 
 
 def _finite(logps: list, num_tokens: int, name: str) -> list[float]:
-    """Return the last log-probabilities of a row, or raise `ValueError` if one is missing or not finite."""
+    """Return the last log-probabilities of a row, or raise `ValueError` if one is missing, positive or not finite."""
     last = logps[len(logps) - num_tokens :]
     for index, logp in enumerate(last):
         if not isinstance(logp, (int, float)) or not math.isfinite(logp) or logp <= LOWEST_LOGP or logp > 1e-3:

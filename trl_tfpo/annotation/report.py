@@ -102,10 +102,10 @@ def reward_report(
         with the sum of their rewards; `rounding`, the rounding error of a patient in half precision, or `None`.
 
     Raises:
-        `ValueError`: if the dataset has no token rewards or no gaps.
+        `ValueError`: if the dataset is empty, or has no token rewards or no gaps.
 
     Warns:
-        `UserWarning`: if `agreement` is less than two standard errors above one half.
+        `UserWarning`: if the faces do not separate the pairs, see [`warn_unless_faces_separate`].
     """
     needed = {f"{name}_{kind}" for name in ("chosen", "rejected") for kind in ("ids", "token_rewards", "gaps")}
     if not needed <= set(dataset.column_names) or len(dataset) == 0:
@@ -185,7 +185,8 @@ def _write_page(report: dict, examples: Sequence[TokenMap], folder: Path) -> Non
         f"<h1>Token rewards of {report['num_pairs']} pairs</h1>"
         f"<p>{report['sparsity']:.1%} of tokens have no reward. The faces prefer the chosen completion of "
         f"{report['agreement']:.1%} of pairs (standard error {report['agreement_se']:.1%}).</p>{rounding or ''}"
-        '<img src="rewards.png" alt="rewards by position, and tokens with the most reward" style="max-width:100%">'
+        '<img src="rewards.png" alt="rewards by position, and tokens with the highest and lowest sums" '
+        'style="max-width:100%">'
         f"<table><tr><th>token</th><th>sum of rewards</th></tr>{cells}</table>"
         f"{''.join(example._repr_html_() for example in examples)}</html>\n"
     )

@@ -7,7 +7,7 @@ A text is a prompt with a completion, without the last token, which predicts not
 common prompt, and prompts of different faces or pairs may begin alike. A model reads texts in one of three ways:
 
 - on a CPU, all texts of a forward pass in one row, without padding;
-- otherwise, up to four texts in a row, in rows of similar length, with a mask for each pair of tokens;
+- otherwise, up to four texts in a row, in rows of similar length, with a 4D attention mask;
 - each text in a row of its own, if the model supports neither.
 
 Shapes: B rows of a forward pass, L tokens of a row, N completion tokens of a forward pass.
@@ -56,9 +56,9 @@ def score_completions(
     """
     Log-probability of every completion token after its prompt.
 
-    Common beginnings of sequences are read once if the model supports it. The (tokens, vocabulary) logits are never
-    stored. For an unquantized model in half precision the residual stream, the norms and the head are computed in
-    float32, if its kernels support this.
+    Common beginnings of sequences are read once if the model supports it. The (tokens, vocabulary) logits are not
+    stored if the head allows it, see [`~trl_tfpo.models.logits.read_logits`]. For an unquantized model in half
+    precision the residual stream, the norms and the head are computed in float32, if its kernels support this.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -71,8 +71,8 @@ def score_completions(
             Number of sequences in one forward pass if all have the greatest length. A pass of shorter sequences may
             have more of them, but not more tokens.
         longest (`int`, *optional*, defaults to `0`):
-            Number of tokens of the longest sequence (prompt and completion) of other calls. With it, all calls use the
-            same number of tokens in a pass.
+            Number of tokens of the longest sequence (prompt and completion) of other calls. With it, the maximum
+            number of tokens in a pass is the same in all calls.
         on_progress (`Callable`, *optional*):
             Called after each forward pass with the share of `completion_ids`, in [0, 1], that this pass has scored.
 
@@ -80,7 +80,7 @@ def score_completions(
         `list[torch.Tensor]` of shape `(T_i,)`: log-probabilities in nats, float32, on the CPU, in the given order.
 
     Raises:
-        `ValueError`: if the model is sharded, is a doctor of guided flow or has adapters that add tokens, or a
+        `ValueError`: if the model is sharded, is a doctor of guided flow, or has adapters that add tokens; if a
             log-probability is not finite.
     """
     check_unsharded(model)
@@ -142,9 +142,9 @@ def _length(texts: list[list[int]]) -> int:
 
 def _packed(rows: list[list[int]], lengths: list[int], max_tokens: int) -> list[list[list[int]]]:
     """
-    Combine the rows, in their order, to one row for each forward pass.
+    Combine the rows, in their order, into one row for each forward pass.
 
-    A combined row has at most `max_tokens` tokens, and at most [`MAX_PACKED`] unless it is a single one of the rows.
+    A combined row has at most `max_tokens` tokens, and at most [`MAX_PACKED`] unless it consists of a single row.
     """
     max_tokens = min(max_tokens, MAX_PACKED)
     passes: list[list[list[int]]] = []

@@ -124,9 +124,10 @@ def annotate_token_rewards(
         is 0. The settings are stored in the info of the dataset, see [`annotation_settings`].
 
     Raises:
-        `ValueError`: if the patient is not a causal language model with this tokenizer; if the dataset has images or
-            lacks columns; if a pair is unusable; if a log-probability is not finite; if all rewards are zero, unless
-            the dataset is streamed; if a setting is unknown or out of range.
+        `ValueError`: if the patient is sharded, or is not a causal language model with this tokenizer; if the dataset
+            has images or lacks columns; if a pair is unusable; if the engine of a scorer cannot be imported or refuses
+            a request; if a log-probability is not finite; if `reward_fn` returns another shape, or values that are not
+            finite; if all rewards are zero, unless the dataset is streamed; if a setting is unknown or out of range.
         `ConnectionError`: if the endpoint of a scorer does not answer.
 
     Examples:

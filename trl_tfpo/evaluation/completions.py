@@ -123,7 +123,8 @@ def generate_completions(
     Raises:
         `ValueError`: when there is no prompt; a prompt has no tokens; a setting is out of range; the patient or a
             doctor is in training mode; the patient is a doctor of guided flow or has adapters that add tokens; an
-            exponent of the guide is a tensor or a schedule; or a doctor has its own `prompt`.
+            exponent of the guide is a tensor or a schedule; a doctor has its own `prompt`; or padding changes the
+            logits of a model.
     """
     check_policy(patient, guide)
     if isinstance(prompts, str) or len(prompts) == 0 or num_samples_per_prompt < 1:

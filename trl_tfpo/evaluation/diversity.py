@@ -64,9 +64,9 @@ def self_similarity(
 
     $$1 - \frac{\operatorname{Levenshtein}(a, b)}{\max(|a|, |b|)}$$
 
-    Distance and length are in words. The similarity is 1 for equal texts, and 0 for texts without a common word. High
-    similarity among the samples of a prompt indicates a collapsed policy. Unlike Self-BLEU, the mean over pairs does
-    not depend on the size of the group.
+    Distance and length are in words, or in tokens for token ids. The similarity is 1 for equal texts, and 0 for texts
+    without a common word. High similarity among the samples of a prompt indicates a collapsed policy. Unlike
+    Self-BLEU, the mean over pairs does not depend on the size of the group.
 
     Args:
         groups (sequence of sequences of `str` or of sequences of `int`):

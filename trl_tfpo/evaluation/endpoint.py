@@ -68,12 +68,12 @@ def endpoint_completions(
 
     Returns:
         `tuple`: the completions, the samples of the first prompt first; and measures of shape `(N,)` for
-        [`evaluate_completions`]: `log_likelihood`, the log-probability of each completion under its policy, and at
-        temperature 1 `kl`, as in [`sampled_kl`].
+        [`evaluate_completions`]: `log_likelihood`, the log-probability of each completion under its policy at
+        temperature 1, whatever `temperature` is; and `kl`, as in [`sampled_kl`], if `temperature` is 1.
 
     Raises:
-        `ValueError`: if there is no prompt, a setting is out of range, the endpoint lacks a doctor, or an answer has
-            no token ids or log-probabilities.
+        `ValueError`: if there is no prompt; if a setting is out of range; if the endpoint lacks the model or a doctor,
+            or refuses a request; if an answer has no token ids or no finite log-probabilities.
         `ConnectionError`: if the endpoint does not answer.
     """
     if isinstance(prompts, str) or len(prompts) == 0 or not 0 <= temperature < math.inf:

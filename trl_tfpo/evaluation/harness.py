@@ -58,7 +58,7 @@ class GuidedLM(HFLM):
             With `doctor`: as in [`DoctorGuidedLogitsProcessor`]. Tokens that it rules out have a log-likelihood of
             minus infinity.
         device (`str`, *optional*):
-            Device of models that are loaded here. By default the accelerator, or the CPU.
+            Device of models that are loaded here. By default `"cuda"` if it is available, otherwise `"cpu"`.
         dtype (`str`, *optional*):
             Dtype of models that are loaded here. By default that of each checkpoint, but float32 on a CPU without
             bfloat16 instructions.
@@ -144,7 +144,7 @@ class GuidedLM(HFLM):
     ) -> torch.Tensor:
         """
         Return log-probabilities (B, L, V) of the next token after each of `inps` (B, L), which may be padded on the
-        right. `HFLM` calls this for all its log-likelihoods.
+        right. Without a guide, return the patient's logits. `HFLM` calls this for all its log-likelihoods.
         """
         guide = self.guide
         if guide is None:
@@ -233,7 +233,8 @@ class GuidedEndpointLM(LocalCompletionsAPI):
             Further arguments of `local-completions`, such as `max_length`.
 
     Raises:
-        `ValueError`: if the endpoint lacks a doctor, or `alpha` is not 1 at an endpoint that cannot guide.
+        `ValueError`: if the endpoint lacks the model or a doctor, or if `alpha` is not 1 at an endpoint that cannot
+            guide.
         `ConnectionError`: if the endpoint does not answer.
     """
 
@@ -267,7 +268,7 @@ def context_length(model: LanguageModel) -> float:
 
 def results_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """
-    Format results of the harness as a Markdown table, with a row for each metric and a column for each method.
+    Format results of the harness as a Markdown table. Each metric of each task has a row, and each method a column.
 
     Args:
         results (mapping of `str` to `dict`):

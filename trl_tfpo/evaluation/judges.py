@@ -93,7 +93,8 @@ class RewardModel:
             Arguments of `from_pretrained`, e.g. `dtype` or `device_map` (by default `"auto"`).
 
     Raises:
-        `ValueError`: when the model has several labels, its head is not in the checkpoint, or a tokenizer is missing.
+        `ValueError`: when the name is a path but not a folder, the model has several labels, its head is not in the
+            checkpoint, or a tokenizer is missing.
 
     Examples:
 
@@ -207,7 +208,7 @@ class ChatJudge:
     Pairwise judge that asks a language model at an OpenAI-compatible endpoint, such as vLLM, TGI or a hosted model.
 
     Answers are appended to the cache file as they arrive, with or without a verdict. An interrupted run resumes from
-    this file and repeats no request. `HF_HUB_OFFLINE` does not block requests.
+    this file and repeats no answered request. `HF_HUB_OFFLINE` does not block requests.
 
     Args:
         base_url (`str`):

@@ -152,7 +152,7 @@ def evaluate_completions(
     seed: int = 0,
 ) -> Report:
     """
-    Measure the completions of several methods on the same prompts.
+    Measure the completions of several methods on the same prompts. The report has these measures of each method:
 
     - `reward`, with `reward_fn`.
     - `num_words`. For [`Completion`] objects also `num_tokens`, `is_complete` and, if times are known,
@@ -187,7 +187,8 @@ def evaluate_completions(
 
     Raises:
         `ValueError`: when completions or measures do not match the prompts, a method is unknown, a measure has the
-            name of a built-in one, or a `baseline` lacks both `judge` and `reward_fn`.
+            name of a built-in one, a `baseline` lacks both `judge` and `reward_fn`, a setting is out of range, or a
+            reward is not finite.
 
     Examples:
 

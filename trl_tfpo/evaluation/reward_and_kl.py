@@ -117,8 +117,8 @@ def next_token_statistics(
 
     Raises:
         `ValueError`: when a model is in training mode, the policy is a doctor of guided flow without a guide, an
-            exponent of the guide is a tensor or a schedule, or the completions were sampled with settings that change
-            the policy, such as `top_k`.
+            exponent of the guide is a tensor or a schedule, a doctor has its own `prompt`, or the completions were
+            sampled with settings that change the policy, such as `top_k`.
     """
     guide = policy if isinstance(policy, DoctorGuidedLogitsProcessor) else None
     check_policy(patient, guide)
@@ -237,7 +237,8 @@ def evaluate_guidance(
 
     Raises:
         `ValueError`: when `reward_fn` does not return one finite reward per completion, or a setting of `generate`
-            changes the policy: temperature, greedy search, beams, `top_k`, `top_p`, penalties, or an unknown setting.
+            changes the policy: temperature, greedy search, beams, `top_k`, `top_p`, penalties, or an unknown setting;
+            on errors of [`generate_completions`].
     """
     arguments: dict = generate_kwargs
     own = ("num_samples_per_prompt", "max_new_tokens", "seed")

@@ -39,9 +39,9 @@ def measure_strengths(
     """
     Measure the KL from the patient at several exponents of a doctor. No reward is needed.
 
-    At each exponent the guided patient generates completions, always with the same seed. Importance weights of patient
-    samples would be unreliable at large KL. The exponent of the patient is the default of
-    [`DoctorGuidedLogitsProcessor`].
+    At each exponent the guided patient generates completions, always with the same seed. Estimates from
+    samples of the unguided patient, with importance weights, would be unreliable at large KL. The exponent of the
+    patient is the default of [`DoctorGuidedLogitsProcessor`].
 
     Args:
         patient ([`~transformers.PreTrainedModel`]):

@@ -47,14 +47,14 @@ def head_to_head(
 
     Returns:
         `dict`: the shares `win`, `loss` and `tie`; `win_half_tie`, wins plus half the ties, with its bootstrap
-        interval from `low` to `high`; and `num_prompts`. For a pairwise judge also `consistency`, the share of pairs
-        with the same verdict in both orders, and `num_without_verdict`, the number of pairs that lack a verdict in at
-        least one order. These pairs count as ties.
+        interval from `low` to `high`; `num_prompts`; and, for a pairwise judge, `num_without_verdict`, the number of
+        pairs that lack a verdict in at least one order, and `consistency`, the share of the other pairs with the same
+        verdict in both orders. Pairs without a verdict count as ties. For a reward function `consistency` is `None`.
 
     Raises:
-        `ValueError`: when the number of completions is not a multiple of the number of prompts, the baseline has
-            several seeds but not as many as the method, the margin is negative, or the judge does not return one
-            verdict or finite reward for each question.
+        `ValueError`: when the number of completions is not a multiple of the number of prompts, a completion belongs
+            to another prompt, the baseline has several seeds but not as many as the method, a setting is out of range,
+            or the judge does not return one verdict or finite reward for each question.
 
     Examples:
 

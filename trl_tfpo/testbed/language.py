@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from ..faces import Faces
 
 
-MAX_NEW_TOKENS = 64  # length of the longest text, EOS included
+MAX_NEW_TOKENS = 64  # more than the length of any text, EOS included
 FORMAT_VERSION = 1  # of a saved language
 
 

@@ -55,6 +55,9 @@ class Comparison:
         patient_rewards (`torch.Tensor` of shape `(P, N)`): rewards of these samples.
         frontier ([`Frontier`]): best reward at each KL.
 
+    Raises:
+        `ValueError`: on an unknown attribute or split, or fewer than 10 patient samples per prompt.
+
     Examples:
 
     ```python

@@ -140,7 +140,7 @@ def load_world(weights: str | Path | None = None) -> World:
         `World`
 
     Raises:
-        `ValueError`: when the folder lacks one of the models.
+        `ValueError`: when the folder lacks one of the models, or its language has an unsupported format.
 
     Examples:
 
