@@ -169,8 +169,8 @@ def _split_messages(chosen: list[dict], rejected: list[dict], prompt: list[dict]
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     if not prompt:
         raise ValueError(
-            "Chosen and rejected must answer the same prompt. Got conversations that differ in their first message: "
-            f"{reprlib.repr(chosen[0])} and {reprlib.repr(rejected[0])}; {REMEDY}"
+            "Chosen and rejected must answer the same prompt. Got conversations without a common prompt, which "
+            f"start with {reprlib.repr(chosen[0])} and {reprlib.repr(rejected[0])}; {REMEDY}"
         )
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if answer and answer[0]["role"] != "assistant":

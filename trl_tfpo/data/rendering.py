@@ -93,7 +93,10 @@ def template_variables(example: dict[str, Any], processing_class: PreTrainedToke
 
 
 def reserved_variables(processing_class: PreTrainedTokenizerBase) -> set[str]:
-    """Names that cannot be variables of a chat template: arguments of `apply_chat_template`, and the messages."""
+    """
+    Names that cannot be variables of a chat template: the messages, and arguments of `apply_chat_template` except
+    `documents`.
+    """
     return {*inspect.signature(processing_class.apply_chat_template).parameters, "messages", "conversations"} - {
         "kwargs",
         "documents",

@@ -8,7 +8,7 @@ the row: the tokens after its longest common beginning with the text before it.
 
     row:    the cat sat | ran | a dog        texts: the cat sat, the cat ran, a dog
 
-A token attends to the tokens before it in its text. Its position is the number of these tokens. Trees without a common
+A token attends to the tokens before it in its text. Its position is the number of these tokens. Texts without a common
 beginning may share a row.
 """
 
