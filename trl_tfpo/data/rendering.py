@@ -4,7 +4,8 @@
 Rendering of a prompt and its completion as one text, with the spans of the assistant's turns.
 
 A span is the start and the end, in characters, of one turn of the assistant with its EOS. The end is an upper bound:
-tokenization masks what follows EOS. Messages of users and tools are outside the spans.
+tokenization masks what follows EOS. Messages of users and tools are outside the spans, except in texts that are
+already rendered.
 """
 
 import contextlib

@@ -119,7 +119,7 @@ def pair_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor, model: Lang
 
 def attention_mask_of(is_seen: torch.Tensor, model: LanguageModel) -> torch.Tensor:
     """
-    The attention mask with which a model attends to these tokens.
+    Attention mask in the form that a model takes.
 
     Args:
         is_seen (`torch.BoolTensor` of shape `(B, M, M)`):

@@ -152,7 +152,7 @@ class StrengthTable:
         return float(np.interp(kl**0.5, [row.kl**0.5 for row in rows], [row.beta for row in rows]))
 
     def warn_of_other_patient(self, patient: PreTrainedModel) -> None:
-        """Warn if the weights of a patient are not those with which the KLs were measured. Each is checked once."""
+        """Warn if the KLs were measured with other weights than those of `patient`. Each patient is checked once."""
         checked = _CHECKED.setdefault(patient, set())
         if self.patient_fingerprint in checked:
             return

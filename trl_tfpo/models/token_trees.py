@@ -31,7 +31,7 @@ BLOCK = 128  # maximum number of queries in one attention call
 
 
 class Branch(NamedTuple):
-    """Tokens `start` to `stop` of a row, which attend to the ranges of the row in `context` and to each other."""
+    """Tokens `start` to `stop` of a row. Each attends to the ranges in `context`, and to the branch up to itself."""
 
     start: int
     stop: int
