@@ -34,7 +34,8 @@ def read_pair(example: dict, *, openings: Sequence[str] = (), convert_transcript
             Row with `chosen`, `rejected` and, optionally, `prompt`.
         openings (`Sequence[str]`, *optional*):
             Texts that open the assistant's turn, in addition to `"\n\nAssistant:"`. A prompt without its own column
-            ends after the last opening that both texts share. Without an opening it ends between two words.
+            ends after the last opening that both texts share. Without an opening it ends between two words, and may be
+            empty.
         convert_transcripts (`bool`, *optional*, defaults to `False`):
             Whether to convert texts with turns of `"\n\nHuman:"` and `"\n\nAssistant:"` to messages.
 
