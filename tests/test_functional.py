@@ -369,7 +369,7 @@ class TestGuidedLogps:
 
     def test_a_weight_for_each_doctor(self):
         """A forgotten weight would drop a doctor without a word."""
-        with pytest.raises(ValueError, match="one weight for each doctor"):
+        with pytest.raises(ValueError, match="one exponent for each doctor"):
             guided_logps(patient_logits=draw(5), doctor_logits=[draw(5)], beta=[0.5, 0.5])
 
 

@@ -586,8 +586,8 @@ def guided_logps(
     """
     if len(doctor_logits) != len(beta):
         raise ValueError(
-            f"`beta` must have one weight for each doctor. Got {len(beta)} weights for {len(doctor_logits)} doctors; "
-            "pass one for each."
+            f"`beta` must have one exponent for each doctor. Got {len(beta)} exponents for {len(doctor_logits)} "
+            "doctors; pass one for each."
         )
     guided = _add_weighted(None, patient_logits, alpha)
     for logits, weight in zip(doctor_logits, beta, strict=True):

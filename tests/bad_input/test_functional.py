@@ -87,7 +87,7 @@ GUIDANCE = [
     (
         "a beta too many",
         lambda: functional.guided_logps(patient_logits=ZEROS, doctor_logits=[ZEROS], beta=[0.5, 0.5]),
-        "one weight for each doctor. Got 2 weights for 1",
+        "one exponent for each doctor. Got 2 exponents for 1",
     ),
     (
         "share of zero",

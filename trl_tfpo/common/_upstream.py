@@ -3,7 +3,7 @@
 """
 Private parts of TRL, PEFT, Accelerate, transformers and bitsandbytes that this package uses.
 
-`tests/test_upstream.py` checks that each part still behaves as this package requires.
+Tests, most of them in `tests/test_upstream.py`, check that each part still behaves as this package requires.
 """
 
 import os

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-The cache folder, with models and doctors that are made once.
+The cache folder, with downloaded models and trained doctors.
 
 ```
 SmolLM2-135M-Instruct/                    a patient

@@ -60,8 +60,8 @@ class Endpoint:
             Seconds before the first retry. Doubled with each retry, up to a minute, unless the endpoint names a delay.
 
     Raises:
-        `ValueError`: if the URL is not an HTTP URL or has a password, the key cannot be a header, or a number is out
-            of range.
+        `ValueError`: if the URL is not an HTTP URL or has a user or password, the key cannot be a header, or a number
+            is out of range.
     """
 
     def __init__(

@@ -34,7 +34,8 @@ def read_pair(example: dict, *, openings: Sequence[str] = (), convert_transcript
             Row with `chosen`, `rejected` and, optionally, `prompt`.
         openings (`Sequence[str]`, *optional*):
             Texts that open the assistant's turn, in addition to `"\n\nAssistant:"`. A prompt without its own column
-            ends after the last opening that both texts share. Without an opening it ends between two words.
+            ends after the last opening that both texts share. Without an opening it ends between two words, and may be
+            empty.
         convert_transcripts (`bool`, *optional*, defaults to `False`):
             Whether to convert texts with turns of `"\n\nHuman:"` and `"\n\nAssistant:"` to messages.
 
@@ -169,8 +170,8 @@ def _split_messages(chosen: list[dict], rejected: list[dict], prompt: list[dict]
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     if not prompt:
         raise ValueError(
-            "Chosen and rejected must answer the same prompt. Got conversations that differ in their first message: "
-            f"{reprlib.repr(chosen[0])} and {reprlib.repr(rejected[0])}; {REMEDY}"
+            "Chosen and rejected must answer the same prompt. Got conversations without a common prompt, which "
+            f"start with {reprlib.repr(chosen[0])} and {reprlib.repr(rejected[0])}; {REMEDY}"
         )
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if answer and answer[0]["role"] != "assistant":

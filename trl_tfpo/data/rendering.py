@@ -4,7 +4,8 @@
 Rendering of a prompt and its completion as one text, with the spans of the assistant's turns.
 
 A span is the start and the end, in characters, of one turn of the assistant with its EOS. The end is an upper bound:
-tokenization masks what follows EOS. Messages of users and tools are outside the spans.
+tokenization masks what follows EOS. Messages of users and tools are outside the spans, except in texts that are
+already rendered.
 """
 
 import contextlib
@@ -93,7 +94,10 @@ def template_variables(example: dict[str, Any], processing_class: PreTrainedToke
 
 
 def reserved_variables(processing_class: PreTrainedTokenizerBase) -> set[str]:
-    """Names that cannot be variables of a chat template: arguments of `apply_chat_template`, and the messages."""
+    """
+    Names that cannot be variables of a chat template: the messages, and arguments of `apply_chat_template` except
+    `documents`.
+    """
     return {*inspect.signature(processing_class.apply_chat_template).parameters, "messages", "conversations"} - {
         "kwargs",
         "documents",

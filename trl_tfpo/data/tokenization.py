@@ -51,8 +51,8 @@ def tokenize_preferences(
     Add the columns of [`tokenize_pair`] to a preference dataset.
 
     Raises:
-        `ValueError`: if the dataset has images or lacks columns; if a row is unusable and `drop_unusable` is false; if
-            all rows are unusable, unless the dataset is streamed.
+        `ValueError`: if the dataset is empty, has images or lacks columns; if a row is unusable and `drop_unusable` is
+            false; if all rows are unusable, unless the dataset is streamed.
     """
     check_preference_columns(dataset)
     first = next(iter(dataset))
@@ -143,9 +143,11 @@ def tokenize_pair(
 
     Raises:
         `ValueError`: if the row is not a preference pair, see [`~trl_tfpo.data.preferences.read_pair`]; if the chat
-            template fails, see [`~trl_tfpo.data.rendering.complete_messages`]; if the prompt is empty, or has
+            template fails, see [`~trl_tfpo.data.rendering.complete_messages`], or `tools` or `chat_template_kwargs`
+            are not valid, see [`~trl_tfpo.data.rendering.template_variables`]; if the prompt is empty, or has
             `max_length` or more tokens; if a completion has no token before EOS, or no token of the assistant within
-            `max_length`; if a face changes the last tokens of the prompt.
+            `max_length`; if a face cannot be added to the prompt, see [`~trl_tfpo.faces.apply_face`], or changes its
+            last tokens.
     """
     template = ChatTemplate(processing_class, template_variables(example, processing_class))
     is_text = isinstance(example.get("prompt", example["chosen"]), str) and isinstance(example["chosen"], str)

@@ -70,10 +70,11 @@ def add_value_head(model: LanguageModel) -> None:
     """
     Turn a causal language model, or a `PeftModel` of one, into a doctor, in place.
 
-    `model(input_ids, attention_mask, completion_mask=mask, base_logits=logits)` then returns a [`DoctorOutput`], see
-    [`read_completions`]. Without `completion_mask`, the forward pass is that of the language model; `generate` does
-    not change. The class of the model becomes a subclass of the same name. The value head is the submodule
-    `value_head`, saved with the model. In a `PeftModel` it is trained and saved with the active adapter.
+    `model(input_ids=ids, attention_mask=attention, completion_mask=mask, base_logits=logits)` then returns a
+    [`DoctorOutput`], see [`read_completions`]. Pass these arguments by keyword. Without `completion_mask`, the forward
+    pass is that of the language model; `generate` does not change. The class of the model becomes a subclass of the
+    same name. The value head is the submodule `value_head`, saved with the model. In a `PeftModel` it is trained and
+    saved with the active adapter.
     """
     base = unwrap_peft(model)
     if not hasattr(base, VALUE_HEAD):
@@ -180,9 +181,9 @@ def make_doctor(
             [`~trl_tfpo.models.head_adapter.with_lora_on_head`].
 
     Raises:
-        `ValueError`: for a second adapter, adapters outside a `PeftModel`, prompt learning, or activated LoRA; with
-            `guides`, for a `PeftModel` that was not trained by guided flow; without `guides`, for a doctor of guided
-            flow.
+        `ValueError`: for a second adapter, adapters outside a `PeftModel`, or an unsupported adapter, such as prompt
+            learning or activated LoRA; with `guides`, for a `PeftModel` that was not trained by guided flow; without
+            `guides`, for a doctor of guided flow.
     """
     _check_initial_model(model, guides)
     doctor: Any = model

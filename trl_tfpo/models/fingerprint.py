@@ -46,8 +46,9 @@ def patient_fingerprint(model: LanguageModel) -> str:
     """
     Hash names, shapes and 64 weights of each parameter of a language model, without its adapters.
 
-    The hash does not depend on the machine, nor on whether the weights are float32 or bfloat16. Quantized weights have
-    another hash. Only a small part of a large model is read, so a difference in few weights may not be noticed.
+    The hash does not depend on the machine, nor on whether the weights are float32 or bfloat16. Quantized or offloaded
+    weights have another hash. Only a small part of a large model is read, so a difference in few weights may not be
+    noticed.
 
     Returns:
         `str`: 64 hexadecimal digits, or "" for a sharded model.
@@ -72,7 +73,11 @@ def patient_fingerprint(model: LanguageModel) -> str:
 
 
 def _name_without_adapters(name: str, layers: tuple[str, ...]) -> str | None:
-    """Name of a parameter without PEFT's wrappers, `layers`; `None` for a parameter of an adapter."""
+    """
+    Name of a parameter without PEFT's wrappers; `None` for a parameter of an adapter.
+
+    `layers` are the prefixes of the names in the wrapped modules.
+    """
     layer = next((layer for layer in layers if name.startswith(layer)), None)
     if layer is None:
         return name

@@ -112,7 +112,7 @@ class GuidanceHead(torch.nn.Module):
 
 
 def fitted_direction(embeddings: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """Ridge regression (H,), float64, of logits (V,) on embeddings (V, H), with a free constant."""
+    """Ridge regression (H,), float64, of logits (V,) on embeddings (V, H), with an intercept."""
     embeddings = embeddings.detach().double()
     centered, logits = embeddings - embeddings.mean(dim=0), logits.to(embeddings) - logits.mean().to(embeddings)
     return _ridge(centered.T @ centered, centered.T @ logits, 1e-4)
@@ -125,6 +125,10 @@ def constant_over(hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 def _ridge(second_moments: torch.Tensor, products: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Ridge regression (H,) from second moments (H, H) and products (H,). `ridge` is a share of the mean variance."""
+    """
+    Ridge regression (H,) from second moments (H, H) and products (H,).
+
+    `ridge` is relative to the mean of the diagonal of the second moments.
+    """
     diagonal = torch.eye(len(second_moments)).to(second_moments) * ridge * second_moments.diagonal().mean()
     return torch.linalg.solve(second_moments + diagonal, products)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-LoRA on the language model head that holds token credits, for doctors with an adapter and `policy="doctor"`.
+LoRA for token credits on the language model head, in doctors with an adapter and `policy="doctor"`.
 
 $$\log \pi(y \mid s) = \log \operatorname{softmax}\big( W h_s + c \, a^\top h_s \big)_y, \qquad a^\top h_s \approx 1$$
 
 $c$ are the token credits, and $c \, a^\top$ is a LoRA of rank 1 on the head $W$. It has V + H weights; a separate head
-would have V x H. It is part of an ordinary adapter that `PeftModel` loads. Training changes only the adapters of the
-layers: trainable credits would fit the noise of the pairs.
+would have V x H. It is part of an ordinary adapter that `PeftModel` loads. Training does not change it: trainable
+credits would fit the noise of the pairs.
 """
 
 import copy
@@ -137,6 +137,6 @@ def set_head_lora(model: LanguageModel, logits: torch.Tensor, constant: torch.Te
     """
     head, name = head_of(model), model.active_adapter
     first, second = head.lora_A[name].weight, head.lora_B[name].weight  # (R, H), (V, R)
-    size = first.norm(dim=1).mean() / constant.norm()  # the norm of the other rows
+    size = first.norm(dim=1).mean() / constant.norm()  # gives the new row the mean norm of the rows
     first[0] = constant * size
     second[:, 0] = logits / (size * head.scaling[name])

@@ -72,8 +72,8 @@ def read_logits(
 
     Returns:
         A list of terms that add up to the logits (N, V), in the order of the labels; and the hidden states (B, L, H)
-        before the head. The terms are [`~trl_tfpo.functional.FactoredLogits`]. If the head is sharded, quantized,
-        offloaded, or not a plain product, there is one term: the logits themselves, float32.
+        before the head. The terms are [`~trl_tfpo.functional.FactoredLogits`]. If the head is sharded, quantized
+        or offloaded, or if its form or adapter is not supported, there is one term: the logits themselves, float32.
     """
     form = head_form(model) if _is_factorable(model) else None
     if form is not None and form.softcap is not None and has_adapted_head(model):

@@ -101,7 +101,7 @@ class NamedModel:
     @cached_property
     def fingerprint(self) -> str:
         """
-        Hash of the keyword arguments and of the source of the weights.
+        Hash of the config, the keyword arguments and the source of the weights.
 
         The source is a Hub commit, or the names, sizes and times of the safetensors files in a folder. Weights in
         another format are loaded and hashed. All processes must read this property together.
@@ -154,8 +154,8 @@ def resolve_model(
     name.
 
     Raises:
-        `ValueError`: if `model` is neither a model nor its name or path, or if a loaded model comes with a
-            quantization config.
+        `ValueError`: if `model` is neither a model nor its name or path, if a path is not a folder, or if a loaded
+            model comes with a quantization config.
     """
     if not isinstance(model, (str, torch.nn.Module, NamedModel)):
         raise ValueError(

@@ -119,7 +119,7 @@ def pair_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor, model: Lang
 
 def attention_mask_of(is_seen: torch.Tensor, model: LanguageModel) -> torch.Tensor:
     """
-    The attention mask with which a model attends to these tokens.
+    Attention mask in the form that a model takes.
 
     Args:
         is_seen (`torch.BoolTensor` of shape `(B, M, M)`):
@@ -157,8 +157,8 @@ def reads_like_alone(model: LanguageModel, read: Read, *, attention: Collection[
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The model.
         read (`Callable`):
-            Function of the model without adapters, `input_ids` (2, L) and `attention_mask` (2, L) of two texts that
-            are padded on the right. It returns hidden states of shape (2, L, H).
+            Function of the model without its `PeftModel` wrapper, and of the `input_ids` (2, L) and `attention_mask`
+            (2, L) of two texts that are padded on the right. It returns hidden states of shape (2, L, H).
         attention (collection of `str`):
             Implementations of attention that `read` supports. With others the answer is False.
     """

@@ -46,8 +46,9 @@ def load_doctor(path: str | os.PathLike, with_value_head: bool = True, **kwargs)
         [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]: the doctor, in eval mode.
 
     Raises:
-        `ValueError`: if `path` has several adapters or, with `with_value_head`, no value head; if an adapter is not
-            saved as safetensors, or does not record the exponents that it was trained for.
+        `ValueError`: if the folder does not exist, or its format is not supported; if `path` has several adapters or,
+            with `with_value_head`, no value head; if an adapter is not saved as safetensors, or does not record the
+            exponents that it was trained for.
     """
     kwargs.setdefault("use_safetensors", True)  # a pickle can run code
     kwargs.setdefault("trust_remote_code", False)  # by default transformers asks in the terminal

@@ -87,7 +87,7 @@ class StrengthTable:
         patient (`str`):
             Name of the patient.
         patient_fingerprint (`str`):
-            Its [`~trl_tfpo.models.fingerprint.patient_fingerprint`].
+            The [`~trl_tfpo.models.fingerprint.patient_fingerprint`] of the patient.
         tokenizer (`str`):
             The [`~trl_tfpo.data.tokenizer_identity.tokenizer_fingerprint`] of patient and doctor.
         num_prompts, num_samples_per_prompt, max_new_tokens, seed (`int`):
@@ -152,7 +152,7 @@ class StrengthTable:
         return float(np.interp(kl**0.5, [row.kl**0.5 for row in rows], [row.beta for row in rows]))
 
     def warn_of_other_patient(self, patient: PreTrainedModel) -> None:
-        """Warn if the weights of a patient are not those with which the KLs were measured. Each is checked once."""
+        """Warn if the KLs were measured with other weights than those of `patient`. Each patient is checked once."""
         checked = _CHECKED.setdefault(patient, set())
         if self.patient_fingerprint in checked:
             return
@@ -273,8 +273,8 @@ def beta_for_kl(
     changed = [name for name, value in given.items() if not (name.startswith("min_") and value == 0)]
     if changed:
         raise ValueError(
-            f"`kl` was measured with the default exponents and without other settings. Got `kl` and {changed}; leave "
-            "one out."
+            "`kl` determines `beta`, given the default `alpha` and no other settings of the policy. Got `kl` and "
+            f"{changed}; leave out one or the other."
         )
     table = load_strengths(doctors[0], **source)
     if table is None:

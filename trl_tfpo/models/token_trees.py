@@ -8,7 +8,7 @@ the row: the tokens after its longest common beginning with the text before it.
 
     row:    the cat sat | ran | a dog        texts: the cat sat, the cat ran, a dog
 
-A token attends to the tokens before it in its text. Its position is the number of these tokens. Trees without a common
+A token attends to the tokens before it in its text. Its position is the number of these tokens. Texts without a common
 beginning may share a row.
 """
 
@@ -31,7 +31,7 @@ BLOCK = 128  # maximum number of queries in one attention call
 
 
 class Branch(NamedTuple):
-    """Tokens `start` to `stop` of a row, which attend to the ranges of the row in `context` and to each other."""
+    """Tokens `start` to `stop` of a row. Each attends to the ranges in `context`, and to the branch up to itself."""
 
     start: int
     stop: int

@@ -56,8 +56,8 @@ def trained_exponents(model: LanguageModel, adapters: Sequence[str] | None = Non
         `dict[str, float]`: `alpha` of the patient and `beta` of the doctor; empty for a language model.
 
     Raises:
-        `ValueError`: if the head is marked but the exponents are unknown; if the head of an adapter is missing; if
-            active adapters have different exponents; if the format version is not supported.
+        `ValueError`: if the head belongs to guided flow but no exponents are recorded; if the head of an adapter is
+            missing; if active adapters have different exponents; if the format version is not supported.
     """
     base, configs = unwrap_peft(model), getattr(model, "peft_config", None) or {}
     if adapters is None:
