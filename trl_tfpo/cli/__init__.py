@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return importlib.import_module(f".{verb.replace('-', '_')}", __name__).run(rest) or 0
     except KeyboardInterrupt:
-        if LAUNCHED not in os.environ:  # otherwise the launching process prints it
+        if LAUNCHED not in os.environ:  # otherwise the launching process prints the message
             kept = RESUME_HINTS.get(verb)
             message = f"interrupted. To resume, run the same command again{kept}." if kept else "interrupted."
             print(f"\ntrl-tfpo {verb}: {message}", file=sys.stderr)

@@ -105,8 +105,8 @@ class Engine:
         num_waiting (`int`): number of waiting completions.
 
     Raises:
-        `ValueError`: when a model is in training mode, the patient is a doctor of guided flow, or a model has a state
-            other than keys and values. Rows of such a model cannot join and leave a batch.
+        `ValueError`: when a model is not a causal language model in eval mode, the patient is a doctor of guided flow,
+            or a model has a state other than keys and values. Rows of such a model cannot join and leave a batch.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class Engine:
         longest = min(limits.max_prompt_tokens, self.max_positions - 1)
         if not 1 <= num_prompt <= longest:
             error = PromptTooLong if num_prompt else ValueError
-            raise error(f"The prompt must have 1 to {longest} tokens. Got {num_prompt}; shorten it.")
+            raise error(f"The prompt must have 1 to {longest} tokens. Got {num_prompt}; change its length.")
         generation.max_new_tokens = min(generation.max_new_tokens, self.max_positions - num_prompt)
         generation.check(self.vocab_size)
         if unknown := [x for x in generation.prompt_ids if not 0 <= x < self.vocab_size]:
