@@ -180,8 +180,8 @@ class Engine:
         Queue a generation.
 
         Raises:
-            `ValueError`: on exponents and sampling settings out of range, and on prompts that are empty, too long or
-                contain unknown ids.
+            `ValueError`: on exponents that [`Engine.exponents`] refuses, sampling settings out of range, and prompts
+                that are empty, are too long or contain unknown ids.
             `OverflowError`: when the queue is full or the engine is closed.
         """
         limits, num_prompt = self.limits, len(generation.prompt_ids)
