@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Tiny real models and data: built from a config in a second, no network, no weights."""
+"""Fixtures and helpers of the tests: tiny random models, preference data, and servers."""
 
 import gc
 import inspect
@@ -19,7 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 
-# A fresh cache for each worker, without scores of another day
+# A new cache for each worker, without scores of earlier runs
 if "HF_DATASETS_CACHE" not in os.environ or "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -120,7 +120,7 @@ def write_rows(path: Path, rows: Iterable[dict]) -> Path:
 
 
 def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None = None) -> str:
-    """A folder with a model and its tokenizer, by whose name both can be loaded."""
+    """Save a model and its tokenizer in a folder. Return the folder, from which both can be loaded."""
     model.save_pretrained(folder)
     (tokenizer or make_tokenizer()).save_pretrained(folder)
     return str(folder)
@@ -132,12 +132,12 @@ def preferences():
 
 
 def hear_interruptions():
-    """For `preexec_fn`: what is started in the background of a shell is deaf to Ctrl-C, and so are its children."""
+    """For `preexec_fn`: handle SIGINT, which background processes of a shell and their children ignore."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def pytest_collection_finish():
-    """Trainers collect garbage: a third of a second each time, if that of the imported libraries is looked through."""
+    """Exempt imported libraries from garbage collection. Otherwise each trainer spends a third of a second on them."""
     gc.collect()
     gc.freeze()
 
@@ -149,7 +149,7 @@ def one_thread():
 
 @pytest.fixture(autouse=True, scope="module")
 def neighbours(request):
-    """Tests of scripts name their folder, `SCRIPTS`, which Python puts first in its path for whoever runs a script."""
+    """Put the folder `SCRIPTS` of a test module first in `sys.path`, where Python puts the folder of a script."""
     with pytest.MonkeyPatch.context() as patch:
         if hasattr(request.module, "SCRIPTS"):
             patch.syspath_prepend(request.module.SCRIPTS)
@@ -158,7 +158,7 @@ def neighbours(request):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Where something has changed upstream, the docstring of the test says what to change here."""
+    """Add to the report of a failed test of `test_upstream.py` its docstring, which says what to change."""
     report = yield
     if report.failed and item.path.name == "test_upstream.py":
         report.sections.append(("What this is about", inspect.getdoc(item.function)))
@@ -194,10 +194,10 @@ def world():
 
 @contextmanager
 def few_prompts(num: int = 3):
-    """Evaluate on so many of the 12 prompts of each split of the controlled world. Pairs are of all prompts."""
+    """Use only `num` of the 12 prompts in each of the splits `validation` and `test` of the controlled world."""
     from trl_tfpo.testbed import World
 
-    every = inspect.unwrap(World.prompts)  # so that one test of a file can have more than the others
+    every = inspect.unwrap(World.prompts)  # unwrapped, because contexts can be nested
 
     @wraps(every)
     def prompts(world: World, split: str):
@@ -210,7 +210,7 @@ def few_prompts(num: int = 3):
 
 @pytest.fixture(scope="session")
 def doctors(world):
-    """Two doctors that differ: the world's, and one that has been shaken."""
+    """Two doctors: that of the controlled world, and one with noise in its head."""
     torch.manual_seed(0)
     shaken = AutoModelForCausalLM.from_pretrained(world.weights / "doctor").eval()
     with torch.no_grad():
@@ -231,7 +231,7 @@ def engine(world, doctors):
 
 @pytest.fixture(scope="session")
 def url(engine):
-    """A server of it, which asks for the key."""
+    """The address of a server of the engine, which requires `KEY`."""
     from trl_tfpo.server import make_app
 
     aliases = {"mild": {"calm": 0.1, "wild": 0.0}, "wild": {"wild": 0.9, "calm": 0.0}}
@@ -241,13 +241,13 @@ def url(engine):
 
 @pytest.fixture(scope="session")
 def client(url):
-    """The client that most people use."""
+    """OpenAI's client for this server."""
     with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client:
         yield client
 
 
 class Endpoint(BaseHTTPRequestHandler):
-    """Prefers the response with more of "good", says A where it has no preference, and can be made to fail."""
+    """A judge: prefers the response with more of "good", and A on a tie. It fails as `server.failures` says."""
 
     def do_POST(self):
         server = self.server
@@ -295,7 +295,7 @@ def endpoint():
 
 
 def pytest_terminal_summary(terminalreporter):
-    """How many faults were injected, of tests that say so."""
+    """Print the numbers that tests recorded with `record_property`, such as numbers of injected faults."""
     told = Counter()
     for report in terminalreporter.stats.get("passed", []):
         for name, number in report.user_properties if report.when == "call" else []:

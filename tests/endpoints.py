@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Relay(BaseHTTPRequestHandler):
-    """Hands each request to `server.target`. Its `failures` come first: a status with a body, or "hang up"."""
+    """Forwards requests to `server.target`. `server.failures` come first, each a status with a body, or "hang up"."""
 
     def do_GET(self):
         self.relay(None)

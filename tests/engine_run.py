@@ -4,7 +4,7 @@
 What each process of `test_engines.py` runs: a training on raw preferences, with a patient and a doctor given by name.
 
 A job is `full`, `lora`, `ratio` or `guided`. With `-undivided`, its steps do not accumulate gradients. With
-`-resumed`, it resumes the second checkpoint of the job before it.
+`-resumed`, it resumes the checkpoint of step 2 of the job before it.
 """
 
 import json
@@ -83,7 +83,7 @@ def training_arguments(output: Path, method: str, how: str) -> TFPOConfig:
     )
     if "ACCELERATE_USE_DEEPSPEED" in os.environ:  # `TrainingArguments` refuses bfloat16 on CPUs
         args.bf16 = os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16"
-    if "ACCELERATE_USE_FSDP" in os.environ:  # Accelerate shards on GPUs only; taking CPUs for these, over gloo as well
+    if "ACCELERATE_USE_FSDP" in os.environ:  # Accelerate shards on GPUs only; this type makes it shard over gloo
         PartialState().distributed_type = DistributedType.MULTI_GPU
     return args
 

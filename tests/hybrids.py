@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Tiny models of architectures that keep other states than keys and values, or whose heads do more than multiply."""
+"""Tiny models, most of them with states other than keys and values, or with heads that do more than multiply."""
 
 import torch
 import transformers
@@ -33,7 +33,7 @@ ARCHITECTURES = {
 
 
 def make(name: str, seed: int = 0, **settings) -> PreTrainedModel:
-    """A model of large random weights, in eval mode, in float32."""
+    """A model with large random weights, in eval mode, in float32."""
     torch.manual_seed(seed)
     config = getattr(transformers, f"{name}Config")(**(SIZES | ARCHITECTURES[name] | settings))
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")

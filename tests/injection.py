@@ -19,8 +19,8 @@ NUM_FAULTS = int(os.environ.get("TRL_TFPO_FAULTS", 3))  # of each random test; `
 
 def strike(draw: random.Random, seconds: float, num_bytes: int, function, *args) -> bool:
     """
-    Run in a process that dies at a random moment of so many seconds, or at a random byte of so many of a file that it
-    writes. True if it died.
+    Call a function in a process that is killed at a random time within `seconds`, or at a random byte within the first
+    `num_bytes` of a file that it writes. Return whether the process was killed before its end.
     """
     if draw.random() < 0.5:
         child = in_child(function, *args)
@@ -33,8 +33,8 @@ def strike(draw: random.Random, seconds: float, num_bytes: int, function, *args)
 
 def without_room(action: signal.Handlers, num_bytes: int, function, *args):
     """
-    In a child: no file grows beyond so many bytes. With `SIG_IGN`, a longer write raises, as on a full disk; with
-    `SIG_DFL`, it kills the process.
+    In a child: call a function while no file can grow beyond `num_bytes`. With `SIG_IGN`, a longer write raises an
+    error, as on a full disk; with `SIG_DFL`, it kills the process.
     """
     signal.signal(signal.SIGXFSZ, action)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -43,7 +43,7 @@ def without_room(action: signal.Handlers, num_bytes: int, function, *args):
 
 
 def on_read_only(folder: Path, function, *args):
-    """In a child: run while nothing can be written to a folder."""
+    """In a child: call a function while a folder is read-only."""
     if os.geteuid() == 0:  # permissions do not stop root
         mount_read_only(folder)
     else:
@@ -53,7 +53,7 @@ def on_read_only(folder: Path, function, *args):
 
 def mount_read_only(folder: Path) -> None:
     """Mount a folder on itself, read-only, for this process alone."""
-    clone_newns = 0x20000  # of <sched.h>: a namespace of mounts of its own
+    clone_newns = 0x20000  # CLONE_NEWNS of <sched.h>: a new mount namespace
     assert ctypes.CDLL(None).unshare(clone_newns) == 0
     for arguments in (["--make-rprivate", "/"], ["--bind", folder, folder], ["-o", "remount,bind,ro", folder]):
         subprocess.run(["mount", *arguments], check=True)

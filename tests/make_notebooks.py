@@ -5,8 +5,9 @@ Execute notebooks, and store their outputs in them (`make notebooks`):
 
     python tests/make_notebooks.py examples/notebooks/*.ipynb
 
-Cells with the tag `real` show a real model if the cache has one (`make demo-real`), and those with the tag `sampled`
-single texts of a trained doctor. `test_notebooks.py` executes the notebooks again, and compares what the others say.
+Cells with the tag `real` show a real model if the cache has one (`make demo-real`). Cells with the tag `sampled` show
+single texts of a trained doctor. `test_notebooks.py` executes the notebooks again, and compares the outputs of the
+other cells.
 """
 
 import sys

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-The oracle of guided decoding, `PlainGuidance`, and models to try it on.
+`PlainGuidance`, a reference implementation of guided decoding, and models for it.
 
-It reads every row alone, without its padding and from the start, in a plain product of probabilities. All models are
-random, tiny and sure of themselves, so that every choice is clear-cut.
+It reads every row alone, from the start and without padding, and multiplies probabilities. All models are tiny and
+random, with peaked distributions, so that rounding does not change the likeliest token.
 """
 
 import torch

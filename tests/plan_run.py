@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-What each process of `test_plan.py` runs: a short training, the bytes it then holds, and the plan made in the same
-place.
+What each process of `test_plan.py` runs: a short training, and a report of the bytes that the process then holds and
+of the plan that it makes.
 """
 
 import json
@@ -40,7 +40,7 @@ def run(folder: Path) -> None:
     )
     if "ACCELERATE_USE_DEEPSPEED" in os.environ:  # `TrainingArguments` refuses bfloat16 on CPUs
         args.bf16 = True
-    if "ACCELERATE_USE_FSDP" in os.environ:  # Accelerate shards on GPUs only; taking CPUs for these, over gloo as well
+    if "ACCELERATE_USE_FSDP" in os.environ:  # Accelerate shards on GPUs only; this type makes it shard over gloo
         PartialState().distributed_type = DistributedType.MULTI_GPU
     names = {"doctor": str(folder / "doctor"), "patient": str(folder / "patient")}
     dataset = load_dataset("json", data_files=str(folder / "preferences.jsonl"))["train"]

@@ -79,17 +79,17 @@ def launch(engine: str, mixed_precision: str, output: Path, function, *args) -> 
 
 
 def join_engine(cache: Path) -> None:
-    """In a process that was forked for an engine: forget the state of the parent, and find no scores of others."""
+    """In a process that was forked for an engine: reset the state of the parent, and use another cache of scores."""
     datasets.config.HF_DATASETS_CACHE = cache
     AcceleratorState._reset_state(reset_partial_state=True)
     if "ACCELERATE_USE_DEEPSPEED" in os.environ:
         import deepspeed
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled; gloo does
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would have to be compiled; gloo suffices
 
 
 def leave_engine() -> None:
-    """End the process group, once all are there: one that leaves while the other writes may abort as well."""
+    """Destroy the process group after a barrier. A process that leaves too early can make the other one abort."""
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -104,7 +104,7 @@ def wait_for(paths: list[Path]) -> None:
 
 
 def free_port() -> str:
-    """A port of this machine that nobody listens at."""
+    """A free port of this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return str(free.getsockname()[1])
@@ -158,7 +158,7 @@ def outcome(function, *args) -> tuple[int, str]:
 
 
 def run_script(script: Path, folder: Path, *options) -> None:
-    """In a child: run a script in a folder, as its command line would, but with what is imported already."""
+    """In a child: run a script in a folder as from the command line, but with the modules imported so far."""
     os.chdir(folder)
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
     AcceleratorState._reset_state(reset_partial_state=True)

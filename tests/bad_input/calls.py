@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the tables share: how a refusal is checked, and calls that are right but for what a row changes."""
+"""Helpers of the tables: a check of refusals, and calls that are valid except for what a row changes."""
 
 import contextlib
 import tempfile
@@ -23,7 +23,7 @@ FOLDER = tempfile.TemporaryDirectory(prefix="bad-input-")  # what calls read; th
 
 
 def with_rows(*tables: list[tuple]):
-    """Parametrize a test by rows of what is wrong, and what the test takes."""
+    """Parametrize a test by rows, each a name for the fault and the arguments `call` and `message` of the test."""
     return pytest.mark.parametrize(
         ("call", "message"), [pytest.param(*row, id=name) for table in tables for name, *row in table]
     )

@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         `int`: exit status: 0 on success, 1 on an unexpected error, 2 on an error that the user can correct, 130 on an
-        interruption, or the status of launched processes. Errors are printed as one line on standard error.
+        interruption, or the status of launched processes. Errors are printed as one line on standard error. If the
+        environment variable `TRL_TFPO_TRACEBACK` is set, they are raised instead.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return importlib.import_module(f".{verb.replace('-', '_')}", __name__).run(rest) or 0
     except KeyboardInterrupt:
-        if LAUNCHED not in os.environ:  # otherwise the launching process prints it
+        if LAUNCHED not in os.environ:  # otherwise the launching process prints the message
             kept = RESUME_HINTS.get(verb)
             message = f"interrupted. To resume, run the same command again{kept}." if kept else "interrupted."
             print(f"\ntrl-tfpo {verb}: {message}", file=sys.stderr)

@@ -55,7 +55,7 @@ class AnnotateArguments:
     )
     importance_temperature: float = field(default=3.0, metadata={"help": "Importance temperature (tau in the paper)."})
     gap_floor: float = field(
-        default=0.05, metadata={"help": "Nats added to the mean gap of a completion (epsilon in the paper)."}
+        default=0.05, metadata={"help": "Nats added to the mean absolute gap of a completion (epsilon in the paper)."}
     )
     sparsity_threshold: float = field(
         default=0.3, metadata={"help": "Largest importance that gets reward 0, in [0, 1) (theta in the paper)."}
@@ -74,7 +74,7 @@ class AnnotateArguments:
 
 
 def resolve_given_faces(faces: str, positive: str | None, negative: str | None, placement: str) -> "Faces":
-    """Return the faces of both given prompts, or the built-in pair `faces` if neither is given."""
+    """Return the two given prompts as faces, or the built-in pair `faces` if neither is given."""
     from ..faces import Faces, resolve_faces
 
     place = cast("Placement", placement)  # checked by `Faces`

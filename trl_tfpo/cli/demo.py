@@ -37,7 +37,9 @@ class DemoArguments:
         default_factory=lambda: list(QUESTIONS),
         metadata={"action": options.Repeated, "help": "Example prompts on the page, for a real patient."},
     )
-    max_new_tokens: int = field(default=256, metadata={"help": "Maximum length of an answer, in tokens."})
+    max_new_tokens: int = field(
+        default=256, metadata={"help": "Maximum length of an answer in tokens, for a real patient."}
+    )
     host: str = field(default="127.0.0.1", metadata={"help": "Address of the server."})
     port: int | None = field(
         default=None, metadata={"help": "Port of the server. By default Gradio uses the first free port."}

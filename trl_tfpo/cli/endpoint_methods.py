@@ -107,7 +107,7 @@ def sample_methods(
 
 
 def read_exponents(given: Sequence[str]) -> dict[str, tuple[dict[str, float], float | None]]:
-    """Read methods, each NAME or NAME=DOCTOR:WEIGHT,...: the exponents of doctors and patient, by method."""
+    """Parse methods NAME or NAME=DOCTOR:WEIGHT,... and return exponents of doctors and of the patient, by method."""
     from .serve import read_aliases
 
     methods: dict[str, tuple[dict[str, float], float | None]] = {}

@@ -51,7 +51,7 @@ def check_engine(args: EngineArguments, *, for_transformers: Sequence[str]) -> N
 
 
 def name_endpoint(base_url: str, model: str, num_requests: int) -> "Endpoint":
-    """Return an endpoint, with the key of the environment."""
+    """Return an endpoint, with the API key from the environment variable `OPENAI_API_KEY`."""
     from ..common.endpoint import Endpoint
 
     return Endpoint(base_url, model, api_key=os.environ.get(KEY) or None, num_requests=num_requests)
@@ -61,7 +61,9 @@ def name_scorer(
     args: EngineArguments, patient: str | None, *, dtype: str, trust_remote_code: bool
 ) -> "tuple[CompletionScorer | None, list[int]]":
     """
-    Return the scorer for a patient in another engine, and the ids that end completions, from its generation config.
+    Return the scorer for a patient in another engine, and the ids that end completions.
+
+    The ids come from the generation config of the patient, if it has one.
 
     With the backend "transformers" there is no scorer and no id: the model is loaded, with its generation config.
     """

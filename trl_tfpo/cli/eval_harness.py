@@ -64,7 +64,7 @@ class HarnessArguments(options.GuideArguments):
         },
     )
     batch_size: int = field(default=8, metadata={"help": "Texts that models in this process read at once."})
-    seed: int = field(default=1234, metadata={"help": "Seed of few-shot examples and of sampling."})
+    seed: int = field(default=1234, metadata={"help": "Seed of few-shot examples, and of sampling in this process."})
     log_samples: bool = field(default=False, metadata={"help": "Write the answer to each question, too."})
     trust_remote_code: bool = field(default=False, metadata=options.REMOTE_CODE)
     overwrite: bool = field(default=False, metadata=options.OVERWRITE)

@@ -129,7 +129,7 @@ def recording(reward_fn: "RewardFunction", rewards: Rewards) -> "RewardFunction"
 
 
 def read_methods(given: Sequence[str]) -> dict[str, Completions]:
-    """Read the completions of each method from NAME=DATASET arguments. Check that the prompts are the same."""
+    """Read the completions of each method from NAME=DATASET arguments. Check prompts and numbers of completions."""
     methods: dict[str, Completions] = {}
     for text in given:
         name, separator, path = text.partition("=")

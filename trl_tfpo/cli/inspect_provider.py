@@ -50,12 +50,12 @@ class GuidedModelAPI(ModelAPI):
         config ([`~inspect_ai.model.GenerateConfig`], *optional*):
             Default settings of requests.
         doctor (`str` or sequence of `str`, *optional*):
-            Doctors, each `NAME=FOLDER`.
+            Doctors, each `PATH` or `NAME=PATH`.
         weights (`str`, sequence of `str`, or mapping from `str` to `float`, *optional*):
             Exponents of doctors, such as `"helpful:0.5,harmless:0.2"`. Other doctors have the default
             exponents of [`Engine`]. `weights` in the `extra_body` of a request replace these by name.
         alpha (`float`, *optional*):
-            Exponent of the patient, see [`Engine.exponents`]. `alpha` in `extra_body` replaces it.
+            Exponent of the patient, see [`Generation`]. `alpha` in `extra_body` replaces it.
         dtype (`str`, *optional*, defaults to `"auto"`):
             Data type of patient and doctors.
         in_4bit, trust_remote_code (`bool`, *optional*, default to `False`):

@@ -42,8 +42,8 @@ BETA = {
 }
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DTYPE = {
-    "help": "'bfloat16', 'float16', 'float32' or 'auto' (that of the checkpoint, but float32 on a CPU without "
-    "bfloat16 instructions)."
+    "help": "Data type: 'bfloat16', 'float16', 'float32' or 'auto' (that of the checkpoint, but float32 on a CPU "
+    "without bfloat16 instructions)."
 }
 REMOTE_CODE = {"help": "Run code from the model repositories."}
 FACES = {"help": "Pair of contrastive prompts: 'helpfulness', 'harmlessness' or 'honesty'."}
@@ -53,7 +53,7 @@ FACE_PLACEMENT = {"help": "Place of the contrastive prompts: 'system', or 'user'
 OVERWRITE = {"help": "Replace existing outputs."}
 BACKEND = {"help": "Engine of the patient: 'transformers', 'vllm' (in this process) or 'openai' (an endpoint)."}
 BASE_URL = {"help": "URL of an OpenAI-compatible endpoint, ending in `/v1`. The key is read from OPENAI_API_KEY."}
-MODEL = {"help": "Name of the model at the endpoint. By default the value of `--patient`."}
+MODEL = {"help": "Name of the model at the endpoint. By default the value of `--patient`, or 'world'."}
 NUM_REQUESTS = {"help": "Requests in flight at the endpoint."}
 ENGINE_ARGS = {"help": "With the backend 'vllm': arguments of `vllm.LLM`, as JSON."}
 

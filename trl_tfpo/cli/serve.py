@@ -127,7 +127,7 @@ def build(args: ServeArguments) -> "FastAPI":
 
 
 def read_aliases(given: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Read NAME=DOCTOR:WEIGHT,... arguments: the weights of doctors, by model name."""
+    """Parse arguments NAME=DOCTOR:WEIGHT,... and return the weights of doctors, by model name."""
     aliases: dict[str, dict[str, float]] = {}
     for text in given:
         name, _, pairs = text.partition("=")
@@ -144,7 +144,7 @@ def read_aliases(given: Sequence[str]) -> dict[str, dict[str, float]]:
 
 
 def read_weights(text: str) -> dict[str, float]:
-    """Read DOCTOR:WEIGHT,DOCTOR:WEIGHT: the weights of doctors by name."""
+    """Parse DOCTOR:WEIGHT,DOCTOR:WEIGHT and return the weights by doctor."""
     weights: dict[str, float] = {}
     try:
         for pair in text.split(","):

@@ -64,7 +64,9 @@ class StrengthsArguments:
     trust_remote_code: bool = field(default=False, metadata=options.REMOTE_CODE)
     world: bool = field(
         default=False,
-        metadata={"help": "Use the patient of the controlled world and, without `--prompt`, its validation prompts."},
+        metadata={
+            "help": "Use the patient of the controlled world and, without other prompts, its validation prompts."
+        },
     )
 
 

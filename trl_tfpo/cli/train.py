@@ -37,7 +37,8 @@ class TFPOScriptArguments(ScriptArguments):
         default=None,
         metadata={
             "aliases": options.OLD_PATIENT,
-            "help": "Patient: a Hub name or a folder. Not needed for an annotated dataset.",
+            "help": "Patient: a Hub name or a folder. Not needed for an annotated dataset, except with "
+            "`--policy guided`.",
         },
     )
     patient_load_in_4bit: bool = field(default=False, metadata=options.IN_4BIT)
@@ -64,8 +65,8 @@ class TFPOScriptArguments(ScriptArguments):
         metadata={
             "nargs": "?",
             "const": 1,
-            "help": "Print a plan of tokens, steps and memory for this number of processes (default 1), and exit. "
-            "Loads no weights and needs no accelerator.",
+            "help": "Print a plan of tokens, steps and memory for this number of processes (1 if the number is "
+            "omitted), and exit. Loads no weights and needs no accelerator. 0 trains.",
         },
     )
     world: bool = field(default=False, metadata={"help": "Use patient and doctor of the controlled world by default."})

@@ -49,7 +49,8 @@ def make_app(
     if not all(names) or api_key == "":
         raise ValueError(
             f"Models must have names, and a key must not be empty. Got the names {names}"
-            f"{' and an empty key' if api_key == '' else ''}; leave out `api_key` if no key is needed."
+            f"{' and an empty key' if api_key == '' else ''}; leave out `api_key` if no key is needed, and name all "
+            "models."
         )
     if model_name in aliases:
         raise ValueError(f"An alias must differ from the name of the patient. Got {model_name!r}; choose another.")

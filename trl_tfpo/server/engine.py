@@ -105,8 +105,8 @@ class Engine:
         num_waiting (`int`): number of waiting completions.
 
     Raises:
-        `ValueError`: when a model is in training mode, the patient is a doctor of guided flow, or a model has a state
-            other than keys and values. Rows of such a model cannot join and leave a batch.
+        `ValueError`: when a model is not a causal language model in eval mode, the patient is a doctor of guided flow,
+            or a model has a state other than keys and values. Rows of such a model cannot join and leave a batch.
     """
 
     def __init__(
@@ -180,15 +180,15 @@ class Engine:
         Queue a generation.
 
         Raises:
-            `ValueError`: on exponents and sampling settings out of range, and on prompts that are empty, too long or
-                contain unknown ids.
+            `ValueError`: on exponents that [`Engine.exponents`] refuses, sampling settings out of range, and prompts
+                that are empty, are too long or contain unknown ids.
             `OverflowError`: when the queue is full or the engine is closed.
         """
         limits, num_prompt = self.limits, len(generation.prompt_ids)
         longest = min(limits.max_prompt_tokens, self.max_positions - 1)
         if not 1 <= num_prompt <= longest:
             error = PromptTooLong if num_prompt else ValueError
-            raise error(f"The prompt must have 1 to {longest} tokens. Got {num_prompt}; shorten it.")
+            raise error(f"The prompt must have 1 to {longest} tokens. Got {num_prompt}; change its length.")
         generation.max_new_tokens = min(generation.max_new_tokens, self.max_positions - num_prompt)
         generation.check(self.vocab_size)
         if unknown := [x for x in generation.prompt_ids if not 0 <= x < self.vocab_size]:

@@ -22,8 +22,8 @@ class TokenTexts:
     """
     Text and bytes of the tokens of a tokenizer.
 
-    With a byte-level vocabulary or byte fallback, a token may be part of a character. Such a token has bytes
-    but no text.
+    With a byte-level vocabulary or byte fallback, a token may be part of a character. The bytes of such a token cannot
+    be decoded.
     """
 
     def __init__(self, processing_class: PreTrainedTokenizerBase):
