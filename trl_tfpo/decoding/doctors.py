@@ -64,8 +64,9 @@ class Doctor:
         prompt_tokens (`torch.LongTensor` of shape `(B, L')`, *optional*): ids of `prompt`, with -1 for padding.
 
     Raises:
-        `ValueError`: for an encoder-decoder, a model in training mode, an unknown adapter, an adapter that cannot be
-            switched off (prompt learning, activated LoRA), merged adapters, or a prompt that is not left-padded.
+        `ValueError`: for a model that is not a causal language model or is in training mode, an unknown adapter, an
+            adapter that cannot be switched off (prompt learning, activated LoRA), merged adapters, or a prompt without
+            `input_ids`, with a mask of another shape, or with padding that is not on the left.
     """
 
     model: LanguageModel
@@ -148,7 +149,7 @@ class DoctorMemory:
 
     - if they continue the cached tokens, only the new tokens are read;
     - if rows were reordered, repeated or dropped, the cache is reordered;
-    - if only a prefix is cached, the cache is cropped to it;
+    - if they share only a prefix with the cached tokens, the cache is cropped to it;
     - otherwise the whole text is read.
 
     A reading mode is used only if the model passes a test of it, [`~trl_tfpo.decoding.reading.reading_fault`]. The
@@ -211,7 +212,7 @@ class DoctorMemory:
         """
         Compute the logits (B, V) of the next token after `tokens` (B, L), whose padding is [`PADDING`].
 
-        With `is_next`, cached tokens (B, L - 1) are known to be the first of `tokens`, and are not compared.
+        With `is_next`, the cached tokens are known to be `tokens[:, :-1]`, and are not compared.
 
         Raises:
             `ValueError`: when the model is in training mode, has too few positions, or cannot read padded text.
@@ -362,7 +363,7 @@ class DoctorMemory:
         return cache
 
     def _is_compiled(self) -> bool:
-        """Whether steps of one token are compiled, as `generate` decides it for the patient."""
+        """Whether steps of one token are compiled: on accelerators, and on a CPU if there is a `compile_config`."""
         return not self.disable_compile and (self.compile_config is not None or self.doctor.device.type != "cpu")
 
     def _forget_if_trained(self) -> None:

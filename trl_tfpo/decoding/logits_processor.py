@@ -63,7 +63,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
             to 1 (the *mixture*). Exponents of doctors with a `reference` (the *ratio*) and of doctors of guided flow
             are not subtracted. The *product* of the paper is `alpha=1`.
         beta (`float`, `torch.Tensor` of shape `(B,)` or callable, or list of them, *optional*, defaults to `0.5`):
-            Exponent of the doctor, or a list with one for each doctor. A doctor with exponent 0 is not read. A
+            One exponent for all doctors, or a list with one for each doctor. A doctor with exponent 0 is not read. A
             negative exponent guides away from the doctor. A tensor has one number for each prompt of the batch. A
             callable is a schedule: it maps the number of tokens since the prompt to a number or a tensor.
         reference ([`~transformers.PreTrainedModel`] or [`Doctor`], or list of them, *optional*):
@@ -84,7 +84,8 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
             supported with beams.
         cache_implementation (`str`, *optional*):
             `"static"`: the doctors have KV caches of fixed shape, and a compiled forward pass reads each token, as in
-            `generate` with this argument. By default the caches grow. [`guided_generate`] uses the patient's setting.
+            `generate` with this argument. By default the caches grow. In [`guided_generate`] they are also static if
+            the patient's cache is.
         compile_config ([`~transformers.CompileConfig`], *optional*):
             Settings of the compiler, for static caches. Without them, doctors are compiled on accelerators only.
 
@@ -104,7 +105,8 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
             as `reference` of a doctor of guided flow, a doctor as its own `reference`, a missing `alpha` if a doctor
             of guided flow has no record of its exponents, different tokenizers, a mask that is not left-padded, and
             an unknown `cache_implementation`. At a call, on prompts that do not match the mask, `inputs_embeds`
-            without ids, too many tokens for a doctor, ids unknown to a doctor, and NaN.
+            without ids, exponents or doctors' prompts that are not one for each prompt, invalid values of a schedule,
+            padding that changes a doctor's logits, too many tokens for a doctor, ids unknown to a doctor, and NaN.
 
     Examples:
 
@@ -210,7 +212,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
 
         Raises:
             `ValueError`: if `kl` is out of range, or comes with several doctors, a doctor without a table, exponents
-                or other settings of the policy.
+                or other settings of the policy. Also on errors of [`load_doctor`] and of the constructor.
         """
         names = [doctor] if isinstance(doctor, (str, os.PathLike)) else list(doctor)
         load, table = model_init_kwargs or {}, None
@@ -474,7 +476,8 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         if logits.size(-1) != size and not self._has_same_tokenizer:
             self._warn_once(
                 f"The patient has logits for {size} tokens, and a doctor for {logits.size(-1)}. This is correct only "
-                "if they have one tokenizer, padded to two sizes. Pass `processing_classes` to check this."
+                "if they have the same tokenizer, and embeddings padded to different sizes. Pass `processing_classes` "
+                "to check the tokenizers."
             )
         logits = logits[:, :size].to(device=scores.device, dtype=scores.dtype)
         num_missing = size - logits.size(-1)

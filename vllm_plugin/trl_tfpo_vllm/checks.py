@@ -79,7 +79,7 @@ def check_doctors(guidance: Guidance, model_config: "ModelConfig") -> None:
     Raise `ValueError` unless every doctor and reference is compatible with the patient.
 
     All models must read only text. Doctors and references must have the patient's tokenizer (the same token for every
-    id), an embedding for each token, and at least as many positions as the engine.
+    id), an embedding for each token, and at least as many positions as the engine. They must not be quantized.
 
     Args:
         guidance ([`Guidance`]):

@@ -71,7 +71,8 @@ class Guidance:
             without a reference.
 
     Raises:
-        `ValueError`: when there is no doctor, a name is invalid or not unique, or a default exponent is out of range.
+        `ValueError`: when there is no doctor, a name is invalid or not unique, a default exponent is out of range, or
+            the default exponents of a mixture exceed 1 in sum without `alpha`.
     """
 
     doctors: tuple[DoctorEntry, ...]

@@ -63,7 +63,7 @@ class Lora:
                 Names and tensors of the base.
 
         Returns:
-            Iterator of `(str, torch.Tensor)`, with changed tensors in float32.
+            Iterator of `(str, torch.Tensor)`. Sums of a weight and a product are in float32.
 
         Raises:
             `ValueError`: when a shape differs; and at the end, when the adapter changes weights that the base lacks.
