@@ -169,7 +169,7 @@ def check_reads(
     read = partial(_generate_text, patient, is_padded=is_padded, in_pieces=in_pieces)
     if fault := reading_fault(patient, mode, read, errors_count=False):
         raise ValueError(
-            "Padding, or reading a prompt in parts, must not change the patient's logits. Got "
+            "The patient must give the same logits for a prompt with or without padding, read whole or in parts. Got "
             f"{type(unwrap_peft(patient)).__name__}: {fault}. Decode prompts one by one (`batch_size=1`), or prompts "
             "of one length together, without `prefill_chunk_size`."
         )
