@@ -54,8 +54,8 @@ class Doctor:
             it may be an adapter on the patient, see [`guided_generate`].
         prompt (mapping of `torch.Tensor`, *optional*):
             Prompts for the doctor, one for each prompt of the patient: left-padded `input_ids` and `attention_mask` of
-            shape `(B, L')`, as returned by a tokenizer. Use it for a doctor with another instruction or chat template.
-            By default the doctor reads the prompts of the patient.
+            shape `(B, L')`, as returned by a tokenizer. They may have another instruction or chat template. By default
+            the doctor reads the prompts of the patient.
         credits (`torch.Tensor` of shape `(V,)`, *optional*):
             Token credits in nats, see [`~trl_tfpo.models.token_credits.load_credits`]. Their sum ranks completions.
 
@@ -188,8 +188,8 @@ class DoctorMemory:
 
         Args:
             is_static (`bool`):
-                Whether the shape is fixed, so that steps of one token can be compiled. Models whose layers do not keep
-                the keys of all tokens use a growing cache, with a warning.
+                Whether the shape is fixed, so that steps of one token can be compiled. Models with a layer that does
+                not keep the keys of all tokens use a growing cache, with a warning.
             compile_config ([`~transformers.CompileConfig`], *optional*):
                 Settings of the compiler. Without them, steps are compiled on accelerators only.
             disable_compile (`bool`, *optional*, defaults to `False`):

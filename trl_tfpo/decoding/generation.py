@@ -44,7 +44,8 @@ def guided_generate(
 
     This is `patient.generate(..., logits_processor=[guide])`, with these differences. The guide receives the mask of
     the prompts. Doctors that are adapters on the patient do not change its logits. In greedy search and sampling they
-    share its forward pass. Arguments that would disable the guide raise an error.
+    share its forward pass, if [`~shared_forward.can_share`] allows it. Arguments that would disable the guide raise an
+    error.
 
     Args:
         patient ([`~transformers.PreTrainedModel`]):

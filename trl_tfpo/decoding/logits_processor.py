@@ -7,7 +7,7 @@ Guided decoding: a logits processor through which doctors guide `patient.generat
 beams, and does not announce a new generation. The doctors' logits are therefore a function of the tokens alone, and
 their KV caches are addressed by tokens, see [`DoctorMemory`].
 
-Shapes: B rows, L tokens so far (padding included), V vocabulary. Units: nats.
+Shapes: B rows, L tokens so far (padding included), T generated tokens, V vocabulary. Units: nats.
 """
 
 import math
@@ -63,9 +63,10 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
             to 1 (the *mixture*). Exponents of doctors with a `reference` (the *ratio*) and of doctors of guided flow
             are not subtracted. The *product* of the paper is `alpha=1`.
         beta (`float`, `torch.Tensor` of shape `(B,)` or callable, or list of them, *optional*, defaults to `0.5`):
-            One exponent for all doctors, or a list with one for each doctor. A doctor with exponent 0 is not read. A
-            negative exponent guides away from the doctor. A tensor has one number for each prompt of the batch. A
-            callable is a schedule: it maps the number of tokens since the prompt to a number or a tensor.
+            One exponent for all doctors, or a list with one for each doctor. A doctor does not run where its exponent
+            is the number 0. A negative exponent guides away from the doctor. A tensor has one number for each prompt
+            of the batch. A callable is a schedule: it maps the number of tokens since the prompt to a number or a
+            tensor.
         reference ([`~transformers.PreTrainedModel`] or [`Doctor`], or list of them, *optional*):
             The doctor before training, or a list with one for each doctor (`None` for none). Its exponent is `-beta`.
         attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*):
@@ -105,8 +106,9 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
             as `reference` of a doctor of guided flow, a doctor as its own `reference`, a missing `alpha` if a doctor
             of guided flow has no record of its exponents, different tokenizers, a mask that is not left-padded, and
             an unknown `cache_implementation`. At a call, on prompts that do not match the mask, `inputs_embeds`
-            without ids, exponents or doctors' prompts that are not one for each prompt, invalid values of a schedule,
-            padding that changes a doctor's logits, too many tokens for a doctor, ids unknown to a doctor, and NaN.
+            without ids, tensors of exponents or prompts of doctors whose length is not the number of prompts, invalid
+            values of a schedule, padding that changes a doctor's logits, too many tokens for a doctor, ids unknown to
+            a doctor, and NaN.
 
     Examples:
 

@@ -8,7 +8,7 @@ token at each position. Drafts are kept up to the first that differs from the ch
 are the doctors, another language model, or the text itself (`drafts.py`). How many tokens are drafted, and whether
 any, follows from measured costs and acceptance (`pace.py`).
 
-Shapes: one row, L tokens so far, k drafted tokens, V vocabulary.
+Shapes: one row, L tokens so far, T generated tokens, k drafted tokens, V vocabulary.
 """
 
 import time
@@ -130,8 +130,8 @@ def speculative_guided_generate(
 
     Raises:
         `ValueError`: on several rows, beams, no or several guides, processors that keep a state from token to token,
-            a patient whose cache cannot be cropped, two ways to draft, a number of drafts out of range, and an
-            assistant that is not a language model.
+            a cache that is static or cannot be cropped, inputs other than text, two ways to draft, a number of drafts
+            out of range, and an assistant that is not a language model.
     """
     guide = _find_guide(logits_processor)
     _check_settings(input_ids, logits_processor, generation_config, num_draft_tokens)
