@@ -96,7 +96,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         betas (`list`): exponent of each of `doctors`.
         num_references (`int`): number of references in `doctors`.
         memories (`list` of [`DoctorMemory`]): KV cache of each of `doctors`.
-        num_calls (`int`): number of calls by `generate`.
+        num_calls (`int`): number of calls of the processor.
         strengths ([`~trl_tfpo.models.strengths.StrengthTable`], *optional*): table by which `from_pretrained`
             chose `beta` for its argument `kl`.
 
@@ -267,8 +267,8 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
 
         Args:
             sources (mapping from `int` to callable):
-                Functions, by index of `doctors`. Each is called once per step. It maps the tokens `(B, L)` to the
-                doctor's next-token logits `(B, V)`.
+                Functions, by index of `doctors`. Each call of the processor calls each of them at most once. They map
+                the tokens `(B, L)` to the doctor's next-token logits `(B, V)`.
         """
         before, self._external = self._external, sources
         try:
@@ -492,7 +492,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
 
 
 def _as_list(value: object, num: int = 1) -> list:
-    """Return the items of a list or tuple, or `num` times another value."""
+    """Return the items of a list or tuple, or `num` copies of any other value."""
     return list(value) if isinstance(value, (list, tuple)) else [value] * num
 
 

@@ -70,7 +70,8 @@ def check_modes(vllm_config: "VllmConfig") -> None:
     }
     if found := [name for name, is_used in unsupported.items() if is_used]:
         raise ValueError(
-            f"Guidance does not support {', '.join(found)}. Got an engine that uses it; start it without."
+            f"Guidance does not support {' or '.join(found)}. Got it in the config of the engine; start the engine "
+            "without it."
         )
 
 

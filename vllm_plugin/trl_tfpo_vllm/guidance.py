@@ -43,7 +43,7 @@ class DoctorEntry:
             False for a doctor of guided flow.
         reference (`str`, *optional*):
             Folder of the doctor before training, or `"patient"` if it is the patient. Its exponent is `-beta`, so the
-            *ratio* of doctor and reference guides.
+            *ratio* of doctor and reference guides the patient.
     """
 
     name: str

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-Merging of a LoRA adapter into the weights of its base, tensor by tensor while they are read: $W + s B A$.
+Merging of a LoRA adapter into the weights of its base, tensor by tensor while they are read: $W + s B A$, with the
+scale $s$ of the adapter.
 
 Shapes: V vocabulary, H hidden size, R rank, I inputs and O outputs of a layer.
 """
