@@ -66,8 +66,8 @@ def guided_generate(
             Receives the tokens during generation.
         best_of (`int`, *optional*, defaults to `1`):
             Number n of completions to sample per prompt. The completion with the largest sum of token credits is
-            returned, see [`~best_of.completion_rewards`]. The KL from the guided policy is at most
-            `log n - (n - 1) / n` nats. The KL from the patient can increase by more. The cost is n times as large.
+            returned, see [`~best_of.completion_rewards`]. Its distribution has a KL of at most `log n - (n - 1) / n`
+            nats from the guided policy. The KL from the patient can increase by more. The cost is n times as large.
         **kwargs:
             Further arguments of `patient.generate`, or of [`speculative_guided_generate`].
 

@@ -106,9 +106,9 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
             as `reference` of a doctor of guided flow, a doctor as its own `reference`, a missing `alpha` if a doctor
             of guided flow has no record of its exponents, different tokenizers, a mask that is not left-padded, and
             an unknown `cache_implementation`. At a call, on prompts that do not match the mask, `inputs_embeds`
-            without ids, tensors of exponents or prompts of doctors whose length is not the number of prompts, invalid
-            values of a schedule, padding that changes a doctor's logits, too many tokens for a doctor, ids unknown to
-            a doctor, and NaN.
+            without ids, a tensor of exponents or a doctor's `prompt` without one entry for each prompt, invalid values
+            of a schedule, padding that changes a doctor's logits, too many tokens for a doctor, ids unknown to a
+            doctor, and NaN.
 
     Examples:
 

@@ -121,7 +121,7 @@ def _wilson(num_accepted: float, num: float, deviations: float) -> float:
 class Pace(ABC):
     """Decides in each round how many tokens to draft, possibly from reports of earlier rounds."""
 
-    def begin_text(self) -> None:  # noqa: B027  # for paces that learn, as the next three
+    def begin_text(self) -> None:  # noqa: B027  # this and the next three are for paces that learn
         """The next round reads a prompt."""
 
     def begin_round(self) -> None:  # noqa: B027
