@@ -79,7 +79,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
             probability are ruled out, see [`~functional.plausible_mask`]. 0 rules out none.
         min_patient_entropy (`float`, *optional*, defaults to `0.0`):
             Threshold in nats. If the entropy of the patient's distribution is lower, the doctors have no effect on
-            this token. If it is lower in all rows of a batch, the doctors read the token later.
+            the next token. If it is lower in all rows of a batch, the doctors do not run at this step.
         return_trace (`bool`, *optional*, defaults to `False`):
             Whether to keep the log-probabilities of generated tokens for [`~DoctorGuidedLogitsProcessor.trace`]. Not
             supported with beams.
@@ -453,7 +453,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         return logits.masked_fill(is_unknown, -math.inf)
 
     def _per_row(self, weight: Number, scores: torch.Tensor) -> Number:
-        """Repeat exponents, one per prompt, for the rows of that prompt (B, 1): its beams or return sequences."""
+        """Repeat the exponent of each prompt for its beams or return sequences: (B, 1). Return a number unchanged."""
         if not isinstance(weight, torch.Tensor):
             return weight
         self._check_by_prompt("`alpha` and `beta` must be numbers, or tensors with", len(weight), len(scores))

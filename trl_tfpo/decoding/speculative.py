@@ -4,9 +4,9 @@ r"""
 Guided decoding in fewer forward passes of the patient: a drafter proposes tokens, the patient checks them.
 
 The drafter proposes a few tokens, and the patient reads all of them in one forward pass. The guided policy chooses the
-token at each position. Drafts are kept up to the first that differs from the chosen token (`acceptance.py`). Drafters
-are the doctors, another language model, or the text itself (`drafts.py`). How many tokens are drafted, and whether
-any, follows from measured costs and acceptance (`pace.py`).
+token at each position. Drafts are kept until one differs from the chosen token (`acceptance.py`). Drafters are the
+doctors, another language model, or the text itself (`drafts.py`). How many tokens are drafted, and whether any,
+follows from measured costs and acceptance (`pace.py`).
 
 Shapes: one row, L tokens so far, T generated tokens, k drafted tokens, V vocabulary.
 """

@@ -3,7 +3,7 @@
 """
 Traces: the log-probability of each generated token under the patient, each doctor and the guided policy.
 
-Shapes: B rows, L tokens so far, T generated tokens, V vocabulary, D doctors. Units: nats.
+Shapes: B rows, L tokens so far, T generated tokens, V vocabulary, D doctors and references. Units: nats.
 """
 
 from collections.abc import Sequence
