@@ -78,8 +78,8 @@ def guided_generate(
         `ValueError`: on an encoder-decoder, a patient that is a doctor of guided flow or has adapters that add tokens,
             ids that the patient does not know, padding without a mask, a mask of another shape, `input_ids` that are
             not longer than the cache, a second guide, `inputs_embeds` and `custom_generate`, modes without logits
-            processors, a patient that [`check_reads`] refuses, `best_of` without sampling or token credits, and errors
-            of `generate` and of the guide.
+            processors, a patient that [`check_reads`] refuses, `best_of` without sampling or token credits or with
+            beams, `speculative` or a `streamer`, and errors of `generate` and of the guide.
 
     Examples:
 
