@@ -54,8 +54,8 @@ class Doctor:
             it may be an adapter on the patient, see [`guided_generate`].
         prompt (mapping of `torch.Tensor`, *optional*):
             Prompts for the doctor, one for each prompt of the patient: left-padded `input_ids` and `attention_mask` of
-            shape `(B, L')`, as returned by a tokenizer. Use it for a doctor with another instruction or chat template.
-            By default the doctor reads the prompts of the patient.
+            shape `(B, L')`, as returned by a tokenizer. They may have another instruction or chat template. By default
+            the doctor reads the prompts of the patient.
         credits (`torch.Tensor` of shape `(V,)`, *optional*):
             Token credits in nats, see [`~trl_tfpo.models.token_credits.load_credits`]. Their sum ranks completions.
 
@@ -64,8 +64,9 @@ class Doctor:
         prompt_tokens (`torch.LongTensor` of shape `(B, L')`, *optional*): ids of `prompt`, with -1 for padding.
 
     Raises:
-        `ValueError`: for an encoder-decoder, a model in training mode, an unknown adapter, an adapter that cannot be
-            switched off (prompt learning, activated LoRA), merged adapters, or a prompt that is not left-padded.
+        `ValueError`: for a model that is not a causal language model or is in training mode, an unknown adapter, an
+            adapter that cannot be switched off (prompt learning, activated LoRA), merged adapters, or a prompt without
+            `input_ids`, with a mask of another shape, or with padding that is not on the left.
     """
 
     model: LanguageModel
@@ -148,7 +149,7 @@ class DoctorMemory:
 
     - if they continue the cached tokens, only the new tokens are read;
     - if rows were reordered, repeated or dropped, the cache is reordered;
-    - if only a prefix is cached, the cache is cropped to it;
+    - if they share only a prefix with the cached tokens, the cache is cropped to it;
     - otherwise the whole text is read.
 
     A reading mode is used only if the model passes a test of it, [`~trl_tfpo.decoding.reading.reading_fault`]. The
@@ -187,8 +188,8 @@ class DoctorMemory:
 
         Args:
             is_static (`bool`):
-                Whether the shape is fixed, so that steps of one token can be compiled. Models whose layers do not keep
-                the keys of all tokens use a growing cache, with a warning.
+                Whether the shape is fixed, so that steps of one token can be compiled. Models with a layer that does
+                not keep the keys of all tokens use a growing cache, with a warning.
             compile_config ([`~transformers.CompileConfig`], *optional*):
                 Settings of the compiler. Without them, steps are compiled on accelerators only.
             disable_compile (`bool`, *optional*, defaults to `False`):
@@ -211,7 +212,7 @@ class DoctorMemory:
         """
         Compute the logits (B, V) of the next token after `tokens` (B, L), whose padding is [`PADDING`].
 
-        With `is_next`, cached tokens (B, L - 1) are known to be the first of `tokens`, and are not compared.
+        With `is_next`, the cached tokens are known to be `tokens[:, :-1]`, and are not compared.
 
         Raises:
             `ValueError`: when the model is in training mode, has too few positions, or cannot read padded text.
@@ -362,7 +363,7 @@ class DoctorMemory:
         return cache
 
     def _is_compiled(self) -> bool:
-        """Whether steps of one token are compiled, as `generate` decides it for the patient."""
+        """Whether steps of one token are compiled: on accelerators, and on a CPU if there is a `compile_config`."""
         return not self.disable_compile and (self.compile_config is not None or self.doctor.device.type != "cpu")
 
     def _forget_if_trained(self) -> None:

@@ -61,7 +61,7 @@ class Drafter(ABC):
     reads_doctors = True
     step_share = 0.0
 
-    def begin_round(self, ids: torch.Tensor) -> None:  # noqa: B027  # only some drafters do
+    def begin_round(self, ids: torch.Tensor) -> None:  # noqa: B027  # only some drafters need it
         """Receive the text so far (1, L)."""
 
     @abstractmethod

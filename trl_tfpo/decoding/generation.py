@@ -3,7 +3,7 @@
 """
 `guided_generate`: the patient's `generate` with a guide, after checks of the arguments.
 
-Shapes: B rows, L tokens of the prompt (padding included).
+Shapes: B rows, L tokens of the prompt (padding included), T generated tokens.
 """
 
 import math
@@ -44,7 +44,8 @@ def guided_generate(
 
     This is `patient.generate(..., logits_processor=[guide])`, with these differences. The guide receives the mask of
     the prompts. Doctors that are adapters on the patient do not change its logits. In greedy search and sampling they
-    share its forward pass. Arguments that would disable the guide raise an error.
+    share its forward pass, if [`~shared_forward.can_share`] allows it. Arguments that would disable the guide raise an
+    error.
 
     Args:
         patient ([`~transformers.PreTrainedModel`]):
@@ -65,8 +66,8 @@ def guided_generate(
             Receives the tokens during generation.
         best_of (`int`, *optional*, defaults to `1`):
             Number n of completions to sample per prompt. The completion with the largest sum of token credits is
-            returned, see [`~best_of.completion_rewards`]. Its KL from the guided policy is at most
-            `log n - (n - 1) / n` nats. Its KL from the patient can increase by more. The cost is n times as large.
+            returned, see [`~best_of.completion_rewards`]. Its distribution has a KL of at most `log n - (n - 1) / n`
+            nats from the guided policy. The KL from the patient can increase by more. The cost is n times as large.
         **kwargs:
             Further arguments of `patient.generate`, or of [`speculative_guided_generate`].
 
@@ -75,9 +76,10 @@ def guided_generate(
 
     Raises:
         `ValueError`: on an encoder-decoder, a patient that is a doctor of guided flow or has adapters that add tokens,
-            padding without a mask, `input_ids` that are not longer than the cache, a second guide, modes without
-            logits processors, a patient that [`check_reads`] refuses, `best_of` without sampling or token credits, and
-            errors of `generate` and of the guide.
+            ids that the patient does not know, padding without a mask, a mask of another shape, `input_ids` that are
+            not longer than the cache, a second guide, `inputs_embeds` and `custom_generate`, modes without logits
+            processors, a patient that [`check_reads`] refuses, `best_of` without sampling or token credits or with
+            beams, `speculative` or a `streamer`, and errors of `generate` and of the guide.
 
     Examples:
 
@@ -168,9 +170,9 @@ def check_reads(
     read = partial(_generate_text, patient, is_padded=is_padded, in_pieces=in_pieces)
     if fault := reading_fault(patient, mode, read, errors_count=False):
         raise ValueError(
-            "The patient must give the same logits for a prompt with or without padding, and read whole or in parts. "
-            f"Got {type(unwrap_peft(patient)).__name__}: {fault}. Decode prompts one by one (`batch_size=1`), or "
-            "prompts of one length together, without `prefill_chunk_size`."
+            "The patient must give the same logits for a prompt with or without padding, read whole or in parts. Got "
+            f"{type(unwrap_peft(patient)).__name__}: {fault}. Decode prompts one by one (`batch_size=1`), or prompts "
+            "of one length together, without `prefill_chunk_size`."
         )
 
 

@@ -7,7 +7,7 @@ Guided decoding: a logits processor through which doctors guide `patient.generat
 beams, and does not announce a new generation. The doctors' logits are therefore a function of the tokens alone, and
 their KV caches are addressed by tokens, see [`DoctorMemory`].
 
-Shapes: B rows, L tokens so far (padding included), V vocabulary. Units: nats.
+Shapes: B rows, L tokens so far (padding included), T generated tokens, V vocabulary. Units: nats.
 """
 
 import math
@@ -63,9 +63,10 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
             to 1 (the *mixture*). Exponents of doctors with a `reference` (the *ratio*) and of doctors of guided flow
             are not subtracted. The *product* of the paper is `alpha=1`.
         beta (`float`, `torch.Tensor` of shape `(B,)` or callable, or list of them, *optional*, defaults to `0.5`):
-            Exponent of the doctor, or a list with one for each doctor. A doctor with exponent 0 is not read. A
-            negative exponent guides away from the doctor. A tensor has one number for each prompt of the batch. A
-            callable is a schedule: it maps the number of tokens since the prompt to a number or a tensor.
+            One exponent for all doctors, or a list with one for each doctor. A doctor does not run where its exponent
+            is the number 0. A negative exponent guides away from the doctor. A tensor has one number for each prompt
+            of the batch. A callable is a schedule: it maps the number of tokens since the prompt to a number or a
+            tensor.
         reference ([`~transformers.PreTrainedModel`] or [`Doctor`], or list of them, *optional*):
             The doctor before training, or a list with one for each doctor (`None` for none). Its exponent is `-beta`.
         attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*):
@@ -78,13 +79,14 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
             probability are ruled out, see [`~functional.plausible_mask`]. 0 rules out none.
         min_patient_entropy (`float`, *optional*, defaults to `0.0`):
             Threshold in nats. If the entropy of the patient's distribution is lower, the doctors have no effect on
-            this token. If it is lower in all rows of a batch, the doctors read the token later.
+            the next token. If it is lower in all rows of a batch, the doctors do not run at this step.
         return_trace (`bool`, *optional*, defaults to `False`):
             Whether to keep the log-probabilities of generated tokens for [`~DoctorGuidedLogitsProcessor.trace`]. Not
             supported with beams.
         cache_implementation (`str`, *optional*):
             `"static"`: the doctors have KV caches of fixed shape, and a compiled forward pass reads each token, as in
-            `generate` with this argument. By default the caches grow. [`guided_generate`] uses the patient's setting.
+            `generate` with this argument. By default the caches grow. In [`guided_generate`] they are also static if
+            the patient's cache is.
         compile_config ([`~transformers.CompileConfig`], *optional*):
             Settings of the compiler, for static caches. Without them, doctors are compiled on accelerators only.
 
@@ -94,7 +96,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         betas (`list`): exponent of each of `doctors`.
         num_references (`int`): number of references in `doctors`.
         memories (`list` of [`DoctorMemory`]): KV cache of each of `doctors`.
-        num_calls (`int`): number of calls by `generate`.
+        num_calls (`int`): number of calls of the processor.
         strengths ([`~trl_tfpo.models.strengths.StrengthTable`], *optional*): table by which `from_pretrained`
             chose `beta` for its argument `kl`.
 
@@ -104,7 +106,9 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
             as `reference` of a doctor of guided flow, a doctor as its own `reference`, a missing `alpha` if a doctor
             of guided flow has no record of its exponents, different tokenizers, a mask that is not left-padded, and
             an unknown `cache_implementation`. At a call, on prompts that do not match the mask, `inputs_embeds`
-            without ids, too many tokens for a doctor, ids unknown to a doctor, and NaN.
+            without ids, a tensor of exponents or a doctor's `prompt` without one entry for each prompt, invalid values
+            of a schedule, padding that changes a doctor's logits, too many tokens for a doctor, ids unknown to a
+            doctor, and NaN.
 
     Examples:
 
@@ -210,7 +214,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
 
         Raises:
             `ValueError`: if `kl` is out of range, or comes with several doctors, a doctor without a table, exponents
-                or other settings of the policy.
+                or other settings of the policy. Also on errors of [`load_doctor`] and of the constructor.
         """
         names = [doctor] if isinstance(doctor, (str, os.PathLike)) else list(doctor)
         load, table = model_init_kwargs or {}, None
@@ -263,8 +267,8 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
 
         Args:
             sources (mapping from `int` to callable):
-                Functions, by index of `doctors`. Each is called once per step. It maps the tokens `(B, L)` to the
-                doctor's next-token logits `(B, V)`.
+                Functions, by index of `doctors`. Each call of the processor calls each of them at most once. They map
+                the tokens `(B, L)` to the doctor's next-token logits `(B, V)`.
         """
         before, self._external = self._external, sources
         try:
@@ -449,7 +453,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         return logits.masked_fill(is_unknown, -math.inf)
 
     def _per_row(self, weight: Number, scores: torch.Tensor) -> Number:
-        """Repeat exponents, one per prompt, for the rows of that prompt (B, 1): its beams or return sequences."""
+        """Repeat the exponent of each prompt for its beams or return sequences: (B, 1). Return a number unchanged."""
         if not isinstance(weight, torch.Tensor):
             return weight
         self._check_by_prompt("`alpha` and `beta` must be numbers, or tensors with", len(weight), len(scores))
@@ -474,7 +478,8 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
         if logits.size(-1) != size and not self._has_same_tokenizer:
             self._warn_once(
                 f"The patient has logits for {size} tokens, and a doctor for {logits.size(-1)}. This is correct only "
-                "if they have one tokenizer, padded to two sizes. Pass `processing_classes` to check this."
+                "if they have the same tokenizer, and embeddings padded to different sizes. Pass `processing_classes` "
+                "to check the tokenizers."
             )
         logits = logits[:, :size].to(device=scores.device, dtype=scores.dtype)
         num_missing = size - logits.size(-1)
@@ -487,7 +492,7 @@ class DoctorGuidedLogitsProcessor(LogitsProcessor):
 
 
 def _as_list(value: object, num: int = 1) -> list:
-    """Return the items of a list or tuple, or `num` times another value."""
+    """Return the items of a list or tuple, or `num` copies of any other value."""
     return list(value) if isinstance(value, (list, tuple)) else [value] * num
 
 

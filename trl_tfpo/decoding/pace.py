@@ -121,7 +121,7 @@ def _wilson(num_accepted: float, num: float, deviations: float) -> float:
 class Pace(ABC):
     """Decides in each round how many tokens to draft, possibly from reports of earlier rounds."""
 
-    def begin_text(self) -> None:  # noqa: B027  # for paces that learn, as the next three
+    def begin_text(self) -> None:  # noqa: B027  # this and the next three are for paces that learn
         """The next round reads a prompt."""
 
     def begin_round(self) -> None:  # noqa: B027
@@ -175,8 +175,8 @@ class MeasuredPace(Pace):
     3. *Account.* The account adds up the time of rounds minus the time of plain steps for the same tokens. A round
        drafts only if it would keep the account within 2% of the time of plain decoding, even at the lower bound of
        acceptance and the highest likely cost.
-    4. *Stop.* If no draft can save time even at the upper bounds of acceptance, drafting and comparing end for this
-       pair of models and settings.
+    4. *Stop.* If no draft can save time even at the upper bounds of acceptance, drafting and comparing end for these
+       models and settings.
 
     Args:
         costs ([`Costs`]):

@@ -27,7 +27,8 @@ class Prompts:
 
     Attributes:
         is_mask_given (`bool`): whether there was an `attention_mask`.
-        mask (`torch.BoolTensor` of shape `(P, L)`): `True` for tokens of a prompt. `(1, 0)` before the first ids.
+        mask (`torch.BoolTensor` of shape `(P, L)`): `True` for tokens of a prompt. Without an `attention_mask` it has
+            shape `(1, 0)` before the first ids.
         warning (`str`, *optional*): why a guess of the padding may be wrong.
     """
 

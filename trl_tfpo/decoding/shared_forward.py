@@ -82,9 +82,9 @@ def can_share(patient: PreTrainedModel, guide: DoctorGuidedLogitsProcessor) -> b
     """
     Whether [`shared_forward`] supports the doctors on the patient's weights.
 
-    There must be at least one, and each must be needed at every step. PEFT can choose adapters by row only for LoRA
-    without DoRA and biases, and only one adapter per row. The layers with adapters must keep the rows of the batch.
-    Experts of a mixture and OPT's feed-forward layers do not.
+    There must be at least one. Each must read the prompts of the patient, and be needed at every step. PEFT can choose
+    adapters by row only for LoRA without DoRA and biases, and only one adapter per row. The layers with adapters must
+    keep the rows of the batch. Experts of a mixture and OPT's feed-forward layers do not.
     """
     base = unwrap_peft(patient)
     doctors = [doctor for doctor in guide.doctors if doctor.is_on(base)]

@@ -4,11 +4,11 @@ r"""
 Guided decoding in fewer forward passes of the patient: a drafter proposes tokens, the patient checks them.
 
 The drafter proposes a few tokens, and the patient reads all of them in one forward pass. The guided policy chooses the
-token at each position, and the draft is kept as long as it is the same (`acceptance.py`). Drafters are the doctors,
-another language model, or the text itself (`drafts.py`). How many tokens are drafted, and whether any, follows from
-measured costs and acceptance (`pace.py`).
+token at each position. Drafts are kept until one differs from the chosen token (`acceptance.py`). Drafters are the
+doctors, another language model, or the text itself (`drafts.py`). How many tokens are drafted, and whether any,
+follows from measured costs and acceptance (`pace.py`).
 
-Shapes: one row, L tokens so far, k drafted tokens, V vocabulary.
+Shapes: one row, L tokens so far, T generated tokens, k drafted tokens, V vocabulary.
 """
 
 import time
@@ -102,8 +102,8 @@ def speculative_guided_generate(
         stopping_criteria ([`~transformers.StoppingCriteriaList`]):
             Checked after every token.
         generation_config ([`~transformers.GenerationConfig`]):
-            `do_sample`, `return_dict_in_generate`, `output_scores`, `output_logits`, `prompt_lookup_num_tokens` and
-            `max_matching_ngram_size` are read here.
+            `do_sample`, `num_beams`, `max_length`, `return_dict_in_generate`, `output_scores`, `output_logits`,
+            `prompt_lookup_num_tokens` and `max_matching_ngram_size` are read here.
         num_draft_tokens (`int` or `"auto"`, *optional*, defaults to `"auto"`):
             Tokens drafted between two forward passes of the patient. `"auto"` chooses from 0 (plain guided decoding)
             to 8 by measured times and acceptance ([`~pace.MeasuredPace`]), which are kept for later texts of these
@@ -130,8 +130,8 @@ def speculative_guided_generate(
 
     Raises:
         `ValueError`: on several rows, beams, no or several guides, processors that keep a state from token to token,
-            a patient whose cache cannot be cropped, two ways to draft, a number of drafts out of range, and an
-            assistant that is not a language model.
+            a cache that is static or cannot be cropped, inputs other than text, two ways to draft, a number of drafts
+            out of range, and an assistant that is not a language model.
     """
     guide = _find_guide(logits_processor)
     _check_settings(input_ids, logits_processor, generation_config, num_draft_tokens)
@@ -140,8 +140,7 @@ def speculative_guided_generate(
     if fault := reading_fault(model, "speculation", partial(_read_drafts, model)):
         raise ValueError(
             "Speculative decoding reads several tokens at once and crops the patient's cache. Got "
-            f"{type(unwrap_peft(model)).__name__}, which cannot be read like this ({fault}); decode without "
-            "speculation."
+            f"{type(unwrap_peft(model)).__name__}, which cannot do this ({fault}); decode without speculation."
         )
     choice = Sampling() if generation_config.do_sample else GreedySearch()
     text = _Text(input_ids, generation_config)

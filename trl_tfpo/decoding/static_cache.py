@@ -28,7 +28,7 @@ class InPlaceCache(StaticCache):
         config ([`~transformers.PreTrainedConfig`]):
             Config of a model whose layers all keep the keys of all tokens.
         num_tokens (`int`):
-            Tokens that must fit. The cache has a power of two of columns, at least 256.
+            Tokens that must fit. The number of columns is a power of two, at least 256.
     """
 
     def __init__(self, config: PreTrainedConfig, num_tokens: int):

@@ -3,7 +3,7 @@
 """
 Traces: the log-probability of each generated token under the patient, each doctor and the guided policy.
 
-Shapes: B rows, L tokens so far, T generated tokens, V vocabulary, D doctors. Units: nats.
+Shapes: B rows, L tokens so far, T generated tokens, V vocabulary, D doctors and references. Units: nats.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class GuidanceTrace:
         patient_logps (`torch.Tensor` of shape `(B, T)`):
             Log-probabilities under the patient alone.
         doctor_logps (`torch.Tensor` of shape `(D, B, T)`):
-            Log-probabilities under each doctor, then each reference; NaN where the doctor was not read.
+            Log-probabilities under each doctor, then each reference; NaN where the doctor did not run.
         guided_logps (`torch.Tensor` of shape `(B, T)`):
             Log-probabilities under the guided policy.
     """
@@ -71,9 +71,9 @@ class TraceRecorder:
         guided_logps: torch.Tensor,
     ) -> None:
         """
-        Record the distributions (B, V) of the next token. Logits are `None` for a doctor that was not read.
+        Record the distributions (B, V) of the next token. Logits are `None` for a doctor that did not run.
 
-        Ids (B, L) of an unexpected length begin a new trace.
+        Ids (B, L) of an unexpected shape begin a new trace.
 
         Raises:
             `ValueError`: when the ids do not continue those of the previous step, as with beams.

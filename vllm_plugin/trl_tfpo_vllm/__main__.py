@@ -14,7 +14,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Print one line, quoted for a shell. Exit with status 2 and a message on invalid doctors or exponents."""
     parser = argparse.ArgumentParser(
         prog="trl-tfpo-vllm",
-        description="Print flags of `vllm serve` for a patient with doctors.",
+        description="Print flags of vLLM's server for a patient with doctors.",
     )
     parser.add_argument("--patient", required=True, help="folder or Hub id of the patient")
     parser.add_argument(

@@ -70,7 +70,8 @@ def check_modes(vllm_config: "VllmConfig") -> None:
     }
     if found := [name for name, is_used in unsupported.items() if is_used]:
         raise ValueError(
-            f"Guidance does not support {', '.join(found)}. Got an engine that uses it; start it without."
+            f"Guidance does not support {' or '.join(found)}. Got it in the config of the engine; start the engine "
+            "without it."
         )
 
 
@@ -79,7 +80,7 @@ def check_doctors(guidance: Guidance, model_config: "ModelConfig") -> None:
     Raise `ValueError` unless every doctor and reference is compatible with the patient.
 
     All models must read only text. Doctors and references must have the patient's tokenizer (the same token for every
-    id), an embedding for each token, and at least as many positions as the engine.
+    id), an embedding for each token, and at least as many positions as the engine. They must not be quantized.
 
     Args:
         guidance ([`Guidance`]):

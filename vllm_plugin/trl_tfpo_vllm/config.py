@@ -43,7 +43,7 @@ def guided_config(
 
     Raises:
         `ValueError`: when a doctor or reference is not a folder with a model or a plain LoRA, a doctor is its own
-        reference, a doctor of guided flow has a reference, or names or exponents are invalid.
+            reference, a language model is the reference of a doctor of guided flow, or names or exponents are invalid.
     """
     saved = {name: read_doctor(path) for name, path in doctors.items()}
     references = {name: _reference(patient, path) for name, path in (reference or {}).items()}
@@ -80,7 +80,7 @@ def _reference(patient: str | os.PathLike, path: str | os.PathLike) -> str:
 
 
 def _check_reference(name: str, path: str, exponents: Mapping[str, float], is_itself: bool) -> None:
-    """Raise `ValueError` when the reference is the doctor itself, or the doctor is one of guided flow."""
+    """Raise `ValueError` when the reference is the doctor itself, or a language model for a doctor of guided flow."""
     if is_itself:
         raise ValueError(
             f"`reference` must be the doctor before training. Got the folder of {name!r} itself, which cancels the "

@@ -43,7 +43,7 @@ class DoctorEntry:
             False for a doctor of guided flow.
         reference (`str`, *optional*):
             Folder of the doctor before training, or `"patient"` if it is the patient. Its exponent is `-beta`, so the
-            *ratio* of doctor and reference guides.
+            *ratio* of doctor and reference guides the patient.
     """
 
     name: str
@@ -71,7 +71,8 @@ class Guidance:
             without a reference.
 
     Raises:
-        `ValueError`: when there is no doctor, a name is invalid or not unique, or a default exponent is out of range.
+        `ValueError`: when there is no doctor, a name is invalid or not unique, a default exponent is out of range, or
+            the default exponents of a mixture exceed 1 in sum without `alpha`.
     """
 
     doctors: tuple[DoctorEntry, ...]

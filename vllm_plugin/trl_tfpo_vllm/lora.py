@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-Merging of a LoRA adapter into the weights of its base, tensor by tensor while they are read: $W + s B A$.
+Merging of a LoRA adapter into the weights of its base, tensor by tensor while they are read: $W + s B A$, with the
+scale $s$ of the adapter.
 
 Shapes: V vocabulary, H hidden size, R rank, I inputs and O outputs of a layer.
 """
@@ -63,7 +64,7 @@ class Lora:
                 Names and tensors of the base.
 
         Returns:
-            Iterator of `(str, torch.Tensor)`, with changed tensors in float32.
+            Iterator of `(str, torch.Tensor)`. Sums of a weight and a product are in float32.
 
         Raises:
             `ValueError`: when a shape differs; and at the end, when the adapter changes weights that the base lacks.

@@ -128,7 +128,7 @@ class GuidedForCausalLM(nn.Module):
             `torch.Tensor` of shape `(T, H + 3 * (1 + D))`.
 
         Raises:
-            `ValueError`: without ids or weights.
+            `ValueError`: without ids or weights, and with `inputs_embeds`.
         """
         if input_ids is None or inputs_embeds is not None or guidance_weights is None:
             raise ValueError(

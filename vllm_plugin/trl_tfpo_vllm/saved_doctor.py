@@ -72,7 +72,7 @@ def read_doctor(path: str | os.PathLike) -> SavedDoctor:
 
     Raises:
         `ValueError`: when the folder has neither a model nor an adapter, or several adapters; an adapter is not a
-        plain LoRA, or its base is missing; or the format of the record is unknown.
+            plain LoRA in safetensors, or its base or its record is missing; or the format of the record is unknown.
     """
     folder, record = _folder_of_weights(Path(path)), Path(path) / EXPONENTS_FILE
     is_adapter = (folder / ADAPTER_CONFIG).is_file()
