@@ -3,11 +3,10 @@
 """The pace of speculation on simulated machines: it finds what pays, and what does not costs next to nothing."""
 
 import random
-from statistics import mean
 
 import pytest
 
-from trl_tfpo.decoding.pace import Acceptance, Costs, MeasuredPace
+from trl_tfpo.decoding.pace import CERTAIN, Acceptance, Costs, MeasuredPace
 
 
 CHECKS = {  # seconds of a check, by positions; a step of the patient takes 1
@@ -84,8 +83,7 @@ def test_it_never_costs_more_than_3_percent(checks, costs, num_tokens):
             first.append(machine.text(num_tokens))
             machine.text(num_tokens)
             all_texts.append(machine.seconds / machine.plain)
-        assert mean(first) <= 1.03 and mean(all_texts) <= 1.03, rate
-        assert max(first + all_texts) <= 1.06, rate  # bad luck is bounded, too
+        assert max(first + all_texts) <= 1.03, rate
 
 
 @pytest.mark.parametrize("is_free", [True, False])
@@ -130,13 +128,11 @@ def test_it_stops_for_good_where_drafts_cannot_pay():
 
 
 def test_it_notices_that_a_pair_no_longer_agrees():
-    """What was gained before is not lost again."""
+    """What was gained before is not lost again: a text loses at most 2.5% and four steps."""
     machine = Simulation(CHECKS["cheap"], 0.9)
     machine.text(300)
-    gained = machine.plain - machine.seconds
     machine.rate = 0.02
-    machine.text(300)
-    assert machine.plain - machine.seconds > 0.9 * gained - 6
+    assert machine.text(300) <= 1.025 + 4 / 300
     assert machine.text(300) <= 1.03
 
 
@@ -151,9 +147,9 @@ def test_a_check_costs_what_was_measured():
 
 
 def test_bounds_of_acceptance():
-    """Wilson's: 5 of 5 is no certainty, and nothing known means anything possible."""
+    """Wilson's upper bound: 0 of 5 does not exclude a rate of a half, and without drafts any rate is possible."""
     acceptance = Acceptance()
-    assert (acceptance.lower(), acceptance.upper()) == (0.0, 1.0)
+    assert acceptance.upper() == 1.0
     for _ in range(5):
-        acceptance.add(True)
-    assert acceptance.lower() == pytest.approx(acceptance.num / (acceptance.num + 4)) and acceptance.upper() == 1.0
+        acceptance.add(False)
+    assert acceptance.upper() == pytest.approx(CERTAIN**2 / (5 + CERTAIN**2))

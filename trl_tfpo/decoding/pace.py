@@ -24,9 +24,10 @@ from statistics import median
 
 
 MAX_DRAFT_TOKENS = 8
-ALLOWANCE = 0.02  # share of the time of plain decoding that drafting may lose
-SHADOW_ALLOWANCE = 0.01  # share of the same time for guesses that are only compared
-LIKELY, CERTAIN = 2.0, 2.6  # standard deviations of the bounds that decide a round, and the end of drafting
+ALLOWANCE = 0.025  # share of the time of plain decoding that drafting may lose
+MAX_CREDIT = 4  # steps of plain decoding
+SHADOW_ALLOWANCE = 0.005  # share of the same time for guesses that are only compared
+CERTAIN = 2.6  # standard deviations of the bound that decides the end of drafting
 RARE = 1 / 16  # share of the drafts; kinds below it do not count in the decision to end drafting
 GUESSES = ("draft", "shadow")  # parts of a round in which the drafter works
 NUM_TIMES = 15  # number of measurements whose median is the cost
@@ -102,20 +103,13 @@ class Acceptance:
     def mean(self, prior: float) -> float:
         return (self.num_accepted + 2 * prior) / (self.num + 2)
 
-    def lower(self) -> float:
-        return _wilson(self.num_accepted, self.num, -LIKELY)
-
     def upper(self) -> float:
-        return _wilson(self.total_accepted, self.total, CERTAIN)
-
-
-def _wilson(num_accepted: float, num: float, deviations: float) -> float:
-    """Wilson's bound of a rate; the lower bound if `deviations` is negative."""
-    if num == 0:
-        return float(deviations > 0)
-    rate, square = num_accepted / num, deviations**2
-    spread = deviations * math.sqrt(rate * (1 - rate) / num + square / (4 * num**2))
-    return (rate + square / (2 * num) + spread) / (1 + square / num)
+        """Wilson's upper bound."""
+        if self.total == 0:
+            return 1.0
+        num, rate, square = self.total, self.total_accepted / self.total, CERTAIN**2
+        spread = CERTAIN * math.sqrt(rate * (1 - rate) / num + square / (4 * num**2))
+        return (rate + square / (2 * num) + spread) / (1 + square / num)
 
 
 class Pace(ABC):
@@ -172,9 +166,10 @@ class MeasuredPace(Pace):
        any so far is tried only where it may pay.
     2. *Acceptance* is counted for each kind of draft. At some plain steps the drafter also guesses the token, and the
        guess is compared with the outcome.
-    3. *Account.* The account adds up the time of rounds minus the time of plain steps for the same tokens. A round
-       drafts only if it would keep the account within 2% of the time of plain decoding, even at the lower bound of
-       acceptance and the highest likely cost.
+    3. *Credit.* Each round adds 2.5% of the time of plain decoding to the credit, and what it has saved; what it has
+       lost is subtracted. A round drafts only if the credit would cover the loss if all drafts were rejected, at the
+       highest likely cost. The credit is at most four plain steps, so that a text that agrees less than earlier ones
+       cannot lose what they have saved.
     4. *Stop.* If no draft can save time even at the upper bounds of acceptance, drafting and comparing end for these
        models and settings.
 
@@ -200,7 +195,7 @@ class MeasuredPace(Pace):
         self.costs, self.reads_doctors, self.max_tokens = costs, reads_doctors, max_tokens
         self.step_share = step_share
         self.all, self.by_kind = Acceptance(), dict[Hashable, Acceptance]()
-        self.plain_seconds = self.extra_seconds = self.shadow_seconds = self.start_seconds = 0.0
+        self.credit = self.plain_seconds = self.shadow_seconds = self.start_seconds = 0.0
         self.num_since_plain = self.num_rounds = 0
         self.is_stopped = self.is_first = False
         self.spent, self.has_guessed = 0.0, False
@@ -235,19 +230,22 @@ class MeasuredPace(Pace):
         self.spent += num * self.costs.of(part, 0.0) if is_usual and is_known else seconds
 
     def end_round(self, num_checked: int, num_new_tokens: int) -> None:
-        """Settle the account of a round with `num_checked` drafts."""
+        """Update the credit after a round with `num_checked` drafts."""
         if self.is_first:  # also part of plain decoding
-            self.plain_seconds += self.spent
+            self._settle(self.spent, 0.0)
             self.start_seconds = self.step_share * self.spent
             self.is_first = False
             return
         plain = num_new_tokens * self.costs.plain()
-        self.plain_seconds += plain
-        if num_checked or self.has_guessed:
-            self.extra_seconds += self.spent - plain
+        self._settle(plain, self.spent - plain if num_checked or self.has_guessed else 0.0)
         if self.has_guessed and not num_checked:
             self.shadow_seconds += max(0.0, self.spent - plain)
         self.num_since_plain = self.num_since_plain + 1 if num_checked else 0
+
+    def _settle(self, plain: float, extra: float) -> None:
+        """Add the time of plain decoding, and subtract the additional time."""
+        self.plain_seconds += plain
+        self.credit = min(self.credit + ALLOWANCE * plain - extra, MAX_CREDIT * (self.costs.plain() or math.inf))
 
     # Acceptance
 
@@ -281,22 +279,16 @@ class MeasuredPace(Pace):
         return self._best(kinds, range(len(kinds) + 1)) if kinds else 0
 
     def _best(self, kinds: Sequence[Hashable], lengths: range) -> int:
-        """The number of drafts with the most tokens per second that the account permits. 0 is always permitted."""
+        """The number of drafts with the most tokens per second that the credit covers. 0 is always possible."""
         num_made, plain = len(kinds), self.costs.plain()
         prior = self.all.mean(0.5)
-        rounds = self._rounds(self._rates(kinds, lengths, lambda x: x.mean(prior), prior), num_made)
-        lows = self._rates(kinds, lengths, Acceptance.lower, self.all.lower())
-        worst = self._rounds(lows, num_made, is_worst_case=True)
-        allowed = ALLOWANCE * self.plain_seconds - self.extra_seconds - self.start_seconds
-        possible = [k for k in lengths if k and worst[k][1] - worst[k][0] * plain <= allowed]
+        known = [self.by_kind.get(kind, Acceptance()).mean(prior) for kind in kinds]
+        num_unknown = lengths[-1] - num_made
+        rounds = self._rounds(known + [prior] * num_unknown, num_made)
+        worst = self._rounds([0.0] * lengths[-1], num_made, is_worst_case=True)
+        credit = self.credit - self.start_seconds
+        possible = [k for k in lengths if k and worst[k][1] - worst[k][0] * plain <= credit]
         return max([0, *possible], key=lambda k: rounds[k][0] / rounds[k][1])
-
-    def _rates(
-        self, kinds: Sequence[Hashable], lengths: range, rate: Callable[[Acceptance], float], other: float
-    ) -> list[float]:
-        """Acceptance of drafts of these kinds, then of drafts whose kind is not known yet."""
-        known = [rate(self.by_kind.get(kind) or Acceptance()) for kind in kinds]
-        return known + [other] * (lengths[-1] - len(kinds))
 
     def _rounds(self, rates: Sequence[float], num_made: int, is_worst_case: bool = False) -> list[tuple[float, float]]:
         """
