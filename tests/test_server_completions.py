@@ -3,6 +3,7 @@
 """`/v1/completions`: prompts in all their forms, and log-likelihoods of given texts under the guided policy."""
 
 import threading
+import time
 
 import pytest
 import torch
@@ -170,6 +171,24 @@ def test_a_prompt_that_overflows_is_no_score():
     engine.close()
     assert [event.get("finish_reason") for event in events["bad"]] == ["error"]
     assert [len(event.get("prompt", [])) for event in events["good"]] == [3, 0]
+
+
+def test_a_completion_that_arrives_during_the_last_step_ends():
+    """Its client would wait forever."""
+    engine = Engine(make_llama(1), make_tokenizer(), {})
+    closing, reasons = threading.Thread(target=engine.close), []
+
+    def submit_and_close(event):
+        if not closing.ident:  # during a step
+            engine.submit(Generation([5, 6], lambda event: reasons.append(event.get("finish_reason"))))
+            closing.start()
+            while not engine._is_closed:
+                time.sleep(0.001)
+
+    engine.submit(Generation([5, 6, 8], submit_and_close, max_new_tokens=4))
+    engine._thread.join(timeout=20)
+    closing.join(timeout=20)
+    assert reasons == ["cancelled"]
 
 
 # lm-evaluation-harness

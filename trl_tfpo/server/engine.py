@@ -204,7 +204,7 @@ class Engine:
                     "again later."
                 )
             self.num_waiting += 1
-        self._arrivals.put(row)
+            self._arrivals.put(row)  # before `close`, which waits for the lock
 
     def close(self) -> None:
         """Stop the thread. Completions in progress end as cancelled."""
@@ -236,10 +236,10 @@ class Engine:
         return [*(self._batch.rows if self._batch else []), *self._joining]
 
     def _receive(self) -> None:
-        """Move arrivals to the waiting rows. Wait for an arrival if there are no rows."""
-        while not self._is_closed:
+        """Move arrivals to the waiting rows. Wait for an arrival if there are no rows and the engine is open."""
+        while True:
             try:
-                row = self._arrivals.get(block=not self._batch and not self._waiting)
+                row = self._arrivals.get(block=not (self._batch or self._waiting or self._is_closed))
             except queue.Empty:
                 return
             if row is not None:
