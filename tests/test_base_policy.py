@@ -186,8 +186,9 @@ def test_a_ratio_starts_at_the_doctor_before_training(preferences, patient, toke
     trainer.train()
     again, _ = read_base_policy(trainer.base_policy, **batch)
     torch.testing.assert_close(again[0].dense(), guided[0].dense())
+    trainer.save_model(tmp_path / "trained")
     with pytest.raises(ValueError, match="Got a doctor of guided flow"):
-        TFPOTrainer(model=trainer.model, **settings)
+        TFPOTrainer(model=str(tmp_path / "trained") if by_name else trainer.model, **settings)
 
 
 def test_the_patient_is_needed_to_the_end(preferences, patient, tokenizer, tmp_path):

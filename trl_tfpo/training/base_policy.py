@@ -29,7 +29,7 @@ from ..common._upstream import load_sharded, shard, shards_models
 from ..common.language_model import LanguageModel, inference
 from ..functional import FactoredLogits
 from ..models.logits import completion_logps, read_logits
-from ..models.named_model import NamedModel
+from ..models.named_model import NamedModel, outline_of
 from ..models.trained_exponents import trained_exponents
 
 
@@ -52,13 +52,13 @@ class RatioPolicy(Policy):
     has_base = True
 
     def base(self, doctor, patient):
-        if isinstance(doctor, NamedModel):
-            return NamedModel(doctor.name, **doctor.init_kwargs)
-        if trained_exponents(doctor):
+        if trained_exponents(outline_of(doctor)):
             raise ValueError(
                 "With `policy='ratio'` the doctor must start as a language model. Got a doctor of guided flow; start "
                 "from the original language model, or continue training with `policy='guided'` and its patient."
             )
+        if isinstance(doctor, NamedModel):
+            return NamedModel(doctor.name, **doctor.init_kwargs)
         return copy.deepcopy(doctor)
 
 
