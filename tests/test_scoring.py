@@ -153,3 +153,12 @@ def test_a_model_whose_mask_leaks_is_read_apart():
     hook.remove()
     for completion, found in zip(completions, scored, strict=True):
         torch.testing.assert_close(found, plain_logps(model, prompt, completion), atol=1e-5, rtol=1e-5)
+
+
+def test_each_module_keeps_its_mode(patient):
+    """Users freeze parts of a model in eval mode; a call between steps must not enable their dropout."""
+    patient.train()
+    patient.model.layers[0].eval()
+    modes = {name: module.training for name, module in patient.named_modules()}
+    score_completions(patient, [[5, 6]], [[7, 8]], batch_size=1)
+    assert {name: module.training for name, module in patient.named_modules()} == modes

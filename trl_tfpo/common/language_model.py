@@ -59,11 +59,12 @@ def is_sharded(model: torch.nn.Module) -> bool:
 
 @contextmanager
 def inference(model: torch.nn.Module) -> Iterator[None]:
-    """Within the context the model is in eval mode and records no gradients. Its mode is restored afterwards."""
-    training = model.training
+    """Within the context the model is in eval mode and records no gradients. Its modes are restored afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(training)
+        for module, is_training in modes:
+            module.training = is_training
