@@ -188,7 +188,7 @@ EVALUATE = [
     ("evaluate other prompts", f"{EVALUATION} a=a.jsonl b=short.jsonl", "the same prompts"),
     ("evaluate without columns", f"{EVALUATION} a=other.jsonl", "`completion`"),
     ("evaluate numbers", f"{EVALUATION} a=numbers.jsonl", "must be a text or messages. Got 2"),
-    ("evaluate without a judge", f"{EVALUATION} a=a.jsonl b=b.jsonl --baseline a", "a judge or a reward function"),
+    ("evaluate without a judge", f"{EVALUATION} a=a.jsonl b=b.jsonl --baseline a", "need rewards"),
     ("evaluate, rewards of nobody", f"{EVALUATION} a=a.jsonl --output rewards.jsonl", "need rewards"),
     ("evaluate into a file", "evaluate --output_dir a.jsonl --completions a=a.jsonl", "must be writable"),
     ("evaluate at no level", f"{EVALUATION} a=a.jsonl --level 2", "`level` must be between 0 and 1"),

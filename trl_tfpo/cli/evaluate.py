@@ -57,8 +57,10 @@ def run(arguments: Sequence[str]) -> int:
     description = "Compare completions of several methods, by rewards, length and diversity."
     args, of_endpoint = Parser([EvaluateArguments, EndpointArguments], "evaluate", description).parse(arguments)
     check_endpoint(of_endpoint, has_completions=bool(args.completions))
-    if (args.output or args.push_to_hub) and not (args.reward_model or args.world):
-        raise ValueError("`--output` and `--push_to_hub` need rewards. Pass `--reward_model` or `--world`")
+    needs_rewards = args.output or args.push_to_hub or args.baseline is not None
+    if needs_rewards and not (args.reward_model or args.world):
+        names = "`--baseline`, `--output` and `--push_to_hub`"
+        raise ValueError(f"{names} need rewards. Pass `--reward_model` or `--world`")
 
     from ..evaluation import evaluate_completions
     from .files import check_output, push_dataset, write_dataset
