@@ -64,7 +64,7 @@ class HarnessArguments(options.GuideArguments):
         },
     )
     batch_size: int = field(default=8, metadata={"help": "Texts that models in this process read at once."})
-    seed: int = field(default=1234, metadata={"help": "Seed of few-shot examples, and of sampling in this process."})
+    seed: int = field(default=1234, metadata={"help": "Seed of few-shot examples and of sampling."})
     log_samples: bool = field(default=False, metadata={"help": "Write the answer to each question, too."})
     trust_remote_code: bool = field(default=False, metadata=options.REMOTE_CODE)
     overwrite: bool = field(default=False, metadata=options.OVERWRITE)
@@ -217,7 +217,7 @@ def name_methods(args: HarnessArguments, methods: Mapping[str, Exponents]) -> "d
 
     endpoint = name_endpoint(str(args.base_url), args.model or args.patient or "world", args.num_requests)
     tokenizer = args.patient or str(load_world().weights / "patient")
-    settings: dict[str, Any] = {"tokenizer": tokenizer, "trust_remote_code": args.trust_remote_code}
+    settings: dict[str, Any] = {"tokenizer": tokenizer, "trust_remote_code": args.trust_remote_code, "seed": args.seed}
     if args.max_length is not None:
         settings["max_length"] = args.max_length
     return {
