@@ -29,7 +29,7 @@ def parse(tmp_path, text: str, *arguments: str, types=(TFPOScriptArguments, TFPO
 
 WRONG = [
     ("max_steps: 2.5", "`max_steps` must be an integer. Got 2.5"),
-    ("max_steps: yes", "`max_steps` must be an integer. Got True"),
+    ("max_steps: yes", "`max_steps` must be an integer. Got True .bool.; correct it"),
     ("max_steps: null", "`max_steps` must be an integer. Got None"),
     ("learning_rate: [1.0e-3]", "`learning_rate` must be a number. Got \\[0.001\\]"),
     ("reward_temperature: no", "`reward_temperature` must be a number. Got False"),
@@ -38,7 +38,8 @@ WRONG = [
     ("drop_unusable: [true]", "`drop_unusable` must be true or false"),
     ("run_name: yes", "`run_name` must be a string. Got True .bool.; write it in quotes, because YAML reads `yes`"),
     ("model_init_kwargs: 5", "`model_init_kwargs` must be a dictionary"),
-    ("policy: [ratio]", "`policy` must be a string"),
+    ("policy: [ratio]", "`policy` must be a string. Got .*; write it without brackets"),
+    ("max_steps: [ten]", "`max_steps` must be an integer. Got .*; correct it"),
     ("lr_scheduler_kwargs: num_cycles=2", "`lr_scheduler_kwargs` must be a dictionary"),
     ("model_init_kwargs: '[1]'", "`model_init_kwargs` must be a dictionary"),
     ("lora_r: 8.5", "`lora_r` must be an integer. Got 8.5"),

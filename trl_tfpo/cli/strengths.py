@@ -94,7 +94,7 @@ def run(arguments: Sequence[str]) -> int:
     else:
         facts = (
             f"KL from the patient {table.patient!r}, {table.num_prompts} prompts, {table.num_samples_per_prompt} "
-            f"samples each, at most {table.max_new_tokens} tokens"
+            f"sample(s) each, at most {table.max_new_tokens} tokens"
         )
         print(f"{printable(facts)}\n\n{table.as_table()}")
     return 0

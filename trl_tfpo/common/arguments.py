@@ -224,9 +224,9 @@ def _remedy(value: object, hint: Any) -> str:
             return "write it like `1.0e-8`, because YAML reads `1e-8` as a string"
         if re.fullmatch(r"[+-]?[\d.]+([eE][+-]?\d+)?|true|false|yes|no|on|off|null", value, flags=re.IGNORECASE):
             return "write it without quotes"
-    if isinstance(value, bool):
+    if isinstance(value, bool) and _has_type(str(value), hint):
         return "write it in quotes, because YAML reads `yes`, `no`, `on` and `off` as true and false"
-    if isinstance(value, (list, tuple)) and len(value) == 1:
+    if isinstance(value, (list, tuple)) and len(value) == 1 and _has_type(value[0], hint):
         return "write it without brackets"
     if not isinstance(value, (str, list, tuple, dict)) and _has_type(str(value), hint):
         return "write it in quotes"

@@ -37,7 +37,7 @@ SECTION = """\
 ## {title}
 
 KL of the guided policy from the patient {patient}, summed over the tokens of a completion: the mean over {num_prompts}
-validation prompts with {num_samples_per_prompt} samples each, of at most {max_new_tokens} tokens, at temperature 1.
+validation prompts with {num_samples_per_prompt} sample(s) each, of at most {max_new_tokens} tokens, at temperature 1.
 The exponent `alpha` of the patient is {alpha}.
 
 {table}

@@ -156,7 +156,7 @@ class Endpoints:
         limits = self.engine.limits
         for name, value, limit in (
             ("`n` times the number of prompts", num_choices, limits.max_choices),
-            ("`max_tokens`", max_new_tokens, limits.max_new_tokens),
+            ("`max_tokens` or `max_completion_tokens`", max_new_tokens, limits.max_new_tokens),
         ):
             if value > limit:
                 raise ApiError(400, f"{name} must be at most {limit}. Got {value}; lower it.")
