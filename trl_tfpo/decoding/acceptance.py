@@ -9,8 +9,8 @@ independent, exponentially distributed $E_y$,
 
 $$y = \arg\max_y p(y) / E_y$$
 
-is a sample of $p$. The drafter chooses by its own distribution and the same noise. The text then depends only on the
-seed, not on drafter, draft lengths or clock ("drafter-invariant speculative decoding",
+is a sample of $p$. A drafting model chooses by its own distribution and the same noise. The text then depends only on
+the seed, not on drafter, draft lengths or clock ("drafter-invariant speculative decoding",
 https://huggingface.co/papers/2408.07978). `torch.multinomial` takes the same noise from its generator, so the samples
 are those of plain guided decoding too.
 

@@ -193,7 +193,7 @@ class DoctorMemory:
             compile_config ([`~transformers.CompileConfig`], *optional*):
                 Settings of the compiler. Without them, steps are compiled on accelerators only.
             disable_compile (`bool`, *optional*, defaults to `False`):
-                Never compile.
+                Whether to disable compilation.
         """
         if is_static and not keeps_all_keys(self.doctor.model):
             warnings.warn(

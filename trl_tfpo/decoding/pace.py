@@ -166,10 +166,10 @@ class MeasuredPace(Pace):
        any so far is tried only where it may pay.
     2. *Acceptance* is counted for each kind of draft. At some plain steps the drafter also guesses the token, and the
        guess is compared with the outcome.
-    3. *Credit.* Each round adds 2.5% of the time of plain decoding to the credit, and what it has saved; what it has
-       lost is subtracted. A round drafts only if the credit would cover the loss if all drafts were rejected, at the
-       highest likely cost. The credit is at most four plain steps, so that a text that agrees less than earlier ones
-       cannot lose what they have saved.
+    3. *Credit.* Each round adds to it 2.5% of the time that plain decoding takes for the same tokens, plus the time
+       that the round saved or minus the time that it lost. A round drafts only if the credit would cover the loss if
+       all drafts were rejected, at the highest likely cost. The credit is at most four plain steps, so that earlier
+       savings cannot pay for many rejected drafts in a later text.
     4. *Stop.* If no draft can save time even at the upper bounds of acceptance, drafting and comparing end for these
        models and settings.
 
@@ -211,7 +211,7 @@ class MeasuredPace(Pace):
 
     @contextmanager
     def timed(self, part: Hashable, num: int = 1) -> Iterator[None]:
-        """Measure `num` repetitions of a part of the round, unless the clock takes time and the part is known."""
+        """Time `num` repetitions of a part. If the clock takes time, known parts are timed only in some rounds."""
         is_guess = part in GUESSES
         self.has_guessed |= is_guess
         is_known = self.costs.num_known(part) >= NUM_TIMES // 4
@@ -243,7 +243,7 @@ class MeasuredPace(Pace):
         self.num_since_plain = self.num_since_plain + 1 if num_checked else 0
 
     def _settle(self, plain: float, extra: float) -> None:
-        """Add the time of plain decoding, and subtract the additional time."""
+        """Add the allowance for `plain` seconds to the credit, and subtract `extra` seconds."""
         self.plain_seconds += plain
         self.credit = min(self.credit + ALLOWANCE * plain - extra, MAX_CREDIT * (self.costs.plain() or math.inf))
 

@@ -10,7 +10,7 @@ Keys of a request, in `SamplingParams(extra_args=...)` or over HTTP in `vllm_xar
 - `beta_NAME`: exponent of the doctor with this name. The default is that of the engine. The doctor's reference has the
   opposite exponent.
 
-This module imports only the standard library, because it checks requests in the process of the API server.
+This module imports only the standard library, so the command that prints flags needs neither torch nor vLLM.
 """
 
 import json

@@ -27,7 +27,7 @@ class Lora:
             A doctor that is an adapter.
         config ([`~transformers.PreTrainedConfig`]):
             Config of the base. Its `tie_word_embeddings` is set to False if the adapter changes the embeddings or the
-            head of a base that ties them, because only one of the two changes.
+            head of a base that ties them, because the two then differ.
 
     Raises:
         `ValueError`: when the adapter has tensors that a plain LoRA lacks.

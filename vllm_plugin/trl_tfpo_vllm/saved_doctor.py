@@ -116,7 +116,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _record_of_adapter(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the record in the config of an adapter. An adapter with a head may be of guided flow, and needs one."""
+    """Return the record in the config of an adapter. It must exist if the adapter has a head, as in guided flow."""
     record = (config.get("auto_mapping") or {}).get(RECORD)
     saved = set(config.get("modules_to_save") or ())
     if record is None and VALUE_HEAD in saved and len(saved) > 1:
