@@ -22,7 +22,7 @@ def start_at_zero(model: LanguageModel, in_span: bool = False) -> None:
     """
     Set the language model head to zero, in place. The doctor then has no effect on a patient.
 
-    A tied head is untied. A doctor of guided flow is not changed.
+    The config no longer ties the head to the input embeddings. A doctor of guided flow is not changed.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):

@@ -42,7 +42,7 @@ The exponent `alpha` of the patient is {alpha}.
 
 {table}
 
-The KL depends on the patient and the prompts, and grows with the length. Choose a strength by it:
+The KL depends on the patient and the prompts, and grows with the length. Choose a strength by its KL:
 
 ```python
 guide = DoctorGuidedLogitsProcessor.from_pretrained("<this repository or folder>", kl={example})
@@ -132,7 +132,7 @@ class StrengthTable:
         Return the exponent of the doctor at a KL.
 
         Between two rows $\sqrt{\operatorname{KL}}$ is interpolated linearly. It is 0 at the exponent 0, and nearly
-        linear for small exponents $\beta$, where $\operatorname{KL} \approx \beta^2 \sigma^2 / 2$.
+        linear for small exponents $\beta$, where the KL is about proportional to $\beta^2$.
 
         Args:
             kl (`float`):
@@ -286,7 +286,7 @@ def beta_for_kl(
 
 
 def with_section(card: str, table: StrengthTable) -> str:
-    """Replace the section of a model card that has the table, or insert it in front of the second other section."""
+    """Replace the section of a model card that has the table, or insert it in front of the second section."""
     section = table.as_section()
     card, num_replaced = re.subn(
         rf"^## {TITLE}\n.*?(?=^## |\Z)", lambda _: section, card, count=1, flags=re.MULTILINE | re.DOTALL
