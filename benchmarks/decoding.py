@@ -25,6 +25,8 @@ of their use of caches and memory bandwidth. On a GPU it measures wall-clock tim
    without experience, and `last` the last repetition.
 3. *Verification.* The time of a forward pass of the patient over k + 1 positions in each row, which verifies k drafted
    tokens.
+4. *Adapters.* A doctor that is a LoRA adapter on the patient: one shared forward pass, or two separate passes.
+5. *Peers* (only with `--peers` or `--only peers`). Guides of other libraries relative to the cached guide.
 
 `--quick` takes three minutes on one core. With two repetitions, its quartiles show only the order of magnitude.
 """

@@ -9,8 +9,9 @@ python benchmarks/frontier.py --attributes praise calm --seeds 0 1 2 --output ru
 python benchmarks/frontier.py --quick
 ```
 
-`--everything` runs all parts of `docs/results/controlled_world.md`: the methods, two objectives (`objectives.py`),
-sizes of patient and doctor (`weak_to_strong.py`), ablations (`sweep.py`), and random worlds (`random_worlds.py`).
+`--everything` runs the benchmarks of `docs/results/controlled_world.md`: the methods, two objectives
+(`objectives.py`), sizes of patient and doctor (`weak_to_strong.py`), ablations (`sweep.py`, with the first seed only),
+and random worlds 1 to 3 (`random_worlds.py`).
 
 All methods (`methods.py`) have the same preference pairs, steps and batches. The settings of a method are chosen for
 each attribute with the first seed, by the mean efficiency on validation prompts near the second and the third KL, or
@@ -88,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run_everything(args: argparse.Namespace) -> None:
-    """Run all parts of `docs/results/controlled_world.md`, and write their results to a folder."""
+    """Run the benchmarks of `docs/results/controlled_world.md`, and write their results to a folder."""
     folder = args.everything
     folder.mkdir(parents=True, exist_ok=True)
     chosen = ["--methods", *args.methods] if args.methods else []

@@ -126,7 +126,7 @@ class Method:
         policy (`Callable`):
             Function from a task and one of the settings to a [`Guide`] or a [`Policy`].
         passes (`str`):
-            Forward passes per token, without those of the patient.
+            Forward passes per token, in addition to one of the patient.
         grid (`list[dict]`):
             Settings to try. The best settings are measured.
         largest (`float`):

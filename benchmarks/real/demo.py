@@ -262,7 +262,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or name on the Hub of a chat model (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--task", choices=sorted(TASKS), default="cheerful", help="wanted behaviour")
-    parser.add_argument("--num-prompts", type=int, default=200, help="questions for training; 32 pairs or more")
+    parser.add_argument(
+        "--num-prompts", type=int, default=200, help="questions for training, which must give at least 32 pairs"
+    )
     parser.add_argument("--num-test-prompts", type=int, default=12, help="held-out questions")
     parser.add_argument(
         "--num-samples", type=int, default=8, help="answers to each held-out question at each strength"

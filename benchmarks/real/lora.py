@@ -245,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, help="number of training pairs (default: all)")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--layers", help="FIRST:LAST, the layers to adapt (default: all)")
+    parser.add_argument("--layers", help="FIRST:END, the layers to adapt, without END (default: all)")
     parser.add_argument("--target_modules", default="all-linear")
     parser.add_argument("--subtb_lambda", type=float, default=0.5)
     parser.add_argument("--dpo_beta", type=float, default=0.1)

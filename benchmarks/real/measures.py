@@ -4,8 +4,8 @@
 Measures: reward at a given KL from the patient, on test or validation prompts.
 
 Up to 2 nats, estimates use the same importance-weighted samples of the patient for all methods. Strengths are found on
-these samples. Beyond 2 nats the effective sample size of 64 samples is too small, and texts are sampled from the
-guided patient (`guided.py`).
+these samples. At 2 nats the effective sample size of 64 samples is already too small. Near 1, 2 and 4 nats, texts are
+therefore also sampled from the guided patient (`guided.py`).
 """
 
 import itertools

@@ -5,7 +5,8 @@ Alignment tax: what guidance by a doctor changes elsewhere, at several distances
 
 ```bash
 python benchmarks/real/tax.py --pairs hh-rlhf/harmless-base-test.jsonl.gz --llmbar Dataset/LLMBar \
-    --xstest xstest_prompts.csv --text wiki.test.raw --doctor ~/.cache/trl-tfpo/doctors/SmolLM2-135M-Instruct/cheerful
+    --xstest xstest_prompts.csv --text wiki.test.tokens \
+    --doctor ~/.cache/trl-tfpo/doctors/SmolLM2-135M-Instruct/cheerful
 python benchmarks/real/tax.py --report
 python benchmarks/real/tax.py --quick --model FOLDER --pairs FILE
 ```
