@@ -158,7 +158,7 @@ def test_models_can_be_loaded_whole_under_any_engine(monkeypatch):
 def test_shards_of_deepspeed_are_marked():
     """A doctor that is scored from its shards has empty weights.
 
-    Change: `_upstream.is_sharded`.
+    Change: `common.language_model.is_sharded`.
     """
     model = make_llama(1)
     assert not is_sharded(model)
