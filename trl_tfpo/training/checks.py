@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Checks of [`TFPOTrainer`]: its arguments before any work begins, and each loss."""
+"""Checks of the arguments of [`TFPOTrainer`], and of each loss."""
 
 import warnings
 from typing import Any

@@ -82,8 +82,8 @@ class TFPOConfig(_BaseConfig):
             Temperature of token importance, greater than 0; tau in the paper. At smaller values, tokens with a small
             gap become as important as tokens with a large one.
         gap_floor (`float`, *optional*, defaults to `0.05`):
-            Added to the mean gap of a completion, in nats, greater than 0; epsilon in the paper. Without it, gaps that
-            are only noise would count as important in a completion with a tiny mean gap.
+            Added to the mean absolute gap of a completion, in nats, greater than 0; epsilon in the paper. Without it,
+            gaps that are only noise would count as important in a completion whose gaps are all tiny.
         sparsity_threshold (`float`, *optional*, defaults to `0.3`):
             Largest importance that gets reward 0, in [0, 1); theta in the paper.
         calibrate_rewards (`bool`, *optional*):

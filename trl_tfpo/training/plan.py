@@ -128,7 +128,7 @@ class TrainingPlan:
 
     def __str__(self) -> str:
         tokenized = f"extrapolated from {self.num_tokenized_pairs:,}" if self.is_extrapolated else "all tokenized"
-        longest = "`max_length`, or without it of the sample" if self.is_extrapolated else "all tokenized"
+        longest = "`max_length`, or if unset the longest of the sample" if self.is_extrapolated else "all tokenized"
         counts = [
             ("preference pairs", self.num_pairs, tokenized),
             ("tokens of the longest row", self.longest_row, longest),

@@ -334,7 +334,7 @@ class TFPOTrainer(DoctorFiles):
         return self.calibration.apply(dataset, needs_gaps=needs_gaps)
 
     def _add_reference_logps(self, dataset: AnyDataset | None) -> AnyDataset | None:
-        """If the doctor before training is the reference, add its log-probabilities to a dataset."""
+        """Add reference log-probabilities to a dataset, if there is a reference but no base policy."""
         if dataset is None or not self._caches_reference:
             return dataset
         return with_reference_logps(dataset, self, fingerprint=str(self._reference_fingerprint))
