@@ -12,9 +12,11 @@ A token attends to the tokens before it in its text. Its position is the number 
 beginning may share a row.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +40,14 @@ class Branch(NamedTuple):
     context: list[slice]
 
 
+class Block(NamedTuple):
+    """Queries of one attention call, the ranges of keys and values, and the mask (queries, keys), 0 or -inf."""
+
+    queries: slice
+    seen: list[slice]
+    mask: torch.Tensor
+
+
 @dataclass(frozen=True)
 class TokenTree:
     """
@@ -58,6 +68,19 @@ class TokenTree:
     position_ids: list[int]
     branches: list[Branch]
     paths: list[list[int]]
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """The calls of the attention, in the order of the row."""
+        blocks = []
+        for branch in self.branches:
+            for start in range(branch.start, branch.stop, BLOCK):
+                stop = min(start + BLOCK, branch.stop)
+                places = [place for seen in branch.context for place in range(seen.start, seen.stop)]
+                seen = _ranges([*places, *range(branch.start, stop)])
+                mask = torch.full((stop - start, len(places) + stop - branch.start), -math.inf)
+                blocks.append(Block(slice(start, stop), seen, mask.triu(len(places) + start - branch.start + 1)))
+        return blocks
 
 
 def token_tree(texts: list[list[int]]) -> TokenTree:
@@ -223,25 +246,20 @@ def _attend(
             f"Attention along branches needs plain attention. Got a mask, a softcap or a bias of positions in "
             f"{type(module).__name__}; read each text alone."
         )
-    blocks = []
-    for branch in token_tree.branches:
-        for start in range(branch.start, branch.stop, BLOCK):
-            stop = min(start + BLOCK, branch.stop)
-            seen = [*branch.context, slice(branch.start, stop)]
-            keys, values = (torch.cat([x[:, :, places] for places in seen], dim=2) for x in (key, value))
-            num_queries, num_keys = stop - start, keys.size(2)
-            mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
-            blocks.append(
-                F.scaled_dot_product_attention(
-                    query[:, :, start:stop],
-                    keys,
-                    values,
-                    attn_mask=mask.tril(num_keys - num_queries),
-                    scale=scaling,
-                    enable_gqa=keys.size(1) != query.size(1),
-                )
+    outputs = []
+    for queries, seen, mask in token_tree.blocks:
+        keys, values = ([x[:, :, places] for places in seen] for x in (key, value))
+        outputs.append(
+            F.scaled_dot_product_attention(
+                query[:, :, queries],
+                torch.cat(keys, dim=2) if len(keys) > 1 else keys[0],
+                torch.cat(values, dim=2) if len(values) > 1 else values[0],
+                attn_mask=mask.to(query.dtype),
+                scale=scaling,
+                enable_gqa=key.size(1) != query.size(1),
             )
-    return torch.cat(blocks, dim=2).transpose(1, 2).contiguous(), None
+        )
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(ATTENTION, _attend)
