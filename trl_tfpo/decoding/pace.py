@@ -64,12 +64,12 @@ class Costs:
 
     def of(self, part: Hashable, estimate: float | None = None, is_worst_case: bool = False) -> float:
         """Cost of a part. Without an estimate it is the median, or 0."""
-        median = self.medians.get(part)
-        if median is None:
+        known = self.medians.get(part)
+        if known is None:
             return estimate or 0.0
         if estimate is None or self.num_known(part) >= FEW:
-            return median
-        return max(median, estimate) if is_worst_case else min(median, estimate)
+            return known
+        return max(known, estimate) if is_worst_case else min(known, estimate)
 
     def num_known(self, part: Hashable) -> int:
         return len(self.times.get(part, ()))
