@@ -3,6 +3,7 @@
 """The pace of speculation on simulated machines: it finds what pays, and what does not costs next to nothing."""
 
 import random
+from statistics import mean
 
 import pytest
 
@@ -20,33 +21,45 @@ CHECKS = {  # seconds of a check, by positions; a step of the patient takes 1
 class Simulation:
     """Decodes texts whose drafts are accepted with a given rate, and counts seconds."""
 
-    def __init__(self, check, rate, *, doctor=0.15, assistant=None, seed=0, is_free=True):
+    def __init__(self, check, rate, *, doctor=0.15, assistant=None, seed=0, is_free=True, warm_up=0.0):
         self.seconds, self.random, self.check, self.rate = 0.0, random.Random(seed), check, rate
         self.doctor, self.assistant = doctor, assistant  # seconds; without an assistant the doctor drafts
-        self.num_readings = 0
+        self.num_readings, self.warm_up, self.seen = 0, warm_up, set()
         share = 0.0 if assistant is None else assistant
         self.pace = MeasuredPace(Costs(self.clock, is_free), step_share=share)
         self.plain = 0.0
+
+    def first(self, part) -> float:
+        """Additional seconds of the first check of a length, and of the first draft."""
+        is_first = part not in self.seen
+        self.seen.add(part)
+        return self.warm_up * is_first
 
     def clock(self):
         self.num_readings += 1
         return self.seconds
 
+    def catch_up(self, length: int) -> float:
+        """Seconds in which the assistant reads the tokens that it has not read yet."""
+        num_new, self.num_read = length - self.num_read, length
+        return (self.assistant or 0.0) * (1 + 0.2 * (num_new - 1))
+
     def text(self, num_tokens: int, prompt: float = 1.0) -> float:
         """Decode a text. Returns its time over that of plain guided decoding."""
         before, pace, length = self.seconds, self.pace, 0
-        draft = self.doctor + (self.assistant or 0.0) + 0.01
+        self.num_read = -10  # by the assistant, of the text; the prompt has 10 tokens
+        draft = self.doctor + 0.01
         pace.begin_text()
         while length < num_tokens:
             pace.begin_round()
             accepted = []
             while pace.wants_more([0] * len(accepted), num_tokens - length - 1):
                 with pace.timed("draft"):
-                    self.seconds += draft
+                    self.seconds += draft + self.catch_up(length + len(accepted)) + self.first("draft")
                 accepted.append(self.random.random() < self.rate)
             num_checked = pace.num_to_check([0] * len(accepted))
             with pace.timed(("check", num_checked + 1)):
-                self.seconds += prompt if length == 0 else self.check(num_checked + 1)
+                self.seconds += prompt if length == 0 else self.check(num_checked + 1) + self.first(num_checked)
             num_new = 0
             for index in range(num_checked + 1):
                 is_read = index < len(accepted)
@@ -57,7 +70,7 @@ class Simulation:
                     pace.observe(0, accepted[index])
                 elif not accepted and pace.shadow_is_due():
                     with pace.timed("shadow"):
-                        self.seconds += 0.01 + (self.assistant or 0.0)
+                        self.seconds += 0.01 + self.catch_up(length + num_new - 1)
                     pace.observe(0, self.random.random() < self.rate)
                 if not is_read or not accepted[index]:
                     break
@@ -141,7 +154,10 @@ def test_a_check_costs_what_was_measured():
     costs = Costs(lambda: 0.0)
     for seconds in (1.0, 1.0, 9.0):
         costs.add(("check", 1), seconds)
-    costs.add(("check", 5), 2.0)
+    costs.add(("check", 5), 9.0)  # the first measurement may include work that is done once
+    assert (costs.check(5), costs.check(5, is_worst_case=True)) == (1.2, 9.0)
+    for _ in range(2):
+        costs.add(("check", 5), 2.0)
     assert [costs.check(n) for n in (1, 3, 5, 7)] == [1.0, 1.5, 2.0, 2.1]
     assert [costs.check(n, is_worst_case=True) for n in (1, 3, 5, 7)] == [1.0, 2.0, 2.0, 4.0]
 
@@ -153,3 +169,12 @@ def test_bounds_of_acceptance():
     for _ in range(5):
         acceptance.add(False)
     assert acceptance.upper() == pytest.approx(CERTAIN**2 / (5 + CERTAIN**2))
+
+
+def test_an_assistant_that_agrees_gains_in_short_texts():
+    """Its first drafts are slow: it reads many tokens before each, and libraries prepare for new shapes."""
+    ratios = []
+    for seed in range(8):
+        machine = Simulation(CHECKS["AVX2, float32"], 0.9, doctor=0.08, assistant=0.08, seed=seed, warm_up=1.0)
+        ratios += [machine.text(30) for _ in range(12)][8:]
+    assert mean(ratios) <= 0.85

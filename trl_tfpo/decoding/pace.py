@@ -30,6 +30,7 @@ SHADOW_ALLOWANCE = 0.005  # share of the same time for guesses that are only com
 CERTAIN = 2.6  # standard deviations of the bound that decides the end of drafting
 RARE = 1 / 16  # share of the drafts; kinds below it do not count in the decision to end drafting
 GUESSES = ("draft", "shadow")  # parts of a round in which the drafter works
+FEW = 3  # number of measurements from which on the median is the cost
 NUM_TIMES = 15  # number of measurements whose median is the cost
 NUM_ROUNDS_FRESH = 32  # number of rounds with drafts after which a plain one is timed again
 
@@ -37,6 +38,9 @@ NUM_ROUNDS_FRESH = 32  # number of rounds with drafts after which a plain one is
 class Costs:
     """
     Seconds that the parts of a round take: medians of measurements, and estimates where there are none.
+
+    The first measurements of a part may include work that is done once. With fewer than [`FEW`] measurements, the cost
+    is therefore the smaller of median and estimate, and in the worst case the larger.
 
     Args:
         clock (callable):
@@ -58,9 +62,14 @@ class Costs:
         if isinstance(part, tuple):
             self.checks[part[1]] = self.medians[part]
 
-    def of(self, part: Hashable, default: float = 0.0) -> float:
-        """Median of the measurements of a part."""
-        return self.medians.get(part, default)
+    def of(self, part: Hashable, estimate: float | None = None, is_worst_case: bool = False) -> float:
+        """Cost of a part. Without an estimate it is the median, or 0."""
+        known = self.medians.get(part)
+        if known is None:
+            return estimate or 0.0
+        if estimate is None or self.num_known(part) >= FEW:
+            return known
+        return max(known, estimate) if is_worst_case else min(known, estimate)
 
     def num_known(self, part: Hashable) -> int:
         return len(self.times.get(part, ()))
@@ -73,11 +82,14 @@ class Costs:
         """
         Cost of a forward pass of the patient over some positions.
 
-        Between two measured numbers of positions it is interpolated; the worst case is the larger of the two. Beyond
-        the largest number, each position adds a twentieth of a step; in the worst case it adds a whole step.
+        Between two measured numbers of positions the estimate is interpolated; the worst case is the larger of the
+        two. Beyond the largest number, each position adds a twentieth of a step, and in the worst case a whole step.
         """
-        if num_positions in self.checks:
-            return self.checks[num_positions]
+        if num_positions == 1:
+            return self.checks.get(1, 0.0)
+        return self.of(("check", num_positions), self._estimated_check(num_positions, is_worst_case), is_worst_case)
+
+    def _estimated_check(self, num_positions: int, is_worst_case: bool) -> float:
         below = max((n for n in self.checks if n < num_positions), default=1)
         above = min((n for n in self.checks if n > num_positions), default=None)
         low, num_more = self.checks.get(below, 0.0), num_positions - below
@@ -195,9 +207,9 @@ class MeasuredPace(Pace):
         self.costs, self.reads_doctors, self.max_tokens = costs, reads_doctors, max_tokens
         self.step_share = step_share
         self.all, self.by_kind = Acceptance(), dict[Hashable, Acceptance]()
-        self.credit = self.plain_seconds = self.shadow_seconds = self.start_seconds = 0.0
+        self.credit = self.plain_seconds = self.shadow_seconds = self.prompt_seconds = 0.0
         self.num_since_plain = self.num_rounds = 0
-        self.is_stopped = self.is_first = False
+        self.is_stopped = self.is_first = self.is_behind = False
         self.spent, self.has_guessed = 0.0, False
 
     # A round
@@ -212,29 +224,26 @@ class MeasuredPace(Pace):
     @contextmanager
     def timed(self, part: Hashable, num: int = 1) -> Iterator[None]:
         """Time `num` repetitions of a part. If the clock takes time, known parts are timed only in some rounds."""
-        is_guess = part in GUESSES
-        self.has_guessed |= is_guess
-        is_known = self.costs.num_known(part) >= NUM_TIMES // 4
+        if part in GUESSES:
+            part, self.has_guessed, self.is_behind = "catch up" if self.is_behind else part, True, False
+        is_known = self.costs.num_known(part) >= FEW
         if not (self.is_first or self.costs.is_free or not is_known or self.num_rounds % 16 == 0):
             yield
-            self.spent += num * self.costs.of(part, 0.0)
+            self.spent += num * self.costs.of(part)
             return
         start = self.costs.clock()
         yield
         seconds = self.costs.clock() - start
-        is_usual = not self.is_first and not (is_guess and self.start_seconds)
-        if is_guess:
-            self.start_seconds = 0.0
-        if is_usual:
+        if not self.is_first:
             self.costs.add(part, seconds / num)
-        self.spent += num * self.costs.of(part, 0.0) if is_usual and is_known else seconds
+        self.spent += num * self.costs.of(part) if is_known and not self.is_first else seconds
 
     def end_round(self, num_checked: int, num_new_tokens: int) -> None:
         """Update the credit after a round with `num_checked` drafts."""
+        self.is_behind = self.step_share > 0 and not self.has_guessed
         if self.is_first:  # also part of plain decoding
             self._settle(self.spent, 0.0)
-            self.start_seconds = self.step_share * self.spent
-            self.is_first = False
+            self.prompt_seconds, self.is_first = self.spent, False
             return
         plain = num_new_tokens * self.costs.plain()
         self._settle(plain, self.spent - plain if num_checked or self.has_guessed else 0.0)
@@ -264,7 +273,7 @@ class MeasuredPace(Pace):
     def shadow_is_due(self) -> bool:
         if self.is_stopped or self.is_first:
             return False
-        cost = self.start_seconds + self.costs.of("shadow", (self.step_share + 0.01) * self.costs.plain())
+        cost = self._catch_up() + self.costs.of("shadow", (self.step_share + 0.01) * self.costs.plain())
         return self.shadow_seconds + cost <= SHADOW_ALLOWANCE * self.plain_seconds
 
     # Decisions
@@ -286,9 +295,14 @@ class MeasuredPace(Pace):
         num_unknown = lengths[-1] - num_made
         rounds = self._rounds(known + [prior] * num_unknown, num_made)
         worst = self._rounds([0.0] * lengths[-1], num_made, is_worst_case=True)
-        credit = self.credit - self.start_seconds
+        credit = self.credit - self._catch_up()
         possible = [k for k in lengths if k and worst[k][1] - worst[k][0] * plain <= credit]
         return max([0, *possible], key=lambda k: rounds[k][0] / rounds[k][1])
+
+    def _catch_up(self) -> float:
+        """Likely largest time of a guess before which a drafting model reads the tokens since its last guess."""
+        estimate = self.step_share * self.prompt_seconds
+        return self.costs.of("catch up", estimate, is_worst_case=True) if self.is_behind else 0.0
 
     def _rounds(self, rates: Sequence[float], num_made: int, is_worst_case: bool = False) -> list[tuple[float, float]]:
         """
@@ -296,8 +310,8 @@ class MeasuredPace(Pace):
         """
         plain, fresh = self.costs.plain(), self.costs.of("fresh")
         share = self.step_share * (2 if is_worst_case else 1)
-        draft = self.costs.of("draft", share * plain + fresh * self.reads_doctors)
-        read = self.costs.of("read", 0.0 if self.reads_doctors else fresh)
+        draft = self.costs.of("draft", share * plain + fresh * self.reads_doctors, is_worst_case)
+        read = self.costs.of("read", 0.0 if self.reads_doctors else fresh, is_worst_case)
         rounds, num_tokens, reading, reached = [], 1.0, 0.0, 1.0
         for num_drafts, rate in enumerate([1.0, *rates]):
             if num_drafts:
