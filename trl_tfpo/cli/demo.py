@@ -25,8 +25,8 @@ class DemoArguments:
     patient: str | None = field(
         default=None,
         metadata={
-            "help": "Patient: a Hub name or a folder. By default the model in the cache if it has a doctor, otherwise "
-            "the patient of the controlled world."
+            "help": "Patient: a Hub name or a folder. By default the model in the cache of trl-tfpo if it has a "
+            "doctor, otherwise the patient of the controlled world."
         },
     )
     world: bool = field(default=False, metadata={"help": "Open the controlled world, whatever is in the cache."})
