@@ -41,7 +41,7 @@ from ..models.trained_exponents import check_is_language_model
 logger = logging.getLogger(__name__)
 
 MAX_PACKED = 2048  # tokens of a forward pass on a CPU, so that its tensors fit in `LARGEST_REUSED`
-LARGEST_REUSED = 2**25 - 2**16  # bytes
+LARGEST_REUSED = 2**25 - 2**16  # bytes, just below the largest block that glibc considers
 MAX_TEXTS = 4  # in a row with a mask: two completions under two faces
 
 
