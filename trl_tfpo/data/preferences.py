@@ -20,6 +20,7 @@ OTHER_TURN = "\n\nHuman:"
 TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 THOUGHTS = ("reasoning_content", "thinking")  # keys of a message
 REMEDY = "correct or remove the row, or pass `drop_unusable=True`."
+MESSAGE_REMEDY = "correct the messages, or drop such rows of a dataset with `drop_unusable=True`."
 
 
 def read_pair(example: dict, *, openings: Sequence[str] = (), convert_transcripts: bool = False) -> dict:
@@ -124,7 +125,7 @@ def clean_messages(messages: list[dict]) -> list[dict]:
     """
     if not _are_messages(messages):
         raise ValueError(
-            f"A prompt must be a text, or messages that have a role. Got {reprlib.repr(messages)}; {REMEDY}"
+            f"A prompt must be a text, or messages that have a role. Got {reprlib.repr(messages)}; correct the prompt."
         )
     cleaned = []
     for message in remove_none_values(messages):
@@ -136,7 +137,7 @@ def clean_messages(messages: list[dict]) -> list[dict]:
         if not isinstance(content, str):
             raise ValueError(
                 "The content of a message must be a text, or a list of text parts. Got "
-                f"{reprlib.repr(content)} from role {message['role']!r}; {REMEDY}"
+                f"{reprlib.repr(content)} from role {message['role']!r}; {MESSAGE_REMEDY}"
             )
         cleaned.append({**message, "content": content})
     return cleaned

@@ -21,7 +21,7 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.utils import remove_none_values
 
-from .preferences import OTHER_TURN, REMEDY, THOUGHTS, TRANSCRIPT_TURN, is_transcript
+from .preferences import MESSAGE_REMEDY, OTHER_TURN, REMEDY, THOUGHTS, TRANSCRIPT_TURN, is_transcript
 
 
 @dataclass
@@ -46,7 +46,8 @@ class ChatTemplate:
             return str(text)
         except (TemplateError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"The chat template must be able to render the messages. Got {type(error).__name__}: {error}; {REMEDY}"
+                f"The chat template must be able to render the messages. Got {type(error).__name__}: {error}; "
+                f"{MESSAGE_REMEDY}"
             ) from error
 
     def render_prompt(self, messages: list[dict], is_continued: bool = False) -> str:
