@@ -6,7 +6,7 @@ The equations of LLMdoctor, in the order of the paper (https://huggingface.co/pa
 Shapes: B rows, T completion tokens (EOS included), S = T + 1 states, V vocabulary. State $s_t$ is the prompt followed
 by the first $t$ completion tokens: column $t$ of a (B, S) tensor stands *before* column $t$ of a (B, T) tensor.
 Units: nats. Masks are boolean: True where a token counts, False where it is treated as deleted. Entries of deleted
-tokens may have any value, NaN included. `docs/paper_map.md` lists the test of every function.
+tokens may have any value, NaN included. `docs/paper_map.md` lists a test of every equation.
 
 Deviations from the paper, with the function or argument that selects them:
 

@@ -66,7 +66,7 @@ def start_at_credits(model: LanguageModel, logits: torch.Tensor, rows: Any, coll
     logits of the language model. Other doctors are not changed.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]):
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The doctor.
         logits (`torch.Tensor` of shape `(V',)`):
             Logit of each token, in nats, up to a constant. V' may differ from the V rows of the head.

@@ -243,7 +243,7 @@ def _attend(
     """
     if attention_mask is not None or kwargs.get("softcap") is not None or kwargs.get("position_bias") is not None:
         raise ValueError(
-            f"Attention along branches needs plain attention. Got a mask, a softcap or a bias of positions in "
+            f"Attention along branches needs plain attention. Got a mask, a softcap or a position bias in "
             f"{type(module).__name__}; read each text alone."
         )
     outputs = []
