@@ -10,8 +10,8 @@ python benchmarks/serving.py --engines ours vllm --vllm_python .venv-vllm/bin/py
 
 Requests for greedy answers go to the engines directly, without HTTP. The first command measures our engine in the
 controlled world. The second compares our engine with vLLM, for the patient SmolLM2-135M-Instruct alone and with a
-doctor that has a quarter of its parameters (its embeddings and first two layers). Both engines decode in float32 with
-one thread. The script also compares their answers.
+doctor that has a quarter of its parameters (its embeddings and first two layers). Both engines decode in float32,
+with one thread if `OMP_NUM_THREADS=1` is set. The script also compares their answers.
 """
 
 import argparse

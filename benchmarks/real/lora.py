@@ -9,8 +9,8 @@ python benchmarks/real/lora.py --quick --model FOLDER
 ```
 
 Both adapters are measured as ratios to the patient at several strengths, on the cached samples of `bench.py`. At
-strength 1 the ratio is the adapted model. Each result is appended to the output; existing results and adapters are
-reused.
+strength 1 the guided patient is the adapted model. Each result is appended to the output; existing results and
+adapters are reused.
 """
 
 import argparse

@@ -144,7 +144,7 @@ def small_doctor(patient: PreTrainedModel | str | os.PathLike, num_layers: int =
         )
     if not 1 <= num_layers <= len(layers):
         raise ValueError(
-            f"`num_layers` must be from 1 to the {len(layers)} layers of the patient. Got {num_layers}; choose fewer."
+            f"`num_layers` must be from 1 to the {len(layers)} layers of the patient. Got {num_layers}; correct it."
         )
     copies = {}  # the memo of deepcopy: copies by the id of the original
     copies[id(layers)] = copy.deepcopy(layers[:num_layers], copies)

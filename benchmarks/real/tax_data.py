@@ -3,7 +3,7 @@
 """
 Texts of the alignment tax: pairs of answers, prompts that ask for a refusal or only seem to, and neutral text.
 
-Nothing here belongs to the repository. The files are read as their authors publish them.
+The texts are not in the repository. The files are read as their authors publish them.
 """
 
 import csv
