@@ -22,7 +22,7 @@ of their use of caches and memory bandwidth. On a GPU it measures wall-clock tim
    which changes the computation but not the logits. The vocabulary has the 174 words of the world, and texts end at
    EOS. The random pair never agrees, which is the worst case. `--patient` and `--doctor` add a pair of saved models.
    Each repetition has different prompts, because speculation remembers texts and times. `first` is the repetition
-   without experience, and `last` the last repetition.
+   without experience, `last` the last repetition, and `in_all` the time of all repetitions, over plain guided decoding.
 3. *Verification.* The time of a forward pass of the patient over k + 1 positions in each row, which verifies k drafted
    tokens.
 4. *Adapters.* A doctor that is a LoRA adapter on the patient: one shared forward pass, or two separate passes.
@@ -114,6 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repetitions", type=int)
     parser.add_argument("--patient", help="folder or name of a patient for speculation, with `--doctor`")
     parser.add_argument("--doctor", help="folder or name of its doctor")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], help="dtypes in which pairs speculate")
     parser.add_argument("--only", choices=PARTS, help="measure this part only")
     args = parser.parse_args(arguments)
     sizes = QUICK if args.quick else FULL
@@ -377,6 +378,7 @@ def speculation(
     args: argparse.Namespace, pair: str, patient, doctor, prompts, cases, ways: dict[str, dict]
 ) -> list[dict]:
     rows = []
+    cases = [(dtype, beta) for dtype, beta in cases if dtype in args.dtypes]
     for (dtype, beta), do_sample in itertools.product(cases, (False, True)):
         models = [copy.deepcopy(model).to(args.device, getattr(torch, dtype)) for model in (patient, doctor)]
         settings = dict(do_sample=True, top_k=0) if do_sample else dict(do_sample=False)
@@ -399,6 +401,7 @@ def speculation(
             row |= {"ms": milliseconds(times)} | {f"over_{x}": ratio(times, seconds[x]) for x in ("patient", "guided")}
             over = [above / below for above, below in zip(times, seconds["guided"], strict=True)]
             row |= {"first": round(over[0], 2), "last": round(over[-1], 2)}
+            row |= {"in_all": round(sum(times) / sum(seconds["guided"]), 3)}
             row |= dict.fromkeys(("tokens_per_forward", "drafted_per_token", "acceptance"))
             if count := counts.get(name):
                 row["tokens_per_forward"] = round(count["num_tokens"] / count["num_patient_forwards"], 2)
