@@ -106,7 +106,8 @@ def annotate_token_rewards(
             it. See [`~trl_tfpo.data.tokenization.tokenize_pair`].
         batch_size (`int`, *optional*, defaults to `16`):
             Number of sequences in one forward pass of the patient if all have the greatest length. A pass of shorter
-            sequences may have more of them, but not more tokens. A pair has four sequences.
+            sequences may have more of them, but not more tokens. A pair has four sequences. On a CPU a pass may be
+            limited to 2,048 tokens, or to one pair if that is longer.
         convert_transcripts (`bool`, *optional*, defaults to `False`):
             Whether to convert texts with turns of `"\n\nHuman:"` and `"\n\nAssistant:"` (HH-RLHF) to messages, the
             format of chat models.

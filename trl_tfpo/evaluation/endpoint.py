@@ -73,7 +73,8 @@ def endpoint_completions(
 
     Raises:
         `ValueError`: if there is no prompt; if a setting is out of range; if the endpoint lacks the model or a doctor,
-            or refuses a request; if an answer has no token ids or no finite log-probabilities.
+            or refuses a request; if `alpha` is not 1 at an endpoint that cannot guide; if an answer has no token ids
+            or no finite log-probabilities.
         `ConnectionError`: if the endpoint does not answer.
     """
     if isinstance(prompts, str) or len(prompts) == 0 or not 0 <= temperature < math.inf:

@@ -159,8 +159,8 @@ def evaluate_completions(
       `tokens_per_second`.
     - `distinct_1` to `distinct_4`, over the first samples of each prompt in the first seed, equally many for
       all methods.
-    - `self_similarity_within` the samples of a prompt, and `self_similarity_across` the first samples of all prompts,
-      both of the first seed.
+    - `self_similarity_within`, among the samples of a prompt, and `self_similarity_across`, among the first samples of
+      all prompts; both of the first seed.
     - `measures` from the caller, such as `kl` and `entropy` of [`next_token_statistics`] or `kl` of [`sampled_kl`].
 
     Args:
