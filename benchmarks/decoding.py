@@ -22,7 +22,7 @@ of their use of caches and memory bandwidth. On a GPU it measures wall-clock tim
    which changes the computation but not the logits. The vocabulary has the 174 words of the world, and texts end at
    EOS. The random pair never agrees, which is the worst case. `--patient` and `--doctor` add a pair of saved models.
    Each repetition has different prompts, because speculation remembers texts and times. `first` is the repetition
-   without experience, `last` the last repetition, and `in_all` the time of all repetitions, over plain guided decoding.
+   without experience, `last` the last repetition, and `in_all` all repetitions, over plain guided decoding.
 3. *Verification.* The time of a forward pass of the patient over k + 1 positions in each row, which verifies k drafted
    tokens.
 4. *Adapters.* A doctor that is a LoRA adapter on the patient: one shared forward pass, or two separate passes.
