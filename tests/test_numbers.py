@@ -347,5 +347,5 @@ def test_a_verb_loads_models_in_the_dtype_that_is_asked_for(tmp_path, dtype):
     path = str(tmp_path / "model")
     patient, _, doctors = load_models(path, [f"kind={path}"], in_4bit=False, trust_remote_code=False, dtype=dtype)
     assert patient.dtype == doctors["kind"].dtype == getattr(torch, dtype)
-    with pytest.raises(ValueError, match="`--dtype` must be one of"):
+    with pytest.raises(ValueError, match="The data type must be one of"):
         load_models(path, [], in_4bit=False, trust_remote_code=False, dtype="fp8")

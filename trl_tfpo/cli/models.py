@@ -18,7 +18,7 @@ from .options import DTYPES
 def check_dtype(dtype: str) -> str:
     """Check a dtype, and return it for `from_pretrained`. `"auto"` becomes float32 where half precision is slow."""
     if dtype not in DTYPES:
-        raise ValueError(f"`--dtype` must be one of {DTYPES}. Got {dtype!r}; leave it out for 'auto'")
+        raise ValueError(f"The data type must be one of {DTYPES}. Got {dtype!r}; leave it out for 'auto'")
     return default_dtype() if dtype == "auto" else dtype
 
 

@@ -44,7 +44,7 @@ def train_world_doctors(cache_dir: str | os.PathLike, *, max_steps: int = 200) -
     """
     Train a doctor for each attribute of the controlled world, and return their folders in `cache_dir` by attribute.
 
-    Existing folders are not trained again. Training takes half a minute per doctor, for 200 steps of 16 pairs.
+    Existing doctors are not trained again. Training takes half a minute per doctor, for 200 steps of 16 pairs.
     """
     world, folders = load_world(), {}
     for name, attribute in world.attributes.items():
