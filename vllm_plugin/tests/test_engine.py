@@ -216,7 +216,7 @@ def test_an_engine_without_the_check_of_requests_does_not_start(folders, monkeyp
 def test_a_load_format_that_reads_the_patient_only(engine):
     """Doctors would keep the values that happened to be in memory."""
     model = engine.llm_engine.model_executor.driver_worker.worker.model_runner.model
-    with pytest.raises(ValueError, match=r"weights of all models must be read. Got none of \['factor0', 'patient'\]"):
+    with pytest.raises(ValueError, match=r"weights of all models must be read. Got none of \['.*', '.*'\]"):
         model.load_weights(iter(()))
 
 
@@ -224,7 +224,7 @@ def test_a_model_with_another_state(folders):
     """Guidance by a model whose state vLLM would not page with the patient's."""
     config = MambaConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, architectures=["MambaForCausalLM"])
     doctor = save_config(folders.root / "mamba", config)
-    with pytest.raises(ValueError, match="attention alone. Got a MambaForCausalLM as factor0"):
+    with pytest.raises(ValueError, match="attention alone. Got a MambaForCausalLM in '.*mamba'"):
         start(**guided_config(folders.patient, {"helpful": doctor}))
 
 

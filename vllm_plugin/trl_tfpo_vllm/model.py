@@ -52,7 +52,7 @@ class GuidedForCausalLM(nn.Module):
         model_config = vllm_config.model_config
         path = model_config.hf_config_path or model_config.model
         patient = AutoConfig.from_pretrained(path, revision=model_config.revision, trust_remote_code=False)
-        self.names, self.configs = ["patient"], [model_config.hf_config]
+        self.names, self.paths, self.configs = ["patient"], [str(path)], [model_config.hf_config]
         architectures = [patient.architectures]  # the engine's config names this class
         self.loras: dict[str, Lora] = {}
         self.secondary_weights: list[DefaultModelLoader.Source] = []  # which the loader reads after the patient
@@ -67,10 +67,11 @@ class GuidedForCausalLM(nn.Module):
             )
             self.secondary_weights.append(source)
             self.names.append(name)
+            self.paths.append(str(folder))
             self.configs.append(config)
             architectures.append(config.architectures)
-        for name, config, architecture in zip(self.names, self.configs, architectures, strict=True):
-            _check_kind(name, architecture, model_config)
+        for name, path, config, architecture in zip(self.names, self.paths, self.configs, architectures, strict=True):
+            _check_kind(path, architecture, model_config)
             layers = f"{prefix}.{name}" if prefix else name
             model = init_vllm_registered_model(
                 vllm_config, prefix=layers, hf_config=config, architectures=architecture
@@ -186,7 +187,7 @@ class GuidedForCausalLM(nn.Module):
             merged = self.loras[owner].merge(own) if owner in self.loras else own
             loaded |= {f"{owner}.{name}" for name in getattr(self, owner).load_weights(merged)}
             owners.add(owner)
-        if missing := sorted(set(self.names) - owners):
+        if missing := [path for name, path in zip(self.names, self.paths, strict=True) if name not in owners]:
             raise ValueError(
                 f"The weights of all models must be read. Got none of {missing}, because some load formats read only "
                 "one model; leave out `load_format`."
@@ -202,11 +203,11 @@ class GuidedForCausalLM(nn.Module):
         return owner if owner in self.names[1:] else self.names[0]
 
 
-def _check_kind(name: str, architectures: list[str], model_config: ModelConfig) -> None:
+def _check_kind(path: str, architectures: list[str], model_config: ModelConfig) -> None:
     """Raise `ValueError` unless a model reads only text, and has no state other than keys and values."""
     kind, _ = ModelRegistry.resolve_model_cls(architectures, model_config=model_config)
     if supports_multimodal(kind) or has_inner_state(kind) or is_attention_free(kind) or is_hybrid(kind):
         raise ValueError(
-            f"Patient, doctors and references must be language models with attention alone. Got a {kind.__name__} as "
-            f"{name}, which reads images or has another state; use `trl-tfpo serve` or another model."
+            f"Patient, doctors and references must be language models with attention alone. Got a {kind.__name__} in "
+            f"{path!r}, which reads images or has another state; use `trl-tfpo serve` or another model."
         )
