@@ -70,8 +70,8 @@ def score_completions(
             One completion for each prompt.
         batch_size (`int`):
             Number of sequences in one forward pass if all have the greatest length. A pass of shorter sequences may
-            have more of them, but not more tokens. On a CPU a pass may be limited to 2,048 tokens, or to one row if
-            that is longer.
+            have more of them, but not more tokens. On a CPU a pass may be limited to 2,048 tokens, or to one group
+            of up to four sequences with a common beginning if that is longer.
         longest (`int`, *optional*, defaults to `0`):
             Number of tokens of the longest sequence (prompt and completion) of other calls. With it, the maximum
             number of tokens in a pass is the same in all calls.
