@@ -26,7 +26,7 @@ from statistics import median
 MAX_DRAFT_TOKENS = 8
 ALLOWANCE = 0.025  # share of the time of plain decoding that drafting may lose
 MAX_CREDIT = 4  # steps of plain decoding
-SHADOW_ALLOWANCE = 0.005  # share of the same time for guesses that are only compared
+SHADOW_ALLOWANCE = 0.005  # share of the time of plain decoding for guesses that are only compared
 CERTAIN = 2.6  # standard deviations of the bound that decides the end of drafting
 RARE = 1 / 16  # share of the drafts; kinds below it do not count in the decision to end drafting
 GUESSES = ("draft", "shadow")  # parts of a round in which the drafter works

@@ -23,7 +23,7 @@ def guided_logps(
     Log-probabilities of the next token under the guided policy, $\pi \propto \pi_{\text{patient}}^\alpha \prod_i
     \pi_{\text{doctor}_i}^{\beta_i}$.
 
-    A token with logit minus infinity under the patient is excluded for any exponent. A doctor excludes tokens if its
+    A token with logit minus infinity under the patient is excluded for any exponent, under a doctor only if its
     exponent is positive. Tokens without a logit of some model are excluded, because the padding of vocabularies may
     differ.
 
