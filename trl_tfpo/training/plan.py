@@ -38,9 +38,10 @@ GIB = 2**30
 NOTE = (
     "Activations are not counted. They grow with `per_device_train_batch_size` and the length of the rows; "
     "`activation_checkpointing` reduces them. Counts of parameters and bytes of weights are exact. The optimizer is "
-    "AdamW. Weights in 4 or 8 bits are not sharded. Not counted either: logits, padding tokens, memory that CUDA, "
-    "NCCL and the allocator reserve, communication buffers other than the buckets of DDP and gathered weights, "
-    "evaluation, offloading, and a head with a free row for each token."
+    "AdamW. Weights in 4 or 8 bits are not sharded, but with ZeRO-3 and FSDP2 those of the base policy are counted as "
+    "if they were. Not counted either: logits, padding tokens, memory that CUDA, NCCL and the allocator reserve, "
+    "communication buffers other than the buckets of DDP and gathered weights, evaluation, offloading, and a head "
+    "with a free row for each token."
 )
 
 
@@ -447,8 +448,8 @@ def _training_memory(model: _StoredModel, base_bytes: int, size: int, num_proces
     """
     Memory of training a doctor under each engine.
 
-    `base_bytes` is the size of the frozen base policy; ZeRO-3 and FSDP2 shard it. `size` is the size of a weight in
-    the dtype of the computation, in bytes.
+    `base_bytes` is the size of the frozen base policy, counted as sharded with ZeRO-3 and FSDP2. `size` is the size
+    of a weight in the dtype of the computation, in bytes.
     """
     gradients = sum(parameter.nbytes for parameter in model.trained)
     if num_processes == 1:
