@@ -212,6 +212,16 @@ def test_engines_shard_what_they_say(tmp_path):
         assert row.weights == pytest.approx(weights + beside, abs=1), engine
     assert [row.phase for row in ratio.memory[:2]] == ["annotation", "training, DDP"]
 
+    # A patient in 8 bits is whole beside the doctor that it guides
+    settings = dict(num_processes=4, args=config(tmp_path, policy="guided"))
+    plain = plan_of(tmp_path, make_llama(2).config, **settings).memory
+    eight = BitsAndBytesConfig(load_in_8bit=True)
+    quantized = plan_of(tmp_path, make_llama(2).config, patient_quantization_config=eight, **settings).memory
+    assert quantized[0].weights < plain[0].weights  # annotation: the patient alone
+    for before, after in zip(plain[1:], quantized[1:], strict=True):
+        share = plain[0].weights / (4 if before.phase.endswith(("ZeRO-3", "FSDP2")) else 1)
+        assert after.weights - quantized[0].weights == pytest.approx(before.weights - share, abs=1), after.phase
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3", "fsdp2"])

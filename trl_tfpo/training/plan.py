@@ -38,10 +38,9 @@ GIB = 2**30
 NOTE = (
     "Activations are not counted. They grow with `per_device_train_batch_size` and the length of the rows; "
     "`activation_checkpointing` reduces them. Counts of parameters and bytes of weights are exact. The optimizer is "
-    "AdamW. Weights in 4 or 8 bits are not sharded, but with ZeRO-3 and FSDP2 those of the base policy are counted as "
-    "if they were. Not counted either: logits, padding tokens, memory that CUDA, NCCL and the allocator reserve, "
-    "communication buffers other than the buckets of DDP and gathered weights, evaluation, offloading, and a head "
-    "with a free row for each token."
+    "AdamW. Weights in 4 or 8 bits are not sharded. Not counted either: logits, padding tokens, memory that CUDA, "
+    "NCCL and the allocator reserve, communication buffers other than the buckets of DDP and gathered weights, "
+    "evaluation, offloading, and a head with a free row for each token."
 )
 
 
@@ -228,6 +227,7 @@ def training_plan(
     policy = POLICIES[args.policy]
     base_policy = frozen if policy.needs_patient else model if policy.has_base else None
     base_bytes = 0 if base_policy is None else base_policy.num_bytes  # before `make_doctor` changes the model
+    is_base_whole = base_policy is not None and bool(base_policy.quantized)
     doctor_model = make_doctor(
         model.model, peft_config, guides=policy.has_base, has_credits=bool(args.calibrate_rewards)
     )
@@ -243,7 +243,8 @@ def training_plan(
     if args.reference_weight and not policy.has_base and not set(REFERENCE_COLUMNS) <= set(dataset.column_names):
         reference_tokens = model.num_scored_tokens(lengths, ID_COLUMNS[:1])
         memory.append(Memory("reference", model.num_bytes))
-    memory += _training_memory(model, base_bytes, 2 if mixed_precision else 4, num_processes)
+    sharded_bytes = base_bytes if is_base_whole else base_bytes // num_processes
+    memory += _training_memory(model, base_bytes, sharded_bytes, 2 if mixed_precision else 4, num_processes)
 
     scale = len(dataset) / lengths.num_read
     num_tokenized = len(lengths.chosen)
@@ -444,12 +445,14 @@ def _quantized_bytes(parameter: torch.nn.Parameter, config: BitsAndBytesConfig) 
 # Memory of training
 
 
-def _training_memory(model: _StoredModel, base_bytes: int, size: int, num_processes: int) -> Iterator[Memory]:
+def _training_memory(
+    model: _StoredModel, base_bytes: int, sharded_bytes: int, size: int, num_processes: int
+) -> Iterator[Memory]:
     """
     Memory of training a doctor under each engine.
 
-    `base_bytes` is the size of the frozen base policy, counted as sharded with ZeRO-3 and FSDP2. `size` is the size
-    of a weight in the dtype of the computation, in bytes.
+    `base_bytes` is the size of the frozen base policy, and `sharded_bytes` its size in each process with ZeRO-3 and
+    FSDP2. `size` is the size of a weight in the dtype of the computation, in bytes.
     """
     gradients = sum(parameter.nbytes for parameter in model.trained)
     if num_processes == 1:
@@ -467,13 +470,13 @@ def _training_memory(model: _StoredModel, base_bytes: int, size: int, num_proces
     yield Memory("training, ZeRO-2", weights, share, optimizer)
 
     gathered = size * min(num_unquantized, ZERO3_LIVE_PARAMETERS)
-    weights = whole + size * num_unquantized // num_processes + gathered + base_bytes // num_processes
+    weights = whole + size * num_unquantized // num_processes + gathered + sharded_bytes
     yield Memory("training, ZeRO-3", weights, share, optimizer)
 
     layers = _layer_sizes(model)
     gathered = size * (num_unquantized - sum(layers) + 2 * max(layers))  # parameters outside layers, and two layers
     shards = sum(4 * p.numel() if p.requires_grad else p.nbytes for p in model.unquantized)
-    weights = whole + shards // num_processes + gathered + base_bytes // num_processes
+    weights = whole + shards // num_processes + gathered + sharded_bytes
     yield Memory("training, FSDP2", weights, 4 * num_trained // num_processes, 8 * num_trained // num_processes)
 
 
