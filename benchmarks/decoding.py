@@ -17,7 +17,7 @@ of their use of caches and memory bandwidth. On a GPU it measures wall-clock tim
    guide reads the whole prefix at each step.
 2. *Speculation.* The gain depends on the acceptance of drafts. The trained pairs consist of the patient of the
    controlled world and a doctor that this run trains by TFPO. The doctor of the pair *trained* has `policy="doctor"`
-   and drafts. The doctor of the pair *default* has `policy="guided"`; the drafter is earlier text (`lookup`) or the
+   and drafts. The doctor of the pair *default* has the default policy; the drafter is earlier text (`lookup`) or the
    doctor before training (`assistant`). The models are tiny, so they are padded with zeros to usual sizes (`grow`),
    which changes the computation but not the logits. The vocabulary has the 174 words of the world, and texts end at
    EOS. The random pair never agrees, which is the worst case. `--patient` and `--doctor` add a pair of saved models.
@@ -363,7 +363,7 @@ def all_speculation(args: argparse.Namespace, sizes: dict, trained: tuple) -> li
     """Measure speculation of pairs that agree and pairs that do not."""
     patient, doctor, _, prompts = trained
     rows = speculation(args, "trained", patient, doctor, prompts, sizes["trained_cases"], DOCTORS_DRAFT)
-    patient, doctor, before, prompts = trained_pair(args, sizes, "guided")
+    patient, doctor, before, prompts = trained_pair(args, sizes, "ratio")
     others = {"lookup auto": {}, "assistant auto": dict(assistant_model=before)}
     cases = [(dtype, 1.0) for dtype in dict.fromkeys(dtype for dtype, _ in sizes["trained_cases"])]
     rows += speculation(args, "default", patient, doctor, prompts, cases, others)
