@@ -48,7 +48,7 @@ class Limits:
         max_prompt_tokens (`int`, *optional*, defaults to `4096`):
             Maximum length of a prompt, in tokens.
         max_new_tokens (`int`, *optional*, defaults to `2048`):
-            Maximum length of a completion, in tokens.
+            Maximum length of a completion, in tokens. The app enforces it, not [`Engine`].
         max_rows (`int`, *optional*, defaults to `32`):
             Maximum number of completions in the batch. The memory of the caches grows with it.
         max_queue (`int`, *optional*, defaults to `256`):
@@ -207,7 +207,7 @@ class Engine:
             self._arrivals.put(row)  # before `close`, which waits for the lock
 
     def close(self) -> None:
-        """Stop the thread. Completions in progress end as cancelled."""
+        """Stop the thread. Unfinished completions end as cancelled."""
         with self._lock:
             self._is_closed = True
         self._arrivals.put(None)
