@@ -105,7 +105,7 @@ class TFPOConfig(_BaseConfig):
         reward_temperature (`float`, *optional*, defaults to `0.25`):
             A token reward of 1 is worth `1 / reward_temperature` nats.
         reference_weight (`float`, *optional*, defaults to `1.0`):
-            Exponent of the reference in the target; 0 in the paper. Values slightly below 1, such as 0.95, favor
+            Exponent of the reference in the target; 0 in the paper. Values slightly below 1, such as 0.95, favour
             tokens that are unlikely under the reference, and make texts more diverse. With `policy="doctor"` the
             reference is the doctor before training.
         subtb_lambda (`float`, *optional*, defaults to `0.95`):

@@ -54,8 +54,8 @@ def choose_rewards(
         `None` if nothing was compared.
 
     Raises:
-        `ValueError`: if `calibrate_rewards=True` is impossible, see [`check_can_calibrate`], or if there are no gaps
-            or fewer than 32 pairs.
+        `ValueError`: with `calibrate_rewards=True`, if there are no gaps or fewer than 32 pairs, and on errors of
+            [`check_can_calibrate`].
 
     Warns:
         `UserWarning`: if the rewards that are used do not explain the labels; if nothing is compared and the faces do
