@@ -237,8 +237,8 @@ class ChatJudge:
         num_answered (`int`): number of answers received so far, without those read from the cache file.
 
     Raises:
-        `ValueError`: when the URL is not an HTTP URL or has a password, the key cannot be a header, or a number is out
-            of range.
+        `ValueError`: when the URL is not an HTTP URL or has a user or password, the key cannot be a header, or a
+            number is out of range.
     """
 
     def __init__(
@@ -341,7 +341,7 @@ class ChatJudge:
             try:
                 for future in as_completed(futures):
                     future.result()
-            except BaseException:  # on an interrupt, too: keep the answers to pending requests
+            except BaseException:  # on an interrupt, too: keep the answers to requests in flight
                 stop.set()
                 executor.shutdown(wait=True, cancel_futures=True)
                 raise
