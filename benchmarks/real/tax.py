@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    # The bench calls its own output `output`, where the settings of its methods are
+    # `trained` reads the validation results of the bench from `args.output`
     bench_args = argparse.Namespace(**vars(args) | {"prompts": args.pairs, "output": args.bench, "tax": args.output})
     bench, sizes = Bench(bench_args), QUICK if args.quick else FULL
     questions = prompts(args.pairs)
