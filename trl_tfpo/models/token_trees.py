@@ -3,8 +3,8 @@
 """
 Texts as token trees, so that a model reads each common beginning once.
 
-Shapes: M tokens of a row, B rows, L tokens of the longest row. The texts of a tree are sorted. Each adds a *branch* to
-the row: the tokens after its longest common beginning with the text before it.
+Shapes: M tokens of a row, B rows, L tokens of the longest row. The texts of a tree are sorted by token ids. Each adds
+a *branch* to the row: the tokens after its longest common beginning with the text before it.
 
     row:    the cat sat | ran | a dog        texts: the cat sat, the cat ran, a dog
 
@@ -116,7 +116,7 @@ def token_tree(texts: list[list[int]]) -> TokenTree:
 
 
 def common_length(one: list[int], other: list[int]) -> int:
-    """Number of tokens at the beginning of two texts that are the same."""
+    """Number of equal tokens at the beginning of two texts."""
     pairs = zip(one, other, strict=False)
     return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
