@@ -36,7 +36,7 @@ def in_child(function, *args, said: str | int | None = None) -> int:
     status = 1
     try:
         fingerprint_rng.seed()  # the parent would draw the same fingerprints, and read the caches of this child
-        tqdm.set_lock(threading.RLock())  # its own is shared with other children, which are killed while they hold it
+        own_progress_locks()
         if said is not None:
             file = said if isinstance(said, int) else os.open(said, os.O_WRONLY | os.O_CREAT)
             os.dup2(file, 1)
@@ -51,6 +51,17 @@ def in_child(function, *args, said: str | int | None = None) -> int:
                 break
     finally:
         os._exit(status)
+
+
+def own_progress_locks() -> None:
+    """
+    Give the progress bars of a forked process a lock of their own. The parent's lock is shared with other children: if
+    one is killed while it holds the lock, all others wait forever. Subclasses of `tqdm` may have locks, too.
+    """
+    lock, kinds = threading.RLock(), [tqdm]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+        kind.set_lock(lock)
 
 
 def start_ranks(output: Path, function, *args) -> list[int]:
