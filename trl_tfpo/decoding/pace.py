@@ -225,7 +225,8 @@ class MeasuredPace(Pace):
     def timed(self, part: Hashable, num: int = 1) -> Iterator[None]:
         """Time `num` repetitions of a part. If the clock takes time, known parts are timed only in some rounds."""
         if part in GUESSES:
-            part, self.has_guessed, self.is_behind = "catch up" if self.is_behind else part, True, False
+            part = "catch up" if self.is_behind else part
+            self.has_guessed, self.is_behind = True, False
         is_known = self.costs.num_known(part) >= FEW
         if not (self.is_first or self.costs.is_free or not is_known or self.num_rounds % 16 == 0):
             yield
@@ -300,9 +301,10 @@ class MeasuredPace(Pace):
         return max([0, *possible], key=lambda k: rounds[k][0] / rounds[k][1])
 
     def _catch_up(self) -> float:
-        """Likely largest time of a guess before which a drafting model reads the tokens since its last guess."""
-        estimate = self.step_share * self.prompt_seconds
-        return self.costs.of("catch up", estimate, is_worst_case=True) if self.is_behind else 0.0
+        """Worst-case time in which the drafting model reads the tokens since its last guess. 0 if it has read them."""
+        if not self.is_behind:
+            return 0.0
+        return self.costs.of("catch up", self.step_share * self.prompt_seconds, is_worst_case=True)
 
     def _rounds(self, rates: Sequence[float], num_made: int, is_worst_case: bool = False) -> list[tuple[float, float]]:
         """

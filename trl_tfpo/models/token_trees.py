@@ -74,12 +74,12 @@ class TokenTree:
         """The calls of the attention, in the order of the row."""
         blocks = []
         for branch in self.branches:
+            context = [place for places in branch.context for place in range(places.start, places.stop)]
             for start in range(branch.start, branch.stop, BLOCK):
                 stop = min(start + BLOCK, branch.stop)
-                places = [place for seen in branch.context for place in range(seen.start, seen.stop)]
-                seen = _ranges([*places, *range(branch.start, stop)])
-                mask = torch.full((stop - start, len(places) + stop - branch.start), -math.inf)
-                blocks.append(Block(slice(start, stop), seen, mask.triu(len(places) + start - branch.start + 1)))
+                keys = [*context, *range(branch.start, stop)]
+                mask = torch.full((stop - start, len(keys)), -math.inf).triu(len(keys) - (stop - start) + 1)
+                blocks.append(Block(slice(start, stop), _ranges(keys), mask))
         return blocks
 
 
